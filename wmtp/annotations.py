@@ -1,0 +1,19 @@
+"""Types with ranges, for constructor signatures: the config is checked against them."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+def _must_exist(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"nothing is there; the path is read from {Path.cwd()}")
+    return path
+
+
+ExistingPath = Annotated[Path, AfterValidator(_must_exist)]

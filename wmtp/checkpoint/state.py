@@ -1,0 +1,61 @@
+"""What a checkpoint holds of each object: tensors for safetensors, the rest as plain JSON."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Snapshot:
+    """A whole training state: two sets of named tensors and plain JSON."""
+
+    model: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The model's name of each parameter, in the optimizer's order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
+    """The optimizer's tensors as `<parameter>:<key>`, and its options and plain values as JSON."""
+    names = parameter_names(model, optimizer)
+    state = optimizer.state_dict()
+    tensors: Tensors = {}
+    plain: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            kept = tensors if isinstance(value, Tensor) else plain
+            kept[f"{names[index]}:{key}"] = value
+    return tensors, {"plain": plain, "groups": state["param_groups"]}
+
+
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
+    """Put back what `split_optimizer_state` gave."""
+    indices = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
+    entries: dict[int, dict[str, Any]] = {}
+    for full_name, value in (tensors | state["plain"]).items():
+        name, _, key = full_name.rpartition(":")
+        entries.setdefault(indices[name], {})[key] = value
+    for group in state["groups"]:  # JSON has lists where torch's options are tuples
+        group.update({key: tuple(value) for key, value in group.items() if key != "params" and isinstance(value, list)})
+    optimizer.load_state_dict({"state": entries, "param_groups": state["groups"]})
+
+
+def detached(tensors: dict[str, Any]) -> Tensors:
+    """Contiguous copies on the CPU, fit for writing."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def load_model(model: nn.Module, tensors: Tensors) -> None:
+    """Fill a model; every name and shape must agree."""
+    with torch.no_grad():
+        model.load_state_dict(tensors, strict=True)

@@ -1,0 +1,134 @@
+"""Everything that can be wrong with a composed config, found before anything is built."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from wmtp.annotations import ExistingPath
+from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, Parameter, locate, node_faults, nodes, schema
+from wmtp.errors import InputError
+from wmtp.plan import Plan
+from wmtp.runtime.folder import read_status
+from wmtp.runtime.hardware import hardware_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The keys of train.yaml that belong to the run, not to the trainer or its plan."""
+
+    seed: int
+    run_name: str | None
+    tags: dict[str, str]
+    num_samples: int
+    resume: ExistingPath | None
+    dry_run: bool
+    cache_dir: Path
+
+
+def config_faults(config: DictConfig) -> list[Fault]:
+    """All faults of a training config: first node by node, then across nodes where those are sound."""
+    groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+    faults = list(node_faults(config, "", groups | schema(Plan) | schema(RunOptions)))
+    for key, node in nodes(config):
+        faults += node_faults(node, key)
+    unsound = {fault.key.split(".")[0] for fault in faults}
+    return faults + [fault for fault in cross_faults(config, unsound)]
+
+
+def require_sound(config: DictConfig) -> None:
+    """Raises `ConfigError` with all faults, if there are any."""
+    if faults := config_faults(config):
+        raise ConfigError(faults)
+
+
+def cross_faults(config: DictConfig, unsound: set[str]) -> Iterator[Fault]:
+    """What makes no sense together, or is not there; groups that are unsound in themselves are left out."""
+    for group, check in (
+        ("model", model_faults),
+        ("data", data_faults),
+        ("optimizer", optimizer_faults),
+        ("hardware", hardware_faults),
+        ("resume", resume_faults),
+    ):
+        if group not in unsound and config.get(group) is not None:
+            yield from check(config)
+    if not unsound & {"batch_size", "micro_batch_size"} and (config.micro_batch_size or 1) > config.batch_size:
+        yield Fault("micro_batch_size", str(config.micro_batch_size), f"at most batch_size={config.batch_size}")
+
+
+def model_faults(config: DictConfig) -> Iterator[Fault]:
+    """Widths that do not divide."""
+    model = config.model
+    if "num_attention_heads" not in model:
+        return
+    if model.dim % (2 * model.num_attention_heads):
+        problem = f"must be a multiple of 2 · model.num_attention_heads = {2 * model.num_attention_heads}"
+        yield Fault("model.dim", str(model.dim), problem)
+    if model.num_attention_heads % model.num_kv_heads:
+        problem = f"must divide model.num_attention_heads = {model.num_attention_heads}"
+        yield Fault("model.num_kv_heads", str(model.num_kv_heads), problem)
+
+
+def data_faults(config: DictConfig) -> Iterator[Fault]:
+    """Sampling wishes that contradict each other."""
+    data = config.data
+    if data.get("balance_correct") and data.get("correct_ratio") not in (None, 0.5):
+        problem = f"contradicts data.correct_ratio={data.correct_ratio}; set data.correct_ratio=null"
+        yield Fault("data.balance_correct", "true", problem)
+
+
+def optimizer_faults(config: DictConfig) -> Iterator[Fault]:
+    """Whatever torch's own constructor refuses, tried on a parameter of one number."""
+    options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
+    try:
+        locate(config.optimizer["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        yield Fault("optimizer", config.optimizer["_target_"], str(error))
+
+
+def hardware_faults(config: DictConfig) -> Iterator[Fault]:
+    """Hardware that is not there."""
+    hardware = config.hardware
+    for key, problem in hardware_problems(hardware.device, hardware.num_processes, hardware.strategy):
+        yield Fault(f"hardware.{key}", str(hardware[key]), problem)
+
+
+def resume_faults(config: DictConfig) -> Iterator[Fault]:
+    """A folder that is no run's, or whose run is still going."""
+    try:
+        problem = resume_problem(Path(config.resume))
+    except InputError as error:
+        problem = str(error)
+    if problem:
+        yield Fault("resume", str(config.resume), problem)
+
+
+def resume_problem(folder: Path) -> str | None:
+    """Why a run cannot be resumed from a folder; None if it can."""
+    if not (folder / ".hydra" / "overrides.yaml").exists():
+        return "is no run's folder: it has no .hydra/overrides.yaml"
+    if not any(folder.glob("checkpoints/step_*/manifest.json")):
+        return "the run has no checkpoint; start it anew"
+    try:
+        status = read_status(folder)
+    except (OSError, json.JSONDecodeError):
+        return None  # it died before its status was written; the checkpoints decide
+    if status["state"] == "RUNNING" and status["pid"] != os.getpid() and _is_alive(status["pid"]):
+        return f"the run is still going, as process {status['pid']}"
+    return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

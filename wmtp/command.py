@@ -1,0 +1,180 @@
+"""From a command line to a job in a run's folder: overrides, checks, Hydra, status and exit code."""
+
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
+from wmtp.errors import InterruptedRun, PendingError, WmtpError
+from wmtp.runtime.folder import RunStatus, create_run_folder
+from wmtp.runtime.signals import raised_signals
+
+log = logging.getLogger(__name__)
+Job = Callable[[DictConfig, Path, RunStatus], float | None]
+NOT_SAVED = ("resume", "dry_run")
+"""Overrides that belong to one start of a run, not to the run."""
+
+
+def main(config_name: str, job: Job) -> None:
+    """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code."""
+    arguments = sys.argv[1:]
+    temporary: Path | None = None
+    codes: list[int] = []
+    try:
+        if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
+            overrides = [forced(override) for override in arguments]
+        else:
+            overrides, config = checked_overrides(config_name, arguments)
+            if config.dry_run:
+                temporary = Path(tempfile.mkdtemp(prefix="wmtp-dry-run-"))
+                overrides += [f"hydra.run.dir={temporary}", f"++cache_dir={temporary / 'cache'}"]
+            elif config.resume is not None:
+                overrides.append(f"hydra.run.dir={quoted(config.resume)}")
+            elif not any(override.startswith("hydra.run.dir=") for override in overrides):
+                overrides.append(f"hydra.run.dir={create_run_folder()}")
+        sys.argv = [sys.argv[0], *overrides]
+        recorded = _recorded(job, codes)
+        hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)(recorded)()
+    except WmtpError as error:
+        print(error, file=sys.stderr)
+        codes.append(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted before the run began", file=sys.stderr)
+        codes.append(128 + signal.SIGINT)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    sys.exit(max(codes, default=0))
+
+
+def quoted(value: object) -> str:
+    """A value as an override that Hydra's grammar reads back unchanged."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def is_group(key: str) -> bool:
+    """Whether a key chooses a config group's option rather than setting a value."""
+    return (CONFIG_FOLDER / key).is_dir()
+
+
+def forced(argument: str) -> str:
+    """An override as Hydra needs it.
+
+    `key=value` becomes `++key=value`: unknown keys then reach the check, which reports them with all
+    others. `experiment=name` becomes `experiment@_global_=name`: the files say nothing of packages.
+    """
+    key = argument.partition("=")[0]
+    if key == "experiment":
+        return argument.replace("experiment=", "experiment@_global_=", 1)
+    if "=" not in argument or key.startswith(("-", "~", "hydra")) or is_group(key.lstrip("+").split("@")[0]):
+        return argument
+    return f"++{argument.lstrip('+')}"
+
+
+def checked_overrides(config_name: str, arguments: list[str]) -> tuple[list[str], DictConfig]:
+    """The overrides to run with, those of the run to be resumed included, and the config they compose.
+
+    Raises:
+        ConfigError: with every fault of the syntax, the groups, the keys and their values.
+    """
+    faults: list[Fault] = []
+    overrides: dict[str, str] = {}
+    for override in parsed(saved_overrides(arguments) + arguments, faults):
+        key, text = override.key_or_group, override.input_line or ""
+        options = [path.stem for path in (CONFIG_FOLDER / key).glob("*.yaml")] if is_group(key) else None
+        if options is not None and str(override.value()) not in options:
+            faults.append(Fault(key, str(override.value()), f"no such option; {did_you_mean(str(override.value()), options)}"))
+        else:
+            overrides[key] = forced(text)
+    chosen = list(overrides.values())
+    config = DictConfig({})
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            config = hydra.compose(config_name, chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        faults.append(Fault("config", "", " ".join(str(error).split())))
+    else:
+        from wmtp.checks import config_faults  # imports torch
+
+        faults += config_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return chosen, config
+
+
+def parsed(arguments: list[str], faults: list[Fault]) -> list[Override]:
+    """The overrides that Hydra's grammar understands; the others become faults."""
+    parser, overrides = OverridesParser.create(), []
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            faults.append(Fault(argument, "", "is no override; write key=value, or group=option"))
+            continue
+        if override.is_sweep_override():
+            faults.append(Fault(override.key_or_group, "", "several values make a sweep: add -m, or quote the value"))
+        else:
+            overrides.append(override)
+    return overrides
+
+
+def saved_overrides(arguments: list[str]) -> list[str]:
+    """The overrides of the run that `resume=` names, if it does; a wrong folder is left to the checks."""
+    resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
+    path = Path(str(resume).strip("'\"")) / ".hydra" / "overrides.yaml"
+    if resume is None or not path.exists():
+        return []
+    saved: list[Any] = list(OmegaConf.load(path))
+    return [text for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
+
+
+def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None]:
+    """The job for Hydra: its outcome goes to status.json and `codes`, its traceback to the log file."""
+
+    def run(config: DictConfig) -> float | None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        status = RunStatus(folder)
+        try:
+            with raised_signals():
+                value = job(config, folder, status)
+        except BaseException as error:  # noqa: BLE001 - whatever ends a run is recorded
+            code, state = ending(error)
+            status.end(state, code, error=str(error) or type(error).__name__)
+            log.info("the run ended: %s", state, exc_info=error)
+            where = "" if isinstance(error, WmtpError) else f"{type(error).__name__}: "
+            print(f"{where}{error}\nThe traceback is in {folder / 'train.log'}.", file=sys.stderr)
+            codes.append(code)
+            if isinstance(error, InterruptedRun):
+                sys.exit(code)
+            return None
+        status.end("FINISHED", 0)
+        return value
+
+    return run
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the recorded state of a run that an exception ended."""
+    if isinstance(error, InterruptedRun):
+        return error.exit_code, "KILLED"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "KILLED"
+    if isinstance(error, PendingError):
+        return error.exit_code, "FINISHED"
+    return error.exit_code if isinstance(error, WmtpError) else 1, "FAILED"
+
+

@@ -1,0 +1,26 @@
+"""The order of samples: a pure function of (seed, epoch), so that a position is two integers."""
+
+import numpy as np
+
+WINDOW = 64
+"""Batches that are sorted by length together: little padding, yet every epoch mixes anew."""
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every sample once, shuffled, in batches of like length; the last one may be smaller."""
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    shuffled = generator.permutation(len(lengths))
+    window = WINDOW * batch_size
+    batches = []
+    for start in range(0, len(shuffled), window):
+        members = shuffled[start : start + window]
+        members = members[np.argsort(lengths[members], kind="stable")]
+        batches += [members[i : i + batch_size].tolist() for i in range(0, len(members), batch_size)]
+    num_full = len(lengths) // batch_size
+    return [batches[i] for i in generator.permutation(num_full)] + batches[num_full:]
+
+
+def by_length(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Every sample once, the shortest first: the order of validation."""
+    ordered = np.argsort(lengths, kind="stable")
+    return [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered), batch_size)]

@@ -1,0 +1,362 @@
+"""Readers: files of plain JSONL, MBPP, HumanEval and CodeContests become records; what is faulty is named by its place.
+
+A fault found while decoding stands in the decoded value as a `Rejected` until the row is verified.
+So one bad number in a JSON array costs its own row, not the file.
+"""
+
+import gzip
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from wmtp.data.records import Record, Splits, StdioTest
+from wmtp.errors import InputError
+
+T = TypeVar("T")
+Row = dict[str, object]
+OnError = Literal["stop", "skip"]
+
+# Own limits, because Python's depend on its version, its settings and the depth of the call.
+MAX_DEPTH = 100
+MAX_DIGITS = 4_300
+MAX_SHOWN = 20
+SURROGATE = re.compile("[\ud800-\udfff]")
+PYTHON_3 = 3
+REASONS = {"missing": "missing field", "extra_forbidden": "unknown field"}
+ARRAYS = (".json", ".json.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", *ARRAYS)
+EXPECTED = f"Expected one file, or a folder with train, validation (or valid) and test in {', '.join(SUFFIXES)}."
+
+
+class Rejected(ValueError):
+    """A row that cannot be used: `reason` is the kind of fault, always in the same words, `detail` what varies."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class Rejection(NamedTuple):
+    """A rejected row and its place: `line` counts the lines of a file, or the rows of a JSON array, from 1."""
+
+    file: str
+    line: int
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        row = " row " if self.file.endswith(ARRAYS) else ""
+        return f"{self.file}:{row}{self.line}: {Rejected(self.reason, self.detail)}"
+
+
+def parse_json(text: str) -> object:
+    """Parse strict JSON.
+
+    Raises `Rejected` for what is not JSON and for what Python's parser lets pass: a number that is
+    not finite, a duplicate key, a lone surrogate. Also for a byte order mark, an integer of more
+    than `MAX_DIGITS` digits and nesting deeper than `MAX_DEPTH`.
+    """
+    value = _decode(text)
+    _verify(value)
+    return value
+
+
+def plain_records(row: Row) -> list[Record]:
+    """Read a row of plain JSONL: the fields of a record, and no others.
+
+    Raises `Rejected` for a field that is missing, unknown, null, or of another type or range.
+    """
+    return [_record(json.dumps(row))]
+
+
+def mbpp_records(row: Row) -> list[Record]:
+    """Read a problem of MBPP, full or sanitized. The tests end the prompt, since they name the function.
+
+    Raises `Rejected` for a field that is missing, null or of another type, and for an empty solution.
+    """
+    text = _field(row, "text" if "text" in row else "prompt", str)
+    tests = tuple(_unix_lines(test) for test in _items(row, "test_list", str))
+    imports = _items(row, "test_imports", str) if "test_imports" in row else [_field(row, "test_setup_code", str)]
+    fields: Row = {
+        "task_id": f"mbpp/{_field(row, 'task_id', int)}",
+        "prompt": "\n".join((_unix_lines(text), *tests)),
+        "solution": _unix_lines(_field(row, "code", str)),
+        "tests": tests,
+        "setup": _unix_lines("\n".join(imports)),
+    }
+    return [_record(fields)]
+
+
+def humaneval_records(row: Row) -> list[Record]:
+    """Read a problem of HumanEval: its single test is the checking function and the call of it.
+
+    Raises `Rejected` for a field that is missing, null or of another type, and for an empty solution.
+    """
+    fields: Row = {
+        "task_id": _field(row, "task_id", str),
+        "prompt": _field(row, "prompt", str),
+        "solution": _field(row, "canonical_solution", str),
+        "tests": (f"{_field(row, 'test', str)}\ncheck({_field(row, 'entry_point', str)})",),
+    }
+    return [_record(fields)]
+
+
+def codecontests_records(row: Row) -> list[Record]:
+    """Read a problem of CodeContests: a record for each solution in Python 3, right or wrong. There may be none.
+
+    Raises `Rejected` for a field that is missing, null or of another type, for lists that belong
+    together but differ in length, and for an empty solution.
+    """
+    task: Row = {
+        "task_id": _field(row, "name", str),
+        "prompt": _field(row, "description", str),
+        "difficulty": None if row.get("difficulty") is None else _field(row, "difficulty", int),
+        "tests": tuple(
+            StdioTest(stdin=stdin, stdout=stdout)
+            for group in ("public_tests", "private_tests", "generated_tests")
+            for stdin, stdout in _pairs(row, group, "input", str, "output")
+        ),
+    }
+    return [
+        _record({**task, "solution": solution, "is_correct": is_correct})
+        for group, is_correct in (("solutions", True), ("incorrect_solutions", False))
+        for language, solution in _pairs(row, group, "language", int, "solution")
+        if language == PYTHON_3
+    ]
+
+
+SHAPES: dict[str, Callable[[Row], list[Record]]] = {
+    "jsonl": plain_records,
+    "mbpp": mbpp_records,
+    "humaneval": humaneval_records,
+    "codecontests": codecontests_records,
+}
+
+
+def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[list[Record], list[Rejection]]:
+    """Read the records of one file: an object per line, or in `.json` an array of objects; `.gz` is unpacked.
+
+    Raises `InputError` for a file that cannot be read; with `stop` for any faulty row, listing all;
+    with `skip` for more than `max_errors` of them.
+    """
+    records, rejections = _collect(path, shape)
+    _judge(rejections, on_error, max_errors)
+    return records, rejections
+
+
+def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[Splits, list[Rejection]]:
+    """Read a data set: a folder with a file per split, or one file, split by task into 90, 5 and 5 percent.
+
+    `max_errors` counts over all the files. Raises `InputError` as `read_file` does, and for a path that
+    is neither, for a task that stands in two splits, and for a training split without records.
+    """
+    collected = [_collect(file, shape) if file else ([], []) for file in _split_files(path)]
+    rejections = [fault for _, faults in collected for fault in faults]
+    _judge(rejections, on_error, max_errors)
+    splits = Splits(*(records for records, _ in collected)) if path.is_dir() else _by_task(collected[0][0])
+    counts = Counter(task for records in splits for task in {record.task_id for record in records})
+    shared = sorted(task for task, count in counts.items() if count > 1)
+    if shared:
+        remedy = "Keep all solutions of a task in one: results would measure what was learnt by heart."
+        raise InputError(f"{path}: {len(shared)} tasks stand in several splits, such as '{shared[0]}'. {remedy}")
+    if not splits.train:
+        found = f"validation: {len(splits.validation)}, test: {len(splits.test)}, rejected: {len(rejections)}"
+        raise InputError(f"{path}: no records to train on ({found}). Give more tasks, or a folder with a train file.")
+    return splits, rejections
+
+
+def _decode(text: str) -> object:
+    """Parse JSON, leaving a `Rejected` wherever a value or an object is faulty."""
+    if text.startswith("\ufeff"):
+        raise Rejected("byte order mark", "save the file as UTF-8 without it")
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text else ""
+        raise Rejected("not valid JSON", f"{error.msg} at {line}column {error.colno}") from error
+    except RecursionError as error:
+        raise Rejected("nested too deep") from error
+
+
+def _integer(token: str) -> int | Rejected:
+    digits = len(token.lstrip("-"))
+    return int(token) if digits <= MAX_DIGITS else Rejected("integer too long", f"{digits} digits")
+
+
+def _float(token: str) -> float | Rejected:
+    return float(token) if math.isfinite(float(token)) else Rejected("number is not finite", _short(token))
+
+
+def _object(pairs: list[tuple[str, object]]) -> Row | Rejected:
+    row = dict(pairs)
+    if len(row) == len(pairs):
+        return row
+    repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+    return Rejected("duplicate key", _short(repr(repeated)))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_float)
+
+
+def _verify(root: object) -> None:
+    """Raise the first fault found in a decoded value."""
+    pending = [(root, 0)]
+    while pending:
+        value, depth = pending.pop()
+        if isinstance(value, Rejected):
+            raise value
+        if isinstance(value, str) and (lone := SURROGATE.search(value)):
+            raise Rejected("lone surrogate", repr(lone.group()))
+        if isinstance(value, dict | list):
+            if depth == MAX_DEPTH:
+                raise Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
+            children = [*value, *value.values()] if isinstance(value, dict) else value
+            pending += [(child, depth + 1) for child in reversed(children)]
+
+
+def _typed(value: object, kind: type[T], what: str) -> T:
+    if value is None:
+        raise Rejected("null", what)
+    # In Python a bool is an int; in JSON `true` is no number.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise Rejected("wrong type", f"{what}: expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _field(row: Row, name: str, kind: type[T]) -> T:
+    if name not in row:
+        raise Rejected("missing field", f"'{name}'")
+    return _typed(row[name], kind, f"'{name}'")
+
+
+def _items(row: Row, name: str, kind: type[T]) -> list[T]:
+    values: list[object] = _field(row, name, list)
+    return [_typed(value, kind, f"'{name}' item {number}") for number, value in enumerate(values, 1)]
+
+
+def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[tuple[T, str]]:
+    """Read two lists of one field that belong together item by item."""
+    columns: Row = _field(row, group, dict)
+    lefts, rights = _items(columns, left, kind), _items(columns, right, str)
+    if len(lefts) != len(rights):
+        raise Rejected("lengths differ", f"'{group}': {len(lefts)} of '{left}', {len(rights)} of '{right}'")
+    return list(zip(lefts, rights, strict=True))
+
+
+def _record(fields: Row | str) -> Record:
+    """Build a record; what its schema refuses becomes a rejection."""
+    try:
+        # Lists pass for tuples, in pydantic's strict mode, only when it reads the JSON itself.
+        return Record.model_validate_json(fields) if isinstance(fields, str) else Record.model_validate(fields)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        kind, place = fault["type"], ".".join(map(str, fault["loc"]))
+        reason = REASONS.get(kind, "wrong type" if kind.endswith("_type") else "wrong value")
+        if fault["input"] is None:
+            reason = "null"
+        elif kind == "string_too_short" and place == "solution":
+            reason = "no solution"
+        raise Rejected(reason, f"{_short(repr(place))}: {fault['msg']}" if place else fault["msg"]) from error
+
+
+def _unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _collect(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
+    if shape not in SHAPES:
+        raise InputError(f"{path}: unknown shape '{shape}'. Expected one of {', '.join(SHAPES)}.")
+    records: list[Record] = []
+    rejections: list[Rejection] = []
+    for number, value in _values(path):
+        try:
+            _verify(value)
+            records += SHAPES[shape](_typed(value, dict, "the row"))
+        except Rejected as fault:
+            rejections.append(Rejection(str(path), number, fault.reason, fault.detail))
+    return records, rejections
+
+
+def _values(path: Path) -> Iterator[tuple[int, object]]:
+    """Number the decoded rows of a file; one that cannot be decoded is a `Rejected`."""
+    if not path.name.endswith((*SUFFIXES, ".gz")):
+        raise InputError(f"{path}: unknown kind of file. Its name must end in one of {', '.join(SUFFIXES)}, .gz.")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            if path.name.endswith(ARRAYS):
+                yield from enumerate(_array(path, stream.read()), 1)
+            else:
+                yield from ((number, _line(line)) for number, line in enumerate(stream, 1) if line.strip())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _line(line: bytes) -> object:
+    try:
+        return _decode(line.rstrip(b"\r\n").decode())
+    except UnicodeDecodeError as error:
+        return Rejected("not UTF-8", f"byte 0x{line[error.start]:02x} at position {error.start + 1}")
+    except Rejected as fault:
+        return fault
+
+
+def _array(path: Path, content: bytes) -> list[object]:
+    """Decode a JSON array. A fault of its syntax loses all the rows that follow, so it cannot be skipped."""
+    try:
+        return _typed(_decode(content.decode()), list, "the whole")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}. Save it as UTF-8.") from error
+    except Rejected as fault:
+        raise InputError(f"{path}: {fault}. Expected an array; one object per line needs the name .jsonl.") from fault
+
+
+def _judge(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:
+    """Raise `InputError` unless the rejected rows may be left out."""
+    number = len(rejections)
+    if on_error == "stop" and rejections:
+        shown = "\n  ".join(map(str, rejections[:MAX_SHOWN]))
+        rest = f"\n  and {number - MAX_SHOWN} more" if number > MAX_SHOWN else ""
+        remedy = "Correct them, or leave them out with data.on_error=skip."
+        raise InputError(f"faulty rows: {number}\n  {shown}{rest}\n{remedy}")
+    if number > max_errors:
+        counts = Counter(rejection.reason for rejection in rejections).most_common()
+        reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)
+        head = f"faulty rows: {number}, more than data.max_errors={max_errors}; the first is {rejections[0]}"
+        raise InputError(f"{head}\n  {reasons}\nCorrect them, or raise data.max_errors.")
+
+
+def _split_files(path: Path) -> list[Path | None]:
+    """Find the file of each split in a folder; a path to a file is the only one."""
+    if path.is_file():
+        return [path]
+    files: list[Path | None] = []
+    for names in (("train",), ("validation", "valid"), ("test",)):
+        found = [file for name in names for end in SUFFIXES if (file := path / f"{name}{end}").is_file()]
+        if len(found) > 1:
+            raise InputError(f"{path}: keep only one of {', '.join(file.name for file in found)}.")
+        files += found or [None]
+    if files[0] is None:
+        raise InputError(f"{path}: {'no train file' if path.is_dir() else 'no such file or folder'}. {EXPECTED}")
+    return files
+
+
+def _by_task(records: list[Record]) -> Splits:
+    """Split by a hash that never changes, so that a task's solutions stay together and new tasks move no others."""
+    splits = Splits([], [], [])
+    for record in records:
+        share = zlib.crc32(record.task_id.encode()) % 100
+        (splits.train if share < 90 else splits.validation if share < 95 else splits.test).append(record)
+    return splits

@@ -1,0 +1,72 @@
+"""Tokenizers: the small byte-level BPE of the embedded tasks, or one from a tokenizer.json."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+from filelock import FileLock
+from pydantic import Field
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from wmtp.annotations import ExistingPath
+from wmtp.data import task_steps, tasks
+from wmtp.data.records import Record
+from wmtp.runtime.files import replace_atomically
+
+PADDING, END = "<pad>", "<end>"
+TRAINING_TASKS = 1_500
+DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
+
+
+class Tokenizer:
+    """Text to token ids and back. `end` closes a solution; `padding` fills a batch."""
+
+    def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
+        self.backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+        self.end, self.padding = backend.token_to_id(end), backend.token_to_id(padding)
+        if self.end is None or self.padding is None:
+            raise ValueError(f"the tokenizer lacks the special token {end} or {padding}")
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens."""
+        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of some ids; special tokens are left out."""
+        text: str = self.backend.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+def train_byte_pairs(records: list[Record], vocab_size: int) -> BackendTokenizer:
+    """A byte-level BPE learned from prompts and solutions: every text can be encoded."""
+    backend = BackendTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PADDING, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator((text for r in records for text in (r.prompt, r.solution)), trainer)
+    return backend
+
+
+def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)] = 512) -> Tokenizer:
+    """The tokenizer of the embedded tasks: always the same for one `vocab_size`, kept on disk."""
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (tasks, task_steps))
+    key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
+    path = cache_dir / f"tokenizer-{key[:16]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            records = tasks.generate("train", TRAINING_TASKS, DIFFICULTIES, noise=0.2, seed=0)
+            replace_atomically(path, train_byte_pairs(records, vocab_size).to_str().encode())
+    return Tokenizer(BackendTokenizer.from_file(str(path)))
+
+
+def tokenizer_file(*, path: ExistingPath, end: str = END, padding: str = PADDING) -> Tokenizer:
+    """A tokenizer from a tokenizer.json, with the names of its end and padding tokens."""
+    return Tokenizer(BackendTokenizer.from_file(str(path)), end, padding)

@@ -1,0 +1,33 @@
+"""What can go wrong for a user: one class per exit code of the commands."""
+
+
+class WmtpError(Exception):
+    """A failure that is reported by its message, without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(WmtpError):
+    """The config or an input is wrong; nothing was trained."""
+
+    exit_code = 2
+
+
+class TrainingError(WmtpError):
+    """Training cannot go on: a loss, gradient or weight is not finite."""
+
+    exit_code = 1
+
+
+class PendingError(WmtpError):
+    """Training is done, but tracking data are still on disk only."""
+
+    exit_code = 3
+
+
+class InterruptedRun(WmtpError):
+    """A signal ended the run; the exit code is 128 plus its number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,100 @@
+"""The multi-token model: one trunk, H parallel heads of one block each, one unembedding for all.
+
+Source: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction
+(arXiv 2404.19737), section 2. Head 1 is the trunk's own last block, so that the weights of a
+one-head model are a subset of those of a model with more heads.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from wmtp.annotations import Positive, PositiveFloat
+from wmtp.models.transformer import Block, KeyValueCache, rotation
+
+class MtpModel(nn.Module):
+    """A decoder whose head k = 1 … H predicts, at position t, the token at t + k."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        dim: Positive,
+        num_layers: Positive,
+        num_heads: Positive,
+        num_attention_heads: Positive,
+        num_kv_heads: Positive,
+        hidden_dim: Positive,
+        rope_theta: PositiveFloat = 10_000.0,
+        norm_eps: PositiveFloat = 1e-5,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    ) -> None:
+        """Build a randomly initialised model.
+
+        `num_layers` is the depth of the one-head model: `num_layers − 1` trunk blocks and one head;
+        every further head adds one block. `num_heads` is H, not the heads of the attention.
+        """
+        super().__init__()
+        self.head_dim, self.num_kv_heads, self.rope_theta = dim // num_attention_heads, num_kv_heads, rope_theta
+
+        def block() -> Block:
+            return Block(dim, num_attention_heads, num_kv_heads, hidden_dim, norm_eps, dropout)
+
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.trunk = nn.ModuleList(block() for _ in range(num_layers - 1))
+        self.heads = nn.ModuleList(block() for _ in range(num_heads))
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.unembedding = nn.Linear(dim, vocab_size, bias=False)
+        self._initialise(num_layers)
+
+    def _initialise(self, num_layers: int) -> None:
+        """Deviation 1 for embeddings, 1/√inputs for matrices, 1/√(2·depth) of that where they write to the stream.
+
+        A fixed small deviation (0.02) suits wide models only: in narrow ones attention then learns to
+        copy names and numbers far later.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = 1.0 if parameter is self.embedding.weight else parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * num_layers) if "output" in name else std)
+
+    @property
+    def num_heads(self) -> int:
+        """H, the number of tokens predicted at each position."""
+        return len(self.heads)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "head batch position dim"]:
+        """The normed hidden states of every head; `unembedding` turns those into logits."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens[:1])
+        turn = rotation(positions, self.head_dim, self.rope_theta)
+        x = self.embedding(tokens)
+        for block in self.trunk:
+            x = block(x, turn, positions)
+        return self.norm(torch.stack([head(x, turn, positions) for head in self.heads]))
+
+    def new_cache(self, batch: int, capacity: int) -> list[KeyValueCache]:
+        """Empty caches for `next_token_states`: one per trunk block and one for head 1."""
+        like = self.unembedding.weight
+        return [
+            KeyValueCache(batch, self.num_kv_heads, capacity, self.head_dim, like) for _ in range(len(self.trunk) + 1)
+        ]
+
+    def next_token_states(
+        self, tokens: Int[Tensor, "batch position"], positions: Int[Tensor, "batch position"], cache: list[KeyValueCache]
+    ) -> Float[Tensor, "batch position dim"]:
+        """The normed hidden states of head 1 alone, for tokens that continue those in the cache."""
+        turn = rotation(positions, self.head_dim, self.rope_theta)
+        x = self.embedding(tokens)
+        for block, block_cache in zip([*self.trunk, self.heads[0]], cache, strict=True):
+            x = block(x, turn, positions, block_cache)
+        states: Tensor = self.norm(x)
+        return states

@@ -1,0 +1,129 @@
+"""The parts of a Llama-style transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Rotation = tuple[Float[Tensor, "batch position pair"], Float[Tensor, "batch position pair"]]
+
+
+def rotation(positions: Int[Tensor, "batch position"], head_dim: int, theta: float) -> Rotation:
+    """Cosines and sines that turn each pair of dimensions by position · theta^(−2·pair/head_dim).
+
+    Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * theta ** (-pairs / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "batch position head head_dim"], rotation: Rotation
+) -> Float[Tensor, "batch position head head_dim"]:
+    """Turn the interleaved pairs (0, 1), (2, 3), … of every head, as Meta's Llama code does."""
+    cos, sin = (part[:, :, None].to(x.dtype) for part in rotation)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class KeyValueCache:
+    """Keys and values of one block for every position seen so far; right-padded rows overwrite their padding.
+
+    `keys` and `values` are [batch, kv_head, capacity, head_dim].
+    """
+
+    def __init__(self, batch: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
+        self.keys = like.new_zeros(batch, num_kv_heads, capacity, head_dim)
+        self.values = torch.zeros_like(self.keys)
+
+    def update(
+        self,
+        keys: Float[Tensor, "batch position kv_head head_dim"],
+        values: Float[Tensor, "batch position kv_head head_dim"],
+        positions: Int[Tensor, "batch position"],
+    ) -> tuple[Tensor, Tensor, Bool[Tensor, "batch 1 position capacity"]]:
+        """Store keys and values at their positions; return all of them and who may see which."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[rows, :, positions] = keys
+        self.values[rows, :, positions] = values
+        capacity = torch.arange(self.keys.shape[2], device=positions.device)
+        return self.keys, self.values, (capacity <= positions[..., None])[:, None]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(self, dim: int, num_attention_heads: int, num_kv_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.head_dim = dim // num_attention_heads
+        self.num_kv_heads = num_kv_heads
+        self.groups = num_attention_heads // num_kv_heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, num_attention_heads * self.head_dim, bias=False)
+        self.key = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
+        self.value = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
+        self.output = nn.Linear(num_attention_heads * self.head_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch position dim"],
+        rotation: Rotation,
+        positions: Int[Tensor, "batch position"],
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch position dim"]:
+        """Attend to this and earlier positions, those in the cache included."""
+        queries, keys, values = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
+        )
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        mask = None
+        if cache is None:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        else:
+            keys, values, mask = cache.update(keys, values, positions)
+        keys, values = (part.repeat_interleave(self.groups, dim=1) for part in (keys, values))
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys, values,
+            attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return self.output(attended.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: output(silu(gate(x)) · up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.output = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+        """Apply the gated layer at every position by itself."""
+        return self.output(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(
+        self, dim: int, num_attention_heads: int, num_kv_heads: int, hidden_dim: int, norm_eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention = Attention(dim, num_attention_heads, num_kv_heads, dropout)
+        self.feed_forward_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.feed_forward = FeedForward(dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch position dim"],
+        rotation: Rotation,
+        positions: Int[Tensor, "batch position"],
+        cache: KeyValueCache | None = None,
+    ) -> Float[Tensor, "batch position dim"]:
+        """Add attention, then the feed-forward layer, to the residual stream."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, positions, cache))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -1,0 +1,48 @@
+"""How much will be trained, and where the run is in it."""
+
+import math
+from dataclasses import dataclass
+
+from wmtp.annotations import Positive, PositiveFloat
+
+
+@dataclass(frozen=True)
+class Position:
+    """A point of a run: everything that says which sample comes next. `epoch` counts whole passes done."""
+
+    step: int = 0
+    epoch: int = 0
+    batch_in_epoch: int = 0
+    tokens: int = 0
+
+
+class Plan:
+    """The planned updates of a run and how each is made of micro-batches."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        num_epochs: PositiveFloat = 3.0,
+        max_steps: Positive | None = None,
+        batch_size: Positive = 16,
+        micro_batch_size: Positive | None = None,
+    ) -> None:
+        """Plan passes over `num_samples`; `batch_size` samples make an update, `micro_batch_size` a forward."""
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.micro_batches_per_update = math.ceil(self.batch_size / self.micro_batch_size)
+        self.updates_per_epoch = math.ceil(num_samples / batch_size)
+        planned = max(1, math.ceil(num_epochs * self.updates_per_epoch - 1e-9))
+        self.num_updates = min(planned, max_steps) if max_steps else planned
+
+    def update_in_epoch(self, position: Position) -> int:
+        """Which update of its epoch comes next."""
+        return position.batch_in_epoch // self.micro_batches_per_update
+
+    def after(self, position: Position, num_micro_batches: int, num_tokens: int) -> Position:
+        """The position after one more update; the end of an epoch is the start of the next."""
+        step, tokens = position.step + 1, position.tokens + num_tokens
+        if self.update_in_epoch(position) + 1 == self.updates_per_epoch:
+            return Position(step, position.epoch + 1, 0, tokens)
+        return Position(step, position.epoch, position.batch_in_epoch + num_micro_batches, tokens)

@@ -1,0 +1,119 @@
+"""One run from its built trainer to its end: resuming, trackers, samples, summary, status."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from wmtp.checkpoint.store import load
+from wmtp.command import ending
+from wmtp.config import build
+from wmtp.generation.samples import write_samples
+from wmtp.runtime.files import replace_atomically
+from wmtp.runtime.folder import RunStatus
+from wmtp.summary import print_summary, write_summary
+from wmtp.tracking.base import Tracker
+from wmtp.tracking.console import ConsoleTracker
+from wmtp.tracking.jsonl import MetricsFile
+from wmtp.trainer import Trainer
+
+
+def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -> float | None:
+    """Train to the end and leave everything in the run's folder; returns the last validation loss."""
+    console = Console()
+    resolved = OmegaConf.to_yaml(config, resolve=True)
+    replace_atomically(folder / "config.yaml", resolved.encode())
+    if config.resume is not None:
+        checkpoint = trainer.checkpoints.latest()
+        trainer.restore(load(checkpoint))
+        console.print(f"resuming from {checkpoint}", soft_wrap=True, highlight=False)
+    plan, position = trainer.plan, trainer.position
+    console.print(f"{described(trainer)}\nThe run lies in {folder}", soft_wrap=True, highlight=False)
+
+    trackers: list[Tracker] = [MetricsFile(folder, position.step), StatusTracker(status)]
+    uri = None
+    if config.tracking is not None:
+        name = config.run_name or folder.name
+        tags = {str(key): str(value) for key, value in config.tags.items()}
+        remote = build(config.tracking, folder=folder, run_name=name, parameters=flattened(config), tags=tags)
+        trackers.append(remote)
+        uri = remote.uri
+    trackers.append(ConsoleTracker(console, plan.num_updates, position.step, math.ceil(config.num_epochs)))
+    try:
+        result = trainer.fit(trackers)
+        if config.num_samples:
+            write_samples(folder, trainer.model, trainer.data, result.total_steps, config.num_samples)
+        config_hash = hashlib.sha256(resolved.encode()).hexdigest()
+        summary = write_summary(folder, trainer, result, config_hash)
+    except BaseException as error:
+        close(trackers, ending(error)[1])
+        raise
+    close(trackers, "FINISHED")
+    print_summary(console, folder, summary, uri)
+    return result.final_loss
+
+
+def rehearse(config: DictConfig, trainer: Trainer) -> None:
+    """Print what would be trained, and try one update and one validation batch."""
+    console = Console()
+    console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
+    console.print(described(trainer), soft_wrap=True, highlight=False)
+    update = trainer.train_update()
+    trainer.validate(max_batches=1)
+    for name, value in (update | trainer.last_validation).items():
+        console.print(f"  {name:24} {value:.4g}", highlight=False)
+    console.print("The config is sound; one update and one validation batch ran. Nothing was kept.")
+
+
+class StatusTracker:
+    """Keeps the step in status.json's record current, for the case that the run dies."""
+
+    def __init__(self, status: RunStatus) -> None:
+        self.status = status
+
+    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Note the step."""
+        self.status.step = step
+
+    def close(self, state: str) -> None:
+        """The command writes the end itself, with the exit code."""
+
+
+def described(trainer: Trainer) -> str:
+    """The model's size, the data and the planned updates, in words."""
+    model, data, plan = trainer.model, trainer.data, trainer.plan
+    return (
+        f"{model.num_parameters:,} parameters, {model.num_heads} heads, on {trainer.hardware.device}; "
+        f"{len(data.train):,} training and {len(data.validation):,} validation samples; "
+        f"{plan.num_updates:,} updates of {plan.batch_size} samples"
+    )
+
+
+def flattened(config: DictConfig) -> dict[str, Any]:
+    """The config as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            flat[prefix] = value
+
+    add("", OmegaConf.to_container(config, resolve=True))
+    return flat
+
+
+def close(trackers: list[Tracker], state: str) -> None:
+    """Close every tracker, the fast ones first; the first failure is raised after all had their turn."""
+    errors = []
+    for tracker in sorted(trackers, key=lambda tracker: not isinstance(tracker, (MetricsFile, ConsoleTracker))):
+        try:
+            tracker.close(state)
+        except Exception as error:  # noqa: BLE001 - another tracker's trouble must not keep this one from closing
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -1,0 +1,41 @@
+"""Writing files so that a reader, or a crash, never meets half of one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries (what was created, renamed or removed in it) on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and put its content on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def encode_json(content: Any) -> bytes:
+    """Indented JSON. Plain types only.
+
+    Raises:
+        TypeError: something JSON cannot hold, such as a path, a deque or a NumPy array.
+        ValueError: a number that is not finite.
+    """
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def replace_atomically(path: Path, data: bytes) -> None:
+    """Give a file new content: a reader sees the old or the new one, whole."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_synced(staged, data)
+    os.replace(staged, path)
+    sync_folder(path.parent)

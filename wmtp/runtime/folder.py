@@ -1,0 +1,66 @@
+"""A run's folder and its status.json."""
+
+import json
+import os
+import random
+import string
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from wmtp.runtime.files import encode_json, replace_atomically
+
+OUTPUTS = Path("outputs")
+
+
+def create_run_folder(outputs: Path = OUTPUTS) -> Path:
+    """A new folder `<date>/<time>-<4 random letters>`: never one that another run uses."""
+    letters = random.SystemRandom()
+    while True:
+        now = datetime.now()
+        name = f"{now:%H-%M-%S}-{''.join(letters.choices(string.ascii_lowercase, k=4))}"
+        folder = outputs / f"{now:%Y-%m-%d}" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+class RunStatus:
+    """Writes status.json: RUNNING at once, and how the run ended.
+
+    `step` is kept current by the trainer, so that a crash is recorded with the update it came at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.step = 0
+        self._fields: dict[str, Any] = {
+            "state": "RUNNING",
+            "exit_code": None,
+            "stop_reason": None,
+            "error": None,
+            "step": 0,
+            "pid": os.getpid(),
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "ended": None,
+        }
+        self._write()
+
+    def end(self, state: str, exit_code: int, *, stop_reason: str | None = None, error: str | None = None) -> None:
+        """Record the end of the run."""
+        ended = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": stop_reason, "error": error}
+        self._fields |= {"step": self.step, "ended": ended}
+        self._write()
+
+    def _write(self) -> None:
+        replace_atomically(self.folder / "status.json", encode_json(self._fields))
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The content of a run's status.json."""
+    status: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return status

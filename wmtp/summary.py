@@ -1,0 +1,86 @@
+"""What is left of a run in numbers: summary.json, and the short table at its end."""
+
+import importlib.metadata
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.tracking.jsonl import FILE_NAME, read_metrics
+from wmtp.trainer import Result, Trainer
+
+PACKAGES = ("wmtp", "torch", "hydra-core", "numpy", "tokenizers", "safetensors", "mlflow")
+
+
+def last_and_best(folder: Path) -> dict[str, Any]:
+    """The last validation and the best one, as they stand in metrics.jsonl."""
+    validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
+    if not validations:
+        return {"last": {}, "best": {}}
+    return {"last": validations[-1], "best": min(validations, key=lambda line: line["val/loss"])}
+
+
+def median_speed(folder: Path) -> float | None:
+    """Tokens per second of training in the middle of all that was logged."""
+    speeds = sorted(line["train/tokens_per_second"] for line in read_metrics(folder / FILE_NAME)
+                    if "train/tokens_per_second" in line)  # fmt: skip
+    return speeds[len(speeds) // 2] if speeds else None
+
+
+def git_revision() -> str | None:
+    """The commit of the source, with `+changes` if it is not clean; None outside a repository."""
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    return f"{revision}+changes" if revision and git("status", "--porcelain", "--untracked-files=no") else revision
+
+
+def write_summary(folder: Path, trainer: Trainer, result: Result, config_hash: str) -> dict[str, Any]:
+    """Write summary.json and return its content."""
+    summary = {
+        **asdict(result),
+        **last_and_best(folder),
+        "tokens_per_second": median_speed(folder),
+        "peak_memory_bytes": trainer.hardware.peak_memory(),
+        "device": str(trainer.hardware.device),
+        "parameters": trainer.model.num_parameters,
+        "data_hash": trainer.data.fingerprint,
+        "config_hash": config_hash,
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in PACKAGES},
+    }
+    replace_atomically(folder / "summary.json", encode_json(summary))
+    return summary
+
+
+def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflow_uri: str | None) -> None:
+    """The table at the end of a run, and the commands that come next."""
+    table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
+    table.add_column("validation")
+    table.add_column("last", justify="right")
+    table.add_column("best", justify="right")
+    last, best = summary["last"], summary["best"]
+    for name in [name for name in last if name.startswith("val/")]:
+        table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}")
+    if best:
+        table.add_row("at step", str(last["step"]), str(best["step"]))
+    console.print(table)
+    speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
+    console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
+    console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)
+    console.print("Next:")
+    if mlflow_uri is not None:
+        console.print(f"  mlflow ui --backend-store-uri {mlflow_uri}", soft_wrap=True, highlight=False)
+    console.print(f"  python -m wmtp.train resume={folder} num_epochs=…", soft_wrap=True, highlight=False)

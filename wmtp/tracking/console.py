@@ -1,0 +1,63 @@
+"""What a run prints while it trains: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from wmtp.tracking.base import State
+
+
+class ConsoleTracker:
+    """Shows epoch, step, loss, each head's loss, tokens/s and the time left."""
+
+    def __init__(self, console: Console, num_updates: int, first_step: int, num_epochs: int) -> None:
+        self.console, self.num_updates, self.first_step, self.num_epochs = console, num_updates, first_step, num_epochs
+        self.started = time.monotonic()
+        self.training, self.validation = Text(""), Text("")
+        self.live: Live | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True),
+                console=console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=num_updates, completed=first_step)
+            self.live = Live(Group(self.bar, self.training, self.validation), console=console, refresh_per_second=4)
+            self.live.start()
+
+    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Show the metrics of training or of a validation."""
+        where = f"epoch {min(epoch + 1, self.num_epochs)}/{self.num_epochs}  step {step}/{self.num_updates}"
+        line = described(metrics)
+        if self.live is None:
+            self.console.print(f"{where}  {line}{self._time_left(step, metrics)}", soft_wrap=True, highlight=False)
+            return
+        self.bar.update(self.task, completed=step, description=where)
+        shown = self.training if "train/loss" in metrics else self.validation
+        shown.plain = line
+        self.live.refresh()
+
+    def close(self, state: State) -> None:
+        """Leave the last state on the screen."""
+        if self.live is not None:
+            self.live.stop()
+
+    def _time_left(self, step: int, metrics: dict[str, float]) -> str:
+        done = step - self.first_step
+        if "train/loss" not in metrics or not done:
+            return ""
+        left = round((time.monotonic() - self.started) / done * (self.num_updates - step))
+        return f"  left {left // 60}:{left % 60:02d}"
+
+
+def described(metrics: dict[str, float]) -> str:
+    """One line: the loss, each head's loss and the speed."""
+    part = "train" if "train/loss" in metrics else "val"
+    heads = []
+    while (name := f"{part}/head_{len(heads) + 1}_loss") in metrics:
+        heads.append(f"{metrics[name]:.3f}")
+    line = f"{part:5} loss {metrics[f'{part}/loss']:.4f}  heads {' '.join(heads)}"
+    speed = metrics.get("train/tokens_per_second")
+    return line + (f"  {speed:,.0f} tokens/s" if speed else "")
