@@ -60,9 +60,8 @@ class Rejection(NamedTuple):
 def parse_json(text: str) -> object:
     """Parse strict JSON.
 
-    Raises `Rejected` for what is not JSON and for what Python's parser lets pass: a number that is
-    not finite, a duplicate key, a lone surrogate. Also for a byte order mark, an integer of more
-    than `MAX_DIGITS` digits and nesting deeper than `MAX_DEPTH`.
+    Raises `Rejected` for what is no JSON or over `MAX_DIGITS` or `MAX_DEPTH`, for a byte order mark, and for
+    what Python's parser lets pass: a number that is not finite, a duplicate key, a lone surrogate.
     """
     value = _decode(text)
     _verify(value)
@@ -84,13 +83,14 @@ def mbpp_records(row: Row) -> list[Record]:
     """
     text = _field(row, "text" if "text" in row else "prompt", str)
     tests = tuple(_unix_lines(test) for test in _items(row, "test_list", str))
-    imports = _items(row, "test_imports", str) if "test_imports" in row else [_field(row, "test_setup_code", str)]
+    sanitized = "test_imports" in row and "test_setup_code" not in row
+    setup = _items(row, "test_imports", str) if sanitized else [_field(row, "test_setup_code", str)]
     fields: Row = {
         "task_id": f"mbpp/{_field(row, 'task_id', int)}",
         "prompt": "\n".join((_unix_lines(text), *tests)),
         "solution": _unix_lines(_field(row, "code", str)),
         "tests": tests,
-        "setup": _unix_lines("\n".join(imports)),
+        "setup": _unix_lines("\n".join(setup)),
     }
     return [_record(fields)]
 
@@ -112,8 +112,7 @@ def humaneval_records(row: Row) -> list[Record]:
 def codecontests_records(row: Row) -> list[Record]:
     """Read a problem of CodeContests: a record for each solution in Python 3, right or wrong. There may be none.
 
-    Raises `Rejected` for a field that is missing, null or of another type, for lists that belong
-    together but differ in length, and for an empty solution.
+    Raises `Rejected` as `mbpp_records` does, and for lists that belong together but differ in length.
     """
     task: Row = {
         "task_id": _field(row, "name", str),
@@ -165,25 +164,26 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
     counts = Counter(task for records in splits for task in {record.task_id for record in records})
     shared = sorted(task for task, count in counts.items() if count > 1)
     if shared:
-        remedy = "Keep all solutions of a task in one: results would measure what was learnt by heart."
-        raise InputError(f"{path}: {len(shared)} tasks stand in several splits, such as '{shared[0]}'. {remedy}")
+        raise InputError(f"{path}: {len(shared)} tasks are in several splits, e.g. '{shared[0]}'. Keep each in one.")
     if not splits.train:
-        found = f"validation: {len(splits.validation)}, test: {len(splits.test)}, rejected: {len(rejections)}"
-        raise InputError(f"{path}: no records to train on ({found}). Give more tasks, or a folder with a train file.")
+        raise InputError(f"{path}: no records to train on ({len(rejections)} rejected). Add some, or give a folder.")
     return splits, rejections
 
 
-def _decode(text: str) -> object:
-    """Parse JSON, leaving a `Rejected` wherever a value or an object is faulty."""
-    if text.startswith("\ufeff"):
-        raise Rejected("byte order mark", "save the file as UTF-8 without it")
+def _decode(text: str | bytes) -> object:
+    """Parse JSON, leaving a `Rejected` for the whole, a value or an object that is faulty."""
     try:
+        text = text if isinstance(text, str) else text.decode()
+        if text.startswith("\ufeff"):
+            return Rejected("byte order mark", "save the file as UTF-8 without it")
         return _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        return Rejected("not UTF-8", f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}")
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if "\n" in text else ""
-        raise Rejected("not valid JSON", f"{error.msg} at {line}column {error.colno}") from error
-    except RecursionError as error:
-        raise Rejected("nested too deep") from error
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        return Rejected("not valid JSON", f"{error.msg} at {line}column {error.colno}")
+    except RecursionError:
+        return Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
 
 
 def _integer(token: str) -> int | Rejected:
@@ -298,29 +298,20 @@ def _values(path: Path) -> Iterator[tuple[int, object]]:
             if path.name.endswith(ARRAYS):
                 yield from enumerate(_array(path, stream.read()), 1)
             else:
-                yield from ((number, _line(line)) for number, line in enumerate(stream, 1) if line.strip())
+                yield from (
+                    (number, _decode(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, 1) if line.strip()
+                )
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _line(line: bytes) -> object:
-    try:
-        return _decode(line.rstrip(b"\r\n").decode())
-    except UnicodeDecodeError as error:
-        return Rejected("not UTF-8", f"byte 0x{line[error.start]:02x} at position {error.start + 1}")
-    except Rejected as fault:
-        return fault
-
-
 def _array(path: Path, content: bytes) -> list[object]:
     """Decode a JSON array. A fault of its syntax loses all the rows that follow, so it cannot be skipped."""
-    try:
-        return _typed(_decode(content.decode()), list, "the whole")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}. Save it as UTF-8.") from error
-    except Rejected as fault:
-        raise InputError(f"{path}: {fault}. Expected an array; one object per line needs the name .jsonl.") from fault
+    rows = _decode(content)
+    if isinstance(rows, list):
+        return rows
+    found = rows if isinstance(rows, Rejected) else f"found {type(rows).__name__}"
+    raise InputError(f"{path}: {found}. Expected an array; a file with one object per line needs the name .jsonl.")
 
 
 def _judge(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:
@@ -329,8 +320,7 @@ def _judge(rejections: list[Rejection], on_error: OnError, max_errors: int) -> N
     if on_error == "stop" and rejections:
         shown = "\n  ".join(map(str, rejections[:MAX_SHOWN]))
         rest = f"\n  and {number - MAX_SHOWN} more" if number > MAX_SHOWN else ""
-        remedy = "Correct them, or leave them out with data.on_error=skip."
-        raise InputError(f"faulty rows: {number}\n  {shown}{rest}\n{remedy}")
+        raise InputError(f"faulty rows: {number}\n  {shown}{rest}\nCorrect them, or skip them: data.on_error=skip.")
     if number > max_errors:
         counts = Counter(rejection.reason for rejection in rejections).most_common()
         reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)

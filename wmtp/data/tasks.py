@@ -21,7 +21,7 @@ from wmtp.data.task_steps import (
 )  # fmt: skip
 from wmtp.errors import InputError
 
-SPLITS = {"train": range(0, 80), "validation": range(80, 90), "test": range(90, 100)}
+SPLITS = {"train": range(0, 70), "validation": range(70, 85), "test": range(85, 100)}
 NUM_TESTS = 5
 STEP_LIMIT = 2_000
 WORDS = ("sun", "letters", "Rain", "note", "trees", "A", "lists", "union", "stars", "Olive", "in", "rust")
@@ -278,7 +278,10 @@ def generate(split: str, size: int, difficulties: dict[int, float], noise: float
             if pair:
                 break
         else:
-            raise InputError(f"data: no more different {split} tasks of difficulty {difficulty}; {number} of {size} made")
+            raise InputError(
+                f"data: only {number} of {size} {split} tasks can differ; ask for fewer (data.num_{split}) "
+                f"or for fewer of difficulty {difficulty} (data.difficulties)"
+            )
         if split != "train":
             seen.add(task.signature)
         records += pair

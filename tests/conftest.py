@@ -1,0 +1,109 @@
+"""What the tests share: the command in this process, a tiny model and a tiny data set."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from wmtp.command import forced
+from wmtp.config import CONFIG_FOLDER
+from wmtp.data.dataset import Dataset, TaskSource
+from wmtp.data.tokenization import Tokenizer, task_tokenizer
+from wmtp.models.mtp import MtpModel
+
+TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2"]
+"""Overrides that make a training take a second."""
+
+
+@dataclass
+class Outcome:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+Invoke = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token cache for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def invoke(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Invoke:
+    """Runs `python -m wmtp.train …` in this process, in an empty folder, without MLflow unless asked for."""
+    from wmtp import train
+    from wmtp.command import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides: str, tiny: bool = True) -> Outcome:
+        arguments = ["tracking=none", f"cache_dir={cache}", *(TINY if tiny else []), *overrides]
+        monkeypatch.setattr(sys, "argv", ["wmtp.train", *arguments])
+        GlobalHydra.instance().clear()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main("train", train.train)
+        captured = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """`python -m wmtp.train …` as a process of its own, in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "wmtp.train", *overrides],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer(cache: Path) -> Tokenizer:
+    """The tokenizer of the embedded tasks."""
+    return task_tokenizer(cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
+    """Forty training and eight validation samples of the embedded tasks."""
+    source = TaskSource(
+        tokenizer=tokenizer, num_train=40, num_validation=8, num_test=8, difficulties={1: 1, 2: 1}, correct_ratio=1.0
+    )
+    return Dataset(source, cache, seed=0)
+
+
+def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpModel:
+    """A model of 0.2 million parameters."""
+    torch.manual_seed(seed)
+    return MtpModel(
+        512, dim=64, num_layers=2, num_heads=num_heads, num_attention_heads=4, num_kv_heads=2, hidden_dim=128,
+        dropout=dropout,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def compose() -> Callable[..., DictConfig]:
+    """Composes train.yaml with overrides."""
+
+    def composed(*overrides: str) -> DictConfig:
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            return hydra.compose("train", [forced(override) for override in overrides])
+
+    return composed
