@@ -16,7 +16,7 @@ SECONDS = 5
 
 def passes(sample: dict[str, Any]) -> bool:
     """Whether a completion, followed by its tests, ends without an error in time."""
-    program = "\n".join([sample["setup"], sample["completion"], *sample["tests"]])
+    program = "\n".join([sample["completion"], sample["setup"], *sample["tests"]])
     try:
         done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

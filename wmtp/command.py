@@ -35,7 +35,8 @@ def main(config_name: str, job: Job) -> None:
     codes: list[int] = []
     try:
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
-            overrides = [forced(override) for override in arguments]
+            sweep = [a for a in arguments if a in ("-m", "--multirun")]  # its parser wants this before the overrides
+            overrides = sweep + [forced(a) for a in arguments if a not in sweep]
         else:
             overrides, config = checked_overrides(config_name, arguments)
             if config.dry_run:

@@ -60,12 +60,12 @@ class Parameter:
     required: bool
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """A hint towards the nearest of the known words, or the list of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if near:
-        return f"did you mean {near[0]}?"
+        return f"did you mean {prefix}{near[0]}?"
     return f"known here: {', '.join(known)}" if known else "nothing can be set here"
 
 
@@ -158,7 +158,7 @@ def node_faults(node: DictConfig, key: str, also: dict[str, Parameter] | None = 
     for name in raw:
         if name in HYDRA_KEYS or name in parameters:
             continue
-        yield Fault(f"{prefix}{name}", str(raw[name]), f"unknown key; {did_you_mean(name, parameters)}")
+        yield Fault(f"{prefix}{name}", str(raw[name]), f"unknown key; {did_you_mean(name, parameters, prefix)}")
     for name, parameter in parameters.items():
         path = f"{prefix}{name}"
         if name not in node or OmegaConf.is_missing(node, name):

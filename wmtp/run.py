@@ -29,6 +29,8 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
     if config.resume is not None:
         checkpoint = trainer.checkpoints.latest()
         trainer.restore(load(checkpoint))
+        if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later mark
+            trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
         console.print(f"resuming from {checkpoint}", soft_wrap=True, highlight=False)
     plan, position = trainer.plan, trainer.position
     console.print(f"{described(trainer)}\nThe run lies in {folder}", soft_wrap=True, highlight=False)

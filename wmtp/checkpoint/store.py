@@ -50,7 +50,7 @@ class CheckpointStore:
         files = {
             path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(staged.iterdir())
         }
-        write_synced(staged / "manifest.json", encode_json({"format": FORMAT, "step": step, "files": files}))
+        write_synced(staged / "manifest.json", _sealed({"format": FORMAT, "step": step, "files": files}))
         sync_folder(staged)
         if final.exists():
             shutil.rmtree(final)
@@ -102,11 +102,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest with a hash of its own."""
+    return encode_json(manifest | {"sha256": hashlib.sha256(encode_json(manifest)).hexdigest()})
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, found before anything parses them; None if nothing is."""
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-        for name, entry in files.items():
+        written = (path / "manifest.json").read_bytes()
+        manifest = json.loads(written)
+        del manifest["sha256"]
+        if _sealed(manifest) != written:
+            return "manifest.json does not have the content that was written"
+        for name, entry in manifest["files"].items():
             if _sha256(path / name) != entry["sha256"]:
                 return f"{name} does not have the content that was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

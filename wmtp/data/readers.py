@@ -1,7 +1,6 @@
 """Readers: files of plain JSONL, MBPP, HumanEval and CodeContests become records; what is faulty is named by its place.
 
-A fault found while decoding stands in the decoded value as a `Rejected` until the row is verified.
-So one bad number in a JSON array costs its own row, not the file.
+A fault met while decoding stands in the value as a `Rejected`: a bad number in an array costs its own row only.
 """
 
 import gzip
@@ -143,8 +142,7 @@ SHAPES: dict[str, Callable[[Row], list[Record]]] = {
 def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[list[Record], list[Rejection]]:
     """Read the records of one file: an object per line, or in `.json` an array of objects; `.gz` is unpacked.
 
-    Raises `InputError` for a file that cannot be read; with `stop` for any faulty row, listing all;
-    with `skip` for more than `max_errors` of them.
+    Raises `InputError` for an unreadable file, with `stop` for any faulty row, with `skip` for over `max_errors`.
     """
     records, rejections = _collect(path, shape)
     _judge(rejections, on_error, max_errors)

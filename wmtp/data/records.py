@@ -22,7 +22,7 @@ class Record(BaseModel):
     `prompt` and `solution` are tokenised separately, so their boundary is exact. `decisive` and
     `noise` are spans of the solution's characters known to matter or to be unpredictable: ground
     truth by which weightings are judged. They are empty where nobody knows. A test is an assertion,
-    or for whole programs an input and the output it must give; `setup` is code that runs before.
+    or for whole programs an input and the output it must give; `setup` is code that runs between the solution and its tests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

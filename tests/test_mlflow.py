@@ -1,0 +1,306 @@
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_metric_name
+
+from wmtp.errors import PendingError
+from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
+from wmtp.tracking.mlflow import Lines, MlflowTracker, absolute_uri, batches, clean_name, metric_values
+
+Metrics = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs and the one store of these tests lie; a path as people have them."""
+    return tmp_path_factory.mktemp("my runs 50%") / "outputs"
+
+
+@pytest.fixture(scope="module")
+def client(outputs: Path) -> MlflowClient:
+    """Reads the store back, once a first run has made it."""
+    track(outputs / "first", [])
+    return MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that takes connections and never answers; one request to it lasts a second."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def write(folder: Path, steps: list[Metrics], first_step: int = 1, resume_step: int | None = None) -> None:
+    """Lines of metrics.jsonl, as a run writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = MetricsFile(folder, resume_step)
+    for step, metrics in enumerate(steps, first_step):
+        file.log(step, 0, metrics)
+    file.close("RUNNING")
+
+
+def start(folder: Path, parameters: dict[str, object] | None = None, **settings: Any) -> MlflowTracker:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"poll_seconds": 0.05} | settings
+    return MlflowTracker(folder, f"run {folder.name}", parameters or {}, {"note": "a tag"}, **settings)
+
+
+def track(folder: Path, steps: list[Metrics], parameters: dict[str, object] | None = None) -> str:
+    """A whole run; returns its id in MLflow."""
+    tracker = start(folder, parameters)
+    write(folder, steps)
+    tracker.close("FINISHED")
+    return receipt(folder)["run_id"]
+
+
+def receipt(folder: Path) -> Any:
+    return json.loads((folder / "mlflow.json").read_text())
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def finished(client: MlflowClient, run: Run) -> bool:
+    return bool(client.get_run(run.info.run_id).info.status == "FINISHED")
+
+
+def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "2026-01-01" / "whole"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0")
+    (folder / "summary.json").write_text("{}")
+    parameters = {"algo.beta": 0.5, "long": "x" * 7000, "none": None} | {f"p{i}": i for i in range(250)}
+
+    run_id = track(folder, [{"train/loss": 2.0, "train/lr": 0.1}, {"train/loss": 1.5, "head[1]": 3.0}], parameters)
+
+    run = client.get_run(run_id)
+    assert (run.info.run_name, run.info.status) == ("run whole", "FINISHED")
+    assert run.data.params == {name: str(value)[:6000] for name, value in parameters.items()}
+    assert run.data.tags["note"] == "a tag" and run.data.tags["wmtp.folder"] == str(folder)
+    assert history(client, run_id, "train/loss") == [(1, 2.0), (2, 1.5)]
+    assert run.data.metrics == {"train/loss": 1.5, "train/lr": 0.1, "head_1_": 3.0}
+    written = [json.loads(line)["time"] for line in (folder / FILE_NAME).read_text().splitlines()]
+    sent = [metric.timestamp for metric in client.get_metric_history(run_id, "train/loss")]
+    assert sent == [int(moment * 1000) for moment in written]
+    assert receipt(folder) == {"run_id": run_id, "uri": f"sqlite:///{outputs}/mlflow.db", "sent_lines": 2}
+    assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"config.yaml", "summary.json"}
+    assert (outputs / "mlartifacts" / run_id / "artifacts" / "config.yaml").read_text() == "seed: 0"
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
+def test_the_final_status(client: MlflowClient, outputs: Path, state: str) -> None:
+    tracker = start(outputs / state)
+    tracker.close(state)
+    assert client.get_run(receipt(outputs / state)["run_id"]).info.status == state
+
+
+def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "live"
+    write(folder, [{"train/loss": 2.0}])
+    tracker = start(folder)
+    deadline = time.monotonic() + 30
+    while not (folder / "mlflow.json").exists() or receipt(folder)["sent_lines"] < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run = client.get_run(receipt(folder)["run_id"])
+    assert run.info.status == "RUNNING" and run.data.metrics == {"train/loss": 2.0}
+    tracker.close("FINISHED")
+    assert finished(client, run)
+
+
+def test_values_that_are_not_finite_are_counted(client: MlflowClient, outputs: Path) -> None:
+    run_id = track(outputs / "nan", [{"a": 1.0}, {"a": float("nan"), "b": float("inf"), "c": 2.0}])
+    assert client.get_run(run_id).data.metrics == {"a": 1.0, "c": 2.0, "nonfinite": 2.0}
+    assert history(client, run_id, "nonfinite") == [(2, 2.0)]
+
+
+def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) -> None:
+    folder, steps = outputs / "resumed", [{"loss": float(i)} for i in range(1, 7)]
+    run_id = track(folder, steps[:4], {"lr": 0.1, "same": 1})
+
+    write(folder, [], resume_step=2)  # the checkpoint was at step 2, so steps 3 and 4 are written again
+    tracker = start(folder, {"lr": 0.2, "same": 1, "new": True})
+    time.sleep(1)
+    write(folder, steps[2:], first_step=3)
+    tracker.close("FINISHED")
+
+    assert receipt(folder)["run_id"] == run_id and receipt(folder)["sent_lines"] == 6
+    assert history(client, run_id, "loss") == [(i, float(i)) for i in range(1, 7)]
+    run = client.get_run(run_id)
+    assert run.data.params == {"lr": "0.1", "same": "1", "new": "True"}
+    assert run.data.tags["resumed.lr"] == "0.2" and "resumed.same" not in run.data.tags
+    assert run.info.status == "FINISHED"
+
+    track(folder, [], {"lr": 0.1})
+    assert client.get_run(run_id).data.tags["resumed.lr"] == "0.1"
+
+
+def test_a_run_that_was_deleted_is_made_again(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "deleted"
+    first = track(folder, [{"loss": 1.0}])
+    client.delete_run(first)
+    second = track(folder, [{"loss": 2.0}])
+    assert second != first and client.get_run(second).data.metrics == {"loss": 2.0}
+    assert [value for _, value in history(client, second, "loss")] == [1.0, 2.0]
+
+
+def test_failing_calls_are_tried_again(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_batch, failures = MlflowClient.log_batch, iter(range(3))
+
+    def flaky(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        if next(failures, None) is not None:
+            raise MlflowException("out of order")
+        return log_batch(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    run_id = track(outputs / "flaky", [{"loss": 1.0}, {"loss": 2.0}], {"lr": 0.1})
+    assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(run_id).data.params == {"lr": "0.1"}
+    assert [record.levelname for record in caplog.records if "out of order" in record.message][0] == "WARNING"
+
+
+def test_a_failing_artifact_store_leaves_status_and_metrics_right(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError("no credentials")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", broken)
+    folder = outputs / "artifacts"
+    write(folder, [{"loss": 1.0}])
+    (folder / "train.log").touch()
+    tracker = start(folder, close_seconds=2)
+    time.sleep(2)
+    with pytest.raises(PendingError, match=r"0 of 1 lines.*no credentials"):
+        tracker.close("FAILED")
+    run = client.get_run(receipt(folder)["run_id"])
+    assert run.info.status == "FAILED" and run.data.metrics == {"loss": 1.0}
+
+
+def test_training_never_waits(silent_server: str, tmp_path: Path) -> None:
+    """The control is the direct call, which waits for the server."""
+    started = time.perf_counter()
+    with pytest.raises(MlflowException):
+        MlflowClient(tracking_uri=silent_server).log_metric("0" * 32, "loss", 1.0)
+    assert time.perf_counter() - started > 0.9
+
+    constructions, trackers = [], []
+    for i in range(3):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        started = time.perf_counter()
+        trackers.append(start(folder, uri=silent_server, close_seconds=0.1))
+        constructions.append(time.perf_counter() - started)
+    calls = []
+    for step in range(200):
+        started = time.perf_counter()
+        trackers[0].log(step, 0, {"loss": 1.0})
+        calls.append(time.perf_counter() - started)
+        time.sleep(0.005)  # while the threads wait for the server
+    assert statistics.median(constructions) < 0.05 and statistics.median(calls) < 0.05
+    for tracker in trackers:
+        with pytest.raises(PendingError):
+            tracker.close("FINISHED")
+
+
+def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
+    write(tmp_path, [{"loss": float(i)} for i in range(20)])
+    before = (tmp_path / FILE_NAME).read_bytes()
+    tracker = start(tmp_path, uri="http://127.0.0.1:9", close_seconds=3)
+    started = time.monotonic()
+    with pytest.raises(PendingError, match="20 of 20 lines") as pending:
+        tracker.close("FINISHED")
+    assert 2.9 < time.monotonic() - started < 15
+    assert str(tmp_path / FILE_NAME) in str(pending.value) and "refused" in str(pending.value)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+    tracker._thread.join(10)
+    assert not tracker._thread.is_alive(), "the thread goes on after it was given up"
+
+
+def test_a_broken_receipt_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.json").write_text("{")
+    with pytest.raises(PendingError, match="JSONDecodeError"):
+        start(tmp_path, uri="http://127.0.0.1:9").close("FINISHED")
+
+
+def test_importing_and_constructing_leave_mlflow_to_the_thread(tmp_path: Path) -> None:
+    program = "import sys, wmtp.tracking.mlflow; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@given(st.text(max_size=300) | st.text("./ _a[]=@:é\n", max_size=300))
+def test_clean_names_are_taken_by_mlflow(name: str) -> None:
+    cleaned = clean_name(name)
+    _validate_metric_name(cleaned)
+    assert 0 < len(cleaned) <= 250
+    assert clean_name(cleaned) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("name", "cleaned"),
+    [
+        ("train/head_1_loss", "train/head_1_loss"),
+        ("a[0]=b@c", "a_0__b_c"),
+        ("../up", "_/up"),
+        ("..a", "_a"),
+        ("/a//b/./c/", "a/b/_/c"),
+        ("", "_"),
+    ],
+)
+def test_clean_names(name: str, cleaned: str) -> None:
+    assert clean_name(name) == cleaned
+
+
+def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    lines = Lines(path)
+    assert lines.read() == []
+    path.write_bytes(b"a\nb")
+    assert lines.read() == [b"a\n"]
+    assert lines.read() == []
+    with path.open("ab") as file:
+        file.write(b"c\nd\n")
+    assert lines.read() == [b"bc\n", b"d\n"] and lines.count == 3
+
+
+@given(st.lists(st.integers(0, 600), max_size=12))
+def test_batches_hold_whole_lines(sizes: list[int]) -> None:
+    lines = [
+        json.dumps({"step": step, "epoch": 0, "time": 1.5} | {f"m{i}": i for i in range(size)}).encode()
+        for step, size in enumerate(sizes)
+    ]
+    cut = list(batches(lines))
+    assert sum(count for count, _ in cut) == len(lines)
+    assert all(len(values) <= 500 or count == 1 for count, values in cut)
+    assert [value for _, values in cut for value in values] == [
+        value for line in lines for value in metric_values(json.loads(line))
+    ]
+
+
+def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert absolute_uri(None, Path("/x/outputs/day/outputs/run")) == "sqlite:////x/outputs/day/outputs/mlflow.db"
+    assert absolute_uri(None, Path("/x/sweep/run")) == "sqlite:////x/sweep/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///my.db", Path("/x")) == f"sqlite:///{os.getcwd()}/my.db"
+    assert absolute_uri("https://host", Path("/x")) == "https://host"
+    assert threading.active_count() >= 1
