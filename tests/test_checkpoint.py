@@ -13,6 +13,8 @@ from wmtp.checkpoint.store import CheckpointStore, damage, load
 from wmtp.errors import InputError
 from wmtp.optimization import parameter_groups
 
+PCG64 = np.random.default_rng(0).bit_generator.state["state"]
+
 
 def snapshot(value: float, **state: Any) -> Snapshot:
     return Snapshot({"w": torch.full((100,), value)}, {"w:exp_avg": torch.ones(100)}, {"value": value, **state})
@@ -68,7 +70,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, capl
         store.latest()
 
 
-@pytest.mark.parametrize("phase", ["_save_tensors", "write_synced", "sync_folder", "os.rename"])
+@pytest.mark.parametrize("phase", ["_save_tensors", "write_synced", "sync_folder", "Path.rename"])
 def test_a_save_that_breaks_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
     store = CheckpointStore(tmp_path)
     first = store.save(1, snapshot(1))
@@ -85,7 +87,7 @@ def test_a_save_that_breaks_leaves_the_one_before(tmp_path: Path, monkeypatch: p
     assert not list(store.folder.glob(".staging*")), "the next save clears what was left over"
 
 
-@pytest.mark.parametrize("bad", [deque([1]), Path("x"), np.zeros(2), np.random.default_rng(0).bit_generator.state["state"]])
+@pytest.mark.parametrize("bad", [deque([1]), Path("x"), np.zeros(2), PCG64])
 def test_state_that_json_cannot_hold_is_an_error_when_saved(tmp_path: Path, bad: object) -> None:
     state = {"bad": bad}
     if isinstance(bad, dict):  # plain integers: fine, and equal when loaded

@@ -76,8 +76,15 @@ def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
     (folder,) = Path("outputs").glob("*-*/*-????")
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".hydra", "checkpoints", "config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "summary.json", "train.log",
-    }  # fmt: skip
+        ".hydra",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "status.json",
+        "summary.json",
+        "train.log",
+    }
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"]) == ("FINISHED", 0, 4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -125,7 +132,9 @@ def test_folders_of_the_same_second_differ(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(invoke: Invoke) -> None:
-    outcome = invoke("max_steps=9", "optimizer.lr=1e20", "scheduler=constant", "hydra.run.dir=here", "max_grad_norm=1e9")
+    outcome = invoke(
+        "max_steps=9", "optimizer.lr=1e20", "scheduler=constant", "hydra.run.dir=here", "max_grad_norm=1e9"
+    )
     assert outcome.code == 1
     status = json.loads(Path("here/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("FAILED", 1)
@@ -157,7 +166,13 @@ def test_a_signal_ends_the_update_saves_and_can_be_resumed(
     tmp_path: Path, cache: Path, invoke: Invoke, number: signal.Signals, code: int
 ) -> None:
     process = start_training(
-        tmp_path, "tracking=none", f"cache_dir={cache}", *TINY, "num_epochs=100000", "log_interval=1", "hydra.run.dir=run"
+        tmp_path,
+        "tracking=none",
+        f"cache_dir={cache}",
+        *TINY,
+        "num_epochs=100000",
+        "log_interval=1",
+        "hydra.run.dir=run",
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60

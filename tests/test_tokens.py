@@ -70,7 +70,9 @@ LENGTHS = _Characters()
 
 
 def test_a_changed_input_never_meets_a_stale_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    def cached(records: list[Record] = RECORDS, template: str = "{prompt}\n", max_length: int = 100) -> TokenizedRecords:
+    def cached(
+        records: list[Record] = RECORDS, template: str = "{prompt}\n", max_length: int = 100
+    ) -> TokenizedRecords:
         return cached_tokens(records, tokenizer, template, max_length, "drop", tmp_path)
 
     first = cached()

@@ -42,7 +42,9 @@ class FakeData:
 
     def micro_batches(self, epoch: int, update: int, batch_size: int, micro_batch_size: int) -> list[Batch]:
         stop = min((update + 1) * batch_size, len(self.tokens))
-        return [self.batch(i, min(i + micro_batch_size, stop)) for i in range(update * batch_size, stop, micro_batch_size)]
+        return [
+            self.batch(i, min(i + micro_batch_size, stop)) for i in range(update * batch_size, stop, micro_batch_size)
+        ]
 
     def validation_batches(self, batch_size: int) -> list[Batch]:
         return [self.batch(0, 2)]
@@ -64,35 +66,39 @@ class Recorder:
         return [metrics[name] for _, metrics in self.lines if name in metrics]
 
 
-def trainer_of(folder: Path, data: Any, model: torch.nn.Module, plan: Plan, lr: float = 1e-3, **options: Any) -> Trainer:
+def trainer_of(
+    folder: Path, data: Any, model: torch.nn.Module, plan: Plan, lr: float = 1e-3, **options: Any
+) -> Trainer:
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=lr, weight_decay=0.1)
     scheduler = linear(optimizer, plan.num_updates)
     return Trainer(
-        model, MtpObjective(Uniform()), data, optimizer, scheduler, CheckpointStore(folder), Hardware(device="cpu"), plan,
+        model,
+        MtpObjective(Uniform()),
+        data,
+        optimizer,
+        scheduler,
+        CheckpointStore(folder),
+        Hardware(device="cpu"),
+        plan,
         **options,
-    )  # fmt: skip
+    )
 
 
 def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path: Path) -> None:
     data, model = FakeData(80), tiny_model(num_heads=1)
     llama = as_llama(model)
 
+    exact: list[float] = []
+
     class InOrder(HuggingFaceTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    theirs: list[float] = []
-
-    class KeepLosses(InOrder):
-        def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-            theirs.extend([logs["loss"]] if "loss" in logs else [])
 
         def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
             loss = super().training_step(*arguments, **options)
             exact.append(loss.item())
             return loss
 
-    exact: list[float] = []
     optimizer = torch.optim.AdamW(parameter_groups(llama), lr=1e-3, weight_decay=0.1)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, max_grad_norm=1.0, use_cpu=True,
@@ -100,7 +106,7 @@ def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path:
     )  # fmt: skip
     rows = [{"input_ids": data.tokens[i], "labels": data.labels[i]} for i in range(80)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
-    KeepLosses(model=llama, args=arguments, train_dataset=rows, optimizers=(optimizer, schedule)).train()
+    InOrder(model=llama, args=arguments, train_dataset=rows, optimizers=(optimizer, schedule)).train()
 
     recorder = Recorder([])
     plan = Plan(80, num_epochs=1.0, batch_size=4)
@@ -199,5 +205,5 @@ def test_norms_and_embeddings_do_not_decay() -> None:
     decayed, others = parameter_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}
     assert others["weight_decay"] == 0.0
-    assert all("norm" in names[id(p)] or "embedding" == names[id(p)].split(".")[0] for p in others["params"])
+    assert all("norm" in names[id(p)] or names[id(p)].split(".")[0] == "embedding" for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))

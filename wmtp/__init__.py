@@ -1,0 +1,1 @@
+"""Weighted multi-token prediction."""

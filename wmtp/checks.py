@@ -38,7 +38,7 @@ def config_faults(config: DictConfig) -> list[Fault]:
     for key, node in nodes(config):
         faults += node_faults(node, key)
     unsound = {fault.key.split(".")[0] for fault in faults}
-    return faults + [fault for fault in cross_faults(config, unsound)]
+    return [*faults, *cross_faults(config, unsound)]
 
 
 def require_sound(config: DictConfig) -> None:

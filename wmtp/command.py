@@ -98,7 +98,8 @@ def checked_overrides(config_name: str, arguments: list[str]) -> tuple[list[str]
         key, text = override.key_or_group, override.input_line or ""
         options = [path.stem for path in (CONFIG_FOLDER / key).glob("*.yaml")] if is_group(key) else None
         if options is not None and str(override.value()) not in options:
-            faults.append(Fault(key, str(override.value()), f"no such option; {did_you_mean(str(override.value()), options)}"))
+            choice = str(override.value())
+            faults.append(Fault(key, choice, f"no such option; {did_you_mean(choice, options)}"))
         else:
             overrides[key] = forced(text)
     chosen = list(overrides.values())
@@ -152,7 +153,7 @@ def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None
         try:
             with raised_signals():
                 value = job(config, folder, status)
-        except BaseException as error:  # noqa: BLE001 - whatever ends a run is recorded
+        except BaseException as error:
             code, state = ending(error)
             status.end(state, code, error=str(error) or type(error).__name__)
             log.info("the run ended: %s", state, exc_info=error)
@@ -177,5 +178,3 @@ def ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, PendingError):
         return error.exit_code, "FINISHED"
     return error.exit_code if isinstance(error, WmtpError) else 1, "FAILED"
-
-

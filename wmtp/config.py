@@ -129,13 +129,13 @@ def is_node(value: object) -> bool:
 def holds_nodes(value: object) -> bool:
     """Whether objects are to be built somewhere inside a config value."""
     if isinstance(value, DictConfig):
-        return is_node(value) or any(holds_nodes(value.get(key)) for key in value if not OmegaConf.is_missing(value, key))
+        return is_node(value) or any(holds_nodes(value.get(k)) for k in value if not OmegaConf.is_missing(value, k))
     return isinstance(value, ListConfig) and any(holds_nodes(item) for item in value)
 
 
 def nodes(config: DictConfig, key: str = "") -> Iterator[tuple[str, DictConfig]]:
     """Every node with a `_target_` below `config`, with its dotted key."""
-    for name in config:
+    for name in typing.cast(list[str], list(config)):  # a key may be a number, as in {1: 0.2}
         if OmegaConf.is_missing(config, name) or OmegaConf.is_interpolation(config, name):
             continue
         value, path = config[name], f"{key}.{name}" if key else str(name)
@@ -193,7 +193,7 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
         if name not in node:
             continue
         if holds_nodes(node[name]):
-            values[name] = build(node[name], **available)
+            values[name] = build(node[name], None, **available)
         else:
             plain = OmegaConf.to_container(node[name], resolve=True) if OmegaConf.is_config(node[name]) else node[name]
             values[name] = validated(parameter.annotation, plain)

@@ -1,6 +1,5 @@
 """Cross-entropy of every head at every position that has a target."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -15,7 +15,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for p in model.parameters() if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -36,9 +36,7 @@ def constant(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.
     return LambdaLR(optimizer, lambda step: warmed_up(step, num_updates, warmup_ratio) or 1.0)
 
 
-def linear(
-    optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0
-) -> LambdaLR:
+def linear(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
     """A straight line from the full learning rate down to `final_ratio` of it."""
 
     def factor(step: int) -> float:
@@ -48,9 +46,7 @@ def linear(
     return LambdaLR(optimizer, factor)
 
 
-def cosine(
-    optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0
-) -> LambdaLR:
+def cosine(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
     """Half a cosine from the full learning rate down to `final_ratio` of it."""
 
     def factor(step: int) -> float:
@@ -59,5 +55,3 @@ def cosine(
         return warmed_up(step, num_updates, warmup_ratio) or final_ratio + (1 - final_ratio) * shape
 
     return LambdaLR(optimizer, factor)
-
-

@@ -1,6 +1,5 @@
 """Which token each head predicts at each position, and how much each prediction counts."""
 
-import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -14,6 +13,7 @@ def spread(
 
     Labels and token weights travel through this same function. Past the end stands `fill`.
 
+    >>> import torch
     >>> spread(torch.tensor([[5, 6, 7]]), num_heads=2, fill=-100).tolist()
     [[[6, 7, -100]], [[7, -100, -100]]]
     """

@@ -49,7 +49,10 @@ def train(config: DictConfig, folder: Path, status: RunStatus) -> float | None:
 
     require_sound(config)
     trainer = compose_trainer(config, folder)
-    return rehearse(config, trainer) if config.dry_run else run(config, trainer, folder, status)
+    if config.dry_run:
+        rehearse(config, trainer)
+        return None
+    return run(config, trainer, folder, status)
 
 
 if __name__ == "__main__":

@@ -94,25 +94,29 @@ class Trainer:
                 if signals.received and not last:
                     raise InterruptedRun(signals.received, f"interrupted after update {self.position.step}")
         return Result(
-            self.position.step, self.position.tokens, self.last_validation.get("val/loss"), self.best_loss, self.best_step
+            self.position.step,
+            self.position.tokens,
+            self.last_validation.get("val/loss"),
+            self.best_loss,
+            self.best_step,
         )
 
     def train_update(self) -> dict[str, float]:
         """Make one update: every micro-batch's gradient, then one step of the optimizer."""
         started = time.perf_counter()
         batches = [batch.to(self.hardware.device) for batch in self._next_micro_batches()]
-        denominator = sum(self.objective.denominator(self.model, batch) for batch in batches)
+        denominator = torch.stack([self.objective.denominator(self.model, batch) for batch in batches]).sum()
         sums = Sums()
         self.model.train()
         for batch in batches:
             with self.hardware.autocast():
                 loss, batch_sums = self.objective.loss(self.model, batch)
-            (loss / denominator).backward()
+            torch.autograd.backward(loss / denominator)
             sums.add(batch_sums)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         values = self.objective.metrics(sums)
         self._require_finite(values["loss"], norm.item(), batches)
-        values |= {"grad_norm": norm.item(), "lr": self.scheduler.get_last_lr()[0]}
+        values |= {"grad_norm": norm.item(), "lr": float(self.scheduler.get_last_lr()[0])}
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,7 +179,9 @@ class Trainer:
             if self.identity().get(name) != old
         ]
         if changed:
-            raise InputError("\n".join(["The run cannot be resumed, for what must stay the same has changed:", *changed]))
+            raise InputError(
+                "\n".join(["The run cannot be resumed, for what must stay the same has changed:", *changed])
+            )
         self.position = Position(**state["position"])
         load_model(self.model, snapshot.model)
         restore_optimizer(self.model, self.optimizer, snapshot.optimizer, state["optimizer"])

@@ -54,7 +54,7 @@ class CheckpointStore:
         sync_folder(staged)
         if final.exists():
             shutil.rmtree(final)
-        os.rename(staged, final)
+        staged.rename(final)
         sync_folder(self.folder)
         self._note("latest", {"folder": final.name, "step": step})
         self._prune()

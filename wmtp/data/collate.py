@@ -24,8 +24,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels))
-        return Batch(*moved, self.record_ids, self.num_tokens)
+        tokens, labels = self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+        return Batch(tokens, labels, self.record_ids, self.num_tokens)
 
 
 def collate(samples: TokenizedRecords, indices: list[int], record_ids: list[str], padding: int) -> Batch:

@@ -89,7 +89,9 @@ class FileSource(DataSource):
 class TokenizedSplit:
     """The chosen records of one split, as tokens."""
 
-    def __init__(self, name: str, records: list[Record], source: DataSource, n_samples: int | None, cache: Path) -> None:
+    def __init__(
+        self, name: str, records: list[Record], source: DataSource, n_samples: int | None, cache: Path
+    ) -> None:
         self.records = select(records, source.sampling(n_samples)) if records else []
         self.record_ids = [f"{record.task_id}#{i}" for i, record in enumerate(self.records)]
         self.samples: TokenizedRecords = cached_tokens(
@@ -134,7 +136,9 @@ class Dataset:
 
     def validation_batches(self, batch_size: int) -> list[Batch]:
         """Every validation sample once."""
-        return [self._batch(self.validation, chosen) for chosen in by_length(self.validation.samples.lengths, batch_size)]
+        return [
+            self._batch(self.validation, chosen) for chosen in by_length(self.validation.samples.lengths, batch_size)
+        ]
 
     def _batch(self, split: TokenizedSplit, chosen: list[int]) -> Batch:
         return collate(split.samples, chosen, split.record_ids, self.tokenizer.padding)

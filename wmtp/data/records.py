@@ -1,10 +1,11 @@
 """The record: one solution, right or wrong, to one programming task."""
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Span = Annotated[tuple[int, int], Field(description="characters [start, end) of the solution")]
+Span = tuple[int, int]
+"""Characters [start, end) of a solution."""
 
 
 class StdioTest(BaseModel):
@@ -22,7 +23,8 @@ class Record(BaseModel):
     `prompt` and `solution` are tokenised separately, so their boundary is exact. `decisive` and
     `noise` are spans of the solution's characters known to matter or to be unpredictable: ground
     truth by which weightings are judged. They are empty where nobody knows. A test is an assertion,
-    or for whole programs an input and the output it must give; `setup` is code that runs between the solution and its tests.
+    or for whole programs an input and the output it must give; `setup` is code that runs after the
+    solution and before its tests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -45,7 +45,9 @@ def bin_of(record: Record, bins: DifficultyBins) -> str | None:
 
 def shares_of(sampling: Sampling) -> dict[tuple[str | None, bool | None], float]:
     """The wished share of each cell (difficulty bin, is correct); they sum to 1."""
-    bins: dict[str | None, float] = dict(sampling.difficulty_bins or {None: 1.0})
+    bins: dict[str | None, float] = {None: 1.0}
+    if sampling.difficulty_bins:
+        bins = {name: weight for name, weight in sampling.difficulty_bins.items()}  # noqa: C416 - widens the key's type
     total = sum(bins.values())
     if total <= 0:
         raise InputError("data.difficulty_bins: at least one weight must be above 0")

@@ -15,13 +15,23 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from wmtp.data.records import Record, Splits
+from wmtp.data.records import Record
 from wmtp.data.task_steps import (
-    CLOSINGS, CONFUSIONS, CONNECTORS, FUNCTIONS, INTEGER, NAMES, NUMBERS, OPENINGS, STEPS, TEXT, Step,
+    CLOSINGS,
+    CONFUSIONS,
+    CONNECTORS,
+    FUNCTIONS,
+    INTEGER,
+    NAMES,
+    NUMBERS,
+    OPENINGS,
+    STEPS,
+    TEXT,
+    Step,
 )  # fmt: skip
 from wmtp.errors import InputError
 
-SPLITS = {"train": range(0, 70), "validation": range(70, 85), "test": range(85, 100)}
+SPLITS = {"train": range(70), "validation": range(70, 85), "test": range(85, 100)}
 NUM_TESTS = 5
 STEP_LIMIT = 2_000
 WORDS = ("sun", "letters", "Rain", "note", "trees", "A", "lists", "union", "stars", "Olive", "in", "rust")

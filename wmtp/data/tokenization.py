@@ -1,6 +1,7 @@
 """Tokenizers: the small byte-level BPE of the embedded tasks, or one from a tokenizer.json."""
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from wmtp.annotations import ExistingPath
 from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
+from wmtp.errors import InputError
 from wmtp.runtime.files import replace_atomically
 
 PADDING, END = "<pad>", "<end>"
@@ -26,9 +28,7 @@ class Tokenizer:
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
         self.backend = backend
         self.vocab_size: int = backend.get_vocab_size()
-        self.end, self.padding = backend.token_to_id(end), backend.token_to_id(padding)
-        if self.end is None or self.padding is None:
-            raise ValueError(f"the tokenizer lacks the special token {end} or {padding}")
+        self.end, self.padding = special_id(backend, end), special_id(backend, padding)
         self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -39,6 +39,18 @@ class Tokenizer:
         """The text of some ids; special tokens are left out."""
         text: str = self.backend.decode(tokens, skip_special_tokens=True)
         return text
+
+
+def special_id(backend: BackendTokenizer, token: str) -> int:
+    """The id of a special token.
+
+    Raises:
+        InputError: the tokenizer has none of that name.
+    """
+    found = backend.token_to_id(token)
+    if found is None:
+        raise InputError(f"data.tokenizer: there is no special token {token}; name those it has as end and padding")
+    return int(found)
 
 
 def train_byte_pairs(records: list[Record], vocab_size: int) -> BackendTokenizer:
@@ -56,7 +68,7 @@ def train_byte_pairs(records: list[Record], vocab_size: int) -> BackendTokenizer
 
 def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)] = 512) -> Tokenizer:
     """The tokenizer of the embedded tasks: always the same for one `vocab_size`, kept on disk."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (tasks, task_steps))
+    sources = "".join(inspect.getsource(module) for module in (tasks, task_steps)).encode()
     key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
     path = cache_dir / f"tokenizer-{key[:16]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from wmtp.data.records import Record
@@ -93,9 +94,10 @@ def cached_tokens(
     if path.exists():
         try:
             arrays = load_file(path)
-        except Exception as error:
+        except SafetensorError as error:
             raise InputError(f"{path}: the token cache cannot be read ({error}); delete this file") from error
-        return TokenizedRecords(**arrays | {"num_long": int(arrays["num_long"][0])})
+        num_long = int(arrays.pop("num_long")[0])
+        return TokenizedRecords(**arrays, num_long=num_long)
     result = tokenize(records, tokenizer, template, max_length, long_samples)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(f".{os.getpid()}.tmp")

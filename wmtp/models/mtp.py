@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wmtp.annotations import Positive, PositiveFloat
 from wmtp.models.transformer import Block, KeyValueCache, rotation
 
+
 class MtpModel(nn.Module):
     """A decoder whose head k = 1 … H predicts, at position t, the token at t + k."""
 
@@ -79,7 +80,8 @@ class MtpModel(nn.Module):
         x = self.embedding(tokens)
         for block in self.trunk:
             x = block(x, turn, positions)
-        return self.norm(torch.stack([head(x, turn, positions) for head in self.heads]))
+        states: Tensor = self.norm(torch.stack([head(x, turn, positions) for head in self.heads]))
+        return states
 
     def new_cache(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty caches for `next_token_states`: one per trunk block and one for head 1."""
@@ -89,7 +91,10 @@ class MtpModel(nn.Module):
         ]
 
     def next_token_states(
-        self, tokens: Int[Tensor, "batch position"], positions: Int[Tensor, "batch position"], cache: list[KeyValueCache]
+        self,
+        tokens: Int[Tensor, "batch position"],
+        positions: Int[Tensor, "batch position"],
+        cache: list[KeyValueCache],
     ) -> Float[Tensor, "batch position dim"]:
         """The normed hidden states of head 1 alone, for tokens that continue those in the cache."""
         turn = rotation(positions, self.head_dim, self.rope_theta)

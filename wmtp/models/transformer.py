@@ -87,7 +87,8 @@ class Attention(nn.Module):
             queries.transpose(1, 2), keys, values,
             attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        return self.output(attended.transpose(1, 2).flatten(-2))
+        result: Tensor = self.output(attended.transpose(1, 2).flatten(-2))
+        return result
 
 
 class FeedForward(nn.Module):
@@ -101,7 +102,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
         """Apply the gated layer at every position by itself."""
-        return self.output(F.silu(self.gate(x)) * self.up(x))
+        result: Tensor = self.output(F.silu(self.gate(x)) * self.up(x))
+        return result
 
 
 class Block(nn.Module):
@@ -126,4 +128,5 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch position dim"]:
         """Add attention, then the feed-forward layer, to the residual stream."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation, positions, cache))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        result: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return result

@@ -54,7 +54,7 @@ class MtpObjective:
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
         shares = head_shares(valid)
-        losses = cross_entropy(model(batch.tokens), model.unembedding.weight, target)
+        losses = cross_entropy(model(batch.tokens), model.unembedding.weight, target).detach()
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
         return sums

@@ -55,7 +55,7 @@ class ConsoleTracker:
 def described(metrics: dict[str, float]) -> str:
     """One line: the loss, each head's loss and the speed."""
     part = "train" if "train/loss" in metrics else "val"
-    heads = []
+    heads: list[str] = []
     while (name := f"{part}/head_{len(heads) + 1}_loss") in metrics:
         heads.append(f"{metrics[name]:.3f}")
     line = f"{part:5} loss {metrics[f'{part}/loss']:.4f}  heads {' '.join(heads)}"

@@ -1,0 +1,222 @@
+"""The training loop against a bare loop and against Hugging Face's Trainer: `scripts/benchmark_loop.py [turns]`.
+
+The same micro model, batches, loss and optimizer in one process. The arms take turns of two updates, so
+that whatever else the machine does meets all of them alike; ratios are taken within a round of turns.
+The first turns warm up. Needs the extra `dev`.
+"""
+
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import greenlet
+import torch
+import transformers
+from transformers import Trainer as HuggingFaceTrainer
+from transformers import TrainerCallback, TrainingArguments
+
+from wmtp.algorithms.uniform import Uniform
+from wmtp.checkpoint.store import CheckpointStore
+from wmtp.data.collate import Batch
+from wmtp.data.dataset import Dataset, TaskSource
+from wmtp.data.tokenization import task_tokenizer
+from wmtp.models.mtp import MtpModel
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.optimization import constant, parameter_groups
+from wmtp.plan import Plan
+from wmtp.runtime.hardware import Hardware
+from wmtp.tracking.jsonl import MetricsFile
+from wmtp.trainer import Trainer
+
+UPDATES_PER_TURN, WARM_UP_TURNS, BATCH_SIZE = 2, 5, 16
+OBJECTIVE = MtpObjective(Uniform())
+
+
+class WithoutValidation:
+    """A data set whose validation takes no time: only the loop is measured."""
+
+    def __init__(self, data: Dataset, turns: "Turns") -> None:
+        self.data, self.turns, self.step = data, turns, 0
+        self.fingerprint, self.seed, self.tokenizer = data.fingerprint, data.seed, data.tokenizer
+
+    def micro_batches(self, *position: int) -> list[Batch]:
+        """The next update's batches: whoever asks for them has done all that belongs to the update before."""
+        if self.step:
+            self.turns.step_done("wmtp", self.step)
+        self.step += 1
+        return self.data.micro_batches(*position)
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        """No batches."""
+        return []
+
+
+class Turns:
+    """Lets arms run one after the other for some updates each, and times every turn.
+
+    Each arm is a greenlet: threads would each bring a pool of workers of their own.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.arms: list[greenlet.greenlet] = []
+        self.started = 0.0
+
+    def add(self, name: str, arm: Callable[[], None]) -> None:
+        """Take in an arm; it must call `begin` before its first and `step_done` after each update."""
+        self.seconds[name] = []
+        self.arms.append(greenlet.greenlet(arm))
+
+    def run(self) -> None:
+        """Run all arms to their ends."""
+        while self.arms:
+            for arm in list(self.arms):
+                arm.switch()
+                if arm.dead:
+                    self.arms.remove(arm)
+
+    def begin(self) -> None:
+        """The arm is set up; its turns follow."""
+        greenlet.getcurrent().parent.switch()
+        self.started = time.perf_counter()
+
+    def step_done(self, name: str, step: int) -> None:
+        """Count an update; the last one of a turn hands over."""
+        if step % UPDATES_PER_TURN == 0:
+            self.seconds[name].append(time.perf_counter() - self.started)
+            self.begin()
+
+
+class LastTurn:
+    """Ends the last turn of this project's trainer when its last update is logged."""
+
+    def __init__(self, turns: Turns, num_updates: int) -> None:
+        self.turns, self.num_updates = turns, num_updates
+
+    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """An update was logged."""
+        if step == self.num_updates:
+            self.turns.step_done("wmtp", step)
+
+    def close(self, state: str) -> None:
+        """Nothing to do."""
+
+
+def fresh() -> tuple[MtpModel, torch.optim.Optimizer]:
+    """The micro model and its optimizer."""
+    torch.manual_seed(0)
+    model = MtpModel(
+        512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
+    )  # fmt: skip
+    return model, torch.optim.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def wmtp_loop(data: Dataset, batches: list[Batch], turns: Turns, folder: Path) -> None:
+    """This project's trainer, logging every tenth update to metrics.jsonl."""
+    model, optimizer = fresh()
+    plan = Plan(len(data.train), num_epochs=99.0, max_steps=len(batches), batch_size=BATCH_SIZE)
+    trainer = Trainer(
+        model,
+        OBJECTIVE,
+        WithoutValidation(data, turns),
+        optimizer,
+        constant(optimizer, len(batches)),
+        CheckpointStore(folder),
+        Hardware(device="cpu"),
+        plan,
+        log_interval=10,
+    )
+    turns.begin()
+    trainer.fit([MetricsFile(folder), LastTurn(turns, len(batches))])
+
+
+def bare_loop(batches: list[Batch], turns: Turns) -> None:
+    """Nothing but forward, backward, clipping and step, on batches that lie ready."""
+    model, optimizer = fresh()
+    turns.begin()
+    for step, batch in enumerate(batches, start=1):
+        loss, _ = OBJECTIVE.loss(model, batch)
+        torch.autograd.backward(loss / OBJECTIVE.denominator(model, batch))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        turns.step_done("bare loop", step)
+
+
+class ForHuggingFace(torch.nn.Module):
+    """The model with its loss inside, as Hugging Face's Trainer wants it."""
+
+    def __init__(self, model: MtpModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The mean loss of a batch."""
+        loss, _ = OBJECTIVE.loss(self.model, batch)
+        return {"loss": loss / OBJECTIVE.denominator(self.model, batch)}
+
+
+def hugging_face_loop(batches: list[Batch], turns: Turns, folder: Path) -> None:
+    """Hugging Face's Trainer, logging every tenth update, on batches that lie ready."""
+    model, optimizer = fresh()
+
+    class Timing(TrainerCallback):
+        def on_train_begin(self, arguments: Any, state: Any, control: Any, **options: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **options: Any) -> None:
+            turns.step_done("Hugging Face Trainer", state.global_step)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=1, max_steps=len(batches), logging_steps=10,
+        max_grad_norm=1.0, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        remove_unused_columns=False, log_level="error", dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = HuggingFaceTrainer(
+        model=ForHuggingFace(model), args=arguments, train_dataset=[{"batch": batch} for batch in batches],
+        data_collator=lambda samples: samples[0], optimizers=(optimizer, constant(optimizer, len(batches))),
+        callbacks=[Timing()],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(batches)
+    trainer.train()
+
+
+def main(num_turns: int) -> None:
+    """Print the median speed of each arm, and its ratio to the bare loop within each round of turns."""
+    logging.disable(logging.WARNING)
+    num_updates = num_turns * UPDATES_PER_TURN
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        difficulties = {1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}
+        source = TaskSource(
+            tokenizer=task_tokenizer(folder), num_train=num_updates * BATCH_SIZE, difficulties=difficulties,
+            correct_ratio=1.0,
+        )  # fmt: skip
+        data = Dataset(source, folder, seed=0)
+        batches = [data.micro_batches(0, update, BATCH_SIZE, BATCH_SIZE)[0] for update in range(num_updates)]
+        turns = Turns()
+        turns.add("bare loop", lambda: bare_loop(batches, turns))
+        turns.add("wmtp", lambda: wmtp_loop(data, batches, turns, folder))
+        turns.add("Hugging Face Trainer", lambda: hugging_face_loop(batches, turns, folder))
+        turns.run()
+    counts = [batch.num_tokens for batch in batches]
+    tokens = [sum(counts[i : i + UPDATES_PER_TURN]) for i in range(0, num_updates, UPDATES_PER_TURN)]
+    bare = turns.seconds["bare loop"][WARM_UP_TURNS:]
+    for arm, seconds in turns.seconds.items():
+        measured = seconds[WARM_UP_TURNS:]
+        speed = statistics.median(n / s for n, s in zip(tokens[WARM_UP_TURNS:], measured, strict=True))
+        first, middle, third = statistics.quantiles([b / s for b, s in zip(bare, measured, strict=True)], n=4)
+        print(
+            f"{arm:20} {speed:8,.0f} tokens/s; ratio to the bare loop: "
+            f"median {middle:.3f} of {len(measured)} turns (quartiles {first:.3f} {third:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 155)

@@ -1,0 +1,81 @@
+"""The house: its configs compose, its presets run as they say, its pages are true."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.checks import config_faults
+from wmtp.config import CONFIG_FOLDER, nodes
+
+ROOT = CONFIG_FOLDER.parent
+EXPERIMENTS = sorted((CONFIG_FOLDER / "experiment").glob("**/*.yaml"))
+NEEDS = {"hardware/mps": "mps", "hardware/cuda": "cuda", "hardware/a100x4": "cuda"}
+
+
+def options() -> list[str]:
+    """Every option of every group, as an override."""
+    paths = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.glob("*/*.yaml"))
+    return [f"{path.parent}={path.stem}" for path in paths if path.stem != "base"]
+
+
+@pytest.mark.parametrize("override", options())
+def test_every_option_composes_and_is_sound_but_for_what_only_a_user_can_say(
+    compose: Callable[..., DictConfig], override: str
+) -> None:
+    faults = config_faults(compose(override))
+    expected = {"data.path", "hardware.device", "hardware.num_processes"}
+    assert [fault for fault in faults if fault.key not in expected] == []
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_opens_with_the_command_that_runs_it(path: Path, compose: Callable[..., DictConfig]) -> None:
+    command, said, override = path.read_text().splitlines()[0].partition("python -m wmtp.train ")
+    assert (command, said) == ("# ", "python -m wmtp.train ")
+    assert override == f"experiment={path.relative_to(CONFIG_FOLDER / 'experiment').with_suffix('')}"
+    assert compose(override) != compose()
+
+
+def test_a_preset_may_be_overridden(compose: Callable[..., DictConfig]) -> None:
+    config = compose("experiment=smoke", "max_steps=3")
+    assert (config.max_steps, config.model.dim) == (3, 64)
+
+
+def test_every_key_of_the_trees_root_is_explained() -> None:
+    for line in (CONFIG_FOLDER / "train.yaml").read_text().split("\nhydra:")[0].splitlines():
+        if re.match(r"^\w+: ", line) and not line.startswith("_target_"):
+            assert "#" in line, f"no comment: {line}"
+        if re.match(r"^  - \w+", line) and "_self_" not in line:
+            assert "#" in line, f"no comment: {line}"
+
+
+def test_variants_stay_small() -> None:
+    for path in CONFIG_FOLDER.glob("*/*.yaml"):
+        if OmegaConf.load(path).get("defaults") and path.name != "tasks.yaml":
+            assert len(path.read_text().splitlines()) < 10, path
+
+
+def test_every_object_of_the_tree_is_wmtps_or_torchs(compose: Callable[..., DictConfig]) -> None:
+    targets = [compose()["_target_"], *(node["_target_"] for _, node in nodes(compose()))]
+    assert targets[0] == "wmtp.trainer.Trainer"
+    assert all(target.startswith(("wmtp.", "torch.optim.")) for target in targets)
+
+
+def test_the_readmes_tree_names_every_module() -> None:
+    text = (ROOT / "README.md").read_text()
+    tracked = subprocess.run(["git", "ls-files", "wmtp", "conf", "scripts"], cwd=ROOT, capture_output=True, text=True)
+    for name in tracked.stdout.split():
+        path = Path(name)
+        if path.name != "__init__.py" and path.parts[0] != "conf":
+            assert path.name in text, f"README.md does not name {path}"
+    for group in CONFIG_FOLDER.iterdir():
+        assert not group.is_dir() or group.name in text, f"README.md does not name the group {group.name}"
+
+
+def test_the_checkpoints_format_is_free_of_pickle() -> None:
+    for path in (ROOT / "wmtp").glob("**/*.py"):
+        text = path.read_text()
+        assert not re.search(r"import pickle|torch\.(save|load)\(|weights_only=False|allow_pickle=True", text), path

@@ -1,0 +1,66 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from wmtp.tracking.console import ConsoleTracker, described
+from wmtp.tracking.jsonl import MetricsFile, read_metrics
+
+TRAINED = {"train/loss": 1.25, "train/head_1_loss": 1.0, "train/head_2_loss": 1.5, "train/tokens_per_second": 12345.6}
+
+
+def test_metrics_are_lines_of_json_and_what_is_not_finite_stays_readable(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.log(1, 0, TRAINED)
+    metrics.log(2, 0, {"train/loss": math.nan})
+    metrics.close("FINISHED")
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first | TRAINED == first
+    assert set(first) == {"step", "epoch", "time", *TRAINED}
+    assert second["train/loss"] == "nan"
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
+    before = MetricsFile(tmp_path)
+    for step in range(1, 8):
+        before.log(step, 0, {"train/loss": float(step)})
+    before.close("FAILED")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "tra')  # cut off by a crash
+    after = MetricsFile(tmp_path, resume_step=5)
+    after.log(6, 0, {"train/loss": 6.0})
+    after.close("FINISHED")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = ConsoleTracker(Console(), num_updates=20, first_step=0, num_epochs=2)
+    tracker.log(5, 0, TRAINED)
+    tracker.close("FINISHED")
+    line = capsys.readouterr().out
+    assert line.startswith("epoch 1/2  step 5/20  train loss 1.2500  heads 1.000 1.500  12,346 tokens/s  left ")
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_a_live_bar_fits_the_width(width: int, tmp_path: Path) -> None:
+    with (tmp_path / "screen").open("w") as file:
+        console = Console(file=file, force_terminal=True, width=width)
+        tracker = ConsoleTracker(console, num_updates=1000, first_step=0, num_epochs=3)
+        tracker.log(990, 2, TRAINED | {f"train/head_{k}_loss": 10.0 for k in range(1, 5)})
+        tracker.log(990, 2, {"val/loss": 1.0, "val/head_1_loss": 1.0})
+        tracker.close("FINISHED")
+    screen = (tmp_path / "screen").read_text()
+    assert "epoch 3/3  step 990/1000" in screen
+    assert "99%" in screen
+    assert max(len(Console().render_str(line).plain) for line in described(TRAINED).splitlines()) <= width
+
+
+def test_every_heads_loss_is_shown() -> None:
+    values = {"val/loss": 1.0} | {f"val/head_{k}_loss": float(k) for k in range(1, 9)}
+    assert described(values).endswith("heads 1.000 2.000 3.000 4.000 5.000 6.000 7.000 8.000")
