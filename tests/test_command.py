@@ -101,7 +101,7 @@ def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 and all(sample["tests"] for sample in samples)
     assert all(damage(path) is None for path in (folder / "checkpoints").glob("step_*"))
-    assert f"resume={folder.resolve()}" in outcome.out and "head_4_loss" in outcome.out
+    assert f"resume={folder} " in outcome.out and "head_4_loss" in outcome.out
     assert max(map(len, outcome.out.splitlines())) < 400
 
 
@@ -151,6 +151,25 @@ def test_a_crash_is_recorded_and_its_traceback_kept(invoke: Invoke, monkeypatch:
     assert outcome.code == 1 and "RuntimeError: out of luck" in outcome.err and "Traceback" not in outcome.err
     assert "out of luck" in Path("here/train.log").read_text()
     assert json.loads(Path("here/status.json").read_text())["state"] == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_run_and_its_continuation_are_one_run_in_mlflow(invoke: Invoke) -> None:
+    from mlflow import MlflowClient
+
+    first = invoke("tracking=mlflow", "max_steps=4", "log_interval=1", "hydra.run.dir=outputs/one", "run_name=first",
+                   "tags.note=mine")  # fmt: skip
+    assert first.code == 0, first.err
+    assert invoke("tracking=mlflow", "resume=outputs/one", "max_steps=6", tiny=False).code == 0
+    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    experiment = client.get_experiment_by_name("wmtp")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
+    assert run.data.tags["note"] == "mine" and run.data.params["model.num_heads"] == "4"
+    history = client.get_metric_history(run.info.run_id, "train/head_4_loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]
+    assert {"config.yaml", "summary.json", "samples.jsonl"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
 def test_help_answers_within_two_seconds() -> None:

@@ -38,11 +38,11 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = ConsoleTracker(Console(), num_updates=20, first_step=0, num_epochs=2)
-    tracker.log(5, 0, TRAINED)
+    tracker = ConsoleTracker(Console(), num_updates=20, updates_per_epoch=10, first_step=0)
+    tracker.log(10, 1, TRAINED)
     tracker.close("FINISHED")
     line = capsys.readouterr().out
-    assert line.startswith("epoch 1/2  step 5/20  train loss 1.2500  heads 1.000 1.500  12,346 tokens/s  left ")
+    assert line.startswith("epoch 1/2  step 10/20  train loss 1.2500  heads 1.000 1.500  12,346 tokens/s  left ")
     assert line.count("\n") == 1
     assert "\x1b" not in line
 
@@ -51,7 +51,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
 def test_on_a_terminal_a_live_bar_fits_the_width(width: int, tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w") as file:
         console = Console(file=file, force_terminal=True, width=width)
-        tracker = ConsoleTracker(console, num_updates=1000, first_step=0, num_epochs=3)
+        tracker = ConsoleTracker(console, num_updates=1000, updates_per_epoch=400, first_step=0)
         tracker.log(990, 2, TRAINED | {f"train/head_{k}_loss": 10.0 for k in range(1, 5)})
         tracker.log(990, 2, {"val/loss": 1.0, "val/head_1_loss": 1.0})
         tracker.close("FINISHED")

@@ -1,7 +1,6 @@
 """One run from its built trainer to its end: resuming, trackers, samples, summary, status."""
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
         remote = build(config.tracking, folder=folder, run_name=name, parameters=flattened(config), tags=tags)
         trackers.append(remote)
         uri = remote.uri
-    trackers.append(ConsoleTracker(console, plan.num_updates, position.step, math.ceil(config.num_epochs)))
+    trackers.append(ConsoleTracker(console, plan.num_updates, plan.updates_per_epoch, position.step))
     try:
         result = trainer.fit(trackers)
         if config.num_samples:

@@ -1,8 +1,10 @@
 """What is left of a run in numbers: summary.json, and the short table at its end."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,9 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflo
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)
     console.print("Next:")
+    python = Path(os.path.relpath(sys.executable))  # as a user would type it from here
     if mlflow_uri is not None:
-        console.print(f"  mlflow ui --backend-store-uri {mlflow_uri}", soft_wrap=True, highlight=False)
-    console.print(f"  python -m wmtp.train resume={folder} num_epochs=…", soft_wrap=True, highlight=False)
+        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {mlflow_uri}"
+        console.print(f"  {ui}", soft_wrap=True, highlight=False)
+    resume = f"{python} -m wmtp.train resume={os.path.relpath(folder)} num_epochs=…"
+    console.print(f"  {resume}", soft_wrap=True, highlight=False)

@@ -51,7 +51,7 @@ class DataSource(ABC):
 class TaskSource(DataSource):
     """The embedded programming tasks."""
 
-    num_train: Positive = 6_000
+    num_train: Positive = 5_000
     num_validation: Positive = 200
     num_test: Positive = 200
     difficulties: dict[Annotated[int, Field(ge=1, le=4)], Annotated[float, Field(ge=0)]]

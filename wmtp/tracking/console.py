@@ -1,5 +1,6 @@
 """What a run prints while it trains: a live bar on a terminal, plain lines elsewhere."""
 
+import math
 import time
 
 from rich.console import Console, Group
@@ -13,8 +14,9 @@ from wmtp.tracking.base import State
 class ConsoleTracker:
     """Shows epoch, step, loss, each head's loss, tokens/s and the time left."""
 
-    def __init__(self, console: Console, num_updates: int, first_step: int, num_epochs: int) -> None:
-        self.console, self.num_updates, self.first_step, self.num_epochs = console, num_updates, first_step, num_epochs
+    def __init__(self, console: Console, num_updates: int, updates_per_epoch: int, first_step: int) -> None:
+        self.console, self.num_updates, self.first_step = console, num_updates, first_step
+        self.updates_per_epoch = updates_per_epoch
         self.started = time.monotonic()
         self.training, self.validation = Text(""), Text("")
         self.live: Live | None = None
@@ -29,7 +31,8 @@ class ConsoleTracker:
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Show the metrics of training or of a validation."""
-        where = f"epoch {min(epoch + 1, self.num_epochs)}/{self.num_epochs}  step {step}/{self.num_updates}"
+        this_epoch, epochs = (math.ceil(n / self.updates_per_epoch) for n in (step, self.num_updates))
+        where = f"epoch {this_epoch}/{epochs}  step {step}/{self.num_updates}"
         line = described(metrics)
         if self.live is None:
             self.console.print(f"{where}  {line}{self._time_left(step, metrics)}", soft_wrap=True, highlight=False)

@@ -1,0 +1,102 @@
+"""Data files through the command: good ones train, bad ones end with exit code 2 or are counted."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Invoke
+
+TRAIN = ["model=nano", "max_steps=2", "num_samples=0", "hydra.run.dir=run"]
+GOOD = [{"task_id": f"t/{i}", "prompt": f"Say {i}.", "solution": f"print({i})\n"} for i in range(60)]
+BAD = {
+    "truncated": '{"task_id": "x", "prompt": "p", "solu',
+    "byte order mark": '\ufeff{"task_id": "x", "prompt": "p", "solution": "s"}',
+    "NaN": '{"task_id": "x", "prompt": "p", "solution": "s", "difficulty": NaN}',
+    "overflow": '{"task_id": "x", "prompt": "p", "solution": "s", "difficulty": 1e999}',
+    "duplicate key": '{"task_id": "x", "prompt": "p", "prompt": "q", "solution": "s"}',
+    "lone surrogate": '{"task_id": "x", "prompt": "\\ud800", "solution": "s"}',
+    "nesting": '{"task_id": "x", "prompt": ' + "[" * 100_000 + "]" * 100_000 + ', "solution": "s"}',
+    "long integer": '{"task_id": "x", "prompt": "p", "solution": "s", "difficulty": ' + "9" * 5_000 + "}",
+    "null": '{"task_id": null, "prompt": "p", "solution": "s"}',
+    "missing field": '{"task_id": "x", "prompt": "p"}',
+    "wrong type": '{"task_id": "x", "prompt": 5, "solution": "s"}',
+    "nothing to learn": '{"task_id": "x", "prompt": "p", "solution": ""}',
+}
+
+
+@pytest.fixture
+def bad_file(tmp_path: Path) -> Path:
+    """Sixty good lines, and after them each kind of bad one."""
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join([*map(json.dumps, GOOD), *BAD.values()]) + "\n")
+    return path
+
+
+def test_bad_lines_stop_the_run_with_file_line_and_reason(invoke: Invoke, bad_file: Path) -> None:
+    outcome = invoke("data=jsonl", f"data.path={bad_file}", *TRAIN, tiny=False)
+    assert outcome.code == 2
+    assert re.findall(r"records\.jsonl:(\d+): ", outcome.err) == [str(61 + i) for i in range(len(BAD))]
+    assert "data.on_error=skip" in outcome.err and "Traceback" not in outcome.err
+    assert json.loads(Path("run/status.json").read_text())["exit_code"] == 2
+    assert not Path("run/metrics.jsonl").exists()
+
+
+def test_bad_lines_are_skipped_and_counted_if_asked(invoke: Invoke, bad_file: Path) -> None:
+    outcome = invoke("data=jsonl", f"data.path={bad_file}", "data.on_error=skip", *TRAIN, tiny=False)
+    assert outcome.code == 0, outcome.err
+    (warning,) = [line for line in outcome.err.splitlines() if "skipped" in line]
+    assert "skipped 12 of the lines" in warning and "duplicate key ×1" in warning
+    losses = [json.loads(line)["train/loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()[:1]]
+    assert all(isinstance(loss, float) for loss in losses)
+
+
+def test_too_many_bad_lines_stop_the_run_even_then(invoke: Invoke, bad_file: Path) -> None:
+    outcome = invoke(
+        "data=jsonl", f"data.path={bad_file}", "data.on_error=skip", "data.max_errors=11", *TRAIN, tiny=False
+    )
+    assert outcome.code == 2
+    assert "data.max_errors" in outcome.err
+
+
+@pytest.mark.parametrize(("option", "told"), [("drop", "were dropped"), ("cut", "were cut at the end of the solution")])
+def test_samples_that_are_too_long_are_counted_and_told(invoke: Invoke, tmp_path: Path, option: str, told: str) -> None:
+    path = tmp_path / "records.jsonl"
+    long = {"task_id": "t/long", "prompt": "Say much.", "solution": "print('much')\n" * 50}
+    path.write_text("\n".join(map(json.dumps, [*GOOD, long])) + "\n")
+    outcome = invoke(
+        "data=jsonl", f"data.path={path}", "data.max_length=64", f"data.long_samples={option}", *TRAIN, tiny=False
+    )
+    assert outcome.code == 0, outcome.err
+    assert "1 of " in outcome.err and f"longer than data.max_length=64 and {told}" in outcome.err
+
+
+def test_nothing_left_to_train_on_is_an_error(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, GOOD)) + "\n")
+    outcome = invoke("data=jsonl", f"data.path={path}", "data.max_length=3", *TRAIN, tiny=False)
+    assert outcome.code == 2
+    assert "raise data.max_length" in outcome.err
+
+
+def test_mbpp_files_train_with_their_own_line_ends(invoke: Invoke, tmp_path: Path) -> None:
+    def rows(start: int, count: int) -> list[dict[str, object]]:
+        return [
+            {
+                "task_id": i,
+                "text": f"Write a function to add {i}.",
+                "code": f"def add(x):\r\n\treturn x + {i}",
+                "test_list": [f"assert add(1) == {1 + i}"],
+                "test_setup_code": "",
+                "challenge_test_list": [],
+            }
+            for i in range(start, start + count)
+        ]
+
+    for name, start, count in (("train", 0, 40), ("validation", 40, 4), ("test", 44, 4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows(start, count)))
+    outcome = invoke("data=mbpp", f"data.path={tmp_path}", *TRAIN[:2], "num_samples=2", "hydra.run.dir=run", tiny=False)
+    assert outcome.code == 0, outcome.err
+    assert "40 training and 4 validation samples" in outcome.out
+    assert len(Path("run/samples.jsonl").read_text().splitlines()) == 2
