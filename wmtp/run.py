@@ -87,8 +87,8 @@ def described(trainer: Trainer) -> str:
     """The model's size, the data and the planned updates, in words."""
     model, data, plan = trainer.model, trainer.data, trainer.plan
     return (
-        f"{model.num_parameters:,} parameters, {model.num_heads} heads, on {trainer.hardware.device}; "
-        f"{len(data.train):,} training and {len(data.validation):,} validation samples; "
+        f"{model.num_parameters:,} parameters, {model.num_heads} heads, on {trainer.hardware.device}\n"
+        f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
 

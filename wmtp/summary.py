@@ -67,6 +67,12 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, config_hash: s
     return summary
 
 
+def typed(path: Path | str) -> str:
+    """A path as a user would type it from here: relative where it lies below the current folder."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflow_uri: str | None) -> None:
     """The table at the end of a run, and the commands that come next."""
     table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
@@ -74,7 +80,7 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflo
     table.add_column("last", justify="right")
     table.add_column("best", justify="right")
     last, best = summary["last"], summary["best"]
-    for name in [name for name in last if name.startswith("val/")]:
+    for name in sorted((name for name in last if name.startswith("val/")), key=lambda name: "head" in name):
         table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}")
     if best:
         table.add_row("at step", str(last["step"]), str(best["step"]))
@@ -83,9 +89,9 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflo
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)
     console.print("Next:")
-    python = Path(os.path.relpath(sys.executable))  # as a user would type it from here
+    python = Path(typed(sys.executable))
     if mlflow_uri is not None:
         ui = f"{python.with_name('mlflow')} ui --backend-store-uri {mlflow_uri}"
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
-    resume = f"{python} -m wmtp.train resume={os.path.relpath(folder)} num_epochs=…"
+    resume = f"{python} -m wmtp.train resume={typed(folder)} num_epochs=…"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)

@@ -7,7 +7,7 @@ from wmtp.data.collate import IGNORED
 
 
 def spread(
-    values: Shaped[Tensor, "batch position"], num_heads: int, fill: float
+    values: Shaped[Tensor, "batch position"], num_heads: int, fill: int | float
 ) -> Shaped[Tensor, "head batch position"]:
     """What belongs to a token, handed to every head that predicts it: out[k−1, :, t] = values[:, t + k].
 

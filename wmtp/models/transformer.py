@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-Rotation = tuple[Float[Tensor, "batch position pair"], Float[Tensor, "batch position pair"]]
+Rotation = tuple[Float[Tensor, "#batch position pair"], Float[Tensor, "#batch position pair"]]
 
 
-def rotation(positions: Int[Tensor, "batch position"], head_dim: int, theta: float) -> Rotation:
+def rotation(positions: Int[Tensor, "#batch position"], head_dim: int, theta: float) -> Rotation:
     """Cosines and sines that turn each pair of dimensions by position · theta^(−2·pair/head_dim).
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
@@ -41,7 +41,7 @@ class KeyValueCache:
         self,
         keys: Float[Tensor, "batch position kv_head head_dim"],
         values: Float[Tensor, "batch position kv_head head_dim"],
-        positions: Int[Tensor, "batch position"],
+        positions: Int[Tensor, "#batch position"],
     ) -> tuple[Tensor, Tensor, Bool[Tensor, "batch 1 position capacity"]]:
         """Store keys and values at their positions; return all of them and who may see which."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch position dim"],
         rotation: Rotation,
-        positions: Int[Tensor, "batch position"],
+        positions: Int[Tensor, "#batch position"],
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch position dim"]:
         """Attend to this and earlier positions, those in the cache included."""
@@ -123,7 +123,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch position dim"],
         rotation: Rotation,
-        positions: Int[Tensor, "batch position"],
+        positions: Int[Tensor, "#batch position"],
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch position dim"]:
         """Add attention, then the feed-forward layer, to the residual stream."""
