@@ -32,6 +32,7 @@ class Outcome:
     err: str
 
 
+torch.set_num_threads(1)  # of models this small, a second thread makes none faster
 Invoke = Callable[..., Outcome]
 
 
@@ -41,23 +42,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Runs `python -m wmtp.train …` in this process, in an empty folder, without MLflow unless asked for."""
+def run_command(arguments: list[str], patch: pytest.MonkeyPatch) -> int:
+    """`python -m wmtp.train …` in this process and in the current folder; its exit code."""
     from wmtp import train
     from wmtp.command import main
 
+    patch.setattr(sys, "argv", ["wmtp.train", *arguments])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as ended:
+        main("train", train.train)
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Runs `python -m wmtp.train …` in this process, in an empty folder, without MLflow unless asked for."""
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str, tiny: bool = True) -> Outcome:
-        arguments = ["tracking=none", f"cache_dir={cache}", *(TINY if tiny else []), *overrides]
-        monkeypatch.setattr(sys, "argv", ["wmtp.train", *arguments])
-        GlobalHydra.instance().clear()
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main("train", train.train)
+        code = run_command(["tracking=none", f"cache_dir={cache}", *(TINY if tiny else []), *overrides], monkeypatch)
         captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+        return Outcome(code, captured.out, captured.err)
 
     return run
 

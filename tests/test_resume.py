@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Invoke
+from tests.conftest import TINY, Invoke, run_command
 from wmtp import trainer as trainer_module
 from wmtp.checkpoint import store as store_module
 from wmtp.checkpoint.state import Snapshot
@@ -18,18 +18,29 @@ RUN = [
     "save_interval=1", "checkpoint.keep_last=99", "optimizer.lr=3", "scheduler.warmup_ratio=0.9",
 ]  # fmt: skip
 """Forty samples: ten updates make an epoch. The learning rate grows until, before step 7, validation gets worse."""
+FEW_SAVES = "save_interval=null"
+"""How often a resumed run saves changes nothing that it computes."""
 
 
-def straight_run(invoke: Invoke) -> Path:
-    outcome = invoke(*RUN, "hydra.run.dir=straight")
-    assert outcome.code == 0, outcome.err
-    return Path("straight")
+@pytest.fixture(scope="module")
+def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of twenty updates with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_command(["tracking=none", f"cache_dir={cache}", *TINY, *RUN, "hydra.run.dir=run"], patch) == 0
+    return folder / "run"
+
+
+def start_over(straight: Path, name: str) -> Path:
+    """A copy of a run's folder in the current one."""
+    shutil.copytree(straight, name)
+    return Path(name)
 
 
 def cut_back(run: Path, step: int, name: str) -> Path:
     """The run's folder as a crash after the checkpoint of `step` would have left it."""
-    folder = Path(name)
-    shutil.copytree(run, folder)
+    folder = start_over(run, name)
     for path in (folder / "checkpoints").glob("step_*"):
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
@@ -49,10 +60,9 @@ def trace(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", [7, 10], ids=["mid-epoch", "epoch-end"])
-def test_a_resumed_run_ends_as_the_straight_one(invoke: Invoke, step: int) -> None:
-    straight = straight_run(invoke)
+def test_a_resumed_run_ends_as_the_straight_one(invoke: Invoke, straight: Path, step: int) -> None:
     resumed = cut_back(straight, step, "resumed")
-    outcome = invoke(f"resume={resumed}", tiny=False)
+    outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
     assert outcome.code == 0, outcome.err
     assert f"/{resumed}/checkpoints/step_{step:08d}" in outcome.out
     assert trace(resumed) == trace(straight)
@@ -102,40 +112,40 @@ MUTANTS = {
 }
 
 
-def test_without_any_one_part_of_the_state_it_would_not(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = straight_run(invoke)
+def test_without_any_one_part_of_the_state_it_would_not(
+    invoke: Invoke, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert json.loads((straight / "checkpoints" / "best.json").read_text())["step"] < 7
     for name, mutate in MUTANTS.items():
         resumed = cut_back(straight, 7, name.replace(" ", "-"))
         with monkeypatch.context() as patch:
             mutate(patch)
-            outcome = invoke(f"resume={resumed}", tiny=False)
+            outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
         last = resumed / "checkpoints" / "step_00000020"
         assert outcome.code != 0 or not last.exists() or trace(resumed) != trace(straight), f"{name} is not needed"
 
 
-def test_a_finished_run_resumes_to_nothing_more_or_to_a_longer_plan(invoke: Invoke) -> None:
-    straight = straight_run(invoke)
-    before = trace(straight)
-    assert invoke(f"resume={straight}", tiny=False).code == 0
-    assert trace(straight) == before
-    assert invoke(f"resume={straight}", "max_steps=22", tiny=False).code == 0
-    assert json.loads((straight / "status.json").read_text())["step"] == 22
+def test_a_finished_run_resumes_to_nothing_more_or_to_a_longer_plan(invoke: Invoke, straight: Path) -> None:
+    run = start_over(straight, "finished")
+    assert invoke(f"resume={run}", tiny=False).code == 0
+    assert trace(run) == trace(straight)
+    assert json.loads((run / "status.json").read_text())["step"] == 20
+    assert invoke(f"resume={run}", "max_steps=22", tiny=False).code == 0
+    assert json.loads((run / "status.json").read_text())["step"] == 22
 
 
-def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke) -> None:
-    straight = straight_run(invoke)
+def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straight: Path) -> None:
+    run = start_over(straight, "changed")
     for change, name in (("seed=1", "seed"), ("data.num_train=36", "data"), ("batch_size=8", "batch_size")):
-        outcome = invoke(f"resume={straight}", "max_steps=30", change, tiny=False)
+        outcome = invoke(f"resume={run}", "max_steps=30", change, tiny=False)
         assert outcome.code == 2
         assert f"  {name}: was" in outcome.err
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(invoke: Invoke) -> None:
-    straight = straight_run(invoke)
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(invoke: Invoke, straight: Path) -> None:
     resumed = cut_back(straight, 10, "resumed")
     model = resumed / "checkpoints" / "step_00000010" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1])
-    outcome = invoke(f"resume={resumed}", tiny=False)
+    outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
     assert "step_00000010 is damaged" in outcome.err and "step_00000009" in outcome.out
     assert trace(resumed) == trace(straight)

@@ -34,7 +34,7 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
     plan, position = trainer.plan, trainer.position
     console.print(f"{described(trainer)}\nThe run lies in {folder}", soft_wrap=True, highlight=False)
 
-    trackers: list[Tracker] = [MetricsFile(folder, position.step), StatusTracker(status)]
+    trackers: list[Tracker] = [MetricsFile(folder, position.step)]
     uri = None
     if config.tracking is not None:
         name = config.run_name or folder.name
@@ -52,6 +52,8 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
     except BaseException as error:
         close(trackers, ending(error)[1])
         raise
+    finally:
+        status.step = trainer.position.step
     close(trackers, "FINISHED")
     print_summary(console, folder, summary, uri)
     return result.final_loss
@@ -67,20 +69,6 @@ def rehearse(config: DictConfig, trainer: Trainer) -> None:
     for name, value in (update | trainer.last_validation).items():
         console.print(f"  {name:24} {value:.4g}", highlight=False)
     console.print("The config is sound; one update and one validation batch ran. Nothing was kept.")
-
-
-class StatusTracker:
-    """Keeps the step in status.json's record current, for the case that the run dies."""
-
-    def __init__(self, status: RunStatus) -> None:
-        self.status = status
-
-    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Note the step."""
-        self.status.step = step
-
-    def close(self, state: str) -> None:
-        """The command writes the end itself, with the exit code."""
 
 
 def described(trainer: Trainer) -> str:

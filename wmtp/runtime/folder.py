@@ -29,10 +29,7 @@ def create_run_folder(outputs: Path = OUTPUTS) -> Path:
 
 
 class RunStatus:
-    """Writes status.json: RUNNING at once, and how the run ended.
-
-    `step` is kept current by the trainer, so that a crash is recorded with the update it came at.
-    """
+    """Writes status.json: RUNNING at once, and how and after which `step` the run ended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
