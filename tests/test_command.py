@@ -116,6 +116,9 @@ def test_a_dry_run_checks_everything_and_keeps_nothing(invoke: Invoke, tmp_path:
 def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
     assert invoke("max_steps=1", "hydra.run.dir=here", "run_name=mine").code == 0
     assert (Path("here") / "summary.json").exists()
+    again = invoke("max_steps=1", "hydra.run.dir=here")
+    assert again.code == 2
+    assert "holds a run already" in again.err
 
 
 def test_a_sweep_makes_a_folder_for_each_job_and_goes_on_after_a_failure(invoke: Invoke) -> None:
@@ -173,10 +176,14 @@ def test_a_run_and_its_continuation_are_one_run_in_mlflow(invoke: Invoke) -> Non
 
 
 def test_help_answers_within_two_seconds() -> None:
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "python -m wmtp.train num_epochs=1" in done.stdout
-    assert time.perf_counter() - started < 2
+    def seconds() -> float:
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "python -m wmtp.train num_epochs=1" in done.stdout
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 2, "the best of three, since other tests run beside this one"
 
 
 @pytest.mark.slow

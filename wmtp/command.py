@@ -42,10 +42,8 @@ def main(config_name: str, job: Job) -> None:
             if config.dry_run:
                 temporary = Path(tempfile.mkdtemp(prefix="wmtp-dry-run-"))
                 overrides += [f"hydra.run.dir={temporary}", f"++cache_dir={temporary / 'cache'}"]
-            elif config.resume is not None:
-                overrides.append(f"hydra.run.dir={quoted(config.resume)}")
-            elif not any(override.startswith("hydra.run.dir=") for override in overrides):
-                overrides.append(f"hydra.run.dir={create_run_folder()}")
+            else:
+                overrides.append(f"hydra.run.dir={quoted(run_folder(config, overrides))}")
         sys.argv = [sys.argv[0], *overrides]
         recorded = _recorded(job, codes)
         hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)(recorded)()
@@ -65,6 +63,25 @@ def quoted(value: object) -> str:
     """A value as an override that Hydra's grammar reads back unchanged."""
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def run_folder(config: DictConfig, overrides: list[str]) -> Path:
+    """The folder of the run: that of the run to resume, the one the user named, or a new one.
+
+    Raises:
+        ConfigError: the named folder belongs to a run already.
+    """
+    named = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")), None)
+    if config.resume is not None:
+        if named is not None:
+            raise ConfigError([Fault("hydra.run.dir", named, "a resumed run goes on in its own folder")])
+        return Path(config.resume)
+    if named is None:
+        return create_run_folder()
+    if (Path(named) / "status.json").exists():
+        problem = f"holds a run already; go on with it (resume={named}) or name another folder"
+        raise ConfigError([Fault("hydra.run.dir", named, problem)])
+    return Path(named)
 
 
 def is_group(key: str) -> bool:

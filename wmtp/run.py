@@ -1,6 +1,7 @@
 """One run from its built trainer to its end: resuming, trackers, samples, summary, status."""
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from rich.console import Console
 from wmtp.checkpoint.store import load
 from wmtp.command import ending
 from wmtp.config import build
+from wmtp.errors import WmtpError
 from wmtp.generation.samples import write_samples
 from wmtp.runtime.files import replace_atomically
 from wmtp.runtime.folder import RunStatus
 from wmtp.summary import print_summary, write_summary
-from wmtp.tracking.base import Tracker
+from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
 from wmtp.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -> float | None:
@@ -34,7 +38,10 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
     plan, position = trainer.plan, trainer.position
     console.print(f"{described(trainer)}\nThe run lies in {folder}", soft_wrap=True, highlight=False)
 
-    trackers: list[Tracker] = [MetricsFile(folder, position.step)]
+    trackers: list[Tracker] = [
+        MetricsFile(folder, position.step),
+        ConsoleTracker(console, plan.num_updates, plan.updates_per_epoch, position.step),
+    ]
     uri = None
     if config.tracking is not None:
         name = config.run_name or folder.name
@@ -42,7 +49,6 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
         remote = build(config.tracking, folder=folder, run_name=name, parameters=flattened(config), tags=tags)
         trackers.append(remote)
         uri = remote.uri
-    trackers.append(ConsoleTracker(console, plan.num_updates, plan.updates_per_epoch, position.step))
     try:
         result = trainer.fit(trackers)
         if config.num_samples:
@@ -50,12 +56,15 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
         config_hash = hashlib.sha256(resolved.encode()).hexdigest()
         summary = write_summary(folder, trainer, result, config_hash)
     except BaseException as error:
-        close(trackers, ending(error)[1])
+        for problem in close(trackers, ending(error)[1]):
+            log.warning("%s", problem)
         raise
     finally:
         status.step = trainer.position.step
-    close(trackers, "FINISHED")
+    problems = close(trackers, "FINISHED")
     print_summary(console, folder, summary, uri)
+    if problems:
+        raise problems[0]
     return result.final_loss
 
 
@@ -96,13 +105,12 @@ def flattened(config: DictConfig) -> dict[str, Any]:
     return flat
 
 
-def close(trackers: list[Tracker], state: str) -> None:
-    """Close every tracker, the fast ones first; the first failure is raised after all had their turn."""
-    errors = []
-    for tracker in sorted(trackers, key=lambda tracker: not isinstance(tracker, (MetricsFile, ConsoleTracker))):
+def close(trackers: list[Tracker], state: State) -> list[Exception]:
+    """Close every tracker; what went wrong with any of them is returned, so that all have their turn."""
+    problems: list[Exception] = []
+    for tracker in trackers:
         try:
             tracker.close(state)
-        except Exception as error:  # noqa: BLE001 - another tracker's trouble must not keep this one from closing
-            errors.append(error)
-    if errors:
-        raise errors[0]
+        except (WmtpError, OSError) as problem:
+            problems.append(problem)
+    return problems
