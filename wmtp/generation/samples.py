@@ -11,6 +11,8 @@ from wmtp.models.mtp import MtpModel
 from wmtp.runtime.files import replace_atomically
 
 FILE_NAME = "samples.jsonl"
+PROMPTS_AT_ONCE = 25
+"""Bounds the memory of the cache, whatever the number of tasks."""
 
 
 def held_out_tasks(data: Dataset, count: int) -> list[Record]:
@@ -27,7 +29,13 @@ def write_samples(folder: Path, model: MtpModel, data: Dataset, step: int, count
     if not tasks:
         return None
     prompts = data.tokenizer.encode([data.template.replace("{prompt}", task.prompt) for task in tasks])
-    completions = greedy(model, prompts, data.max_new_tokens, data.tokenizer.end)
+    completions = [
+        completion
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE)
+        for completion in greedy(
+            model, prompts[start : start + PROMPTS_AT_ONCE], data.max_new_tokens, data.tokenizer.end
+        )
+    ]
     lines = []
     for task, tokens in zip(tasks, completions, strict=True):
         fields: dict[str, Any] = task.model_dump(include={"task_id", "prompt", "difficulty", "tests", "setup"})
