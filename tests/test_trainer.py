@@ -178,7 +178,8 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     assert trainer.validate()
     best = trainer.best_loss
     model.norm.weight.data.fill_(float("nan"))
-    assert not trainer.validate()
+    with pytest.raises(TrainingError, match="validation loss is nan"):
+        trainer.validate()
     assert trainer.best_loss == best
 
 

@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig
+from pydantic import Field
 
 from wmtp.annotations import ExistingPath
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, Parameter, locate, node_faults, nodes, schema
@@ -22,10 +23,10 @@ from wmtp.runtime.hardware import hardware_problems
 class RunOptions:
     """The keys of train.yaml that belong to the run, not to the trainer or its plan."""
 
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_name: str | None
-    tags: dict[str, str]
-    num_samples: int
+    tags: dict[str, str | int | float | bool]
+    num_samples: Annotated[int, Field(ge=0)]
     resume: ExistingPath | None
     dry_run: bool
     cache_dir: Path
@@ -37,6 +38,12 @@ def config_faults(config: DictConfig) -> list[Fault]:
     faults = list(node_faults(config, "", groups | schema(Plan) | schema(RunOptions)))
     for key, node in nodes(config):
         faults += node_faults(node, key)
+    faults += [
+        Fault(f"{name}.{key}", "", f"unknown key; {name} has no options as it is chosen")
+        for name in groups
+        if config.get(name) is not None and "_target_" not in config[name]
+        for key in config[name]
+    ]
     unsound = {fault.key.split(".")[0] for fault in faults}
     return [*faults, *cross_faults(config, unsound)]
 

@@ -25,8 +25,11 @@ class PendingError(WmtpError):
     exit_code = 3
 
 
-class InterruptedRun(WmtpError):
-    """A signal ended the run; the exit code is 128 plus its number."""
+class InterruptedRun(BaseException):
+    """A signal ended the run; the exit code is 128 plus its number.
+
+    Like KeyboardInterrupt no `Exception`, so that nothing that handles errors takes it for one.
+    """
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)

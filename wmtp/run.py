@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -> float | None:
     """Train to the end and leave everything in the run's folder; returns the last validation loss."""
-    console = Console()
+    console = Console(markup=False)
     resolved = OmegaConf.to_yaml(config, resolve=True)
     replace_atomically(folder / "config.yaml", resolved.encode())
     if config.resume is not None:
@@ -70,7 +70,7 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
 
 def rehearse(config: DictConfig, trainer: Trainer) -> None:
     """Print what would be trained, and try one update and one validation batch."""
-    console = Console()
+    console = Console(markup=False)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     console.print(described(trainer), soft_wrap=True, highlight=False)
     update = trainer.train_update()

@@ -141,7 +141,9 @@ class Trainer:
         self.last_validation = values
         self._log(values)
         loss = values["val/loss"]
-        improved = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if not math.isfinite(loss):
+            raise TrainingError(f"after update {self.position.step}, the validation loss is {loss}")
+        improved = self.best_loss is None or loss < self.best_loss
         if improved:
             self.best_loss, self.best_step = loss, self.position.step
         return improved
