@@ -140,6 +140,9 @@ def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straig
         outcome = invoke(f"resume={run}", "max_steps=30", change, tiny=False)
         assert outcome.code == 2
         assert f"  {name}: was" in outcome.err
+    assert (run / "status.json").read_bytes() == (straight / "status.json").read_bytes()
+    assert (run / "config.yaml").read_bytes() == (straight / "config.yaml").read_bytes()
+    assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "what was refused left no trace"
 
 
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(invoke: Invoke, straight: Path) -> None:

@@ -15,7 +15,7 @@ from wmtp.annotations import ExistingPath
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, Parameter, locate, node_faults, nodes, schema
 from wmtp.errors import InputError
 from wmtp.plan import Plan
-from wmtp.runtime.folder import read_status
+from wmtp.runtime.folder import ACCEPTED, read_status
 from wmtp.runtime.hardware import hardware_problems
 
 
@@ -118,8 +118,8 @@ def resume_faults(config: DictConfig) -> Iterator[Fault]:
 
 def resume_problem(folder: Path) -> str | None:
     """Why a run cannot be resumed from a folder; None if it can."""
-    if not (folder / ".hydra" / "overrides.yaml").exists():
-        return "is no run's folder: it has no .hydra/overrides.yaml"
+    if not (folder / ACCEPTED).exists():
+        return f"is no run's folder: it has no {ACCEPTED}"
     if not any(folder.glob("checkpoints/step_*/manifest.json")):
         return "the run has no checkpoint; start it anew"
     try:

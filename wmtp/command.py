@@ -1,5 +1,6 @@
 """From a command line to a job in a run's folder: overrides, checks, Hydra, status and exit code."""
 
+import json
 import logging
 import shutil
 import signal
@@ -7,19 +8,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
-from wmtp.errors import InterruptedRun, PendingError, WmtpError
-from wmtp.runtime.folder import RunStatus, create_run_folder
+from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
+from wmtp.runtime.folder import ACCEPTED, RunStatus, create_run_folder
 from wmtp.runtime.signals import raised_signals
 
 log = logging.getLogger(__name__)
@@ -154,10 +154,10 @@ def parsed(arguments: list[str], faults: list[Fault]) -> list[Override]:
 def saved_overrides(arguments: list[str]) -> list[str]:
     """The overrides of the run that `resume=` names, if it does; a wrong folder is left to the checks."""
     resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
-    path = Path(str(resume).strip("'\"")) / ".hydra" / "overrides.yaml"
+    path = Path(str(resume).strip("'\"")) / ACCEPTED
     if resume is None or not path.exists():
         return []
-    saved: list[Any] = list(OmegaConf.load(path))
+    saved: list[str] = json.loads(path.read_text())
     return [text for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
 
 
@@ -172,7 +172,10 @@ def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None
                 value = job(config, folder, status)
         except BaseException as error:
             code, state = ending(error)
-            status.end(state, code, error=str(error) or type(error).__name__)
+            if isinstance(error, InputError) and config.resume is not None:
+                status.withdraw()
+            else:
+                status.end(state, code, error=str(error) or type(error).__name__)
             log.info("the run ended: %s", state, exc_info=error)
             where = "" if isinstance(error, WmtpError) else f"{type(error).__name__}: "
             print(f"{where}{error}\nThe traceback is in {folder / 'train.log'}.", file=sys.stderr)

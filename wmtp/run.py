@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -13,8 +14,8 @@ from wmtp.command import ending
 from wmtp.config import build
 from wmtp.errors import WmtpError
 from wmtp.generation.samples import write_samples
-from wmtp.runtime.files import replace_atomically
-from wmtp.runtime.folder import RunStatus
+from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.runtime.folder import ACCEPTED, RunStatus
 from wmtp.summary import print_summary, write_summary
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.console import ConsoleTracker
@@ -28,13 +29,14 @@ def run(config: DictConfig, trainer: Trainer, folder: Path, status: RunStatus) -
     """Train to the end and leave everything in the run's folder; returns the last validation loss."""
     console = Console(markup=False)
     resolved = OmegaConf.to_yaml(config, resolve=True)
-    replace_atomically(folder / "config.yaml", resolved.encode())
     if config.resume is not None:
         checkpoint = trainer.checkpoints.latest()
         trainer.restore(load(checkpoint))
         if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later mark
             trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
         console.print(f"resuming from {checkpoint}", soft_wrap=True, highlight=False)
+    replace_atomically(folder / "config.yaml", resolved.encode())
+    replace_atomically(folder / ACCEPTED, encode_json(list(HydraConfig.get().overrides.task)))
     plan, position = trainer.plan, trainer.position
     console.print(f"{described(trainer)}\nThe run lies in {folder}", soft_wrap=True, highlight=False)
 

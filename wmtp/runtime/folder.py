@@ -11,6 +11,8 @@ from typing import Any
 from wmtp.runtime.files import encode_json, replace_atomically
 
 OUTPUTS = Path("outputs")
+ACCEPTED = Path(".hydra") / "accepted.json"
+"""The overrides a run was made with. Hydra's own record also holds those of a resume that was refused."""
 
 
 def create_run_folder(outputs: Path = OUTPUTS) -> Path:
@@ -34,6 +36,8 @@ class RunStatus:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.step = 0
+        path = folder / "status.json"
+        self._before = path.read_bytes() if path.exists() else None
         self._fields: dict[str, Any] = {
             "state": "RUNNING",
             "exit_code": None,
@@ -52,6 +56,11 @@ class RunStatus:
         self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": stop_reason, "error": error}
         self._fields |= {"step": self.step, "ended": ended}
         self._write()
+
+    def withdraw(self) -> None:
+        """Put back how the run ended before: going on with it was refused, and nothing happened."""
+        if self._before is not None:
+            replace_atomically(self.folder / "status.json", self._before)
 
     def _write(self) -> None:
         replace_atomically(self.folder / "status.json", encode_json(self._fields))
