@@ -174,11 +174,11 @@ class Trainer:
         Raises:
             InputError: the data, the tokenizer or the batches are not those of the snapshot.
         """
-        state = snapshot.state
+        state, now = snapshot.state, self.identity()
         changed = [
-            f"  {name}: was {old}, is now {self.identity().get(name)}"
+            f"  {name}: {difference(old, now.get(name))}"
             for name, old in state["identity"].items()
-            if self.identity().get(name) != old
+            if now.get(name) != old
         ]
         if changed:
             raise InputError(
@@ -201,7 +201,8 @@ class Trainer:
             "seed": self.data.seed,
             "batch_size": self.plan.batch_size,
             "micro_batch_size": self.plan.micro_batch_size,
-            "num_heads": self.model.num_heads,
+            "model": {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
+            "optimizer": type(self.optimizer).__name__,
         }
 
     def _next_micro_batches(self) -> list[Batch]:
@@ -228,3 +229,13 @@ class Trainer:
             f"update {self.position.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
             f"the update was not made. Its records: {records}"
         )
+
+
+def difference(old: object, new: object) -> str:
+    """What changed, short enough for a line."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        return (
+            f"{len(keys)} parameters differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"
+        )
+    return f"was {old}, is now {new}"

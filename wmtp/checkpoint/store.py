@@ -61,7 +61,9 @@ class CheckpointStore:
         return final
 
     def mark_best(self, step: int, value: float) -> None:
-        """Note the checkpoint of a step as the best; it is never pruned."""
+        """Note the checkpoint of a step as the best, if it is there; it is never pruned."""
+        if not (self.folder / f"step_{step:08d}").exists():
+            return
         self._note("best", {"folder": f"step_{step:08d}", "step": step, "val/loss": value})
         self._prune()
 
@@ -75,7 +77,10 @@ class CheckpointStore:
             problem = damage(path)
             if problem is None:
                 return path
-            log.warning("%s is damaged (%s); falling back to the one before", path, problem)
+            aside = path.with_name(f"damaged-{path.name}")
+            log.warning("%s is damaged (%s); set aside as %s, the one before is used", path, problem, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         raise InputError(f"{self.folder}: no whole checkpoint is there")
 
     def _note(self, name: str, content: dict[str, Any]) -> None:
