@@ -141,6 +141,7 @@ def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straig
         ("data.num_train=36", "data"),
         ("batch_size=8", "batch_size"),
         ("model.dim=32", "model"),
+        ("optimizer.lr=1", "optimizer"),
     ):
         outcome = invoke(f"resume={run}", "max_steps=30", change, tiny=False)
         assert outcome.code == 2

@@ -202,7 +202,11 @@ class Trainer:
             "batch_size": self.plan.batch_size,
             "micro_batch_size": self.plan.micro_batch_size,
             "model": {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": {
+                "type": type(self.optimizer).__name__,
+                # JSON has lists where torch has tuples
+                **{key: list(v) if isinstance(v, tuple) else v for key, v in self.optimizer.defaults.items()},
+            },
         }
 
     def _next_micro_batches(self) -> list[Batch]:
@@ -235,7 +239,5 @@ def difference(old: object, new: object) -> str:
     """What changed, short enough for a line."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        return (
-            f"{len(keys)} parameters differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"
-        )
+        return f"{len(keys)} entries differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"
     return f"was {old}, is now {new}"
