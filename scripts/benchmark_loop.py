@@ -23,7 +23,8 @@ from transformers import TrainerCallback, TrainingArguments
 from wmtp.algorithms.uniform import Uniform
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
-from wmtp.data.dataset import Dataset, TaskSource
+from wmtp.data.dataset import Dataset
+from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import task_tokenizer
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective

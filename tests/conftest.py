@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 
 from wmtp.command import forced
 from wmtp.config import CONFIG_FOLDER
-from wmtp.data.dataset import Dataset, TaskSource
+from wmtp.data.dataset import Dataset
+from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
 from wmtp.models.mtp import MtpModel
 

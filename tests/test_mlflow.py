@@ -1,10 +1,14 @@
+import itertools
 import json
+import math
+import random
 import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name
 
 from wmtp.errors import PendingError
+from wmtp.tracking.follow import Position, Stored, batches, clean_name, count_lines, line_points, lines_after
 from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
-from wmtp.tracking.mlflow import Lines, MlflowTracker, absolute_uri, batches, clean_name, metric_values
+from wmtp.tracking.mlflow import MlflowTracker, absolute_uri
 
 Metrics = dict[str, float]
 
@@ -71,8 +76,37 @@ def receipt(folder: Path) -> Any:
     return json.loads((folder / "mlflow.json").read_text())
 
 
+def sent_lines(folder: Path) -> dict[str, int]:
+    """How many lines of each file the receipt says were sent."""
+    if not (folder / "mlflow.json").exists():
+        return {}
+    return {name: position["lines"] for name, position in receipt(folder)["sent"].items()}
+
+
+def attempt(folder: Path, tracker: MlflowTracker, resume_step: int, logged: dict[int, list[Metrics]]) -> None:
+    """What one process of a run writes: the lines of its steps, after it dropped those that it makes again."""
+    file = MetricsFile(folder, resume_step)
+    for step, lines in logged.items():
+        for metrics in lines:
+            file.log(step, 0, metrics)
+            tracker.log(step, 0, metrics)
+    file.close("RUNNING")
+
+
+def held(folder: Path) -> set[tuple[str, int, float]]:
+    """The points that metrics.jsonl holds."""
+    lines = (folder / FILE_NAME).read_bytes().splitlines()
+    return {(name, step, value) for line in lines for name, value, _, step in line_points(json.loads(line))}
+
+
 def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def stored(client: MlflowClient, run_id: str) -> list[tuple[str, int, float]]:
+    """The points that MLflow has."""
+    names = client.get_run(run_id).data.metrics
+    return sorted((name, *point) for name in names for point in history(client, run_id, name))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -100,7 +134,10 @@ def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Pat
     written = [json.loads(line)["time"] for line in (folder / FILE_NAME).read_text().splitlines()]
     sent = [metric.timestamp for metric in client.get_metric_history(run_id, "train/loss")]
     assert sent == [int(moment * 1000) for moment in written]
-    assert receipt(folder) == {"run_id": run_id, "uri": f"sqlite:///{outputs}/mlflow.db", "sent_lines": 2}
+    lines = (folder / FILE_NAME).read_text()
+    position = {"lines": 2, "size": len(lines), "last": lines.splitlines(keepends=True)[1]}
+    uri = f"sqlite:///{outputs}/mlflow.db"
+    assert receipt(folder) == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}}
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"config.yaml", "summary.json"}
     assert (outputs / "mlartifacts" / run_id / "artifacts" / "config.yaml").read_text() == "seed: 0"
 
@@ -114,9 +151,9 @@ def test_the_final_status(client: MlflowClient, outputs: Path, state: str) -> No
 
 def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "live"
-    write(folder, [{"train/loss": 2.0}])
     tracker = start(folder)
-    wait_for(lambda: (folder / "mlflow.json").exists() and receipt(folder)["sent_lines"] == 1)
+    attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}]})
+    wait_for(lambda: sent_lines(folder) == {FILE_NAME: 1})
     run = client.get_run(receipt(folder)["run_id"])
     assert run.info.status == "RUNNING" and run.data.metrics == {"train/loss": 2.0}
     tracker.close("FINISHED")
@@ -139,7 +176,7 @@ def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) 
     write(folder, steps[2:], first_step=3)
     tracker.close("FINISHED")
 
-    assert receipt(folder)["run_id"] == run_id and receipt(folder)["sent_lines"] == 6
+    assert receipt(folder)["run_id"] == run_id and sent_lines(folder) == {FILE_NAME: 6}
     assert history(client, run_id, "loss") == [(i, float(i)) for i in range(1, 7)]
     run = client.get_run(run_id)
     assert run.data.params == {"lr": "0.1", "same": "1", "new": "True", "long": "x" * 6000}
@@ -148,6 +185,161 @@ def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) 
 
     track(folder, [], {"lr": 0.1})
     assert client.get_run(run_id).data.tags["resumed.lr"] == "0.1"
+
+
+def test_the_stage_before_the_training_is_shown_in_the_same_run(client: MlflowClient, outputs: Path) -> None:
+    folder, stage, stage_file = outputs / "staged", outputs / "staged" / "pretrain", f"pretrain/{FILE_NAME}"
+    tracker = start(folder)
+    stage.mkdir()
+    attempt(stage, tracker, 0, {1: [{"train/loss": 9.0}], 2: [{"train/loss": 8.0, "b": math.nan}, {"val/loss": 7.0}]})
+    wait_for(lambda: sent_lines(folder) == {stage_file: 3})
+    (stage / "result.json").write_text("{}")
+    (stage / "value_head.safetensors").write_bytes(b"weights")
+    attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}], 2: [{"train/loss": 1.0}]})
+    tracker.close("KILLED")
+
+    tracker = start(folder)  # the stage is done, the training goes on from step 1
+    attempt(folder, tracker, 1, {2: [{"train/loss": 1.0}], 3: [{"train/loss": 0.5}]})
+    tracker.close("FINISHED")
+
+    run_id = receipt(folder)["run_id"]
+    assert stored(client, run_id) == [
+        ("pretrain/nonfinite", 2, 1.0),
+        ("pretrain/train/loss", 1, 9.0),
+        ("pretrain/train/loss", 2, 8.0),
+        ("pretrain/val/loss", 2, 7.0),
+        ("train/loss", 1, 2.0),
+        ("train/loss", 2, 1.0),
+        ("train/loss", 3, 0.5),
+    ]
+    assert sent_lines(folder) == {FILE_NAME: 3, stage_file: 3}
+    artifacts = {artifact.path for artifact in client.list_artifacts(run_id, "pretrain")}
+    assert artifacts == {"pretrain/result.json", "pretrain/value_head.safetensors"}
+
+
+def test_a_resumed_run_may_log_at_other_steps(client: MlflowClient, outputs: Path) -> None:
+    """The control is a receipt that only counts lines: it takes the new ones for those of the dead attempt."""
+    folder = outputs / "interval"
+    run_id = track(folder, [{"loss": 1 / step} for step in range(1, 8)])
+    tracker = start(folder)
+    attempt(folder, tracker, 5, {step: [{"loss": 1 / step}] for step in (6, 8, 10)})
+    tracker.close("FINISHED")
+
+    by_count = (folder / FILE_NAME).read_text().splitlines()[7:]
+    assert [json.loads(line)["step"] for line in by_count] == [10]
+    points = history(client, run_id, "loss")
+    assert points == [(step, 1 / step) for step in (1, 2, 3, 4, 5, 6, 7, 8, 10)]  # MLflow cannot forget step 7
+
+
+def test_what_a_resumed_run_changed_is_sent_beside_what_was_there(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "changed"
+    run_id = track(folder, [{"loss": 3.0, "same": 1.0}, {"loss": 2.0, "same": 1.0}, {"loss": 1.0, "same": 1.0}])
+    tracker = start(folder)
+    attempt(folder, tracker, 1, {2: [{"loss": 2.5, "same": 1.0}], 3: [{"loss": 1.5, "same": 1.0}]})
+    tracker.close("FINISHED")
+    assert history(client, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5), (3, 1.5)]
+    assert client.get_run(run_id).data.metrics == {"loss": 1.5, "same": 1.0}, "the latest is the resumed run's"
+    assert history(client, run_id, "same") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: Path) -> None:
+    """Resuming drops lines while the tracker is there. The control is one that sends before the first new line."""
+    found = {}
+    for early in (True, False):
+        folder = outputs / f"early {early}"
+        write(folder, [{"loss": float(step)} for step in range(1, 5)])
+        tracker = start(folder)
+        if early:
+            tracker.log(2, 0, {})
+            wait_for(lambda folder=folder: sent_lines(folder) == {FILE_NAME: 4})  # type: ignore[misc]
+        else:
+            wait_for((folder / "mlflow.json").exists)
+            time.sleep(0.2)  # four times as long as it pauses
+        attempt(folder, tracker, 2, {3: [{"loss": 30.0}], 5: [{"loss": 50.0}]})
+        tracker.close("FINISHED")
+        found[early] = stored(client, receipt(folder)["run_id"])
+        assert held(folder) <= set(found[early]) and sent_lines(folder) == {FILE_NAME: 4}
+    dead = {("loss", 3, 3.0), ("loss", 4, 4.0)}
+    assert set(found[True]) == set(found[False]) | dead and not set(found[False]) & dead
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_points_that_were_sent_but_not_noted_are_not_sent_again(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    """The control trusts the receipt instead of asking MLflow."""
+    folder = outputs / f"unnoted {asks}"
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
+    noted = (folder / "mlflow.json").read_bytes()
+    tracker = start(folder)
+    attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}]})
+    tracker.close("RUNNING")
+    (folder / "mlflow.json").write_bytes(noted)  # as if it had been killed between the request and the receipt
+
+    if not asks:
+        monkeypatch.setattr(MlflowTracker, "_ask", lambda *args: Stored())
+    tracker = start(folder)
+    attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}], 5: [{"loss": 5.0}]})
+    tracker.close("FINISHED")
+    steps = [step for step, _ in history(client, run_id, "loss")]
+    assert sorted(steps) == ([1, 2, 3, 4, 5] if asks else [1, 2, 3, 3, 4, 4, 5])
+
+
+def test_both_lines_of_a_step_are_sent_and_what_they_share_once(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "two lines"
+    tracker = start(folder)
+    attempt(
+        folder, tracker, 0, {1: [{"train/loss": 1.0, "both": 0.0, "a": 1.0}, {"val/loss": 2.0, "both": 0.0, "a": 2.0}]}
+    )
+    tracker.close("FINISHED")
+    points = [("a", 1, 1.0), ("a", 1, 2.0), ("both", 1, 0.0), ("train/loss", 1, 1.0), ("val/loss", 1, 2.0)]
+    assert stored(client, receipt(folder)["run_id"]) == points
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_crashes_leave_every_point_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Attempts log at intervals of their own, and die anywhere, also between a request and its receipt."""
+    draw, folder = random.Random(seed), outputs / f"crashes {seed}"
+    acknowledge, step, ever = MlflowTracker._acknowledge, 0, set[tuple[str, int]]()
+    for lives in (False, False, False, False, True):
+        calls, last_call = itertools.count(1), math.inf if lives else draw.randint(2, 8)
+
+        def mortal(*args: Any, calls: Iterator[int] = calls, last_call: float = last_call) -> None:
+            if next(calls) > last_call:
+                raise RuntimeError("killed")
+            acknowledge(*args)
+
+        monkeypatch.setattr(MlflowTracker, "_acknowledge", mortal)
+        monkeypatch.setattr("wmtp.tracking.follow.POINTS_PER_CALL", draw.choice([1, 7, 500]))
+        tracker = start(folder)
+        lines: dict[int, list[Metrics]] = {}
+        for logged in range(step + 1, step + 12, draw.randint(1, 3)):
+            same = {"early_stopping/patience": float(logged // 4)}
+            lines[logged] = [{"train/loss": 1 / logged, "train/tokens_per_second": time.perf_counter()} | same]
+            if logged % 3 == 0:
+                lines[logged].append({"val/loss": 2 / logged} | same)
+        attempt(folder, tracker, step, lines)
+        with nullcontext() if lives else suppress(PendingError):
+            tracker.close("FINISHED")
+        ever |= {(name, at) for name, at, _ in held(folder)}
+        step += draw.randint(0, 8)
+
+    points = stored(client, receipt(folder)["run_id"])
+    steps = [(name, at) for name, at, _ in points]
+    assert len(set(steps)) == len(steps), "a step was sent twice"
+    assert {(name, at) for name, at, _ in held(folder)} <= set(steps) <= ever
+    assert {point for point in held(folder) if "per_second" not in point[0]} <= set(points)
+
+
+def test_a_receipt_of_another_form_is_a_reason_to_ask(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "old receipt"
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
+    old = {"run_id": run_id, "uri": receipt(folder)["uri"], "sent_lines": 2}
+    (folder / "mlflow.json").write_text(json.dumps(old))
+    start(folder).close("FINISHED")
+    assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)] and sent_lines(folder) == {FILE_NAME: 2}
 
 
 def test_a_run_that_was_deleted_is_made_again(client: MlflowClient, outputs: Path) -> None:
@@ -268,15 +460,37 @@ def test_clean_names(name: str, cleaned: str) -> None:
 
 
 def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    lines = Lines(path)
-    assert lines.read() == []
+    path, position = tmp_path / "lines", Position()
+    assert lines_after(path, position) == []
     path.write_bytes(b"a\nb")
-    assert lines.read() == [b"a\n"]
-    assert lines.read() == []
+    assert lines_after(path, position) == [b"a\n"]
+    position = position.after([b"a\n"])
+    assert lines_after(path, position) == []
     with path.open("ab") as file:
         file.write(b"c\nd\n")
-    assert lines.read() == [b"bc\n", b"d\n"] and lines.count == 3
+    assert lines_after(path, position) == [b"bc\n", b"d\n"]
+    position = position.after([b"bc\n", b"d\n"])
+    assert position == Position(3, 7, "d\n") and count_lines(path, position) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "cut", "pending"),
+    [
+        (b"aa\nbb\ncc\n", False, 1),
+        (b"aa\nbb\n", False, 0),
+        (b"aa\n", True, 1),
+        (b"aa\nb2\ncc\n", True, 3),
+        (b"", True, 0),
+    ],
+)
+def test_a_file_that_was_cut_is_noticed_whatever_was_written_since(
+    tmp_path: Path, content: bytes, cut: bool, pending: int
+) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(content)
+    position = Position().after([b"aa\n", b"bb\n"])
+    assert (lines_after(path, position) is None) == cut
+    assert count_lines(path, position) == (content.count(b"\n"), pending)
 
 
 @given(st.lists(st.integers(0, 600), max_size=12))
@@ -286,10 +500,10 @@ def test_batches_hold_whole_lines(sizes: list[int]) -> None:
         for step, size in enumerate(sizes)
     ]
     cut = list(batches(lines))
-    assert sum(count for count, _ in cut) == len(lines)
-    assert all(len(values) <= 500 or count == 1 for count, values in cut)
-    assert [value for _, values in cut for value in values] == [
-        value for line in lines for value in metric_values(json.loads(line))
+    assert [line for batch, _ in cut for line in batch] == lines
+    assert all(len(points) <= 500 or len(batch) == 1 for batch, points in cut)
+    assert [point for _, points in cut for point in points] == [
+        point for line in lines for point in line_points(json.loads(line))
     ]
 
 

@@ -56,7 +56,7 @@ def test_the_first_head_is_hugging_faces_llama() -> None:
     tokens = torch.randint(0, 512, (2, 17))
     with torch.no_grad():
         expected = as_llama(model)(tokens).logits
-        got = model.unembedding(model(tokens)[0])
+        got = model.unembedding(model(tokens).states[0])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_the_weights_of_a_one_head_model_are_a_subset() -> None:
     assert set(one.state_dict()) < set(four.state_dict())
     one.load_state_dict({name: four.state_dict()[name] for name in one.state_dict()}, strict=True)
     tokens = torch.randint(0, 512, (2, 9))
-    torch.testing.assert_close(one(tokens)[0], four(tokens)[0])
+    torch.testing.assert_close(one(tokens).states[0], four(tokens).states[0])
 
 
 def test_no_head_sees_the_future() -> None:
@@ -74,7 +74,7 @@ def test_no_head_sees_the_future() -> None:
     changed = tokens.clone()
     changed[0, 8] += 1
     changed %= 512
-    before, after = model(tokens), model(changed)
+    before, after = model(tokens).states, model(changed).states
     torch.testing.assert_close(before[:, :, :8], after[:, :, :8])
     assert not torch.allclose(before[:, :, 8], after[:, :, 8])
 
@@ -87,7 +87,7 @@ def test_cached_greedy_decoding_equals_the_whole_forward_for_ragged_prompts() ->
         tokens = list(prompt)
         with torch.no_grad():
             while len(tokens) < len(prompt) + 12:
-                token = model.unembedding(model(torch.tensor([tokens]))[0, 0, -1]).argmax().item()
+                token = model.unembedding(model(torch.tensor([tokens])).states[0, 0, -1]).argmax().item()
                 if token == 1:
                     break
                 tokens.append(token)
@@ -103,5 +103,5 @@ def test_micro_has_about_one_and_a_half_million_parameters(compose) -> None:
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_every_parameter_gets_a_gradient(num_heads: int) -> None:
     model = tiny_model(num_heads=num_heads)
-    model.unembedding(model(torch.randint(0, 512, (2, 9)))).square().mean().backward()
+    model.unembedding(model(torch.randint(0, 512, (2, 9))).states).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())

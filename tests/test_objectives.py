@@ -15,13 +15,10 @@ OBJECTIVE = MtpObjective(Uniform())
 def gradients(model: MtpModel, batches: list[Batch], divide_late: bool = True) -> torch.Tensor:
     """The gradient of one update over micro-batches; divided once at the end, or (wrongly) in each."""
     model.zero_grad()
-    denominator = sum(OBJECTIVE.denominator(model, batch) for batch in batches)
+    totals = torch.stack([OBJECTIVE.totals(model, batch) for batch in batches]).sum(dim=0)
     for batch in batches:
-        loss, _ = OBJECTIVE.loss(model, batch)
-        if divide_late:
-            (loss / denominator).backward()
-        else:
-            (loss / OBJECTIVE.denominator(model, batch) / len(batches)).backward()
+        divisors = totals if divide_late else OBJECTIVE.totals(model, batch) * len(batches)
+        OBJECTIVE.loss(model, batch, divisors)[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -42,7 +39,7 @@ def test_splitting_a_batch_changes_nothing(tiny_data: Dataset, size: int) -> Non
 def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_data: Dataset) -> None:
     model = tiny_model()
     (batch,) = split(tiny_data, 8)
-    log_p = torch.log_softmax(model.unembedding(model(batch.tokens)), dim=-1)
+    log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states), dim=-1)
     total, positions = 0.0, 0
     for row in range(len(batch.labels)):
         for t in range(batch.labels.shape[1]):
@@ -50,9 +47,10 @@ def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_da
             heads = [-log_p[k, row, t, label].item() for k, label in enumerate(ahead) if label != -100]
             total += sum(heads) / len(heads) if heads else 0.0
             positions += bool(heads)
-    loss, sums = OBJECTIVE.loss(model, batch)
-    assert OBJECTIVE.denominator(model, batch) == positions
-    assert loss.item() == pytest.approx(total, rel=1e-5)
+    totals = OBJECTIVE.totals(model, batch)
+    loss, sums = OBJECTIVE.loss(model, batch, totals)
+    assert totals[0] == positions
+    assert loss.item() == pytest.approx(total / positions, rel=1e-5)
     assert OBJECTIVE.metrics(sums)["loss"] == pytest.approx(total / positions, rel=1e-5)
 
 
@@ -73,7 +71,8 @@ def test_every_head_and_their_mean_are_measured_the_same_over_any_split(tiny_dat
 
 
 def test_training_measures_weights_and_the_share_of_targets(tiny_data: Dataset) -> None:
-    _, sums = OBJECTIVE.loss(tiny_model(), split(tiny_data, 8)[0])
+    model, (batch,) = tiny_model(), split(tiny_data, 8)
+    _, sums = OBJECTIVE.loss(model, batch, OBJECTIVE.totals(model, batch))
     values = OBJECTIVE.metrics(sums)
     assert (values["weight_mean"], values["weight_min"], values["weight_max"], values["weight_std"]) == (1, 1, 1, 0)
     assert 0 < values["valid_target_ratio"] < 1

@@ -16,6 +16,7 @@ from wmtp.optimization import LambdaLR
 RUN = [
     "max_steps=20", "batch_size=4", "micro_batch_size=2", "model.dropout=0.1", "log_interval=1", "eval_interval=1",
     "save_interval=1", "checkpoint.keep_last=99", "optimizer.lr=3", "scheduler.warmup_ratio=0.9",
+    "early_stopping=none",
 ]  # fmt: skip
 """Forty samples: ten updates make an epoch. The learning rate grows until, before step 7, validation gets worse."""
 FEW_SAVES = "save_interval=null"

@@ -2,13 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.collate import IGNORED, collate
-from wmtp.data.dataset import Dataset, TaskSource
+from wmtp.data.dataset import Dataset
 from wmtp.data.order import by_length, epoch_batches
 from wmtp.data.records import Record
+from wmtp.data.sources import TaskSource
+from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
 from wmtp.data.tokens import TokenizedRecords, cached_tokens, tokenize
 from wmtp.errors import InputError
@@ -30,9 +33,10 @@ def test_the_tokenizer_is_always_the_same(tokenizer: Tokenizer, tmp_path: Path) 
     assert task_tokenizer(tmp_path, vocab_size=400).fingerprint != tokenizer.fingerprint
 
 
-def test_labels_cover_exactly_the_solution_and_its_end(tokenizer: Tokenizer) -> None:
-    samples = tokenize(RECORDS, tokenizer, "{prompt}\n", 100, "drop")
-    batch = collate(samples, [0, 1], ["a", "b"], tokenizer.padding)
+def test_labels_cover_exactly_the_solution_and_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    split = TokenizedSplit("train", RECORDS, TaskSource(tokenizer=tokenizer, difficulties={1: 1}), None, tmp_path)
+    samples = split.samples
+    batch = collate(split, [0, 1], tokenizer.padding)
     for row, record in enumerate(RECORDS):
         learned = batch.labels[row][batch.labels[row] != IGNORED].tolist()
         assert learned[-1] == tokenizer.end
@@ -41,7 +45,9 @@ def test_labels_cover_exactly_the_solution_and_its_end(tokenizer: Tokenizer) -> 
         prompt = tokenizer.encode([record.prompt + "\n"])[0]
         assert batch.tokens[row, : len(prompt) + len(solution) + 1].tolist() == [*prompt, *solution, tokenizer.end]
     assert batch.num_tokens == int(samples.lengths.sum())
-    assert batch.record_ids == ("a", "b")
+    assert batch.record_ids == tuple(f"{record.task_id}#{i}" for i, record in enumerate(RECORDS))
+    assert torch.equal(batch.is_correct, torch.tensor([record.is_correct for record in RECORDS]))
+    assert torch.equal(batch.rewards, batch.is_correct.float())
 
 
 @given(st.integers(3, 30))

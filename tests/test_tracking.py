@@ -1,5 +1,7 @@
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,43 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     after.close("FINISHED")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_replaces_the_metrics_whole_and_puts_them_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a rename alone, which a power cut may leave with nothing behind it."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(tmp_path)
+    for step in range(1, 8):
+        metrics.log(step, 0, {"train/loss": step / 3, "train/grad_norm": math.inf})
+    metrics.close("FAILED")
+    before = path.read_bytes()
+
+    def calls(rewrite: Callable[[], object]) -> list[str]:
+        made, sync, replace = [], os.fsync, os.replace
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda *args: (made.append("fsync"), sync(*args)))
+            patch.setattr(os, "replace", lambda *args: (made.append("replace"), replace(*args)))
+            rewrite()
+        return made
+
+    def renamed() -> None:
+        (tmp_path / "staged").write_bytes(before)
+        os.replace(tmp_path / "staged", path)
+
+    assert calls(renamed) == ["replace"]
+    assert calls(lambda: MetricsFile(tmp_path, resume_step=5)) == ["fsync", "replace", "fsync"]
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:5]), "a line that is kept is not changed"
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        MetricsFile(tmp_path, resume_step=1)
+    assert path.read_bytes() == before
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

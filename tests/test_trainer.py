@@ -18,6 +18,7 @@ from tests.test_models import as_llama
 from wmtp.algorithms.uniform import Uniform
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import IGNORED, Batch
+from wmtp.early_stopping import EarlyStopping
 from wmtp.errors import TrainingError
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.optimization import constant, cosine, linear, parameter_groups
@@ -38,7 +39,10 @@ class FakeData:
 
     def batch(self, start: int, stop: int) -> Batch:
         ids = tuple(f"record-{i}" for i in range(start, stop))
-        return Batch(self.tokens[start:stop], self.labels[start:stop], ids, self.tokens[start:stop].numel())
+        tokens, ones = self.tokens[start:stop], torch.ones(stop - start)
+        return Batch(
+            tokens, self.labels[start:stop], ones, ones.bool(), torch.arange(start, stop), ids, tokens.numel()
+        )  # fmt: skip
 
     def micro_batches(self, epoch: int, update: int, batch_size: int, micro_batch_size: int) -> list[Batch]:
         stop = min((update + 1) * batch_size, len(self.tokens))
@@ -67,7 +71,13 @@ class Recorder:
 
 
 def trainer_of(
-    folder: Path, data: Any, model: torch.nn.Module, plan: Plan, lr: float = 1e-3, **options: Any
+    folder: Path,
+    data: Any,
+    model: torch.nn.Module,
+    plan: Plan,
+    lr: float = 1e-3,
+    early_stopping: EarlyStopping | None = None,
+    **options: Any,
 ) -> Trainer:
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=lr, weight_decay=0.1)
     scheduler = linear(optimizer, plan.num_updates)
@@ -80,6 +90,7 @@ def trainer_of(
         CheckpointStore(folder),
         Hardware(device="cpu"),
         plan,
+        early_stopping or EarlyStopping(),
         **options,
     )
 

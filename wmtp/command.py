@@ -30,7 +30,7 @@ NOT_SAVED = ("resume", "dry_run")
 
 def main(config_name: str, job: Job) -> None:
     """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code."""
-    arguments = sys.argv[1:]
+    arguments = [grouped(argument) for argument in sys.argv[1:]]
     temporary: Path | None = None
     codes: list[int] = []
     try:
@@ -86,7 +86,13 @@ def run_folder(config: DictConfig, overrides: list[str]) -> Path:
 
 def is_group(key: str) -> bool:
     """Whether a key chooses a config group's option rather than setting a value."""
-    return (CONFIG_FOLDER / key).is_dir()
+    return bool(key) and (CONFIG_FOLDER / key).is_dir()
+
+
+def grouped(argument: str) -> str:
+    """An override in which a group below a group may also be written with a dot: `algo.of=rho1`."""
+    key, sign, value = argument.partition("=")
+    return f"{key.replace('.', '/')}{sign}{value}" if "." in key and is_group(key.replace(".", "/")) else argument
 
 
 def forced(argument: str) -> str:
@@ -110,7 +116,7 @@ def checked_overrides(config_name: str, arguments: list[str]) -> tuple[list[str]
         ConfigError: with every fault of the syntax, the groups, the keys and their values.
     """
     faults: list[Fault] = []
-    overrides: dict[str, str] = {}
+    overrides: dict[tuple[str, str | None], str] = {}
     for override in parsed(saved_overrides(arguments) + arguments, faults):
         key, text = override.key_or_group, override.input_line or ""
         options = [path.stem for path in (CONFIG_FOLDER / key).glob("*.yaml")] if is_group(key) else None
@@ -118,7 +124,7 @@ def checked_overrides(config_name: str, arguments: list[str]) -> tuple[list[str]
             choice = str(override.value())
             faults.append(Fault(key, choice, f"no such option; {did_you_mean(choice, options)}"))
         else:
-            overrides[key] = forced(text)
+            overrides[key, override.package] = forced(text)
     chosen = list(overrides.values())
     config = DictConfig({})
     try:

@@ -199,3 +199,17 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
             values[name] = validated(parameter.annotation, plain)
     given = {name: available[name] for name in inspect.signature(target).parameters if name in available}
     return target(**given, **values)
+
+
+def stage_config(config: DictConfig) -> DictConfig:
+    """The config of the stage before: the training's, changed by what `pretrain` says besides its own keys."""
+    own = schema(locate(str(config.pretrain["_target_"])))
+    changes = OmegaConf.to_container(config.pretrain, resolve=True)
+    assert isinstance(changes, dict)
+    merged = OmegaConf.merge(
+        config,
+        {"pretrain": None, "resume": None},
+        {key: value for key, value in changes.items() if key not in own and key not in HYDRA_KEYS},
+    )
+    assert isinstance(merged, DictConfig)
+    return merged

@@ -1,23 +1,213 @@
-"""Cross-entropy of every head at every position that has a target."""
+"""Weighted cross-entropy of every head at every position that has a target.
 
-import torch.nn.functional as F
+The unembedding and the cross-entropy of all heads are one step, taken over chunks of rows; a row is one
+(head, batch, position) with a target. Only one chunk's logits exist at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from wmtp.data.collate import IGNORED
 
+CHUNK_BYTES = 56 * 2**20
+"""Size of one chunk's logits where the caller names none: small beside the rest, large enough for fast products."""
 
+LOG2_E = 1 / math.log(2)
+
+Coefficients: TypeAlias = Callable[[Float[Tensor, " row"], Int[Tensor, " row"]], Float[Tensor, " row"]]
+"""From the losses of a chunk's rows, and the rows' flat indices into head·batch·position, to each loss's factor.
+
+It is called once for every chunk, without gradient.
+"""
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def uncompiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that `torch.compile` leaves as it is: what it would trace here differs from batch to batch."""
+    left: Callable[Parameters, Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return left
+
+
+@uncompiled
 def cross_entropy(
     states: Float[Tensor, "head batch position dim"],
     unembedding: Float[Tensor, "vocabulary dim"],
     targets: Int[Tensor, "head batch position"],
+    chunk_rows: int | None = None,
 ) -> Float[Tensor, "head batch position"]:
-    """−log p(target) in nats, 0 where there is no target.
+    """−log p(target) in nats, fp32, 0 where there is no target. Without gradient.
 
-    Logits are made, in fp32, only for positions with a target.
+    At most `chunk_rows` × vocabulary logits exist at a time; None chooses.
     """
+    dtype = product_dtype(states, unembedding)
+    with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+        losses = states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype))
+        for chunk in chunks(states, unembedding.to(dtype), targets, chunk_rows):
+            losses.index_copy_(0, chunk.rows, chunk.losses)
+    return losses.view(targets.shape)
+
+
+@uncompiled
+def weighted_cross_entropy(
+    states: Float[Tensor, "head batch position dim"],
+    unembedding: Float[Tensor, "vocabulary dim"],
+    targets: Int[Tensor, "head batch position"],
+    coefficients: Coefficients,
+    chunk_rows: int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]]:
+    """Σ c·CE with its gradient, the losses CE in nats, and the coefficients c; the last two detached.
+
+    The gradients are taken together with the losses and wait for `backward`, which can run once only. A
+    factor common to all rows, such as 1/Σ c, is applied to the sum that is returned. Without a target,
+    loss, coefficient and gradient are 0.
+
+    At most `chunk_rows` × vocabulary logits exist at a time; None chooses. Products are made in the dtype
+    of autocast where that is on, everything else of the softmax in fp32. `torch.compile` leaves this
+    function as it is.
+    """
+    needs_gradient = tuple(torch.is_grad_enabled() and x.requires_grad for x in (states, unembedding))
+    out: tuple[Tensor, Tensor, Tensor] = WeightedCrossEntropy.apply(
+        states, unembedding, targets, coefficients, chunk_rows, needs_gradient
+    )  # type: ignore[no-untyped-call]
+    return out
+
+
+class WeightedCrossEntropy(torch.autograd.Function):
+    """`weighted_cross_entropy` as one node of the graph, so that the unembedding gets its gradient at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        unembedding: Tensor,
+        targets: Tensor,
+        coefficients: Coefficients,
+        chunk_rows: int | None,
+        needs_gradient: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum, the losses and the coefficients; leaves the gradients of the sum in `ctx`."""
+        dtype = product_dtype(states, unembedding)
+        weight = unembedding.to(dtype)
+        # not zeros_like, which would keep the strides of an expanded or transposed input
+        states_gradient = states.new_zeros(targets.numel(), states.shape[-1]) if needs_gradient[0] else None
+        unembedding_gradient = unembedding.new_zeros(unembedding.shape) if needs_gradient[1] else None
+        losses = states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype))
+        used = torch.zeros_like(losses)
+        with torch.autocast(states.device.type, enabled=False):
+            for chunk in chunks(states, weight, targets, chunk_rows):
+                factors = coefficients(chunk.losses, chunk.rows).to(losses.dtype)
+                losses.index_copy_(0, chunk.rows, chunk.losses)
+                used.index_copy_(0, chunk.rows, factors)
+                if not any(needs_gradient):
+                    continue
+                errors, factors = chunk.errors(factors)
+                if states_gradient is not None:
+                    rows = (errors @ weight).mul_(factors)
+                    states_gradient.index_copy_(0, chunk.rows, rows.to(states.dtype))
+                if unembedding_gradient is not None:
+                    rows = (chunk.states * factors).to(dtype)
+                    if dtype == unembedding.dtype:
+                        unembedding_gradient.addmm_(errors.T, rows)
+                    else:
+                        unembedding_gradient.add_(errors.T @ rows)
+        ctx.gradients = (
+            None if states_gradient is None else states_gradient.view(states.shape),
+            unembedding_gradient,
+        )
+        losses, used = losses.view(targets.shape), used.view(targets.shape)
+        ctx.mark_non_differentiable(losses, used)
+        return (losses * used).sum(), losses, used
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Hand over the gradients, times that of the sum."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("weighted_cross_entropy has no second derivative: leave out create_graph=True")
+        if ctx.gradients is None:
+            raise RuntimeError("weighted_cross_entropy was differentiated before: backward can run once only")
+        # scaled in place, and no longer held here, so that nothing has to be copied
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(output_gradients[0])
+        return *gradients, None, None, None, None
+
+
+@dataclass
+class Chunk:
+    """Some rows, their losses, and what their gradients are made of."""
+
+    rows: Int[Tensor, " row"]
+    targets: Int[Tensor, " row"]
+    states: Float[Tensor, "row dim"]
+    exponentials: Float[Tensor, "row vocabulary"]
+    """e^(logit − the row's largest logit), in fp32."""
+    sums: Float[Tensor, " row"]
+    losses: Float[Tensor, " row"]
+    products: Float[Tensor, "row vocabulary"]
+    """A buffer of the dtype in which matrix products are made; for fp32 this is `exponentials`."""
+
+    def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
+        """Two tensors whose product is the gradient of Σ factor·loss by the logits: in place of the exponentials."""
+        self.exponentials.scatter_add_(1, self.targets.unsqueeze(1), -self.sums.unsqueeze(1))
+        if self.products is self.exponentials:
+            # the division by the sum is left to the small operand of each product
+            return self.products, (factors / self.sums).unsqueeze(1)
+        torch.div(self.exponentials, self.sums.unsqueeze(1), out=self.products)
+        return self.products, factors.unsqueeze(1)
+
+
+def chunks(
+    states: Float[Tensor, "head batch position dim"],
+    unembedding: Float[Tensor, "vocabulary dim"],
+    targets: Int[Tensor, "head batch position"],
+    chunk_rows: int | None,
+) -> Iterator[Chunk]:
+    """The rows with a target, in chunks of equal size; each chunk is overwritten by the next."""
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
-    logits = states.flatten(0, 2).index_select(0, rows) @ unembedding.T
-    losses = F.cross_entropy(logits.float(), targets.flatten()[rows], reduction="none")
-    out = losses.new_zeros(targets.numel())
-    return out.index_copy(0, rows, losses).view(targets.shape)
+    if not len(rows):
+        return
+    flat_states, flat_targets = states.detach().flatten(0, 2), targets.flatten()
+    vocab_size, dtype = len(unembedding), statistics_dtype(unembedding.dtype)
+    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    pieces = rows.tensor_split(-(-len(rows) // chunk_rows))
+    exponentials = states.new_empty(len(pieces[0]), vocab_size, dtype=dtype)
+    products = exponentials
+    if unembedding.dtype != dtype:
+        products = states.new_empty(exponentials.shape, dtype=unembedding.dtype)
+    for piece in pieces:
+        chunk_states = flat_states[piece].to(unembedding.dtype)
+        target = flat_targets[piece]
+        # logits to the base 2, whose powers some processors take several times faster than those of e
+        if products is exponentials:
+            logits = buffer = torch.mm(chunk_states * LOG2_E, unembedding.T, out=products[: len(piece)])
+        else:
+            logits = torch.mm(chunk_states, unembedding.T, out=products[: len(piece)])
+            buffer = torch.mul(logits, LOG2_E, out=exponentials[: len(piece)])
+        of_target = buffer.gather(1, target.unsqueeze(1))
+        largest = buffer.amax(dim=1, keepdim=True)
+        sums = buffer.sub_(largest).exp2_().sum(dim=1)
+        losses = (sums.log2() + (largest - of_target).squeeze(1)) / LOG2_E
+        yield Chunk(piece, target, chunk_states, buffer, sums, losses, logits)
+
+
+def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:
+    """The dtype in which `states @ unembedding.T` is made here."""
+    device = states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(states.dtype, unembedding.dtype)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and softmax sums: fp32, or finer where the inputs are."""
+    return torch.promote_types(dtype, torch.float32)

@@ -49,8 +49,8 @@ def git_revision() -> str | None:
     return f"{revision}+changes" if revision and git("status", "--porcelain", "--untracked-files=no") else revision
 
 
-def write_summary(folder: Path, trainer: Trainer, result: Result, config_hash: str) -> dict[str, Any]:
-    """Write summary.json and return its content."""
+def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:
+    """Write summary.json, with `extras` besides what the trainer knows, and return its content."""
     summary = {
         **asdict(result),
         **last_and_best(folder),
@@ -59,7 +59,7 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, config_hash: s
         "device": str(trainer.hardware.device),
         "parameters": trainer.model.num_parameters,
         "data_hash": trainer.data.fingerprint,
-        "config_hash": config_hash,
+        **extras,
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in PACKAGES},
     }
@@ -85,6 +85,11 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflo
     if best:
         table.add_row("at step", str(last["step"]), str(best["step"]))
     console.print(table)
+    if summary["stop_reason"]:
+        console.print(f"stopped early: {summary['stop_reason']}", highlight=False)
+    for name, area in summary["weights"].items():
+        if area is not None:
+            console.print(f"weights: {name} {area:.3f} (0.5 is chance)", highlight=False)
     speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)

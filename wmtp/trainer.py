@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from wmtp.checkpoint.state import Snapshot, detached, load_model, restore_optimi
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
+from wmtp.early_stopping import EarlyStopping
 from wmtp.errors import InputError, InterruptedRun, TrainingError
 from wmtp.metrics import Sums
 from wmtp.models.mtp import MtpModel
@@ -53,6 +55,7 @@ class Trainer:
         checkpoints: CheckpointStore,
         hardware: Hardware,
         plan: Plan,
+        early_stopping: EarlyStopping,
         *,
         max_grad_norm: PositiveFloat = 1.0,
         log_interval: Positive = 10,
@@ -63,6 +66,7 @@ class Trainer:
         self.model, self.objective, self.data, self.plan = model, objective, data, plan
         self.optimizer, self.scheduler = optimizer, scheduler
         self.checkpoints, self.hardware = checkpoints, hardware
+        self.early_stopping = early_stopping
         self.max_grad_norm = max_grad_norm
         self.log_interval, self.eval_interval, self.save_interval = log_interval, eval_interval, save_interval
         self.trackers: Sequence[Tracker] = ()
@@ -81,17 +85,16 @@ class Trainer:
         """
         self.trackers = trackers
         with DeferredSignals() as signals:
-            while self.position.step < self.plan.num_updates:
+            while not self.ended:
                 before, metrics = self.position, self.train_update()
-                last = self.position.step == self.plan.num_updates
                 epoch_ended = self.position.epoch > before.epoch
 
-                if last or self._due(self.log_interval):
-                    self._log(metrics | self._throughput())
-                improved = (last or epoch_ended or self._due(self.eval_interval)) and self.validate()
-                if last or improved or signals.received or self._due(self.save_interval):
+                if self.ended or self._due(self.log_interval):
+                    self._log(metrics | self._throughput() | self.early_stopping.metrics())
+                improved = (self.ended or epoch_ended or self._due(self.eval_interval)) and self.validate()
+                if self.ended or improved or signals.received or self._due(self.save_interval):
                     self.save(improved)
-                if signals.received and not last:
+                if signals.received and not self.ended:
                     raise InterruptedRun(signals.received, f"interrupted after update {self.position.step}")
         return Result(
             self.position.step,
@@ -99,19 +102,26 @@ class Trainer:
             self.last_validation.get("val/loss"),
             self.best_loss,
             self.best_step,
+            self.early_stopping.reason is not None,
+            self.early_stopping.reason,
         )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the plan is done, or was stopped early."""
+        return self.position.step >= self.plan.num_updates or self.early_stopping.reason is not None
 
     def train_update(self) -> dict[str, float]:
         """Make one update: every micro-batch's gradient, then one step of the optimizer."""
         started = time.perf_counter()
         batches = [batch.to(self.hardware.device) for batch in self._next_micro_batches()]
-        denominator = torch.stack([self.objective.denominator(self.model, batch) for batch in batches]).sum()
+        totals = torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)
         sums = Sums()
         self.model.train()
         for batch in batches:
             with self.hardware.autocast():
-                loss, batch_sums = self.objective.loss(self.model, batch)
-            torch.autograd.backward(loss / denominator)
+                loss, batch_sums = self.objective.loss(self.model, batch, totals)
+            torch.autograd.backward(loss)
             sums.add(batch_sums)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         values = self.objective.metrics(sums)
@@ -120,26 +130,31 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.finish_update()
 
         num_tokens = sum(batch.num_tokens for batch in batches)
         self.position = self.plan.after(self.position, len(batches), num_tokens)
         self._seconds += time.perf_counter() - started
         self._tokens += num_tokens
-        return {f"train/{name}": value for name, value in values.items()}
+        metrics = {f"train/{name}": value for name, value in values.items()}
+        self.early_stopping.observe_update(norm.item(), values.get("value_variance"))
+        self.early_stopping.observe_metrics(metrics)
+        return metrics
 
     @torch.inference_mode()
     def validate(self, max_batches: int | None = None) -> bool:
         """Measure the validation split, or some batches of it; whether its loss is the best so far."""
         sums = Sums()
         self.model.eval()
-        for batch in self.data.validation_batches(self.plan.micro_batch_size)[:max_batches]:
+        for batch in islice(self.data.validation_batches(self.plan.micro_batch_size), max_batches):
             with self.hardware.autocast():
                 sums.add(self.objective.evaluate(self.model, batch.to(self.hardware.device)))
         if not sums.means:
             return False
         values = {f"val/{name}": value for name, value in self.objective.metrics(sums).items()}
         self.last_validation = values
-        self._log(values)
+        self.early_stopping.observe_metrics(values)
+        self._log(values | self.early_stopping.metrics())
         loss = values["val/loss"]
         if not math.isfinite(loss):
             raise TrainingError(f"after update {self.position.step}, the validation loss is {loss}")
@@ -163,6 +178,8 @@ class Trainer:
             "optimizer": optimizer_state,
             "scheduler": self.scheduler.state_dict(),
             "generators": generator_states(),
+            "objective": self.objective.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
             "validation": {"last": self.last_validation, "best_loss": self.best_loss, "best_step": self.best_step},
             "identity": self.identity(),
         }
@@ -189,6 +206,8 @@ class Trainer:
         restore_optimizer(self.model, self.optimizer, snapshot.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         restore_generators(state["generators"])
+        self.objective.load_state_dict(state["objective"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
         validation = state["validation"]
         self.last_validation = validation["last"]
         self.best_loss, self.best_step = validation["best_loss"], validation["best_step"]
@@ -233,6 +252,16 @@ class Trainer:
             f"update {self.position.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
             f"the update was not made. Its records: {records}"
         )
+
+
+def metric_names(num_heads: int, *, values: bool) -> list[str]:
+    """The metrics that every run has, and those of a value head; any of them can be monitored."""
+    heads = [f"head_{k}_loss" for k in range(1, num_heads + 1)]
+    measured = ["loss", "mtp_loss", *heads]
+    if values:
+        measured += ["value_loss", "value_mean", "value_variance", "value_explained_variance"]
+    training = ["weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio", "grad_norm", "lr"]
+    return [f"val/{name}" for name in measured] + [f"train/{name}" for name in measured + training]
 
 
 def difference(old: object, new: object) -> str:

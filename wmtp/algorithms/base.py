@@ -1,6 +1,9 @@
 """What an algorithm is: a map from what was observed of a micro-batch to a weight for each target."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,7 +12,29 @@ from torch import Tensor
 from wmtp.errors import TrainingError
 
 
-class Algorithm(Protocol):
+@dataclass(frozen=True)
+class Observations:
+    """What is known of a micro-batch when its targets are weighted. What was not asked for is None.
+
+    All are detached. Targets are [head, batch, position], where head k at position t predicts the token at
+    t + k; or some of them in a row, for an algorithm that weighs each by its own loss.
+    """
+
+    valid: Bool[Tensor, "*target"]
+    """Where there is a target."""
+    response: Bool[Tensor, "batch position"]
+    """The tokens of the solution."""
+    losses: Float[Tensor, "*target"] | None = None
+    """The policy's cross-entropy of each target."""
+    reference_losses: Float[Tensor, "*target"] | None = None
+    """The reference's next-token cross-entropy of the same token."""
+    values: Float[Tensor, "batch position"] | None = None
+    """The value head's output after reading each token."""
+    rewards: Float[Tensor, " batch"] | None = None
+    """How good each solution is."""
+
+
+class Algorithm(ABC):
     """Weights targets. Knows nothing of the config, the optimizer or the trackers.
 
     Raw weights are clipped to [`weight_min`, `weight_max`], then scaled to mean 1.
@@ -17,25 +42,42 @@ class Algorithm(Protocol):
 
     weight_min: float
     weight_max: float
+    uses_losses: Literal["none", "own", "all"] = "none"
+    """Whether a target's weight depends on no loss, on its own, or on those of other targets too. "own"
+    weights are computed chunk by chunk beside the losses; "all" costs a pass over the losses before."""
+    needs_values = False
+    needs_reference = False
+    value_coef = 0.0
+    """How much the value head's loss counts beside the policy's."""
+    reference: Path | None = None
+    """A checkpoint or run to be the reference; None: the stage before has trained one."""
 
-    def weights(
-        self, losses: Float[Tensor, "head batch position"], valid: Bool[Tensor, "head batch position"]
-    ) -> Float[Tensor, "head batch position"]:
-        """Raw weights from the policy's cross-entropies (detached); those of invalid targets are ignored."""
+    @abstractmethod
+    def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
+        """Raw weights; those of invalid targets are ignored.
+
+        With `uses_losses` "own", must work elementwise on losses of any shape.
+        """
+
+    def finish_update(self) -> None:  # noqa: B027 - most keep nothing
+        """An optimizer update was made of the micro-batches weighted since the last one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know, as plain JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Put back what `state_dict` gave."""
 
 
-def normalised(
-    weights: Float[Tensor, "head batch position"],
-    shares: Float[Tensor, "head batch position"],
-    weight_min: float,
-    weight_max: float,
-) -> Float[Tensor, "head batch position"]:
-    """Weights clipped to the range and then scaled so that Σ share·weight / Σ share = 1; 0 without a share.
+def clipped(
+    weights: Float[Tensor, "*target"], valid: Bool[Tensor, "*target"], weight_min: float, weight_max: float
+) -> Float[Tensor, "*target"]:
+    """Weights inside their range, and 0 where there is no target.
 
     Raises:
         TrainingError: a weight of a valid target is not finite or below zero.
     """
-    valid = shares > 0
     weights = weights.detach().float()
     broken = valid & ~(torch.isfinite(weights) & (weights >= 0))
     if broken.any():
@@ -43,6 +85,18 @@ def normalised(
             f"the algorithm gave {int(broken.sum())} of {int(valid.sum())} targets a weight that is "
             f"not finite or negative, such as {weights[broken][0].item()}"
         )
-    clipped = weights.clamp(weight_min, weight_max).where(valid, 0.0)
-    scaled: Tensor = clipped * (shares.sum() / (shares * clipped).sum())
-    return scaled
+    return weights.clamp(weight_min, weight_max).where(valid, 0.0)
+
+
+def mean_one(
+    weights: Float[Tensor, "head batch position"], shares: Float[Tensor, "head batch position"]
+) -> Float[Tensor, ""]:
+    """The factor that brings clipped weights to Σ share·weight / Σ share = 1; 0 where nothing has a share.
+
+    Raises:
+        TrainingError: every target has weight 0.
+    """
+    total = (shares * weights).sum()
+    if not total and shares.any():
+        raise TrainingError("the algorithm gave every target of a micro-batch the weight 0")
+    return shares.sum() / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -67,6 +67,18 @@ class CheckpointStore:
         self._note("best", {"folder": f"step_{step:08d}", "step": step, "val/loss": value})
         self._prune()
 
+    def best(self) -> Path | None:
+        """The checkpoint that was marked as the best, if it is there."""
+        path = self.folder / "best.json"
+        if not path.exists():
+            return None
+        best = self.folder / str(json.loads(path.read_text())["folder"])
+        return best if best.exists() else None
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint at all, whole or not."""
+        return any(self.folder.glob("step_*/manifest.json"))
+
     def latest(self) -> Path:
         """The newest checkpoint that is whole; damaged ones are named in a warning and passed over.
 

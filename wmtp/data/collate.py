@@ -1,13 +1,14 @@
 """Samples to a batch: padded tokens, and labels that leave out prompts and padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from wmtp.data.tokens import TokenizedRecords
+from wmtp.data.split import TokenizedSplit
 
 IGNORED = -100
 """The label of a position that nothing is to be learned from."""
@@ -15,28 +16,58 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples, right-padded to the longest. Labels are −100 at prompt and padding positions."""
+    """Some samples, right-padded to the longest. Labels are −100 at prompt and padding positions.
+
+    `tasks` are equal for solutions to the same task. The optional arrays are there if the data set has them.
+    """
 
     tokens: Int[Tensor, "batch position"]
     labels: Int[Tensor, "batch position"]
+    rewards: Float[Tensor, " batch"]
+    is_correct: Bool[Tensor, " batch"]
+    tasks: Int[Tensor, " batch"]
     record_ids: tuple[str, ...]
     num_tokens: int
+    reference_losses: Float[Tensor, "batch position"] | None = None
+    hidden_states: Float[Tensor, "batch position dim"] | None = None
+
+    @property
+    def response(self) -> Bool[Tensor, "batch position"]:
+        """The tokens of the solutions."""
+        return self.labels != IGNORED
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        tokens, labels = self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(tokens, labels, self.record_ids, self.num_tokens)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
-def collate(samples: TokenizedRecords, indices: list[int], record_ids: list[str], padding: int) -> Batch:
+def collate(split: TokenizedSplit, indices: list[int], padding: int) -> Batch:
     """The batch of some samples. `num_tokens` counts their tokens, without padding."""
+    samples = split.samples
     lengths = samples.lengths[indices]
-    tokens = np.full((len(indices), int(lengths.max())), padding, np.int64)
-    labels = np.full_like(tokens, IGNORED)
+    size = (len(indices), int(lengths.max()))
+    tokens, labels = np.full(size, padding, np.int64), np.full(size, IGNORED, np.int64)
+    columns: dict[str, np.ndarray] = {}
+    for name, column in (("reference_losses", split.reference_losses), ("hidden_states", split.hidden_states)):
+        if column is not None:
+            columns[name] = np.zeros((*size, *column.shape[1:]), np.float32)
     for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
         start = samples.offsets[index]
         tokens[row, :length] = samples.tokens[start : start + length]
         prompt = samples.prompt_lengths[index]
         labels[row, prompt:length] = tokens[row, prompt:length]
-    ids = tuple(record_ids[samples.kept[index]] for index in indices)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), ids, int(lengths.sum()))
+        for name, padded in columns.items():
+            padded[row, :length] = getattr(split, name)[start : start + length]
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(split.rewards[indices]),
+        torch.from_numpy(split.is_correct[indices]),
+        torch.from_numpy(split.tasks[indices]),
+        tuple(split.record_ids[samples.kept[index]] for index in indices),
+        int(lengths.sum()),
+        **{name: torch.from_numpy(padded) for name, padded in columns.items()},
+    )

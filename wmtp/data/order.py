@@ -6,10 +6,20 @@ WINDOW = 64
 """Batches that are sorted by length together: little padding, yet every epoch mixes anew."""
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every sample once, shuffled, in batches of like length; the last one may be smaller."""
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, groups: np.ndarray | None = None
+) -> list[list[int]]:
+    """Every sample once, shuffled, in batches of like length; the last one may be smaller.
+
+    Samples of one group stay together, but for those at the edge of a batch.
+    """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     shuffled = generator.permutation(len(lengths))
+    if groups is not None:
+        shuffled = np.argsort(generator.permutation(int(groups.max()) + 1)[groups], kind="stable")
+        longest = np.zeros(int(groups.max()) + 1, lengths.dtype)
+        np.maximum.at(longest, groups, lengths)
+        lengths = longest[groups]
     window = WINDOW * batch_size
     batches = []
     for start in range(0, len(shuffled), window):

@@ -3,6 +3,8 @@
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,11 @@ from wmtp.runtime.files import replace_atomically
 PADDING, END = "<pad>", "<end>"
 TRAINING_TASKS = 1_500
 DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
+PROBE = (
+    "def naïve(x):\n    return x ** 2 - 10_345.678  # don't  stop\t日本語 🙂\r\n\n\n"
+    " CamelCase HTTP2 “½ ﬁ” A\u030a Å \u00a0\u200b 1234567890 "
+)
+"""Text on which tokenizers with one vocabulary differ if they normalise, split or merge differently."""
 
 
 class Tokenizer:
@@ -34,6 +41,10 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
         return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def character_spans(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """The characters [start, end) that each token of each text stands for."""
+        return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of some ids; special tokens are left out."""
@@ -81,4 +92,52 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
 
 def tokenizer_file(*, path: ExistingPath, end: str = END, padding: str = PADDING) -> Tokenizer:
     """A tokenizer from a tokenizer.json, with the names of its end and padding tokens."""
-    return Tokenizer(BackendTokenizer.from_file(str(path)), end, padding)
+    return Tokenizer(read_backend(path), end, padding)
+
+
+def read_backend(path: Path) -> BackendTokenizer:
+    """What a tokenizer.json describes, without the padding and truncation that some ask for.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises no class of its own
+        raise InputError(f"{path}: is no tokenizer.json that can be read: {' '.join(str(error).split())}") from error
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | None:
+    """Where another tokenizer gives other ids than ours, with a hash of each; None if it is the same.
+
+    Compared are the number of tokens, the token of every id, the merges, and the ids of `PROBE` and the
+    special tokens. Which tokens a tokenizer adds around a text, pads with or truncates to is left aside.
+    """
+    difference = next(_differences(ours, theirs), None)
+    if difference is None:
+        return None
+    other = hashlib.sha256(theirs.to_str().encode()).hexdigest()
+    return f"{difference} (theirs is {other[:16]}…, ours {ours.fingerprint[:16]}…)"
+
+
+def _differences(ours: Tokenizer, theirs: BackendTokenizer) -> Iterator[str]:
+    backends = theirs, ours.backend
+    sizes = [backend.get_vocab_size() for backend in backends]
+    if sizes[0] != sizes[1]:
+        yield f"it has {sizes[0]} tokens, ours has {sizes[1]}"
+    tokens = [{number: token for token, number in backend.get_vocab().items()} for backend in backends]
+    for number in sorted(tokens[0].keys() | tokens[1].keys()):
+        if tokens[0].get(number) != tokens[1].get(number):
+            yield f"token {number} is {tokens[0].get(number)!r}, in ours it is {tokens[1].get(number)!r}"
+    merges = [json.loads(backend.to_str())["model"].get("merges") or [] for backend in backends]
+    for number, (one, other) in enumerate(zip_longest(*merges)):
+        if one != other:
+            yield f"merge {number} is {one}, in ours it is {other}"
+    text = PROBE + "".join(str(ours.backend.id_to_token(number)) for number in (ours.padding, ours.end))
+    pieces = [backend.encode(text, add_special_tokens=False).tokens for backend in backends]
+    for one, other in zip_longest(*pieces):
+        if one != other:
+            yield f"it splits text otherwise: {one!r} where ours has {other!r}"

@@ -6,7 +6,7 @@ one-head model are a subset of those of a model with more heads.
 """
 
 import math
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmtp.annotations import Positive, PositiveFloat
-from wmtp.models.transformer import Block, KeyValueCache, rotation
+from wmtp.models.transformer import Block, KeyValueCache, Rotation, rotation
+from wmtp.models.value_head import ValueHead
+
+
+class Outputs(NamedTuple):
+    """What a forward gives: the heads' normed hidden states, and the values if the model has a value head."""
+
+    states: Float[Tensor, "head batch position dim"]
+    values: Float[Tensor, "batch position"] | None
 
 
 class MtpModel(nn.Module):
@@ -33,13 +41,16 @@ class MtpModel(nn.Module):
         rope_theta: PositiveFloat = 10_000.0,
         norm_eps: PositiveFloat = 1e-5,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        value_head_dim: Positive | None = None,
     ) -> None:
         """Build a randomly initialised model.
 
         `num_layers` is the depth of the one-head model: `num_layers − 1` trunk blocks and one head;
         every further head adds one block. `num_heads` is H, not the heads of the attention.
+        `value_head_dim` is the width inside the value head, if `add_value_head` makes one; None: it is linear.
         """
         super().__init__()
+        self.dim, self.value_head_dim = dim, value_head_dim
         self.head_dim, self.num_kv_heads, self.rope_theta = dim // num_attention_heads, num_kv_heads, rope_theta
 
         def block() -> Block:
@@ -50,6 +61,7 @@ class MtpModel(nn.Module):
         self.heads = nn.ModuleList(block() for _ in range(num_heads))
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = nn.Linear(dim, vocab_size, bias=False)
+        self.value_head: ValueHead | None = None
         self._initialise(num_layers)
 
     def _initialise(self, num_layers: int) -> None:
@@ -73,15 +85,34 @@ class MtpModel(nn.Module):
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "head batch position dim"]:
-        """The normed hidden states of every head; `unembedding` turns those into logits."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens[:1])
-        turn = rotation(positions, self.head_dim, self.rope_theta)
-        x = self.embedding(tokens)
+    def add_value_head(self) -> None:
+        """Give the model a new value head on the trunk's hidden states."""
+        self.value_head = ValueHead(self.dim, hidden_dim=self.value_head_dim).to(self.unembedding.weight.device)
+
+    def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
+        """The trunk's hidden states, which every head and the value head start from."""
+        positions, turn = self._positions(tokens)
+        x: Tensor = self.embedding(tokens)
         for block in self.trunk:
             x = block(x, turn, positions)
-        states: Tensor = self.norm(torch.stack([head(x, turn, positions) for head in self.heads]))
-        return states
+        return x
+
+    def forward(self, tokens: Int[Tensor, "batch position"], num_heads: int | None = None) -> Outputs:
+        """States of the first `num_heads` heads (None: all; 0: the trunk alone runs), and the values.
+
+        `unembedding` turns states into logits.
+        """
+        x = self.trunk_states(tokens)
+        values = None if self.value_head is None else self.value_head(x)
+        heads = self.heads[:num_heads]
+        if not len(heads):
+            return Outputs(x.new_empty(0, *x.shape), values)
+        positions, turn = self._positions(tokens)
+        return Outputs(self.norm(torch.stack([head(x, turn, positions) for head in heads])), values)
+
+    def _positions(self, tokens: Int[Tensor, "batch position"]) -> tuple[Int[Tensor, "1 position"], Rotation]:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return positions, rotation(positions, self.head_dim, self.rope_theta)
 
     def new_cache(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty caches for `next_token_states`: one per trunk block and one for head 1."""

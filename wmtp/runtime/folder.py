@@ -31,11 +31,12 @@ def create_run_folder(outputs: Path = OUTPUTS) -> Path:
 
 
 class RunStatus:
-    """Writes status.json: RUNNING at once, and how and after which `step` the run ended."""
+    """Writes status.json: RUNNING at once, and how, why and after which `step` the run ended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.step = 0
+        self.stop_reason: str | None = None
         path = folder / "status.json"
         self._before = path.read_bytes() if path.exists() else None
         self._fields: dict[str, Any] = {
@@ -50,10 +51,10 @@ class RunStatus:
         }
         self._write()
 
-    def end(self, state: str, exit_code: int, *, stop_reason: str | None = None, error: str | None = None) -> None:
+    def end(self, state: str, exit_code: int, *, error: str | None = None) -> None:
         """Record the end of the run."""
         ended = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": stop_reason, "error": error}
+        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": self.stop_reason, "error": error}
         self._fields |= {"step": self.step, "ended": ended}
         self._write()
 

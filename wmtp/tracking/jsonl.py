@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from wmtp.runtime.files import replace_atomically
 from wmtp.tracking.base import State
 
 FILE_NAME = "metrics.jsonl"
@@ -20,10 +21,9 @@ class MetricsFile:
     def __init__(self, folder: Path, resume_step: int | None = None) -> None:
         self.path = folder / FILE_NAME
         if resume_step is not None and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
-            staged = self.path.with_suffix(".tmp")
-            staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(staged, self.path)
+            lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            replace_atomically(self.path, b"".join(kept))
         self._file = self.path.open("a")
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:

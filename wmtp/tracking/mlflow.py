@@ -1,15 +1,14 @@
-"""MLflow, fed from metrics.jsonl by a thread of its own. The only file that knows mlflow."""
+"""MLflow, fed from a run's metrics.jsonl files by a thread of its own. The only file that knows mlflow."""
 
 import json
 import logging
 import os
-import re
 import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
@@ -20,6 +19,7 @@ from tenacity import RetryCallState, Retrying, stop_when_event_set, wait_exponen
 from wmtp.errors import PendingError
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.tracking.base import State
+from wmtp.tracking.follow import Position, Stored, batches, clean_name, count_lines, lines_after
 from wmtp.tracking.jsonl import FILE_NAME
 
 if TYPE_CHECKING:  # importing mlflow takes seconds: only the thread does it
@@ -28,19 +28,19 @@ if TYPE_CHECKING:  # importing mlflow takes seconds: only the thread does it
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-Value = tuple[str, float, int, int]
-"""A metric as mlflow takes it: name, value, milliseconds since 1970, step."""
 
 log = logging.getLogger(__name__)
 RECEIPT_NAME = "mlflow.json"
-ARTIFACTS = ("config.yaml", "summary.json", "samples.jsonl", "train.log")
-NOT_METRICS = ("step", "epoch", "time")
+STAGE = "pretrain/"
+FEEDS = {f"{STAGE}{FILE_NAME}": STAGE, FILE_NAME: ""}
+"""The files that are followed: of the stage before the training and of the training, by their metrics' prefix."""
+ARTIFACTS = (
+    "config.yaml", "summary.json", "samples.jsonl", "train.log",
+    f"{STAGE}result.json", f"{STAGE}value_head.safetensors",
+)  # fmt: skip
 SQLITE = "sqlite:///"
-METRICS_PER_CALL = 500
 PARAMETER_CHARACTERS = 6_000
 TAG_CHARACTERS = 5_000
-NAME_CHARACTERS = 250
-BYTES_PER_READ = 1_000_000
 PAUSE_WHILE_CLOSING = 1.0
 ENVIRONMENT = {
     # With mlflow's own settings, one call to a dead server blocks for four minutes; retrying is done here.
@@ -55,35 +55,27 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Receipt:
-    """mlflow.json: which run belongs to a folder, and how many lines of metrics.jsonl it has."""
+    """mlflow.json: which run belongs to a folder, and how far each of its files was sent."""
 
     run_id: str
     uri: str
-    sent_lines: int
+    sent: dict[str, Position] = field(default_factory=dict)
 
+    def position(self, name: str) -> Position:
+        """How far a file was sent."""
+        return self.sent.get(name, Position())
 
-class Lines:
-    """The whole lines of a growing file, each given once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = 0
-        self.count = 0
-
-    def read(self) -> list[bytes]:
-        """The next lines, about a megabyte at most; a line that is still being written is left for later."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            lines = [line for line in file.readlines(BYTES_PER_READ) if line.endswith(b"\n")]
-        self.offset += sum(len(line) for line in lines)
-        self.count += len(lines)
-        return lines
+    def at(self, name: str, position: Position) -> "Receipt":
+        """The receipt once a file was sent up to `position`."""
+        return replace(self, sent=self.sent | {name: position})
 
 
 class MlflowTracker:
-    """Shows a run in MLflow. Training never waits for it: a thread follows metrics.jsonl and retries what fails."""
+    """Shows a run in MLflow. Training never waits for it: a thread follows metrics.jsonl and retries what fails.
+
+    Every point of metrics.jsonl is sent once, whatever crashes: a run that is continued asks MLflow what it has.
+    What a dead attempt sent beyond its checkpoint stays there too, as MLflow deletes nothing.
+    """
 
     def __init__(
         self,
@@ -105,16 +97,17 @@ class MlflowTracker:
         self.uri = absolute_uri(uri, self.folder)
         self.run_name, self.parameters, self.tags = run_name, parameters, tags
         self.experiment, self.poll_seconds, self.close_seconds = experiment, poll_seconds, close_seconds
-        self._receipt = Receipt("", self.uri, 0)
+        self._receipt = Receipt("", self.uri)
         self._state: State = "RUNNING"
         self._last_error: Exception | None = None
         self._delivered = False
-        self._closing, self._abandoned = threading.Event(), threading.Event()
+        self._logged, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._thread.start()
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Do nothing: the metrics are sent from metrics.jsonl, which another tracker writes."""
+        """Have the metrics sent from metrics.jsonl, which another tracker writes."""
+        self._logged.set()
 
     def close(self, state: State) -> None:
         """Send the rest of metrics.jsonl, the final status and the artifacts.
@@ -132,14 +125,14 @@ class MlflowTracker:
             raise PendingError(self._pending())
 
     def _pending(self) -> str:
-        path = self.folder / FILE_NAME
-        written = path.read_bytes().count(b"\n") if path.exists() else 0
-        pending = max(0, written - self._receipt.sent_lines)
+        files = [self.folder / name for name in FEEDS if (self.folder / name).exists()] or [self.folder / FILE_NAME]
+        counts = [count_lines(self.folder / name, self._receipt.position(name)) for name in FEEDS]
+        written, pending = (sum(numbers) for numbers in zip(*counts, strict=True))
         error = described(self._last_error) if self._last_error else "none, it was still busy"
         return (
             f"MLflow at {self.uri} did not take everything within {self.close_seconds:g} s: {pending} of {written} "
-            f"lines of metrics are pending, and so are the final status or artifacts. They are safe in {path}. "
-            f"Last error: {error}"
+            f"lines of metrics are pending, and so are the final status or artifacts. They are safe in "
+            f"{' and '.join(str(file) for file in files)}. Last error: {error}"
         )
 
     def _deliver(self) -> None:
@@ -148,19 +141,21 @@ class MlflowTracker:
             self._receipt = read_receipt(self.folder, self.uri)
             client, experiment_id = self._retried(connect, self.uri, self.experiment)
             run = self._retried(self._open_run, client, experiment_id)
+            stored: dict[str, Stored | None] = dict.fromkeys(FEEDS)
             if run.info.run_id != self._receipt.run_id:
-                self._acknowledge(Receipt(run.info.run_id, self.uri, 0))
+                stored = {name: Stored() for name in FEEDS}
+                self._acknowledge(Receipt(run.info.run_id, self.uri))
             self._describe(client, run)
-            lines = Lines(self.folder / FILE_NAME)
-            while not self._closing.is_set():
-                self._send(client, lines)
-                self._closing.wait(self.poll_seconds)
-            self._send(client, lines)
+            while not self._closing.wait(self.poll_seconds):
+                if self._logged.is_set():  # before, a file may hold lines that resuming is about to drop
+                    self._send(client, stored)
+            self._send(client, stored)
             # The status goes first: artifacts may go elsewhere, and fail when the server itself is well.
             self._retried(client.set_terminated, run.info.run_id, self._state)
             for name in ARTIFACTS:
                 if (self.folder / name).exists():
-                    self._retried(client.log_artifact, run.info.run_id, str(self.folder / name))
+                    inside = name.rpartition("/")[0] or None
+                    self._retried(client.log_artifact, run.info.run_id, str(self.folder / name), inside)
             self._delivered = True
         except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to; close() reports it
             self._last_error = error
@@ -204,16 +199,31 @@ class MlflowTracker:
             tags=[RunTag(key, text[:TAG_CHARACTERS]) for key, text in tags.items()],
         )
 
-    def _send(self, client: "MlflowClient", lines: Lines) -> None:
-        """Send the lines that were written since the last time and are not acknowledged."""
+    def _send(self, client: "MlflowClient", stored: dict[str, Stored | None]) -> None:
+        """Send what the files hold and MLflow has not; None in `stored` means that it must be asked what it has."""
         from mlflow.entities import Metric
 
-        while read := lines.read():
-            already_sent = max(0, self._receipt.sent_lines - (lines.count - len(read)))
-            for num_lines, values in batches(read[already_sent:]):
-                metrics = [Metric(*value) for value in values]
-                self._retried(client.log_batch, self._receipt.run_id, metrics=metrics)
-                self._acknowledge(replace(self._receipt, sent_lines=self._receipt.sent_lines + num_lines))
+        for name, prefix in FEEDS.items():
+            while (lines := lines_after(self.folder / name, self._receipt.position(name))) != []:
+                if lines is None:
+                    stored[name] = None
+                    self._acknowledge(self._receipt.at(name, Position()))
+                    continue
+                known = stored[name] = stored[name] or self._ask(client, prefix, json.loads(lines[0])["step"])
+                for batch, points in batches(lines, prefix):
+                    if metrics := [Metric(*point) for point in known.missing(points)]:
+                        self._retried(client.log_batch, self._receipt.run_id, metrics=metrics)
+                    self._acknowledge(self._receipt.at(name, self._receipt.position(name).after(batch)))
+
+    def _ask(self, client: "MlflowClient", prefix: str, first_step: int) -> Stored:
+        """The points that MLflow has of a file; a dead attempt may have sent more of them than it could note."""
+        stored, run_id = Stored(), self._receipt.run_id
+        for name in self._retried(client.get_run, run_id).data.metrics:
+            if name.startswith(STAGE) == (prefix == STAGE):
+                for metric in self._retried(client.get_metric_history, run_id, name):
+                    if metric.step >= first_step:
+                        stored.add(name, metric.value, metric.step)
+        return stored
 
     def _acknowledge(self, receipt: Receipt) -> None:
         self._retried(replace_atomically, self.folder / RECEIPT_NAME, encode_json(asdict(receipt)))
@@ -246,43 +256,6 @@ class MlflowTracker:
             self._last_error = error
             level = logging.WARNING if attempt.attempt_number == 1 else logging.INFO
             log.log(level, "MLflow at %s failed and is tried again, training goes on: %s", self.uri, described(error))
-
-
-def clean_name(name: str) -> str:
-    """The nearest name that MLflow allows for a metric, parameter or tag."""
-    allowed = re.sub(r"[^/\w.\- :]", "_", name)[:NAME_CHARACTERS]
-    # MLflow refuses what is not a normalised relative path.
-    parts = ["_" if part in (".", "..") else part for part in allowed.split("/") if part]
-    cleaned = "/".join(parts) or "_"
-    return f"_{cleaned[2:]}" if cleaned.startswith("..") else cleaned
-
-
-def metric_values(line: dict[str, float | str]) -> list[Value]:
-    """The metrics of a line of metrics.jsonl; those not finite, which stand there as strings, are counted."""
-    timestamp, step = int(float(line["time"]) * 1000), int(line["step"])
-    metrics = {name: value for name, value in line.items() if name not in NOT_METRICS}
-    values = [
-        (clean_name(name), float(value), timestamp, step)
-        for name, value in metrics.items()
-        if not isinstance(value, str)
-    ]
-    if not_finite := len(metrics) - len(values):
-        values.append(("nonfinite", float(not_finite), timestamp, step))
-    return values
-
-
-def batches(lines: Sequence[bytes]) -> Iterator[tuple[int, list[Value]]]:
-    """As many whole lines at a time as a call may hold, with their number; a longer line stands alone."""
-    num_lines, values = 0, list[Value]()
-    for line in lines:
-        more = metric_values(json.loads(line))
-        if num_lines and len(values) + len(more) > METRICS_PER_CALL:
-            yield num_lines, values
-            num_lines, values = 0, []
-        num_lines += 1
-        values += more
-    if num_lines:
-        yield num_lines, values
 
 
 def absolute_uri(uri: str | None, folder: Path) -> str:
@@ -328,11 +301,12 @@ def read_receipt(folder: Path, uri: str) -> Receipt:
     """What mlflow.json says; an empty receipt if there is none, or it is of another store."""
     path = folder / RECEIPT_NAME
     if path.exists():
-        receipt = Receipt(**json.loads(path.read_text()))
-        if receipt.uri == uri:
-            return receipt
-        log.warning("the run was tracked at %s; a new run is made at %s", receipt.uri, uri)
-    return Receipt("", uri, 0)
+        receipt = json.loads(path.read_text())
+        if receipt["uri"] == uri:
+            sent = {name: Position(**position) for name, position in receipt.get("sent", {}).items()}
+            return Receipt(receipt["run_id"], uri, sent)
+        log.warning("the run was tracked at %s; a new run is made at %s", receipt["uri"], uri)
+    return Receipt("", uri)
 
 
 def described(error: Exception) -> str:

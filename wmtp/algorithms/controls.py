@@ -1,0 +1,86 @@
+"""Controls: weights that look like another algorithm's and carry none of its information.
+
+A weighting that beats uniform training but not its own control has won by something other than
+knowing which tokens matter.
+"""
+
+import base64
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wmtp.algorithms.base import Algorithm, Observations, clipped
+
+
+class Control(Algorithm):
+    """Wraps another algorithm and takes everything but the weights' meaning from it."""
+
+    def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
+        """`seed` decides the control's own randomness."""
+        self.of = of
+        self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
+        self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
+        self.uses_losses = "none" if of.uses_losses == "none" else "all"
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
+        """The wrapped algorithm's weights without their meaning."""
+        return self.emptied(
+            clipped(self.of.weights(observed), observed.valid, self.weight_min, self.weight_max), observed
+        )
+
+    @abstractmethod
+    def emptied(
+        self, weights: Float[Tensor, "head batch position"], observed: Observations
+    ) -> Float[Tensor, "head batch position"]:
+        """Weights of like distribution that say nothing of their targets."""
+
+    def finish_update(self) -> None:
+        """Tell the wrapped algorithm."""
+        self.of.finish_update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state and the wrapped algorithm's."""
+        state = base64.b64encode(self.generator.get_state().numpy().tobytes()).decode()
+        return {"generator": state, "of": self.of.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on drawing and weighting."""
+        self.generator.set_state(torch.frombuffer(bytearray(base64.b64decode(state["generator"])), dtype=torch.uint8))
+        self.of.load_state_dict(state["of"])
+
+
+class Shuffled(Control):
+    """Another algorithm's weights, permuted among the valid targets of each sequence."""
+
+    def emptied(
+        self, weights: Float[Tensor, "head batch position"], observed: Observations
+    ) -> Float[Tensor, "head batch position"]:
+        """The same weights at other targets of the same sequence."""
+        by_sample = weights.transpose(0, 1).flatten(1)
+        valid = observed.valid.transpose(0, 1).flatten(1)
+        keys = torch.rand(valid.shape, generator=self.generator).to(weights.device)
+        ordered = torch.argsort(~valid, stable=True, dim=1)  # the valid targets first, as they stand …
+        drawn = torch.argsort(keys.masked_fill(~valid, 2.0), dim=1)  # … and in random order
+        shuffled = torch.zeros_like(by_sample).scatter(1, ordered, by_sample.gather(1, drawn))
+        return shuffled.view(weights.shape[1], weights.shape[0], weights.shape[2]).transpose(0, 1)
+
+
+class Random(Control):
+    """Log-normal weights with the mean and the deviation of another algorithm's."""
+
+    def emptied(
+        self, weights: Float[Tensor, "head batch position"], observed: Observations
+    ) -> Float[Tensor, "head batch position"]:
+        """exp of a normal draw whose parameters give the wanted moments."""
+        chosen = weights[observed.valid]
+        if not len(chosen):
+            return weights
+        mean, variance = chosen.mean().item(), chosen.var(correction=0).item()
+        spread_ = math.log1p(variance / mean**2)
+        normal = torch.randn(weights.shape, generator=self.generator).to(weights.device)
+        return torch.exp(normal * math.sqrt(spread_) + math.log(mean) - spread_ / 2)

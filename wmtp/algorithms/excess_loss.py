@@ -1,0 +1,72 @@
+"""Excess loss: a target counts by how much harder the policy finds it than a reference model does.
+
+Source: Lin et al. 2024, Rho-1: Not All Tokens Are What You Need (arXiv 2404.07965), section 2.2. The
+excess is signed: what the reference finds harder than the policy (noise) counts least.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from wmtp.algorithms.base import Algorithm, Observations
+from wmtp.annotations import ExistingPath, PositiveFloat
+
+
+class ExcessLoss(Algorithm):
+    """Weights exp((CE_policy − CE_reference) / temperature)."""
+
+    uses_losses = "own"
+    needs_reference = True
+
+    def __init__(
+        self,
+        *,
+        temperature: PositiveFloat = 1.0,
+        weight_min: PositiveFloat = 0.1,
+        weight_max: PositiveFloat = 5.0,
+        reference: ExistingPath | None = None,
+    ) -> None:
+        """A low `temperature` makes weights differ more."""
+        self.temperature = temperature
+        self.weight_min, self.weight_max, self.reference = weight_min, weight_max, reference
+
+    def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
+        """Elementwise in the losses."""
+        exponent = excess(observed) / self.temperature
+        # clipped as an exponent, so that no weight overflows
+        return exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
+
+
+class TokenSkip(Algorithm):
+    """Trains each head on the fraction of its targets with the largest excess; head 1 trains on all."""
+
+    uses_losses = "all"
+    needs_reference = True
+    weight_min = 0.0
+    weight_max = 1.0
+
+    def __init__(
+        self, *, keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6, reference: ExistingPath | None = None
+    ) -> None:
+        """`keep_fraction` of a micro-batch's targets stay, counted for each head by itself and rounded up."""
+        self.keep_fraction, self.reference = keep_fraction, reference
+
+    def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
+        """1 for the targets that train, 0 for those that are skipped."""
+        ranked = excess(observed).masked_fill(~observed.valid, -torch.inf)
+        kept = torch.zeros_like(ranked)
+        kept[0] = 1.0
+        for head in range(1, len(kept)):
+            count = math.ceil(self.keep_fraction * int(observed.valid[head].sum()) - 1e-9)
+            kept[head].view(-1)[ranked[head].flatten().topk(count).indices] = 1.0
+        return kept
+
+
+def excess(observed: Observations) -> Float[Tensor, "*target"]:
+    """e = CE_policy − CE_reference, in nats."""
+    assert observed.losses is not None and observed.reference_losses is not None
+    return observed.losses - observed.reference_losses

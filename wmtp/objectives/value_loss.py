@@ -1,0 +1,66 @@
+"""How a value head is taught and measured; used before the training and beside it."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from wmtp.data.collate import Batch
+from wmtp.metrics import Sums, deviation
+from wmtp.values import explained_variance, last_of_response, ranking_loss, rewards_at, value_positions, value_targets
+
+Kind = Literal["reward", "lambda_return", "ranking"]
+
+
+class ValueLoss:
+    """Squared error to the reward or to the λ-return after every token, or ranking by the last value.
+
+    Ranking asks that of a task's right and wrong solutions the right one ends with the higher value.
+    """
+
+    def __init__(self, kind: Kind = "reward", discount: float = 1.0, trace_decay: float = 0.95) -> None:
+        """γ is `discount`, λ is `trace_decay`; both matter to the λ-return alone."""
+        self.kind, self.discount, self.trace_decay = kind, discount, trace_decay
+
+    def total(self, batch: Batch) -> Tensor:
+        """The number of positions, or of pairs, that are summed over."""
+        if self.kind == "ranking":
+            return ranking_loss(batch.rewards, batch.tasks, batch.is_correct)[1]
+        return value_positions(batch.response).sum()
+
+    def sum(self, values: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], Sums]:
+        """The summed loss, with gradient, and the measurements of the values against the rewards."""
+        rewards = rewards_at(batch.rewards, batch.response)
+        mask = value_positions(batch.response)
+        if self.kind == "ranking":
+            ends = last_of_response(batch.response)
+            loss, count = ranking_loss((values * ends).sum(dim=1), batch.tasks, batch.is_correct)
+        else:
+            target = value_targets(
+                values, rewards, batch.response,
+                kind=self.kind, discount=self.discount, trace_decay=self.trace_decay,
+            )  # fmt: skip
+            loss, count = (values - target)[mask].square().sum(), mask.sum()
+        outcome = batch.rewards[:, None].expand_as(mask)[mask]
+        value = values.detach()[mask]
+        error = outcome - value
+        sums = Sums({"value_loss": (loss.detach(), count)})
+        for name, x in (("value", value), ("value_target", outcome), ("value_error", error)):
+            sums.means[f"{name}_mean"] = (x.sum(), mask.sum())
+            sums.means[f"{name}_square"] = (x.square().sum(), mask.sum())
+        return loss, sums
+
+
+def value_metrics(values: dict[str, float]) -> dict[str, float]:
+    """Summed measurements with the values' moments replaced by their mean, variance and explained variance."""
+    if "value_mean" not in values:
+        return values
+    moments = {
+        name: (values.pop(f"{name}_mean"), values.pop(f"{name}_square"))
+        for name in ("value", "value_target", "value_error")
+    }
+    return values | {
+        "value_mean": moments["value"][0],
+        "value_variance": deviation(*moments["value"]) ** 2,
+        "value_explained_variance": explained_variance(*moments["value_target"], *moments["value_error"]),
+    }

@@ -1,0 +1,112 @@
+"""Arrays with one entry per token of a data set: computed once, kept on disk, read memory-mapped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from wmtp.data.collate import Batch, collate
+from wmtp.data.order import by_length
+from wmtp.data.split import TokenizedSplit
+from wmtp.data.tokenization import Tokenizer
+from wmtp.errors import InputError
+from wmtp.losses import cross_entropy
+from wmtp.models.fingerprint import weights_fingerprint
+from wmtp.models.mtp import MtpModel
+from wmtp.runtime.hardware import Hardware
+from wmtp.targets import targets
+
+FORMAT = 1
+BATCH_SIZE = 32
+
+
+class TokenColumns:
+    """Fills the columns of splits from a frozen model.
+
+    A file's key covers the tokens, the tokenizer and the model's weights, so that later epochs, runs and
+    the jobs of a sweep find it, and nothing that changed ever meets a stale one.
+    """
+
+    def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
+        self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
+
+    def reference_losses(self, model: MtpModel, split: TokenizedSplit) -> np.ndarray:
+        """The next-token cross-entropy that `model` gives each token of a solution, in nats; 0 elsewhere."""
+
+        def measure(batch: Batch) -> Tensor:
+            target = targets(batch.labels, 1)
+            losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding.weight, target)
+            return torch.nn.functional.pad(losses[0, :, :-1], (1, 0))  # from the position that predicts to the token
+
+        return self._column("reference-losses", model, split, (), measure)
+
+    def hidden_states(self, model: MtpModel, split: TokenizedSplit) -> np.ndarray:
+        """The trunk's hidden state after each token."""
+        return self._column("hidden-states", model, split, (model.dim,), lambda batch: model.trunk_states(batch.tokens))
+
+    def _column(
+        self,
+        name: str,
+        model: MtpModel,
+        split: TokenizedSplit,
+        tail: tuple[int, ...],
+        measure: Callable[[Batch], Tensor],
+    ) -> np.ndarray:
+        parts = [
+            FORMAT,
+            split.fingerprint,
+            self.tokenizer.fingerprint,
+            weights_fingerprint(model, without="value_head."),
+        ]
+        parts += [self.hardware.precision]
+        path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                self._write(path, (len(split.samples.tokens), *tail), model, split, measure)
+        try:
+            column: np.ndarray = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{path}: the cached {name} cannot be read ({error}); delete this file") from error
+        return column
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        model: MtpModel,
+        split: TokenizedSplit,
+        measure: Callable[[Batch], Tensor],
+    ) -> None:
+        staged = path.with_suffix(f".{os.getpid()}.tmp")
+        column = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
+        model.eval()
+        fill(column, split, self.tokenizer, self.hardware, measure)
+        column.flush()
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+
+
+def fill(
+    column: np.ndarray,
+    split: TokenizedSplit,
+    tokenizer: Tokenizer,
+    hardware: Hardware,
+    measure: Callable[[Batch], Tensor],
+) -> None:
+    """Put what `measure` gives for each position of a batch where the token stands in the split."""
+    offsets, lengths = split.samples.offsets, split.samples.lengths
+    for chosen in by_length(lengths, BATCH_SIZE):
+        batch = collate(split, chosen, tokenizer.padding).to(hardware.device)
+        with hardware.autocast():
+            values = measure(batch).float().cpu().numpy()
+        for row, index in enumerate(chosen):
+            column[offsets[index] : offsets[index + 1]] = values[row, : lengths[index]]

@@ -1,0 +1,118 @@
+"""Following a metrics.jsonl, which grows, and is cut when its run resumes: its lines and the points they hold."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Point = tuple[str, float, int, int]
+"""A metric's name, its value, milliseconds since 1970, the step."""
+
+NOT_METRICS = ("step", "epoch", "time")
+SPEED = "tokens_per_second"
+POINTS_PER_CALL = 500
+NAME_CHARACTERS = 250
+BYTES_PER_READ = 1_000_000
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a file was read: so many lines, of so many bytes, and the last of them."""
+
+    lines: int = 0
+    size: int = 0
+    last: str = ""
+
+    def after(self, lines: Sequence[bytes]) -> "Position":
+        """The position behind the next lines."""
+        size = self.size + sum(len(line) for line in lines)
+        return Position(self.lines + len(lines), size, lines[-1].decode() if lines else self.last)
+
+
+class Stored:
+    """The points of one file that a store has, from the step on that the file was read to."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, set[tuple[str, float | None]]] = {}
+        self._step = 0
+
+    def add(self, name: str, value: float, step: int) -> bool:
+        """Note a point; False if it is there."""
+        # A step that is made again has the same values, but another speed: the first one stands.
+        point = name, None if name.endswith(SPEED) else value
+        known = self._at.setdefault(step, set())
+        if point in known:
+            return False
+        known.add(point)
+        return True
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """Those of the file's next points that are not there; they are noted."""
+        missing = []
+        for point in points:
+            name, value, _, step = point
+            if step != self._step:  # steps only grow: what lies behind is not needed any more
+                self._at.pop(self._step, None)
+                self._step = step
+            if self.add(name, value, step):
+                missing.append(point)
+        return missing
+
+
+def lines_after(path: Path, position: Position) -> list[bytes] | None:
+    """The next whole lines, about a megabyte at most; None if the file was cut before `position`.
+
+    A line holds the time at which it was written, so a cut file that grew again has another in the last one's place.
+    """
+    if not path.exists():
+        return []
+    last = position.last.encode()
+    with path.open("rb") as file:
+        file.seek(position.size - len(last))
+        if file.read(len(last)) != last:
+            return None
+        return [line for line in file.readlines(BYTES_PER_READ) if line.endswith(b"\n")]
+
+
+def count_lines(path: Path, position: Position) -> tuple[int, int]:
+    """The number of lines in a file, and of those after `position`."""
+    written = path.read_bytes().count(b"\n") if path.exists() else 0
+    return written, written if lines_after(path, position) is None else max(0, written - position.lines)
+
+
+def clean_name(name: str) -> str:
+    """The nearest name that MLflow allows for a metric, parameter or tag."""
+    allowed = re.sub(r"[^/\w.\- :]", "_", name)[:NAME_CHARACTERS]
+    # MLflow refuses what is not a normalised relative path.
+    parts = ["_" if part in (".", "..") else part for part in allowed.split("/") if part]
+    cleaned = "/".join(parts) or "_"
+    return f"_{cleaned[2:]}" if cleaned.startswith("..") else cleaned
+
+
+def line_points(line: dict[str, float | str], prefix: str = "") -> list[Point]:
+    """The metrics of a line of metrics.jsonl; those not finite, which stand there as strings, are counted."""
+    timestamp, step = int(float(line["time"]) * 1000), int(line["step"])
+    metrics = {name: value for name, value in line.items() if name not in NOT_METRICS}
+    points = [
+        (clean_name(prefix + name), float(value), timestamp, step)
+        for name, value in metrics.items()
+        if not isinstance(value, str)
+    ]
+    if not_finite := len(metrics) - len(points):
+        points.append((f"{prefix}nonfinite", float(not_finite), timestamp, step))
+    return points
+
+
+def batches(lines: Sequence[bytes], prefix: str = "") -> Iterator[tuple[list[bytes], list[Point]]]:
+    """As many whole lines at a time as a call may hold, with their points; a longer line stands alone."""
+    batch, points = list[bytes](), list[Point]()
+    for line in lines:
+        more = line_points(json.loads(line), prefix)
+        if batch and len(points) + len(more) > POINTS_PER_CALL:
+            yield batch, points
+            batch, points = [], []
+        batch.append(line)
+        points += more
+    if batch:
+        yield batch, points
