@@ -1,6 +1,8 @@
-"""The loop against Hugging Face's Trainer, its plan, its gate and its intervals, built from fakes."""
+"""The loop against Hugging Face's Trainer, its plan, its gates and its intervals, built from fakes."""
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +17,22 @@ from transformers import TrainingArguments
 
 from tests.conftest import tiny_model
 from tests.test_models import as_llama
+from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.excess_loss import ExcessLoss
 from wmtp.algorithms.uniform import Uniform
-from wmtp.checkpoint.store import CheckpointStore
+from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.data.collate import IGNORED, Batch
 from wmtp.early_stopping import EarlyStopping
 from wmtp.errors import TrainingError
+from wmtp.metrics import Sums
+from wmtp.models.mtp import MtpModel
+from wmtp.objectives.base import Objective
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.optimization import constant, cosine, linear, parameter_groups
 from wmtp.plan import Plan, Position
 from wmtp.runtime.hardware import Hardware
-from wmtp.trainer import Trainer
+from wmtp.trainer import Trainer, metric_names
 
 
 class FakeData:
@@ -54,6 +62,18 @@ class FakeData:
         return [self.batch(0, 2)]
 
 
+class Ragged(FakeData):
+    """Solutions of one to eleven tokens, some samples without any; validated in full, in batches."""
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__(num_samples)
+        lengths = torch.arange(num_samples)[:, None] * 5 % 12
+        self.labels = torch.where(torch.arange(12)[None] >= 12 - lengths, self.tokens, IGNORED)
+
+    def validation_batches(self, batch_size: int) -> list[Batch]:
+        return self.micro_batches(0, 0, len(self.tokens), batch_size)
+
+
 @dataclass
 class Recorder:
     """Keeps what it is told."""
@@ -77,13 +97,15 @@ def trainer_of(
     plan: Plan,
     lr: float = 1e-3,
     early_stopping: EarlyStopping | None = None,
+    objective: Objective | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     **options: Any,
 ) -> Trainer:
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=lr, weight_decay=0.1)
+    optimizer = optimizer or torch.optim.AdamW(parameter_groups(model), lr=lr, weight_decay=0.1)
     scheduler = linear(optimizer, plan.num_updates)
     return Trainer(
         model,
-        MtpObjective(Uniform()),
+        objective or MtpObjective(Uniform()),
         data,
         optimizer,
         scheduler,
@@ -219,3 +241,225 @@ def test_norms_and_embeddings_do_not_decay() -> None:
     assert others["weight_decay"] == 0.0
     assert all("norm" in names[id(p)] or names[id(p)].split(".")[0] == "embedding" for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+# Micro-batches
+
+
+class DividesEach(MtpObjective):
+    """Divides every micro-batch by its own positions, as if all had the same number."""
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__(Uniform())
+        self.num_parts = num_parts
+
+    def loss(self, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        return super().loss(model, batch, self.totals(model, batch).clamp(min=1) * self.num_parts)
+
+
+def parameters_after(folder: Path, micro_batch_size: int, naive: bool = False) -> torch.Tensor:
+    """All parameters after three updates of eight ragged samples."""
+    model, plan = tiny_model(), Plan(24, num_epochs=1.0, batch_size=8, micro_batch_size=micro_batch_size)
+    objective = DividesEach(8 // micro_batch_size) if naive else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trainer = trainer_of(folder, Ragged(24), model, plan, objective=objective, optimizer=optimizer)
+    for _ in range(3):
+        trainer.train_update()
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_an_update_is_the_same_in_micro_batches_of_any_size(tmp_path: Path) -> None:
+    whole, start = parameters_after(tmp_path, 8), torch.cat([p.flatten() for p in tiny_model().parameters()])
+    assert (whole - start).norm() > 0.1
+    for size in (2, 1):
+        torch.testing.assert_close(parameters_after(tmp_path, size), whole, rtol=0, atol=1e-6)
+        assert (parameters_after(tmp_path, size, naive=True) - whole).abs().max() > 1e-4
+    torch.testing.assert_close(parameters_after(tmp_path, 8, naive=True), whole, rtol=0, atol=1e-6)
+
+
+# Validation
+
+
+def test_validation_drops_nothing_out_and_pools_what_its_batches_sum(tmp_path: Path) -> None:
+    model, data = tiny_model(dropout=0.3), Ragged(10)
+    trainer = trainer_of(tmp_path, data, model, Plan(10, batch_size=5, micro_batch_size=3))
+    assert trainer.validate()
+    first = trainer.last_validation
+    assert not trainer.validate(), "the same again is no improvement"
+    assert trainer.last_validation == first
+
+    objective, every = trainer.objective, data.batch(0, 10)
+    whole = objective.metrics(objective.evaluate(model, every))
+    assert first == pytest.approx({f"val/{name}": value for name, value in whole.items()}, rel=1e-5)
+    parts = [objective.metrics(objective.evaluate(model, batch)) for batch in data.validation_batches(3)]
+    assert sum(part["loss"] for part in parts) / len(parts) != pytest.approx(whole["loss"], rel=1e-4)
+
+    model.train()
+    dropped = [objective.metrics(objective.evaluate(model, every))["loss"] for _ in range(2)]
+    assert dropped[0] != dropped[1] and whole["loss"] not in dropped
+
+
+def test_validating_in_between_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    ends = []
+    for validates in (False, True):
+        model = tiny_model(dropout=0.3)
+        torch.manual_seed(3)
+        trainer = trainer_of(tmp_path, Ragged(16), model, Plan(16, batch_size=8, micro_batch_size=4))
+        for _ in range(3):
+            before = trainer.position
+            trainer.train_update()
+            assert trainer.position.step == before.step + 1
+            position, generators = trainer.position, torch.get_rng_state()
+            if validates:
+                trainer.validate()
+            assert trainer.position == position and torch.equal(torch.get_rng_state(), generators)
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+    model = tiny_model(dropout=0.3)  # the control: had it left the model as validation needs it
+    torch.manual_seed(3)
+    trainer = trainer_of(tmp_path, Ragged(16), model, Plan(16, batch_size=8, micro_batch_size=4))
+    model.train = lambda mode=True: model
+    model.eval()
+    for _ in range(3):
+        trainer.train_update()
+    assert not all(torch.equal(one, other) for one, other in zip(ends[0], model.parameters(), strict=True))
+
+
+# Early stopping
+
+
+class Scripted(MtpObjective):
+    """Validation losses as they stand in a list; they go on with the last."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__(Uniform())
+        self.losses: Iterator[float] = iter(losses)
+        self.last = math.nan
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        values = super().metrics(sums)
+        if "weight_mean" not in values:  # a validation
+            self.last = next(self.losses, self.last)
+            values["loss"] = self.last
+        return values
+
+
+def stopping_run(folder: Path, losses: list[float]) -> Trainer:
+    plan = Plan(40, num_epochs=3.0, batch_size=4)
+    return trainer_of(
+        folder, FakeData(40), tiny_model(), plan, early_stopping=EarlyStopping(patience=2, min_delta=0.1),
+        objective=Scripted(losses), eval_interval=2, log_interval=3,
+    )  # fmt: skip
+
+
+def test_what_has_converged_stops_is_saved_and_resumes_to_nothing(tmp_path: Path) -> None:
+    recorder, trainer = Recorder([]), stopping_run(tmp_path, [5.0, 4.0, 4.5, 3.95, 3.0])
+    result = trainer.fit([recorder])
+    assert result.early_stopped and result.total_steps == 8
+    assert result.stop_reason is not None and result.stop_reason.startswith("converged: val/loss")
+    assert (result.final_loss, result.best_loss, result.best_step) == (3.95, 3.95, 8)
+    assert recorder.values("val/loss") == [5.0, 4.0, 4.5, 3.95]
+    assert recorder.values("early_stopping/counter")[-1] == 2.0
+    assert trainer.checkpoints.latest().name == "step_00000008"
+
+    resumed = stopping_run(tmp_path, [1.0])
+    resumed.restore(load(trainer.checkpoints.latest()))
+    again = Recorder([])
+    assert resumed.fit([again]) == result
+    assert again.lines == []
+
+    forgetful, snapshot = stopping_run(tmp_path, [1.0]), load(trainer.checkpoints.latest())
+    snapshot.state["early_stopping"] |= {"reason": None, "counter": 0}
+    forgetful.restore(snapshot)
+    assert forgetful.fit().total_steps > 8  # the control
+
+
+def test_a_run_that_goes_on_improving_reaches_the_end_of_its_plan(tmp_path: Path) -> None:
+    result = stopping_run(tmp_path, [5.0 - 0.2 * i for i in range(20)]).fit()
+    assert (result.early_stopped, result.stop_reason, result.total_steps) == (False, None, 30)
+
+
+class Calm(MtpObjective):
+    """No gradient at all before an update, an ordinary one from it on."""
+
+    def __init__(self, until: int) -> None:
+        super().__init__(Uniform())
+        self.until, self.update = until, 0
+
+    def loss(self, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        loss, sums = super().loss(model, batch, totals)
+        return loss * float(self.update >= self.until), sums
+
+    def finish_update(self) -> None:
+        self.update += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"update": self.update}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update = state["update"]
+
+
+def unstable_run(folder: Path, ratio: float = 0.7) -> Trainer:
+    stopping = EarlyStopping(window=10, threshold=1e-6, ratio=ratio)
+    plan = Plan(40, num_epochs=2.0, batch_size=4, micro_batch_size=2)
+    return trainer_of(
+        folder, FakeData(40), tiny_model(), plan, early_stopping=stopping, objective=Calm(5), save_interval=8
+    )
+
+
+def test_the_seventh_large_gradient_among_the_last_ten_stops_wherever_the_run_was_cut(tmp_path: Path) -> None:
+    expected = "unstable: 7 of the last 10 gradient norms exceeded 1e-06"
+    straight = unstable_run(tmp_path)
+    result = straight.fit()
+    assert (result.total_steps, result.stop_reason) == (12, expected)
+    assert straight.checkpoints.latest().name == "step_00000012"
+    assert unstable_run(tmp_path, ratio=0.8).fit().total_steps == 13
+
+    for cut in (3, 8, 11):
+        trainer = unstable_run(tmp_path / str(cut))
+        for _ in range(cut):
+            trainer.train_update()
+        trainer.save(is_best=False)
+        snapshot = load(trainer.checkpoints.latest())
+        resumed = unstable_run(tmp_path / str(cut))
+        resumed.restore(snapshot)
+        result = resumed.fit()
+        assert (result.total_steps, result.stop_reason) == (12, expected)
+
+        snapshot.state["early_stopping"]["exceeded"] = []  # the control: a window that starts anew
+        forgetful = unstable_run(tmp_path / str(cut))
+        forgetful.restore(snapshot)
+        assert forgetful.fit().total_steps == max(cut + 10, 12)
+
+
+# Metrics
+
+
+class WithReferences(FakeData):
+    """Every token's reference loss is 2."""
+
+    def batch(self, start: int, stop: int) -> Batch:
+        batch = super().batch(start, stop)
+        return Batch(**vars(batch) | {"reference_losses": torch.full(batch.tokens.shape, 2.0)})
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("algorithm", [Uniform(), Critic(), ExcessLoss()])
+def test_what_is_logged_is_what_can_be_monitored(tmp_path: Path, algorithm: Algorithm, num_heads: int) -> None:
+    recorder, model = Recorder([]), tiny_model(num_heads)
+    if algorithm.needs_values:
+        model.add_value_head()
+    trainer_of(
+        tmp_path, WithReferences(8), model, Plan(8, num_epochs=1.0, batch_size=4), log_interval=1,
+        objective=MtpObjective(algorithm), early_stopping=EarlyStopping(patience=9, window=1, variance_min=0.0),
+    ).fit([recorder])  # fmt: skip
+    logged = {name for _, metrics in recorder.lines for name in metrics}
+    names = metric_names(num_heads, values=algorithm.needs_values)
+    beside = {name for name in logged if name.startswith("early_stopping/")} | {"train/tokens_per_second"}
+    assert len(set(names)) == len(names)
+    assert logged - beside == set(names)
+    assert logged != set(names)
+    assert set(names) != set(metric_names(num_heads, values=not algorithm.needs_values))
+    assert json.dumps([metrics for _, metrics in recorder.lines], allow_nan=False)

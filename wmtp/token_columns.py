@@ -29,8 +29,8 @@ BATCH_SIZE = 32
 class TokenColumns:
     """Fills the columns of splits from a frozen model.
 
-    A file's key covers the tokens, the tokenizer and the model's weights, so that later epochs, runs and
-    the jobs of a sweep find it, and nothing that changed ever meets a stale one.
+    A file's key covers the tokens, the tokenizer, the model's weights and what else decides its forward, so
+    that later epochs, runs and the jobs of a sweep find it, and nothing that changed ever meets a stale one.
     """
 
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
@@ -64,7 +64,7 @@ class TokenColumns:
             self.tokenizer.fingerprint,
             weights_fingerprint(model, without="value_head."),
         ]
-        parts += [self.hardware.precision]
+        parts += [self.hardware.precision, model.head_dim, model.num_kv_heads, model.rope_theta, model.norm.eps]
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):

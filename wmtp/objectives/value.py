@@ -58,7 +58,7 @@ class ValueObjective:
         """`loss` is the sum that is trained."""
         if self.language_model is None:
             values = value_metrics(sums.results())
-            return {"loss": values["value_loss"]} | values
+            return {"loss": values.get("value_loss", 0.0)} | values
         values = self.language_model.metrics(sums)
         language_model_loss = values["loss"]
         values["loss"] = values.get("value_loss", 0.0) + self.language_model_coef * language_model_loss

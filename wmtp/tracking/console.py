@@ -56,11 +56,14 @@ class ConsoleTracker:
 
 
 def described(metrics: dict[str, float]) -> str:
-    """One line: the loss, each head's loss and the speed."""
+    """One line: the loss, each head's loss, the value head's and the speed, as far as they are there."""
     part = "train" if "train/loss" in metrics else "val"
     heads: list[str] = []
     while (name := f"{part}/head_{len(heads) + 1}_loss") in metrics:
         heads.append(f"{metrics[name]:.3f}")
-    line = f"{part:5} loss {metrics[f'{part}/loss']:.4f}  heads {' '.join(heads)}"
+    line = f"{part:5} loss {metrics[f'{part}/loss']:.4f}"
+    line += f"  heads {' '.join(heads)}" if heads else ""
+    value_loss = metrics.get(f"{part}/value_loss")
+    line += f"  value {value_loss:.3f}" if value_loss is not None and heads else ""
     speed = metrics.get("train/tokens_per_second")
     return line + (f"  {speed:,.0f} tokens/s" if speed else "")

@@ -141,9 +141,8 @@ class MlflowTracker:
             self._receipt = read_receipt(self.folder, self.uri)
             client, experiment_id = self._retried(connect, self.uri, self.experiment)
             run = self._retried(self._open_run, client, experiment_id)
-            stored: dict[str, Stored | None] = dict.fromkeys(FEEDS)
+            stored: dict[str, Stored] = {}
             if run.info.run_id != self._receipt.run_id:
-                stored = {name: Stored() for name in FEEDS}
                 self._acknowledge(Receipt(run.info.run_id, self.uri))
             self._describe(client, run)
             while not self._closing.wait(self.poll_seconds):
@@ -199,19 +198,20 @@ class MlflowTracker:
             tags=[RunTag(key, text[:TAG_CHARACTERS]) for key, text in tags.items()],
         )
 
-    def _send(self, client: "MlflowClient", stored: dict[str, Stored | None]) -> None:
-        """Send what the files hold and MLflow has not; None in `stored` means that it must be asked what it has."""
+    def _send(self, client: "MlflowClient", stored: dict[str, Stored]) -> None:
+        """Send what the files hold and MLflow has not; what it has of a file is asked when `stored` does not say."""
         from mlflow.entities import Metric
 
         for name, prefix in FEEDS.items():
             while (lines := lines_after(self.folder / name, self._receipt.position(name))) != []:
                 if lines is None:
-                    stored[name] = None
+                    stored.pop(name, None)
                     self._acknowledge(self._receipt.at(name, Position()))
                     continue
-                known = stored[name] = stored[name] or self._ask(client, prefix, json.loads(lines[0])["step"])
+                if name not in stored:
+                    stored[name] = self._ask(client, prefix, json.loads(lines[0])["step"])
                 for batch, points in batches(lines, prefix):
-                    if metrics := [Metric(*point) for point in known.missing(points)]:
+                    if metrics := [Metric(*point) for point in stored[name].missing(points)]:
                         self._retried(client.log_batch, self._receipt.run_id, metrics=metrics)
                     self._acknowledge(self._receipt.at(name, self._receipt.position(name).after(batch)))
 
