@@ -26,6 +26,7 @@ from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import task_tokenizer
+from wmtp.early_stopping import EarlyStopping
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.optimization import constant, parameter_groups
@@ -130,6 +131,7 @@ def wmtp_loop(data: Dataset, batches: list[Batch], turns: Turns, folder: Path) -
         CheckpointStore(folder),
         Hardware(device="cpu"),
         plan,
+        EarlyStopping(),
         log_interval=10,
     )
     turns.begin()
@@ -141,8 +143,8 @@ def bare_loop(batches: list[Batch], turns: Turns) -> None:
     model, optimizer = fresh()
     turns.begin()
     for step, batch in enumerate(batches, start=1):
-        loss, _ = OBJECTIVE.loss(model, batch)
-        torch.autograd.backward(loss / OBJECTIVE.denominator(model, batch))
+        loss, _ = OBJECTIVE.loss(model, batch, OBJECTIVE.totals(model, batch))
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -158,8 +160,8 @@ class ForHuggingFace(torch.nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The mean loss of a batch."""
-        loss, _ = OBJECTIVE.loss(self.model, batch)
-        return {"loss": loss / OBJECTIVE.denominator(self.model, batch)}
+        loss, _ = OBJECTIVE.loss(self.model, batch, OBJECTIVE.totals(self.model, batch))
+        return {"loss": loss}
 
 
 def hugging_face_loop(batches: list[Batch], turns: Turns, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import rankdata
 
 from wmtp.data.dataset import Dataset
 from wmtp.data.split import TokenizedSplit
@@ -42,7 +42,9 @@ def area_under_roc(scores: np.ndarray, positive: np.ndarray, among: np.ndarray) 
     positives, negatives = scores[among & positive], scores[among & ~positive]
     if not len(positives) or not len(negatives):
         return None
-    return float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
+    count = len(positives)
+    ranks = rankdata(np.concatenate([positives, negatives]))[:count]
+    return float(ranks.sum() - count * (count + 1) / 2) / (count * len(negatives))
 
 
 def token_truth(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,102 @@
+"""The time of an update under each algorithm, relative to the baseline's: `scripts/benchmark_algorithms.py [rounds]`.
+
+The micro model on the embedded tasks, in one process. In each round every algorithm makes one update of
+the same batch through the trainer, in an order that turns from round to round; a ratio is taken within
+its round. Reference losses lie on disk, as they do in every run after the first.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.controls import Random, Shuffled
+from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.uniform import Uniform
+from wmtp.checkpoint.store import CheckpointStore
+from wmtp.data.dataset import Dataset
+from wmtp.data.sources import TaskSource
+from wmtp.data.tokenization import task_tokenizer
+from wmtp.early_stopping import EarlyStopping
+from wmtp.models.mtp import MtpModel
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.optimization import constant, parameter_groups
+from wmtp.plan import Plan
+from wmtp.runtime.hardware import Hardware
+from wmtp.trainer import Trainer
+
+BATCH_SIZE, WARM_UP_ROUNDS = 16, 5
+ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
+    "baseline": (Uniform(), None),
+    "critic": (Critic(), 1.10),
+    "rho1": (ExcessLoss(), 1.05),
+    "rho1_token_skip": (TokenSkip(), 1.05),
+    "shuffled critic": (Shuffled(of=Critic()), None),
+    "random critic": (Random(of=Critic()), None),
+    "shuffled rho1": (Shuffled(of=ExcessLoss()), None),
+}
+"""Each algorithm with the most that its update may take, in updates of the baseline."""
+
+
+def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Path) -> Trainer:
+    """A trainer of the micro model."""
+    torch.manual_seed(0)
+    model = MtpModel(
+        512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
+    )  # fmt: skip
+    if algorithm.needs_values:
+        model.add_value_head()
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    return Trainer(
+        model,
+        MtpObjective(algorithm),
+        data,
+        optimizer,
+        constant(optimizer, num_updates),
+        CheckpointStore(folder),
+        Hardware(device="cpu"),
+        Plan(len(data.train), max_steps=num_updates, batch_size=BATCH_SIZE),
+        EarlyStopping(),
+    )
+
+
+def main(num_rounds: int) -> None:
+    """Print each algorithm's time per update, its ratio to the baseline, and whether that is within its limit."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = TaskSource(
+            tokenizer=task_tokenizer(folder), num_train=num_rounds * BATCH_SIZE // 2,
+            difficulties={1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}, correct_ratio=0.5, noise=0.5,
+        )  # fmt: skip
+        data = Dataset(source, folder, seed=0)
+        path = folder / "reference.npy"
+        np.save(path, np.random.default_rng(0).exponential(size=len(data.train.samples.tokens)).astype(np.float32))
+        data.train.reference_losses = np.load(path, mmap_mode="r")
+        trainers = {n: trainer_of(a, data, num_rounds, folder / n) for n, (a, _) in ALGORITHMS.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        for round_ in range(num_rounds):
+            names = list(trainers)
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                started = time.perf_counter()
+                trainers[name].train_update()
+                seconds[name].append(time.perf_counter() - started)
+    baseline = seconds["baseline"][WARM_UP_ROUNDS:]
+    for name, (_, limit) in ALGORITHMS.items():
+        measured = seconds[name][WARM_UP_ROUNDS:]
+        ratios = [one / base for one, base in zip(measured, baseline, strict=True)]
+        first, middle, third = statistics.quantiles(ratios, n=4)
+        verdict = "" if limit is None else f"  limit {limit:.2f}: {'reached' if middle <= limit else 'NOT REACHED'}"
+        print(
+            f"{name:16} {statistics.median(measured):.3f} s an update; relative to the baseline: "
+            f"median {middle:.3f} of {len(ratios)} rounds (quartiles {first:.3f} {third:.3f}){verdict}"
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)

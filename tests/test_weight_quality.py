@@ -1,0 +1,145 @@
+"""How well weights are judged: the area under the curve, the truth of each token, and weights known to be right."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from tests.conftest import tiny_model
+from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.controls import Random
+from wmtp.algorithms.excess_loss import ExcessLoss
+from wmtp.algorithms.uniform import Uniform
+from wmtp.data.dataset import Dataset
+from wmtp.data.records import Record
+from wmtp.data.sources import TaskSource
+from wmtp.data.split import TokenizedSplit
+from wmtp.data.tokenization import Tokenizer
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.runtime.hardware import Hardware
+from wmtp.weight_quality import area_under_roc, token_truth, weight_quality
+
+CPU = Hardware(device="cpu")
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_area_is_scikit_learns_also_with_ties(rows: list[tuple[int, bool, bool]]) -> None:
+    scores, positive, among = (np.array(column) for column in zip(*rows, strict=True))
+    got = area_under_roc(scores.astype(np.float32) / 3, positive, among)
+    truth = positive[among]
+    if truth.all() or not truth.any():
+        assert got is None
+    else:
+        assert got == pytest.approx(roc_auc_score(truth, scores[among]))
+
+
+def test_ties_count_half() -> None:
+    scores, positive, among = np.array([1.0, 1, 2, 0]), np.array([True, False, True, False]), np.ones(4, bool)
+    assert area_under_roc(scores, positive, among) == (0.5 + 1 + 1 + 1) / 4
+    without_ties = np.mean([a > b for a in (1.0, 2.0) for b in (1.0, 0.0)])
+    assert without_ties == 0.75  # the control
+
+
+SOLUTION = "def compute(xs):\n    xs = [x + 17 for x in xs]\n    return xs\n# id: 00417\n"
+
+
+def spans_of(*parts: str) -> tuple[tuple[int, int], ...]:
+    return tuple((SOLUTION.index(part), SOLUTION.index(part) + len(part)) for part in parts)
+
+
+def example(tokenizer: Tokenizer, folder: Path) -> TokenizedSplit:
+    """Two records of which the second one is marked, behind one that is too long to be kept."""
+    records = [
+        Record(task_id="long", prompt="word " * 300, solution=SOLUTION, decisive=((0, len(SOLUTION)),)),
+        Record(task_id="plain", prompt="Say 17", solution="print(17)\n"),
+        Record(
+            task_id="marked", prompt="Add 17 to each.", solution=SOLUTION, is_correct=False,
+            decisive=spans_of("+", "17"), noise=spans_of("00417"),
+        ),
+    ]  # fmt: skip
+    source = TaskSource(tokenizer=tokenizer, difficulties={1: 1}, max_length=200)
+    return TokenizedSplit("validation", records, source, None, folder)
+
+
+def test_exactly_the_tokens_that_overlap_a_span_are_marked(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    split = example(tokenizer, tmp_path)
+    decisive, noise, response = token_truth(split, tokenizer)
+    samples = split.samples
+    assert samples.kept.tolist() == [1, 2]
+    first, stop = samples.offsets[1] + samples.prompt_lengths[1], samples.offsets[2]
+    assert samples.tokens[stop - 1] == tokenizer.end
+    assert not decisive[:first].any() and not noise[:first].any()  # the other record, and the prompt with its 17
+    assert not decisive[stop - 1] and not noise[stop - 1]
+    expected = np.zeros(len(samples.tokens), bool)
+    for index in range(2):
+        expected[samples.offsets[index] + samples.prompt_lengths[index] : samples.offsets[index + 1]] = True
+    assert np.array_equal(response, expected)
+
+    text, marks = "", []
+    for place in range(first, stop - 1):
+        piece = tokenizer.decode([int(samples.tokens[place])])
+        marks.append((len(text), len(text) + len(piece), bool(decisive[place]), bool(noise[place])))
+        text += piece
+    assert text == SOLUTION
+    for spans, which in ((spans_of("+", "17"), 2), (spans_of("00417"), 3)):
+        inside = {i for start, end in spans for i in range(start, end)}
+        for mark in marks:
+            assert mark[which] is bool(inside & set(range(*mark[:2])))
+        assert 0 < sum(mark[which] for mark in marks) < 6
+
+
+@pytest.fixture(scope="module")
+def both(tokenizer: Tokenizer, cache: Path) -> Dataset:
+    """Right and wrong solutions, half of them with noise."""
+    source = TaskSource(
+        tokenizer=tokenizer, num_train=2, num_validation=12, num_test=1, difficulties={1: 1, 2: 1}, noise=0.5
+    )
+    return Dataset(source, cache, seed=0)
+
+
+def judged(data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None) -> dict[str, float | None]:
+    data.validation.reference_losses = reference_losses
+    return weight_quality(MtpObjective(algorithm), tiny_model(), data, CPU)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
+def test_right_weights_score_one_constant_ones_half_and_inverted_ones_zero(name: str, both: Dataset) -> None:
+    decisive, noise, _ = token_truth(both.validation, both.tokenizer)
+    truth = decisive if name == "decisive_wrong_auc" else noise
+    hard_for_the_reference = 1000 * truth.astype(np.float32)
+    assert judged(both, ExcessLoss(), hard_for_the_reference)[name] == 1.0
+    assert judged(both, ExcessLoss(), 1000 - hard_for_the_reference)[name] == 0.0
+    assert judged(both, Uniform())[name] == 0.5
+    drawn = judged(both, Random(of=ExcessLoss()), hard_for_the_reference)[name]
+    assert drawn is not None and 0.3 < drawn < 0.7
+
+
+def test_decisive_tokens_are_judged_in_wrong_solutions_only(both: Dataset) -> None:
+    decisive, _, _ = token_truth(both.validation, both.tokenizer)
+    wrong = np.repeat(~both.validation.is_correct, both.validation.samples.lengths)
+    assert (decisive & ~wrong).any()
+    of_wrong_ones = 1000 * (decisive & wrong).astype(np.float32)
+    assert judged(both, ExcessLoss(), of_wrong_ones)["decisive_wrong_auc"] == 1.0
+    everywhere = area_under_roc(of_wrong_ones, decisive, np.ones(len(decisive), bool))
+    assert everywhere is not None and everywhere < 1.0  # the control: right solutions judged too
+
+
+def test_nothing_is_said_where_nothing_is_known(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
+    plain = TokenizedSplit("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
+    data = SimpleNamespace(validation=plain, tokenizer=tokenizer)
+    assert weight_quality(MtpObjective(Uniform()), tiny_model(), data, CPU) == {}
+    nothing = TokenizedSplit("validation", [], source, None, tmp_path)
+    data = SimpleNamespace(validation=nothing, tokenizer=tokenizer)
+    assert weight_quality(MtpObjective(Uniform()), tiny_model(), data, CPU) == {}
+    only_noise = example(tokenizer, tmp_path)
+    only_noise.is_correct[:] = True
+    data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
+    values = weight_quality(MtpObjective(Uniform()), tiny_model(), data, CPU)
+    assert values == {"decisive_wrong_auc": None, "noise_auc": 0.5}
