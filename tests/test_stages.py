@@ -95,6 +95,14 @@ def test_a_resume_without_an_algorithms_state_is_another_run(
     assert trace(resumed) != trace(runs / name)
 
 
+def test_a_run_goes_on_with_its_own_weighting_and_reference_or_not_at_all(invoke: Invoke, runs: Path) -> None:
+    resumed = cut_back(runs / "rho1", "resumed", "", 5)
+    for change, said in (("algo=rho1_token_skip", "objective: was ExcessLoss, is now TokenSkip"),
+                         (f"algo.reference={runs / 'rho1'}", "data: was")):  # fmt: skip
+        outcome = invoke(f"resume={resumed}", change, tiny=False)
+        assert outcome.code == 2 and said in outcome.err
+
+
 def test_a_stage_leaves_its_result_and_its_checkpoints_in_the_shape_of_a_run(runs: Path) -> None:
     for name in ALGORITHMS:
         folder = runs / name / "pretrain"

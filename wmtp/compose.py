@@ -48,7 +48,9 @@ def compose_data(config: DictConfig, hardware: Hardware) -> Dataset:
         from wmtp.models.huggingface import RewardModel  # imports transformers, which takes seconds
 
         reward_model = RewardModel(source.reward_model, data.tokenizer, hardware)
-        data.judge(reward_model.rewards, reward_model.fingerprint)
+        for split in (data.train, data.validation):
+            split.rewards = reward_model.rewards(split)
+        data.depend_on(reward_model.fingerprint)
     return data
 
 
@@ -90,8 +92,7 @@ def compose_stage(config: DictConfig, folder: Path, parts: Parts, stage: Stage) 
     model = compose_model(stage_settings, parts, values=stage.trains_policy)
     stage.freeze(model)
     if stage.needs_hidden_states:
-        for split in (data.train, data.validation):
-            split.hidden_states = parts.columns.hidden_states(model, split)
+        parts.columns.attach_hidden_states(model, data)
     return compose_trainer(stage_settings, folder / "pretrain", parts.hardware, data, model, stage.objective())
 
 

@@ -71,9 +71,8 @@ class Run:
         stage_model, stage_result = (None, None) if stage is None else self._stage(stage, parts)
         model, reference = compose_policy(self.config, parts, stage, stage_model)
         if reference is not None:
-            for split in (parts.data.train, parts.data.validation):
-                self._say(f"reference losses of the {split.name} split …")
-                split.reference_losses = parts.columns.reference_losses(reference, split)
+            self._say("reading the reference's losses, or computing them …")
+            parts.columns.attach_reference_losses(reference, parts.data)
         objective = MtpObjective(parts.algorithm)
         trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective)
         if self.config.resume is not None and trainer.checkpoints.any():

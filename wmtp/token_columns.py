@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
 from wmtp.data.collate import Batch, collate
+from wmtp.data.dataset import Dataset
 from wmtp.data.order import by_length
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer
@@ -36,35 +38,37 @@ class TokenColumns:
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
-    def reference_losses(self, model: MtpModel, split: TokenizedSplit) -> np.ndarray:
-        """The next-token cross-entropy that `model` gives each token of a solution, in nats; 0 elsewhere."""
+    def attach_reference_losses(self, model: MtpModel, data: Dataset) -> None:
+        """Give every token of a solution the next-token cross-entropy that `model` gives it, in nats; others 0."""
 
         def measure(batch: Batch) -> Tensor:
             target = targets(batch.labels, 1)
             losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding.weight, target)
-            return torch.nn.functional.pad(losses[0, :, :-1], (1, 0))  # from the position that predicts to the token
+            return F.pad(losses[0, :, :-1], (1, 0))  # from the position that predicts to the token
 
-        return self._column("reference-losses", model, split, (), measure)
+        weights = weights_fingerprint(model, without="value_head.")
+        for split in (data.train, data.validation):
+            split.reference_losses = self._column("reference-losses", weights, split, (), model, measure)
+        data.depend_on(weights)
 
-    def hidden_states(self, model: MtpModel, split: TokenizedSplit) -> np.ndarray:
-        """The trunk's hidden state after each token."""
-        return self._column("hidden-states", model, split, (model.dim,), lambda batch: model.trunk_states(batch.tokens))
+    def attach_hidden_states(self, model: MtpModel, data: Dataset) -> None:
+        """Give every token the trunk's hidden state after it."""
+        weights = weights_fingerprint(model, without="value_head.")
+        for split in (data.train, data.validation):
+            split.hidden_states = self._column(
+                "hidden-states", weights, split, (model.dim,), model, lambda batch: model.trunk_states(batch.tokens)
+            )
 
     def _column(
         self,
         name: str,
-        model: MtpModel,
+        weights: str,
         split: TokenizedSplit,
         tail: tuple[int, ...],
+        model: MtpModel,
         measure: Callable[[Batch], Tensor],
     ) -> np.ndarray:
-        parts = [
-            FORMAT,
-            split.fingerprint,
-            self.tokenizer.fingerprint,
-            weights_fingerprint(model, without="value_head."),
-        ]
-        parts += [self.hardware.precision, model.head_dim, model.num_kv_heads, model.rope_theta, model.norm.eps]
+        parts = [FORMAT, split.fingerprint, self.tokenizer.fingerprint, weights, self.hardware.precision]
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):

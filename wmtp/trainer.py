@@ -217,6 +217,7 @@ class Trainer:
         return {
             "data": self.data.fingerprint,
             "tokenizer": self.data.tokenizer.fingerprint,
+            "objective": self.objective.name,
             "seed": self.data.seed,
             "batch_size": self.plan.batch_size,
             "micro_batch_size": self.plan.micro_batch_size,

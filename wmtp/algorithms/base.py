@@ -52,6 +52,11 @@ class Algorithm(ABC):
     reference: Path | None = None
     """A checkpoint or run to be the reference; None: the stage before has trained one."""
 
+    @property
+    def name(self) -> str:
+        """The kind of weighting."""
+        return type(self).__name__
+
     @abstractmethod
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
         """Raw weights; those of invalid targets are ignored.

@@ -27,6 +27,11 @@ class Control(Algorithm):
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.generator = torch.Generator().manual_seed(seed)
 
+    @property
+    def name(self) -> str:
+        """The kind of control, and of what."""
+        return f"{type(self).__name__} of {self.of.name}"
+
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
         """The wrapped algorithm's weights without their meaning."""
         return self.emptied(

@@ -1,7 +1,7 @@
 """A data set: which records, drawn how, tokenised how, in which order."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,11 +35,9 @@ class Dataset:
             lambda epoch, batch_size: epoch_batches(self.train.samples.lengths, batch_size, self.seed, epoch, groups)
         )
 
-    def judge(self, rewards: Callable[[TokenizedSplit], np.ndarray], judge: str) -> None:
-        """Replace the rewards of all splits; `judge` is a fingerprint of what gives them."""
-        for split in (self.train, self.validation):
-            split.rewards = rewards(split)
-        self.fingerprint = hashlib.sha256((self.fingerprint + judge).encode()).hexdigest()
+    def depend_on(self, fingerprint: str) -> None:
+        """Take into the data's fingerprint that of a model which has measured something of them."""
+        self.fingerprint = hashlib.sha256((self.fingerprint + fingerprint).encode()).hexdigest()
 
     def micro_batches(self, epoch: int, update: int, batch_size: int, micro_batch_size: int) -> list[Batch]:
         """The samples of one update of one epoch, split into micro-batches."""

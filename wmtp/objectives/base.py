@@ -13,6 +13,10 @@ from wmtp.models.mtp import MtpModel
 class Objective(Protocol):
     """The meaning of a batch. The trainer's loop is the same for all of them."""
 
+    @property
+    def name(self) -> str:
+        """What is trained, in a word; a resumed run must agree."""
+
     def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
         """What each part of the loss is divided by, summed over an update; known from the labels alone."""
 

@@ -31,6 +31,11 @@ class MtpObjective:
         self.algorithm = algorithm
         self.value_loss = ValueLoss("reward")
 
+    @property
+    def name(self) -> str:
+        """The algorithm's."""
+        return self.algorithm.name
+
     def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
         """Σ v, the number of positions at which a head has a target; and the number of values."""
         valid = targets(batch.labels, model.num_heads) != IGNORED

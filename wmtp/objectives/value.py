@@ -25,6 +25,11 @@ class ValueObjective:
         self.value_loss = value_loss
         self.language_model, self.language_model_coef = language_model, language_model_coef
 
+    @property
+    def name(self) -> str:
+        """What the value head learns, and whether the language model learns beside it."""
+        return f"value of {self.value_loss.kind}" + ("" if self.language_model is None else " and language model")
+
     def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
         """The number of values or pairs, then what the language model's loss is divided by."""
         own = self.value_loss.total(batch).float()[None]
