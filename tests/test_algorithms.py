@@ -363,6 +363,16 @@ def test_other_ways_to_skip_are_told_apart(naive: str) -> None:
         check_kept(ways[naive], observed, 6)
 
 
+@pytest.mark.parametrize(
+    ("keep_fraction", "count", "kept"), [(0.55, 100, 55), (0.28, 25, 7), (0.6, 5, 3), (0.61, 5, 4)]
+)
+def test_the_kept_share_is_rounded_up_from_what_it_says(keep_fraction: float, count: int, kept: int) -> None:
+    losses = torch.rand(2, 1, count, generator=generator(0))
+    observed = Observations(losses > -1, torch.ones(1, count) > 0, losses, torch.zeros_like(losses))
+    assert TokenSkip(keep_fraction=keep_fraction).weights(observed)[1].sum() == kept
+    assert math.ceil(0.28 * 25) == 8  # the control: the product of the floats
+
+
 def test_a_head_without_targets_skips_nothing() -> None:
     response = torch.tensor([[True, True, False, False]])  # head 2 has no target
     valid = targets(torch.where(response, 7, IGNORED), 2) != IGNORED

@@ -350,6 +350,15 @@ def test_validation_does_not_depend_on_the_algorithm(name: str) -> None:
         assert objective.metrics(sums)["loss"] != pytest.approx(measured(OBJECTIVE, model, [batch])["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_training_measures_every_heads_loss_without_weights(name: str) -> None:
+    objective, model, batch = MtpObjective(copy.deepcopy(WEIGHTINGS[name][0])), model_with_values(), ragged()
+    _, sums = objective.loss(model, batch, objective.totals(model, batch))
+    trained, expected = objective.metrics(sums), measured(OBJECTIVE, model, [batch])
+    for measure in ("mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))):
+        assert trained[measure] == pytest.approx(expected[measure], rel=1e-5), measure
+
+
 def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
     model, batch = tiny_model(), ragged()
     objective = MtpObjective(Sloping())

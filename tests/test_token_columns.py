@@ -1,6 +1,7 @@
 """Columns of numbers per token, and the order and choice of the samples that they belong to."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,7 @@ from wmtp.targets import spread, targets
 from wmtp.token_columns import TokenColumns
 
 CPU = Hardware(device="cpu")
-Column = Callable[[TokenColumns, MtpModel, TokenizedSplit], np.ndarray]
-KINDS: dict[str, Column] = {
-    "reference losses": TokenColumns.reference_losses,
-    "hidden states": TokenColumns.hidden_states,
-}
+KINDS = {"reference losses": "reference_losses", "hidden states": "hidden_states"}
 
 
 @pytest.fixture
@@ -36,59 +33,86 @@ def columns(tmp_path: Path, tokenizer: Tokenizer) -> TokenColumns:
     return TokenColumns(tmp_path, tokenizer, CPU)
 
 
+def attached(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -> Dataset:
+    """A copy of the data set with the column."""
+    data = copy.copy(data)
+    data.train, data.validation = copy.copy(data.train), copy.copy(data.validation)
+    attach = {
+        "reference losses": columns.attach_reference_losses,
+        "hidden states": columns.attach_hidden_states,
+    }[kind]
+    attach(model, data)
+    return data
+
+
+def column(kind: str, split: TokenizedSplit) -> np.ndarray:
+    found: np.ndarray = getattr(split, KINDS[kind])
+    return found
+
+
 def written(columns: TokenColumns) -> set[str]:
     return {path.name for path in columns.cache_dir.glob("*.npy")}
 
 
+def pieces(split: TokenizedSplit) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Where each sample begins and ends, the length of its prompt, and its tokens."""
+    samples = split.samples
+    for start, stop, prompt in zip(samples.offsets, samples.offsets[1:], samples.prompt_lengths, strict=False):
+        yield start, stop, prompt, torch.from_numpy(samples.tokens[start:stop]).long()
+
+
 @torch.no_grad()
 def test_a_reference_loss_is_that_of_the_token_after_its_true_prefix(columns: TokenColumns, tiny_data: Dataset) -> None:
-    model, split = tiny_model(dropout=0.3), tiny_data.train
-    losses, samples = columns.reference_losses(model, split), tiny_data.train.samples
-    assert losses.shape == samples.tokens.shape and losses.dtype == np.float32
+    model = tiny_model(dropout=0.3)
+    data = attached(columns, "reference losses", model, tiny_data)
     model.eval()
     shifted = 0.0
-    for index, (start, stop) in enumerate(zip(samples.offsets, samples.offsets[1:], strict=False)):
-        tokens = torch.from_numpy(samples.tokens[start:stop]).long()
-        log_p = torch.log_softmax(model.unembedding(model(tokens[None]).states[0, 0]), dim=-1)
-        expected = np.zeros(len(tokens), np.float32)
-        for i in range(samples.prompt_lengths[index], len(tokens)):
-            expected[i] = -log_p[i - 1, tokens[i]]
-        np.testing.assert_allclose(losses[start:stop], expected, rtol=1e-4, atol=1e-5)
-        shifted = max(shifted, float(np.abs(losses[start : stop - 1] - expected[1:]).max()))
+    for split in (data.train, data.validation):
+        losses = column("reference losses", split)
+        assert losses.shape == split.samples.tokens.shape and losses.dtype == np.float32
+        for start, stop, prompt, tokens in pieces(split):
+            log_p = torch.log_softmax(model.unembedding(model(tokens[None]).states[0, 0]), dim=-1)
+            expected = np.zeros(len(tokens), np.float32)
+            for i in range(prompt, len(tokens)):
+                expected[i] = -log_p[i - 1, tokens[i]]
+            np.testing.assert_allclose(losses[start:stop], expected, rtol=1e-4, atol=1e-5)
+            shifted = max(shifted, float(np.abs(losses[start : stop - 1] - expected[1:]).max()))
     assert shifted > 1.0  # a column that stands one token off is noticed
 
 
 @torch.no_grad()
 def test_hidden_states_are_the_trunks(columns: TokenColumns, tiny_data: Dataset) -> None:
-    model, samples = tiny_model(dropout=0.3), tiny_data.train.samples
-    states = columns.hidden_states(model, tiny_data.train)
-    assert states.shape == (len(samples.tokens), 64)
+    model = tiny_model(dropout=0.3)
+    data = attached(columns, "hidden states", model, tiny_data)
     model.eval()
-    for start, stop in zip(samples.offsets, samples.offsets[1:], strict=False):
-        tokens = torch.from_numpy(samples.tokens[start:stop]).long()[None]
-        np.testing.assert_allclose(states[start:stop], model.trunk_states(tokens)[0], rtol=1e-4, atol=1e-4)
-        assert not np.allclose(states[start:stop], model(tokens).states[0, 0], atol=1e-2)
+    for split in (data.train, data.validation):
+        states = column("hidden states", split)
+        assert states.shape == (len(split.samples.tokens), 64)
+        for start, stop, _, tokens in pieces(split):
+            np.testing.assert_allclose(states[start:stop], model.trunk_states(tokens[None])[0], rtol=1e-4, atol=1e-4)
+            assert not np.allclose(states[start:stop], model(tokens[None]).states[0, 0], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_column_is_computed_once_and_read_memory_mapped(
     kind: str, columns: TokenColumns, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model()
-    first = KINDS[kind](columns, model, tiny_data.train)
-    assert isinstance(first, np.memmap) and not first.flags.writeable
-    (name,) = written(columns)
-    assert not list(columns.cache_dir.glob("*.tmp"))
+    first = attached(columns, kind, tiny_model(), tiny_data)
+    for split in (first.train, first.validation):
+        assert isinstance(column(kind, split), np.memmap) and not column(kind, split).flags.writeable
+    names = written(columns)
+    assert len(names) == 2 and not list(columns.cache_dir.glob("*.tmp"))
 
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("a forward ran")
 
     monkeypatch.setattr(MtpModel, "trunk_states", never)
-    again = KINDS[kind](TokenColumns(columns.cache_dir, columns.tokenizer, CPU), tiny_model(), tiny_data.train)
-    assert np.array_equal(again, first) and written(columns) == {name}
+    again = attached(TokenColumns(columns.cache_dir, columns.tokenizer, CPU), kind, tiny_model(), tiny_data)
+    assert np.array_equal(column(kind, again.train), column(kind, first.train))
+    assert written(columns) == names
     with pytest.raises(AssertionError, match="a forward ran"):
-        KINDS[kind](columns, tiny_model(seed=1), tiny_data.train)
-    assert written(columns) == {name}, "what was not finished is never found"
+        attached(columns, kind, tiny_model(seed=1), tiny_data)
+    assert written(columns) == names, "what was not finished is never found"
 
 
 def with_shape(num_attention_heads: int = 4, num_kv_heads: int = 2, **options: float) -> MtpModel:
@@ -113,55 +137,63 @@ OTHERS: dict[str, Callable[[], MtpModel]] = {
 def test_another_model_never_meets_a_stale_column(
     kind: str, other: str, columns: TokenColumns, tiny_data: Dataset
 ) -> None:
-    first = KINDS[kind](columns, tiny_model(), tiny_data.validation)
-    second = KINDS[kind](columns, OTHERS[other](), tiny_data.validation)
-    assert len(written(columns)) == 2
-    assert np.abs(first - second).max() > 1e-4
+    first = attached(columns, kind, tiny_model(), tiny_data)
+    second = attached(columns, kind, OTHERS[other](), tiny_data)
+    assert len(written(columns)) == 4
+    assert np.abs(column(kind, first.validation) - column(kind, second.validation)).max() > 1e-4
 
 
 def test_other_data_another_tokenizer_or_precision_never_meet_a_stale_column(
     columns: TokenColumns, tiny_data: Dataset, tmp_path: Path
 ) -> None:
-    model, split = tiny_model(), tiny_data.validation
-    columns.reference_losses(model, split)
-    columns.reference_losses(model, tiny_data.train)
-    assert len(written(columns)) == 2
+    model = tiny_model()
+    swapped = copy.copy(tiny_data)
+    swapped.train, swapped.validation = tiny_data.validation, tiny_data.train
+    attached(columns, "reference losses", model, tiny_data)
+    attached(columns, "reference losses", model, swapped)
+    assert len(written(columns)) == 2  # a file for each split, whatever it is used for
     other = task_tokenizer(tmp_path / "other", vocab_size=400)
-    TokenColumns(columns.cache_dir, other, CPU).reference_losses(model, split)
-    assert len(written(columns)) == 3
-    TokenColumns(columns.cache_dir, columns.tokenizer, Hardware(device="cpu", precision="bf16")).reference_losses(
-        model, split
-    )
+    attached(TokenColumns(columns.cache_dir, other, CPU), "reference losses", model, tiny_data)
     assert len(written(columns)) == 4
-    columns.hidden_states(model, split)
-    assert len(written(columns)) == 5
+    bf16 = Hardware(device="cpu", precision="bf16")
+    attached(TokenColumns(columns.cache_dir, columns.tokenizer, bf16), "reference losses", model, tiny_data)
+    assert len(written(columns)) == 6
+    attached(columns, "hidden states", model, tiny_data)
+    assert len(written(columns)) == 8
     model.add_value_head()  # no column depends on it
-    columns.reference_losses(model, split)
-    assert len(written(columns)) == 5
+    attached(columns, "reference losses", model, tiny_data)
+    assert len(written(columns)) == 8
+
+
+def test_a_data_set_with_another_reference_is_another_data_set(columns: TokenColumns, tiny_data: Dataset) -> None:
+    fingerprints = [
+        attached(columns, "reference losses", tiny_model(seed=seed), tiny_data).fingerprint for seed in (0, 0, 1)
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    assert len({*fingerprints, tiny_data.fingerprint}) == 3
 
 
 @pytest.mark.parametrize("damage", ["half", "header", "nothing", "text"])
 def test_a_damaged_column_says_which_file_to_delete(damage: str, columns: TokenColumns, tiny_data: Dataset) -> None:
-    model = tiny_model()
-    whole = np.array(columns.reference_losses(model, tiny_data.validation))
-    (path,) = columns.cache_dir.glob("*.npy")
+    whole = np.array(column("reference losses", attached(columns, "reference losses", tiny_model(), tiny_data).train))
+    path = max(columns.cache_dir.glob("*.npy"), key=lambda path: path.stat().st_size)
     content = path.read_bytes()
     path.write_bytes(
         {"half": content[: len(content) // 2], "header": content[:20], "nothing": b"", "text": b"text" * 99}[damage]
     )
     with pytest.raises(InputError, match=f"{path}.*delete this file"):
-        columns.reference_losses(model, tiny_data.validation)
+        attached(columns, "reference losses", tiny_model(), tiny_data)
     path.unlink()
-    assert np.array_equal(columns.reference_losses(model, tiny_data.validation), whole)
+    again = attached(columns, "reference losses", tiny_model(), tiny_data)
+    assert np.array_equal(column("reference losses", again.train), whole)
 
 
 def test_a_batch_brings_each_target_its_reference_loss(columns: TokenColumns, tokenizer: Tokenizer) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=6, num_validation=1, num_test=1, difficulties={1: 1, 2: 1})
-    data = Dataset(source, columns.cache_dir, seed=0)
-    split, model = data.train, tiny_model()
-    split.reference_losses = columns.reference_losses(model, split)
-    split.hidden_states = columns.hidden_states(model, split)
-    batch = collate(split, [3, 0, 5], tokenizer.padding)
+    data, model = Dataset(source, columns.cache_dir, seed=0), tiny_model()
+    columns.attach_reference_losses(model, data)
+    columns.attach_hidden_states(model, data)
+    batch = collate(data.train, [3, 0, 5], tokenizer.padding)
     assert batch.reference_losses is not None and batch.hidden_states is not None
     target = targets(batch.labels, 1)[0]
     log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states[0]), dim=-1)
@@ -170,7 +202,7 @@ def test_a_batch_brings_each_target_its_reference_loss(columns: TokenColumns, to
     torch.testing.assert_close(spread(batch.reference_losses, 1, 0.0)[0], wanted.detach(), rtol=1e-4, atol=1e-5)
     real = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for row, index in enumerate([3, 0, 5]):
-        real[row, : split.samples.lengths[index]] = True
+        real[row, : data.train.samples.lengths[index]] = True
     torch.testing.assert_close(batch.hidden_states[real], model.trunk_states(batch.tokens)[real].detach())
     assert not batch.hidden_states[~real].any() and not batch.reference_losses[~real].any()
 

@@ -434,6 +434,19 @@ def test_the_seventh_large_gradient_among_the_last_ten_stops_wherever_the_run_wa
     assert forgetful.fit().total_steps == 8 + 10
 
 
+@pytest.mark.parametrize("algorithm", [Critic(), Uniform()])
+def test_values_that_do_not_vary_stop_a_run_that_has_values(tmp_path: Path, algorithm: Algorithm) -> None:
+    model = tiny_model()
+    if algorithm.needs_values:
+        model.add_value_head()
+    result = trainer_of(
+        tmp_path, FakeData(12), model, Plan(12, num_epochs=1.0, batch_size=4),
+        objective=MtpObjective(algorithm), early_stopping=EarlyStopping(variance_min=1e-9),
+    ).fit()  # fmt: skip
+    reason = "out of range: value variance 0 < 1e-09" if algorithm.needs_values else None
+    assert (result.total_steps, result.stop_reason) == (1 if reason else 3, reason)
+
+
 # Metrics
 
 

@@ -69,6 +69,7 @@ class TokenColumns:
         measure: Callable[[Batch], Tensor],
     ) -> np.ndarray:
         parts = [FORMAT, split.fingerprint, self.tokenizer.fingerprint, weights, self.hardware.precision]
+        parts += [model.head_dim, model.num_kv_heads, model.rope_theta, model.norm.eps]
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
