@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import TINY, Invoke, run_command
 from wmtp.algorithms.critic import Whitening
 from wmtp.early_stopping import EarlyStopping
+from wmtp.trainer import Trainer
 
 RUN = [
     "max_steps=12", "batch_size=4", "micro_batch_size=2", "model.dropout=0.1", "log_interval=1", "eval_interval=4",
@@ -137,7 +139,55 @@ def test_a_stage_may_be_taken_over_from_another_run(invoke: Invoke, runs: Path) 
     mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (Path("reused"), runs / "critic"))
     assert mine["final_loss"] == theirs["final_loss"]
     assert mine["pretrain"]["total_steps"] == 6
-    assert not (Path("reused") / "pretrain" / "checkpoints").exists()
+    shutil.rmtree("reused/checkpoints/step_00000012")
+    other = invoke("resume=reused", f"pretrain.reuse={Path('gone')}", tiny=False)
+    assert other.code == 0, "what was taken over is this run's own"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source", "said"),
+    [
+        (["algo=critic"], "rho1", "kind: there wmtp.stages.ReferenceStage, here wmtp.stages.ValueStage"),
+        (["algo=critic", "model.dim=32"], "critic", "model.dim: there 64, here 32"),
+        (["algo=rho1"], "nowhere", "is missing"),
+    ],
+)
+def test_a_stage_that_does_not_fit_is_not_taken_over(
+    invoke: Invoke, runs: Path, overrides: list[str], source: str, said: str
+) -> None:
+    for dry_run in ("false", "true"):
+        outcome = invoke(*overrides, f"pretrain.reuse={runs / source}", f"dry_run={dry_run}", *RUN)
+        assert outcome.code == 2 and said in outcome.err
+
+
+def test_a_stage_that_began_keeps_its_settings(invoke: Invoke, runs: Path) -> None:
+    for stage, step in (("", 5), ("pretrain", 3)):
+        resumed = cut_back(runs / "critic", f"resumed-{stage}", stage, step)
+        before = (resumed / "pretrain" / "config.yaml").read_bytes()
+        outcome = invoke(f"resume={resumed}", "pretrain.language_model_coef=0.5", tiny=False)
+        assert outcome.code == 2 and "pretrain.language_model_coef: was 0.3, is now 0.5" in outcome.err
+        assert (resumed / "pretrain" / "config.yaml").read_bytes() == before
+        assert invoke(f"resume={resumed}", tiny=False).code == 0
+
+
+def test_a_signal_in_the_last_update_of_a_stage_is_not_lost(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    validate = Trainer.validate
+
+    def interrupted(self: Trainer, max_batches: int | None = None) -> bool:
+        if self.position.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return validate(self, max_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", interrupted)
+        outcome = invoke(*RUN, *ALGORITHMS["critic"], "hydra.run.dir=stopped")
+    assert outcome.code == 143 and "resume=stopped" in outcome.err
+    assert json.loads(Path("stopped/status.json").read_text())["state"] == "KILLED"
+    assert not Path("stopped/metrics.jsonl").exists()
+    assert invoke("resume=stopped", tiny=False).code == 0
+    assert trace(Path("stopped")) == trace(runs / "critic")
 
 
 def test_a_named_reference_needs_no_stage_and_equals_the_stage_that_trained_it(invoke: Invoke, runs: Path) -> None:
@@ -189,6 +239,22 @@ def test_the_value_head_alone_leaves_the_trunk_as_it_was(invoke: Invoke) -> None
         (["algo=critic", "pretrain.num_epoch=1"], "pretrain.num_epoch", "num_epochs"),
         (["algo=critic", "pretrain.optimizer.lr=-1"], "pretrain.optimizer", "learning rate"),
         (["algo=critic", "pretrain.early_stopping.monitor=val/los"], "pretrain.early_stopping.monitor", "val/loss"),
+        (["algo=critic", "pretrain.loss=ranking", "data.group_tasks=false"], "pretrain.loss", "group_tasks=true"),
+        (["algo=critic", "pretrain.model.dim=32"], "pretrain.model", "change model instead"),
+        (["algo=critic", "pretrain.data.tokenizer.vocab_size=300"], "pretrain.data.tokenizer", "data.tokenizer"),
+        (["algo=critic", "pretrain.model=null"], "pretrain.model", "nano"),
+        (["algo=critic", "pretrain.optimizer=null"], "pretrain.optimizer", "adamw"),
+        (["algo=critic", "pretrain.tags.a=1"], "pretrain.tags", "unknown key"),
+        (["algo=critic", "pretrain.hardware.device=cpu"], "pretrain.hardware", "unknown key"),
+        (["algo=critic", "pretrain.scheduler=cosin"], "pretrain.scheduler", "cosine"),
+        (["algo=critic", "algo.weight_min=6"], "algo", "below weight_max=5"),
+        (["algo=rho1_token_skip", "model.num_heads=1"], "model.num_heads", "2 heads"),
+        (
+            ["algo=critic", "pretrain.trains=head", "pretrain.early_stopping.monitor=val/mtp_loss"],
+            "pretrain.early_stopping.monitor",
+            "val/value_loss",
+        ),
+        (["algo=critic", "data.correct_ratio=null", "data.curated=true"], "data", "reward 1"),
         (["algo=shuffled", "algo.of=rho2"], "algo/of", "rho1"),
         (["algo=shuffled", "algo.of.beta=-1"], "algo.of.beta", "greater than 0"),
         (["early_stopping.monitor=val/value_loss"], "early_stopping.monitor", "val/loss"),

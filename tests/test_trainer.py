@@ -27,12 +27,12 @@ from wmtp.early_stopping import EarlyStopping
 from wmtp.errors import TrainingError
 from wmtp.metrics import Sums
 from wmtp.models.mtp import MtpModel
-from wmtp.objectives.base import Objective
+from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.optimization import constant, cosine, linear, parameter_groups
 from wmtp.plan import Plan, Position
 from wmtp.runtime.hardware import Hardware
-from wmtp.trainer import Trainer, metric_names
+from wmtp.trainer import Trainer
 
 
 class FakeData:

@@ -27,11 +27,12 @@ from wmtp.config import (
 )
 from wmtp.early_stopping import EarlyStopping, monitor_problem
 from wmtp.errors import InputError
+from wmtp.objectives.base import metric_names
 from wmtp.plan import Plan
 from wmtp.runtime.folder import ACCEPTED, read_status
 from wmtp.runtime.hardware import hardware_problems
-from wmtp.stages import ReferenceStage, ValueStage
-from wmtp.trainer import Trainer, metric_names
+from wmtp.stages import ReferenceStage, Stage, ValueStage
+from wmtp.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,34 +48,52 @@ class RunOptions:
     cache_dir: Path
 
 
-def config_faults(config: DictConfig, stage: object = None) -> list[Fault]:
+NEEDED = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")
+"""Groups that nothing works without."""
+STAGE_GROUPS = ("model", "data", "optimizer", "scheduler", "early_stopping", "checkpoint")
+"""Groups that the stage before the training may change."""
+
+
+def config_faults(config: DictConfig, stage: Stage | None = None) -> list[Fault]:
     """All faults of a training config: first node by node, then across nodes where those are sound.
 
-    `stage` is the class of the stage that the config is of, if it is not the training itself.
+    `stage` is the stage that the config is of, if it is not the training itself.
     """
     groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
-    roots = groups | schema(Plan) | schema(RunOptions)
-    faults = list(node_faults(config, "", roots))
+    faults = list(node_faults(config, "", groups | schema(Plan) | schema(RunOptions)))
     for key, node in nodes(config):
-        faults += node_faults(node, key, anything(roots | schema(Trainer)) if key == "pretrain" else None)
-    faults += [
-        Fault(f"{name}.{key}", "", f"unknown key; {name} has no options as it is chosen")
-        for name in groups
-        if config.get(name) is not None and "_target_" not in config[name]
-        for key in config[name]
-    ]
+        faults += node_faults(node, key, changeable_in_a_stage() if key == "pretrain" else None)
+    for name in groups:
+        faults += group_faults(name, config.get(name))
     unsound = {fault.key.split(".")[0] for fault in faults}
     faults += cross_faults(config, unsound, stage)
     if config.pretrain is not None and not unsound:
         known = {(fault.key, fault.problem) for fault in faults}
-        stage_faults = config_faults(stage_config(config), stage=locate(str(config.pretrain["_target_"])))
-        faults += [replace(f, key=f"pretrain.{f.key}") for f in stage_faults if (f.key, f.problem) not in known]
+        faults += [
+            replace(fault, key=f"pretrain.{fault.key}")
+            for fault in config_faults(stage_config(config), build(config.pretrain))
+            if (fault.key, fault.problem) not in known
+        ]
     return faults
 
 
-def anything(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
-    """The same keys with any value: what a stage changes is checked when it is merged."""
-    return {name: Parameter(Any, False) for name in parameters}
+def group_faults(name: str, value: Any) -> Iterator[Fault]:
+    """A group that holds no object: left out where it is needed, or a value where an option should be."""
+    options = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / name).glob("*.yaml") if path.stem != "base"))
+    if value is None:
+        if name in NEEDED:
+            yield Fault(name, "null", f"must be one of {options}")
+    elif not isinstance(value, DictConfig):
+        yield Fault(name, repr(value), f"must be one of {options}")
+    elif "_target_" not in value:
+        for key in map(str, value):
+            yield Fault(f"{name}.{key}", "", f"unknown key; {name} has no options as it is chosen")
+
+
+def changeable_in_a_stage() -> dict[str, Parameter]:
+    """The keys of train.yaml that a stage may change, with any value: they are checked when they are merged."""
+    names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed"]
+    return {name: Parameter(Any, False) for name in names}
 
 
 def require_sound(config: DictConfig) -> None:
@@ -83,7 +102,7 @@ def require_sound(config: DictConfig) -> None:
         raise ConfigError(faults)
 
 
-def cross_faults(config: DictConfig, unsound: set[str], stage: object) -> Iterator[Fault]:
+def cross_faults(config: DictConfig, unsound: set[str], stage: Stage | None) -> Iterator[Fault]:
     """What makes no sense together, or is not there; groups that are unsound in themselves are left out."""
     for group, check in (
         ("model", model_faults),
@@ -94,10 +113,10 @@ def cross_faults(config: DictConfig, unsound: set[str], stage: object) -> Iterat
     ):
         if group not in unsound and config.get(group) is not None:
             yield from check(config)
-    if stage is None and not unsound & {"algo", "data", "pretrain"}:
+    if stage is None and not unsound & {"algo", "model", "data", "pretrain"}:
         yield from algorithm_faults(config)
     if not unsound & {"algo", "model", "early_stopping"}:
-        yield from early_stopping_faults(config, values=stage is ValueStage or build(config.algo).needs_values)
+        yield from early_stopping_faults(config, stage)
     if not unsound & {"batch_size", "micro_batch_size"} and (config.micro_batch_size or 1) > config.batch_size:
         yield Fault("micro_batch_size", str(config.micro_batch_size), f"at most batch_size={config.batch_size}")
 
@@ -124,35 +143,71 @@ def data_faults(config: DictConfig) -> Iterator[Fault]:
 
 
 def algorithm_faults(config: DictConfig) -> Iterator[Fault]:
-    """A stage that the algorithm lacks or cannot use, and data that it can learn nothing from."""
-    algorithm: Algorithm = build(config.algo)
-    stage = None if config.pretrain is None else locate(str(config.pretrain["_target_"]))
-    if algorithm.needs_reference and algorithm.reference is None and stage is not ReferenceStage:
+    """A stage that the algorithm lacks or cannot use, and data or a model that it can do nothing with."""
+    try:
+        algorithm: Algorithm = build(config.algo)
+    except InputError as error:
+        yield Fault("algo", "", str(error))
+        return
+    stage: Stage | None = None if config.pretrain is None else build(config.pretrain)
+    if algorithm.needs_reference and algorithm.reference is None and not isinstance(stage, ReferenceStage):
         problem = "the algorithm needs a reference: train one with pretrain=rho1, or name one with algo.reference=PATH"
         yield Fault("pretrain", "", problem)
-    if stage is ReferenceStage and not algorithm.needs_reference:
+    if isinstance(stage, ReferenceStage) and not algorithm.needs_reference:
         yield Fault("pretrain", "", "trains a reference that the algorithm has no use for; set pretrain=none")
-    if stage is ValueStage and not algorithm.needs_values and config.pretrain.get("trains") == "head":
+    if isinstance(stage, ValueStage) and not algorithm.needs_values and stage.trains == "head":
         yield Fault("pretrain.trains", "head", "trains a value head that the algorithm has no use for")
-    learns_values = algorithm.needs_values or stage is ValueStage
+    if config.model.num_heads < algorithm.min_heads:
+        problem = f"{algorithm.name} does nothing with fewer than {algorithm.min_heads} heads"
+        yield Fault("model.num_heads", str(config.model.num_heads), problem)
+    learns_values = algorithm.needs_values or isinstance(stage, ValueStage)
     if learns_values and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
         problem = "gives every solution the same reward, so values have nothing to learn; choose 0.5"
         yield Fault("data.correct_ratio", str(config.data.correct_ratio), problem)
+    if stage is not None:
+        yield from stage_faults(config, stage)
 
 
-def early_stopping_faults(config: DictConfig, *, values: bool) -> Iterator[Fault]:
-    """Settings that contradict each other, and a monitor that nothing measures."""
-    if config.early_stopping is None:
-        yield Fault("early_stopping", "null", "must be one of its options; early_stopping=none never stops")
+def stage_faults(config: DictConfig, stage: Stage) -> Iterator[Fault]:
+    """What the stage changes and must not, and what its loss cannot do without."""
+    changed = stage_config(config)
+    if changed.data is None or changed.model is None:
         return
+    if changed.data.tokenizer != config.data.tokenizer:
+        yield Fault("pretrain.data.tokenizer", "", "must be the training's; change data.tokenizer")
+    if stage.trains_policy and changed.model != config.model:
+        yield Fault("pretrain.model", "", "the training goes on with this stage's model; change model instead")
+    if not isinstance(stage, ValueStage) or stage.value_loss.kind != "ranking":
+        return
+    if not changed.data.group_tasks:
+        problem = "compares the solutions to a task, which must meet in a batch: set pretrain.data.group_tasks=true"
+        yield Fault("pretrain.loss", "ranking", problem)
+    if (changed.micro_batch_size or changed.batch_size) % 2 or changed.batch_size % 2:
+        yield Fault("pretrain.loss", "ranking", "needs an even batch_size and micro_batch_size, to hold pairs")
+    if changed.data.reward_model is not None:
+        yield Fault("pretrain.loss", "ranking", "ranks by is_correct, not by data.reward_model; choose loss=reward")
+
+
+def early_stopping_faults(config: DictConfig, stage: Stage | None) -> Iterator[Fault]:
+    """Settings that contradict each other, and a monitor that nothing measures."""
     try:
         stopping: EarlyStopping = build(config.early_stopping)
     except InputError as error:
         yield Fault("early_stopping", "", str(error))
         return
-    problem = monitor_problem(stopping.monitor, metric_names(config.model.num_heads, values=values))
+    num_heads, values = config.model.num_heads, needs_values(config)
+    names = metric_names(num_heads, values=values) if stage is None else stage.metric_names(num_heads)
+    problem = monitor_problem(stopping.monitor, names)
     if stopping.patience is not None and problem:
         yield Fault("early_stopping.monitor", stopping.monitor, problem)
+
+
+def needs_values(config: DictConfig) -> bool:
+    """Whether the algorithm trains a value head; its class knows, or that of the algorithm it wraps."""
+    node = config.algo
+    while "of" in node:
+        node = node.of
+    return bool(getattr(locate(str(node["_target_"])), "needs_values", False))
 
 
 def optimizer_faults(config: DictConfig) -> Iterator[Fault]:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.runtime.folder import ACCEPTED, RunStatus, create_run_folder
+from wmtp.runtime.folder import ACCEPTED, RunStatus, create_run_folder, typed
 from wmtp.runtime.signals import raised_signals
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,18 @@ def is_group(key: str) -> bool:
 
 
 def grouped(argument: str) -> str:
-    """An override in which a group below a group may also be written with a dot: `algo.of=rho1`."""
-    key, sign, value = argument.partition("=")
-    return f"{key.replace('.', '/')}{sign}{value}" if "." in key and is_group(key.replace(".", "/")) else argument
+    """An override that chooses a group's option in a plainer way than Hydra's: as Hydra wants it.
+
+    `algo.of=rho1` chooses from the group `algo/of`; `pretrain.model=nano` an option of `model` for the stage.
+    """
+    key, _, value = argument.partition("=")
+    if "." in key and is_group(key.replace(".", "/")):
+        return f"{key.replace('.', '/')}={value}"
+    outer, _, group = key.partition(".")
+    if outer == "pretrain" and is_group(group) and (CONFIG_FOLDER / group / f"{value}.yaml").exists():
+        # the stage's own early stopping is chosen in its file already, anything else is added
+        return f"{'' if group == 'early_stopping' else '+'}{group}@{key}={value}"
+    return argument
 
 
 def forced(argument: str) -> str:
@@ -183,8 +192,7 @@ def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None
             else:
                 status.end(state, code, error=str(error) or type(error).__name__)
             log.info("the run ended: %s", state, exc_info=error)
-            where = "" if isinstance(error, WmtpError) else f"{type(error).__name__}: "
-            print(f"{where}{error}\nThe traceback is in {folder / 'train.log'}.", file=sys.stderr)
+            print(farewell(error, folder), file=sys.stderr)
             codes.append(code)
             if isinstance(error, InterruptedRun):
                 sys.exit(code)
@@ -193,6 +201,15 @@ def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None
         return value
 
     return run
+
+
+def farewell(error: BaseException, folder: Path) -> str:
+    """What a run's end is said to be, and what can be done about it."""
+    if isinstance(error, InterruptedRun):
+        resumable = any(folder.glob("**/step_*/manifest.json"))
+        return f"{error}\n" + (f"Go on with resume={typed(folder)}" if resumable else "Nothing was saved; start anew.")
+    kind = "" if isinstance(error, WmtpError) else f"{type(error).__name__}: "
+    return f"{kind}{error}\nThe traceback is in {folder / 'train.log'}."
 
 
 def ending(error: BaseException) -> tuple[int, str]:

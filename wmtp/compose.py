@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.algorithms.base import Algorithm
+from wmtp.checkpoint.state import load_model
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config import ConfigError, Fault, build, node_faults, stage_config
 from wmtp.data.dataset import Dataset
@@ -84,16 +85,65 @@ def compose_trainer(
     return trainer
 
 
-def compose_stage(config: DictConfig, folder: Path, parts: Parts, stage: Stage) -> Trainer:
-    """The trainer of the stage before, whose checkpoints go below `folder`/pretrain."""
-    stage_settings = stage_config(config)
-    same = stage_settings.data == config.data and stage_settings.seed == config.seed
-    data = parts.data if same else compose_data(stage_settings, parts.hardware)
-    model = compose_model(stage_settings, parts, values=stage.trains_policy)
+def compose_stage(config: DictConfig, parts: Parts) -> Stage | None:
+    """The stage before the training, if there is one; a reference that was named needs none."""
+    if config.pretrain is None or parts.algorithm.reference is not None:
+        return None
+    stage: Stage = build(config.pretrain)
+    return stage
+
+
+def compose_stage_trainer(
+    config: DictConfig, folder: Path, parts: Parts, stage: Stage, *, with_columns: bool = True
+) -> Trainer:
+    """The trainer of the stage before, whose checkpoints go to `folder`.
+
+    Raises:
+        InputError: the stage's data are not there, or teach it nothing.
+    """
+    settings = stage_config(config)
+    same = settings.data == config.data and settings.seed == config.seed
+    try:
+        data = parts.data if same else compose_data(settings, parts.hardware)
+    except InputError as error:
+        raise InputError(f"{error}\nThese are the data of the stage before the training: pretrain.data") from error
+    if stage.trains_policy:
+        require_different_rewards(data)
+    model = compose_model(settings, parts, values=stage.trains_policy)
     stage.freeze(model)
-    if stage.needs_hidden_states:
+    if stage.needs_hidden_states and with_columns:
         parts.columns.attach_hidden_states(model, data)
-    return compose_trainer(stage_settings, folder / "pretrain", parts.hardware, data, model, stage.objective())
+    return compose_trainer(settings, folder, parts.hardware, data, model, stage.objective())
+
+
+def compose_policy(
+    config: DictConfig, parts: Parts, stage: Stage | None, stage_model: MtpModel | None
+) -> tuple[MtpModel, MtpModel | None]:
+    """The model to be trained, and the frozen reference if the algorithm needs one."""
+    algorithm, reference = parts.algorithm, None
+    if algorithm.needs_values:
+        require_different_rewards(parts.data)
+    if algorithm.needs_reference:
+        given = stage_model if algorithm.reference is None else load_reference(algorithm.reference, parts)
+        assert given is not None
+        reference = given.eval().requires_grad_(False)
+    if stage is not None and stage.trains_policy and stage_model is not None:
+        model = stage_model.requires_grad_(True)
+        if not algorithm.needs_values:
+            model.value_head = None
+        seed_torch(config.seed)  # a run that finds its stage done draws the same dropout
+        return model, reference
+    return compose_model(config, parts, values=algorithm.needs_values), reference
+
+
+def require_different_rewards(data: Dataset) -> None:
+    """Raises `InputError` where every solution has the same reward: values have nothing to learn then."""
+    rewards = data.train.rewards
+    if rewards.min() == rewards.max():
+        raise InputError(
+            f"data: every training sample has the reward {rewards[0]:g}, so values have nothing to learn; "
+            "take right and wrong solutions (data.correct_ratio=0.5)"
+        )
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -112,37 +162,38 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return store.best() or store.latest(), path / "config.yaml"
 
 
-def load_model_from(path: Path, parts: Parts, model: MtpModel | None = None) -> MtpModel:
-    """The model of a run or checkpoint: that given, filled; or one as its config.yaml describes it.
+def load_weights(checkpoint: Path, parts: Parts, model: MtpModel) -> MtpModel:
+    """The model with the weights of a checkpoint.
 
     Raises:
         InputError: it is damaged, was trained with another tokenizer, or does not fit the model.
     """
-    checkpoint, config_path = find_checkpoint(path)
     snapshot = load(checkpoint)
     theirs, ours = snapshot.state["identity"]["tokenizer"], parts.data.tokenizer.fingerprint
     if theirs != ours:
-        raise InputError(f"{path}: was trained with another tokenizer: {theirs[:16]}…, here it is {ours[:16]}…")
-    if model is None:
-        model = model_from_file(config_path, parts)
-        if any(name.startswith("value_head.") for name in snapshot.model):
-            model.add_value_head()
+        raise InputError(f"{checkpoint}: was trained with another tokenizer: {theirs[:16]}…, here it is {ours[:16]}…")
+    if model.value_head is None:
+        snapshot.model = {name: x for name, x in snapshot.model.items() if not name.startswith("value_head.")}
     try:
-        model.load_state_dict(snapshot.model)
+        load_model(model, snapshot.model)
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the model: {' '.join(str(error).split())}") from error
     return model.to(parts.hardware.device)
 
 
-def model_from_file(config_path: Path, parts: Parts) -> MtpModel:
-    """A new model as a run's config.yaml describes it; that file is input, and checked like any other."""
+def load_reference(path: Path, parts: Parts) -> MtpModel:
+    """The model of a run or checkpoint, made as the config.yaml beside it says.
+
+    Raises:
+        InputError: one of the two is missing or damaged, or the tokenizer is another.
+    """
+    checkpoint, config_path = find_checkpoint(path)
     if not config_path.exists():
         raise InputError(f"{config_path}: is missing; it says how the checkpoint's model is made")
-    config = OmegaConf.load(config_path)
+    config = OmegaConf.load(config_path)  # input like any other: only wmtp's models are made from it
     node = config.get("model") if isinstance(config, DictConfig) else None
     if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith("wmtp.models."):
         raise InputError(f"{config_path}: its model is none of wmtp's")
     if faults := list(node_faults(node, "model")):
         raise ConfigError([Fault(f"{config_path}: {fault.key}", fault.value, fault.problem) for fault in faults])
-    model: MtpModel = build(node, vocab_size=parts.data.tokenizer.vocab_size)
-    return model
+    return load_weights(checkpoint, parts, build(node, vocab_size=parts.data.tokenizer.vocab_size))

@@ -6,6 +6,7 @@ before the `*` are objects that the command hands over (a model's `vocab_size`, 
 `params`). Every fault is found before anything is built.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -206,8 +207,10 @@ def stage_config(config: DictConfig) -> DictConfig:
     own = schema(locate(str(config.pretrain["_target_"])))
     changes = OmegaConf.to_container(config.pretrain, resolve=True)
     assert isinstance(changes, dict)
+    base = copy.deepcopy(config)
+    OmegaConf.set_struct(base, False)
     merged = OmegaConf.merge(
-        config,
+        base,
         {"pretrain": None, "resume": None},
         {key: value for key, value in changes.items() if key not in own and key not in HYDRA_KEYS},
     )

@@ -89,10 +89,10 @@ class EarlyStopping:
         return {f"early_stopping/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed, in plain types that JSON holds; none of the settings is restored from it."""
+        """What was observed, in plain types that JSON holds, and the settings that a decision was made under."""
         variance = self._variance
         return {
-            "monitor": self.monitor,
+            "settings": self._settings(),
             "best": self._best,
             "counter": self._counter,
             "exceeded": list(self._exceeded),
@@ -103,13 +103,24 @@ class EarlyStopping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what was observed, under the settings of now.
 
-        A smaller window keeps its newest updates; another monitor starts its measurements anew.
+        A smaller window keeps its newest updates; another monitor starts its measurements anew. Under
+        settings that changed, a decision to stop is made anew.
         """
-        same = state["monitor"] == self.monitor
+        same = state["settings"]["monitor"] == self.monitor
         self._best, self._counter = (state["best"], state["counter"]) if same else (None, 0)
         self._exceeded = deque(state["exceeded"], maxlen=self.window or 0)
         self._variance = None if state["value_variance"] is None else float(state["value_variance"])
         self._reason = state["reason"]
+        if state["settings"] != self._settings():
+            self._reason = None
+            self._decide()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode, "monitor": self.monitor, "patience": self.patience, "min_delta": self.min_delta,
+            "window": self.window, "threshold": self.threshold, "ratio": self.ratio,
+            "variance_min": self.variance_min, "variance_max": self.variance_max,
+        }  # fmt: skip
 
     def _decide(self) -> None:
         if self._reason is not None:

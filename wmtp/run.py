@@ -1,7 +1,6 @@
 """One run from its config to its end: its stages, resuming, trackers, samples, summary, status."""
 
 import hashlib
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -15,25 +14,42 @@ from safetensors.torch import save_file
 
 from wmtp.checkpoint.store import load
 from wmtp.command import ending
-from wmtp.compose import Parts, compose_model, compose_parts, compose_stage, compose_trainer, load_model_from
+from wmtp.compose import (
+    Parts,
+    compose_model,
+    compose_parts,
+    compose_policy,
+    compose_stage,
+    compose_stage_trainer,
+    compose_trainer,
+    load_weights,
+)
 from wmtp.config import build, stage_config
 from wmtp.errors import WmtpError
 from wmtp.generation.samples import write_samples
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
+from wmtp.pretraining import (
+    FOLDER,
+    flat,
+    read_result,
+    require_same_stage,
+    require_unchanged,
+    take_over,
+    write_record,
+    write_result,
+)
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import ACCEPTED, RunStatus
-from wmtp.runtime.seeding import seed_torch
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
-from wmtp.trainer import Result, Trainer
+from wmtp.trainer import Result, Trainer, interruption
 from wmtp.weight_quality import weight_quality
 
 log = logging.getLogger(__name__)
-STAGE_RESULT = Path("pretrain") / "result.json"
 
 
 class Run:
@@ -44,87 +60,100 @@ class Run:
         self.resolved = OmegaConf.to_yaml(config, resolve=True)
         self.console = Console(markup=False)
         self.remote: list[Tracker] = []
-        self.accepted = False
+        self.stage_result: dict[str, Any] | None = None
 
     def train(self) -> float | None:
         """Train to the end and leave everything in the folder; returns the last validation loss."""
         try:
-            trainer, stage_result = self._prepare()
+            trainer = self._prepare()
             result = self._fit(trainer, self.folder)
-            summary = self._summarise(trainer, result, stage_result)
+            summary = self._summarise(trainer, result)
         except BaseException as error:
             for problem in close(self.remote, ending(error)[1]):
                 log.warning("%s", problem)
             raise
         problems = close(self.remote, "FINISHED")
         uri = getattr(self.remote[0], "uri", None) if self.remote else None
-        print_summary(self.console, self.folder, summary, uri)
+        print_summary(self.console, self.folder, summary, uri, longer(self.config, result))
         self.status.stop_reason = result.stop_reason
         if problems:
             raise problems[0]
         return result.final_loss
 
-    def _prepare(self) -> tuple[Trainer, dict[str, Any] | None]:
-        """The trainer at the position to go on from, after the stage before; and that stage's result."""
+    def _prepare(self) -> Trainer:
+        """The trainer of the training, at the position to go on from, after the stage before."""
+        self._say(f"The run lies in {self.folder}")
         parts = compose_parts(self.config)
-        stage = compose_stage_options(self.config, parts)
-        stage_model, stage_result = (None, None) if stage is None else self._stage(stage, parts)
+        stage = compose_stage(self.config, parts)
+        stage_model = None if stage is None else self._stage_model(stage, parts)
         model, reference = compose_policy(self.config, parts, stage, stage_model)
         if reference is not None:
             self._say("reading the reference's losses, or computing them …")
             parts.columns.attach_reference_losses(reference, parts.data)
         objective = MtpObjective(parts.algorithm)
         trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective)
-        if self.config.resume is not None and trainer.checkpoints.any():
-            self._restore(trainer)
+        self._restore(trainer)
         self._accept()
-        self._say(f"{described(trainer)}\nThe run lies in {self.folder}")
-        return trainer, stage_result
+        if stage is not None:
+            self._say("The training:")
+        self._say(described(trainer))
+        return trainer
 
-    def _stage(self, stage: Stage, parts: Parts) -> tuple[MtpModel, dict[str, Any]]:
-        """The model of the stage before: trained now, trained before, or taken over from another run."""
-        source = self.folder if stage.reuse is None else stage.reuse
-        if stage.reuse is not None or (self.folder / STAGE_RESULT).exists():
-            result: dict[str, Any] = read_stage_result(source)
-            checkpoint = source / str(result["saved"])
-            return load_model_from(checkpoint, parts), result | {"saved": str(checkpoint)}
-        trainer = compose_stage(self.config, self.folder, parts, stage)
-        if self.config.resume is not None and trainer.checkpoints.any():
-            self._restore(trainer)
+    def _stage_model(self, stage: Stage, parts: Parts) -> MtpModel:
+        """The model that the stage before leaves: trained now or earlier, or taken over from another run."""
+        require_unchanged(self.folder, self.config)
+        if read_result(self.folder) is None:
+            if stage.reuse is None:
+                self._train_stage(stage, parts)
+            else:
+                take_over(stage.reuse, self.folder, self.config)
+        self.stage_result = read_result(self.folder)
+        assert self.stage_result is not None
+        saved = self.folder / self.stage_result["saved"]
+        self._say(f"the stage before the training left {saved}")
+        model = compose_model(stage_config(self.config), parts, values=stage.trains_policy)
+        return load_weights(saved, parts, model)
+
+    def _train_stage(self, stage: Stage, parts: Parts) -> None:
+        """Run the stage before to its end, and record what it leaves."""
+        folder = self.folder / FOLDER
+        trainer = compose_stage_trainer(self.config, folder, parts, stage)
+        self._restore(trainer)
         self._accept()
+        write_record(self.folder, self.config)
         self._say(f"The stage before the training, {type(stage).__name__}:\n{described(trainer)}")
-        fitted = self._fit(trainer, self.folder / "pretrain")
+        result = self._fit(trainer, folder)
+        if result.stop_reason is not None:
+            self._say(f"stopped early after update {result.total_steps}: {result.stop_reason}")
         for split in (trainer.data.train, trainer.data.validation):
             split.hidden_states = None  # the training that follows has no use for them
         saved = trainer.checkpoints.best() or trainer.checkpoints.latest()
-        model = load_model_from(saved, parts, trainer.model)
-        if stage.save_value_head:
-            assert model.value_head is not None
-            save_file(model.value_head.state_dict(), self.folder / "pretrain" / "value_head.safetensors")
-        outcome = asdict(fitted) | {"saved": str(saved.relative_to(self.folder))}
-        replace_atomically(self.folder / STAGE_RESULT, encode_json(outcome))
-        return model, outcome
+        if stage.saves_value_head:
+            prefix = "value_head."
+            head = {n.removeprefix(prefix): x for n, x in load(saved).model.items() if n.startswith(prefix)}
+            save_file(head, folder / "value_head.safetensors")
+        write_result(self.folder, asdict(result) | {"saved": str(saved.relative_to(self.folder))})
+        if trainer.interrupted_by is not None:
+            raise interruption(trainer)
 
     def _fit(self, trainer: Trainer, folder: Path) -> Result:
         """Train one stage, and write its metrics to its folder."""
-        folder.mkdir(exist_ok=True)
         plan, step = trainer.plan, trainer.position.step
         trackers: list[Tracker] = [
             MetricsFile(folder, step),
             ConsoleTracker(self.console, plan.num_updates, plan.updates_per_epoch, step),
         ]
         try:
-            result = trainer.fit([*trackers, *self.remote])
-            if result.stop_reason is not None:
-                self._say(f"stopped early after update {result.total_steps}: {result.stop_reason}")
-            return result
+            return trainer.fit([*trackers, *self.remote])
         finally:
             self.status.step = trainer.position.step
             for problem in close(trackers, "RUNNING"):
                 log.warning("%s", problem)
 
     def _restore(self, trainer: Trainer) -> None:
-        """Go on from the latest checkpoint."""
+        """Go on from the latest checkpoint, if this is a resumed run that has one."""
+        if self.config.resume is None or not trainer.checkpoints.any():
+            return
         checkpoint = trainer.checkpoints.latest()
         trainer.restore(load(checkpoint))
         if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later mark
@@ -133,16 +162,9 @@ class Run:
 
     def _accept(self) -> None:
         """Nothing speaks against this run, or against going on with it: record its config, open the tracker."""
-        if self.accepted:
-            return
-        self.accepted = True
         replace_atomically(self.folder / "config.yaml", self.resolved.encode())
         replace_atomically(self.folder / ACCEPTED, encode_json(list(HydraConfig.get().overrides.task)))
-        if self.config.pretrain is not None:
-            (self.folder / "pretrain").mkdir(exist_ok=True)
-            stage_settings = OmegaConf.to_yaml(stage_config(self.config), resolve=True)
-            replace_atomically(self.folder / "pretrain" / "config.yaml", stage_settings.encode())
-        if self.config.tracking is not None:
+        if self.config.tracking is not None and not self.remote:
             name = self.config.run_name or self.folder.name
             tags = {str(key): str(value) for key, value in self.config.tags.items()}
             parameters = flattened(self.config)
@@ -150,7 +172,7 @@ class Run:
                 build(self.config.tracking, folder=self.folder, run_name=name, parameters=parameters, tags=tags)
             )
 
-    def _summarise(self, trainer: Trainer, result: Result, stage_result: dict[str, Any] | None) -> dict[str, Any]:
+    def _summarise(self, trainer: Trainer, result: Result) -> dict[str, Any]:
         """samples.jsonl, summary.json and what they need."""
         objective = trainer.objective
         assert isinstance(objective, MtpObjective)
@@ -158,7 +180,7 @@ class Run:
             write_samples(self.folder, trainer.model, trainer.data, result.total_steps, self.config.num_samples)
         extras = {
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
-            "pretrain": stage_result,
+            "pretrain": self.stage_result,
             "weights": weight_quality(objective, trainer.model, trainer.data, trainer.hardware),
         }
         return write_summary(self.folder, trainer, result, extras)
@@ -167,49 +189,16 @@ class Run:
         self.console.print(text, soft_wrap=True, highlight=False)
 
 
-def read_stage_result(folder: Path) -> dict[str, Any]:
-    """The result of a run's stage before the training."""
-    path = folder / STAGE_RESULT
-    if not path.exists():
-        raise WmtpError(f"{path}: is missing; pretrain.reuse names the folder of a run whose stage was finished")
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
-
-
-def compose_stage_options(config: DictConfig, parts: Parts) -> Stage | None:
-    """The stage before the training; a reference that was named needs none."""
-    if config.pretrain is None or parts.algorithm.reference is not None:
-        return None
-    stage: Stage = build(config.pretrain)
-    return stage
-
-
-def compose_policy(
-    config: DictConfig, parts: Parts, stage: Stage | None, stage_model: MtpModel | None
-) -> tuple[MtpModel, MtpModel | None]:
-    """The model to be trained, and the frozen reference if the algorithm needs one."""
-    algorithm, reference = parts.algorithm, None
-    if algorithm.needs_reference:
-        given = stage_model if algorithm.reference is None else load_model_from(algorithm.reference, parts)
-        assert given is not None
-        reference = given.eval().requires_grad_(False)
-    if stage is not None and stage.trains_policy and stage_model is not None:
-        model = stage_model.requires_grad_(True)
-        if not algorithm.needs_values:
-            model.value_head = None
-        seed_torch(config.seed)  # a run that finds its stage done draws the same dropout
-        return model, reference
-    return compose_model(config, parts, values=algorithm.needs_values), reference
-
-
 def rehearse(config: DictConfig, folder: Path) -> None:
     """Print what would be trained, and try one update and one validation batch of every stage."""
     console = Console(markup=False)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     parts = compose_parts(config)
-    stage, stage_model = compose_stage_options(config, parts), None
+    stage, stage_model = compose_stage(config, parts), None
     if stage is not None:
-        trainer = compose_stage(config, folder, parts, stage)
+        if stage.reuse is not None:
+            require_same_stage(stage.reuse, config)
+        trainer = compose_stage_trainer(config, folder / FOLDER, parts, stage, with_columns=False)
         console.print("The stage before the training:", highlight=False)
         _try(console, trainer)
         stage_model = trainer.model
@@ -235,26 +224,26 @@ def described(trainer: Trainer) -> str:
     model, data, plan = trainer.model, trainer.data, trainer.plan
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if trained == model.num_parameters else f", {trained:,} of them trained"
+    heads = f"{model.num_heads} heads" if model.num_heads > 1 else "1 head"
     return (
-        f"{model.num_parameters:,} parameters{frozen}, {model.num_heads} heads, on {trainer.hardware.device}\n"
+        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {trainer.hardware.device}\n"
         f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
 
 
+def longer(config: DictConfig, result: Result) -> str:
+    """An override that makes a resumed run go on."""
+    if result.stop_reason is not None:
+        return "early_stopping=none"
+    return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"
+
+
 def flattened(config: DictConfig) -> dict[str, Any]:
     """The config as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            flat[prefix] = value
-
-    add("", OmegaConf.to_container(config, resolve=True))
-    return flat
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return flat({str(key): value for key, value in content.items()}, tuple(str(key) for key in content))
 
 
 def close(trackers: list[Tracker], state: State) -> list[Exception]:

@@ -1,7 +1,6 @@
 """What is left of a run in numbers: summary.json, and the short table at its end."""
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.runtime.folder import typed
 from wmtp.tracking.jsonl import FILE_NAME, read_metrics
 from wmtp.trainer import Result, Trainer
 
@@ -67,14 +67,10 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
     return summary
 
 
-def typed(path: Path | str) -> str:
-    """A path as a user would type it from here: relative where it lies below the current folder."""
-    path = Path(os.path.abspath(path))
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflow_uri: str | None) -> None:
-    """The table at the end of a run, and the commands that come next."""
+def print_summary(
+    console: Console, folder: Path, summary: dict[str, Any], mlflow_uri: str | None, to_go_on: str
+) -> None:
+    """The table at the end of a run, and the commands that come next; `to_go_on` are the overrides of a longer run."""
     table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
     table.add_column("validation")
     table.add_column("last", justify="right")
@@ -86,7 +82,7 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflo
         table.add_row("at step", str(last["step"]), str(best["step"]))
     console.print(table)
     if summary["stop_reason"]:
-        console.print(f"stopped early: {summary['stop_reason']}", highlight=False)
+        console.print(f"stopped early: {summary['stop_reason']}", soft_wrap=True, highlight=False)
     for name, area in summary["weights"].items():
         if area is not None:
             console.print(f"weights: {name} {area:.3f} (0.5 is chance)", highlight=False)
@@ -98,5 +94,5 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], mlflo
     if mlflow_uri is not None:
         ui = f"{python.with_name('mlflow')} ui --backend-store-uri {mlflow_uri}"
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
-    resume = f"{python} -m wmtp.train resume={typed(folder)} num_epochs=…"
+    resume = f"{python} -m wmtp.train resume={typed(folder)} {to_go_on}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)

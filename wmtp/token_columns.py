@@ -43,7 +43,7 @@ class TokenColumns:
 
         def measure(batch: Batch) -> Tensor:
             target = targets(batch.labels, 1)
-            losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding.weight, target)
+            losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
             return F.pad(losses[0, :, :-1], (1, 0))  # from the position that predicts to the token
 
         weights = weights_fingerprint(model, without="value_head.")
@@ -93,11 +93,14 @@ class TokenColumns:
         staged = path.with_suffix(f".{os.getpid()}.tmp")
         column = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
         model.eval()
-        fill(column, split, self.tokenizer, self.hardware, measure)
-        column.flush()
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, path)
+        try:
+            fill(column, split, self.tokenizer, self.hardware, measure)
+            column.flush()
+            with staged.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def fill(

@@ -74,6 +74,7 @@ class Trainer:
         self.last_validation: dict[str, float] = {}
         self.best_loss: float | None = None
         self.best_step: int | None = None
+        self.interrupted_by: int | None = None
         self._seconds, self._tokens = 0.0, 0
 
     def fit(self, trackers: Sequence[Tracker] = ()) -> Result:
@@ -81,7 +82,8 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or gradient is not finite; the update it came at was not made.
-            InterruptedRun: a signal came; the update was finished and saved.
+            InterruptedRun: a signal came; the update was finished and saved. If it was the last one anyway,
+                nothing is raised, and `interrupted_by` names the signal.
         """
         self.trackers = trackers
         with DeferredSignals() as signals:
@@ -94,8 +96,9 @@ class Trainer:
                 improved = (self.ended or epoch_ended or self._due(self.eval_interval)) and self.validate()
                 if self.ended or improved or signals.received or self._due(self.save_interval):
                     self.save(improved)
+                self.interrupted_by = signals.received
                 if signals.received and not self.ended:
-                    raise InterruptedRun(signals.received, f"interrupted after update {self.position.step}")
+                    raise interruption(self)
         return Result(
             self.position.step,
             self.position.tokens,
@@ -221,7 +224,8 @@ class Trainer:
             "seed": self.data.seed,
             "batch_size": self.plan.batch_size,
             "micro_batch_size": self.plan.micro_batch_size,
-            "model": {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
+            "model": self.model.settings
+            | {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
             "optimizer": {
                 "type": type(self.optimizer).__name__,
                 # JSON has lists where torch has tuples
@@ -255,14 +259,13 @@ class Trainer:
         )
 
 
-def metric_names(num_heads: int, *, values: bool) -> list[str]:
-    """The metrics that every run has, and those of a value head; any of them can be monitored."""
-    heads = [f"head_{k}_loss" for k in range(1, num_heads + 1)]
-    measured = ["loss", "mtp_loss", *heads]
-    if values:
-        measured += ["value_loss", "value_mean", "value_variance", "value_explained_variance"]
-    training = ["weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio", "grad_norm", "lr"]
-    return [f"val/{name}" for name in measured] + [f"train/{name}" for name in measured + training]
+def interruption(trainer: Trainer) -> InterruptedRun:
+    """What to raise for a run that a signal ended after it saved an update."""
+    assert trainer.interrupted_by is not None
+    where = f"{trainer.checkpoints.folder}/step_{trainer.position.step:08d}"
+    return InterruptedRun(
+        trainer.interrupted_by, f"interrupted after update {trainer.position.step}, which is saved in {where}"
+    )
 
 
 def difference(old: object, new: object) -> str:

@@ -20,31 +20,42 @@ def weight_quality(
 
     `decisive_wrong_auc` ranks the tokens of wrong solutions: a perfect weighting gives those that make them
     wrong the least weight. `noise_auc` ranks the tokens of all solutions, noise against the rest. 0.5 is chance.
+    Nothing is said of weights that are all equal.
     """
     split = data.validation
-    decisive, noise, response = token_truth(split, data.tokenizer)
-    if not decisive.any() and not noise.any():
+    if not any(record.decisive or record.noise for record in split.records):
         return {}
+    decisive, noise, response = token_truth(split, data.tokenizer)
     weights = np.zeros(len(split.samples.tokens), np.float32)
     model.eval()
     with torch.no_grad():
         fill(weights, split, data.tokenizer, hardware, lambda batch: objective.token_weights(model, batch))
     known = response & np.isfinite(weights)
-    wrong = np.repeat(~split.is_correct, split.samples.lengths)
+    if not known.any() or np.ptp(weights[known]) == 0:
+        return {}
+    solutions = np.repeat(np.arange(len(split)), split.samples.lengths)
+    wrong = ~split.is_correct[solutions]
     return {
-        "decisive_wrong_auc": area_under_roc(-weights, decisive, known & wrong),
-        "noise_auc": area_under_roc(-weights, noise, known),
+        "decisive_wrong_auc": area_under_roc(-weights, decisive, known & wrong, solutions),
+        "noise_auc": area_under_roc(-weights, noise, known, solutions),
     }
 
 
-def area_under_roc(scores: np.ndarray, positive: np.ndarray, among: np.ndarray) -> float | None:
-    """The chance that a positive scores above a negative, ties counting half; None without one of either."""
-    positives, negatives = scores[among & positive], scores[among & ~positive]
-    if not len(positives) or not len(negatives):
-        return None
-    count = len(positives)
-    ranks = rankdata(np.concatenate([positives, negatives]))[:count]
-    return float(ranks.sum() - count * (count + 1) / 2) / (count * len(negatives))
+def area_under_roc(scores: np.ndarray, positive: np.ndarray, among: np.ndarray, groups: np.ndarray) -> float | None:
+    """The chance that a positive scores above a negative of its group, ties counting half; None without such a pair.
+
+    Only within a group, since a weighting permuted within solutions still says which solutions are noisy.
+    """
+    scores, positive, groups = scores[among], positive[among], groups[among]
+    order = np.argsort(groups, kind="stable")
+    borders = np.flatnonzero(np.diff(groups[order])) + 1
+    won, pairs = 0.0, 0
+    for members in np.split(order, borders):
+        count = int(positive[members].sum())
+        ranks = rankdata(scores[members])[positive[members]]
+        won += float(ranks.sum()) - count * (count + 1) / 2
+        pairs += count * (len(members) - count)
+    return won / pairs if pairs else None
 
 
 def token_truth(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

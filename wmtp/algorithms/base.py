@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wmtp.errors import TrainingError
+from wmtp.errors import InputError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Algorithm(ABC):
     uses_losses: Literal["none", "own", "all"] = "none"
     """Whether a target's weight depends on no loss, on its own, or on those of other targets too. "own"
     weights are computed chunk by chunk beside the losses; "all" costs a pass over the losses before."""
+    min_heads = 1
+    """With fewer heads it would do the same as the baseline."""
     needs_values = False
     needs_reference = False
     value_coef = 0.0
@@ -73,6 +75,12 @@ class Algorithm(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Put back what `state_dict` gave."""
+
+
+def require_range(weight_min: float, weight_max: float) -> None:
+    """Raises `InputError` if no weight can lie in the range."""
+    if weight_min >= weight_max:
+        raise InputError(f"weight_min={weight_min:g} must be below weight_max={weight_max:g}")
 
 
 def clipped(

@@ -24,6 +24,7 @@ class Control(Algorithm):
         self.of = of
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
+        self.min_heads = of.min_heads
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -34,9 +35,8 @@ class Control(Algorithm):
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
         """The wrapped algorithm's weights without their meaning."""
-        return self.emptied(
-            clipped(self.of.weights(observed), observed.valid, self.weight_min, self.weight_max), observed
-        )
+        weights = clipped(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
+        return self.emptied(weights, observed)
 
     @abstractmethod
     def emptied(
@@ -78,6 +78,11 @@ class Shuffled(Control):
 class Random(Control):
     """Log-normal weights with the mean and the deviation of another algorithm's."""
 
+    def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
+        """`seed` decides the draws. Their own range is wide: clipped to the wrapped one, they would vary less."""
+        super().__init__(of=of, seed=seed)
+        self.weight_min, self.weight_max = 0.0, math.inf
+
     def emptied(
         self, weights: Float[Tensor, "head batch position"], observed: Observations
     ) -> Float[Tensor, "head batch position"]:
@@ -86,6 +91,6 @@ class Random(Control):
         if not len(chosen):
             return weights
         mean, variance = chosen.mean().item(), chosen.var(correction=0).item()
-        spread_ = math.log1p(variance / mean**2)
+        log_variance = math.log1p(variance / mean**2)
         normal = torch.randn(weights.shape, generator=self.generator).to(weights.device)
-        return torch.exp(normal * math.sqrt(spread_) + math.log(mean) - spread_ / 2)
+        return torch.exp(normal * math.sqrt(log_variance) + math.log(mean) - log_variance / 2)

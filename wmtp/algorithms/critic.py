@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations
+from wmtp.algorithms.base import Algorithm, Observations, require_range
 from wmtp.annotations import PositiveFloat, Ratio
 from wmtp.metrics import deviation
 from wmtp.targets import spread
@@ -80,6 +80,7 @@ class Critic(Algorithm):
         value_coef: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
         """γ is `discount`, λ is `trace_decay`. A small `beta` makes weights differ more."""
+        require_range(weight_min, weight_max)
         self.beta, self.discount, self.trace_decay = beta, discount, trace_decay
         self.weight_min, self.weight_max, self.value_coef = weight_min, weight_max, value_coef
         self.whitening = Whitening()

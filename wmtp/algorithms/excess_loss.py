@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations
+from wmtp.algorithms.base import Algorithm, Observations, require_range
 from wmtp.annotations import ExistingPath, PositiveFloat
 
 
@@ -31,6 +31,7 @@ class ExcessLoss(Algorithm):
         reference: ExistingPath | None = None,
     ) -> None:
         """A low `temperature` makes weights differ more."""
+        require_range(weight_min, weight_max)
         self.temperature = temperature
         self.weight_min, self.weight_max, self.reference = weight_min, weight_max, reference
 
@@ -46,6 +47,7 @@ class TokenSkip(Algorithm):
 
     uses_losses = "all"
     needs_reference = True
+    min_heads = 2
     weight_min = 0.0
     weight_max = 1.0
 

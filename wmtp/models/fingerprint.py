@@ -12,5 +12,5 @@ def weights_fingerprint(model: nn.Module, without: str = "-") -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(without):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -51,6 +51,11 @@ class MtpModel(nn.Module):
         """
         super().__init__()
         self.dim, self.value_head_dim = dim, value_head_dim
+        self.settings: dict[str, int | float | None] = {
+            "dim": dim, "num_layers": num_layers, "num_heads": num_heads, "num_attention_heads": num_attention_heads,
+            "num_kv_heads": num_kv_heads, "hidden_dim": hidden_dim, "rope_theta": rope_theta, "norm_eps": norm_eps,
+            "dropout": dropout, "value_head_dim": value_head_dim,
+        }  # fmt: skip
         self.head_dim, self.num_kv_heads, self.rope_theta = dim // num_attention_heads, num_kv_heads, rope_theta
 
         def block() -> Block:
@@ -74,6 +79,12 @@ class MtpModel(nn.Module):
             if parameter.ndim == 2:
                 std = 1.0 if parameter is self.embedding.weight else parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * num_layers) if "output" in name else std)
+
+    @property
+    def unembedding_weight(self) -> Float[Tensor, "vocabulary dim"]:
+        """The whole matrix from states to logits, with gradient, also where processes hold parts of it."""
+        weight: Tensor = self.unembedding.weight
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
     @property
     def num_heads(self) -> int:

@@ -37,3 +37,19 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
+
+
+def metric_names(num_heads: int, *, values: bool, language_model_loss: bool = False) -> list[str]:
+    """The metrics that a run has, any of which can be monitored.
+
+    Those of `num_heads` heads, of a value head if there are `values`, and of a language model beside it.
+    """
+    measured, training = ["loss"], ["grad_norm", "lr"]
+    if num_heads:
+        measured += ["mtp_loss", *(f"head_{k}_loss" for k in range(1, num_heads + 1))]
+        training += ["weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio"]
+    if values:
+        measured += ["value_loss", "value_mean", "value_variance", "value_explained_variance"]
+    if language_model_loss:
+        measured.append("language_model_loss")
+    return [f"val/{name}" for name in measured] + [f"train/{name}" for name in measured + training]

@@ -81,7 +81,7 @@ class MtpObjective:
         self, outputs: Outputs, model: MtpModel, batch: Batch, target: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Σ v·w·CE with gradient, and every target's loss and weight."""
-        algorithm, unembedding = self.algorithm, model.unembedding.weight
+        algorithm, unembedding = self.algorithm, model.unembedding_weight
         low, high = algorithm.weight_min, algorithm.weight_max
         observed = self.observations(outputs, batch, target)
         if algorithm.uses_losses == "own":
@@ -145,7 +145,7 @@ class MtpObjective:
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
         shares = head_shares(valid)
-        losses = cross_entropy(outputs.states, model.unembedding.weight, target)
+        losses = cross_entropy(outputs.states, model.unembedding_weight, target)
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
         return sums

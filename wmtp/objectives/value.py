@@ -28,7 +28,8 @@ class ValueObjective:
     @property
     def name(self) -> str:
         """What the value head learns, and whether the language model learns beside it."""
-        return f"value of {self.value_loss.kind}" + ("" if self.language_model is None else " and language model")
+        beside = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
+        return f"value of {self.value_loss.kind}{beside}"
 
     def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
         """The number of values or pairs, then what the language model's loss is divided by."""

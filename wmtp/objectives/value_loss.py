@@ -56,10 +56,11 @@ def value_metrics(values: dict[str, float]) -> dict[str, float]:
     if "value_mean" not in values:
         return values
     moments = {
-        name: (values.pop(f"{name}_mean"), values.pop(f"{name}_square"))
-        for name in ("value", "value_target", "value_error")
+        name: (values[f"{name}_mean"], values[f"{name}_square"]) for name in ("value", "value_target", "value_error")
     }
-    return values | {
+    taken = {f"{name}_{power}" for name in moments for power in ("mean", "square")}
+    kept = {name: value for name, value in values.items() if name not in taken}
+    return kept | {
         "value_mean": moments["value"][0],
         "value_variance": deviation(*moments["value"]) ** 2,
         "value_explained_variance": explained_variance(*moments["value_target"], *moments["value_error"]),

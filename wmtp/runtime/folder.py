@@ -71,3 +71,9 @@ def read_status(folder: Path) -> dict[str, Any]:
     """The content of a run's status.json."""
     status: dict[str, Any] = json.loads((folder / "status.json").read_text())
     return status
+
+
+def typed(path: Path | str) -> str:
+    """A path as a user would type it from here: relative where it lies below the current folder."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

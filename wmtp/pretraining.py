@@ -1,0 +1,122 @@
+"""What the stage before the training leaves in a run's folder, and when another run may use it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.config import stage_config
+from wmtp.errors import InputError
+from wmtp.runtime.files import encode_json, replace_atomically
+
+FOLDER = "pretrain"
+DECISIVE = ("pretrain", "model", "data", "seed")
+"""Keys of the stage's config that a finished or interrupted stage is bound to."""
+
+
+def stage_record(config: DictConfig) -> dict[str, Any]:
+    """The resolved config of the stage, with its own keys under `pretrain`."""
+    record = OmegaConf.to_container(stage_config(config), resolve=True)
+    assert isinstance(record, dict)
+    record["pretrain"] = OmegaConf.to_container(config.pretrain, resolve=True)
+    return {str(key): value for key, value in record.items()}
+
+
+def write_record(folder: Path, config: DictConfig) -> None:
+    """Write the stage's config.yaml."""
+    (folder / FOLDER).mkdir(exist_ok=True)
+    replace_atomically(folder / FOLDER / "config.yaml", OmegaConf.to_yaml(stage_record(config)).encode())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The stage's config.yaml of a run.
+
+    Raises:
+        InputError: the run has none.
+    """
+    path = folder / FOLDER / "config.yaml"
+    if not path.exists():
+        raise InputError(f"{path}: is missing; {folder} is no run with a stage before its training")
+    record = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(record, dict)
+    return {str(key): value for key, value in record.items()}
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json, which says that the stage is finished."""
+    replace_atomically(folder / FOLDER / "result.json", encode_json(result))
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """How the stage of a run ended; None if it has not."""
+    path = folder / FOLDER / "result.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def require_unchanged(folder: Path, config: DictConfig) -> None:
+    """Raises `InputError` where a resumed run asks for another stage than the one it began."""
+    if config.pretrain.get("reuse") is not None or not (folder / FOLDER / "config.yaml").exists():
+        return
+    before, now = flat(read_record(folder), DECISIVE), flat(stage_record(config), DECISIVE)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = [key for key in changed if key != "pretrain.reuse"]
+    if changed:
+        lines = [f"  {key}: was {before.get(key)}, is now {now.get(key)}" for key in changed]
+        raise InputError("\n".join(["The stage before the training has begun with other settings:", *lines]))
+
+
+def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
+    """The result of another run's finished stage.
+
+    Raises:
+        InputError: it has none, or one of another kind or with another model.
+    """
+    result, record, wanted = read_result(source), read_record(source), stage_record(config)
+    if result is None:
+        raise InputError(f"pretrain.reuse={source}: that run's stage before the training is not finished")
+    kinds = [node["pretrain"]["_target_"] for node in (record, wanted)]
+    theirs, ours = flat(record, ("model",)) | {"kind": kinds[0]}, flat(wanted, ("model",)) | {"kind": kinds[1]}
+    changed = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if changed:
+        lines = [f"  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in changed]
+        raise InputError("\n".join([f"pretrain.reuse={source}: that run has another stage:", *lines]))
+    return result
+
+
+def take_over(source: Path, folder: Path, config: DictConfig) -> None:
+    """Copy the finished stage of another run into this one.
+
+    Raises:
+        InputError: there is none that fits.
+    """
+    result = require_same_stage(source, config)
+    staged = folder / f".{FOLDER}-copy"
+    shutil.rmtree(staged, ignore_errors=True)
+    saved = Path(result["saved"]).relative_to(FOLDER)
+    shutil.copytree(source / FOLDER / saved, staged / saved)
+    for name in ("config.yaml", "result.json", "value_head.safetensors"):
+        if (source / FOLDER / name).exists():
+            shutil.copy(source / FOLDER / name, staged / name)
+    os.replace(staged, folder / FOLDER)
+
+
+def flat(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Some keys of a config as one level of dotted keys."""
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                add(f"{prefix}.{key}", inner)
+        else:
+            found[prefix] = value
+
+    for key in keys:
+        add(key, record.get(key))
+    return found
