@@ -398,21 +398,23 @@ def states(kind: Stopper) -> dict[str, Any]:
     return stopper.state_dict()
 
 
-def test_the_state_is_plain_json_and_holds_no_setting() -> None:
+def test_the_state_is_plain_json() -> None:
     state = states(EarlyStopping)
+    settings = state.pop("settings")
+    assert settings["monitor"] == "val/loss" and settings["patience"] == 2
     assert state == {
-        "monitor": "val/loss",
         "best": 2.0,
         "counter": 2,
         "exceeded": [1, 0],
         "value_variance": 9.0,
         "reason": "converged: val/loss has not improved in 2 measurements (best 2)",
     }
-    assert json.loads(json.dumps(state, allow_nan=False)) == state
+    assert json.loads(json.dumps(states(EarlyStopping), allow_nan=False)) == states(EarlyStopping)
     stopper = EarlyStopping(window=3, variance_max=1.0, mode="all", patience=9)
     stopper.observe_update(math.nan, math.nan)
     assert stopper.state_dict()["value_variance"] == "nan"
-    assert resumed(stopper, EarlyStopping, {"window": 3}).state_dict() == stopper.state_dict()
+    after = resumed(stopper, EarlyStopping, {"window": 3}).state_dict()
+    assert after | {"settings": None} == stopper.state_dict() | {"settings": None}
 
 
 def check_every_cut(kind: Stopper) -> None:
@@ -492,6 +494,17 @@ def test_a_window_that_shrank_keeps_the_newest_and_one_that_grew_fills_up() -> N
     after.observe_update(1.0, None)
     assert after.reason == "unstable: 4 of the last 5 gradient norms exceeded 50"
     assert resumed(after, EarlyStopping, {}).metrics() == {}
+
+
+def test_a_stopped_run_goes_on_under_settings_that_would_not_have_stopped_it() -> None:
+    before = EarlyStopping(patience=2)
+    for event in losses(0.5, 0.6, 0.7):
+        observe(before, event)
+    assert before.reason is not None
+    assert resumed(before, EarlyStopping, {"patience": 2}).reason == before.reason
+    assert resumed(before, EarlyStopping, {"patience": 1}).reason is not None
+    for settings in ({"patience": 3}, {}):
+        assert resumed(before, EarlyStopping, settings).reason is None
 
 
 def test_another_monitor_starts_its_measurements_anew() -> None:

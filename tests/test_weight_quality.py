@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.conftest import tiny_model
 from wmtp.algorithms.base import Algorithm
-from wmtp.algorithms.controls import Random
+from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.excess_loss import ExcessLoss
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.dataset import Dataset
@@ -27,20 +27,22 @@ CPU = Hardware(device="cpu")
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans()), min_size=1, max_size=40))
-def test_the_area_is_scikit_learns_also_with_ties(rows: list[tuple[int, bool, bool]]) -> None:
-    scores, positive, among = (np.array(column) for column in zip(*rows, strict=True))
-    got = area_under_roc(scores.astype(np.float32) / 3, positive, among)
-    truth = positive[among]
-    if truth.all() or not truth.any():
-        assert got is None
-    else:
-        assert got == pytest.approx(roc_auc_score(truth, scores[among]))
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans(), st.integers(0, 2)), min_size=1, max_size=60))
+def test_the_area_is_scikit_learns_within_groups_also_with_ties(rows: list[tuple[int, bool, bool, int]]) -> None:
+    scores, positive, among, groups = (np.array(column) for column in zip(*rows, strict=True))
+    got = area_under_roc(scores.astype(np.float32) / 3, positive, among, groups)
+    areas, pairs = [], []
+    for group in range(3):
+        truth, chosen = positive[among & (groups == group)], scores[among & (groups == group)]
+        if truth.any() and not truth.all():
+            areas.append(roc_auc_score(truth, chosen))
+            pairs.append(truth.sum() * (~truth).sum())
+    assert got is None if not areas else got == pytest.approx(np.average(areas, weights=pairs))
 
 
 def test_ties_count_half() -> None:
     scores, positive, among = np.array([1.0, 1, 2, 0]), np.array([True, False, True, False]), np.ones(4, bool)
-    assert area_under_roc(scores, positive, among) == (0.5 + 1 + 1 + 1) / 4
+    assert area_under_roc(scores, positive, among, np.zeros(4, int)) == (0.5 + 1 + 1 + 1) / 4
     without_ties = np.mean([a > b for a in (1.0, 2.0) for b in (1.0, 0.0)])
     assert without_ties == 0.75  # the control
 
@@ -115,18 +117,45 @@ def test_right_weights_score_one_constant_ones_half_and_inverted_ones_zero(name:
     hard_for_the_reference = 1000 * truth.astype(np.float32)
     assert judged(both, ExcessLoss(), hard_for_the_reference)[name] == 1.0
     assert judged(both, ExcessLoss(), 1000 - hard_for_the_reference)[name] == 0.0
-    assert judged(both, Uniform())[name] == 0.5
     drawn = judged(both, Random(of=ExcessLoss()), hard_for_the_reference)[name]
     assert drawn is not None and 0.3 < drawn < 0.7
+    assert judged(both, Uniform()) == {}, "nothing is to be said of equal weights"
+
+
+@pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
+def test_the_shuffled_truth_is_chance(name: str, tokenizer: Tokenizer, cache: Path) -> None:
+    source = TaskSource(
+        tokenizer=tokenizer, num_train=2, num_validation=150, num_test=1, difficulties={1: 1, 2: 1, 3: 1}, noise=0.5
+    )
+    data = Dataset(source, cache, seed=0)
+    decisive, noise, response = token_truth(data.validation, data.tokenizer)
+    truth = decisive if name == "decisive_wrong_auc" else noise
+    shuffled = judged(data, Shuffled(of=ExcessLoss()), 1000 * truth.astype(np.float32))[name]
+    assert shuffled is not None and 0.45 < shuffled < 0.55
+
+    # the control: over all solutions at once, permuted weights still say which of them have noise
+    weights = np.where(truth, 0.1, 1.0)
+    random_ = np.random.default_rng(0)
+    offsets = data.validation.samples.offsets
+    for index in range(len(data.validation)):
+        own = np.flatnonzero(response[offsets[index] : offsets[index + 1]]) + offsets[index]
+        weights[own] = random_.permutation(weights[own])
+    wrong = np.repeat(~data.validation.is_correct, data.validation.samples.lengths)
+    among = response & wrong if name == "decisive_wrong_auc" else response
+    pooled = area_under_roc(-weights, truth, among, np.zeros(len(truth), int))
+    assert pooled is not None and (pooled > 0.53)
 
 
 def test_decisive_tokens_are_judged_in_wrong_solutions_only(both: Dataset) -> None:
     decisive, _, _ = token_truth(both.validation, both.tokenizer)
-    wrong = np.repeat(~both.validation.is_correct, both.validation.samples.lengths)
+    wrong_of, lengths = ~both.validation.is_correct, both.validation.samples.lengths
+    wrong = np.repeat(wrong_of, lengths)
     assert (decisive & ~wrong).any()
     of_wrong_ones = 1000 * (decisive & wrong).astype(np.float32)
     assert judged(both, ExcessLoss(), of_wrong_ones)["decisive_wrong_auc"] == 1.0
-    everywhere = area_under_roc(of_wrong_ones, decisive, np.ones(len(decisive), bool))
+    everywhere = area_under_roc(
+        of_wrong_ones, decisive, np.ones(len(decisive), bool), np.repeat(range(len(wrong_of)), lengths)
+    )
     assert everywhere is not None and everywhere < 1.0  # the control: right solutions judged too
 
 
@@ -141,5 +170,6 @@ def test_nothing_is_said_where_nothing_is_known(tokenizer: Tokenizer, tmp_path: 
     only_noise = example(tokenizer, tmp_path)
     only_noise.is_correct[:] = True
     data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
-    values = weight_quality(MtpObjective(Uniform()), tiny_model(), data, CPU)
-    assert values == {"decisive_wrong_auc": None, "noise_auc": 0.5}
+    only_noise.reference_losses = np.arange(len(only_noise.samples.tokens), dtype=np.float32)
+    values = weight_quality(MtpObjective(ExcessLoss()), tiny_model(), data, CPU)
+    assert values["decisive_wrong_auc"] is None and values["noise_auc"] is not None

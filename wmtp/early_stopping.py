@@ -111,7 +111,7 @@ class EarlyStopping:
         self._exceeded = deque(state["exceeded"], maxlen=self.window or 0)
         self._variance = None if state["value_variance"] is None else float(state["value_variance"])
         self._reason = state["reason"]
-        if state["settings"] != self._settings():
+        if self._reason is not None and state["settings"] != self._settings():
             self._reason = None
             self._decide()
 
