@@ -1,0 +1,68 @@
+"""The objective's gradients under torch's data-parallel wrappers, in one process: what they hook must still fire."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.conftest import tiny_model
+from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.uniform import Uniform
+from wmtp.data.collate import Batch
+from wmtp.data.dataset import Dataset
+from wmtp.models.mtp import MtpModel
+from wmtp.objectives.mtp import MtpObjective
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def batch(tiny_data: Dataset) -> Batch:
+    (batch,) = tiny_data.micro_batches(epoch=0, update=0, batch_size=8, micro_batch_size=8)
+    object.__setattr__(batch, "reference_losses", torch.rand(batch.tokens.shape))
+    return batch
+
+
+def gradients(model: MtpModel, algorithm: Algorithm, batch: Batch, forward: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of every parameter when the forward goes through a wrapper."""
+    objective = MtpObjective(algorithm)
+    loss, _ = objective.loss_of(forward(batch.tokens), model, batch, objective.totals(model, batch))
+    loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+    return found
+
+
+@pytest.mark.parametrize("algorithm", [Uniform(), ExcessLoss(), TokenSkip()], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_gradients_are_those_without_a_wrapper(
+    process_group: None, batch: Batch, algorithm: Algorithm, wrapper: str
+) -> None:
+    plain = tiny_model()
+    wanted = gradients(plain, algorithm, batch, plain)
+    model = tiny_model()
+    emitted = []
+    if wrapper == "ddp":
+        forward: torch.nn.Module = DistributedDataParallel(model)
+        model.unembedding.weight.register_post_accumulate_grad_hook(lambda parameter: emitted.append(parameter))
+    else:
+        fully_shard(model)
+        forward = model
+        with pytest.raises(RuntimeError, match="DTensor"):  # the control: a part of the matrix is no matrix
+            model.unembedding.weight @ torch.randn(64)
+    for name, gradient in gradients(model, algorithm, batch, forward).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7)
+    assert wrapper == "fsdp" or len(emitted) == 1
