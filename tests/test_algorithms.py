@@ -497,6 +497,20 @@ def test_random_weights_have_the_mean_and_the_deviation_of_the_wrapped_ones() ->
     assert abs(float(torch.corrcoef(torch.stack([by_target, wanted]))[0, 1])) < 0.3, "they say nothing of their targets"
 
 
+@pytest.mark.parametrize("of", [Critic(beta=0.4), ExcessLoss(), TokenSkip()], ids=lambda of: of.name)
+def test_random_weights_still_vary_as_much_once_they_are_trained_with(of: Algorithm) -> None:
+    observed = seen(1, batch=64, length=32)
+    shares = head_shares(observed.valid)
+
+    def trained(algorithm: Algorithm, low: float, high: float) -> float:
+        draws = [clipped(algorithm.weights(observed), observed.valid, low, high) for _ in range(30)]
+        return sum(float((weights * mean_one(weights, shares))[observed.valid].std()) for weights in draws) / 30
+
+    wanted, control = trained(of, of.weight_min, of.weight_max), Random(of=of)
+    assert trained(control, control.weight_min, control.weight_max) == pytest.approx(wanted, rel=0.1)
+    assert trained(Random(of=of), of.weight_min, of.weight_max) < 0.9 * wanted, "the wrapped range is too narrow"
+
+
 def test_random_weights_in_place_of_constant_ones_are_constant() -> None:
     observed = seen(1)
     drawn = Random(of=Given(torch.full(observed.valid.shape, 2.5))).weights(observed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, Invoke, run_command
@@ -284,6 +285,15 @@ def test_early_stopping_is_told_everywhere_and_a_stopped_run_does_nothing_more(i
     assert summary["early_stopped"] and summary["total_steps"] == 10
     assert invoke("resume=run", tiny=False).code == 0
     assert json.loads(Path("run/summary.json").read_text())["total_steps"] == 10
+
+
+def test_a_stage_may_choose_options_of_its_own(invoke: Invoke) -> None:
+    options = ("pretrain.model=nano", "pretrain.scheduler=constant", "pretrain.early_stopping=none", "model.dim=32")
+    assert invoke("algo=rho1", *options, "max_steps=2", "hydra.run.dir=run").code == 0
+    stage, training = (OmegaConf.load(Path("run", name, "config.yaml")) for name in ("pretrain", ""))
+    assert (stage.model.dim, training.model.dim) == (64, 32)
+    assert (stage.early_stopping.patience, training.early_stopping.patience) == (None, 5)
+    assert "constant" in stage.scheduler["_target_"] and "cosine" in training.scheduler["_target_"]
 
 
 def test_a_dry_run_tries_both_stages_and_keeps_nothing(invoke: Invoke, cache: Path) -> None:

@@ -60,6 +60,9 @@ def config_faults(config: DictConfig, stage: Stage | None = None) -> list[Fault]
     `stage` is the stage that the config is of, if it is not the training itself.
     """
     groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+    expected = (groups | schema(Plan) | schema(RunOptions) | schema(Trainer)).keys() - {"experiment"}
+    if missing := [name for name in expected if name not in config]:
+        return [Fault(name, "", "is missing; nothing can do without it") for name in missing]
     faults = list(node_faults(config, "", groups | schema(Plan) | schema(RunOptions)))
     for key, node in nodes(config):
         faults += node_faults(node, key, changeable_in_a_stage() if key == "pretrain" else None)

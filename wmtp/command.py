@@ -37,6 +37,8 @@ def main(config_name: str, job: Job) -> None:
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
             sweep = [a for a in arguments if a in ("-m", "--multirun")]  # its parser wants this before the overrides
             overrides = sweep + [forced(a) for a in arguments if a not in sweep]
+            if sweep and not any(a.startswith("hydra.sweep.dir=") for a in arguments):
+                overrides.append(f"hydra.sweep.dir={quoted(create_run_folder(suffix='-sweep'))}")
         else:
             overrides, config = checked_overrides(config_name, arguments)
             if config.dry_run:
@@ -181,6 +183,10 @@ def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None
 
     def run(config: DictConfig) -> float | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
+        if config.resume is None and (folder / "status.json").exists():
+            print(f"{folder} holds a run already; name another hydra.sweep.dir", file=sys.stderr)
+            codes.append(InputError.exit_code)
+            return None
         status = RunStatus(folder)
         try:
             with raised_signals():

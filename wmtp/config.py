@@ -207,12 +207,12 @@ def stage_config(config: DictConfig) -> DictConfig:
     own = schema(locate(str(config.pretrain["_target_"])))
     changes = OmegaConf.to_container(config.pretrain, resolve=True)
     assert isinstance(changes, dict)
+    changes = {str(key): value for key, value in changes.items() if key not in own and key not in HYDRA_KEYS}
     base = copy.deepcopy(config)
     OmegaConf.set_struct(base, False)
-    merged = OmegaConf.merge(
-        base,
-        {"pretrain": None, "resume": None},
-        {key: value for key, value in changes.items() if key not in own and key not in HYDRA_KEYS},
-    )
+    for key, value in changes.items():
+        if isinstance(value, dict) and "_target_" in value:
+            base[key] = None  # another object, not some of its keys
+    merged = OmegaConf.merge(base, {"pretrain": None, "resume": None}, changes)
     assert isinstance(merged, DictConfig)
     return merged

@@ -15,12 +15,12 @@ ACCEPTED = Path(".hydra") / "accepted.json"
 """The overrides a run was made with. Hydra's own record also holds those of a resume that was refused."""
 
 
-def create_run_folder(outputs: Path = OUTPUTS) -> Path:
-    """A new folder `<date>/<time>-<4 random letters>`: never one that another run uses."""
+def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
+    """A new folder `<date>/<time>-<4 random letters>`: never one that another run or sweep uses."""
     letters = random.SystemRandom()
     while True:
         now = datetime.now()
-        name = f"{now:%H-%M-%S}-{''.join(letters.choices(string.ascii_lowercase, k=4))}"
+        name = f"{now:%H-%M-%S}-{''.join(letters.choices(string.ascii_lowercase, k=4))}{suffix}"
         folder = outputs / f"{now:%Y-%m-%d}" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
