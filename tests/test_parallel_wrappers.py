@@ -59,7 +59,7 @@ def test_gradients_are_those_without_a_wrapper(
         forward: torch.nn.Module = DistributedDataParallel(model)
         model.unembedding.weight.register_post_accumulate_grad_hook(lambda parameter: emitted.append(parameter))
     else:
-        fully_shard(model)
+        fully_shard(model, reshard_after_forward=True)
         forward = model
         with pytest.raises(RuntimeError, match="DTensor"):  # the control: a part of the matrix is no matrix
             model.unembedding.weight @ torch.randn(64)
