@@ -45,6 +45,9 @@ def test_a_wrong_solution_differs_exactly_in_its_decisive_place() -> None:
         assert wrong.solution[:start] == right.solution[:start]
         assert wrong.solution[end:] == right.solution[len(right.solution) - tail :]
         assert wrong.solution != right.solution
+        if end - start > 12:  # a step was exchanged: what both write is not what makes it wrong
+            assert wrong.solution[start] != right.solution[start]
+            assert wrong.solution[end - 1] != right.solution[len(right.solution) - tail - 1]
 
 
 def test_noise_is_a_comment_that_changes_nothing(records: list[Record]) -> None:

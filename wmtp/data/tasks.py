@@ -216,10 +216,21 @@ def wrong_solution(random_: random.Random, task: Task) -> tuple[str, tuple[tuple
             continue
         if mark is not None:
             return program, (spans[index][mark],)
-        before = "".join(program.splitlines(keepends=True)[: index + 1])
-        start = len(before) + len(f"    {task.variable} = ")
-        return program, ((start, program.index("\n", start)),)
+        return program, (difference(program, render(task, task.lines)[0]),)
     return None
+
+
+def difference(program: str, other: str) -> tuple[int, int]:
+    """The characters [start, end) of a program outside what it has in common with another at both ends."""
+    start = common_length(program, other)
+    end = len(program) - common_length(program[start:][::-1], other[start:][::-1])
+    return start, max(end, start + 1)  # where something was left out, what stands there instead
+
+
+def common_length(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def footer(random_: random.Random) -> str:
