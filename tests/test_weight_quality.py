@@ -133,6 +133,8 @@ def test_the_shuffled_truth_is_chance(name: str, tokenizer: Tokenizer, cache: Pa
     shuffled = judged(data, Shuffled(of=ExcessLoss()), 1000 * truth.astype(np.float32))[name]
     assert shuffled is not None and 0.45 < shuffled < 0.55
 
+    if name == "decisive_wrong_auc":
+        return  # every wrong solution has as much of it as any other, so nothing can leak between solutions
     # the control: over all solutions at once, permuted weights still say which of them have noise
     weights = np.where(truth, 0.1, 1.0)
     random_ = np.random.default_rng(0)
@@ -140,10 +142,8 @@ def test_the_shuffled_truth_is_chance(name: str, tokenizer: Tokenizer, cache: Pa
     for index in range(len(data.validation)):
         own = np.flatnonzero(response[offsets[index] : offsets[index + 1]]) + offsets[index]
         weights[own] = random_.permutation(weights[own])
-    wrong = np.repeat(~data.validation.is_correct, data.validation.samples.lengths)
-    among = response & wrong if name == "decisive_wrong_auc" else response
-    pooled = area_under_roc(-weights, truth, among, np.zeros(len(truth), int))
-    assert pooled is not None and (pooled > 0.53)
+    pooled = area_under_roc(-weights, truth, response, np.zeros(len(truth), int))
+    assert pooled is not None and pooled > 0.55
 
 
 def test_decisive_tokens_are_judged_in_wrong_solutions_only(both: Dataset) -> None:
