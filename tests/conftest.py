@@ -1,5 +1,6 @@
 """What the tests share: the command in this process, a tiny model and a tiny data set."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,14 +14,15 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from wmtp.command import forced
+from wmtp.command import forced, main
 from wmtp.config import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
 from wmtp.models.mtp import MtpModel
 
-TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2"]
+TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
+        "num_validation_samples=0"]  # fmt: skip
 """Overrides that make a training take a second."""
 
 
@@ -43,26 +45,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run_command(arguments: list[str], patch: pytest.MonkeyPatch) -> int:
-    """`python -m wmtp.train …` in this process and in the current folder; its exit code."""
-    from wmtp import train
-    from wmtp.command import main
-
-    patch.setattr(sys, "argv", ["wmtp.train", *arguments])
+def run_command(arguments: list[str], patch: pytest.MonkeyPatch, name: str = "train") -> int:
+    """`python -m wmtp.<name> …` in this process and in the current folder; its exit code."""
+    command = importlib.import_module(f"wmtp.{name}").COMMAND
+    patch.setattr(sys, "argv", [f"wmtp.{name}", *arguments])
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as ended:
-        main("train", train.train)
+        main(command)
     return int(ended.value.code or 0)
 
 
 @pytest.fixture
 def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Runs `python -m wmtp.train …` in this process, in an empty folder, without MLflow unless asked for."""
+    """Runs `python -m wmtp.<command> …` in this process, in an empty folder, without MLflow unless asked for."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*overrides: str, tiny: bool = True) -> Outcome:
+    def run(*overrides: str, tiny: bool = True, command: str = "train") -> Outcome:
         capsys.readouterr()
-        code = run_command(["tracking=none", f"cache_dir={cache}", *(TINY if tiny else []), *overrides], monkeypatch)
+        own = ["tracking=none", *(TINY if tiny else [])] if command == "train" else []
+        code = run_command([f"cache_dir={cache}", *own, *overrides], monkeypatch, command)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

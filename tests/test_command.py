@@ -99,7 +99,8 @@ def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
     assert summary["total_steps"] == 4 and summary["early_stopped"] is False
     assert summary["last"]["val/loss"] == summary["final_loss"] == lines[-1]["val/loss"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 and all(sample["tests"] for sample in samples)
+    assert [(line["step"], line["split"]) for line in samples] == [(4, "test")] * 2
+    assert summary["pass@1"]["problems"] == 2
     assert all(damage(path) is None for path in (folder / "checkpoints").glob("step_*"))
     assert f"resume={folder} " in outcome.out and "head_4_loss" in outcome.out
     assert max(map(len, outcome.out.splitlines())) < 400

@@ -99,4 +99,6 @@ def test_mbpp_files_train_with_their_own_line_ends(invoke: Invoke, tmp_path: Pat
     outcome = invoke("data=mbpp", f"data.path={tmp_path}", *TRAIN[:2], "num_samples=2", "hydra.run.dir=run", tiny=False)
     assert outcome.code == 0, outcome.err
     assert "40 training and 4 validation samples" in outcome.out
-    assert len(Path("run/samples.jsonl").read_text().splitlines()) == 2
+    samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in samples].count("test") == 2
+    assert all(line["outcome"] == "fail" for line in samples)

@@ -4,7 +4,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import tiny_model
 from wmtp.config import build
-from wmtp.generation.decoding import greedy
 from wmtp.models.mtp import MtpModel
 
 
@@ -77,21 +76,6 @@ def test_no_head_sees_the_future() -> None:
     before, after = model(tokens).states, model(changed).states
     torch.testing.assert_close(before[:, :, :8], after[:, :, :8])
     assert not torch.allclose(before[:, :, 8], after[:, :, 8])
-
-
-def test_cached_greedy_decoding_equals_the_whole_forward_for_ragged_prompts() -> None:
-    model = tiny_model(seed=1).eval()
-    prompts = [torch.randint(2, 512, (n,)).tolist() for n in (3, 11, 1, 7)]
-    got = greedy(model, prompts, max_new_tokens=12, end=1)
-    for prompt, continuation in zip(prompts, got, strict=True):
-        tokens = list(prompt)
-        with torch.no_grad():
-            while len(tokens) < len(prompt) + 12:
-                token = model.unembedding(model(torch.tensor([tokens])).states[0, 0, -1]).argmax().item()
-                if token == 1:
-                    break
-                tokens.append(token)
-        assert continuation == tokens[len(prompt) :]
 
 
 def test_micro_has_about_one_and_a_half_million_parameters(compose) -> None:

@@ -15,7 +15,6 @@ from wmtp.algorithms.base import Algorithm
 from wmtp.annotations import ExistingPath
 from wmtp.config import (
     CONFIG_FOLDER,
-    ConfigError,
     Fault,
     Parameter,
     build,
@@ -31,6 +30,7 @@ from wmtp.objectives.base import metric_names
 from wmtp.plan import Plan
 from wmtp.runtime.folder import ACCEPTED, read_status
 from wmtp.runtime.hardware import hardware_problems
+from wmtp.sandbox.isolation import Choice
 from wmtp.stages import ReferenceStage, Stage, ValueStage
 from wmtp.trainer import Trainer
 
@@ -42,7 +42,9 @@ class RunOptions:
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_name: str | None
     tags: dict[str, str | int | float | bool]
+    num_validation_samples: Annotated[int, Field(ge=0)]
     num_samples: Annotated[int, Field(ge=0)]
+    sandbox: Choice
     resume: ExistingPath | None
     dry_run: bool
     cache_dir: Path
@@ -97,12 +99,6 @@ def changeable_in_a_stage() -> dict[str, Parameter]:
     """The keys of train.yaml that a stage may change, with any value: they are checked when they are merged."""
     names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed"]
     return {name: Parameter(Any, False) for name in names}
-
-
-def require_sound(config: DictConfig) -> None:
-    """Raises `ConfigError` with all faults, if there are any."""
-    if faults := config_faults(config):
-        raise ConfigError(faults)
 
 
 def cross_faults(config: DictConfig, unsound: set[str], stage: Stage | None) -> Iterator[Fault]:

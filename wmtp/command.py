@@ -6,7 +6,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
@@ -14,23 +16,55 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.runtime.folder import ACCEPTED, RunStatus, create_run_folder, typed
+from wmtp.runtime.folder import ACCEPTED, RunStatus, create_run_folder
 from wmtp.runtime.signals import raised_signals
 
 log = logging.getLogger(__name__)
 Job = Callable[[DictConfig, Path, RunStatus], float | None]
 NOT_SAVED = ("resume", "dry_run")
 """Overrides that belong to one start of a run, not to the run."""
+TEXT = "text"
+OmegaConf.register_new_resolver(TEXT, lambda code: bytes.fromhex(code[1:]).decode(), replace=True)
+CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
+"""Hydra takes `checkpoint` itself for the group of that name."""
 
 
-def main(config_name: str, job: Job) -> None:
+def unchanged(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config as it was composed."""
+    return config
+
+
+@dataclass(frozen=True)
+class Command:
+    """One door of the package: what it does, and what is its own about its config and its folder."""
+
+    name: str
+    """Of its config in conf/, and of its log file."""
+    job: Job
+    faults: Callable[[DictConfig], list[Fault]]
+    """Everything that is wrong with a config."""
+    folder: Callable[[DictConfig, list[str]], Path | None]
+    """Where it writes; None: a folder that goes when the command ends."""
+    complete: Callable[[DictConfig, list[str]], DictConfig] = unchanged
+    """What the config becomes, given the overrides that were typed."""
+    continues: Callable[[DictConfig], bool] = lambda config: False
+    """Whether it goes on in a folder that was begun earlier."""
+    advice: Callable[[Path], str] = lambda folder: "Nothing was saved; start anew."
+    """What to do after an interruption."""
+    texts: frozenset[str] = frozenset()
+    """Keys whose values are text, whatever characters they hold."""
+    short: Mapping[str, str] = field(default_factory=dict)
+    """Keys that users may type for longer ones."""
+
+
+def main(command: Command) -> None:
     """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code."""
-    arguments = [grouped(argument) for argument in sys.argv[1:]]
+    arguments = [plain(argument, command) for argument in sys.argv[1:]]
     temporary: Path | None = None
     codes: list[int] = []
     try:
@@ -40,20 +74,21 @@ def main(config_name: str, job: Job) -> None:
             if sweep and not any(a.startswith("hydra.sweep.dir=") for a in arguments):
                 overrides.append(f"hydra.sweep.dir={quoted(create_run_folder(suffix='-sweep'))}")
         else:
-            overrides, config = checked_overrides(config_name, arguments)
-            if config.dry_run:
-                temporary = Path(tempfile.mkdtemp(prefix="wmtp-dry-run-"))
-                overrides += [f"hydra.run.dir={temporary}", f"++cache_dir={temporary / 'cache'}"]
-            else:
-                overrides.append(f"hydra.run.dir={quoted(run_folder(config, overrides))}")
+            overrides, config = checked_overrides(command, arguments)
+            folder = command.folder(config, overrides)
+            if folder is None:
+                folder = temporary = Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-"))
+            if config.get("dry_run"):
+                overrides.append(f"++cache_dir={quoted(folder / 'cache')}")
+            overrides.append(f"hydra.run.dir={quoted(folder)}")
         sys.argv = [sys.argv[0], *overrides]
-        recorded = _recorded(job, codes)
-        hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=config_name)(recorded)()
+        recorded = _recorded(command, codes, temporary)
+        hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=command.name)(recorded)()
     except WmtpError as error:
         print(error, file=sys.stderr)
         codes.append(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted before the run began", file=sys.stderr)
+        print("interrupted before anything began", file=sys.stderr)
         codes.append(128 + signal.SIGINT)
     finally:
         if temporary is not None:
@@ -67,28 +102,25 @@ def quoted(value: object) -> str:
     return f"'{escaped}'"
 
 
-def run_folder(config: DictConfig, overrides: list[str]) -> Path:
-    """The folder of the run: that of the run to resume, the one the user named, or a new one.
-
-    Raises:
-        ConfigError: the named folder belongs to a run already.
-    """
-    named = next((o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")), None)
-    if config.resume is not None:
-        if named is not None:
-            raise ConfigError([Fault("hydra.run.dir", named, "a resumed run goes on in its own folder")])
-        return Path(config.resume)
-    if named is None:
-        return create_run_folder()
-    if (Path(named) / "status.json").exists():
-        problem = f"holds a run already; go on with it (resume={named}) or name another folder"
-        raise ConfigError([Fault("hydra.run.dir", named, problem)])
-    return Path(named)
+def named_folder(overrides: list[str]) -> Path | None:
+    """The folder that the user chose, if one was."""
+    named = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
+    return Path(named[-1]) if named else None
 
 
 def is_group(key: str) -> bool:
     """Whether a key chooses a config group's option rather than setting a value."""
     return bool(key) and (CONFIG_FOLDER / key).is_dir()
+
+
+def plain(argument: str, command: Command) -> str:
+    """An argument with its key in full and, where it is text, its value in a code; as Hydra wants it."""
+    key, equals, value = argument.partition("=")
+    if not equals:
+        return argument
+    if key in command.texts and value:
+        value = f"${{{TEXT}:x{value.encode().hex()}}}"  # no character of it means anything to Hydra
+    return grouped(f"{command.short.get(key, key)}={value}")
 
 
 def grouped(argument: str) -> str:
@@ -120,7 +152,7 @@ def forced(argument: str) -> str:
     return f"++{argument.lstrip('+')}"
 
 
-def checked_overrides(config_name: str, arguments: list[str]) -> tuple[list[str], DictConfig]:
+def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:
     """The overrides to run with, those of the run to be resumed included, and the config they compose.
 
     Raises:
@@ -140,13 +172,11 @@ def checked_overrides(config_name: str, arguments: list[str]) -> tuple[list[str]
     config = DictConfig({})
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            config = hydra.compose(config_name, chosen)
+            config = command.complete(hydra.compose(command.name, chosen), chosen)
     except (HydraException, OmegaConfBaseException) as error:
         faults.append(Fault("config", "", " ".join(str(error).split())))
     else:
-        from wmtp.checks import config_faults  # imports torch
-
-        faults += config_faults(config)
+        faults += command.faults(config)
     if faults:
         raise ConfigError(faults)
     return chosen, config
@@ -178,27 +208,29 @@ def saved_overrides(arguments: list[str]) -> list[str]:
     return [text for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
 
 
-def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None]:
+def _recorded(command: Command, codes: list[int], temporary: Path | None) -> Callable[[DictConfig], float | None]:
     """The job for Hydra: its outcome goes to status.json and `codes`, its traceback to the log file."""
 
     def run(config: DictConfig) -> float | None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if config.resume is None and (folder / "status.json").exists():
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        if not command.continues(config) and (folder / "status.json").exists():
             print(f"{folder} holds a run already; name another hydra.sweep.dir", file=sys.stderr)
             codes.append(InputError.exit_code)
             return None
         status = RunStatus(folder)
         try:
             with raised_signals():
-                value = job(config, folder, status)
+                config = command.complete(config, list(hydra_config.overrides.task))
+                if faults := command.faults(config):
+                    raise ConfigError(faults)
+                value = command.job(config, folder, status)
         except BaseException as error:
             code, state = ending(error)
-            if isinstance(error, InputError) and config.resume is not None:
-                status.withdraw()
-            else:
+            if not (isinstance(error, InputError) and status.withdraw()):
                 status.end(state, code, error=str(error) or type(error).__name__)
-            log.info("the run ended: %s", state, exc_info=error)
-            print(farewell(error, folder), file=sys.stderr)
+            log.info("it ended: %s", state, exc_info=error)
+            print(farewell(error, None if temporary else folder, command), file=sys.stderr)
             codes.append(code)
             if isinstance(error, InterruptedRun):
                 sys.exit(code)
@@ -209,13 +241,14 @@ def _recorded(job: Job, codes: list[int]) -> Callable[[DictConfig], float | None
     return run
 
 
-def farewell(error: BaseException, folder: Path) -> str:
-    """What a run's end is said to be, and what can be done about it."""
+def farewell(error: BaseException, folder: Path | None, command: Command) -> str:
+    """What an end is said to be, and what can be done about it; without a folder, the traceback of a crash."""
     if isinstance(error, InterruptedRun):
-        resumable = any(folder.glob("**/step_*/manifest.json"))
-        return f"{error}\n" + (f"Go on with resume={typed(folder)}" if resumable else "Nothing was saved; start anew.")
+        return f"{error}\n{command.advice(folder)}" if folder else str(error)
+    if folder is None:
+        return str(error) if isinstance(error, WmtpError) else "".join(traceback.format_exception(error))
     kind = "" if isinstance(error, WmtpError) else f"{type(error).__name__}: "
-    return f"{kind}{error}\nThe traceback is in {folder / 'train.log'}."
+    return f"{kind}{error}\nThe traceback is in {folder / command.name}.log."
 
 
 def ending(error: BaseException) -> tuple[int, str]:

@@ -1,25 +1,32 @@
 """From a checked config to objects: the parts that all stages share, and the trainer of each stage."""
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from wmtp.algorithms.base import Algorithm
-from wmtp.checkpoint.state import load_model
-from wmtp.checkpoint.store import CheckpointStore, load
-from wmtp.config import ConfigError, Fault, build, node_faults, stage_config
+from wmtp.config import build, stage_config
 from wmtp.data.dataset import Dataset
-from wmtp.errors import InputError
+from wmtp.errors import InputError, SandboxUnavailable
+from wmtp.evaluation.held_out import HeldOutProblems
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
 from wmtp.optimization import parameter_groups
 from wmtp.plan import Plan
 from wmtp.runtime.hardware import Hardware
 from wmtp.runtime.seeding import seed_torch
+from wmtp.sandbox.isolation import find_isolation
+from wmtp.sandbox.judge import judge
+from wmtp.sandbox.limits import Limits
 from wmtp.stages import Stage
 from wmtp.token_columns import TokenColumns
+from wmtp.trained import load_trained
 from wmtp.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,36 @@ def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel
     return model.to(parts.hardware.device)
 
 
+def compose_held_out(config: DictConfig, folder: Path, data: Dataset) -> HeldOutProblems:
+    """The problems that show what the model learns; they are not judged where nothing can run programs safely.
+
+    Raises:
+        SandboxUnavailable: the sandbox that the config names cannot be used.
+    """
+    held_out = HeldOutProblems(folder, data, num_validation=config.num_validation_samples, num_test=config.num_samples)
+    if not held_out.have_tests:
+        return held_out
+    try:
+        isolation = find_isolation(config.sandbox)
+    except SandboxUnavailable as error:
+        if config.sandbox != "auto":
+            raise
+        log.warning("the model's programs are not run, so there is no val/pass_rate and no pass@1: %s", error)
+    else:
+        if isolation.name == "none":
+            log.warning("sandbox=none: the model's programs run unprotected, with your files and network")
+        held_out.judge = partial(judge, isolation=isolation, limits=Limits())
+    return held_out
+
+
 def compose_trainer(
-    config: DictConfig, folder: Path, hardware: Hardware, data: Dataset, model: MtpModel, objective: Objective
+    config: DictConfig,
+    folder: Path,
+    hardware: Hardware,
+    data: Dataset,
+    model: MtpModel,
+    objective: Objective,
+    held_out: HeldOutProblems | None = None,
 ) -> Trainer:
     """The trainer of one stage. `folder` takes its checkpoints."""
     optimizer = build(config.optimizer, params=parameter_groups(model))
@@ -81,6 +116,7 @@ def compose_trainer(
         hardware=hardware,
         plan=plan,
         early_stopping=build(config.early_stopping),
+        held_out=held_out,
     )
     return trainer
 
@@ -124,7 +160,9 @@ def compose_policy(
     if algorithm.needs_values:
         require_different_rewards(parts.data)
     if algorithm.needs_reference:
-        given = stage_model if algorithm.reference is None else load_reference(algorithm.reference, parts)
+        given = stage_model
+        if algorithm.reference is not None:
+            given = load_trained(algorithm.reference, parts.data.tokenizer, parts.hardware)
         assert given is not None
         reference = given.eval().requires_grad_(False)
     if stage is not None and stage.trains_policy and stage_model is not None:
@@ -144,56 +182,3 @@ def require_different_rewards(data: Dataset) -> None:
             f"data: every training sample has the reward {rewards[0]:g}, so values have nothing to learn; "
             "take right and wrong solutions (data.correct_ratio=0.5)"
         )
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint that a path means, and the config it was made with.
-
-    A run's folder means its best checkpoint, or its last where nothing was validated.
-
-    Raises:
-        InputError: there is none.
-    """
-    if (path / "manifest.json").exists():
-        return path, path.parent.parent / "config.yaml"
-    if not (path / "checkpoints").is_dir():
-        raise InputError(f"{path}: neither a run's folder nor a checkpoint: it has no checkpoints and no manifest.json")
-    store = CheckpointStore(path)
-    return store.best() or store.latest(), path / "config.yaml"
-
-
-def load_weights(checkpoint: Path, parts: Parts, model: MtpModel) -> MtpModel:
-    """The model with the weights of a checkpoint.
-
-    Raises:
-        InputError: it is damaged, was trained with another tokenizer, or does not fit the model.
-    """
-    snapshot = load(checkpoint)
-    theirs, ours = snapshot.state["identity"]["tokenizer"], parts.data.tokenizer.fingerprint
-    if theirs != ours:
-        raise InputError(f"{checkpoint}: was trained with another tokenizer: {theirs[:16]}…, here it is {ours[:16]}…")
-    if model.value_head is None:
-        snapshot.model = {name: x for name, x in snapshot.model.items() if not name.startswith("value_head.")}
-    try:
-        load_model(model, snapshot.model)
-    except RuntimeError as error:
-        raise InputError(f"{checkpoint}: does not fit the model: {' '.join(str(error).split())}") from error
-    return model.to(parts.hardware.device)
-
-
-def load_reference(path: Path, parts: Parts) -> MtpModel:
-    """The model of a run or checkpoint, made as the config.yaml beside it says.
-
-    Raises:
-        InputError: one of the two is missing or damaged, or the tokenizer is another.
-    """
-    checkpoint, config_path = find_checkpoint(path)
-    if not config_path.exists():
-        raise InputError(f"{config_path}: is missing; it says how the checkpoint's model is made")
-    config = OmegaConf.load(config_path)  # input like any other: only wmtp's models are made from it
-    node = config.get("model") if isinstance(config, DictConfig) else None
-    if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith("wmtp.models."):
-        raise InputError(f"{config_path}: its model is none of wmtp's")
-    if faults := list(node_faults(node, "model")):
-        raise ConfigError([Fault(f"{config_path}: {fault.key}", fault.value, fault.problem) for fault in faults])
-    return load_weights(checkpoint, parts, build(node, vocab_size=parts.data.tokenizer.vocab_size))

@@ -50,7 +50,7 @@ class ConfigError(InputError):
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = sorted(set(faults))
         count = f"{len(self.faults)} fault{'s' if len(self.faults) > 1 else ''}"
-        super().__init__("\n".join([f"The config has {count}; nothing was trained.", *(f"  {f}" for f in self.faults)]))
+        super().__init__("\n".join([f"The config has {count}; nothing was done.", *(f"  {f}" for f in self.faults)]))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,12 @@ class PendingError(WmtpError):
     exit_code = 3
 
 
+class SandboxUnavailable(WmtpError):
+    """Programs cannot be run safely here, or could not be judged."""
+
+    exit_code = 4
+
+
 class InterruptedRun(BaseException):
     """A signal ended the run; the exit code is 128 plus its number.
 

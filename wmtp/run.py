@@ -16,17 +16,16 @@ from wmtp.checkpoint.store import load
 from wmtp.command import ending
 from wmtp.compose import (
     Parts,
+    compose_held_out,
     compose_model,
     compose_parts,
     compose_policy,
     compose_stage,
     compose_stage_trainer,
     compose_trainer,
-    load_weights,
 )
 from wmtp.config import build, stage_config
 from wmtp.errors import WmtpError
-from wmtp.generation.samples import write_samples
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.pretraining import (
@@ -46,6 +45,7 @@ from wmtp.summary import print_summary, write_summary
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
+from wmtp.trained import load_weights
 from wmtp.trainer import Result, Trainer, interruption
 from wmtp.weight_quality import weight_quality
 
@@ -90,9 +90,11 @@ class Run:
         if reference is not None:
             self._say("reading the reference's losses, or computing them …")
             parts.columns.attach_reference_losses(reference, parts.data)
+        self.held_out = compose_held_out(self.config, self.folder, parts.data)
         objective = MtpObjective(parts.algorithm)
-        trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective)
+        trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective, self.held_out)
         self._restore(trainer)
+        self.held_out.forget_after(trainer.position.step)
         self._accept()
         if stage is not None:
             self._say("The training:")
@@ -112,7 +114,7 @@ class Run:
         saved = self.folder / self.stage_result["saved"]
         self._say(f"the stage before the training left {saved}")
         model = compose_model(stage_config(self.config), parts, values=stage.trains_policy)
-        return load_weights(saved, parts, model)
+        return load_weights(saved, model, parts.data.tokenizer, parts.hardware)
 
     def _train_stage(self, stage: Stage, parts: Parts) -> None:
         """Run the stage before to its end, and record what it leaves."""
@@ -173,12 +175,11 @@ class Run:
             )
 
     def _summarise(self, trainer: Trainer, result: Result) -> dict[str, Any]:
-        """samples.jsonl, summary.json and what they need."""
+        """The last samples, summary.json and what it needs."""
         objective = trainer.objective
         assert isinstance(objective, MtpObjective)
-        if self.config.num_samples:
-            write_samples(self.folder, trainer.model, trainer.data, result.total_steps, self.config.num_samples)
         extras = {
+            "pass@1": self.held_out.conclude(trainer.model, result.total_steps),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "weights": weight_quality(objective, trainer.model, trainer.data, trainer.hardware),

@@ -49,6 +49,12 @@ def git_revision() -> str | None:
     return f"{revision}+changes" if revision and git("status", "--porcelain", "--untracked-files=no") else revision
 
 
+def versions() -> dict[str, Any]:
+    """Which code this is, and of which packages."""
+    packages = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"git_revision": git_revision(), "versions": packages}
+
+
 def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:
     """Write summary.json, with `extras` besides what the trainer knows, and return its content."""
     summary = {
@@ -60,8 +66,7 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
         "parameters": trainer.model.num_parameters,
         "data_hash": trainer.data.fingerprint,
         **extras,
-        "git_revision": git_revision(),
-        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in PACKAGES},
+        **versions(),
     }
     replace_atomically(folder / "summary.json", encode_json(summary))
     return summary
@@ -83,6 +88,12 @@ def print_summary(
     console.print(table)
     if summary["stop_reason"]:
         console.print(f"stopped early: {summary['stop_reason']}", soft_wrap=True, highlight=False)
+    if (passes := summary["pass@1"]) is not None:
+        interval = "" if passes["low"] is None else f" (95 %: {passes['low']:.2f} to {passes['high']:.2f})"
+        console.print(
+            f"pass@1 {passes['value']:.2f}{interval} of {passes['problems']} held-out problems, greedy, last model",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     for name, area in summary["weights"].items():
         if area is not None:
             console.print(f"weights: {name} {area:.3f} (0.5 is chance)", highlight=False)
@@ -94,5 +105,7 @@ def print_summary(
     if mlflow_uri is not None:
         ui = f"{python.with_name('mlflow')} ui --backend-store-uri {mlflow_uri}"
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
+    if summary["pass@1"] is not None:
+        console.print(f"  {python} -m wmtp.evaluate checkpoint={typed(folder)}", soft_wrap=True, highlight=False)
     resume = f"{python} -m wmtp.train resume={typed(folder)} {to_go_on}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)

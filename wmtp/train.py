@@ -4,21 +4,56 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from wmtp.command import main
-from wmtp.runtime.folder import RunStatus
+from wmtp.command import Command, main, named_folder
+from wmtp.config import ConfigError, Fault
+from wmtp.runtime.folder import RunStatus, create_run_folder, typed
 
 
 def train(config: DictConfig, folder: Path, status: RunStatus) -> float | None:
     """One run in its folder; returns the last validation loss."""
-    from wmtp.checks import require_sound  # these import torch, and --help needs none of it
-    from wmtp.run import Run, rehearse
+    from wmtp.run import Run, rehearse  # imports torch, and --help needs none of it
 
-    require_sound(config)
     if config.dry_run:
         rehearse(config, folder)
         return None
     return Run(config, folder, status).train()
 
 
+def faults(config: DictConfig) -> list[Fault]:
+    """All faults of a training config."""
+    from wmtp.checks import config_faults  # imports torch
+
+    return config_faults(config)
+
+
+def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
+    """The folder of the run: that of the run to resume, the one the user named, or a new one.
+
+    Raises:
+        ConfigError: the named folder belongs to a run already.
+    """
+    if config.dry_run:
+        return None
+    named = named_folder(overrides)
+    if config.resume is not None:
+        if named is not None:
+            raise ConfigError([Fault("hydra.run.dir", str(named), "a resumed run goes on in its own folder")])
+        return Path(config.resume)
+    if named is None:
+        return create_run_folder()
+    if (named / "status.json").exists():
+        problem = f"holds a run already; go on with it (resume={named}) or name another folder"
+        raise ConfigError([Fault("hydra.run.dir", str(named), problem)])
+    return named
+
+
+def advice(folder: Path) -> str:
+    """How to go on with an interrupted run."""
+    resumable = any(folder.glob("**/step_*/manifest.json"))
+    return f"Go on with resume={typed(folder)}" if resumable else "Nothing was saved; start anew."
+
+
+COMMAND = Command("train", train, faults, run_folder, continues=lambda config: config.resume is not None, advice=advice)
+
 if __name__ == "__main__":
-    main("train", train)
+    main(COMMAND)

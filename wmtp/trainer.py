@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,13 @@ from wmtp.runtime.hardware import Hardware
 from wmtp.runtime.seeding import generator_states, restore_generators
 from wmtp.runtime.signals import DeferredSignals
 from wmtp.tracking.base import Tracker
+
+
+class HeldOut(Protocol):
+    """What is asked of the model at every validation besides its losses."""
+
+    def validate(self, model: MtpModel, step: int) -> dict[str, float]:
+        """Measure the model as it is after an update."""
 
 
 @dataclass
@@ -56,6 +63,7 @@ class Trainer:
         hardware: Hardware,
         plan: Plan,
         early_stopping: EarlyStopping,
+        held_out: HeldOut | None = None,
         *,
         max_grad_norm: PositiveFloat = 1.0,
         log_interval: Positive = 10,
@@ -66,7 +74,7 @@ class Trainer:
         self.model, self.objective, self.data, self.plan = model, objective, data, plan
         self.optimizer, self.scheduler = optimizer, scheduler
         self.checkpoints, self.hardware = checkpoints, hardware
-        self.early_stopping = early_stopping
+        self.early_stopping, self.held_out = early_stopping, held_out
         self.max_grad_norm = max_grad_norm
         self.log_interval, self.eval_interval, self.save_interval = log_interval, eval_interval, save_interval
         self.trackers: Sequence[Tracker] = ()
@@ -154,7 +162,10 @@ class Trainer:
                 sums.add(self.objective.evaluate(self.model, batch.to(self.hardware.device)))
         if not sums.means:
             return False
-        values = {f"val/{name}": value for name, value in self.objective.metrics(sums).items()}
+        measured = self.objective.metrics(sums)
+        if self.held_out is not None and max_batches is None:
+            measured |= self.held_out.validate(self.model, self.position.step)
+        values = {f"val/{name}": value for name, value in measured.items()}
         self.last_validation = values
         self.early_stopping.observe_metrics(values)
         self._log(values | self.early_stopping.metrics())

@@ -23,6 +23,7 @@ class Dataset:
         self.train = TokenizedSplit("train", splits.train, source, source.n_samples, cache_dir)
         self.validation = TokenizedSplit("validation", splits.validation, source, None, cache_dir)
         self.test = splits.test
+        self.max_length = source.max_length
         self.group_tasks = source.group_tasks
         responses = self.train.samples.lengths - self.train.samples.prompt_lengths
         self.max_new_tokens = int(responses.max(initial=0))

@@ -97,11 +97,15 @@ def mbpp_records(row: Row) -> list[Record]:
 def humaneval_records(row: Row) -> list[Record]:
     """Read a problem of HumanEval: its single test is the checking function and the call of it.
 
+    The prompt is code that the solution continues.
+
     Raises `Rejected` for a field that is missing, null or of another type, and for an empty solution.
     """
+    prompt = _field(row, "prompt", str)
     fields: Row = {
         "task_id": _field(row, "task_id", str),
-        "prompt": _field(row, "prompt", str),
+        "prompt": prompt,
+        "preamble": prompt,
         "solution": _field(row, "canonical_solution", str),
         "tests": (f"{_field(row, 'test', str)}\ncheck({_field(row, 'entry_point', str)})",),
     }

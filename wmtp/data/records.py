@@ -24,7 +24,8 @@ class Record(BaseModel):
     `noise` are spans of the solution's characters known to matter or to be unpredictable: ground
     truth by which weightings are judged. They are empty where nobody knows. A test is an assertion,
     or for whole programs an input and the output it must give; `setup` is code that runs after the
-    solution and before its tests.
+    solution and before its tests; `preamble` is code that the solution continues, before which it is no
+    program.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -36,6 +37,7 @@ class Record(BaseModel):
     difficulty: int | None = Field(default=None, ge=0)
     tests: tuple[str | StdioTest, ...] = ()
     setup: str = ""
+    preamble: str = ""
     decisive: tuple[Span, ...] = ()
     noise: tuple[Span, ...] = ()
 

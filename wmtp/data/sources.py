@@ -2,8 +2,8 @@
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -34,9 +34,25 @@ class DataSource(ABC):
     reward_model: ExistingPath | None = None
     seed: int = 0
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the data set is called, in a word."""
+
+    @property
+    def is_test_set(self) -> bool:
+        """Whether all of it was made to measure models by."""
+        return False
+
     @abstractmethod
     def read(self) -> Splits:
         """All records, before any are chosen."""
+
+    def whole(self) -> Self:
+        """The same source without any wish which records to choose."""
+        return replace(
+            self, n_samples=None, balance_correct=False, correct_ratio=None, difficulty_bins=None, curated=False
+        )
 
     def sampling(self, n_samples: int | None) -> Sampling:
         """The wished composition; `balance_correct` is a `correct_ratio` of one half."""
@@ -54,6 +70,11 @@ class TaskSource(DataSource):
     difficulties: dict[Annotated[int, Field(ge=1, le=4)], Annotated[float, Field(ge=0)]]
     noise: Ratio = 0.0
 
+    @property
+    def name(self) -> str:
+        """That of the config's option."""
+        return "tasks"
+
     def read(self) -> Splits:
         """Generate the three splits; each task has a right and a wrong solution."""
         sizes = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
@@ -70,6 +91,16 @@ class FileSource(DataSource):
     shape: Literal["jsonl", "mbpp", "humaneval", "codecontests"]
     on_error: Literal["stop", "skip"] = "stop"
     max_errors: Annotated[int, Field(ge=0)] = 100
+
+    @property
+    def name(self) -> str:
+        """The public data set of that shape, or jsonl."""
+        return self.shape
+
+    @property
+    def is_test_set(self) -> bool:
+        """HumanEval is one."""
+        return self.shape == "humaneval"
 
     def read(self) -> Splits:
         """Read the files; rejected lines are counted by reason and reported."""

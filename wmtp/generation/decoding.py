@@ -1,37 +1,336 @@
-"""Greedy decoding with head 1, for many prompts of different lengths at once."""
+"""From prompts to completions: cached, batched, greedy or sampled, and self-speculative.
+
+Every forward reads, for each sequence, the last token chosen and the drafts for those behind it. Head 1's
+choices verify the drafts: what it chose behind the last accepted one is new as well. The other heads, at that
+position, draft for the next forward. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv
+1811.03115); Gloeckle et al. 2024 (arXiv 2404.19737), section 3.2 and appendix B.
+
+Choices are functions of the logits, the sample's seed and the position (see `choice.choose`), and a draft
+is accepted if it is the choice. So the output is the plain sample itself, whatever the drafts were: it does
+not depend on speculation, on the batch or on other sequences. Drafts are chosen with the noise of their
+position, so that they often agree: with a probability of at least (1 − d) / (1 + d), d being the total variation
+distance of the two heads' distributions (Daliri, Musco, Suresh 2025, Coupling without Communication,
+arXiv 2408.07978). The rejection rule of Leviathan et al. 2023 (arXiv 2211.17192) accepts more, 1 − d, but its
+output, while equal in distribution, depends on the drafts.
+
+That holds up to rounding: logits from forwards of another shape differ in their last digits, in fp32 by a few
+1e-5, and where the scores of two tokens are as close as that, completions can part. `scripts/benchmark_decoding.py`
+counts such tokens and shows the smallest margin; in bf16, whose digits are fewer, they are to be expected.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from wmtp.data.tokenization import Tokenizer
+from wmtp.generation.cached import Cache, CachedModel
+from wmtp.generation.choice import choose
+from wmtp.generation.settings import Decoding
+from wmtp.generation.transcript import Transcript
 from wmtp.models.mtp import MtpModel
+
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, never empty, and the seed of one sample's noise. Equal prompts are read once."""
+
+    prompt: list[int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt.
+
+    `tokens` are without the end token, but with all of the stop string's tokens; `text` ends before the stop
+    string. `forwards` counts those of the model that this sequence took part in, the prompt's included.
+    `accepted` and `drafted` count, for each head 2 … H, the drafts for positions up to the completion's end.
+    """
+
+    tokens: list[int]
+    text: str
+    finish: Literal["end", "stop", "length"]
+    forwards: int
+    accepted: tuple[int, ...]
+    drafted: tuple[int, ...]
+
+    @property
+    def num_chosen(self) -> int:
+        """How many tokens the model chose: with the end token."""
+        return len(self.tokens) + (self.finish == "end")
+
+
+def generate(
+    model: MtpModel,
+    tokenizer: Tokenizer,
+    requests: list[Request],
+    settings: Decoding,
+    context: int,
+    on_text: OnText | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """Each request's index and completion, as soon as it is finished.
+
+    Prompt and completion together never exceed `context` tokens. `on_text` is given a request's index and new
+    text once that is certain. The model must not change meanwhile; whether it is in training mode is no matter.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room in the context.
+    """
+    for index, request in enumerate(requests):
+        if not 0 < len(request.prompt) < context:
+            length = len(request.prompt)
+            raise ValueError(f"prompt {index} has {length} tokens; a context of {context} takes 1 to {context - 1}")
+    return _generate(model, tokenizer, requests, settings, context, on_text)
 
 
 @torch.inference_mode()
-def greedy(model: MtpModel, prompts: list[list[int]], max_new_tokens: int, end: int) -> list[list[int]]:
-    """The most likely continuation of each prompt, without the end token, of at most `max_new_tokens`.
+def _generate(
+    model: MtpModel,
+    tokenizer: Tokenizer,
+    requests: list[Request],
+    settings: Decoding,
+    context: int,
+    on_text: OnText | None,
+) -> Iterator[tuple[int, Completion]]:
+    num_heads = model.num_heads if settings.speculative else 1
+    order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt), requests[index].prompt))
+    waiting = deque(_Sequence(index, requests[index], tokenizer, settings, context, num_heads - 1) for index in order)
+    cached = CachedModel(model, num_heads, context + num_heads, computing_dtype(model))
+    batch = _Batch(cached, settings, min(settings.batch_size, len(requests)))
+    while waiting or batch.sequences:
+        with torch.autocast(cached.device.type, enabled=False):
+            if waiting and batch.is_worth_filling:
+                batch.admit([waiting.popleft() for _ in range(min(batch.room, len(waiting)))])
+            else:
+                batch.step()
+        if on_text is not None:
+            for sequence in batch.sequences:
+                if piece := sequence.new_text():
+                    on_text(sequence.index, piece)
+        for sequence in batch.remove_finished():
+            yield sequence.index, sequence.completion()
 
-    Prompts are padded on the right: a padded position is overwritten in the cache by the token that
-    later takes it, and until then no query may see it.
-    """
-    device = model.unembedding.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    tokens = torch.full((len(prompts), longest), end, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    positions = torch.arange(longest, device=device).expand_as(tokens)
-    cache = model.new_cache(len(prompts), longest + max_new_tokens)
-    was_training = model.training
-    model.eval()
-    states = model.next_token_states(tokens, positions, cache)
-    states = states[torch.arange(len(prompts), device=device), lengths - 1]
-    chosen: list[torch.Tensor] = []
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        chosen.append(model.unembedding(states).argmax(dim=-1))
-        running &= chosen[-1] != end
-        if not running.any() or step + 1 == max_new_tokens:
-            break
-        states = model.next_token_states(chosen[-1][:, None], (lengths + step)[:, None], cache)[:, 0]
-    model.train(was_training)
-    rows = torch.stack(chosen, dim=1).tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+
+def computing_dtype(model: MtpModel) -> torch.dtype:
+    """The type that autocast asks for around the call, if it does, else that of the model's weights."""
+    weight = model.unembedding.weight
+    is_asked = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if is_asked else weight.dtype
+
+
+@runtime_checkable
+class Cost(Protocol):
+    """What a completion took; see `Completion`."""
+
+    @property
+    def num_chosen(self) -> int: ...  # noqa: D102
+    @property
+    def forwards(self) -> int: ...  # noqa: D102
+    @property
+    def accepted(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def drafted(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+def speculation_metrics(completions: Sequence[Cost]) -> dict[str, float]:
+    """Tokens chosen per forward, and the share of each head's drafts that was accepted; nothing of nothing."""
+    num_forwards = sum(completion.forwards for completion in completions)
+    if not num_forwards:
+        return {}
+    metrics = {"tokens_per_forward": sum(completion.num_chosen for completion in completions) / num_forwards}
+    accepted, drafted = (
+        [sum(counts) for counts in zip(*(getattr(completion, name) for completion in completions), strict=True)]
+        for name in ("accepted", "drafted")
+    )
+    for head, (right, all_) in enumerate(zip(accepted, drafted, strict=True), start=2):
+        if all_:
+            metrics[f"head_{head}_acceptance"] = right / all_
+    return metrics
+
+
+class _Sequence:
+    """One request and its completion so far."""
+
+    def __init__(
+        self, index: int, request: Request, tokenizer: Tokenizer, settings: Decoding, context: int, num_drafts: int
+    ) -> None:
+        self.index, self.prompt, self.seed = index, request.prompt, request.seed
+        room = context - len(request.prompt)
+        self._limit = min(room, settings.max_new_tokens or room)
+        self._end = tokenizer.end
+        self._transcript = Transcript(tokenizer.decode, settings.stop)
+        self._tokens: list[int] = []
+        self.drafts: list[int] = []
+        self.finish: Literal["end", "stop", "length"] | None = None
+        self._forwards = 0
+        self._accepted, self._drafted = [0] * num_drafts, [0] * num_drafts
+
+    @property
+    def last_token(self) -> int:
+        """The one token that was chosen and not read."""
+        return self._tokens[-1]
+
+    @property
+    def last_position(self) -> int:
+        """The position of the last token."""
+        return len(self.prompt) + len(self._tokens) - 1
+
+    def take(self, chosen: list[int], drafts: list[int]) -> None:
+        """What head 1 chose behind the last token and behind each draft, and what the other heads draft now."""
+        self._forwards += 1
+        num_accepted = 0
+        while num_accepted < len(self.drafts) and self.drafts[num_accepted] == chosen[num_accepted]:
+            num_accepted += 1
+        num_possible = min(len(self.drafts), self._limit - len(self._tokens))
+        num_new = self._append(chosen[: num_accepted + 1])
+        for number in range(num_possible if self.finish is None else min(num_possible, num_new)):
+            self._drafted[number] += 1
+            self._accepted[number] += number < num_accepted
+        self.drafts = drafts
+
+    def _append(self, tokens: list[int]) -> int:
+        """Add tokens up to where the completion ends; how many they are, the end token included."""
+        num_before = len(self._tokens)
+        for token in tokens:
+            if token == self._end:
+                self.finish = "end"
+                break
+            self._tokens.append(token)
+            if len(self._tokens) == self._limit:
+                self.finish = "length"
+                break
+        if (count := self._transcript.stop_count(self._tokens)) is not None:
+            self.finish = "stop"
+            del self._tokens[count:]
+        return len(self._tokens) - num_before + (self.finish == "end")
+
+    def new_text(self) -> str:
+        """Text that has become certain since the last call."""
+        return self._transcript.new_text(self._tokens, is_finished=self.finish is not None)
+
+    def completion(self) -> Completion:
+        """What became of the request."""
+        assert self.finish is not None
+        return Completion(
+            self._tokens, self._transcript.text(self._tokens), self.finish, self._forwards,
+            tuple(self._accepted), tuple(self._drafted),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts that were read: their rows in a cache of their own, and the logits behind them."""
+
+    rows: dict[tuple[int, ...], int]
+    cache: Cache
+    next_logits: Float[Tensor, "prompt token"]
+    draft_logits: Float[Tensor, "prompt draft token"]
+
+
+class _Batch:
+    """The sequences that are decoded at once. Sequence i has row i of the cache."""
+
+    def __init__(self, model: CachedModel, settings: Decoding, num_rows: int) -> None:
+        self.sequences: list[_Sequence] = []
+        self._model, self._settings, self._num_rows = model, settings, num_rows
+        self._cache = model.new_cache(num_rows, num_slots=1)
+        self._prompts: _Prompts | None = None
+
+    @property
+    def room(self) -> int:
+        """How many more sequences fit."""
+        return self._num_rows - len(self.sequences)
+
+    @property
+    def is_worth_filling(self) -> bool:
+        """Whether the other sequences should wait while prompts are read: not for a few only."""
+        return self.room >= max(1, self._num_rows // 4)
+
+    def admit(self, sequences: list[_Sequence]) -> None:
+        """Add sequences, with their prompt read and their first token chosen; equal prompts come in a row."""
+        known = self._prompts.rows if self._prompts is not None else {}
+        old = [sequence for sequence in sequences if tuple(sequence.prompt) in known]
+        new = [sequence for sequence in sequences if tuple(sequence.prompt) not in known]
+        if old and self._prompts is not None:
+            self._start(old, self._prompts)
+        if new:
+            self._prompts = self._read([sequence.prompt for sequence in new])
+            self._start(new, self._prompts)
+
+    def _read(self, prompts: list[list[int]]) -> _Prompts:
+        """Read each different prompt once; shorter ones are padded on the right."""
+        rows = {tokens: row for row, tokens in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        width = max(map(len, rows))
+        padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in rows]
+        tokens, device = torch.tensor(padded, device=self._model.device), self._model.device
+        last = torch.tensor([len(prompt) - 1 for prompt in rows], device=device)
+        cache = self._model.new_cache(len(rows), width)
+        x, reading = self._model.read(tokens, torch.zeros_like(last), width, cache)
+        next_logits = self._model.next_logits(x, reading, cache, last)[:, 0]
+        return _Prompts(rows, cache, next_logits, self._model.draft_logits(x, reading, cache, last))
+
+    def _start(self, sequences: list[_Sequence], prompts: _Prompts) -> None:
+        """Give each sequence a copy of its prompt's row, and its first token."""
+        sources = [prompts.rows[tuple(sequence.prompt)] for sequence in sequences]
+        rows = [len(self.sequences) + number for number in range(len(sequences))]
+        length = max(len(sequence.prompt) for sequence in sequences)
+        self._cache.reserve(length, self._model.num_slots)
+        self._cache.copy(prompts.cache, sources, rows, length)
+        numbers = [[sequence.seed, len(sequence.prompt)] for sequence in sequences]
+        seeds, positions = torch.tensor(numbers, device=self._model.device).T
+        chosen = choose(prompts.next_logits[sources], seeds, positions, self._settings)[:, None]
+        drafts = self._drafts(prompts.draft_logits[sources], seeds, positions + 1)
+        self.sequences += sequences
+        self._hand_out(sequences, chosen, drafts)
+
+    def step(self) -> None:
+        """One forward: verify the drafts of every sequence and make new ones."""
+        numbers = [[s.seed, s.last_position, s.last_token, *s.drafts] for s in self.sequences]
+        columns = torch.tensor(numbers, device=self._model.device)
+        seeds, starts, tokens = columns[:, 0], columns[:, 1], columns[:, 2:]
+        length = max(sequence.last_position for sequence in self.sequences) + tokens.shape[1]
+        self._cache.reserve(length, self._model.num_slots)
+        x, reading = self._model.read(tokens, starts, length, self._cache)
+        logits = self._model.next_logits(x, reading, self._cache, at=None)
+        chosen = choose(logits, seeds[:, None].expand_as(tokens), reading.positions + 1, self._settings)
+        num_accepted = (chosen[:, :-1] == tokens[:, 1:]).cumprod(dim=1).sum(dim=1)
+        draft_logits = self._model.draft_logits(x, reading, self._cache, num_accepted)
+        self._hand_out(self.sequences, chosen, self._drafts(draft_logits, seeds, starts + num_accepted + 2))
+
+    def _drafts(
+        self, logits: Float[Tensor, "row draft token"], seeds: Int[Tensor, " row"], positions: Int[Tensor, " row"]
+    ) -> Int[Tensor, "row draft"]:
+        """Drafts for the positions from `positions` on."""
+        if not logits.shape[1]:
+            return seeds.new_empty(len(seeds), 0)
+        offsets = torch.arange(logits.shape[1], device=logits.device)
+        return choose(logits, seeds[:, None].expand(logits.shape[:2]), positions[:, None] + offsets, self._settings)
+
+    def _hand_out(
+        self, sequences: list[_Sequence], chosen: Int[Tensor, "row position"], drafts: Int[Tensor, "row draft"]
+    ) -> None:
+        """The only place where the host waits for the device."""
+        width = chosen.shape[1]
+        for sequence, tokens in zip(sequences, torch.cat([chosen, drafts], dim=1).tolist(), strict=True):
+            sequence.take(tokens[:width], tokens[width:])
+
+    def remove_finished(self) -> list[_Sequence]:
+        """Take the finished sequences out; those behind the new end move into their places."""
+        finished = [sequence for sequence in self.sequences if sequence.finish]
+        num_left = len(self.sequences) - len(finished)
+        free = [row for row in range(num_left) if self.sequences[row].finish]
+        moving = [row for row in range(num_left, len(self.sequences)) if not self.sequences[row].finish]
+        if free:
+            length = max(self.sequences[row].last_position for row in moving)
+            self._cache.copy(self._cache, moving, free, length)
+        for target, source in zip(free, moving, strict=True):
+            self.sequences[target] = self.sequences[source]
+        del self.sequences[num_left:]
+        return finished

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wmtp.annotations import Positive, PositiveFloat
-from wmtp.models.transformer import Block, KeyValueCache, Rotation, rotation
+from wmtp.models.transformer import Block, Rotation, rotation
 from wmtp.models.value_head import ValueHead
 
 
@@ -102,10 +102,10 @@ class MtpModel(nn.Module):
 
     def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
         """The trunk's hidden states, which every head and the value head start from."""
-        positions, turn = self._positions(tokens)
+        turn = self._turns(tokens)
         x: Tensor = self.embedding(tokens)
         for block in self.trunk:
-            x = block(x, turn, positions)
+            x = block(x, turn)
         return x
 
     def forward(self, tokens: Int[Tensor, "batch position"], num_heads: int | None = None) -> Outputs:
@@ -118,30 +118,8 @@ class MtpModel(nn.Module):
         heads = self.heads[:num_heads]
         if not len(heads):
             return Outputs(x.new_empty(0, *x.shape), values)
-        positions, turn = self._positions(tokens)
-        return Outputs(self.norm(torch.stack([head(x, turn, positions) for head in heads])), values)
+        turn = self._turns(tokens)
+        return Outputs(self.norm(torch.stack([head(x, turn) for head in heads])), values)
 
-    def _positions(self, tokens: Int[Tensor, "batch position"]) -> tuple[Int[Tensor, "1 position"], Rotation]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return positions, rotation(positions, self.head_dim, self.rope_theta)
-
-    def new_cache(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Empty caches for `next_token_states`: one per trunk block and one for head 1."""
-        like = self.unembedding.weight
-        return [
-            KeyValueCache(batch, self.num_kv_heads, capacity, self.head_dim, like) for _ in range(len(self.trunk) + 1)
-        ]
-
-    def next_token_states(
-        self,
-        tokens: Int[Tensor, "batch position"],
-        positions: Int[Tensor, "batch position"],
-        cache: list[KeyValueCache],
-    ) -> Float[Tensor, "batch position dim"]:
-        """The normed hidden states of head 1 alone, for tokens that continue those in the cache."""
-        turn = rotation(positions, self.head_dim, self.rope_theta)
-        x = self.embedding(tokens)
-        for block, block_cache in zip([*self.trunk, self.heads[0]], cache, strict=True):
-            x = block(x, turn, positions, block_cache)
-        states: Tensor = self.norm(x)
-        return states
+    def _turns(self, tokens: Int[Tensor, "batch position"]) -> Rotation:
+        return rotation(torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, self.rope_theta)

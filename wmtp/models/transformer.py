@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Rotation = tuple[Float[Tensor, "#batch position pair"], Float[Tensor, "#batch position pair"]]
@@ -27,30 +27,6 @@ def rotate(
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-class KeyValueCache:
-    """Keys and values of one block for every position seen so far; right-padded rows overwrite their padding.
-
-    `keys` and `values` are [batch, kv_head, capacity, head_dim].
-    """
-
-    def __init__(self, batch: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
-        self.keys = like.new_zeros(batch, num_kv_heads, capacity, head_dim)
-        self.values = torch.zeros_like(self.keys)
-
-    def update(
-        self,
-        keys: Float[Tensor, "batch position kv_head head_dim"],
-        values: Float[Tensor, "batch position kv_head head_dim"],
-        positions: Int[Tensor, "#batch position"],
-    ) -> tuple[Tensor, Tensor, Bool[Tensor, "batch 1 position capacity"]]:
-        """Store keys and values at their positions; return all of them and who may see which."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[rows, :, positions] = keys
-        self.values[rows, :, positions] = values
-        capacity = torch.arange(self.keys.shape[2], device=positions.device)
-        return self.keys, self.values, (capacity <= positions[..., None])[:, None]
-
-
 class Attention(nn.Module):
     """Causal grouped-query self-attention with rotary positions."""
 
@@ -69,23 +45,16 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch position dim"],
         rotation: Rotation,
-        positions: Int[Tensor, "#batch position"],
-        cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch position dim"]:
-        """Attend to this and earlier positions, those in the cache included."""
+        """Attend to this and earlier positions."""
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
         )
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        mask = None
-        if cache is None:
-            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        else:
-            keys, values, mask = cache.update(keys, values, positions)
-        keys, values = (part.repeat_interleave(self.groups, dim=1) for part in (keys, values))
+        keys, values = (part.transpose(1, 2).repeat_interleave(self.groups, dim=1) for part in (keys, values))
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2), keys, values,
-            attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True, dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         result: Tensor = self.output(attended.transpose(1, 2).flatten(-2))
         return result
@@ -123,10 +92,8 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch position dim"],
         rotation: Rotation,
-        positions: Int[Tensor, "#batch position"],
-        cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch position dim"]:
         """Add attention, then the feed-forward layer, to the residual stream."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, positions, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
         result: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return result

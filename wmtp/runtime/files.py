@@ -39,3 +39,10 @@ def replace_atomically(path: Path, data: bytes) -> None:
     write_synced(staged, data)
     os.replace(staged, path)
     sync_folder(path.parent)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Leave in a JSONL file, if it is there, only the whole lines whose `step` is no later than this one."""
+    if path.exists():
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        replace_atomically(path, b"".join(line for line in lines if json.loads(line)["step"] <= step))

@@ -11,6 +11,8 @@ from typing import Any
 from wmtp.runtime.files import encode_json, replace_atomically
 
 OUTPUTS = Path("outputs")
+EVALUATIONS = "evaluations"
+"""The folder in a run's folder that holds what was measured of its model."""
 ACCEPTED = Path(".hydra") / "accepted.json"
 """The overrides a run was made with. Hydra's own record also holds those of a resume that was refused."""
 
@@ -58,10 +60,11 @@ class RunStatus:
         self._fields |= {"step": self.step, "ended": ended}
         self._write()
 
-    def withdraw(self) -> None:
-        """Put back how the run ended before: going on with it was refused, and nothing happened."""
+    def withdraw(self) -> bool:
+        """Put back how the run ended before, if it did: going on with it was refused, and nothing happened."""
         if self._before is not None:
             replace_atomically(self.folder / "status.json", self._before)
+        return self._before is not None
 
     def _write(self) -> None:
         replace_atomically(self.folder / "status.json", encode_json(self._fields))

@@ -15,7 +15,7 @@ def raised_signals() -> Iterator[None]:
     """Inside, the first signal raises `InterruptedRun` wherever the program is."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise InterruptedRun(number, f"interrupted by {signal.Signals(number).name}; no update was under way")
+        raise InterruptedRun(number, f"interrupted by {signal.Signals(number).name}")
 
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:

@@ -63,6 +63,8 @@ def described(metrics: dict[str, float]) -> str:
         heads.append(f"{metrics[name]:.3f}")
     line = f"{part:5} loss {metrics[f'{part}/loss']:.4f}"
     line += f"  heads {' '.join(heads)}" if heads else ""
+    passes = metrics.get(f"{part}/pass_rate")
+    line += f"  pass {passes:.2f}" if passes is not None else ""
     value_loss = metrics.get(f"{part}/value_loss")
     line += f"  value {value_loss:.3f}" if value_loss is not None and heads else ""
     speed = metrics.get("train/tokens_per_second")

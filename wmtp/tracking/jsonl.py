@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from wmtp.runtime.files import replace_atomically
+from wmtp.runtime.files import drop_lines_after
 from wmtp.tracking.base import State
 
 FILE_NAME = "metrics.jsonl"
@@ -20,10 +20,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, resume_step: int | None = None) -> None:
         self.path = folder / FILE_NAME
-        if resume_step is not None and self.path.exists():
-            lines = [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
-            replace_atomically(self.path, b"".join(kept))
+        if resume_step is not None:
+            drop_lines_after(self.path, resume_step)
         self._file = self.path.open("a")
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:

@@ -18,6 +18,7 @@ from tenacity import RetryCallState, Retrying, stop_when_event_set, wait_exponen
 
 from wmtp.errors import PendingError
 from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.runtime.folder import EVALUATIONS
 from wmtp.tracking.base import State
 from wmtp.tracking.follow import Position, Stored, batches, clean_name, count_lines, lines_after
 from wmtp.tracking.jsonl import FILE_NAME
@@ -32,8 +33,8 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 RECEIPT_NAME = "mlflow.json"
 STAGE = "pretrain/"
-FEEDS = {f"{STAGE}{FILE_NAME}": STAGE, FILE_NAME: ""}
-"""The files that are followed: of the stage before the training and of the training, by their metrics' prefix."""
+FEEDS = {f"{STAGE}{FILE_NAME}": STAGE, FILE_NAME: "", f"{EVALUATIONS}/{FILE_NAME}": ""}
+"""The files that are followed: of the stage before the training, the training and evaluations, by their prefix."""
 ARTIFACTS = (
     "config.yaml", "summary.json", "samples.jsonl", "train.log",
     f"{STAGE}result.json", f"{STAGE}value_head.safetensors",
@@ -256,6 +257,21 @@ class MlflowTracker:
             self._last_error = error
             level = logging.WARNING if attempt.attempt_number == 1 else logging.INFO
             log.log(level, "MLflow at %s failed and is tried again, training goes on: %s", self.uri, described(error))
+
+
+def send_pending(folder: Path, state: State) -> str | None:
+    """Send what the files of an ended run hold and its MLflow run does not; the store's address, if it has one.
+
+    Raises:
+        PendingError: not all of it was acknowledged.
+    """
+    path = folder / RECEIPT_NAME
+    if not path.exists():
+        return None
+    tracker = MlflowTracker(folder, folder.name, {}, {}, uri=json.loads(path.read_text())["uri"])
+    tracker.log(0, 0, {})
+    tracker.close(state)
+    return tracker.uri
 
 
 def absolute_uri(uri: str | None, folder: Path) -> str:

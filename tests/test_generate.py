@@ -1,0 +1,105 @@
+"""`python -m wmtp.generate`: answers on standard output, streamed, from any prompt."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Invoke, run_command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run of a model that has learned next to nothing."""
+    folder = tmp_path_factory.mktemp("generating") / "run"
+    overrides = [
+        "tracking=none", f"cache_dir={cache}", f"hydra.run.dir={folder}", "model=nano", "data.num_train=40",
+        "data.num_validation=8", "num_samples=0", "num_validation_samples=0", "max_steps=3",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(overrides, patch) == 0
+    return folder
+
+
+def test_the_answer_is_printed_alone_and_its_costs_elsewhere(invoke: Invoke, run: Path) -> None:
+    command = [f"checkpoint={run}", "prompt=Write f(x).", "generation.max_new_tokens=12", "generation.temperature=1"]
+    done = invoke(*command, command="generate")
+    assert done.code == 0, done.err
+    assert "12 tokens" in done.err
+    assert "tokens_per_forward" in done.err
+    assert "tokens" not in done.out
+    plain = invoke(*command, "generation.speculative=false", command="generate")
+    assert plain.out == done.out
+
+
+def test_any_text_is_a_prompt_and_a_dash_reads_it(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'it\'s {a: 1}, [x=${y}] \\\\${z} \\ "=" \n# …'
+    few = ["generation.max_new_tokens=8", "generation.temperature=1"]
+    typed = invoke(f"checkpoint={run}", f"prompt={text}", *few, command="generate")
+    assert typed.code == 0, typed.err
+    monkeypatch.setattr("sys.stdin", io.StringIO(text + "\n"))
+    read = invoke(f"checkpoint={run}", "prompt=-", *few, command="generate")
+    assert read.out == typed.out
+    monkeypatch.setattr("sys.stdin", io.StringIO("something else\n"))
+    assert invoke(f"checkpoint={run}", "prompt=-", *few, command="generate").out != typed.out
+
+
+def test_answers_are_those_of_their_seed_however_many_there_are(invoke: Invoke, run: Path) -> None:
+    common = [f"checkpoint={run}", "prompt=a", "generation.max_new_tokens=8", "generation.temperature=1"]
+
+    def answers(n: int, *more: str) -> list[str]:
+        done = invoke(*common, f"n={n}", *more, command="generate")
+        assert done.code == 0, done.err
+        parts = done.out.split("--- answer ")[1:]
+        return sorted(part.partition("\n")[2] for part in parts) if n > 1 else [done.out]
+
+    four = answers(4)
+    assert len(set(four)) == 4
+    assert set(answers(3, "generation.batch_size=2")) <= set(four)
+    assert answers(1)[0] in four
+    assert answers(1, "seed=1")[0] not in four
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["prompt="], "prompt"),
+        ([], "prompt: missing"),
+        (["prompt=a a a a a a a a a", "context=5"], "leaves no room"),
+        (["prompt=a", "n=2", "generation.temperature=0"], "greedy answers are all the same"),
+        (["prompt=a", "generation.tmperature=1"], "generation.temperature?"),
+    ],
+)
+def test_bad_input_is_named(invoke: Invoke, run: Path, overrides: list[str], said: str) -> None:
+    done = invoke(f"checkpoint={run}", *overrides, command="generate")
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_an_empty_standard_input_is_no_prompt(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    done = invoke(f"checkpoint={run}", "prompt=-", command="generate")
+    assert done.code == 2
+    assert "standard input is empty" in done.err
+
+
+@pytest.mark.slow
+def test_text_comes_as_it_is_written(run: Path, cache: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wmtp.generate", f"checkpoint={run}", f"cache_dir={cache}", "prompt=a",
+         "context=4000", "generation.temperature=1", "generation.stop=[]"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        assert process.stdout.read(1)
+        assert process.poll() is None  # the first piece is there before the last is made
+    finally:
+        process.kill()
+        process.communicate()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""Measure a trained model: `python -m wmtp.evaluate checkpoint=RUN [data=…] [key=value] …`; `--help` lists both."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.command import CHECKPOINT_KEY, Command, main, named_folder
+from wmtp.config import Fault
+from wmtp.runtime.folder import EVALUATIONS, RunStatus
+
+NO_IDENTITY = {
+    "evaluation": ("n", "k", "num_problems", "workers", "sandbox"),
+    "generation": ("batch_size", "speculative"),
+}
+"""Settings that change which samples there are, or how fast they come, but none of the samples."""
+
+
+def evaluate(config: DictConfig, folder: Path, status: RunStatus) -> float | None:
+    """One evaluation in its folder; returns pass@k for the first k."""
+    from wmtp.evaluator import Evaluator  # imports torch, and --help needs none of it
+
+    return Evaluator(config, folder).evaluate()
+
+
+def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config with a temperature, and with what it takes from the run."""
+    from wmtp.evaluation_config import with_data_of_the_run, with_temperature
+
+    n = OmegaConf.select(config, "evaluation.n")
+    return with_data_of_the_run(with_temperature(config, n), overrides)
+
+
+def faults(config: DictConfig) -> list[Fault]:
+    """All faults of a config."""
+    from wmtp.evaluation_config import evaluation_faults
+
+    return evaluation_faults(config)
+
+
+def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
+    """`RUN/evaluations/<data>-<hash of what decides the samples>`, unless the user named a folder."""
+    from wmtp.trained import find_checkpoint, identity_of
+
+    if named := named_folder(overrides):
+        return named
+    checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
+    parts = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("data", "evaluation", "generation")}
+    for key, names in NO_IDENTITY.items():
+        part = parts[key]
+        assert isinstance(part, dict)
+        parts[key] = {name: value for name, value in part.items() if name not in names}
+    key = hashlib.sha256(json.dumps([identity_of(checkpoint), parts], sort_keys=True).encode()).hexdigest()
+    name = config.data.get("shape", "tasks")
+    return config_path.parent / EVALUATIONS / f"{name}-{key[:8]}"
+
+
+COMMAND = Command(
+    "evaluate", evaluate, faults, evaluation_folder, complete=complete, continues=lambda config: True,
+    short=CHECKPOINT_KEY,
+    advice=lambda folder: "What was judged is kept: the same command goes on from there.",
+)  # fmt: skip
+
+if __name__ == "__main__":
+    main(COMMAND)

@@ -1,0 +1,1 @@
+"""How good a trained model is: programs that pass their tests, and losses."""

@@ -1,0 +1,51 @@
+"""pass@k: how likely one of k samples passes, estimated without bias from n samples of each problem."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from scipy.stats import bootstrap
+
+RESAMPLES = 9_999
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """pass@k averaged over problems, and a 95 % interval; None where the problems leave nothing to resample."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k samples drawn from n, of which c pass, passes: 1 − C(n−c, k) / C(n, k).
+
+    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code (arXiv 2107.03374), equation 1.
+
+    >>> pass_at_k(10, 3, 1), round(pass_at_k(10, 3, 5), 6)
+    (0.3, 0.916667)
+
+    Raises:
+        ValueError: k > n, for which there is no unbiased estimate.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} cannot be estimated from {n} samples of which {c} pass")
+    return (comb(n, k) - comb(n - c, k)) / comb(n, k)
+
+
+def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
+    """pass@k over problems with `(n, c)` samples each, and a bootstrap percentile interval over the problems.
+
+    Problems are resampled, not samples: the question is what another set of such problems would give.
+    """
+    values = np.asarray([pass_at_k(n, c, k) for n, c in counts])
+    if len(set(values.tolist())) < 2:  # every resample would be the same, which is no sign of certainty
+        return Estimate(float(values.mean()), None, None)
+    interval = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high))

@@ -1,0 +1,63 @@
+"""What the commands `evaluate` and `generate` can be asked for."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from wmtp.annotations import Positive
+from wmtp.sandbox.isolation import Choice
+from wmtp.sandbox.limits import Limits
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How many answers are judged, to which problems, and where they run.
+
+    `split` None: the test split, or everything where the data set was made to measure by.
+    """
+
+    n: Positive = 1
+    k: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
+    split: Literal["train", "validation", "test", "all"] | None = None
+    num_problems: Positive | None = None
+    seed: Seed = 0
+    sandbox: Choice = "auto"
+    workers: Positive | None = None
+    limits: Limits
+
+    @property
+    def num_workers(self) -> int:
+        """Programs that run at once: as many as there are cores, unless the user says otherwise."""
+        return self.workers or os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """The keys of evaluate.yaml."""
+
+    checkpoint: dict[Literal["path"], str]
+    data: Any = None
+    evaluation: Any
+    generation: Any
+    hardware: Any
+    batch_size: Positive
+    cache_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The keys of generate.yaml."""
+
+    checkpoint: dict[Literal["path"], str]
+    prompt: Annotated[str, Field(min_length=1)]
+    n: Positive
+    seed: Seed
+    context: Positive | None
+    generation: Any
+    hardware: Any
+    cache_dir: Path

@@ -1,0 +1,80 @@
+"""Answer a prompt: `python -m wmtp.generate checkpoint=RUN prompt="…"`; `--help` lists the rest."""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from wmtp.command import CHECKPOINT_KEY, Command, main
+from wmtp.config import Fault
+from wmtp.runtime.folder import RunStatus
+
+STANDARD_INPUT = "-"
+
+
+def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
+    """Write the answers to standard output as they come, and what they cost to standard error."""
+    from wmtp.config import build  # these import torch, and --help needs none of it
+    from wmtp.errors import InputError
+    from wmtp.evaluation.answering import encode_prompts, sample_seed
+    from wmtp.generation.decoding import Request, speculation_metrics
+    from wmtp.generation.decoding import generate as completions
+    from wmtp.trained import find_checkpoint, load_trained, read_config
+
+    trained = read_config(find_checkpoint(Path(config.checkpoint.path))[1])
+    text = sys.stdin.read().removesuffix("\n") if config.prompt == STANDARD_INPUT else config.prompt
+    if not text:
+        raise InputError("prompt: standard input is empty; there is nothing to answer")
+    tokenizer = build(trained.data.tokenizer, cache_dir=Path(config.cache_dir))
+    (prompt,) = encode_prompts(tokenizer, trained.data.template, [text])
+    context = config.context or trained.data.max_length
+    if len(prompt) >= context:
+        raise InputError(
+            f"prompt: has {len(prompt)} tokens, which leaves no room for an answer in a context of {context}; "
+            "shorten it, or set context=… beyond what the model was trained on"
+        )
+    hardware = build(config.hardware)
+    model = load_trained(Path(config.checkpoint.path), tokenizer, hardware)
+    requests = [Request(prompt, sample_seed(config.seed, text, index)) for index in range(config.n)]
+
+    def show(index: int, piece: str) -> None:
+        if config.n == 1:
+            print(piece, end="", flush=True)
+
+    finished = []
+    with hardware.autocast():
+        for index, completion in completions(model, tokenizer, requests, build(config.generation), context, show):
+            finished.append(completion)
+            print("" if config.n == 1 else f"--- answer {index + 1} of {config.n}\n{completion.text}")
+    tokens = sum(len(completion.tokens) for completion in finished)
+    costs = ", ".join(f"{name} {value:.3g}" for name, value in speculation_metrics(finished).items())
+    ends = ", ".join(sorted({completion.finish for completion in finished}))
+    print(f"[{tokens} tokens, ended by {ends}; {costs}]", file=sys.stderr)
+
+
+def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config with a temperature."""
+    from wmtp.evaluation_config import with_temperature
+
+    return with_temperature(config, config.n)
+
+
+def faults(config: DictConfig) -> list[Fault]:
+    """All faults of a config."""
+    from wmtp.evaluation_config import generation_faults
+
+    return generation_faults(config)
+
+
+COMMAND = Command(
+    "generate",
+    generate,
+    faults,
+    lambda config, overrides: None,
+    complete=complete,
+    texts=frozenset({"prompt"}),
+    short=CHECKPOINT_KEY,
+)
+
+if __name__ == "__main__":
+    main(COMMAND)

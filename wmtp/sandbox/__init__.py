@@ -1,0 +1,1 @@
+"""Judging programs that a language model wrote, without trusting them."""

@@ -1,0 +1,90 @@
+"""The filter of system calls: what even a program without rights could use to leave its limits.
+
+New namespaces give a program rights over file systems of its own, whose size nothing bounds. Shared memory that
+is not mapped, message queues and memory files count towards no limit. Sockets other than local ones are of no use
+without a network. The rest are doors into the kernel that no Python program needs.
+"""
+
+import errno
+import platform
+import socket
+import struct
+from typing import NamedTuple
+
+from wmtp.errors import SandboxUnavailable
+
+LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+NEW_NAMESPACES = 0x7E020000
+"""The flags of clone(2) that make a namespace."""
+X32 = 0x40000000
+"""System calls of the x32 interface, which have other numbers."""
+CLONE3 = 435  # its flags lie in memory, where a filter cannot look; libraries then take clone
+SHARED_NUMBERS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
+"""io_uring_*, open_tree … fspick, pidfd_getfd, mount_setattr, memfd_secret."""
+
+
+class Machine(NamedTuple):
+    """The numbers of one architecture."""
+
+    audit: int
+    clone: int
+    socket: int
+    refused: tuple[int, ...]
+
+
+# unshare setns mount umount2 pivot_root chroot ptrace keyctl add_key request_key bpf perf_event_open userfaultfd
+# shmget msgget semget mq_open memfd_create process_vm_readv process_vm_writev
+MACHINES = {
+    "x86_64": Machine(0xC000003E, 56, 41, (
+        272, 308, 165, 166, 155, 161, 101, 250, 248, 249, 321, 298, 323, 29, 68, 64, 240, 319, 310, 311,
+    )),
+    "aarch64": Machine(0xC00000B7, 220, 198, (
+        97, 268, 40, 39, 41, 51, 117, 219, 217, 218, 280, 241, 282, 194, 186, 190, 180, 279, 270, 271,
+    )),
+}  # fmt: skip
+
+
+def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("HBBI", code, if_true, if_false, operand)
+
+
+def system_call_filter() -> bytes:
+    """The filter as a program of the kernel's packet filter.
+
+    Raises:
+        SandboxUnavailable: the numbers of this machine's system calls are not known here.
+    """
+    machine = MACHINES.get(platform.machine())
+    if machine is None:
+        known = " and ".join(MACHINES)
+        raise SandboxUnavailable(f"the filter of system calls knows {known}, not {platform.machine()}")
+    refuse = _instruction(RETURN, REFUSE | errno.EPERM)
+    unknown = _instruction(RETURN, REFUSE | errno.ENOSYS)
+    allow = _instruction(RETURN, ALLOW)
+    program = [
+        _instruction(LOAD, ARCHITECTURE),
+        _instruction(EQUAL, machine.audit, if_true=1),
+        _instruction(RETURN, KILL),
+        _instruction(LOAD, NUMBER),
+        _instruction(AT_LEAST, X32, if_false=1),
+        unknown,
+        _instruction(EQUAL, CLONE3, if_false=1),
+        unknown,
+    ]
+    for number in (*machine.refused, *SHARED_NUMBERS):
+        program += [_instruction(EQUAL, number, if_false=1), refuse]
+    program += [
+        _instruction(EQUAL, machine.clone, if_false=4),
+        _instruction(LOAD, FIRST_ARGUMENT),
+        _instruction(ANY_BIT, NEW_NAMESPACES, if_false=1),
+        refuse,
+        allow,
+        _instruction(EQUAL, machine.socket, if_false=3),
+        _instruction(LOAD, FIRST_ARGUMENT),
+        _instruction(EQUAL, socket.AF_UNIX, if_true=1),
+        _instruction(RETURN, REFUSE | errno.ENETUNREACH),
+        allow,
+    ]
+    return b"".join(program)

@@ -1,0 +1,70 @@
+"""What a sandboxed program finds: an interpreter, the libraries it is linked with, a few devices, five variables."""
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePath
+
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
+    "PYTHONIOENCODING": "utf-8",
+}
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+LINKS = (
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+)
+PACKAGES = ("site-packages", "dist-packages")
+"""Folders of installed packages, which lie among the standard library but are none of it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths that exist in a sandbox: files and folders of the machine (read-only), links, folders shown empty."""
+
+    binds: tuple[str, ...]
+    links: tuple[tuple[str, str], ...]
+    hidden: tuple[str, ...]
+    devices: tuple[str, ...] = DEVICES
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders above all these, from the root down."""
+        paths = (*self.binds, *self.devices, *(path for _, path in self.links))
+        return sorted({str(folder) for path in paths for folder in PurePath(path).parents} - {"/"})
+
+
+def interpreter() -> str:
+    """The interpreter that a virtual environment stands on, by its real path."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def python(*arguments: str) -> list[str]:
+    """A command line of the interpreter: without `site`, bytecode files or the current folder among the modules.
+
+    Not isolated (`-I`), which would ignore the fixed seed of the hash function.
+    """
+    return [interpreter(), "-B", "-P", "-s", "-S", *arguments]
+
+
+@cache
+def layout() -> Layout:
+    """What this machine's interpreter needs."""
+    prefix = os.path.realpath(sys.base_prefix)
+    binds: list[str] = []
+    links = list(LINKS)
+    for path in (*LIBRARIES, f"{prefix}/lib", f"{prefix}/lib64", interpreter()):
+        if Path(path).is_symlink():
+            links.append((str(Path(path).readlink()), path))
+        elif Path(path).exists() and not any(f"{path}/".startswith(f"{bound}/") for bound in binds):
+            binds.append(path)
+    libraries = Path(prefix, "lib")
+    hidden = [path for name in PACKAGES for path in libraries.glob(f"python3*/{name}") if path.is_dir()]
+    return Layout(tuple(binds), tuple(links), tuple(str(path) for path in hidden if not path.is_symlink()))

@@ -1,0 +1,53 @@
+"""Tells whether a sandbox keeps its promises, run as a script inside it. It gets a file that must not be visible,
+and how many processes are allowed."""
+
+# ruff: noqa: PTH110, PTH123
+
+import os
+import signal
+import socket
+import sys
+
+GOOD = "isolated"
+
+
+def problems(hidden: str, num_processes: int) -> list[str]:
+    """What is not as promised."""
+    found = []
+    if os.path.exists(hidden):
+        found.append(f"{hidden} is visible")
+    for folder in ("/", "/dev", "/proc"):
+        if os.access(folder, os.W_OK):
+            found.append(f"{folder} is writable")
+    with open("/proc/net/dev") as file:
+        if interfaces := [line.split(":")[0].strip() for line in file if ":" in line and "lo:" not in line]:
+            found.append(f"network interfaces: {', '.join(interfaces)}")
+    try:
+        socket.socket().close()
+        found.append("sockets can be made")
+    except OSError:
+        pass
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        if int(status[name], 16):
+            found.append(f"{name} is{status[name].rstrip()}")
+    children: list[int] = []
+    try:
+        while len(children) < num_processes:
+            child = os.fork()
+            if not child:
+                signal.pause()
+            children.append(child)
+        found.append(f"a program may start more than {num_processes} processes")
+    except OSError:
+        pass
+    if not children:
+        found.append("a program can start no processes, as the limit counts those outside (before Linux 5.14)")
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return found
+
+
+if __name__ == "__main__":
+    print("; ".join(problems(sys.argv[1], int(sys.argv[2]))) or GOOD)
