@@ -21,7 +21,8 @@ import torch
 from wmtp.config import build
 from wmtp.data.sources import DataSource
 from wmtp.data.tokenization import Tokenizer
-from wmtp.generation.decoding import Completion, Request, generate, speculation_metrics
+from wmtp.generation.cost import speculation_metrics
+from wmtp.generation.decoding import Completion, Request, generate
 from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.hardware import Hardware
@@ -71,7 +72,7 @@ class Benchmark:
             tokens = torch.tensor([request.prompt + completion.tokens], device=self.model.unembedding.weight.device)
             start = len(request.prompt) - 1
             logits, exact = (
-                model.unembedding(model(tokens, num_heads=1).states[0, 0, start : start + completion.num_chosen])
+                model.unembedding(model(tokens, num_heads=1).states[0, 0, start : start + completion.cost.num_chosen])
                 for model in (self.model, precise)
             )
             largest = exact.topk(2).values
@@ -97,14 +98,14 @@ def report(benchmark: Benchmark) -> None:
     arms: list[Arm] = [(speculative, size) for size in BATCH_SIZES for speculative in (False, True)]
     answers = {arm: benchmark.completions(arm) for arm in arms}
     plain = answers[arms[0]]
-    num_tokens = sum(completion.num_chosen for completion in plain)
+    num_tokens = sum(completion.cost.num_chosen for completion in plain)
     differing = sum(
         one != other
         for arm in arms
         for a, b in zip(plain, answers[arm], strict=True)
         for one, other in zip([*a.tokens, None], [*b.tokens, None], strict=False)
     )
-    metrics = speculation_metrics(answers[arms[1]])
+    metrics = speculation_metrics([completion.cost for completion in answers[arms[1]]])
     margin, error = benchmark.margin_and_error(plain)
     model = benchmark.model
     print(f"{len(plain)} prompts, {num_tokens} tokens, {model.num_parameters / 1e6:.1f} million parameters")

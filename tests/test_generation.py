@@ -20,7 +20,8 @@ from wmtp.data.tokenization import Tokenizer
 from wmtp.generation import cached, decoding, noise
 from wmtp.generation.cached import CachedModel, Reading, StackedBlock
 from wmtp.generation.choice import choose, most_likely
-from wmtp.generation.decoding import Completion, Request, generate, speculation_metrics
+from wmtp.generation.cost import speculation_metrics
+from wmtp.generation.decoding import Completion, Request, generate
 from wmtp.generation.noise import gumbel
 from wmtp.generation.settings import Decoding
 from wmtp.generation.transcript import Transcript
@@ -157,12 +158,12 @@ def test_completions_of_ragged_prompts_are_those_of_whole_forwards(
     assert {"end", "length"} <= {completion.finish for completion in got}
     assert len({len(completion.tokens) for completion in got}) > 4
     if how.speculative:
-        rates = speculation_metrics(got)
+        rates = speculation_metrics([completion.cost for completion in got])
         assert list(rates) == ["tokens_per_forward", *(f"head_{k}_acceptance" for k in range(2, num_heads + 1))]
         assert all(0 < rates[f"head_{k}_acceptance"] < 1 for k in range(2, num_heads + 1))
         assert rates["tokens_per_forward"] > 1 or num_heads == 1
     else:
-        assert speculation_metrics(got) == {"tokens_per_forward": 1.0}
+        assert speculation_metrics([completion.cost for completion in got]) == {"tokens_per_forward": 1.0}
 
 
 @MANY
@@ -544,6 +545,6 @@ def test_text_is_streamed_while_it_is_made(
 def test_metrics_count_end_tokens_and_every_head() -> None:
     one = Completion([5, 6, 7], "", "end", 2, (1, 0), (2, 2))
     two = Completion([5], "", "length", 1, (0, 0), (0, 0))
-    metrics = speculation_metrics([one, two])
+    metrics = speculation_metrics([one.cost, two.cost])
     assert metrics == {"tokens_per_forward": 5 / 3, "head_2_acceptance": 0.5, "head_3_acceptance": 0.0}
     assert speculation_metrics([]) == {}

@@ -17,7 +17,8 @@ def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
     from wmtp.config import build  # these import torch, and --help needs none of it
     from wmtp.errors import InputError
     from wmtp.evaluation.answering import encode_prompts, sample_seed
-    from wmtp.generation.decoding import Request, speculation_metrics
+    from wmtp.generation.cost import speculation_metrics
+    from wmtp.generation.decoding import Request
     from wmtp.generation.decoding import generate as completions
     from wmtp.trained import find_checkpoint, load_trained, read_config
 
@@ -47,7 +48,10 @@ def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
             finished.append(completion)
             print("" if config.n == 1 else f"--- answer {index + 1} of {config.n}\n{completion.text}")
     tokens = sum(len(completion.tokens) for completion in finished)
-    costs = ", ".join(f"{name} {value:.3g}" for name, value in speculation_metrics(finished).items())
+    costs = ", ".join(
+        f"{name} {value:.3g}"
+        for name, value in speculation_metrics([completion.cost for completion in finished]).items()
+    )
     ends = ", ".join(sorted({completion.finish for completion in finished}))
     print(f"[{tokens} tokens, ended by {ends}; {costs}]", file=sys.stderr)
 

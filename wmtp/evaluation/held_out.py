@@ -13,7 +13,7 @@ from wmtp.data.records import Record
 from wmtp.evaluation.answering import Answer, Judge, answers, encode_prompts, first_records
 from wmtp.evaluation.journal import SAMPLES
 from wmtp.evaluation.pass_at_k import estimate
-from wmtp.generation.decoding import speculation_metrics
+from wmtp.generation.cost import speculation_metrics
 from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.files import drop_lines_after
@@ -104,4 +104,4 @@ def measured(given: Sequence[Answer]) -> dict[str, float]:
     """`pass_rate` of the answers that were judged, and what their drafts gave; what cannot be said is left out."""
     outcomes = judged(given)
     passes = {"pass_rate": outcomes.count("pass") / len(outcomes)} if outcomes else {}
-    return passes | speculation_metrics([answer.completion for answer in given])
+    return passes | speculation_metrics([answer.completion.cost for answer in given])

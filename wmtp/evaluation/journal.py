@@ -54,10 +54,7 @@ class Journal:
             "detail": answer.verdict.detail,
             "seconds": round(answer.verdict.seconds, 3),
             "finish": completion.finish,
-            "num_chosen": completion.num_chosen,
-            "forwards": completion.forwards,
-            "drafted": list(completion.drafted),
-            "accepted": list(completion.accepted),
+            **completion.cost._asdict(),
         }
         self._samples[record.task_id, answer.index] = sample
         self.results[record.task_id, answer.index] = result

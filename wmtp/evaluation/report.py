@@ -3,14 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from wmtp.evaluation.journal import Row
 from wmtp.evaluation.pass_at_k import estimate
-from wmtp.generation.decoding import speculation_metrics
+from wmtp.generation.cost import Cost, speculation_metrics
 
 TOTALS = ("loss", "mtp_loss", "perplexity", "tokens_per_forward")
 
@@ -54,16 +54,7 @@ def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
 
 def decoding_summary(rows: Sequence[Row]) -> dict[str, float]:
     """Tokens per forward, and for each head that drafts the share of its drafts that were accepted."""
-    return speculation_metrics([Counts(**{name: row[name] for name in Counts._fields}) for row in rows])
-
-
-class Counts(NamedTuple):
-    """What a completion took."""
-
-    num_chosen: int
-    forwards: int
-    accepted: tuple[int, ...]
-    drafted: tuple[int, ...]
+    return speculation_metrics([Cost(**{name: row[name] for name in Cost._fields}) for row in rows])
 
 
 def shown(estimate: dict[str, Any]) -> tuple[str, str]:

@@ -19,9 +19,9 @@ counts such tokens and shows the smallest margin; in bf16, whose digits are fewe
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,7 @@ from torch import Tensor
 from wmtp.data.tokenization import Tokenizer
 from wmtp.generation.cached import Cache, CachedModel
 from wmtp.generation.choice import choose
+from wmtp.generation.cost import Cost
 from wmtp.generation.settings import Decoding
 from wmtp.generation.transcript import Transcript
 from wmtp.models.mtp import MtpModel
@@ -62,9 +63,10 @@ class Completion:
     drafted: tuple[int, ...]
 
     @property
-    def num_chosen(self) -> int:
-        """How many tokens the model chose: with the end token."""
-        return len(self.tokens) + (self.finish == "end")
+    def cost(self) -> Cost:
+        """What it took."""
+        num_chosen = len(self.tokens) + (self.finish == "end")
+        return Cost(num_chosen, self.forwards, self.accepted, self.drafted)
 
 
 def generate(
@@ -123,36 +125,6 @@ def computing_dtype(model: MtpModel) -> torch.dtype:
     weight = model.unembedding.weight
     is_asked = torch.is_autocast_enabled(weight.device.type)
     return torch.get_autocast_dtype(weight.device.type) if is_asked else weight.dtype
-
-
-@runtime_checkable
-class Cost(Protocol):
-    """What a completion took; see `Completion`."""
-
-    @property
-    def num_chosen(self) -> int: ...  # noqa: D102
-    @property
-    def forwards(self) -> int: ...  # noqa: D102
-    @property
-    def accepted(self) -> tuple[int, ...]: ...  # noqa: D102
-    @property
-    def drafted(self) -> tuple[int, ...]: ...  # noqa: D102
-
-
-def speculation_metrics(completions: Sequence[Cost]) -> dict[str, float]:
-    """Tokens chosen per forward, and the share of each head's drafts that was accepted; nothing of nothing."""
-    num_forwards = sum(completion.forwards for completion in completions)
-    if not num_forwards:
-        return {}
-    metrics = {"tokens_per_forward": sum(completion.num_chosen for completion in completions) / num_forwards}
-    accepted, drafted = (
-        [sum(counts) for counts in zip(*(getattr(completion, name) for completion in completions), strict=True)]
-        for name in ("accepted", "drafted")
-    )
-    for head, (right, all_) in enumerate(zip(accepted, drafted, strict=True), start=2):
-        if all_:
-            metrics[f"head_{head}_acceptance"] = right / all_
-    return metrics
 
 
 class _Sequence:
