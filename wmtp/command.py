@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -87,6 +88,8 @@ def main(command: Command) -> None:
     except WmtpError as error:
         print(error, file=sys.stderr)
         codes.append(error.exit_code)
+    except BrokenPipeError:  # `… --help | head`: nobody reads on, and the interpreter must not flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted before anything began", file=sys.stderr)
         codes.append(128 + signal.SIGINT)

@@ -63,7 +63,8 @@ class Evaluator:
         started = time.monotonic()
         records = self._records()
         problems = self._problems(records)
-        model = load_trained(Path(self.config.checkpoint.path), self.source.tokenizer, self.hardware)
+        model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware)
+        step, epoch = position_of(self.checkpoint)  # now: a run that is still going may replace its best
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":
             log.warning("evaluation.sandbox=none: the model's programs run unprotected, with your files and network")
@@ -74,7 +75,8 @@ class Evaluator:
         rows = [journal.results[key] for key in keys if key in journal.results]
         summary = {
             "checkpoint": str(self.checkpoint),
-            "step": position_of(self.checkpoint)[0],
+            "step": step,
+            "epoch": epoch,
             "data": self.source.name,
             "split": self.split,
             **pass_summary(rows, self.settings.k),
@@ -183,7 +185,8 @@ class Evaluator:
         (self.run_folder / EVALUATIONS).mkdir(exist_ok=True)
         file = MetricsFile(self.run_folder / EVALUATIONS)
         file.log(
-            *position_of(self.checkpoint),
+            summary["step"],
+            summary["epoch"],
             {f"evaluation/{summary['data']}/{name}": value for name, value in values.items()},
         )
         file.close("FINISHED")
