@@ -182,7 +182,8 @@ FAULTY = {
         "  return 4", "assert f(3) == 4", "protocol",
     ),
     "a guess at an answer": (
-        "import os\nfor n in range(3, 20):\n  try: os.write(n, b'{\"id\":9,\"value\":4}\\n')\n  except OSError: pass",
+        "import os\nfor n in range(3, 20):\n  try: os.write(n, b'{\"id\":9,\"value\":4}\\n')\n  except OSError: pass\n"
+        "import time\ntime.sleep(60)",
         "assert f(3) == 4", "protocol",
     ),
 }  # fmt: skip

@@ -18,7 +18,7 @@ import pytest
 from tests.sandboxes import ANSWER, SHORT, inside, outside, pytest_generate_tests, verdict_of  # noqa: F401
 from wmtp.data.records import StdioTest
 from wmtp.errors import SandboxUnavailable
-from wmtp.sandbox.isolation import Choice, find_isolation
+from wmtp.sandbox.isolation import Choice, NoIsolation, Unshare, _problem, find_isolation
 from wmtp.sandbox.judge import Verdict
 from wmtp.sandbox.layout import ENVIRONMENT
 from wmtp.sandbox.limits import Limits
@@ -44,14 +44,13 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def daemon(marker: str) -> str:
-    """Lines that leave a process behind, in a session of its own."""
+    """Lines that leave a process behind, in a session of its own, and wait until it is there."""
     return (
         "import os, sys\n"
+        "reading, writing = os.pipe()\n"
         "if not os.fork():\n  os.setsid()\n  if os.fork(): os._exit(0)\n"
         f"  os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(30)  # {marker}'])\n"
-        f"import time\n"
-        f"while not any('{marker}' in open(f'/proc/{{p}}/cmdline').read() for p in os.listdir('/proc') "
-        "if p.isdigit() and int(p) != os.getpid() and os.path.exists(f'/proc/{p}/cmdline')): time.sleep(0.01)\n"
+        "os.close(writing)\nos.read(reading, 1)\n"
     )
 
 
@@ -279,17 +278,22 @@ def test_a_loop_that_ignores_signals_ends_in_time(isolation: Choice) -> None:
 def test_nothing_survives_a_parent_that_is_killed(isolation: Choice) -> None:
     marker = f"orphan-{uuid.uuid4()}"
     script = (
-        "from wmtp.sandbox.isolation import find_isolation\nfrom wmtp.sandbox.judge import Program, judge\n"
-        "from wmtp.sandbox.limits import Limits\n"
-        f"judge(Program({daemon(marker) + 'while True: pass'!r}, ('f()',)), find_isolation({isolation!r}), "
-        "Limits(wall_seconds=30.0, cpu_seconds=30))"
+        "import sys\nfrom wmtp.sandbox.isolation import find_isolation\nfrom wmtp.sandbox.judge import Program, judge\n"
+        "from wmtp.sandbox.limits import Limits\nprogram = Program(sys.stdin.read(), ('f()',))\n"
+        f"print(judge(program, find_isolation({isolation!r}), Limits(wall_seconds=30.0, cpu_seconds=30)))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
-        try:
-            assert wait_for(lambda: len(set(processes_with(marker)) - {parent.pid}) > 0, 20)
-        finally:
-            parent.kill()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        parent.stdin.write(daemon(marker) + "while True: pass")
+        parent.stdin.close()
+        is_there = wait_for(lambda: processes_with(marker) != [] or parent.poll() is not None, 20)
+        parent.kill()
+        assert parent.stdout.read() == ""
+    assert is_there
     assert wait_for(lambda: processes_with(marker) == [], 2)
 
 
@@ -301,7 +305,7 @@ def test_without_bubblewrap_or_namespaces_nothing_runs() -> None:
         "try: find_isolation(sys.argv[1])\n"
         "except Exception as error: print(type(error).__name__, error.exit_code, error)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
     for choice in ("auto", "bubblewrap", "unshare"):
         ended = subprocess.run(
             [sys.executable, "-c", script, choice], env=environment, capture_output=True, text=True, check=True
@@ -324,3 +328,18 @@ def test_a_bubblewrap_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
         assert find_isolation("auto").name == "unshare"
     finally:
         find_isolation.cache_clear()
+
+
+class Unfiltered(Unshare):
+    """Namespaces without the filter of system calls."""
+
+    is_filtered = False
+
+
+def test_an_isolation_that_keeps_not_all_promises_is_found_out() -> None:
+    problem = _problem(Unfiltered(as_root=os.geteuid() == 0))
+    assert problem == "sockets can be made"
+    problem = _problem(NoIsolation())
+    assert problem is not None
+    for part in ("isolation.py is visible", "sockets can be made", "may start more than 16"):
+        assert part in problem

@@ -47,6 +47,7 @@ module.main()
 class Program:
     """An untrusted program and its tests.
 
+    Tests hand over their arguments as copies, so that no test can examine what a function changes in place.
     `setup` is trusted code that runs once the program is loaded and before the tests, and may use what the program
     defines. `preamble` is trusted code that the program begins with: what it defines completely, tests take from
     there; its last function is the program's.
