@@ -22,9 +22,14 @@ NO_BUBBLEWRAP = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes `isolation` under each of them. Modules import this."""
+    """Run a test that takes `isolation` under each of them. Modules import this.
+
+    Where the judge matters more than what isolates, a module says `ONE_IS_ENOUGH`: the second isolation is slow then.
+    """
     if "isolation" in metafunc.fixturenames:
-        metafunc.parametrize("isolation", [pytest.param("bubblewrap", marks=NO_BUBBLEWRAP), "unshare"])
+        marks = [pytest.mark.slow] if hasattr(metafunc.module, "ONE_IS_ENOUGH") else []
+        second = pytest.param("unshare", marks=marks)
+        metafunc.parametrize("isolation", [pytest.param("bubblewrap", marks=NO_BUBBLEWRAP), second])
 
 
 def judged(program: Program, isolation: Choice | Isolation, limits: Limits = SHORT) -> Verdict:
@@ -38,7 +43,7 @@ def inside(isolation: Choice, script: str, limits: Limits = SHORT) -> str:
         process.wait_until_ready()
         process.close_input()
         for _ in exchange.turns(time.monotonic() + 20):
-            if process.ended or process.is_over:
+            if process.ended:
                 break
         assert process.exit_code(5) == 0, bytes(process.noise)
         return bytes(process.inbox).decode().strip()

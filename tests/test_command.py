@@ -122,6 +122,7 @@ def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
     assert "holds a run already" in again.err
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_second_have_folders_of_their_own_and_none_writes_over_another(invoke: Invoke) -> None:
     assert invoke("max_steps=1", "-m", "seed=0,1").code == invoke("max_steps=1", "-m", "seed=0,1").code == 0
     folders = list(Path("outputs").glob("*/*-sweep"))

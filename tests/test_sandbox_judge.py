@@ -1,9 +1,14 @@
 """Verdicts of honest and of faulty programs, and how values travel between a program and its tests."""
 
 import collections
+import datetime
 import enum
+import fractions
 import math
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -17,15 +22,20 @@ from wmtp.sandbox.isolation import Choice, Isolation
 from wmtp.sandbox.judge import MAX_DETAIL, Program
 from wmtp.sandbox.limits import Limits
 
+ONE_IS_ENOUGH = True
 NUMBERS = (
     st.integers() | st.integers(-(10**400), 10**400) | st.floats(allow_nan=False) | st.complex_numbers(allow_nan=False)
 )
 SCALARS = NUMBERS | st.none() | st.booleans() | st.text() | st.binary() | st.sampled_from([..., int, list, ValueError])
-HASHABLE = st.recursive(SCALARS, lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3), max_leaves=5)
+TIMES = st.dates() | st.datetimes() | st.times() | st.timedeltas()
+LIBRARY = TIMES | st.fractions() | st.decimals(allow_nan=False)
+HASHABLE = st.recursive(
+    SCALARS | LIBRARY, lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3), max_leaves=5
+)
 VALUES = st.recursive(
     HASHABLE | st.builds(range, st.integers(), st.integers(), st.integers(1)) | st.builds(bytearray, st.binary()),
     lambda inner: st.lists(inner, max_size=4) | st.sets(HASHABLE, max_size=4) | st.tuples(inner)
-    | st.dictionaries(HASHABLE, inner, max_size=3),
+    | st.dictionaries(HASHABLE, inner, max_size=3) | st.builds(collections.deque, st.lists(inner, max_size=3)),
     max_leaves=10,
 )  # fmt: skip
 
@@ -69,6 +79,30 @@ def test_subclasses_arrive_as_what_they_hold() -> None:
     assert repr(travel(sent)) == "[1, 'a', [1], (1, 2), {'a': 2, 'b': 1}, {'a': 1}]"
 
 
+def test_views_of_dictionaries_arrive() -> None:
+    assert repr(travel([{1: [2]}.keys(), {1: [2]}.values(), {1: [2]}.items()])) == (
+        "[dict_keys([1]), dict_values([[2]]), dict_items([(1, [2])])]"
+    )
+
+
+def test_only_exact_types_of_the_library_are_values() -> None:
+    class Worth(Decimal):
+        pass
+
+    aware = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    for value in (Worth(1), aware, type("Fraction", (fractions.Fraction,), {})(1, 2)):
+        assert decode(loads(dumps(encode(value, lambda _: 7))), lambda number: ("handle", number)) == ("handle", 7)
+
+
+@pytest.mark.parametrize("leaf", [1, 1j, range(3)])
+def test_what_arrives_can_be_sent_back(leaf: Any) -> None:
+    for _ in range(MAX_DEPTH):
+        leaf = [leaf]
+    assert travel(travel(leaf)) == leaf
+    with pytest.raises(Malformed):
+        decode(loads(b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2)), lambda number: number)
+
+
 def test_what_has_no_bounds_is_not_sent() -> None:
     endless: list[Any] = []
     endless.append(endless)
@@ -86,6 +120,7 @@ def test_what_has_no_bounds_is_not_sent() -> None:
         b"", b"no", b"NaN", b"[1", b'{"int":"x"}', b'{"int":1}', b'{"float":"1"}', b'{"tuple":3}', b'{"set":[[1]]}',
         b'{"dict":[1]}', b'{"type":"open"}', b'{"unknown":1}', b"{}", b'{"a":1,"b":2}', b"[" * 100_000,
         b"[" * 300 + b"]" * 300, b'{"range":[1,2,0]}', b"1" * 5000, b'{"dict":[[[],1]]}', b"\xff", b'{"bytes":"0"}',
+        b'{"Decimal":["x"]}', b'{"Fraction":[1,0]}', b'{"date":[1,2]}', b'{"deque":[1]}', b'{"dict_keys":[[1]]}',
     ],
 )  # fmt: skip
 def test_what_is_no_value_is_refused(line: bytes) -> None:
@@ -135,6 +170,15 @@ HONEST = {
     "nested functions in tests": ("def f(x): return x",
         "def check(candidate):\n  assert all(candidate(i) == f(i) for i in range(3))\ncheck(f)"),
     "builtin types": ("def f(x, kind): return isinstance(x, kind), kind", "assert f(1, int) == (True, int)"),
+    "values of the library": (
+        "from collections import deque\nfrom datetime import date\nfrom decimal import Decimal\n"
+            "from fractions import Fraction\n"
+        "def f(): return [deque([1]), date(2020, 1, 2), Decimal('1.5'), Fraction(1, 3)]\n"
+            "def g(x): return {x: 1}.keys()",
+        "from collections import deque\nfrom datetime import date\nfrom decimal import Decimal\n"
+            "from fractions import Fraction\n"
+        "assert f() == [deque([1]), date(2020, 1, 2), Decimal('1.5'), Fraction(1, 3)] and g(f()[3]) == {Fraction(1, 3)}",
+    ),
     "a guarded main": ("def f(x): return x\nif __name__ == '__main__':\n  raise SystemExit", "assert f(3) == 3"),
 }  # fmt: skip
 
@@ -180,6 +224,17 @@ FAULTY = {
         "import os\ndef f(x):\n  for n in range(3, 20):\n    try: os.write(n, b'{\"id\":3,\"value\":4}\\n' * 2)\n"
             "    except OSError: pass\n"
         "  return 4", "assert f(3) == 4", "protocol",
+    ),
+    "answers too deep to be handed back": (
+        "def f(x):\n  for _ in range(99): x = [x]\n  return x", "assert f([f(3)]) == 4", "output",
+    ),
+    "answers without end to be handed back": (
+        "import itertools\ndef f(x): return 'x' * 60_000", "assert f(list(f(3) * 4)) == 4", "output",
+    ),
+    "answers that make questions grow": ("def f(x): return 'x' * 60_000", "assert f(f(3) * 300) == 4", "output"),
+    "an end of what is no iterator": (
+        "import os\ndef f(x):\n  for n in range(3, 20):\n    try: os.write(n, b'{\"id\":3,\"end\":4}\\n')\n"
+            "    except OSError: pass\n  import time\n  time.sleep(60)", "list(map(f, [3]))", "protocol",
     ),
     "a guess at an answer": (
         "import os\nfor n in range(3, 20):\n  try: os.write(n, b'{\"id\":9,\"value\":4}\\n')\n  except OSError: pass\n"
@@ -248,6 +303,22 @@ def test_setup_comes_between_program_and_tests(isolation: Choice) -> None:
 def test_faults_of_the_tests_are_not_the_program_s(program: Program, reason: str, isolation: Choice) -> None:
     verdict = judged(program, isolation)
     assert (verdict.outcome, verdict.reason) == ("sandbox error", reason), verdict
+
+
+@pytest.mark.parametrize("test", ["assert f(3) == 4", "assert f(3) != f(3) or f(3) < 4", "assert 1 + f(3) == 4"])
+def test_that_tests_compare_an_object_of_the_program_is_said(test: str, isolation: Choice) -> None:
+    source = "class A:\n  def __lt__(self, other): return True\nA.f = f = lambda x, a=A(): a\n"
+    verdict = verdict_of(source, isolation, test)
+    assert verdict.outcome == "fail"
+    assert "compare an object of the program" in verdict.detail
+    assert "compare" not in verdict_of("def f(x): return x", isolation).detail
+
+
+def test_questions_that_grow_end_at_once(isolation: Choice) -> None:
+    started = time.monotonic()
+    verdict = verdict_of("def f(x): return 'x' * 60_000", isolation, "assert f(f(3) * 300) == 4", Limits())
+    assert (verdict.outcome, verdict.reason) == ("fail", "output")
+    assert time.monotonic() - started < 10
 
 
 class Broken(Isolation):
@@ -322,6 +393,28 @@ def test_long_input_and_output_pass_whole(isolation: Choice) -> None:
         == "pass"
     )
     assert verdict_of("print(4)", isolation, StdioTest(stdin=text * 5, stdout="4")).outcome == "pass"
+
+
+@pytest.mark.slow
+def test_output_is_whole_when_this_process_is_busy(isolation: Choice) -> None:
+    """Threads that hold the interpreter let a program end between waiting for it and looking whether it runs."""
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            sum(range(100))
+
+    threads = [threading.Thread(target=spin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        test = StdioTest(stdin="1\n", stdout="7 " * 60_000)
+        verdicts = [verdict_of("print('7 ' * 60_000)", isolation, test, Limits()) for _ in range(12)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {(verdict.outcome, verdict.detail) for verdict in verdicts} == {("pass", "")}
 
 
 def test_judging_stops_at_the_first_failure(isolation: Choice) -> None:

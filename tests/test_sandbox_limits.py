@@ -212,6 +212,17 @@ def test_a_program_has_no_rights_and_cannot_get_any(isolation: Choice) -> None:
     assert inside(isolation, namespace) == "-1 -1 -1"
 
 
+def test_extended_attributes_cannot_be_set(isolation: Choice) -> None:
+    """Those of files in memory are themselves in memory, which nothing bounds."""
+    attempt = (
+        "import errno, os\nopen('/tmp/a', 'w').close()\nos.symlink('a', '/tmp/b')\n"
+        "with open('/tmp/a') as file:\n  for place, follow in (('/tmp/a', True), ('/tmp/b', False), (file.fileno(), True)):\n"
+        "    try: os.setxattr(place, 'user.x', b'x' * 60_000, follow_symlinks=follow); print('set')\n"
+        "    except OSError as error: print(errno.errorcode[error.errno], end=' ')"
+    )
+    assert inside(isolation, attempt) == "EPERM EPERM EPERM"
+
+
 def test_a_program_sees_only_its_own_processes(isolation: Choice) -> None:
     look = "import os\nprint(len([name for name in os.listdir('/proc') if name.isdigit()]))"
     assert int(outside(look)) > 5

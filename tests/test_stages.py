@@ -98,6 +98,7 @@ def test_a_resume_without_an_algorithms_state_is_another_run(
     assert trace(resumed) != trace(runs / name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_weighting_and_reference_or_not_at_all(invoke: Invoke, runs: Path) -> None:
     resumed = cut_back(runs / "rho1", "resumed", "", 5)
     for change, said in (("algo=rho1_token_skip", "objective: was ExcessLoss, is now TokenSkip"),
@@ -106,6 +107,7 @@ def test_a_run_goes_on_with_its_own_weighting_and_reference_or_not_at_all(invoke
         assert outcome.code == 2 and said in outcome.err
 
 
+@pytest.mark.slow
 def test_a_stage_leaves_its_result_and_its_checkpoints_in_the_shape_of_a_run(runs: Path) -> None:
     for name in ALGORITHMS:
         folder = runs / name / "pretrain"
@@ -122,6 +124,7 @@ def test_a_stage_leaves_its_result_and_its_checkpoints_in_the_shape_of_a_run(run
         assert 0 <= noise_auc <= 1
 
 
+@pytest.mark.slow
 def test_the_training_goes_on_from_the_value_head_and_the_trunk_of_its_stage(runs: Path) -> None:
     saved = json.loads((runs / "critic" / "pretrain" / "result.json").read_text())["saved"]
     model = load_file(runs / "critic" / saved / "model.safetensors")
@@ -134,6 +137,7 @@ def test_the_training_goes_on_from_the_value_head_and_the_trunk_of_its_stage(run
     assert moved < (first["embedding.weight"] - fresh["embedding.weight"]).abs().max()
 
 
+@pytest.mark.slow
 def test_a_stage_may_be_taken_over_from_another_run(invoke: Invoke, runs: Path) -> None:
     outcome = invoke(*RUN, "algo=critic", f"pretrain.reuse={runs / 'critic'}", "hydra.run.dir=reused")
     assert outcome.code == 0, outcome.err
@@ -145,6 +149,7 @@ def test_a_stage_may_be_taken_over_from_another_run(invoke: Invoke, runs: Path) 
     assert other.code == 0, "what was taken over is this run's own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "source", "said"),
     [
@@ -161,6 +166,7 @@ def test_a_stage_that_does_not_fit_is_not_taken_over(
         assert outcome.code == 2 and said in outcome.err
 
 
+@pytest.mark.slow
 def test_a_stage_that_began_keeps_its_settings(invoke: Invoke, runs: Path) -> None:
     for stage, step in (("", 5), ("pretrain", 3)):
         resumed = cut_back(runs / "critic", f"resumed-{stage}", stage, step)
@@ -171,6 +177,7 @@ def test_a_stage_that_began_keeps_its_settings(invoke: Invoke, runs: Path) -> No
         assert invoke(f"resume={resumed}", tiny=False).code == 0
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_update_of_a_stage_is_not_lost(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, runs: Path
 ) -> None:
@@ -191,6 +198,7 @@ def test_a_signal_in_the_last_update_of_a_stage_is_not_lost(
     assert trace(Path("stopped")) == trace(runs / "critic")
 
 
+@pytest.mark.slow
 def test_a_named_reference_needs_no_stage_and_equals_the_stage_that_trained_it(invoke: Invoke, runs: Path) -> None:
     reference = runs / "rho1" / "pretrain"
     outcome = invoke(*RUN, "algo=rho1", f"algo.reference={reference}", "hydra.run.dir=named")
@@ -199,6 +207,7 @@ def test_a_named_reference_needs_no_stage_and_equals_the_stage_that_trained_it(i
     assert mine["final_loss"] == theirs["final_loss"] and mine["pretrain"] is None
 
 
+@pytest.mark.slow
 def test_reference_losses_are_computed_once_and_read_by_later_runs(
     invoke: Invoke, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +220,7 @@ def test_reference_losses_are_computed_once_and_read_by_later_runs(
     assert invoke(*RUN, "algo=rho1", reference, "data.seed=1").code == 1, "other data need other losses"
 
 
+@pytest.mark.slow
 def test_a_reference_with_another_tokenizer_is_refused(invoke: Invoke, runs: Path) -> None:
     reference = f"algo.reference={runs / 'rho1' / 'pretrain'}"
     outcome = invoke("algo=rho1", reference, "data.tokenizer.vocab_size=400", "max_steps=1")

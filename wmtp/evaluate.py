@@ -7,12 +7,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.command import CHECKPOINT_KEY, Command, main, named_folder
-from wmtp.config import Fault
+from wmtp.config import ConfigError, Fault
 from wmtp.runtime.folder import EVALUATIONS, RunStatus
 
 NO_IDENTITY = {
     "evaluation": ("n", "k", "num_problems", "workers", "sandbox"),
-    "generation": ("batch_size", "speculative"),
+    "generation": ("batch_size",),
 }
 """Settings that change which samples there are, or how fast they come, but none of the samples."""
 
@@ -40,7 +40,11 @@ def faults(config: DictConfig) -> list[Fault]:
 
 
 def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
-    """`RUN/evaluations/<data>-<hash of what decides the samples>`, unless the user named a folder."""
+    """`RUN/evaluations/<data>-<hash of what decides the samples>`, unless the user named a folder.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     from wmtp.trained import find_checkpoint, identity_of
 
     if named := named_folder(overrides):
@@ -51,9 +55,16 @@ def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
         part = parts[key]
         assert isinstance(part, dict)
         parts[key] = {name: value for name, value in part.items() if name not in names}
+    parts["is_protected"] = config.evaluation.sandbox != "none"
     key = hashlib.sha256(json.dumps([identity_of(checkpoint), parts], sort_keys=True).encode()).hexdigest()
     name = config.data.get("shape", "tasks")
-    return config_path.parent / EVALUATIONS / f"{name}-{key[:8]}"
+    folder = config_path.parent / EVALUATIONS / f"{name}-{key[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror}); name another folder: hydra.run.dir=…"
+        raise ConfigError([Fault("hydra.run.dir", str(folder), problem)]) from error
+    return folder
 
 
 COMMAND = Command(

@@ -61,7 +61,8 @@ def evaluation_faults(config: DictConfig) -> list[Fault]:
 
 def sampling_faults(config: DictConfig) -> Iterator[Fault]:
     """Numbers of samples that make no sense together."""
-    n, ks = config.evaluation.n, list(config.evaluation.k)
+    n, k = config.evaluation.n, config.evaluation.k
+    ks = [k] if isinstance(k, int) else list(k)
     if too_large := [k for k in ks if k > n]:
         problem = f"pass@{max(too_large)} needs as many samples: evaluation.n={max(too_large)}, or a smaller k"
         yield Fault("evaluation.k", str(ks), f"is above evaluation.n={n}; {problem}")

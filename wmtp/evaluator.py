@@ -31,7 +31,8 @@ from wmtp.runtime.hardware import Hardware
 from wmtp.sandbox.isolation import Isolation, find_isolation
 from wmtp.sandbox.judge import judge
 from wmtp.summary import versions
-from wmtp.tracking.jsonl import MetricsFile
+from wmtp.tracking.jsonl import FILE_NAME as METRICS
+from wmtp.tracking.jsonl import MetricsFile, read_metrics
 from wmtp.tracking.mlflow import send_pending
 from wmtp.trained import find_checkpoint, identity_of, load_trained, position_of
 
@@ -123,7 +124,7 @@ class Evaluator:
         return problems
 
     def _identity(self, records: list[Record]) -> dict[str, Any]:
-        """All that decides what the samples and their verdicts are."""
+        """All that decides what the samples, their costs and their verdicts are."""
         decoding = {name: getattr(self.decoding, name) for name in ("temperature", "top_p", "max_new_tokens")}
         return {
             "checkpoint": identity_of(self.checkpoint),
@@ -132,7 +133,9 @@ class Evaluator:
             "context": self.source.max_length,
             **decoding,
             "stop": list(self.decoding.stop),
+            "speculative": self.decoding.speculative,
             "seed": self.settings.seed,
+            "is_protected": self.settings.sandbox != "none",
             "limits": dict(vars(self.settings.limits)),
         }
 
@@ -177,21 +180,30 @@ class Evaluator:
 
     def _track(self, summary: dict[str, Any]) -> None:
         """Tell the MLflow run that the model comes from, through a file that its tracker follows."""
-        status = self.run_folder / "status.json"
-        if not status.exists():
+        if not (self.run_folder / "status.json").exists():
             return
         values = {f"pass_at_{k}": entry["value"] for k, entry in summary["pass_at_k"].items()}
         values |= summary["prediction"] | summary["decoding"]
-        (self.run_folder / EVALUATIONS).mkdir(exist_ok=True)
-        file = MetricsFile(self.run_folder / EVALUATIONS)
-        file.log(
-            summary["step"],
-            summary["epoch"],
-            {f"evaluation/{summary['data']}/{name}": value for name, value in values.items()},
-        )
-        file.close("FINISHED")
+        named = {f"evaluation/{self._label()}/{name}": value for name, value in values.items()}
+        folder = self.run_folder / EVALUATIONS
+        try:
+            folder.mkdir(exist_ok=True)
+            known = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+            if not any(named.items() <= line.items() for line in known):  # a repeated evaluation says nothing new
+                file = MetricsFile(folder)
+                file.log(summary["step"], summary["epoch"], named)
+                file.close("FINISHED")
+        except OSError as error:
+            log.warning("the run's folder cannot be written, so its MLflow run is not told: %s", error)
+            return
         if (state := read_status(self.run_folder)["state"]) != "RUNNING":  # a run that is still going sends them itself
             send_pending(self.run_folder, state)
+
+    def _label(self) -> str:
+        """What was asked, and how, in a word for metrics' names."""
+        temperature, num = self.decoding.temperature, self.settings.num_problems
+        how = f"temperature_{temperature:g}" if temperature else "greedy"
+        return "-".join([self.source.name, self.split, how, *([f"first_{num}"] if num else [])])
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from wmtp.command import CHECKPOINT_KEY, Command, main
 from wmtp.config import Fault
+from wmtp.errors import InputError
 from wmtp.runtime.folder import RunStatus
 
 STANDARD_INPUT = "-"
@@ -15,17 +16,15 @@ STANDARD_INPUT = "-"
 def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
     """Write the answers to standard output as they come, and what they cost to standard error."""
     from wmtp.config import build  # these import torch, and --help needs none of it
-    from wmtp.errors import InputError
     from wmtp.evaluation.answering import encode_prompts, sample_seed
     from wmtp.generation.cost import speculation_metrics
-    from wmtp.generation.decoding import Request
+    from wmtp.generation.decoding import Completion, Request
     from wmtp.generation.decoding import generate as completions
     from wmtp.trained import find_checkpoint, load_trained, read_config
 
-    trained = read_config(find_checkpoint(Path(config.checkpoint.path))[1])
-    text = sys.stdin.read().removesuffix("\n") if config.prompt == STANDARD_INPUT else config.prompt
-    if not text:
-        raise InputError("prompt: standard input is empty; there is nothing to answer")
+    checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
+    trained = read_config(config_path)
+    text = read_prompt(config.prompt)
     tokenizer = build(trained.data.tokenizer, cache_dir=Path(config.cache_dir))
     (prompt,) = encode_prompts(tokenizer, trained.data.template, [text])
     context = config.context or trained.data.max_length
@@ -35,25 +34,43 @@ def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
             "shorten it, or set context=… beyond what the model was trained on"
         )
     hardware = build(config.hardware)
-    model = load_trained(Path(config.checkpoint.path), tokenizer, hardware)
+    model = load_trained(checkpoint, tokenizer, hardware)
     requests = [Request(prompt, sample_seed(config.seed, text, index)) for index in range(config.n)]
 
     def show(index: int, piece: str) -> None:
         if config.n == 1:
             print(piece, end="", flush=True)
 
-    finished = []
+    found: dict[int, Completion] = {}
+    num_shown = 0
     with hardware.autocast():
         for index, completion in completions(model, tokenizer, requests, build(config.generation), context, show):
-            finished.append(completion)
-            print("" if config.n == 1 else f"--- answer {index + 1} of {config.n}\n{completion.text}")
-    tokens = sum(len(completion.tokens) for completion in finished)
-    costs = ", ".join(
-        f"{name} {value:.3g}"
-        for name, value in speculation_metrics([completion.cost for completion in finished]).items()
-    )
-    ends = ", ".join(sorted({completion.finish for completion in finished}))
+            found[index] = completion
+            while num_shown in found:  # in their order
+                header = f"--- answer {num_shown + 1} of {config.n}\n"
+                print("" if config.n == 1 else f"{header}{found[num_shown].text}", flush=True)
+                num_shown += 1
+    metrics = speculation_metrics([completion.cost for completion in found.values()])
+    costs = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    tokens = sum(len(completion.tokens) for completion in found.values())
+    ends = ", ".join(sorted({completion.finish for completion in found.values()}))
     print(f"[{tokens} tokens, ended by {ends}; {costs}]", file=sys.stderr)
+
+
+def read_prompt(typed: str) -> str:
+    """The prompt: what was typed, or standard input, without its last line's end.
+
+    Raises:
+        InputError: it is empty, or no text.
+    """
+    try:
+        text = sys.stdin.read().removesuffix("\n") if typed == STANDARD_INPUT else typed
+        text.encode()
+    except UnicodeError as error:
+        raise InputError(f"prompt: is no text in UTF-8: {error}") from error
+    if not text:
+        raise InputError("prompt: standard input is empty; there is nothing to answer")
+    return text
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:

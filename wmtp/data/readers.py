@@ -95,9 +95,7 @@ def mbpp_records(row: Row) -> list[Record]:
 
 
 def humaneval_records(row: Row) -> list[Record]:
-    """Read a problem of HumanEval: its single test is the checking function and the call of it.
-
-    The prompt is code that the solution continues.
+    """Read a problem of HumanEval: a prompt that the solution continues, and a test that calls what is checked.
 
     Raises `Rejected` for a field that is missing, null or of another type, and for an empty solution.
     """

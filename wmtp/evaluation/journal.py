@@ -28,7 +28,7 @@ class Journal:
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
         path = folder / IDENTITY
-        if path.exists() and (there := json.loads(path.read_text())) != identity:
+        if path.exists() and (there := _read_identity(path)) != identity:
             changed = ", ".join(sorted(key for key in identity if there.get(key) != identity[key]))
             raise InputError(
                 f"{folder}: holds another evaluation ({changed} differ); name another folder: hydra.run.dir=…"
@@ -76,6 +76,14 @@ class Journal:
     def _write(self, keys: list[Key]) -> None:
         for name, rows in ((SAMPLES, self._samples), (RESULTS, self.results)):
             replace_atomically(self.folder / name, "".join(json.dumps(rows[key]) + "\n" for key in keys).encode())
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{typed(path)}: is damaged ({error}); delete its folder to begin anew") from error
+    return identity
 
 
 def _read(path: Path) -> dict[Key, Row]:

@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from wmtp.annotations import Positive
 from wmtp.sandbox.isolation import Choice
 from wmtp.sandbox.limits import Limits
+
+
+def _several(value: object) -> object:
+    """One number stands for a list of it."""
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -22,7 +28,7 @@ class Evaluation:
     """
 
     n: Positive = 1
-    k: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
+    k: Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_several)] = (1,)
     split: Literal["train", "validation", "test", "all"] | None = None
     num_problems: Positive | None = None
     seed: Seed = 0

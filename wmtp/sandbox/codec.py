@@ -1,12 +1,15 @@
-"""Values as strict JSON, for judge and candidate: exact builtin values, or handles. Imports the standard library only.
+"""Values as strict JSON, for judge and candidate: exact values, or handles. Imports the standard library only.
 
 A JSON object is always a tag with its content; lists, strings, small integers, finite numbers, booleans and null
-stand for themselves. Instances of subclasses of builtin types are sent as the builtin value that they hold.
+stand for themselves. Instances of subclasses of builtin types are sent as the builtin value that they hold. Some
+types of the standard library are values too, but not their subclasses.
 """
 
 import builtins
+import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,10 +18,22 @@ MAX_ITEMS = 200_000
 SAFE_INTEGER = 2**53
 
 Handles = Callable[[Any], int]
+EMPTY: dict[Any, Any] = {}
+VIEWS: tuple[type[Any], ...] = (type(EMPTY.keys()), type(EMPTY.values()), type(EMPTY.items()))
 ITERATORS: dict[type[Any], Callable[[Any], Iterator[Any]]] = {
     kind: kind.__iter__ for kind in (list, tuple, set, frozenset)
-}
+} | dict.fromkeys(VIEWS, iter)
 """Those of the builtin types, which a subclass cannot replace."""
+LIBRARY: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
+    "Decimal": ("decimal", lambda value: (str(value),)),
+    "Fraction": ("fractions", lambda value: (value.numerator, value.denominator)),
+    "deque": ("collections", lambda value: (list(value), value.maxlen)),
+    "date": ("datetime", lambda value: (value.year, value.month, value.day)),
+    "datetime": ("datetime", lambda value: (*value.timetuple()[:6], value.microsecond, value.tzinfo)),
+    "time": ("datetime", lambda value: (value.hour, value.minute, value.second, value.microsecond, value.tzinfo)),
+    "timedelta": ("datetime", lambda value: (value.days, value.seconds, value.microseconds)),
+}
+"""Types of the standard library: their module, and what makes an equal value, all of other types here."""
 BUILTIN_TYPES: dict[Any, str] = {thing: name for name, thing in vars(builtins).items() if isinstance(thing, type)}
 
 
@@ -28,6 +43,13 @@ class CannotSend(Exception):
 
 class Malformed(Exception):
     """Not what `dumps` writes."""
+
+
+def _library_type(value: Any) -> str:
+    """The name of a value's type if it is one of `LIBRARY`. None is imported for that."""
+    name = type(value).__name__
+    module = sys.modules.get(LIBRARY[name][0]) if name in LIBRARY else None
+    return name if type(value) is getattr(module, name, None) else ""
 
 
 class _Encoder:
@@ -57,6 +79,8 @@ class _Encoder:
             return {"dict": [self.encode(item, depth + 1) for item in dict.items(value)]}
         if isinstance(value, type) and value in BUILTIN_TYPES:
             return {"type": BUILTIN_TYPES[value]}
+        if (name := _library_type(value)) and getattr(value, "tzinfo", None) is None:
+            return {name: [self.encode(part, depth + 1) for part in LIBRARY[name][1](value)]}
         return {"handle": self._handles(value)}
 
     def _scalar(self, value: Any) -> Any:
@@ -105,13 +129,16 @@ COLLECTIONS: dict[str, Callable[[Any], Any]] = {
     "set": set,
     "frozenset": frozenset,
     "dict": dict,
-    "range": lambda parts: range(*parts),
-    "complex": lambda parts: complex(*parts),
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+    "dict_items": lambda items: dict(items).items(),
 }
+PARTS: dict[str, Callable[..., Any]] = {"range": range, "complex": complex}
+"""Those made of scalars, which are no deeper than themselves."""
 
 
 def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
-    if depth > 2 * MAX_DEPTH + 2:
+    if depth > MAX_DEPTH:
         raise Malformed("too deep")
     if isinstance(node, list):
         return [_decode(item, objects, depth + 1) for item in node]
@@ -122,6 +149,11 @@ def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
         return objects(content)
     if tag in SCALARS:
         return SCALARS[tag](content)
+    if tag in PARTS:
+        return PARTS[tag](*(_decode(part, objects, depth) for part in content))
+    if tag in LIBRARY:
+        kind = getattr(importlib.import_module(LIBRARY[tag][0]), tag)
+        return kind(*[_decode(part, objects, depth + 1) for part in content])
     return COLLECTIONS[tag](_decode(item, objects, depth + 1) for item in content)
 
 

@@ -1,8 +1,8 @@
 """The filter of system calls: what even a program without rights could use to leave its limits.
 
 New namespaces give a program rights over file systems of its own, whose size nothing bounds. Shared memory that
-is not mapped, message queues and memory files count towards no limit. Sockets other than local ones are of no use
-without a network. The rest are doors into the kernel that no Python program needs.
+is not mapped, message queues, memory files and extended attributes count towards no limit. Sockets other than
+local ones are of no use without a network. The rest are doors into the kernel that no Python program needs.
 """
 
 import errno
@@ -21,8 +21,8 @@ NEW_NAMESPACES = 0x7E020000
 X32 = 0x40000000
 """System calls of the x32 interface, which have other numbers."""
 CLONE3 = 435  # its flags lie in memory, where a filter cannot look; libraries then take clone
-SHARED_NUMBERS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
-"""io_uring_*, open_tree … fspick, pidfd_getfd, mount_setattr, memfd_secret."""
+SHARED_NUMBERS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447, 463)
+"""io_uring_*, open_tree … fspick, pidfd_getfd, mount_setattr, memfd_secret, setxattrat."""
 
 
 class Machine(NamedTuple):
@@ -36,12 +36,15 @@ class Machine(NamedTuple):
 
 # unshare setns mount umount2 pivot_root chroot ptrace keyctl add_key request_key bpf perf_event_open userfaultfd
 # shmget msgget semget mq_open memfd_create process_vm_readv process_vm_writev
+# setxattr lsetxattr fsetxattr
 MACHINES = {
     "x86_64": Machine(0xC000003E, 56, 41, (
         272, 308, 165, 166, 155, 161, 101, 250, 248, 249, 321, 298, 323, 29, 68, 64, 240, 319, 310, 311,
+        188, 189, 190,
     )),
     "aarch64": Machine(0xC00000B7, 220, 198, (
         97, 268, 40, 39, 41, 51, 117, 219, 217, 218, 280, 241, 282, 194, 186, 190, 180, 279, 270, 271,
+        5, 6, 7,
     )),
 }  # fmt: skip
 

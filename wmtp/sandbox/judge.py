@@ -160,7 +160,9 @@ class Dialogue:
                 raise Failed("protocol", "an answer to no question")
             if line := _take_line(inbox):
                 return line
-            if self._referee.ended or len(inbox) > MAX_QUESTION or len(self._referee.noise) > MAX_QUESTION:
+            if max(len(inbox), len(self._referee.noise)) > MAX_QUESTION:
+                self._refuse_question()
+            if self._referee.ended:
                 self._explain_breakdown()
         if self._num_answers > 1:
             raise Failed("time", f"the tests took longer than {self._limits.wall_seconds:g} s")
@@ -175,7 +177,7 @@ class Dialogue:
                 raise Failed("output", f"an answer of more than {self._limits.output_kib} KiB")
             if line:
                 return line
-            if self._candidate.ended or self._candidate.is_over:
+            if self._candidate.ended:
                 code = self._candidate.exit_code(max(0.0, deadline - time.monotonic()))
                 if code == CPU_SIGNAL_CODE:
                     raise Failed("time", f"it took more than {self._limits.cpu_seconds} s of the processor")
@@ -185,6 +187,12 @@ class Dialogue:
     def _check_candidate(self) -> None:
         if len(self._candidate.noise) > self._limits.output_bytes:
             raise Failed("output", f"it wrote more than {self._limits.output_kib} KiB")
+
+    def _refuse_question(self) -> None:
+        said = f"the tests hand over or say more than {MAX_QUESTION >> 20} MiB"
+        if self._num_answers > 1:
+            raise Failed("output", f"by the program's answers {said}")
+        raise SandboxFailure(said)
 
     def _explain_breakdown(self) -> None:
         code = self._referee.exit_code(END_SECONDS)
@@ -249,7 +257,7 @@ def _run(process: Process, exchange: Exchange, deadline: float, most: int) -> in
             raise Failed("output", f"it wrote more than {most / 1024:g} KiB")
         if not process.has_waiting:
             process.close_input()
-        if process.ended or process.is_over:
+        if process.ended:
             break
     return process.exit_code(deadline - time.monotonic())
 

@@ -29,7 +29,8 @@ class Process:
     """A process with pipes. As a context manager it leaves nothing alive.
 
     `inbox` holds what has come from standard output, `noise` from standard error; whoever reads looks after
-    their sizes after each turn. `ended` says that standard output is closed.
+    their sizes after each turn. `ended` says that all has come: standard output is closed, or a turn brought nothing
+    though the process was over before it, and others keep its pipes open.
     """
 
     def __init__(self, command_for: Callable[[int, int], list[str]]) -> None:
@@ -41,6 +42,7 @@ class Process:
         self.inbox = bytearray()
         self.noise = bytearray()
         self.ended = False
+        self.num_received = 0
         self._outbox = memoryview(b"")
         self._init: int | None = None
         reading, launcher = os.pipe()
@@ -147,7 +149,10 @@ class Process:
 
     def read(self, pipe: IO[bytes]) -> bool:
         """Take in at most `CHUNK` of what is in a pipe; whether it is still open."""
-        is_open = self._read(pipe, self.inbox if pipe is self.stdout else self.noise)
+        into = self.inbox if pipe is self.stdout else self.noise
+        held = len(into)
+        is_open = self._read(pipe, into)
+        self.num_received += len(into) - held
         if pipe is self.stdout and not is_open:
             self.ended = True
         return is_open
@@ -203,11 +208,14 @@ class Exchange:
             for process in self._processes:
                 if process.has_waiting and process.stdin.fileno() not in self._selector.get_map():
                     self._selector.register(process.stdin, selectors.EVENT_WRITE, process)
+            before = {process: process.num_received for process in self._processes if process.is_over}
             for key, _ in self._selector.select(min(left, self.TURN_SECONDS)):
                 process = key.data
                 goes_on = process.write() if key.fileobj is process.stdin else process.read(key.fileobj)
                 if not goes_on:
                     self._selector.unregister(key.fileobj)
+            for process, num_received in before.items():
+                process.ended |= process.num_received == num_received
             yield
 
 

@@ -13,12 +13,13 @@ import builtins
 import importlib
 import os
 import sys
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, BinaryIO, cast
 
 from wmtp.sandbox.codec import CannotSend, Malformed, decode, dumps, encode, loads
 
 SHOWN = 80
+COMPARED = "the tests compare an object of the program, which cannot be judged here"
 
 
 class CandidateError(Exception):
@@ -40,6 +41,13 @@ class Handle:
 
     def __bool__(self) -> bool:
         return True
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Handle):
+            self.__wire.compared = True
+        return NotImplemented
+
+    __hash__ = object.__hash__
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         """Call it there."""
@@ -86,6 +94,8 @@ class Wire:
         self._num_asked = 0
         self.ended: tuple[str, str, str] | None = None
         self.was_used = False
+        self.was_answered = False
+        self.compared = False
         self.last = ""
 
     def load(self, source: str) -> None:
@@ -99,14 +109,18 @@ class Wire:
 
     def ask(self, operation: str, *operands: Any) -> Any:
         """The value that an operation gives; raises what it raised."""
-        return self._value(self._ask({"do": operation, "with": [self._encode(operand) for operand in operands]}))
+        sent = [self._encode(operand) for operand in operands]
+        self.was_answered = True
+        return self._value(self._ask({"do": operation, "with": sent}))
 
     def name(self, name: str) -> Any:
         """The program's global variable; raises KeyError where it has none of that name."""
         answer = self._ask({"do": "name", "name": name})
         if "missing" in answer:
             raise KeyError(name)
-        return self._value(answer)
+        value = self._value(answer)
+        self.was_answered |= not isinstance(value, Handle)
+        return value
 
     def end(self, outcome: str, reason: str, detail: str) -> None:
         """Settle the verdict, for good."""
@@ -132,7 +146,7 @@ class Wire:
                 self.end("fail", "output" if reason == "unsendable" else reason, str(answer[reason]))
         if "error" in answer:
             raise self._exception(answer)
-        if "end" in answer:
+        if "end" in answer and question["do"] == "next":
             raise StopIteration
         return cast(dict[str, Any], answer)
 
@@ -147,7 +161,10 @@ class Wire:
         try:
             return encode(value, self._number)
         except CannotSend as error:
-            self.end("sandbox error", "tests", f"the tests hand over what cannot be sent: {error}")
+            said = f"the tests hand over what cannot be sent: {error}"
+            if self.was_answered:  # by what the program answered, as far as anyone can tell
+                self.end("fail", "output", said)
+            self.end("sandbox error", "tests", said)
 
     def _decode(self, node: Any) -> Any:
         try:
@@ -162,7 +179,9 @@ class Wire:
         known = answer["error"]
         for name in known if isinstance(known, list) else []:
             kind = getattr(builtins, name, None) if isinstance(name, str) else None
-            if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
+            if not isinstance(kind, type) or issubclass(kind, (StopIteration, StopAsyncIteration)):
+                continue  # these would end loops of the tests
+            if issubclass(kind, Exception) and kind is not Exception:
                 try:
                     return kind(message)
                 except TypeError:  # one that takes more than a message
@@ -172,6 +191,8 @@ class Wire:
     def _number(self, value: Any) -> int:
         if isinstance(value, Handle) and value in self._numbers:
             return self._numbers[value]
+        if isinstance(value, FunctionType):  # no answer becomes one: it is the tests' own
+            self.end("sandbox error", "tests", "the tests hand over a function")
         raise CannotSend(f"a {type(value).__name__}")
 
     def _handle(self, number: Any) -> Handle:
@@ -260,6 +281,7 @@ class Referee:
         try:
             self._wire.load(self._task["source"])
             for place, code in enumerate(self._tests):  # noqa: B007
+                self._wire.compared = False
                 exec(code, self._namespace)
             self._wire.finish()
         except BaseException as error:  # noqa: BLE001 - whatever the tests raise
@@ -282,7 +304,10 @@ class Referee:
         if index >= 0 and not self._wire.was_used and not isinstance(error, NameError):
             return "sandbox error", "tests", f"{where}: {said}, before anything was asked of the program"
         if isinstance(error, AssertionError):
-            return "fail", "wrong", f"{where}; the last answer was {self._wire.last}"
+            known = COMPARED if self._wire.compared else f"the last answer was {self._wire.last}"
+            return "fail", "wrong", f"{where}; {known}"
+        if isinstance(error, TypeError) and "'Handle'" in said:
+            return "fail", "exception", f"{where}; {COMPARED}: {said}"
         if isinstance(error, Exception):
             return "fail", "memory" if isinstance(error, MemoryError) else "exception", f"{where}: {said}"
         return "sandbox error", "tests", f"{where}: the tests end themselves: {said}"
