@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,17 @@ def verdict_of(
 ) -> Verdict:
     """The verdict on a program with one test."""
     return judged(Program(source, (test,)), isolation, limits)
+
+
+def resident(field: str) -> float:
+    """MB of memory that a line of this process's status tells."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def growth(work: Callable[[], object]) -> float:
+    """MB by which the work raises the peak of this process's memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
