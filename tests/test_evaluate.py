@@ -295,19 +295,16 @@ def test_the_numbers_go_to_the_run_in_mlflow(invoke: Invoke, monkeypatch: pytest
     monkeypatch.setattr("wmtp.evaluator.judge", passing)
     assert invoke("tracking=mlflow", "max_steps=4", "hydra.run.dir=outputs/one").code == 0
     assert invoke("checkpoint=outputs/one", *FEW, command="evaluate").code == 0
-    assert invoke("checkpoint=outputs/one", *FEW, "generation.speculative=false", command="evaluate").code == 0
+    assert invoke("checkpoint=outputs/one", *FEW, "generation.temperature=2", command="evaluate").code == 0
     client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name("wmtp")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     written = rows(Path("outputs/one/evaluations/metrics.jsonl"))
     assert len(written) == 2
-    assert (
-        run.data.metrics["evaluation/tasks-test-greedy-first_4/pass_at_1"]
-        == written[-1]["evaluation/tasks-test-greedy-first_4/pass_at_1"]
-    )
-    assert run.data.metrics["evaluation/tasks-test-greedy-first_4/perplexity"] == pytest.approx(
-        written[-1]["evaluation/tasks-test-greedy-first_4/perplexity"]
-    )
+    for line, how in zip(written, ("greedy", "temperature_2"), strict=True):
+        for name in ("pass_at_1", "perplexity"):
+            key = f"evaluation/tasks-test-{how}-first_4/{name}"
+            assert run.data.metrics[key] == pytest.approx(line[key])
     assert run.info.status == "FINISHED"
     assert "train/loss" in run.data.metrics

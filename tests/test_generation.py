@@ -245,6 +245,7 @@ def stop_behind_the_run(patch: pytest.MonkeyPatch) -> None:
 STOPPING = Decoding(stop=("Return", "s = "), batch_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("breakage", "how"),
     [
@@ -449,6 +450,7 @@ def temperature_forgotten(patch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breakage", [temperature_forgotten, accept_everything])
 def test_another_distribution_is_told_apart(
     tokenizer: Tokenizer, breakage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

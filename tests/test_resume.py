@@ -136,6 +136,7 @@ def test_a_finished_run_resumes_to_nothing_more_or_to_a_longer_plan(invoke: Invo
     assert json.loads((run / "status.json").read_text())["step"] == 22
 
 
+@pytest.mark.slow
 def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straight: Path) -> None:
     run = start_over(straight, "changed")
     for change, name in (
