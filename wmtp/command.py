@@ -29,10 +29,8 @@ log = logging.getLogger(__name__)
 Job = Callable[[DictConfig, Path, RunStatus], float | None]
 NOT_SAVED = ("resume", "dry_run")
 """Overrides that belong to one start of a run, not to the run."""
-TEXT = "text"
-OmegaConf.register_new_resolver(
-    TEXT, lambda code: bytes.fromhex(code[1:]).decode(errors="surrogateescape"), replace=True
-)
+TEXT, ANY_BYTES = "text", "surrogateescape"
+OmegaConf.register_new_resolver(TEXT, lambda code: bytes.fromhex(code[1:]).decode(errors=ANY_BYTES), replace=True)
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
 """Hydra takes `checkpoint` itself for the group of that name."""
 
@@ -124,9 +122,8 @@ def plain(argument: str, command: Command) -> str:
     if not equals:
         return argument
     if key in command.texts and value:
-        value = (
-            f"${{{TEXT}:x{value.encode(errors='surrogateescape').hex()}}}"  # no character of it means anything to Hydra
-        )
+        code = value.encode(errors=ANY_BYTES).hex()  # no character of it means anything to Hydra
+        value = f"${{{TEXT}:x{code}}}"
     return grouped(f"{command.short.get(key, key)}={value}")
 
 

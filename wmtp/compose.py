@@ -11,6 +11,7 @@ from wmtp.algorithms.base import Algorithm
 from wmtp.config import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError, SandboxUnavailable
+from wmtp.evaluation.answering import Judge
 from wmtp.evaluation.held_out import HeldOutProblems
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
@@ -72,25 +73,35 @@ def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel
 
 
 def compose_held_out(config: DictConfig, folder: Path, data: Dataset) -> HeldOutProblems:
-    """The problems that show what the model learns; they are not judged where nothing can run programs safely.
+    """The problems that show what the model learns."""
+    return HeldOutProblems(
+        folder,
+        data,
+        compose_judge(config, data),
+        num_validation=config.num_validation_samples,
+        num_test=config.num_samples,
+    )
+
+
+def compose_judge(config: DictConfig, data: Dataset) -> Judge | None:
+    """What runs the model's programs; None where there are no tests, or where nothing can run programs safely.
 
     Raises:
         SandboxUnavailable: the sandbox that the config names cannot be used.
     """
-    held_out = HeldOutProblems(folder, data, num_validation=config.num_validation_samples, num_test=config.num_samples)
-    if not held_out.have_tests:
-        return held_out
+    asked = config.num_validation_samples or config.num_samples
+    if not asked or not any(record.tests for record in (*data.validation.records, *data.test)):
+        return None
     try:
         isolation = find_isolation(config.sandbox)
     except SandboxUnavailable as error:
         if config.sandbox != "auto":
             raise
         log.warning("the model's programs are not run, so there is no val/pass_rate and no pass@1: %s", error)
-    else:
-        if isolation.name == "none":
-            log.warning("sandbox=none: the model's programs run unprotected, with your files and network")
-        held_out.judge = partial(judge, isolation=isolation, limits=Limits())
-    return held_out
+        return None
+    if isolation.name == "none":
+        log.warning("sandbox=none: the model's programs run unprotected, with your files and network")
+    return partial(judge, isolation=isolation, limits=Limits())
 
 
 def compose_trainer(

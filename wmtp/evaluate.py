@@ -10,12 +10,6 @@ from wmtp.command import CHECKPOINT_KEY, Command, main, named_folder
 from wmtp.config import ConfigError, Fault
 from wmtp.runtime.folder import EVALUATIONS, RunStatus
 
-NO_IDENTITY = {
-    "evaluation": ("n", "k", "num_problems", "workers", "sandbox"),
-    "generation": ("batch_size",),
-}
-"""Settings that change which samples there are, or how fast they come, but none of the samples."""
-
 
 def evaluate(config: DictConfig, folder: Path, status: RunStatus) -> float | None:
     """One evaluation in its folder; returns pass@k for the first k."""
@@ -45,20 +39,14 @@ def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
     Raises:
         ConfigError: it cannot be made.
     """
-    from wmtp.trained import find_checkpoint, identity_of
+    from wmtp.evaluation_config import deciding
+    from wmtp.trained import find_checkpoint
 
     if named := named_folder(overrides):
         return named
     checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
-    parts = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("data", "evaluation", "generation")}
-    for key, names in NO_IDENTITY.items():
-        part = parts[key]
-        assert isinstance(part, dict)
-        parts[key] = {name: value for name, value in part.items() if name not in names}
-    parts["is_protected"] = config.evaluation.sandbox != "none"
-    key = hashlib.sha256(json.dumps([identity_of(checkpoint), parts], sort_keys=True).encode()).hexdigest()
-    name = config.data.get("shape", "tasks")
-    folder = config_path.parent / EVALUATIONS / f"{name}-{key[:8]}"
+    key = hashlib.sha256(json.dumps(deciding(config, checkpoint), sort_keys=True).encode()).hexdigest()
+    folder = config_path.parent / EVALUATIONS / f"{config.data.get('shape', 'tasks')}-{key[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

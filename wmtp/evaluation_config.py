@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -9,10 +10,16 @@ from omegaconf.errors import OmegaConfBaseException
 from wmtp.config import Fault, node_faults, nodes
 from wmtp.errors import InputError
 from wmtp.runtime.hardware import hardware_problems
-from wmtp.trained import find_checkpoint, read_config
+from wmtp.trained import find_checkpoint, identity_of, read_config
 
 SAMPLING_TEMPERATURE = 0.8
 SAME_SOURCE = ("_target_", "shape", "path")
+NOT_DECIDING: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "evaluation": ("n", "k", "num_problems", "workers", "sandbox"),
+    "generation": ("batch_size",),
+}
+"""Settings that change which samples there are, or how fast they come, but none of the samples."""
 
 
 def with_temperature(config: DictConfig, n: object) -> DictConfig:
@@ -48,6 +55,17 @@ def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig
             OmegaConf.update(typed, key.removeprefix("data."), OmegaConf.select(config, key))
     config.data = OmegaConf.merge(chosen, inherited, typed)
     return config
+
+
+def deciding(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
+    """All of a config that decides what samples, their costs and their verdicts are, as plain JSON."""
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    parts: dict[str, Any] = {
+        name: {key: value for key, value in content[name].items() if key not in left_out}
+        for name, left_out in NOT_DECIDING.items()
+    }
+    return {"checkpoint": identity_of(checkpoint), "is_protected": config.evaluation.sandbox != "none", **parts}
 
 
 def evaluation_faults(config: DictConfig) -> list[Fault]:

@@ -23,8 +23,10 @@ from wmtp.evaluation.journal import Journal
 from wmtp.evaluation.perplexity import prediction_metrics
 from wmtp.evaluation.report import decoding_summary, pass_summary, print_report
 from wmtp.evaluation.settings import Evaluation
+from wmtp.evaluation_config import deciding
 from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
+from wmtp.pretraining import flat
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import EVALUATIONS, read_status, typed
 from wmtp.runtime.hardware import Hardware
@@ -34,7 +36,7 @@ from wmtp.summary import versions
 from wmtp.tracking.jsonl import FILE_NAME as METRICS
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
 from wmtp.tracking.mlflow import send_pending
-from wmtp.trained import find_checkpoint, identity_of, load_trained, position_of
+from wmtp.trained import find_checkpoint, load_trained, position_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class Evaluator:
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":
             log.warning("evaluation.sandbox=none: the model's programs run unprotected, with your files and network")
-        journal = Journal(self.folder, self._identity(records))
+        identity = {**deciding(self.config, self.checkpoint), "records": records_fingerprint(records)}
+        journal = Journal(self.folder, flat(identity, tuple(identity)))
         replace_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(self.config, resolve=True).encode())
         errors = self._judge_missing(journal, problems, model, isolation)
         keys = [(problem.task_id, index) for problem in problems for index in range(self.settings.n)]
@@ -122,22 +125,6 @@ class Evaluator:
                 "beyond what the model was trained on"
             )
         return problems
-
-    def _identity(self, records: list[Record]) -> dict[str, Any]:
-        """All that decides what the samples, their costs and their verdicts are."""
-        decoding = {name: getattr(self.decoding, name) for name in ("temperature", "top_p", "max_new_tokens")}
-        return {
-            "checkpoint": identity_of(self.checkpoint),
-            "data": records_fingerprint(records),
-            "template": self.source.template,
-            "context": self.source.max_length,
-            **decoding,
-            "stop": list(self.decoding.stop),
-            "speculative": self.decoding.speculative,
-            "seed": self.settings.seed,
-            "is_protected": self.settings.sandbox != "none",
-            "limits": dict(vars(self.settings.limits)),
-        }
 
     def _prediction(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
         """Losses and accuracies on the right solutions."""

@@ -27,17 +27,10 @@ class HeldOutProblems:
     The model answers greedily; `judge`, where there is one, says which answers pass their tests.
     """
 
-    def __init__(
-        self, folder: Path, data: Dataset, judge: Judge | None = None, *, num_validation: int, num_test: int
-    ) -> None:
+    def __init__(self, folder: Path, data: Dataset, judge: Judge | None, *, num_validation: int, num_test: int) -> None:
         self.path, self.data, self.judge = folder / SAMPLES, data, judge
         self.validation = self._fitting("validation", data.validation.records, num_validation)
         self.test = self._fitting("test", data.test or data.validation.records, num_test)
-
-    @property
-    def have_tests(self) -> bool:
-        """Whether there is anything to judge answers by."""
-        return any(problem.tests for problem in (*self.validation, *self.test))
 
     def forget_after(self, step: int) -> None:
         """Drop what was answered after a step, from which a run goes on."""

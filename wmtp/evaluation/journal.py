@@ -29,7 +29,7 @@ class Journal:
         self.folder = folder
         path = folder / IDENTITY
         if path.exists() and (there := _read_identity(path)) != identity:
-            changed = ", ".join(sorted(key for key in identity if there.get(key) != identity[key]))
+            changed = ", ".join(sorted(key for key in identity | there if there.get(key) != identity.get(key)))
             raise InputError(
                 f"{folder}: holds another evaluation ({changed} differ); name another folder: hydra.run.dir=…"
             )
