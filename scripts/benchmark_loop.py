@@ -46,14 +46,18 @@ class WithoutValidation:
         self.data, self.turns, self.step = data, turns, 0
         self.fingerprint, self.seed, self.tokenizer = data.fingerprint, data.seed, data.tokenizer
 
-    def micro_batches(self, *position: int) -> list[Batch]:
+    def micro_batches(self, *position: Any) -> list[Batch]:
         """The next update's batches: whoever asks for them has done all that belongs to the update before."""
         if self.step:
             self.turns.step_done("wmtp", self.step)
         self.step += 1
         return self.data.micro_batches(*position)
 
-    def validation_batches(self, batch_size: int) -> list[Batch]:
+    def num_tokens(self, *position: int) -> int:
+        """The tokens of an update."""
+        return self.data.num_tokens(*position)
+
+    def validation_batches(self, *sizes: Any) -> list[Batch]:
         """No batches."""
         return []
 

@@ -4,7 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,14 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from wmtp.command import forced, main
+from tests.ranks import Ranks
+from wmtp.command import main
 from wmtp.config import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
 from wmtp.models.mtp import MtpModel
+from wmtp.overrides import forced
 
 TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
         "num_validation_samples=0"]  # fmt: skip
@@ -70,6 +72,14 @@ def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     return run
 
 
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes to run functions in. Mark tests that use it `xdist_group("ranks")`: they share the two."""
+    both = Ranks()
+    yield both
+    both.stop()
+
+
 def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
     """`python -m wmtp.train …` as a process of its own, in `folder`."""
     return subprocess.Popen(
@@ -103,13 +113,14 @@ def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpMo
     )  # fmt: skip
 
 
+def composed(*overrides: str) -> DictConfig:
+    """train.yaml with overrides."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose("train", [forced(override) for override in overrides])
+
+
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:
     """Composes train.yaml with overrides."""
-
-    def composed(*overrides: str) -> DictConfig:
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            return hydra.compose("train", [forced(override) for override in overrides])
-
     return composed

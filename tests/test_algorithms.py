@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -18,11 +19,12 @@ from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED
-from wmtp.errors import TrainingError
+from wmtp.runtime.distributed import Processes
 from wmtp.targets import head_shares, targets
 from wmtp.values import advantages, rewards_at
 
 NUM_HEADS = 3
+ALONE = Processes()
 
 
 def generator(seed: int) -> torch.Generator:
@@ -41,7 +43,7 @@ def scaled(raw: Tensor, shares: Tensor, low: float, high: float) -> Tensor:
     return weights * mean_one(weights, shares)
 
 
-def seen(seed: int = 0, batch: int = 3, length: int = 9, num_heads: int = NUM_HEADS) -> Observations:
+def seen(seed: int = 0, batch: int = 3, length: int = 9, num_heads: int = NUM_HEADS, number: int = 0) -> Observations:
     """A micro-batch of ragged solutions with everything that can be known of it."""
     source = generator(seed)
     first = torch.randint(0, 3, (batch, 1), generator=source)
@@ -56,7 +58,13 @@ def seen(seed: int = 0, batch: int = 3, length: int = 9, num_heads: int = NUM_HE
         reference_losses=4 * torch.rand(valid.shape, generator=source),
         values=torch.randn(response.shape, generator=source),
         rewards=torch.rand(batch, generator=source),
+        number=number,
     )
+
+
+def numbered(observed: Observations, number: int) -> Observations:
+    """The same as another micro-batch of the run."""
+    return replace(observed, number=number)
 
 
 def through_json(algorithm: Algorithm, fresh: Algorithm) -> Algorithm:
@@ -102,12 +110,17 @@ def test_other_ways_to_scale_break_the_mean_or_the_range(naive: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1.0])
-def test_a_weight_that_is_not_finite_or_negative_is_an_error(bad: float) -> None:
+def test_a_weight_that_is_not_finite_or_negative_makes_the_loss_nan(bad: float) -> None:
     shares = shares_of(0)
     raw = torch.ones_like(shares)
     raw[0, 0, 0] = bad
-    with pytest.raises(TrainingError, match=f"1 of {int((shares > 0).sum())} targets.*such as {bad}"):
-        scaled(raw, shares, 0.1, 5.0)
+    weights = clipped(raw, shares > 0, 0.1, 5.0)
+    assert torch.isnan(weights).nonzero().tolist() == [[0, 0, 0]]
+    losses = torch.ones_like(shares)
+    assert torch.isnan((shares * scaled(raw, shares, 0.1, 5.0) * losses).sum())
+    if not math.isnan(bad):
+        hidden = raw.clamp(0.1, 5.0)  # the control: a range alone makes a weight like any other of it
+        assert torch.isfinite((shares * hidden * mean_one(hidden, shares) * losses).sum())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
@@ -117,10 +130,10 @@ def test_what_is_no_target_may_have_any_raw_weight(bad: float) -> None:
     assert torch.equal(scaled(raw, shares, 0.1, 5.0), (shares > 0).float())
 
 
-def test_weights_that_are_all_zero_are_an_error_but_no_targets_are_none() -> None:
+def test_weights_that_are_all_zero_make_the_loss_nan_but_no_targets_do_not() -> None:
     shares = shares_of(0)
-    with pytest.raises(TrainingError, match="every target of a micro-batch the weight 0"):
-        scaled(torch.zeros_like(shares), shares, 0.0, 1.0)
+    assert torch.isinf(mean_one(torch.zeros_like(shares), shares))
+    assert torch.isnan((shares * scaled(torch.zeros_like(shares), shares, 0.0, 1.0)).sum())
     assert not scaled(torch.ones_like(shares), torch.zeros_like(shares), 0.1, 5.0).any()
 
 
@@ -226,11 +239,30 @@ def test_advantages_are_whitened_by_their_own_moments_for_ten_updates_and_then_b
         share = 0.1 if update else 1.0
         mean += share * (pooled.mean().item() - mean)
         variance += share * (pooled.var(correction=0).item() - variance)
-        critic.finish_update()
+        critic.finish_update(ALONE)
     state = critic.state_dict()
     assert (state["updates"], state["mean"], state["variance"]) == (14, pytest.approx(mean), pytest.approx(variance))
-    critic.finish_update()
+    critic.finish_update(ALONE)
     assert critic.state_dict() == state, "an update in which nothing was whitened does not count"
+
+
+@pytest.mark.parametrize("make", [Critic, lambda: Shuffled(of=Critic())])
+def test_an_update_that_was_not_made_is_none_of_a_critics(make: Callable[[], Algorithm]) -> None:
+    one, other, naive = make(), make(), make()
+    for algorithm in (one, other, naive):
+        algorithm.weights(seen(1))
+        algorithm.finish_update(ALONE)
+    nothing = seen(2)
+    assert nothing.values is not None
+    broken = replace(nothing, values=nothing.values * torch.nan)
+    for algorithm in (one, naive):
+        algorithm.weights(broken)
+    one.forget_update()
+    for algorithm in (one, other, naive):
+        algorithm.weights(seen(3))
+        algorithm.finish_update(ALONE)
+    assert one.state_dict() == other.state_dict()
+    assert "nan" in str(naive.state_dict()), "the control: without it the averages are NaN for good"
 
 
 @pytest.mark.parametrize("updates", [0, 4, 12])
@@ -238,12 +270,12 @@ def test_a_resumed_critic_weighs_bit_for_bit_the_same(updates: int) -> None:
     critic = Critic()
     for update in range(updates):
         critic.weights(seen(update))
-        critic.finish_update()
+        critic.finish_update(ALONE)
     resumed, forgetful = through_json(critic, Critic()), Critic()
     for update in range(50, 50 + 12 - updates):
         for one in (critic, resumed, forgetful):
             one.weights(seen(update))
-            one.finish_update()
+            one.finish_update(ALONE)
     expected = critic.weights(seen(99))
     assert torch.equal(resumed.weights(seen(99)), expected)
     assert torch.equal(forgetful.weights(seen(99)), expected) is (updates == 0)
@@ -255,8 +287,8 @@ def test_the_largest_advantage_overflows_nothing() -> None:
     weights = clipped(critic.weights(observed), observed.valid, 0.1, 5.0)
     assert torch.isfinite(weights).all()
     exponent = plain_advantages(observed).float() / 1e-6 / 0.9
-    with pytest.raises(TrainingError):  # the control
-        clipped(exponent.exp(), torch.ones_like(exponent, dtype=torch.bool), 0.1, 5.0)
+    control = clipped(exponent.exp(), torch.ones_like(exponent, dtype=torch.bool), 0.1, 5.0)
+    assert torch.isnan(control).any()
 
     constant = Observations(**vars(observed) | {"values": torch.zeros(3, 9), "rewards": torch.zeros(3)})
     assert (Critic().weights(constant)[constant.valid] == 1).all()
@@ -427,26 +459,52 @@ def test_a_weight_is_shuffled_to_every_target_of_its_sequence_equally_often() ->
     head, position = observed.valid[:, 1].nonzero()[0].tolist()
     weights[head, 1, position] = 9.0
     algorithm, draws, landed = Shuffled(of=Given(weights)), 3000, torch.zeros(observed.valid.shape)
-    for _ in range(draws):
-        landed += algorithm.weights(observed) == 9.0
+    for number in range(draws):
+        landed += algorithm.weights(numbered(observed, number)) == 9.0
     there = observed.valid[:, 1]
     share = 1 / int(there.sum())
     assert landed.sum() == landed[:, 1][there].sum() == draws
     assert (landed[:, 1][there] / draws - share).abs().max() < 5 * math.sqrt(share * (1 - share) / draws)
 
 
-@pytest.mark.parametrize("control", [Shuffled, Random])
-def test_a_control_is_decided_by_its_seed_and_goes_on_where_it_was(control: type[Control]) -> None:
+NUMBERS = [epoch << 40 | update << 12 | piece for epoch in (0, 1, 5) for update in (0, 1, 300) for piece in (0, 1)]
+"""Micro-batches of several epochs and updates, as a data set numbers them."""
+
+
+def check_each_micro_batch_has_its_own_draws(weights: Callable[[Observations, int], Tensor]) -> None:
     observed = seen(6)
-    of = distinct(observed)
-    one, same, other = (control(of=of, seed=seed) for seed in (3, 3, 4))
-    first = one.weights(observed)
-    assert torch.equal(same.weights(observed), first)
-    assert not torch.equal(other.weights(observed), first)
-    resumed = through_json(one, control(of=of, seed=3))
-    second = one.weights(observed)
-    assert torch.equal(resumed.weights(observed), second)
-    assert not torch.equal(control(of=of, seed=3).weights(observed), second)  # without the state
+    draws = [weights(numbered(observed, number), 3)[observed.valid] for number in NUMBERS]
+    again = [weights(numbered(observed, number), 3)[observed.valid] for number in reversed(NUMBERS)]
+    assert all(torch.equal(one, same) for one, same in zip(draws, reversed(again), strict=True)), "in any order"
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(NUMBERS)
+    others = [weights(numbered(observed, number), 4)[observed.valid] for number in NUMBERS]
+    assert not any(torch.equal(one, other) for one, other in zip(draws, others, strict=True))
+
+
+@pytest.mark.parametrize("control", [Shuffled, Random])
+def test_a_control_is_decided_by_its_seed_and_the_micro_batch(control: type[Control]) -> None:
+    of = distinct(seen(6))
+    check_each_micro_batch_has_its_own_draws(lambda observed, seed: control(of=of, seed=seed).weights(observed))
+
+    class OneStream(control):  # type: ignore[misc, valid-type]
+        """Draws from one generator, whose state depends on how many micro-batches this process has seen."""
+
+        generator = torch.Generator()
+
+        def emptied(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
+            return super().emptied(weights, observed, self.generator)
+
+    class SeedsAsTheyAre(control):  # type: ignore[misc, valid-type]
+        """Hands torch the number itself, of which it takes no more than 32 bits: every epoch is like the first."""
+
+        def emptied(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
+            return super().emptied(weights, observed, generator.manual_seed(self.seed << 56 | observed.number))
+
+    for naive in (OneStream, SeedsAsTheyAre):
+        with pytest.raises(AssertionError):
+            check_each_micro_batch_has_its_own_draws(
+                lambda observed, seed, naive=naive: naive(of=of, seed=seed).weights(observed)
+            )
 
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
@@ -454,7 +512,7 @@ def test_a_control_keeps_the_state_of_what_it_wraps(control: type[Control]) -> N
     one = control(of=Critic(), seed=1)
     for update in range(12):
         one.weights(seen(update))
-        one.finish_update()
+        one.finish_update(ALONE)
     assert one.of.state_dict()["updates"] == 12
     resumed = through_json(one, control(of=Critic(), seed=1))
     assert torch.equal(resumed.weights(seen(99)), one.weights(seen(99)))
@@ -481,7 +539,7 @@ def test_random_weights_have_the_mean_and_the_deviation_of_the_wrapped_ones() ->
     observed = seen(1, batch=8, length=16)
     of = Given(torch.exp(0.6 * torch.randn(observed.valid.shape, generator=generator(1))))
     algorithm, wanted = Random(of=of), of.given[observed.valid]
-    draws = torch.stack([algorithm.weights(observed) for _ in range(500)])[:, observed.valid]
+    draws = torch.stack([algorithm.weights(numbered(observed, n)) for n in range(500)])[:, observed.valid]
 
     def agrees(weights: Tensor) -> bool:
         mean, deviation = float(weights.mean()), float(weights.std())
@@ -503,7 +561,7 @@ def test_random_weights_still_vary_as_much_once_they_are_trained_with(of: Algori
     shares = head_shares(observed.valid)
 
     def trained(algorithm: Algorithm, low: float, high: float) -> float:
-        draws = [clipped(algorithm.weights(observed), observed.valid, low, high) for _ in range(30)]
+        draws = [clipped(algorithm.weights(numbered(observed, n)), observed.valid, low, high) for n in range(30)]
         return sum(float((weights * mean_one(weights, shares))[observed.valid].std()) for weights in draws) / 30
 
     wanted, control = trained(of, of.weight_min, of.weight_max), Random(of=of)

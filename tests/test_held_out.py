@@ -10,6 +10,7 @@ from tests.conftest import Invoke, tiny_model
 from wmtp.data.dataset import Dataset
 from wmtp.errors import SandboxUnavailable
 from wmtp.evaluation.held_out import HeldOutProblems
+from wmtp.runtime.distributed import Processes
 from wmtp.sandbox.judge import Program, Verdict
 
 
@@ -56,7 +57,7 @@ def judge_by_length(program: Program) -> Verdict:
 
 
 def test_the_pass_rate_is_that_of_what_was_judged(tiny_data: Dataset, tmp_path: Path) -> None:
-    held_out = HeldOutProblems(tmp_path, tiny_data, judge_by_length, num_validation=8, num_test=4)
+    held_out = HeldOutProblems(tmp_path, tiny_data, judge_by_length, Processes(), num_validation=8, num_test=4)
     got = held_out.validate(tiny_model(), 1)
     outcomes = [line["outcome"] for line in lines(tmp_path / "samples.jsonl")]
     assert len(outcomes) == 8

@@ -1,11 +1,10 @@
 """Everything that can be wrong with a composed config, found before anything is built."""
 
-import json
-import os
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import DictConfig
@@ -28,7 +27,7 @@ from wmtp.early_stopping import EarlyStopping, monitor_problem
 from wmtp.errors import InputError
 from wmtp.objectives.base import metric_names
 from wmtp.plan import Plan
-from wmtp.runtime.folder import ACCEPTED, read_status
+from wmtp.runtime.folder import ACCEPTED, is_running
 from wmtp.runtime.hardware import hardware_problems
 from wmtp.sandbox.isolation import Choice
 from wmtp.stages import ReferenceStage, Stage, ValueStage
@@ -46,6 +45,7 @@ class RunOptions:
     num_samples: Annotated[int, Field(ge=0)]
     sandbox: Choice
     resume: ExistingPath | None
+    resume_override: list[Literal["data", "micro_batch_size", "objective", "optimizer", "seed"]]
     dry_run: bool
     cache_dir: Path
 
@@ -116,8 +116,21 @@ def cross_faults(config: DictConfig, unsound: set[str], stage: Stage | None) -> 
         yield from algorithm_faults(config)
     if not unsound & {"algo", "model", "early_stopping"}:
         yield from early_stopping_faults(config, stage)
-    if not unsound & {"batch_size", "micro_batch_size"} and (config.micro_batch_size or 1) > config.batch_size:
-        yield Fault("micro_batch_size", str(config.micro_batch_size), f"at most batch_size={config.batch_size}")
+    if not unsound & {"batch_size", "micro_batch_size", "hardware"}:
+        yield from batch_faults(config)
+
+
+def batch_faults(config: DictConfig) -> Iterator[Fault]:
+    """Batches that leave a process without work."""
+    batch_size, processes = config.batch_size, config.hardware.num_processes
+    if batch_size < processes:
+        problem = f"at least hardware.num_processes={processes}, so that each has work"
+        yield Fault("batch_size", str(batch_size), problem)
+    elif (config.micro_batch_size or 1) > (share := math.ceil(batch_size / processes)):
+        problem = f"at most batch_size={batch_size}"
+        if processes > 1:
+            problem = f"at most {share}, so that each of {processes} processes has work in batch_size={batch_size}"
+        yield Fault("micro_batch_size", str(config.micro_batch_size), problem)
 
 
 def model_faults(config: DictConfig) -> Iterator[Fault]:
@@ -181,7 +194,8 @@ def stage_faults(config: DictConfig, stage: Stage) -> Iterator[Fault]:
     if not changed.data.group_tasks:
         problem = "compares the solutions to a task, which must meet in a batch: set pretrain.data.group_tasks=true"
         yield Fault("pretrain.loss", "ranking", problem)
-    if (changed.micro_batch_size or changed.batch_size) % 2 or changed.batch_size % 2:
+    micro_batch_size = changed.micro_batch_size or math.ceil(changed.batch_size / config.hardware.num_processes)
+    if micro_batch_size % 2 or changed.batch_size % 2:
         yield Fault("pretrain.loss", "ranking", "needs an even batch_size and micro_batch_size, to hold pairs")
     if changed.data.reward_model is not None:
         yield Fault("pretrain.loss", "ranking", "ranks by is_correct, not by data.reward_model; choose loss=reward")
@@ -241,20 +255,4 @@ def resume_problem(folder: Path) -> str | None:
         return f"is no run's folder: it has no {ACCEPTED}"
     if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):
         return "the run has no checkpoint; start it anew"
-    try:
-        status = read_status(folder)
-    except (OSError, json.JSONDecodeError):
-        return None  # it died before its status was written; the checkpoints decide
-    if status["state"] == "RUNNING" and status["pid"] != os.getpid() and _is_alive(status["pid"]):
-        return f"the run is still going, as process {status['pid']}"
-    return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return "the run is still going" if is_running(folder) else None

@@ -1,6 +1,5 @@
 """From a command line to a job in a run's folder: overrides, checks, Hydra, status and exit code."""
 
-import json
 import logging
 import os
 import shutil
@@ -14,25 +13,20 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.runtime.folder import ACCEPTED, RunStatus, create_run_folder
-from wmtp.runtime.signals import raised_signals
+from wmtp.overrides import forced, is_group, parsed, plain, quoted, saved_overrides
+from wmtp.runtime.folder import Ending, RunStatus, create_run_folder
+from wmtp.runtime.liveness import die_with
+from wmtp.runtime.signals import ignored_signals, raised_signals
+from wmtp.runtime.worker import TASK, started_together
+from wmtp.task import Job, Task, dismiss, follow, launch, lead, work
 
 log = logging.getLogger(__name__)
-Job = Callable[[DictConfig, Path, RunStatus], float | None]
-NOT_SAVED = ("resume", "dry_run")
-"""Overrides that belong to one start of a run, not to the run."""
-TEXT, ANY_BYTES = "text", "surrogateescape"
-OmegaConf.register_new_resolver(TEXT, lambda code: bytes.fromhex(code[1:]).decode(errors=ANY_BYTES), replace=True)
-CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
-"""Hydra takes `checkpoint` itself for the group of that name."""
 
 
 def unchanged(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -57,6 +51,8 @@ class Command:
     """Whether it goes on in a folder that was begun earlier."""
     advice: Callable[[Path], str] = lambda folder: "Nothing was saved; start anew."
     """What to do after an interruption."""
+    num_processes: Callable[[DictConfig], int] | None = None
+    """How many processes do the job together; None: always one."""
     texts: frozenset[str] = frozenset()
     """Keys whose values are text, whatever characters they hold."""
     short: Mapping[str, str] = field(default_factory=dict)
@@ -64,96 +60,148 @@ class Command:
 
 
 def main(command: Command) -> None:
-    """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code."""
-    arguments = [plain(argument, command) for argument in sys.argv[1:]]
-    temporary: Path | None = None
-    codes: list[int] = []
+    """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code.
+
+    A process that was started to help with a job does only that.
+    """
+    if TASK in os.environ:
+        work(command.job)
+    if started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())
+    if started_together() and os.environ["RANK"] != "0":
+        follow(command.job)
+    session = Session(command)
     try:
+        with raised_signals():
+            session.run([plain(argument, command.texts, command.short) for argument in sys.argv[1:]])
+    except WmtpError as error:
+        session.end(error.exit_code, str(error))
+    except BrokenPipeError:  # `… --help | head`: nobody reads on, and the interpreter must not flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InterruptedRun, KeyboardInterrupt) as error:
+        session.interrupted(ending(error)[0])
+    finally:
+        session.close()
+    sys.exit(max(session.codes, default=0))
+
+
+class Session:
+    """One call of a command, from what was typed to its exit code."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.codes: list[int] = []
+        """The exit codes of its jobs."""
+        self.folder: Path | None = None
+        """The folder of its only job."""
+        self.is_temporary = False
+        self.has_shared = False
+        """Whether the processes that torchrun started besides this one know what to do."""
+
+    def run(self, arguments: list[str]) -> None:
+        """Check, choose the folder, and do the job or the sweep.
+
+        Raises:
+            ConfigError: something is wrong with the overrides, the config or the folder.
+        """
+        overrides = self._choose(arguments)
+        sys.argv = [sys.argv[0], *overrides]
+        main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
+        main(self._do)()
+
+    def _choose(self, arguments: list[str]) -> list[str]:
+        command = self.command
+        if started_together() and command.num_processes is None:
+            raise ConfigError([Fault("torchrun", "", f"{command.name} works in one process; leave torchrun out")])
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
             sweep = [a for a in arguments if a in ("-m", "--multirun")]  # its parser wants this before the overrides
             overrides = sweep + [forced(a) for a in arguments if a not in sweep]
+            if sweep and started_together():
+                problem = "a sweep starts outside, and each of its jobs starts its processes; leave torchrun out"
+                raise ConfigError([Fault(sweep[0], "", problem)])
             if sweep and not any(a.startswith("hydra.sweep.dir=") for a in arguments):
                 overrides.append(f"hydra.sweep.dir={quoted(create_run_folder(suffix='-sweep'))}")
+            return overrides
+        overrides, config = checked_overrides(command, arguments)
+        folder = command.folder(config, overrides)
+        if folder is None:
+            folder, self.is_temporary = Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")), True
+        self.folder = folder
+        if config.get("dry_run"):
+            overrides.append(f"++cache_dir={quoted(folder / 'cache')}")
+        return [*overrides, f"hydra.run.dir={quoted(folder)}"]
+
+    def _do(self, config: DictConfig) -> float | None:
+        """One job: its outcome goes to status.json and the exit codes, its traceback to the log file."""
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        if not self.command.continues(config) and (folder / "status.json").exists():
+            self.end(InputError.exit_code, f"{folder} holds a run already; name another hydra.sweep.dir")
+            return None
+        try:
+            status, progress = RunStatus(folder), Ending()
+        except InputError as error:
+            self.end(error.exit_code, str(error))
+            return None
+
+        def record(error: BaseException) -> None:
+            code, state = ending(error)
+            if not (isinstance(error, InputError) and status.withdraw()):
+                status.end(state, code, progress, error=str(error) or type(error).__name__)
+            log.info("it ended: %s", state, exc_info=error)
+            self.end(code, farewell(error, None if self.is_temporary else folder, self.command))
+
+        try:
+            config = self.command.complete(config, list(hydra_config.overrides.task))
+            if faults := self.command.faults(config):
+                raise ConfigError(faults)
+            task = Task(config, folder, list(hydra_config.overrides.task), progress)
+            value = self._perform(task, record)
+            status.end("FINISHED", 0, progress)
+        except BaseException as error:  # noqa: BLE001 - whatever ends the job is recorded
+            with ignored_signals():
+                record(error)
+            if isinstance(error, InterruptedRun):
+                sys.exit(self.codes[-1])
+            return None
+        return value
+
+    def _perform(self, task: Task, record: Callable[[BaseException], None]) -> float | None:
+        """Do the job, in as many processes as it asks for."""
+        command = self.command
+        if started_together():
+            self.has_shared = True
+            return lead(command.job, task, record)
+        size = command.num_processes(task.config) if command.num_processes else 1
+        return launch(command.job, task, size) if size > 1 else command.job(task)
+
+    def end(self, code: int, message: str) -> None:
+        """Say how a job ended, and note its exit code."""
+        print(message, file=sys.stderr)
+        self.codes.append(code)
+
+    def interrupted(self, code: int) -> None:
+        """A signal came when no job was going on; a folder that was chosen for one says so, if it holds anything."""
+        self.end(code, "interrupted before anything began")
+        if (
+            self.folder is None
+            or self.is_temporary
+            or not self.folder.exists()
+            or (self.folder / "status.json").exists()
+        ):
+            return
+        if any(self.folder.iterdir()):
+            RunStatus(self.folder).end("KILLED", code, Ending(), error="interrupted before anything began")
         else:
-            overrides, config = checked_overrides(command, arguments)
-            folder = command.folder(config, overrides)
-            if folder is None:
-                folder = temporary = Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-"))
-            if config.get("dry_run"):
-                overrides.append(f"++cache_dir={quoted(folder / 'cache')}")
-            overrides.append(f"hydra.run.dir={quoted(folder)}")
-        sys.argv = [sys.argv[0], *overrides]
-        recorded = _recorded(command, codes, temporary)
-        hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=command.name)(recorded)()
-    except WmtpError as error:
-        print(error, file=sys.stderr)
-        codes.append(error.exit_code)
-    except BrokenPipeError:  # `… --help | head`: nobody reads on, and the interpreter must not flush at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("interrupted before anything began", file=sys.stderr)
-        codes.append(128 + signal.SIGINT)
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    sys.exit(max(codes, default=0))
+            self.folder.rmdir()
 
-
-def quoted(value: object) -> str:
-    """A value as an override that Hydra's grammar reads back unchanged."""
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def named_folder(overrides: list[str]) -> Path | None:
-    """The folder that the user chose, if one was."""
-    named = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
-    return Path(named[-1]) if named else None
-
-
-def is_group(key: str) -> bool:
-    """Whether a key chooses a config group's option rather than setting a value."""
-    return bool(key) and (CONFIG_FOLDER / key).is_dir()
-
-
-def plain(argument: str, command: Command) -> str:
-    """An argument with its key in full and, where it is text, its value in a code; as Hydra wants it."""
-    key, equals, value = argument.partition("=")
-    if not equals:
-        return argument
-    if key in command.texts and value:
-        code = value.encode(errors=ANY_BYTES).hex()  # no character of it means anything to Hydra
-        value = f"${{{TEXT}:x{code}}}"
-    return grouped(f"{command.short.get(key, key)}={value}")
-
-
-def grouped(argument: str) -> str:
-    """An override that chooses a group's option in a plainer way than Hydra's: as Hydra wants it.
-
-    `algo.of=rho1` chooses from the group `algo/of`; `pretrain.model=nano` an option of `model` for the stage.
-    """
-    key, _, value = argument.partition("=")
-    if "." in key and is_group(key.replace(".", "/")):
-        return f"{key.replace('.', '/')}={value}"
-    outer, _, group = key.partition(".")
-    if outer == "pretrain" and is_group(group) and (CONFIG_FOLDER / group / f"{value}.yaml").exists():
-        # the stage's own early stopping is chosen in its file already, anything else is added
-        return f"{'' if group == 'early_stopping' else '+'}{group}@{key}={value}"
-    return argument
-
-
-def forced(argument: str) -> str:
-    """An override as Hydra needs it.
-
-    `key=value` becomes `++key=value`: unknown keys then reach the check, which reports them with all
-    others. `experiment=name` becomes `experiment@_global_=name`: the files say nothing of packages.
-    """
-    key = argument.partition("=")[0]
-    if key == "experiment":
-        return argument.replace("experiment=", "experiment@_global_=", 1)
-    if "=" not in argument or key.startswith(("-", "~", "hydra")) or is_group(key.lstrip("+").split("@")[0]):
-        return argument
-    return f"++{argument.lstrip('+')}"
+    def close(self) -> None:
+        """Remove what is not to stay, and let nobody wait."""
+        if self.is_temporary and self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if started_together() and not self.has_shared:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as one of the others has ended
+            dismiss(max(self.codes, default=0))
 
 
 def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:
@@ -184,65 +232,6 @@ def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str]
     if faults:
         raise ConfigError(faults)
     return chosen, config
-
-
-def parsed(arguments: list[str], faults: list[Fault]) -> list[Override]:
-    """The overrides that Hydra's grammar understands; the others become faults."""
-    parser, overrides = OverridesParser.create(), []
-    for argument in arguments:
-        try:
-            override = parser.parse_override(argument)
-        except HydraException:
-            faults.append(Fault(argument, "", "is no override; write key=value, or group=option"))
-            continue
-        if override.is_sweep_override():
-            faults.append(Fault(override.key_or_group, "", "several values make a sweep: add -m, or quote the value"))
-        else:
-            overrides.append(override)
-    return overrides
-
-
-def saved_overrides(arguments: list[str]) -> list[str]:
-    """The overrides of the run that `resume=` names, if it does; a wrong folder is left to the checks."""
-    resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
-    path = Path(str(resume).strip("'\"")) / ACCEPTED
-    if resume is None or not path.exists():
-        return []
-    saved: list[str] = json.loads(path.read_text())
-    return [text for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
-
-
-def _recorded(command: Command, codes: list[int], temporary: Path | None) -> Callable[[DictConfig], float | None]:
-    """The job for Hydra: its outcome goes to status.json and `codes`, its traceback to the log file."""
-
-    def run(config: DictConfig) -> float | None:
-        hydra_config = HydraConfig.get()
-        folder = Path(hydra_config.runtime.output_dir)
-        if not command.continues(config) and (folder / "status.json").exists():
-            print(f"{folder} holds a run already; name another hydra.sweep.dir", file=sys.stderr)
-            codes.append(InputError.exit_code)
-            return None
-        status = RunStatus(folder)
-        try:
-            with raised_signals():
-                config = command.complete(config, list(hydra_config.overrides.task))
-                if faults := command.faults(config):
-                    raise ConfigError(faults)
-                value = command.job(config, folder, status)
-        except BaseException as error:
-            code, state = ending(error)
-            if not (isinstance(error, InputError) and status.withdraw()):
-                status.end(state, code, error=str(error) or type(error).__name__)
-            log.info("it ended: %s", state, exc_info=error)
-            print(farewell(error, None if temporary else folder, command), file=sys.stderr)
-            codes.append(code)
-            if isinstance(error, InterruptedRun):
-                sys.exit(code)
-            return None
-        status.end("FINISHED", 0)
-        return value
-
-    return run
 
 
 def farewell(error: BaseException, folder: Path | None, command: Command) -> str:

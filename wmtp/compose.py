@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from wmtp.algorithms.base import Algorithm
 from wmtp.config import build, stage_config
 from wmtp.data.dataset import Dataset
+from wmtp.data.sources import DataSource
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.answering import Judge
 from wmtp.evaluation.held_out import HeldOutProblems
@@ -18,6 +19,7 @@ from wmtp.objectives.base import Objective
 from wmtp.optimization import parameter_groups
 from wmtp.plan import Plan
 from wmtp.runtime.hardware import Hardware
+from wmtp.runtime.parallel import parallelise
 from wmtp.runtime.seeding import seed_torch
 from wmtp.sandbox.isolation import find_isolation
 from wmtp.sandbox.judge import judge
@@ -49,10 +51,21 @@ def compose_parts(config: DictConfig) -> Parts:
 
 
 def compose_data(config: DictConfig, hardware: Hardware) -> Dataset:
-    """The data set, with rewards from a reward model if the config names one."""
-    cache_dir = Path(config.cache_dir)
-    source = build(config.data, cache_dir=cache_dir)
-    data = Dataset(source, cache_dir, config.seed)
+    """The data set, with rewards from a reward model if the config names one.
+
+    The first process reads it, then the others, which find its tokens on disk.
+
+    Raises:
+        InputError: processes have read different data.
+    """
+    cache_dir, processes = Path(config.cache_dir), hardware.processes
+
+    def read() -> tuple[DataSource, Dataset]:
+        source: DataSource = build(config.data, cache_dir=cache_dir)
+        return source, Dataset(source, cache_dir, config.seed)
+
+    first = processes.together(lambda: read() if processes.is_main else None)
+    source, data = first or read()
     if source.reward_model is not None:
         from wmtp.models.huggingface import RewardModel  # imports transformers, which takes seconds
 
@@ -60,6 +73,9 @@ def compose_data(config: DictConfig, hardware: Hardware) -> Dataset:
         for split in (data.train, data.validation):
             split.rewards = reward_model.rewards(split)
         data.depend_on(reward_model.fingerprint)
+    found = processes.gather(data.fingerprint)
+    if len(set(found)) > 1:
+        raise InputError(f"data: the processes have read different data, with the hashes {', '.join(found)}")
     return data
 
 
@@ -72,12 +88,14 @@ def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel
     return model.to(parts.hardware.device)
 
 
-def compose_held_out(config: DictConfig, folder: Path, data: Dataset) -> HeldOutProblems:
+def compose_held_out(config: DictConfig, folder: Path, parts: Parts) -> HeldOutProblems:
     """The problems that show what the model learns."""
+    data, processes = parts.data, parts.hardware.processes
     return HeldOutProblems(
         folder,
         data,
-        compose_judge(config, data),
+        compose_judge(config, data) if processes.is_main else None,
+        processes,
         num_validation=config.num_validation_samples,
         num_test=config.num_samples,
     )
@@ -113,9 +131,18 @@ def compose_trainer(
     objective: Objective,
     held_out: HeldOutProblems | None = None,
 ) -> Trainer:
-    """The trainer of one stage. `folder` takes its checkpoints."""
+    """The trainer of one stage. `folder` takes its checkpoints. The model is from now on that of all processes."""
+    processes = hardware.processes
+    if not processes.is_main:
+        seed_torch(config.seed, processes.rank)  # each draws a dropout of its own
+    model.activation_checkpointing = hardware.activation_checkpointing
+    blocks = [*model.trunk, *model.heads]
+    if hardware.compile:
+        for block in blocks:
+            block.compile()
+    parallelise(model, blocks, hardware.strategy, hardware.precision)
     optimizer = build(config.optimizer, params=parameter_groups(model))
-    plan = build(config, Plan, num_samples=len(data.train))
+    plan = build(config, Plan, num_samples=len(data.train), num_processes=processes.size)
     trainer: Trainer = build(
         config,
         model=model,
@@ -123,7 +150,7 @@ def compose_trainer(
         data=data,
         optimizer=optimizer,
         scheduler=build(config.scheduler, optimizer=optimizer, num_updates=plan.num_updates),
-        checkpoints=build(config.checkpoint, folder=folder),
+        checkpoints=build(config.checkpoint, folder=folder, processes=processes),
         hardware=hardware,
         plan=plan,
         early_stopping=build(config.early_stopping),

@@ -61,6 +61,10 @@ class EarlyStopping:
         """Why to stop, in words; None to go on."""
         return self._reason
 
+    def stop(self, reason: str) -> None:
+        """Stop for a reason that another process has."""
+        self._reason = reason
+
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
         """Take in one update: its gradient norm before clipping, and its value variance if there is a value head."""
         self._exceeded.append(int(grad_norm > self.threshold or not math.isfinite(grad_norm)))

@@ -40,3 +40,14 @@ class InterruptedRun(BaseException):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.exit_code - 128, str(self))
+
+
+class InterruptedAtOnce(InterruptedRun):
+    """A signal ended the run wherever it was: what was not saved before is lost."""
+
+
+class ProcessFailed(WmtpError):
+    """One of the processes of a run failed or died. Its traceback, if it left one, is in the log."""

@@ -2,20 +2,26 @@
 
 import hashlib
 import json
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.command import CHECKPOINT_KEY, Command, main, named_folder
+from wmtp.command import Command, main
 from wmtp.config import ConfigError, Fault
-from wmtp.runtime.folder import EVALUATIONS, RunStatus
+from wmtp.overrides import CHECKPOINT_KEY, named_folder
+from wmtp.runtime.folder import EVALUATIONS
+from wmtp.task import Task
 
 
-def evaluate(config: DictConfig, folder: Path, status: RunStatus) -> float | None:
+def evaluate(task: Task) -> float | None:
     """One evaluation in its folder; returns pass@k for the first k."""
     from wmtp.evaluator import Evaluator  # imports torch, and --help needs none of it
 
-    return Evaluator(config, folder).evaluate()
+    return Evaluator(task.config, task.folder).evaluate()
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:

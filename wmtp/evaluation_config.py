@@ -104,8 +104,11 @@ def _faults(config: DictConfig) -> list[Fault]:
     unsound = {fault.key.split(".")[0] for fault in faults}
     if "hardware" not in unsound:
         hardware = config.hardware
-        for name, problem in hardware_problems(hardware.device, hardware.num_processes, hardware.strategy):
+        for name, problem in hardware_problems(hardware.device, 1, "single"):
             faults.append(Fault(f"hardware.{name}", str(hardware[name]), problem))
+        if hardware.num_processes > 1:
+            problem = "only training has several processes; choose another hardware, such as auto"
+            faults.append(Fault("hardware.num_processes", str(hardware.num_processes), problem))
     return [*faults, *checkpoint_faults(config)]
 
 

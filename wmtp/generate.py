@@ -1,19 +1,24 @@
 """Answer a prompt: `python -m wmtp.generate checkpoint=RUN prompt="…"`; `--help` lists the rest."""
 
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
+
 from omegaconf import DictConfig
 
-from wmtp.command import CHECKPOINT_KEY, Command, main
+from wmtp.command import Command, main
 from wmtp.config import Fault
 from wmtp.errors import InputError
-from wmtp.runtime.folder import RunStatus
+from wmtp.overrides import CHECKPOINT_KEY
+from wmtp.task import Task
 
 STANDARD_INPUT = "-"
 
 
-def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
+def generate(task: Task) -> None:
     """Write the answers to standard output as they come, and what they cost to standard error."""
     from wmtp.config import build  # these import torch, and --help needs none of it
     from wmtp.evaluation.answering import encode_prompts, sample_seed
@@ -22,6 +27,7 @@ def generate(config: DictConfig, folder: Path, status: RunStatus) -> None:
     from wmtp.generation.decoding import generate as completions
     from wmtp.trained import find_checkpoint, load_trained, read_config
 
+    config = task.config
     checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
     trained = read_config(config_path)
     text = read_prompt(config.prompt)

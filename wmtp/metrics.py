@@ -1,10 +1,13 @@
 """Sums that batches, micro-batches and ranks add to; the division comes last, once."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from wmtp.runtime.distributed import Processes
 
 
 @dataclass
@@ -25,11 +28,43 @@ class Sums:
         for name, value in other.maxima.items():
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
+    def reduced(self, processes: Processes) -> "Sums":
+        """What all processes summed; the same bits in each."""
+        if processes.size == 1:
+            return self
+        total = processes.sum(self.row())
+        lowest = processes.largest(*(-float(value) for value in self.minima.values()))
+        highest = processes.largest(*map(float, self.maxima.values()))
+        return Sums(
+            dict(zip(self.means, total.view(-1, 2).unbind(), strict=True)),  # type: ignore[arg-type]
+            {name: torch.tensor(-value) for name, value in zip(self.minima, lowest, strict=True)},
+            {name: torch.tensor(value) for name, value in zip(self.maxima, highest, strict=True)},
+        )
+
+    def row(self) -> Tensor:
+        """Sum, count, sum, count, … of the means, in fp64 on the CPU."""
+        numbers = [torch.as_tensor(x) for pair in self.means.values() for x in pair]
+        device = next((x.device for x in numbers if x.device.type != "cpu"), "cpu")
+        # one copy for all of them: each would wait for the GPU
+        return torch.stack([x.to(device) for x in numbers]).cpu().double()
+
     def results(self) -> dict[str, float]:
         """The means and extremes; a mean of nothing is left out."""
-        out = {name: float(total) / float(count) for name, (total, count) in self.means.items() if float(count) > 0}
+        pairs = self.row().view(-1, 2).tolist() if self.means else []
+        out = {name: total / count for name, (total, count) in zip(self.means, pairs, strict=True) if count > 0}
         out |= {name: float(value) for name, value in (self.minima | self.maxima).items()}
         return out
+
+
+def in_order(batches: Sequence[Sums], num_batches: int, processes: Processes) -> Sums:
+    """The means over batches of which each process measured every `size`-th; the same for any number of processes.
+
+    Each has measured equally many. What comes after the first `num_batches` counts for nothing.
+    """
+    table = torch.zeros(len(batches) * processes.size, 2 * len(batches[0].means), dtype=torch.float64)
+    table[processes.rank :: processes.size] = torch.stack([sums.row() for sums in batches])
+    total = processes.sum(table)[:num_batches].sum(dim=0)  # summed alike, wherever its rows come from
+    return Sums(dict(zip(batches[0].means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
 
 
 def deviation(mean: float, mean_of_squares: float) -> float:

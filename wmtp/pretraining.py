@@ -60,10 +60,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def require_unchanged(folder: Path, config: DictConfig) -> None:
-    """Raises `InputError` where a resumed run asks for another stage than the one it began."""
+    """Raises `InputError` where a resumed run asks for another stage than the one it began, and has not said so."""
     if config.pretrain.get("reuse") is not None or not (folder / FOLDER / "config.yaml").exists():
         return
-    before, now = flat(read_record(folder), DECISIVE), flat(stage_record(config), DECISIVE)
+    keys = tuple(key for key in DECISIVE if key not in config.resume_override)
+    before, now = flat(read_record(folder), keys), flat(stage_record(config), keys)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed = [key for key in changed if key != "pretrain.reuse"]
     if changed:

@@ -1,17 +1,20 @@
 """One run from its config to its end: its stages, resuming, trackers, samples, summary, status."""
 
 import hashlib
+import json
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
+from wmtp.checkpoint.state import Snapshot, Tensors
 from wmtp.checkpoint.store import load
 from wmtp.command import ending
 from wmtp.compose import (
@@ -38,8 +41,9 @@ from wmtp.pretraining import (
     write_record,
     write_result,
 )
+from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically
-from wmtp.runtime.folder import ACCEPTED, RunStatus
+from wmtp.runtime.folder import ACCEPTED, RESUMES, Ending
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
 from wmtp.tracking.base import State, Tracker
@@ -55,27 +59,34 @@ log = logging.getLogger(__name__)
 class Run:
     """A run in its folder: the stage before, if there is one, and the training."""
 
-    def __init__(self, config: DictConfig, folder: Path, status: RunStatus) -> None:
-        self.config, self.folder, self.status = config, folder, status
+    def __init__(self, config: DictConfig, folder: Path, ending: Ending, overrides: Sequence[str]) -> None:
+        """`overrides` are what the user typed; `ending` is told how far the run came."""
+        self.config, self.folder, self.ending, self.overrides = config, folder, ending, list(overrides)
+        self.processes = Processes()
         self.resolved = OmegaConf.to_yaml(config, resolve=True)
-        self.console = Console(markup=False)
+        self.console = Console(markup=False, quiet=not self.processes.is_main)
         self.remote: list[Tracker] = []
         self.stage_result: dict[str, Any] | None = None
 
     def train(self) -> float | None:
-        """Train to the end and leave everything in the folder; returns the last validation loss."""
+        """Train to the end and leave everything in the folder; returns the last validation loss.
+
+        All processes do the same, but only the first prints, tracks and writes.
+        """
         try:
             trainer = self._prepare()
             result = self._fit(trainer, self.folder)
-            summary = self._summarise(trainer, result)
+            extras = self._conclude(trainer, result)
+            summary = self.processes.from_main(lambda: write_summary(self.folder, trainer, result, extras))
         except BaseException as error:
             for problem in close(self.remote, ending(error)[1]):
                 log.warning("%s", problem)
             raise
         problems = close(self.remote, "FINISHED")
         uri = getattr(self.remote[0], "uri", None) if self.remote else None
-        print_summary(self.console, self.folder, summary, uri, longer(self.config, result))
-        self.status.stop_reason = result.stop_reason
+        if self.processes.is_main:
+            print_summary(self.console, self.folder, summary, uri, longer(self.config, result))
+        self.ending.stop_reason = result.stop_reason
         if problems:
             raise problems[0]
         return result.final_loss
@@ -90,7 +101,7 @@ class Run:
         if reference is not None:
             self._say("reading the reference's losses, or computing them …")
             parts.columns.attach_reference_losses(reference, parts.data)
-        self.held_out = compose_held_out(self.config, self.folder, parts.data)
+        self.held_out = compose_held_out(self.config, self.folder, parts)
         objective = MtpObjective(parts.algorithm)
         trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective, self.held_out)
         self._restore(trainer)
@@ -103,13 +114,14 @@ class Run:
 
     def _stage_model(self, stage: Stage, parts: Parts) -> MtpModel:
         """The model that the stage before leaves: trained now or earlier, or taken over from another run."""
-        require_unchanged(self.folder, self.config)
-        if read_result(self.folder) is None:
+        self.processes.together(lambda: require_unchanged(self.folder, self.config))
+        if self.processes.from_main(lambda: read_result(self.folder)) is None:
             if stage.reuse is None:
                 self._train_stage(stage, parts)
             else:
-                take_over(stage.reuse, self.folder, self.config)
-        self.stage_result = read_result(self.folder)
+                reused = stage.reuse
+                self.processes.from_main(lambda: take_over(reused, self.folder, self.config))
+        self.stage_result = self.processes.from_main(lambda: read_result(self.folder))
         assert self.stage_result is not None
         saved = self.folder / self.stage_result["saved"]
         self._say(f"the stage before the training left {saved}")
@@ -122,7 +134,7 @@ class Run:
         trainer = compose_stage_trainer(self.config, folder, parts, stage)
         self._restore(trainer)
         self._accept()
-        write_record(self.folder, self.config)
+        self.processes.from_main(lambda: write_record(self.folder, self.config))
         self._say(f"The stage before the training, {type(stage).__name__}:\n{described(trainer)}")
         result = self._fit(trainer, folder)
         if result.stop_reason is not None:
@@ -131,24 +143,26 @@ class Run:
             split.hidden_states = None  # the training that follows has no use for them
         saved = trainer.checkpoints.best() or trainer.checkpoints.latest()
         if stage.saves_value_head:
-            prefix = "value_head."
-            head = {n.removeprefix(prefix): x for n, x in load(saved).model.items() if n.startswith(prefix)}
-            save_file(head, folder / "value_head.safetensors")
-        write_result(self.folder, asdict(result) | {"saved": str(saved.relative_to(self.folder))})
+            head = value_head_of(load(saved, optimizer=False))
+            self.processes.from_main(lambda: save_file(head, folder / "value_head.safetensors"))
+        record = asdict(result) | {"saved": str(saved.relative_to(self.folder))}
+        self.processes.from_main(lambda: write_result(self.folder, record))
         if trainer.interrupted_by is not None:
             raise interruption(trainer)
 
     def _fit(self, trainer: Trainer, folder: Path) -> Result:
         """Train one stage, and write its metrics to its folder."""
         plan, step = trainer.plan, trainer.position.step
-        trackers: list[Tracker] = [
-            MetricsFile(folder, step),
-            ConsoleTracker(self.console, plan.num_updates, plan.updates_per_epoch, step),
-        ]
+        trackers: list[Tracker] = []
+        if self.processes.is_main:
+            trackers = [
+                MetricsFile(folder, step),
+                ConsoleTracker(self.console, plan.num_updates, plan.updates_per_epoch, step),
+            ]
         try:
             return trainer.fit([*trackers, *self.remote])
         finally:
-            self.status.step = trainer.position.step
+            self.ending.step = trainer.position.step
             for problem in close(trackers, "RUNNING"):
                 log.warning("%s", problem)
 
@@ -157,15 +171,19 @@ class Run:
         if self.config.resume is None or not trainer.checkpoints.any():
             return
         checkpoint = trainer.checkpoints.latest()
-        trainer.restore(load(checkpoint))
+        snapshot = load(checkpoint, dict(trainer.model.named_parameters()), verified=True)
+        changes = trainer.restore(snapshot, self.config.resume_override)
+        self.processes.from_main(lambda: self._record_resume(checkpoint, changes))
         if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later mark
             trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
         self._say(f"resuming from {checkpoint}")
 
     def _accept(self) -> None:
         """Nothing speaks against this run, or against going on with it: record its config, open the tracker."""
+        if not self.processes.is_main:
+            return
         replace_atomically(self.folder / "config.yaml", self.resolved.encode())
-        replace_atomically(self.folder / ACCEPTED, encode_json(list(HydraConfig.get().overrides.task)))
+        replace_atomically(self.folder / ACCEPTED, encode_json(self.overrides))
         if self.config.tracking is not None and not self.remote:
             name = self.config.run_name or self.folder.name
             tags = {str(key): str(value) for key, value in self.config.tags.items()}
@@ -174,17 +192,24 @@ class Run:
                 build(self.config.tracking, folder=self.folder, run_name=name, parameters=parameters, tags=tags)
             )
 
-    def _summarise(self, trainer: Trainer, result: Result) -> dict[str, Any]:
-        """The last samples, summary.json and what it needs."""
+    def _record_resume(self, checkpoint: Path, changes: dict[str, str]) -> None:
+        """Append to the run's record where it goes on, in how many processes, and what was declared to change."""
+        line = {"checkpoint": str(checkpoint.relative_to(self.folder)), "processes": self.processes.size}
+        with (self.folder / RESUMES).open("a") as file:
+            file.write(json.dumps({"time": time.time(), **line, "declared_changes": changes}) + "\n")
+        for name, change in changes.items():
+            log.warning("declared to have changed: %s: %s", name, change)
+
+    def _conclude(self, trainer: Trainer, result: Result) -> dict[str, Any]:
+        """The last samples, and what the summary says besides what the trainer knows."""
         objective = trainer.objective
         assert isinstance(objective, MtpObjective)
-        extras = {
+        return {
             "pass@1": self.held_out.conclude(trainer.model, result.total_steps),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "weights": weight_quality(objective, trainer.model, trainer.data, trainer.hardware),
         }
-        return write_summary(self.folder, trainer, result, extras)
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)
@@ -192,7 +217,7 @@ class Run:
 
 def rehearse(config: DictConfig, folder: Path) -> None:
     """Print what would be trained, and try one update and one validation batch of every stage."""
-    console = Console(markup=False)
+    console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     parts = compose_parts(config)
     stage, stage_model = compose_stage(config, parts), None
@@ -220,14 +245,23 @@ def _try(console: Console, trainer: Trainer) -> None:
         console.print(f"  {name:30} {value:.4g}", highlight=False)
 
 
+def value_head_of(snapshot: Snapshot) -> Tensors:
+    """The tensors of the value head, by the names that they have in it."""
+    prefix = "value_head."
+    return {name.removeprefix(prefix): x for name, x in snapshot.model.items() if name.startswith(prefix)}
+
+
 def described(trainer: Trainer) -> str:
     """The model's size, the data and the planned updates, in words."""
     model, data, plan = trainer.model, trainer.data, trainer.plan
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if trained == model.num_parameters else f", {trained:,} of them trained"
     heads = f"{model.num_heads} heads" if model.num_heads > 1 else "1 head"
+    hardware = trainer.hardware
+    size = hardware.processes.size
+    where = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
     return (
-        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {trainer.hardware.device}\n"
+        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {where}\n"
         f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )

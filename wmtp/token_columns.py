@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from wmtp.data.collate import Batch, collate
 from wmtp.data.dataset import Dataset
-from wmtp.data.order import by_length
+from wmtp.data.order import by_length, share
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer
 from wmtp.errors import InputError
@@ -72,9 +73,11 @@ class TokenColumns:
         parts += [model.head_dim, model.num_kv_heads, model.rope_theta, model.norm.eps]
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
+        processes = self.hardware.processes
+        with FileLock(path.with_suffix(".lock")) if processes.is_main else nullcontext():
+            if not processes.from_main(path.exists):
                 self._write(path, (len(split.samples.tokens), *tail), model, split, measure)
+            processes.wait()
         try:
             column: np.ndarray = np.load(path, mmap_mode="r")
         except (ValueError, EOFError, OSError) as error:
@@ -90,9 +93,12 @@ class TokenColumns:
         split: TokenizedSplit,
         measure: Callable[[Batch], Tensor],
     ) -> None:
+        model.eval()
+        if not self.hardware.processes.is_main:
+            fill(None, split, self.tokenizer, self.hardware, measure)
+            return
         staged = path.with_suffix(f".{os.getpid()}.tmp")
         column = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
-        model.eval()
         try:
             fill(column, split, self.tokenizer, self.hardware, measure)
             column.flush()
@@ -104,17 +110,32 @@ class TokenColumns:
 
 
 def fill(
-    column: np.ndarray,
+    column: np.ndarray | None,
     split: TokenizedSplit,
     tokenizer: Tokenizer,
     hardware: Hardware,
     measure: Callable[[Batch], Tensor],
 ) -> None:
-    """Put what `measure` gives for each position of a batch where the token stands in the split."""
-    offsets, lengths = split.samples.offsets, split.samples.lengths
-    for chosen in by_length(lengths, BATCH_SIZE):
-        batch = collate(split, chosen, tokenizer.padding).to(hardware.device)
+    """Put what `measure` gives for each position of a batch where the token stands in the split.
+
+    The processes measure a batch each at a time, and hand it to those that have a `column`.
+    """
+    processes, offsets, lengths = hardware.processes, split.samples.offsets, split.samples.lengths
+    batches = by_length(lengths, BATCH_SIZE)
+    for first in range(0, len(batches), processes.size):
+        group = batches[first : first + processes.size]
+        mine = share(group, processes.rank, processes.size)[0]
+        batch = collate(split, mine, tokenizer.padding).to(hardware.device)
         with hardware.autocast():
-            values = measure(batch).float().cpu().numpy()
-        for row, index in enumerate(chosen):
-            column[offsets[index] : offsets[index + 1]] = values[row, : lengths[index]]
+            values = measure(batch).float()
+        indices = [index for chosen in group for index in chosen]
+        borders = np.concatenate([[0], np.cumsum(lengths[indices])])
+        tokens = values.new_zeros(int(borders[-1]), *values.shape[2:])
+        place = sum(len(chosen) for chosen in group[: processes.rank])
+        for row in range(len(mine or ())):
+            start, stop = borders[place + row], borders[place + row + 1]
+            tokens[start:stop] = values[row, : stop - start]
+        found = processes.sum(tokens).cpu().numpy()
+        if column is not None:
+            for number, index in enumerate(indices):
+                column[offsets[index] : offsets[index + 1]] = found[borders[number] : borders[number + 1]]

@@ -1,22 +1,28 @@
 """Train a model: `python -m wmtp.train [group=option] [key=value] …`; `--help` lists both."""
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
 
 from omegaconf import DictConfig
 
-from wmtp.command import Command, main, named_folder
+from wmtp.command import Command, main
 from wmtp.config import ConfigError, Fault
-from wmtp.runtime.folder import RunStatus, create_run_folder, typed
+from wmtp.overrides import named_folder
+from wmtp.runtime.folder import create_run_folder, typed
+from wmtp.task import Task
 
 
-def train(config: DictConfig, folder: Path, status: RunStatus) -> float | None:
+def train(task: Task) -> float | None:
     """One run in its folder; returns the last validation loss."""
     from wmtp.run import Run, rehearse  # imports torch, and --help needs none of it
 
-    if config.dry_run:
-        rehearse(config, folder)
+    if task.config.dry_run:
+        rehearse(task.config, task.folder)
         return None
-    return Run(config, folder, status).train()
+    return Run(task.config, task.folder, task.ending, task.overrides).train()
 
 
 def faults(config: DictConfig) -> list[Fault]:
@@ -53,7 +59,12 @@ def advice(folder: Path) -> str:
     return f"Go on with resume={typed(folder)}" if resumable else "Nothing was saved; start anew."
 
 
-COMMAND = Command("train", train, faults, run_folder, continues=lambda config: config.resume is not None, advice=advice)
+COMMAND = Command(
+    "train", train, faults, run_folder,
+    continues=lambda config: config.resume is not None,
+    advice=advice,
+    num_processes=lambda config: int(config.hardware.num_processes),
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(COMMAND)

@@ -61,7 +61,7 @@ def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardwa
     Raises:
         InputError: it is damaged, was trained with another tokenizer, or does not fit the model.
     """
-    snapshot = load(checkpoint)
+    snapshot = load(checkpoint, optimizer=False)
     theirs, ours = snapshot.state["identity"]["tokenizer"], tokenizer.fingerprint
     if theirs != ours:
         raise InputError(f"{checkpoint}: was trained with another tokenizer: {theirs[:16]}…, here it is {ours[:16]}…")

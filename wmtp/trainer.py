@@ -8,22 +8,24 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from wmtp.annotations import Positive, PositiveFloat
-from wmtp.checkpoint.state import Snapshot, detached, load_model, restore_optimizer, split_optimizer_state
+from wmtp.checkpoint.state import Snapshot, load_model, restore_optimizer, split_optimizer_state
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
 from wmtp.early_stopping import EarlyStopping
-from wmtp.errors import InputError, InterruptedRun, TrainingError
-from wmtp.metrics import Sums
+from wmtp.errors import InterruptedRun, TrainingError
+from wmtp.identity import declared_changes, identity
+from wmtp.metrics import Sums, in_order
 from wmtp.models.mtp import MtpModel
+from wmtp.nonfinite import Action, FiniteGate
 from wmtp.objectives.base import Objective
 from wmtp.plan import Plan, Position
 from wmtp.runtime.hardware import Hardware
+from wmtp.runtime.parallel import clip_gradients, synchronise_gradients
 from wmtp.runtime.seeding import generator_states, restore_generators
 from wmtp.runtime.signals import DeferredSignals
 from wmtp.tracking.base import Tracker
@@ -69,14 +71,17 @@ class Trainer:
         log_interval: Positive = 10,
         eval_interval: Positive | None = None,
         save_interval: Positive | None = None,
+        on_nonfinite: Action = "stop",
+        max_skipped_updates: Positive = 10,
     ) -> None:
         """Intervals count updates. None validates only after each epoch, or saves only the best and the last."""
         self.model, self.objective, self.data, self.plan = model, objective, data, plan
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.checkpoints, self.hardware = checkpoints, hardware
+        self.checkpoints, self.hardware, self.processes = checkpoints, hardware, hardware.processes
         self.early_stopping, self.held_out = early_stopping, held_out
         self.max_grad_norm = max_grad_norm
         self.log_interval, self.eval_interval, self.save_interval = log_interval, eval_interval, save_interval
+        self.gate = FiniteGate(on_nonfinite, max_skipped_updates, self.processes)
         self.trackers: Sequence[Tracker] = ()
         self.position = Position()
         self.last_validation: dict[str, float] = {}
@@ -97,15 +102,16 @@ class Trainer:
         with DeferredSignals() as signals:
             while not self.ended:
                 before, metrics = self.position, self.train_update()
+                self._agree(signals)
                 epoch_ended = self.position.epoch > before.epoch
 
                 if self.ended or self._due(self.log_interval):
                     self._log(metrics | self._throughput() | self.early_stopping.metrics())
                 improved = (self.ended or epoch_ended or self._due(self.eval_interval)) and self.validate()
-                if self.ended or improved or signals.received or self._due(self.save_interval):
+                self._agree(signals)
+                if self.ended or improved or self.interrupted_by or self._due(self.save_interval):
                     self.save(improved)
-                self.interrupted_by = signals.received
-                if signals.received and not self.ended:
+                if self.interrupted_by and not self.ended:
                     raise interruption(self)
         return Result(
             self.position.step,
@@ -126,43 +132,57 @@ class Trainer:
         """Make one update: every micro-batch's gradient, then one step of the optimizer."""
         started = time.perf_counter()
         batches = [batch.to(self.hardware.device) for batch in self._next_micro_batches()]
-        totals = torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)
-        sums = Sums()
-        self.model.train()
-        for batch in batches:
-            with self.hardware.autocast():
-                loss, batch_sums = self.objective.loss(self.model, batch, totals)
-            torch.autograd.backward(loss)
-            sums.add(batch_sums)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        values = self.objective.metrics(sums)
-        self._require_finite(values["loss"], norm.item(), batches)
-        values |= {"grad_norm": norm.item(), "lr": float(self.scheduler.get_last_lr()[0])}
-        self.optimizer.step()
+        own = self._gradients(batches)
+        norm = clip_gradients(self.model, self.max_grad_norm)
+        values = self.objective.metrics(own.reduced(self.processes))
+        values |= {"grad_norm": norm, "lr": float(self.scheduler.get_last_lr()[0])}
+        if self.gate.passes(self.position.step + 1, values["loss"], norm, own, batches):
+            self.optimizer.step()
+            self.objective.finish_update(self.processes)
+        else:
+            self.objective.forget_update()
+            values["skipped_updates"] = float(self.gate.num_skipped)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.objective.finish_update()
 
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        self.position = self.plan.after(self.position, len(batches), num_tokens)
+        update = self.plan.update_in_epoch(self.position)
+        num_tokens = self.data.num_tokens(self.position.epoch, update, self.plan.batch_size)
+        self.position = self.plan.after(self.position, num_tokens)
         self._seconds += time.perf_counter() - started
         self._tokens += num_tokens
         metrics = {f"train/{name}": value for name, value in values.items()}
-        self.early_stopping.observe_update(norm.item(), values.get("value_variance"))
+        self.early_stopping.observe_update(norm, values.get("value_variance"))
         self.early_stopping.observe_metrics(metrics)
         return metrics
 
-    @torch.inference_mode()
+    def _gradients(self, batches: list[Batch]) -> Sums:
+        """Leave the gradient of the update's loss in the parameters; what this process measured on the way."""
+        parts = torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)
+        totals = self.processes.sum(parts)
+        sums = Sums()
+        self.model.train()
+        for number, batch in enumerate(batches, start=1):
+            synchronise_gradients(self.model, number == len(batches) or self.hardware.reduce_each_micro_batch)
+            with self.hardware.autocast():
+                loss, batch_sums = self.objective.loss(self.model, batch, totals)
+            # gradients become the mean over processes, the loss is their sum
+            torch.autograd.backward(loss * self.processes.size)
+            sums.add(batch_sums)
+        return sums
+
+    @torch.no_grad()
     def validate(self, max_batches: int | None = None) -> bool:
         """Measure the validation split, or some batches of it; whether its loss is the best so far."""
-        sums = Sums()
+        measured_batches = []
         self.model.eval()
-        for batch in islice(self.data.validation_batches(self.plan.micro_batch_size), max_batches):
+        micro_batch_size = self.plan.micro_batch_size
+        for batch in islice(self.data.validation_batches(micro_batch_size, self.processes), max_batches):
             with self.hardware.autocast():
-                sums.add(self.objective.evaluate(self.model, batch.to(self.hardware.device)))
-        if not sums.means:
+                measured_batches.append(self.objective.evaluate(self.model, batch.to(self.hardware.device)))
+        if not measured_batches:
             return False
-        measured = self.objective.metrics(sums)
+        num_batches = len(self.data.validation_order(micro_batch_size))
+        measured = self.objective.metrics(in_order(measured_batches, num_batches, self.processes))
         if self.held_out is not None and max_batches is None:
             measured |= self.held_out.validate(self.model, self.position.step)
         values = {f"val/{name}": value for name, value in measured.items()}
@@ -191,62 +211,51 @@ class Trainer:
             "position": asdict(self.position),
             "optimizer": optimizer_state,
             "scheduler": self.scheduler.state_dict(),
-            "generators": generator_states(),
+            "generators": self.processes.gather(generator_states()),
             "objective": self.objective.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "validation": {"last": self.last_validation, "best_loss": self.best_loss, "best_step": self.best_step},
-            "identity": self.identity(),
+            "skipped_updates": self.gate.num_skipped,
+            "identity": self._identity(),
         }
-        return Snapshot(detached(self.model.state_dict()), detached(optimizer_tensors), state)
+        return Snapshot(dict(self.model.state_dict()), optimizer_tensors, state)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on where a snapshot was taken.
+    def restore(self, snapshot: Snapshot, declared: Sequence[str] = ()) -> dict[str, str]:
+        """Go on where a snapshot was taken; returns what was `declared` to have changed since, and has.
 
         Raises:
-            InputError: the data, the tokenizer or the batches are not those of the snapshot.
+            InputError: the data, the tokenizer, the batches or something else are not those of the snapshot.
         """
-        state, now = snapshot.state, self.identity()
-        changed = [
-            f"  {name}: {difference(old, now.get(name))}"
-            for name, old in state["identity"].items()
-            if now.get(name) != old
-        ]
-        if changed:
-            raise InputError(
-                "\n".join(["The run cannot be resumed, for what must stay the same has changed:", *changed])
-            )
-        self.position = Position(**state["position"])
+        state = snapshot.state
+        changes = declared_changes(state["identity"], self._identity(), declared)
+        self.position = self.plan.converted(Position(**state["position"]), state["identity"]["micro_batch_size"])
         load_model(self.model, snapshot.model)
         restore_optimizer(self.model, self.optimizer, snapshot.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        restore_generators(state["generators"])
+        restore_generators(state["generators"], self.processes)
+        self.gate.num_skipped = state["skipped_updates"]
         self.objective.load_state_dict(state["objective"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         validation = state["validation"]
         self.last_validation = validation["last"]
         self.best_loss, self.best_step = validation["best_loss"], validation["best_step"]
+        return changes
 
-    def identity(self) -> dict[str, Any]:
-        """What decides which sample comes when; a resumed run must agree."""
-        return {
-            "data": self.data.fingerprint,
-            "tokenizer": self.data.tokenizer.fingerprint,
-            "objective": self.objective.name,
-            "seed": self.data.seed,
-            "batch_size": self.plan.batch_size,
-            "micro_batch_size": self.plan.micro_batch_size,
-            "model": self.model.settings
-            | {name: list(parameter.shape) for name, parameter in self.model.named_parameters()},
-            "optimizer": {
-                "type": type(self.optimizer).__name__,
-                # JSON has lists where torch has tuples
-                **{key: list(v) if isinstance(v, tuple) else v for key, v in self.optimizer.defaults.items()},
-            },
-        }
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.data, self.objective, self.plan, self.model, self.optimizer)
+
+    def _agree(self, signals: DeferredSignals) -> None:
+        """Let a signal to one process be one to all, and a reason to stop of one be that of all."""
+        size, reason = self.processes.size, self.early_stopping.reason
+        signal, first = self.processes.largest(signals.received or 0, size - self.processes.rank if reason else 0)
+        self.interrupted_by = int(signal) or None
+        if first:
+            self.early_stopping.stop(self.processes.gather(reason)[size - int(first)])
 
     def _next_micro_batches(self) -> list[Batch]:
         update = self.plan.update_in_epoch(self.position)
-        return self.data.micro_batches(self.position.epoch, update, self.plan.batch_size, self.plan.micro_batch_size)
+        sizes = self.plan.batch_size, self.plan.micro_batch_size
+        return self.data.micro_batches(self.position.epoch, update, *sizes, self.processes)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.position.step % interval == 0
@@ -260,15 +269,6 @@ class Trainer:
         self._seconds, self._tokens = 0.0, 0
         return {"train/tokens_per_second": rate}
 
-    def _require_finite(self, loss: float, grad_norm: float, batches: list[Batch]) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        records = ", ".join(record for batch in batches for record in batch.record_ids)
-        raise TrainingError(
-            f"update {self.position.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
-            f"the update was not made. Its records: {records}"
-        )
-
 
 def interruption(trainer: Trainer) -> InterruptedRun:
     """What to raise for a run that a signal ended after it saved an update."""
@@ -277,11 +277,3 @@ def interruption(trainer: Trainer) -> InterruptedRun:
     return InterruptedRun(
         trainer.interrupted_by, f"interrupted after update {trainer.position.step}, which is saved in {where}"
     )
-
-
-def difference(old: object, new: object) -> str:
-    """What changed, short enough for a line."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        return f"{len(keys)} entries differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"
-    return f"was {old}, is now {new}"

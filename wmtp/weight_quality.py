@@ -20,7 +20,7 @@ def weight_quality(
 
     `decisive_wrong_auc` ranks the tokens of wrong solutions: a perfect weighting gives those that make them
     wrong the least weight. `noise_auc` ranks the tokens of all solutions, noise against the rest. 0.5 is chance.
-    Nothing is said of weights that are all equal.
+    Nothing is said of weights that are all equal. All processes must ask; each measures some of the batches.
     """
     split = data.validation
     if not any(record.decisive or record.noise for record in split.records):

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wmtp.errors import InputError, TrainingError
+from wmtp.errors import InputError
+from wmtp.runtime.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Observations:
     """The value head's output after reading each token."""
     rewards: Float[Tensor, " batch"] | None = None
     """How good each solution is."""
+    number: int = 0
+    """Which micro-batch of the run this is."""
 
 
 class Algorithm(ABC):
@@ -66,8 +69,11 @@ class Algorithm(ABC):
         With `uses_losses` "own", must work elementwise on losses of any shape.
         """
 
-    def finish_update(self) -> None:  # noqa: B027 - most keep nothing
-        """An optimizer update was made of the micro-batches weighted since the last one."""
+    def finish_update(self, processes: Processes) -> None:  # noqa: B027 - most keep nothing
+        """An optimizer update was made of the micro-batches weighted since the last one, in all processes."""
+
+    def forget_update(self) -> None:  # noqa: B027
+        """The micro-batches weighted since the last update made none."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as plain JSON."""
@@ -88,17 +94,12 @@ def clipped(
 ) -> Float[Tensor, "*target"]:
     """Weights inside their range, and 0 where there is no target.
 
-    Raises:
-        TrainingError: a weight of a valid target is not finite or below zero.
+    NaN where an algorithm gave one that is not finite or negative. The loss is then NaN too, in every process: an
+    error raised here, in one of them, would leave the others waiting.
     """
     weights = weights.detach().float()
-    broken = valid & ~(torch.isfinite(weights) & (weights >= 0))
-    if broken.any():
-        raise TrainingError(
-            f"the algorithm gave {int(broken.sum())} of {int(valid.sum())} targets a weight that is "
-            f"not finite or negative, such as {weights[broken][0].item()}"
-        )
-    return weights.clamp(weight_min, weight_max).where(valid, 0.0)
+    sound = torch.isfinite(weights) & (weights >= 0)
+    return weights.clamp(weight_min, weight_max).where(sound, torch.nan).where(valid, 0.0)
 
 
 def mean_one(
@@ -106,10 +107,7 @@ def mean_one(
 ) -> Float[Tensor, ""]:
     """The factor that brings clipped weights to Σ share·weight / Σ share = 1; 0 where nothing has a share.
 
-    Raises:
-        TrainingError: every target has weight 0.
+    Infinite where every target has weight 0, so that their loss is NaN.
     """
-    total = (shares * weights).sum()
-    if not total and shares.any():
-        raise TrainingError("the algorithm gave every target of a micro-batch the weight 0")
-    return shares.sum() / total.clamp(min=torch.finfo(total.dtype).tiny)
+    total = shares.sum()
+    return torch.where(total > 0, total / (shares * weights).sum(), 0.0)

@@ -4,7 +4,7 @@ A weighting that beats uniform training but not its own control has won by somet
 knowing which tokens matter.
 """
 
-import base64
+import hashlib
 import math
 from abc import abstractmethod
 from typing import Any
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, clipped
+from wmtp.runtime.distributed import Processes
 
 
 class Control(Algorithm):
@@ -26,7 +27,7 @@ class Control(Algorithm):
         self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
         self.min_heads = of.min_heads
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
     @property
     def name(self) -> str:
@@ -36,26 +37,32 @@ class Control(Algorithm):
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
         """The wrapped algorithm's weights without their meaning."""
         weights = clipped(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
-        return self.emptied(weights, observed)
+        # one generator for each micro-batch, so that the draws are the same however processes share them; of its seed
+        # torch takes 32 bits, and the epoch stands above them in the number
+        digest = hashlib.sha256(f"{self.seed} {observed.number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        return self.emptied(weights, observed, generator)
 
     @abstractmethod
     def emptied(
-        self, weights: Float[Tensor, "head batch position"], observed: Observations
+        self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
         """Weights of like distribution that say nothing of their targets."""
 
-    def finish_update(self) -> None:
+    def finish_update(self, processes: Processes) -> None:
         """Tell the wrapped algorithm."""
-        self.of.finish_update()
+        self.of.finish_update(processes)
+
+    def forget_update(self) -> None:
+        """Tell the wrapped algorithm."""
+        self.of.forget_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state and the wrapped algorithm's."""
-        state = base64.b64encode(self.generator.get_state().numpy().tobytes()).decode()
-        return {"generator": state, "of": self.of.state_dict()}
+        """The wrapped algorithm's state."""
+        return {"of": self.of.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on drawing and weighting."""
-        self.generator.set_state(torch.frombuffer(bytearray(base64.b64decode(state["generator"])), dtype=torch.uint8))
+        """Go on weighting."""
         self.of.load_state_dict(state["of"])
 
 
@@ -63,12 +70,12 @@ class Shuffled(Control):
     """Another algorithm's weights, permuted among the valid targets of each sequence."""
 
     def emptied(
-        self, weights: Float[Tensor, "head batch position"], observed: Observations
+        self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
         """The same weights at other targets of the same sequence."""
         by_sample = weights.transpose(0, 1).flatten(1)
         valid = observed.valid.transpose(0, 1).flatten(1)
-        keys = torch.rand(valid.shape, generator=self.generator).to(weights.device)
+        keys = torch.rand(valid.shape, generator=generator).to(weights.device)
         ordered = torch.argsort(~valid, stable=True, dim=1)  # the valid targets first, as they stand …
         drawn = torch.argsort(keys.masked_fill(~valid, 2.0), dim=1)  # … and in random order
         shuffled = torch.zeros_like(by_sample).scatter(1, ordered, by_sample.gather(1, drawn))
@@ -84,7 +91,7 @@ class Random(Control):
         self.weight_min, self.weight_max = 0.0, math.inf
 
     def emptied(
-        self, weights: Float[Tensor, "head batch position"], observed: Observations
+        self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
         """exp of a normal draw whose parameters give the wanted moments."""
         chosen = weights[observed.valid]
@@ -92,5 +99,5 @@ class Random(Control):
             return weights
         mean, variance = chosen.mean().item(), chosen.var(correction=0).item()
         log_variance = math.log1p(variance / mean**2)
-        normal = torch.randn(weights.shape, generator=self.generator).to(weights.device)
+        normal = torch.randn(weights.shape, generator=generator).to(weights.device)
         return torch.exp(normal * math.sqrt(log_variance) + math.log(mean) - log_variance / 2)

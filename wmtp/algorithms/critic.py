@@ -16,6 +16,7 @@ from torch import Tensor
 from wmtp.algorithms.base import Algorithm, Observations, require_range
 from wmtp.annotations import PositiveFloat, Ratio
 from wmtp.metrics import deviation
+from wmtp.runtime.distributed import Processes
 from wmtp.targets import spread
 from wmtp.values import advantages, rewards_at
 
@@ -44,15 +45,20 @@ class Whitening:
         mean, variance = moments(sums) if self.num_updates < self.WARMUP else (self.mean, self.variance)
         return (values - mean) / max(math.sqrt(variance), 1e-8)
 
-    def finish_update(self) -> None:
+    def finish_update(self, processes: Processes) -> None:
         """Take the moments of all values whitened since the last update into the average."""
-        if not self._sums[0]:
+        sums = processes.sum(self._sums)
+        if not sums[0]:
             return
-        mean, variance = moments(self._sums)
+        mean, variance = moments(sums)
         share = self.MOMENTUM if self.num_updates else 1.0
         self.mean += share * (mean - self.mean)
         self.variance += share * (variance - self.variance)
         self.num_updates += 1
+        self.forget_update()
+
+    def forget_update(self) -> None:
+        """Leave out what was whitened since the last update."""
         self._sums.zero_()
 
 
@@ -97,9 +103,13 @@ class Critic(Algorithm):
         token_weights = exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
         return spread(token_weights, len(observed.valid), 1.0)
 
-    def finish_update(self) -> None:
+    def finish_update(self, processes: Processes) -> None:
         """Average the advantages' moments."""
-        self.whitening.finish_update()
+        self.whitening.finish_update(processes)
+
+    def forget_update(self) -> None:
+        """Leave the update's advantages out of the average."""
+        self.whitening.forget_update()
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged moments."""

@@ -1,5 +1,6 @@
 """What a checkpoint holds of each object: tensors for safetensors, the rest as plain JSON."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wmtp.runtime.sharding import cut_like
+
 Tensors = dict[str, Tensor]
 
 
 @dataclass
 class Snapshot:
-    """A whole training state: two sets of named tensors and plain JSON."""
+    """A whole training state: two sets of named tensors and plain JSON.
+
+    Tensors that are spread over processes (DTensor) stand for whole ones.
+    """
 
     model: Tensors
     optimizer: Tensors
@@ -21,7 +27,9 @@ class Snapshot:
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """The model's name of each parameter, in the optimizer's order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[int, str] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():  # which brings gathered parameters back to parts
+        names.setdefault(id(parameter), name)
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -39,8 +47,10 @@ def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tenso
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
-    """Put back what `split_optimizer_state` gave."""
+    """Put back what `split_optimizer_state` gave; whole tensors of parameters that are spread are cut."""
     indices = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
+    live = model.state_dict()
+    tensors = {name: cut_like(tensor, live_counterpart(name, live)) for name, tensor in tensors.items()}
     entries: dict[int, dict[str, Any]] = {}
     for full_name, value in (tensors | state["plain"]).items():
         name, _, key = full_name.rpartition(":")
@@ -50,12 +60,13 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, 
     optimizer.load_state_dict({"state": entries, "param_groups": state["groups"]})
 
 
-def detached(tensors: dict[str, Any]) -> Tensors:
-    """Contiguous copies on the CPU, fit for writing."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
 def load_model(model: nn.Module, tensors: Tensors) -> None:
-    """Fill a model; every name and shape must agree."""
+    """Fill a model; every name and shape must agree. Whole tensors of parameters that are spread are cut."""
+    live = model.state_dict()
     with torch.no_grad():
-        model.load_state_dict(tensors, strict=True)
+        model.load_state_dict({name: cut_like(tensor, live.get(name)) for name, tensor in tensors.items()}, strict=True)
+
+
+def live_counterpart(name: str, live: Mapping[str, Tensor]) -> Tensor | None:
+    """The parameter that a stored tensor is, or in `<parameter>:<key>` belongs to."""
+    return live.get(name, live.get(name.rpartition(":")[0]))

@@ -28,6 +28,8 @@ class Batch:
     tasks: Int[Tensor, " batch"]
     record_ids: tuple[str, ...]
     num_tokens: int
+    number: int = 0
+    """Which micro-batch of the run this is, however many processes there are."""
     reference_losses: Float[Tensor, "batch position"] | None = None
     hidden_states: Float[Tensor, "batch position dim"] | None = None
 
@@ -44,8 +46,16 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(split: TokenizedSplit, indices: list[int], padding: int) -> Batch:
-    """The batch of some samples. `num_tokens` counts their tokens, without padding."""
+def collate(split: TokenizedSplit, indices: list[int] | None, padding: int, number: int = 0) -> Batch:
+    """The batch of some samples. `num_tokens` counts their tokens, without padding.
+
+    None gives a padding token from which nothing is learned: the work of a process that has none while others have.
+    """
+    if indices is None:
+        empty = collate(split, [0], padding, number)
+        shortened = {name: x[:, :1] for name, x in vars(empty).items() if isinstance(x, Tensor) and x.ndim > 1}
+        shortened |= {"tokens": torch.full((1, 1), padding), "labels": torch.full((1, 1), IGNORED)}
+        return replace(empty, **shortened, record_ids=(), num_tokens=0)  # type: ignore[arg-type]
     samples = split.samples
     lengths = samples.lengths[indices]
     size = (len(indices), int(lengths.max()))
@@ -69,5 +79,6 @@ def collate(split: TokenizedSplit, indices: list[int], padding: int) -> Batch:
         torch.from_numpy(split.tasks[indices]),
         tuple(split.record_ids[samples.kept[index]] for index in indices),
         int(lengths.sum()),
+        number,
         **{name: torch.from_numpy(padded) for name, padded in columns.items()},
     )

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.collate import Batch, collate
-from wmtp.data.order import by_length, epoch_batches
+from wmtp.data.order import by_length, epoch_batches, share
 from wmtp.data.sources import DataSource
 from wmtp.data.split import TokenizedSplit
 from wmtp.errors import InputError
+from wmtp.runtime.distributed import Processes
+
+ALONE = Processes()
 
 
 class Dataset:
@@ -40,20 +43,33 @@ class Dataset:
         """Take into the data's fingerprint that of a model which has measured something of them."""
         self.fingerprint = hashlib.sha256((self.fingerprint + fingerprint).encode()).hexdigest()
 
-    def micro_batches(self, epoch: int, update: int, batch_size: int, micro_batch_size: int) -> list[Batch]:
-        """The samples of one update of one epoch, split into micro-batches."""
+    def micro_batches(
+        self, epoch: int, update: int, batch_size: int, micro_batch_size: int, processes: Processes = ALONE
+    ) -> list[Batch]:
+        """The samples of one update of one epoch, split into micro-batches: those of this process.
+
+        A micro-batch has the same samples and the same number for any number of processes. All processes get
+        equally many; where one has nothing left to do, it gets an empty one.
+        """
         chosen = self._epoch(epoch, batch_size)[update]
+        pieces = [chosen[i : i + micro_batch_size] for i in range(0, len(chosen), micro_batch_size)]
+        first = (epoch << 40) + (update << 12) + processes.rank
         return [
-            collate(self.train, chosen[i : i + micro_batch_size], self.tokenizer.padding)
-            for i in range(0, len(chosen), micro_batch_size)
+            collate(self.train, piece, self.tokenizer.padding, first + i * processes.size)
+            for i, piece in enumerate(share(pieces, processes.rank, processes.size))
         ]
 
-    def validation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every validation sample once; the two solutions of a task together if `data.group_tasks` says so."""
-        order = self._validation_order(batch_size)
-        return (collate(self.validation, chosen, self.tokenizer.padding) for chosen in order)
+    def num_tokens(self, epoch: int, update: int, batch_size: int) -> int:
+        """How many tokens an update has, in all processes."""
+        return int(self.train.samples.lengths[self._epoch(epoch, batch_size)[update]].sum())
 
-    def _validation_order(self, batch_size: int) -> list[list[int]]:
+    def validation_batches(self, batch_size: int, processes: Processes = ALONE) -> Iterator[Batch]:
+        """Every validation sample once: the batches of this process, empty ones where others have more."""
+        pieces = share(self.validation_order(batch_size), processes.rank, processes.size)
+        return (collate(self.validation, piece, self.tokenizer.padding) for piece in pieces)
+
+    def validation_order(self, batch_size: int) -> list[list[int]]:
+        """The validation samples of each batch; the two solutions of a task together if `data.group_tasks` says so."""
         if not self.group_tasks:
             return by_length(self.validation.samples.lengths, batch_size)
         ordered = np.argsort(self.validation.tasks, kind="stable").tolist()

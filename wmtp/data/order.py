@@ -1,5 +1,8 @@
 """The order of samples: a pure function of (seed, epoch), so that a position is two integers."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 
 WINDOW = 64
@@ -28,6 +31,19 @@ def epoch_batches(
         batches += [members[i : i + batch_size].tolist() for i in range(0, len(members), batch_size)]
     num_full = len(lengths) // batch_size
     return [batches[i] for i in generator.permutation(num_full)] + batches[num_full:]
+
+
+T = TypeVar("T")
+
+
+def share(items: Sequence[T], rank: int, size: int) -> list[T | None]:
+    """Every `size`-th item from `rank` on; None where this process has nothing to do while others have.
+
+    >>> share("abc", 0, 2), share("abc", 1, 2)
+    (['a', 'c'], ['b', None])
+    """
+    rounds = -(-len(items) // size)
+    return [items[i] if i < len(items) else None for i in range(rank, rounds * size, size)]
 
 
 def by_length(lengths: np.ndarray, batch_size: int) -> list[list[int]]:

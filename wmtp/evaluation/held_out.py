@@ -15,7 +15,8 @@ from wmtp.evaluation.journal import SAMPLES
 from wmtp.evaluation.pass_at_k import estimate
 from wmtp.generation.cost import speculation_metrics
 from wmtp.generation.settings import Decoding
-from wmtp.models.mtp import MtpModel
+from wmtp.models.mtp import MtpModel, gathered
+from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import drop_lines_after
 
 log = logging.getLogger(__name__)
@@ -24,33 +25,51 @@ log = logging.getLogger(__name__)
 class HeldOutProblems:
     """Problems that nothing was trained on: some of the validation split, and at the end of the test split.
 
-    The model answers greedily; `judge`, where there is one, says which answers pass their tests.
+    The model answers greedily, in the first process; `judge`, where there is one, says which answers pass their tests.
     """
 
-    def __init__(self, folder: Path, data: Dataset, judge: Judge | None, *, num_validation: int, num_test: int) -> None:
-        self.path, self.data, self.judge = folder / SAMPLES, data, judge
+    def __init__(
+        self,
+        folder: Path,
+        data: Dataset,
+        judge: Judge | None,
+        processes: Processes,
+        *,
+        num_validation: int,
+        num_test: int,
+    ) -> None:
+        self.path, self.data, self.judge, self.processes = folder / SAMPLES, data, judge, processes
         self.validation = self._fitting("validation", data.validation.records, num_validation)
         self.test = self._fitting("test", data.test or data.validation.records, num_test)
 
     def forget_after(self, step: int) -> None:
         """Drop what was answered after a step, from which a run goes on."""
-        drop_lines_after(self.path, step)
+        if self.processes.is_main:
+            drop_lines_after(self.path, step)
 
     def validate(self, model: MtpModel, step: int) -> dict[str, float]:
         """Have the validation problems answered; `pass_rate` where they have tests, and `tokens_per_forward`."""
-        given = self._answered(self.validation, model, step, "validation")
-        return measured(given)
+        if not self.validation:
+            return {}
+        alone = gathered(model, self.processes.is_main)
+        return self.processes.from_main(lambda: measured(self._answered(self.validation, alone, step, "validation")))
 
     def conclude(self, model: MtpModel, step: int) -> dict[str, Any] | None:
         """Have the test problems answered; pass@1 with its interval, None where nothing was judged."""
-        outcomes = [outcome == "pass" for outcome in judged(self._answered(self.test, model, step, "test"))]
-        if not outcomes:
+        if not self.test:
             return None
-        return {**asdict(estimate([(1, passed) for passed in outcomes], 1)), "problems": len(outcomes)}
+        alone = gathered(model, self.processes.is_main)
 
-    def _answered(self, problems: Sequence[Record], model: MtpModel, step: int, split: str) -> list[Answer]:
-        if not problems:
-            return []
+        def passed() -> dict[str, Any] | None:
+            outcomes = [outcome == "pass" for outcome in judged(self._answered(self.test, alone, step, "test"))]
+            if not outcomes:
+                return None
+            return {**asdict(estimate([(1, passed) for passed in outcomes], 1)), "problems": len(outcomes)}
+
+        return self.processes.from_main(passed)
+
+    def _answered(self, problems: Sequence[Record], model: MtpModel | None, step: int, split: str) -> list[Answer]:
+        assert model is not None
         data = self.data
         decoding = Decoding(max_new_tokens=data.max_new_tokens)
         given = answers(

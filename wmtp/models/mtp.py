@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wmtp.annotations import Positive, PositiveFloat
 from wmtp.models.transformer import Block, Rotation, rotation
 from wmtp.models.value_head import ValueHead
+from wmtp.runtime.parallel import whole
 
 
 class Outputs(NamedTuple):
@@ -67,6 +69,7 @@ class MtpModel(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.unembedding = nn.Linear(dim, vocab_size, bias=False)
         self.value_head: ValueHead | None = None
+        self.activation_checkpointing = False
         self._initialise(num_layers)
 
     def _initialise(self, num_layers: int) -> None:
@@ -83,8 +86,7 @@ class MtpModel(nn.Module):
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary dim"]:
         """The whole matrix from states to logits, with gradient, also where processes hold parts of it."""
-        weight: Tensor = self.unembedding.weight
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return whole(self.unembedding.weight)
 
     @property
     def num_heads(self) -> int:
@@ -105,21 +107,54 @@ class MtpModel(nn.Module):
         turn = self._turns(tokens)
         x: Tensor = self.embedding(tokens)
         for block in self.trunk:
-            x = block(x, turn)
+            x = self._run(block, x, turn)
         return x
 
-    def forward(self, tokens: Int[Tensor, "batch position"], num_heads: int | None = None) -> Outputs:
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch position"],
+        num_heads: int | None = None,
+        hidden_states: Float[Tensor, "batch position dim"] | None = None,
+    ) -> Outputs:
         """States of the first `num_heads` heads (None: all; 0: the trunk alone runs), and the values.
 
-        `unembedding` turns states into logits.
+        `hidden_states` are the trunk's, where they are known already. `unembedding` turns states into logits.
         """
-        x = self.trunk_states(tokens)
+        x = self.trunk_states(tokens) if hidden_states is None else hidden_states
         values = None if self.value_head is None else self.value_head(x)
         heads = self.heads[:num_heads]
         if not len(heads):
             return Outputs(x.new_empty(0, *x.shape), values)
         turn = self._turns(tokens)
-        return Outputs(self.norm(torch.stack([head(x, turn) for head in heads])), values)
+        return Outputs(self.norm(torch.stack([self._run(head, x, turn) for head in heads])), values)
+
+    def _run(self, block: nn.Module, x: Tensor, turn: Rotation) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, x, turn, use_reentrant=False)
+            return out
+        result: Tensor = block(x, turn)
+        return result
 
     def _turns(self, tokens: Int[Tensor, "batch position"]) -> Rotation:
         return rotation(torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, self.rope_theta)
+
+
+def gathered(model: MtpModel, keep: bool) -> MtpModel | None:
+    """The model as one process can use it by itself; None for those that do not `keep` it.
+
+    Where processes hold parts of it, all of them must ask, and it is a copy.
+    """
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return model if keep else None
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.state_dict().items():
+        tensor = whole(parameter.detach())
+        if keep:
+            tensors[name] = tensor
+    if not keep:
+        return None
+    copy = MtpModel(len(tensors["embedding.weight"]), **model.settings)  # type: ignore[arg-type]
+    if model.value_head is not None:
+        copy.add_value_head()
+    copy.load_state_dict(tensors, assign=True)
+    return copy.train(model.training)

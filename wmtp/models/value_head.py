@@ -26,5 +26,5 @@ class ValueHead(nn.Module):
             x = self.norm(hidden_states.float())
             if self.hidden is not None:
                 x = F.silu(self.hidden(x))
-            values: Tensor = self.output(x).squeeze(-1)
+            values: Tensor = self.output(x).squeeze(-1).clone()  # no view: what a forward returns is hooked under FSDP2
         return values

@@ -8,6 +8,7 @@ from torch import Tensor
 from wmtp.data.collate import Batch
 from wmtp.metrics import Sums
 from wmtp.models.mtp import MtpModel
+from wmtp.runtime.distributed import Processes
 
 
 class Objective(Protocol):
@@ -29,8 +30,11 @@ class Objective(Protocol):
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Named values of summed measurements; always one named `loss`."""
 
-    def finish_update(self) -> None:
-        """An optimizer update was made of the batches since the last one."""
+    def finish_update(self, processes: Processes) -> None:
+        """An optimizer update was made of the batches since the last one, in all processes."""
+
+    def forget_update(self) -> None:
+        """The batches since the last update made none."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as plain JSON."""

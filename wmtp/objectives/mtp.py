@@ -18,6 +18,7 @@ from wmtp.losses import cross_entropy, weighted_cross_entropy
 from wmtp.metrics import Sums, deviation
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
+from wmtp.runtime.distributed import Processes
 from wmtp.targets import head_shares, spread, targets
 
 
@@ -72,9 +73,8 @@ class MtpObjective:
         sums.means["weight_mean"] = ((shares * weights).sum(), share_sum)
         sums.means["weight_square"] = ((shares * weights.square()).sum(), share_sum)
         sums.means["valid_target_ratio"] = (valid.sum(), torch.tensor(batch.num_tokens * len(valid)))
-        if valid.any():
-            sums.minima["weight_min"] = weights[valid].min()
-            sums.maxima["weight_max"] = weights[valid].max()
+        sums.minima["weight_min"] = weights.where(valid, torch.inf).amin()
+        sums.maxima["weight_max"] = weights.where(valid, -torch.inf).amax()
         return total / totals[0], sums
 
     def _weighted_sum(
@@ -90,7 +90,7 @@ class MtpObjective:
             def coefficients(losses: Tensor, rows: Tensor) -> Tensor:
                 reference = None if reference_losses is None else reference_losses.flatten()[rows]
                 valid = torch.ones_like(losses, dtype=torch.bool)
-                seen = Observations(valid, observed.response, losses, reference)
+                seen = Observations(valid, observed.response, losses, reference, number=observed.number)
                 return flat_shares[rows] * clipped(algorithm.weights(seen), valid, low, high)
 
             total, losses, products = weighted_cross_entropy(outputs.states, unembedding, target, coefficients)
@@ -103,8 +103,11 @@ class MtpObjective:
         weights = clipped(algorithm.weights(observed), observed.valid, low, high)
         weights = weights * mean_one(weights, shares)
         factors = (shares * weights).flatten()
-        # what has weight 0 costs nothing in the pass that makes gradients
-        trained = target if observed.losses is None else target.masked_fill(weights == 0, IGNORED)
+        # what has weight 0 costs nothing in the pass that makes gradients, unless the pass before met no number
+        skipped = torch.zeros_like(target, dtype=torch.bool)
+        if observed.losses is not None:
+            skipped = (weights == 0) & observed.losses.isfinite()
+        trained = target.masked_fill(skipped, IGNORED)
         total, losses, _ = weighted_cross_entropy(
             outputs.states, unembedding, trained, lambda losses, rows: factors[rows]
         )
@@ -118,8 +121,9 @@ class MtpObjective:
             reference = spread(batch.reference_losses, len(target), 0.0)
         values = outputs.values.detach() if self.algorithm.needs_values and outputs.values is not None else None
         return Observations(
-            target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards
-        )
+            target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards,
+            number=batch.number,
+        )  # fmt: skip
 
     @torch.no_grad()
     def token_weights(self, model: MtpModel, batch: Batch) -> Float[Tensor, "batch position"]:
@@ -159,9 +163,13 @@ class MtpObjective:
             values["weight_std"] = deviation(values["weight_mean"], values.pop("weight_square"))
         return values
 
-    def finish_update(self) -> None:
+    def finish_update(self, processes: Processes) -> None:
         """Tell the algorithm."""
-        self.algorithm.finish_update()
+        self.algorithm.finish_update(processes)
+
+    def forget_update(self) -> None:
+        """Tell the algorithm."""
+        self.algorithm.forget_update()
 
     def state_dict(self) -> dict[str, Any]:
         """The algorithm's state."""

@@ -11,6 +11,7 @@ from wmtp.metrics import Sums
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
+from wmtp.runtime.distributed import Processes
 
 
 class ValueObjective:
@@ -70,8 +71,11 @@ class ValueObjective:
         values["loss"] = values.get("value_loss", 0.0) + self.language_model_coef * language_model_loss
         return values | {"language_model_loss": language_model_loss}
 
-    def finish_update(self) -> None:
+    def finish_update(self, processes: Processes) -> None:
         """Nothing is kept from update to update."""
+
+    def forget_update(self) -> None:
+        """Nothing is kept."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -81,10 +85,6 @@ class ValueObjective:
         """Nothing."""
 
     def _values(self, model: MtpModel, batch: Batch) -> Tensor:
-        assert model.value_head is not None
-        if batch.hidden_states is not None:
-            values: Tensor = model.value_head(batch.hidden_states)
-            return values
-        outputs: Outputs = model(batch.tokens, num_heads=0)
+        outputs: Outputs = model(batch.tokens, num_heads=0, hidden_states=batch.hidden_states)
         assert outputs.values is not None
         return outputs.values

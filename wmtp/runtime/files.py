@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 
-def sync_folder(folder: Path) -> None:
-    """Put a folder's entries (what was created, renamed or removed in it) on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file's content, or a folder's entries (what was created, renamed or removed in it), on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -38,7 +38,7 @@ def replace_atomically(path: Path, data: bytes) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_synced(staged, data)
     os.replace(staged, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

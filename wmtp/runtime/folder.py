@@ -1,20 +1,35 @@
 """A run's folder and its status.json."""
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import random
+import socket
 import string
+import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from wmtp.errors import InputError
 from wmtp.runtime.files import encode_json, replace_atomically
 
+log = logging.getLogger(__name__)
 OUTPUTS = Path("outputs")
 EVALUATIONS = "evaluations"
 """The folder in a run's folder that holds what was measured of its model."""
+RESUMES = "resumes.jsonl"
+"""A line for each time that the run was gone on with."""
 ACCEPTED = Path(".hydra") / "accepted.json"
 """The overrides a run was made with. Hydra's own record also holds those of a resume that was refused."""
+
+LOCK = Path(".hydra") / "lock"
+"""Locked as long as the command runs that writes this folder; the system unlocks it however that ends."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer."""
 
 
 def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
@@ -32,13 +47,24 @@ def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
         return folder
 
 
+@dataclass
+class Ending:
+    """What a job reports of how far it came."""
+
+    step: int = 0
+    stop_reason: str | None = None
+
+
 class RunStatus:
-    """Writes status.json: RUNNING at once, and how, why and after which `step` the run ended."""
+    """Writes status.json: RUNNING at once, and how, why and after which step the run ended. Locks the folder till then.
+
+    Raises:
+        InputError: another command is running in this folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.step = 0
-        self.stop_reason: str | None = None
+        self._lock = FolderLock(folder)
         path = folder / "status.json"
         self._before = path.read_bytes() if path.exists() else None
         self._fields: dict[str, Any] = {
@@ -53,21 +79,76 @@ class RunStatus:
         }
         self._write()
 
-    def end(self, state: str, exit_code: int, *, error: str | None = None) -> None:
+    def end(self, state: str, exit_code: int, ending: Ending, *, error: str | None = None) -> None:
         """Record the end of the run."""
         ended = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": self.stop_reason, "error": error}
-        self._fields |= {"step": self.step, "ended": ended}
+        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": ending.stop_reason, "error": error}
+        self._fields |= {"step": ending.step, "ended": ended}
         self._write()
+        self._lock.release()
 
     def withdraw(self) -> bool:
         """Put back how the run ended before, if it did: going on with it was refused, and nothing happened."""
-        if self._before is not None:
-            replace_atomically(self.folder / "status.json", self._before)
-        return self._before is not None
+        if self._before is None:
+            return False
+        replace_atomically(self.folder / "status.json", self._before)
+        self._lock.release()
+        return True
 
     def _write(self) -> None:
         replace_atomically(self.folder / "status.json", encode_json(self._fields))
+
+
+class FolderLock:
+    """Says that a command is running in a folder.
+
+    Raises:
+        InputError: another one is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LOCK
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+")
+        deadline = time.monotonic() + 1
+        while not _taken(
+            self._file.fileno(), fcntl.LOCK_EX
+        ):  # who only asks whether it is locked holds it for a moment
+            if time.monotonic() > deadline:
+                raise InputError(f"{folder}: is in use by {_holder(path)}")
+            time.sleep(0.02)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """The command is done."""
+        self._file.close()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether another command is running in a folder, on this machine or on another that shares it."""
+    path = folder / LOCK
+    if not path.exists() or _holder(path) == f"process {os.getpid()} on {socket.gethostname()}":
+        return False
+    with path.open() as file:
+        return not _taken(file.fileno(), fcntl.LOCK_SH)
+
+
+def _holder(path: Path) -> str:
+    return path.read_text() or "another process"
+
+
+def _taken(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("this file system has no locks, so nothing keeps two commands from one folder: %s", error)
+    return True
 
 
 def read_status(folder: Path) -> dict[str, Any]:

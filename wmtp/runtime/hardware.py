@@ -1,4 +1,4 @@
-"""The device a process trains on, and the precision it computes in."""
+"""The machine and the precision that a process computes with, alone or with others."""
 
 import os
 import resource
@@ -8,7 +8,9 @@ from typing import Literal
 
 import torch
 
-from wmtp.annotations import Positive
+from wmtp.annotations import Positive, PositiveFloat
+from wmtp.runtime.distributed import Processes, local_rank
+from wmtp.runtime.parallel import Strategy
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -22,12 +24,24 @@ class Hardware:
         device: Device = "auto",
         precision: Literal["fp32", "bf16"] = "fp32",
         num_processes: Positive = 1,
-        strategy: Literal["single", "ddp", "fsdp"] = "single",
+        strategy: Strategy = "single",
+        reduce_each_micro_batch: bool = False,
+        activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002 - torch's word
+        timeout: PositiveFloat = 1800.0,
     ) -> None:
-        self.device = torch.device(found_devices()[0] if device == "auto" else device)
+        """Find the device of this process.
+
+        With `reduce_each_micro_batch` gradients are summed over processes after every micro-batch instead of once
+        an update: more traffic, but under fsdp a process never holds all of the gradients. `timeout` is how many
+        seconds a process waits for another one. A process alone shares its model with none, whatever the `strategy`.
+        """
+        self.device = device_of(device)
+        self.processes = Processes()
         self.precision = precision
-        self.num_processes = num_processes
-        self.strategy = strategy
+        self.strategy: Strategy = strategy if self.processes.size > 1 else "single"
+        self.reduce_each_micro_batch = reduce_each_micro_batch
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
 
     def autocast(self) -> AbstractContextManager[object]:
         """Inside, matrix products run in the chosen precision; parameters stay fp32."""
@@ -43,6 +57,12 @@ class Hardware:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_of(wish: Device) -> torch.device:
+    """The device of this process: of several GPUs the one that has its number."""
+    kind = found_devices()[0] if wish == "auto" else wish
+    return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
+
+
 def found_devices() -> list[str]:
     """The kinds of device this machine has, the fastest first."""
     devices = []
@@ -54,14 +74,21 @@ def found_devices() -> list[str]:
 
 
 def hardware_problems(device: str, num_processes: int, strategy: str) -> list[tuple[str, str]]:
-    """What of the asked-for hardware is not there: (key, problem) pairs."""
+    """What of the asked-for hardware is not there, or makes no sense: (key, problem) pairs."""
     found = found_devices()
     there = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
+    outer, here = os.environ.get("WORLD_SIZE"), int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    kind = found[0] if device == "auto" else device
     problems = []
-    if device != "auto" and device not in found:
-        problems.append(("device", f"this machine has no {device} device; found: {there} ({os.cpu_count()} cores)"))
-    elif device == "cuda" and num_processes > torch.cuda.device_count():
-        problems.append(("num_processes", f"needs one GPU each; found: {there}"))
-    if num_processes > 1 or strategy != "single":
-        problems.append(("num_processes", "this version trains in one process (num_processes=1, strategy=single)"))
+    if kind not in found:
+        problems.append(("device", f"this machine has no {kind} device; found: {there} ({os.cpu_count()} cores)"))
+    elif kind == "cuda" and here > torch.cuda.device_count():
+        remedy = "; more machines need torchrun on each" if outer is None else ""
+        problems.append(("num_processes", f"needs one GPU each; found: {there}{remedy}"))
+    if outer is not None and int(outer) != num_processes:
+        problems.append(("num_processes", f"torchrun has started {outer}; both must agree"))
+    if num_processes > 1 and kind == "mps":
+        problems.append(("num_processes", "an MPS device serves one process"))
+    if num_processes > 1 and strategy == "single":
+        problems.append(("strategy", "is of one process; several need ddp or fsdp"))
     return problems

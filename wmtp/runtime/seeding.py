@@ -1,13 +1,19 @@
 """Where randomness comes from, and how it is written down."""
 
 import base64
+import hashlib
+import logging
 
 import torch
 
+from wmtp.runtime.distributed import Processes
 
-def seed_torch(seed: int) -> None:
-    """Seed torch's generators, which initialise parameters and draw dropout."""
-    torch.manual_seed(seed)
+log = logging.getLogger(__name__)
+
+
+def seed_torch(seed: int, rank: int = 0) -> None:
+    """Seed torch's generators, which initialise parameters and draw dropout; for each process others."""
+    torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def generator_states() -> dict[str, str]:
@@ -20,8 +26,20 @@ def generator_states() -> dict[str, str]:
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
 
-def restore_generators(states: dict[str, str]) -> None:
-    """Continue the generators where `generator_states` found them; devices that are not here are left out."""
+def restore_generators(of_processes: list[dict[str, str]], processes: Processes) -> None:
+    """Continue the generators where each process's `generator_states` were; devices that are not here are left out.
+
+    Another number of processes draws from new generators, seeded by the state of the first.
+    """
+    if len(of_processes) != processes.size:
+        digest = hashlib.sha256(of_processes[0]["cpu"].encode()).digest()
+        seed_torch(int.from_bytes(digest[:7], "big"), processes.rank)
+        if processes.is_main:
+            log.warning(
+                "saved by %d processes, resumed by %d: dropout is drawn anew", len(of_processes), processes.size
+            )
+        return
+    states = of_processes[processes.rank]
 
     def decoded(device: str) -> torch.Tensor:
         return torch.frombuffer(bytearray(base64.b64decode(states[device])), dtype=torch.uint8)

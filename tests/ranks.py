@@ -1,0 +1,86 @@
+"""Two processes that tests run functions in, as the ranks of one gloo group; started once, since torch takes long."""
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+SIZE = 2
+
+
+class Outcome(NamedTuple):
+    """What a function gave in one rank: its value, or the traceback of its error; and after how many seconds."""
+
+    value: Any
+    error: str | None
+    seconds: float
+
+
+class Ranks:
+    """Runs functions of test modules in both ranks at once."""
+
+    def __init__(self) -> None:
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 10.0) -> list[Any]:
+        """What the function returns in each rank; an error in one of them is an error here."""
+        outcomes = self.outcomes(function, *arguments, timeout=timeout)
+        for rank, outcome in enumerate(outcomes):
+            assert outcome.error is None, f"in rank {rank}:\n{outcome.error}"
+        return [outcome.value for outcome in outcomes]
+
+    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout: float = 10.0) -> list[Outcome]:
+        """What happened in each rank. A collective that waits longer than `timeout` seconds fails."""
+        self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in self.pipes:
+                pipe.send((function, arguments, Path(folder) / "rendezvous", timeout))
+            for pipe in self.pipes:
+                if not pipe.poll(6 * timeout):
+                    self.stop()
+                    raise TimeoutError(f"{function.__name__} did not end in a rank")
+            return [pipe.recv() for pipe in self.pipes]
+
+    def stop(self) -> None:
+        """End both processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.pipes, self.processes = [], []
+
+    def _start(self) -> None:
+        if self.processes:
+            return
+        context = multiprocessing.get_context("spawn")
+        for rank in range(SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        function, arguments, rendezvous, timeout = pipe.recv()
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=timeout)
+        )
+        value, error, started = None, None, time.monotonic()
+        try:
+            value = function(*arguments)
+        except BaseException:
+            error = traceback.format_exc()
+        seconds = time.monotonic() - started
+        dist.destroy_process_group()
+        pipe.send(Outcome(value, error, seconds))
