@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 SIZE = 2
+START = 60
+"""Seconds for both to start, and to import what the function is made of."""
 
 
 class Outcome(NamedTuple):
@@ -45,7 +47,7 @@ class Ranks:
             for pipe in self.pipes:
                 pipe.send((function, arguments, Path(folder) / "rendezvous", timeout))
             for pipe in self.pipes:
-                if not pipe.poll(6 * timeout):
+                if not pipe.poll(START + 6 * timeout):
                     self.stop()
                     raise TimeoutError(f"{function.__name__} did not end in a rank")
             return [pipe.recv() for pipe in self.pipes]

@@ -48,9 +48,9 @@ class FiniteGate:
         found = self.processes.gather([broken, [record for batch in batches for record in batch.record_ids]])
         if not any(names for names, _ in found):
             found = [[["only the gradient"], records] for _, records in found]
-        lines = [
-            f"\nIn process {rank} (not finite: {', '.join(names)}), records: {', '.join(records)}"
-            for rank, (names, records) in enumerate(found)
-            if names and records
-        ]
+        lines = []
+        for rank, (names, records) in enumerate(found):
+            if names and records:
+                where = f"In process {rank}: not" if self.processes.size > 1 else "Not"
+                lines.append(f"\n{where} finite: {', '.join(names)}; records: {', '.join(records)}")
         return "".join(lines)
