@@ -50,7 +50,11 @@ class Ranks:
                 if not pipe.poll(START + 6 * timeout):
                     self.stop()
                     raise TimeoutError(f"{function.__name__} did not end in a rank")
-            return [pipe.recv() for pipe in self.pipes]
+            try:
+                return [pipe.recv() for pipe in self.pipes]
+            except EOFError:  # gloo ends a process in which two different collectives met
+                self.stop()
+                raise
 
     def stop(self) -> None:
         """End both processes."""

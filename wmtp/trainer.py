@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -142,7 +143,9 @@ class Trainer:
         else:
             self.objective.forget_update()
             values["skipped_updates"] = float(self.gate.num_skipped)
-        self.scheduler.step()
+        with warnings.catch_warnings():  # a first update that was skipped is no step out of order
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         update = self.plan.update_in_epoch(self.position)
