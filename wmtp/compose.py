@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 
 from wmtp.algorithms.base import Algorithm
@@ -67,16 +68,27 @@ def compose_data(config: DictConfig, hardware: Hardware) -> Dataset:
     first = processes.together(lambda: read() if processes.is_main else None)
     source, data = first or read()
     if source.reward_model is not None:
-        from wmtp.models.huggingface import RewardModel  # imports transformers, which takes seconds
-
-        reward_model = RewardModel(source.reward_model, data.tokenizer, hardware)
-        for split in (data.train, data.validation):
-            split.rewards = reward_model.rewards(split)
-        data.depend_on(reward_model.fingerprint)
+        attach_rewards(data, source.reward_model, hardware)
     found = processes.gather(data.fingerprint)
     if len(set(found)) > 1:
         raise InputError(f"data: the processes have read different data, with the hashes {', '.join(found)}")
     return data
+
+
+def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
+    """Give every sample the reward that a reward model finds in the first process."""
+    splits = (data.train, data.validation)
+
+    def measure() -> tuple[str, list[list[float]]]:
+        from wmtp.models.huggingface import RewardModel  # imports transformers, which takes seconds
+
+        reward_model = RewardModel(path, data.tokenizer, hardware)
+        return reward_model.fingerprint, [reward_model.rewards(split).tolist() for split in splits]
+
+    fingerprint, found = hardware.processes.from_main(measure)
+    for split, rewards in zip(splits, found, strict=True):
+        split.rewards = np.asarray(rewards, np.float32)
+    data.depend_on(fingerprint)
 
 
 def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel:
@@ -190,26 +202,27 @@ def compose_stage_trainer(
     return compose_trainer(settings, folder, parts.hardware, data, model, stage.objective())
 
 
-def compose_policy(
-    config: DictConfig, parts: Parts, stage: Stage | None, stage_model: MtpModel | None
-) -> tuple[MtpModel, MtpModel | None]:
-    """The model to be trained, and the frozen reference if the algorithm needs one."""
-    algorithm, reference = parts.algorithm, None
+def compose_reference(parts: Parts, stage_model: MtpModel | None) -> MtpModel | None:
+    """The frozen reference, if the algorithm needs one: the model of the stage before, or the one that it names."""
+    if not parts.algorithm.needs_reference:
+        return None
+    if parts.algorithm.reference is not None:
+        stage_model = load_trained(parts.algorithm.reference, parts.data.tokenizer, parts.hardware)
+    assert stage_model is not None
+    return stage_model.eval().requires_grad_(False)
+
+
+def compose_policy(config: DictConfig, parts: Parts, stage_model: MtpModel | None) -> MtpModel:
+    """The model to be trained: a new one, or that of a stage which has trained it before."""
+    algorithm = parts.algorithm
     if algorithm.needs_values:
         require_different_rewards(parts.data)
-    if algorithm.needs_reference:
-        given = stage_model
-        if algorithm.reference is not None:
-            given = load_trained(algorithm.reference, parts.data.tokenizer, parts.hardware)
-        assert given is not None
-        reference = given.eval().requires_grad_(False)
-    if stage is not None and stage.trains_policy and stage_model is not None:
-        model = stage_model.requires_grad_(True)
-        if not algorithm.needs_values:
-            model.value_head = None
-        seed_torch(config.seed)  # a run that finds its stage done draws the same dropout
-        return model, reference
-    return compose_model(config, parts, values=algorithm.needs_values), reference
+    if stage_model is None:
+        return compose_model(config, parts, values=algorithm.needs_values)
+    if not algorithm.needs_values:
+        stage_model.value_head = None
+    seed_torch(config.seed)  # a run that finds its stage done draws the same dropout
+    return stage_model.requires_grad_(True)
 
 
 def require_different_rewards(data: Dataset) -> None:

@@ -46,7 +46,7 @@ def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequ
         lines = ["The run cannot be resumed, for what must stay the same has changed:"]
         lines += [f"  {name}: {changed[name]}" for name in undeclared]
         if all(name in DECLARABLE for name in undeclared):
-            lines.append(f"Set it back, or go on all the same with resume_override=[{','.join(undeclared)}]")
+            lines.append(f"Set it back, or declare that it is meant: resume_override=[{','.join(undeclared)}]")
         raise InputError("\n".join(lines))
     return changed
 

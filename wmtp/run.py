@@ -23,6 +23,7 @@ from wmtp.compose import (
     compose_model,
     compose_parts,
     compose_policy,
+    compose_reference,
     compose_stage,
     compose_stage_trainer,
     compose_trainer,
@@ -96,11 +97,7 @@ class Run:
         self._say(f"The run lies in {self.folder}")
         parts = compose_parts(self.config)
         stage = compose_stage(self.config, parts)
-        stage_model = None if stage is None else self._stage_model(stage, parts)
-        model, reference = compose_policy(self.config, parts, stage, stage_model)
-        if reference is not None:
-            self._say("reading the reference's losses, or computing them …")
-            parts.columns.attach_reference_losses(reference, parts.data)
+        model = self._policy(stage, parts)
         self.held_out = compose_held_out(self.config, self.folder, parts)
         objective = MtpObjective(parts.algorithm)
         trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective, self.held_out)
@@ -111,6 +108,18 @@ class Run:
             self._say("The training:")
         self._say(described(trainer))
         return trainer
+
+    def _policy(self, stage: Stage | None, parts: Parts) -> MtpModel:
+        """The model to be trained. The reference, if there is one, is done for when its losses are known."""
+        stage_model = None if stage is None else self._stage_model(stage, parts)
+        reference = compose_reference(parts, stage_model)
+        if reference is not None:
+            self._say("reading the reference's losses, or computing them …")
+            parts.columns.attach_reference_losses(reference, parts.data)
+        del reference
+        if stage is None or not stage.trains_policy:
+            stage_model = None
+        return compose_policy(self.config, parts, stage_model)
 
     def _stage_model(self, stage: Stage, parts: Parts) -> MtpModel:
         """The model that the stage before leaves: trained now or earlier, or taken over from another run."""
@@ -205,11 +214,15 @@ class Run:
         objective = trainer.objective
         assert isinstance(objective, MtpObjective)
         return {
-            "pass@1": self.held_out.conclude(trainer.model, result.total_steps),
+            "pass@1": self._pass_rate(trainer, result),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "weights": weight_quality(objective, trainer.model, trainer.data, trainer.hardware),
         }
+
+    def _pass_rate(self, trainer: Trainer, result: Result) -> dict[str, Any] | None:
+        with trainer.hardware.autocast():
+            return self.held_out.conclude(trainer.model, result.total_steps)
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)
@@ -220,19 +233,19 @@ def rehearse(config: DictConfig, folder: Path) -> None:
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     parts = compose_parts(config)
-    stage, stage_model = compose_stage(config, parts), None
+    stage = compose_stage(config, parts)
     if stage is not None:
         if stage.reuse is not None:
             require_same_stage(stage.reuse, config)
         trainer = compose_stage_trainer(config, folder / FOLDER, parts, stage, with_columns=False)
         console.print("The stage before the training:", highlight=False)
         _try(console, trainer)
-        stage_model = trainer.model
-    model, reference = compose_policy(config, parts, stage, stage_model)
-    if reference is not None:  # its losses are not worth computing here: any number will do
+    if parts.algorithm.reference is not None:
+        compose_reference(parts, None)
+    if parts.algorithm.needs_reference:  # its losses are not worth computing here: any number will do
         for split in (parts.data.train, parts.data.validation):
             split.reference_losses = np.zeros(len(split.samples.tokens), np.float32)
-    objective = MtpObjective(parts.algorithm)
+    model, objective = compose_policy(config, parts, None), MtpObjective(parts.algorithm)
     _try(console, compose_trainer(config, folder, parts.hardware, parts.data, model, objective))
     console.print("The config is sound; one update and one validation batch ran. Nothing was kept.")
 

@@ -208,6 +208,8 @@ def take_part(job: Job, task: Task, board: "Board", last_act: Callable[[int], in
             outcome = Outcome.of(error, rank, task.ending)
             board.put(outcome if peers is None else peers.blamed(outcome))
         agreed = isinstance(error, (InterruptedRun, PendingError)) and not isinstance(error, InterruptedAtOnce)
+        if peers is not None and not agreed:
+            peers.tell_failed()
         if peers is not None and agreed:
             try:
                 peers.part(FAREWELL)

@@ -135,7 +135,8 @@ def fill(
         for row in range(len(mine or ())):
             start, stop = borders[place + row], borders[place + row + 1]
             tokens[start:stop] = values[row, : stop - start]
-        found = processes.sum(tokens).cpu().numpy()
+        found = processes.sum(tokens)
         if column is not None:
+            found = found.cpu()
             for number, index in enumerate(indices):
-                column[offsets[index] : offsets[index + 1]] = found[borders[number] : borders[number + 1]]
+                column[offsets[index] : offsets[index + 1]] = found[borders[number] : borders[number + 1]].numpy()

@@ -80,7 +80,8 @@ def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware) -> MtpMod
     Raises:
         InputError: one of the two is missing or damaged, or the tokenizer is another.
     """
-    checkpoint, config_path = find_checkpoint(path)
+    found = hardware.processes.from_main(lambda: [str(each) for each in find_checkpoint(path)])
+    checkpoint, config_path = map(Path, found)
     model = build(read_config(config_path).model, vocab_size=tokenizer.vocab_size)
     return load_weights(checkpoint, model, tokenizer, hardware)
 

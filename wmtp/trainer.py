@@ -187,7 +187,8 @@ class Trainer:
         num_batches = len(self.data.validation_order(micro_batch_size))
         measured = self.objective.metrics(in_order(measured_batches, num_batches, self.processes))
         if self.held_out is not None and max_batches is None:
-            measured |= self.held_out.validate(self.model, self.position.step)
+            with self.hardware.autocast():
+                measured |= self.held_out.validate(self.model, self.position.step)
         values = {f"val/{name}": value for name, value in measured.items()}
         self.last_validation = values
         self.early_stopping.observe_metrics(values)

@@ -1,4 +1,4 @@
-"""Tensors in parts, written by the processes that hold them; no process ever holds a whole model."""
+"""Tensors in parts, written by the processes that hold them; saving and resuming gather nothing."""
 
 from collections.abc import Mapping
 from pathlib import Path

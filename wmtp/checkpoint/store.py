@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic, hashed, free of pickle.
+"""Checkpoints on disk: atomic, hashed, and never unpickled before they are verified.
 
 A checkpoint is staged in a hidden folder, put on the disk file by file, sealed by a manifest with the
 SHA-256 of each file, and renamed into place. Whoever finds `step_…/manifest.json` finds a whole one.
@@ -49,7 +49,7 @@ class CheckpointStore:
         """`format` is how tensors are written: `whole` by the main process, or `sharded`, by each its parts."""
         self.folder = folder / "checkpoints"
         self.owns = processes is not None
-        self.processes = processes or alone()
+        self.processes = processes or Processes.alone()
         self.keep_last, self.format = keep_last, format
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
@@ -235,10 +235,3 @@ def load(
 def _read(path: Path, like: Mapping[str, Tensor], optimizer: bool) -> Snapshot:
     read = sharded.read if sharded.INDEX in manifest.files(path) else whole.read
     return Snapshot(*read(path, like, optimizer=optimizer), json.loads((path / STATE).read_bytes()))
-
-
-def alone() -> Processes:
-    """This process without the others, if there are any."""
-    processes = Processes()
-    processes.rank, processes.size = 0, 1
-    return processes

@@ -14,7 +14,7 @@ from wmtp.data.split import TokenizedSplit
 from wmtp.errors import InputError
 from wmtp.runtime.distributed import Processes
 
-ALONE = Processes()
+ALONE = Processes.alone()
 
 
 class Dataset:

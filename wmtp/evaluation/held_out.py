@@ -15,7 +15,7 @@ from wmtp.evaluation.journal import SAMPLES
 from wmtp.evaluation.pass_at_k import estimate
 from wmtp.generation.cost import speculation_metrics
 from wmtp.generation.settings import Decoding
-from wmtp.models.mtp import MtpModel, gathered
+from wmtp.models.mtp import MtpModel, undivided
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import drop_lines_after
 
@@ -51,14 +51,14 @@ class HeldOutProblems:
         """Have the validation problems answered; `pass_rate` where they have tests, and `tokens_per_forward`."""
         if not self.validation:
             return {}
-        alone = gathered(model, self.processes.is_main)
+        alone = undivided(model, self.processes.is_main)
         return self.processes.from_main(lambda: measured(self._answered(self.validation, alone, step, "validation")))
 
     def conclude(self, model: MtpModel, step: int) -> dict[str, Any] | None:
         """Have the test problems answered; pass@1 with its interval, None where nothing was judged."""
         if not self.test:
             return None
-        alone = gathered(model, self.processes.is_main)
+        alone = undivided(model, self.processes.is_main)
 
         def passed() -> dict[str, Any] | None:
             outcomes = [outcome == "pass" for outcome in judged(self._answered(self.test, alone, step, "test"))]

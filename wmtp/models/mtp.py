@@ -139,7 +139,7 @@ class MtpModel(nn.Module):
         return rotation(torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, self.rope_theta)
 
 
-def gathered(model: MtpModel, keep: bool) -> MtpModel | None:
+def undivided(model: MtpModel, keep: bool) -> MtpModel | None:
     """The model as one process can use it by itself; None for those that do not `keep` it.
 
     Where processes hold parts of it, all of them must ask, and it is a copy.
@@ -153,8 +153,9 @@ def gathered(model: MtpModel, keep: bool) -> MtpModel | None:
             tensors[name] = tensor
     if not keep:
         return None
-    copy = MtpModel(len(tensors["embedding.weight"]), **model.settings)  # type: ignore[arg-type]
-    if model.value_head is not None:
-        copy.add_value_head()
+    with torch.device("meta"):  # nothing is drawn, and no memory taken, for what is replaced at once
+        copy = MtpModel(len(tensors["embedding.weight"]), **model.settings)  # type: ignore[arg-type]
+        if model.value_head is not None:
+            copy.add_value_head()
     copy.load_state_dict(tensors, assign=True)
     return copy.train(model.training)

@@ -35,6 +35,13 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
+    @classmethod
+    def alone(cls) -> "Processes":
+        """This process without the others, if there are any."""
+        processes = cls()
+        processes.rank, processes.size = 0, 1
+        return processes
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints, tracks and writes."""

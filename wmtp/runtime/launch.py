@@ -59,7 +59,8 @@ def launch(entry: list[str], size: int, task: dict[str, Any], ending: Ending) ->
     deaths = {rank: code for rank, (pid, code) in in_order if pid not in workers.killed}
     found = cause(outcomes, deaths, workers.received)
     if found is not None:
-        raise found.error(alone=False)
+        in_all = len(outcomes) == size and all(outcome.message == found.message for outcome in outcomes.values())
+        raise found.error(alone=in_all)
     if len(outcomes) < size:  # not by exit codes: a process may stumble when all is done and said
         unexplained = ProcessFailed("the processes ended without a word")
         raise unexplained if workers.received is None else interruption(workers.received)

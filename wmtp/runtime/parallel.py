@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 Strategy = Literal["single", "ddp", "fsdp"]
@@ -22,10 +24,12 @@ def parallelise(
     if strategy == "ddp":
         replicate(model)
     if strategy == "fsdp":
+        # torch's own choice is the machine's fastest device, also for a model on the CPU
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
         low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
-            fully_shard(block, mp_policy=low if precision == "bf16" else MixedPrecisionPolicy())
-        fully_shard(model, reshard_after_forward=False)  # the loss uses the unembedding after the forward
+            fully_shard(block, mesh=mesh, mp_policy=low if precision == "bf16" else MixedPrecisionPolicy())
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the loss uses the unembedding after the forward
 
 
 def synchronise_gradients(model: nn.Module, now: bool) -> None:

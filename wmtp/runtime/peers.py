@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from wmtp.runtime.signals import closes_in_peace
 
 LOOK_EVERY = 0.5
 """Seconds between looks at the other processes."""
+FAILED = "failed"
+"""The key in the store that holds the rank of a process that failed."""
 GRACE, GRACE_TO_CLOSE = 3.0, 20.0
 """Seconds that a process has to fail by itself when another is gone; and while it closes what it opened."""
 
@@ -25,8 +28,8 @@ GRACE, GRACE_TO_CLOSE = 3.0, 20.0
 class Peers:
     """The other processes of a run, seen by one of them, from the time they met until they part.
 
-    When one of them that runs on the same machine is gone without a farewell, this process has a few seconds to fail
-    by itself; if it does not, because it waits in a call that nothing interrupts, it is ended with the exit code that
+    When one of them fails, or is gone on this machine without a farewell, this process has a few seconds to fail by
+    itself; if it does not, because it waits in a call that nothing interrupts, it is ended with the exit code that
     `last_act` returns, which is told who is gone.
     """
 
@@ -54,11 +57,17 @@ class Peers:
             self._wait("parted", GRACE)
 
     def lost(self) -> int | None:
-        """The rank of a process of this machine that is gone without a farewell."""
+        """The rank of a process of this machine that is gone without a farewell, or of any that said it failed."""
         for rank, pid in self.pids.items():
             if not is_alive(pid) and not self._has(f"farewell/{rank}"):
                 return rank
-        return None
+        failed = int(self.store.get(FAILED)) if self._has(FAILED) else self.rank
+        return None if failed == self.rank else failed
+
+    def tell_failed(self) -> None:
+        """Let the processes of other machines know, too."""
+        with suppress(RuntimeError):  # the store may be gone with the process that held it
+            self.store.set(FAILED, str(self.rank))
 
     def blamed(self, outcome: Outcome) -> Outcome:
         """How this process ended, naming the process whose death took it along, if one did."""
