@@ -126,7 +126,7 @@ def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> Non
         run.wait_for("train.log")
     run.send(signal.SIGINT)
     code, out, seconds = run.end()
-    assert (code, run.status()["state"]) == (130, "KILLED") and seconds < 5
+    assert (code, run.status()["state"]) == (130, "KILLED") and seconds < 10
     assert "Traceback" not in out and run.survivors() == []
 
 

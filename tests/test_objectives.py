@@ -330,7 +330,8 @@ def test_an_update_without_any_label_is_refused_but_not_a_micro_batch_of_it(name
     full, empty = ragged(), ragged([(0, 0)] * 4, seed=1)
     alone, beside = MtpObjective(copy.deepcopy(algorithm)), MtpObjective(copy.deepcopy(algorithm))
     with pytest.raises(TrainingError, match="every label is masked"):
-        gradients(model, [empty, empty], alone)
+        alone.check(alone.totals(model, empty) + alone.totals(model, empty))
+    alone.check(alone.totals(model, empty) + alone.totals(model, full))
     with_empty = gradients(model, [full, empty], beside)
     assert torch.isfinite(with_empty).all()
     assert torch.equal(with_empty, gradients(model, [full], MtpObjective(copy.deepcopy(algorithm))))

@@ -310,17 +310,21 @@ def test_what_decides_the_samples_must_stay_the_same_or_be_declared(ranks: Ranks
     lines = metrics_of(run)
     changes = {
         "seed": "seed=1", "batch_size": "batch_size=4", "data": "data.num_train=36",
-        "micro_batch_size": "micro_batch_size=null", "model": "model.hidden_dim=64", "optimizer": "optimizer.lr=1",
+        "micro_batch_size": "micro_batch_size=4", "model": "model.hidden_dim=64", "optimizer": "optimizer.lr=1",
     }  # fmt: skip
     for name, change in changes.items():
         for one in ranks(session, run, [*overrides, *BOTH["ddp"], change], timeout=60):
             assert one.end.startswith("refused: ") and f"\n  {name}: " in one.end and one.seen == []
             declarable = name not in ("batch_size", "model")
             assert (f"resume_override=[{name}]" in one.end) is declarable
-    fewer = tmp_path / "fewer"  # the samples of a forward follow from the number of processes, if nobody says them
-    ranks(session, fewer, [*overrides, "micro_batch_size=null", *BOTH["ddp"]], Signal(0, 3), timeout=60)
-    alone = session(fewer, [*overrides, "micro_batch_size=null", *HARDWARE["alone"]])
-    assert "\n  micro_batch_size: was 4, is now 8" in alone.end and alone.seen == []
+    # the samples of a forward follow from the number of processes, if nobody says them; a resumed run keeps them
+    fewer, more, unsaid = tmp_path / "fewer", tmp_path / "more", [*overrides, "micro_batch_size=null"]
+    ranks(session, fewer, [*unsaid, *BOTH["ddp"]], Signal(0, 3), timeout=60)
+    alone = session(fewer, [*unsaid, *HARDWARE["alone"]])
+    assert alone.seen and max(len(records) for _, records in alone.seen) == 4
+    session(more, [*unsaid, *HARDWARE["alone"]], Signal(0, 3))  # unless one of the processes would have nothing to do
+    for one in ranks(session, more, [*unsaid, *BOTH["ddp"]], timeout=60):
+        assert "\n  micro_batch_size: was 8, is now 4" in one.end and one.seen == []
     assert metrics_of(run) == lines and not (run / "resumes.jsonl").exists()
 
     declared = [*overrides, "seed=1", "resume_override=[seed]", *BOTH["ddp"]]

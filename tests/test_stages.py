@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY, Invoke, run_command
 from wmtp.algorithms.critic import Whitening
+from wmtp.checkpoint.state import Snapshot
+from wmtp.checkpoint.store import CheckpointStore
 from wmtp.early_stopping import EarlyStopping
 from wmtp.trainer import Trainer
 
@@ -313,3 +315,21 @@ def test_a_dry_run_tries_both_stages_and_keeps_nothing(invoke: Invoke, cache: Pa
         assert outcome.code == 0, outcome.err
         assert "The stage before the training" in outcome.out
     assert list(Path().iterdir()) == [] and sorted(path.name for path in cache.iterdir()) == before
+
+
+def test_a_signal_during_the_last_save_of_the_stage_ends_the_run_before_the_training(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = CheckpointStore.save
+
+    def signalled(self: CheckpointStore, step: int, snapshot: Snapshot) -> Path:
+        path = save(self, step, snapshot)
+        if path.parts[-3] == "pretrain":
+            signal.raise_signal(signal.SIGTERM)
+        return path
+
+    monkeypatch.setattr(CheckpointStore, "save", signalled)
+    outcome = invoke("algo=rho1", "max_steps=2", "hydra.run.dir=run")
+    assert outcome.code == 143 and not Path("run/checkpoints").exists()
+    assert json.loads(Path("run/status.json").read_text())["state"] == "KILLED"
+    assert invoke("resume=run", tiny=False).code == 0

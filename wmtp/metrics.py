@@ -33,13 +33,12 @@ class Sums:
         if processes.size == 1:
             return self
         total = processes.sum(self.row())
-        lowest = processes.largest(*(-float(value) for value in self.minima.values()))
-        highest = processes.largest(*map(float, self.maxima.values()))
-        return Sums(
-            dict(zip(self.means, total.view(-1, 2).unbind(), strict=True)),  # type: ignore[arg-type]
-            {name: torch.tensor(-value) for name, value in zip(self.minima, lowest, strict=True)},
-            {name: torch.tensor(value) for name, value in zip(self.maxima, highest, strict=True)},
-        )
+        reduced = Sums(dict(zip(self.means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
+        if extremes := [*(-x for x in self.minima.values()), *self.maxima.values()]:
+            found = torch.tensor(processes.largest(*torch.stack(extremes).tolist()))
+            reduced.minima = dict(zip(self.minima, -found, strict=False))
+            reduced.maxima = dict(zip(self.maxima, found[len(self.minima) :], strict=True))
+        return reduced
 
     def row(self) -> Tensor:
         """Sum, count, sum, count, … of the means, in fp64 on the CPU."""

@@ -1,5 +1,6 @@
 """How much will be trained, and where the run is in it."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,8 @@ class Plan:
         Without a `micro_batch_size` every one of `num_processes` makes one forward an update.
         """
         self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size or math.ceil(batch_size / num_processes)
+        self.share, self.is_free = math.ceil(batch_size / num_processes), micro_batch_size is None
+        self.micro_batch_size = micro_batch_size or self.share
         self.micro_batches_per_update = math.ceil(self.batch_size / self.micro_batch_size)
         self.updates_per_epoch = math.ceil(num_samples / batch_size)
         planned = max(1, math.ceil(num_epochs * self.updates_per_epoch - 1e-9))
@@ -43,6 +45,17 @@ class Plan:
     def update_in_epoch(self, position: Position) -> int:
         """Which update of its epoch comes next."""
         return position.batch_in_epoch // self.micro_batches_per_update
+
+    def resumed(self, micro_batch_size: int) -> "Plan":
+        """The plan of a run that had micro-batches of this size: it keeps them, unless others were asked for.
+
+        It cannot keep them where they would leave a process without work.
+        """
+        plan = copy.copy(self)
+        if self.is_free and micro_batch_size <= self.share:
+            plan.micro_batch_size = micro_batch_size
+            plan.micro_batches_per_update = math.ceil(self.batch_size / micro_batch_size)
+        return plan
 
     def converted(self, position: Position, micro_batch_size: int) -> Position:
         """A position between two updates, as it is with micro-batches of this plan instead of another size."""

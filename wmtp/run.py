@@ -1,5 +1,6 @@
 """One run from its config to its end: its stages, resuming, trackers, samples, summary, status."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -127,6 +128,7 @@ class Run:
         if self.processes.from_main(lambda: read_result(self.folder)) is None:
             if stage.reuse is None:
                 self._train_stage(stage, parts)
+                gc.collect()  # a model that processes share refers to itself, and would lie beside the next one
             else:
                 reused = stage.reuse
                 self.processes.from_main(lambda: take_over(reused, self.folder, self.config))
@@ -152,7 +154,7 @@ class Run:
             split.hidden_states = None  # the training that follows has no use for them
         saved = trainer.checkpoints.best() or trainer.checkpoints.latest()
         if stage.saves_value_head:
-            head = value_head_of(load(saved, optimizer=False))
+            head = value_head_of(load(saved, optimizer=False, verified=True))  # this process has just written it
             self.processes.from_main(lambda: save_file(head, folder / "value_head.safetensors"))
         record = asdict(result) | {"saved": str(saved.relative_to(self.folder))}
         self.processes.from_main(lambda: write_result(self.folder, record))
@@ -217,6 +219,7 @@ class Run:
             "pass@1": self._pass_rate(trainer, result),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
+            "peak_memory_bytes": int(self.processes.largest(trainer.hardware.peak_memory())[0]),
             "weights": weight_quality(objective, trainer.model, trainer.data, trainer.hardware),
         }
 
@@ -240,6 +243,8 @@ def rehearse(config: DictConfig, folder: Path) -> None:
         trainer = compose_stage_trainer(config, folder / FOLDER, parts, stage, with_columns=False)
         console.print("The stage before the training:", highlight=False)
         _try(console, trainer)
+        del trainer
+        gc.collect()
     if parts.algorithm.reference is not None:
         compose_reference(parts, None)
     if parts.algorithm.needs_reference:  # its losses are not worth computing here: any number will do

@@ -61,7 +61,6 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
         **asdict(result),
         **last_and_best(folder),
         "tokens_per_second": median_speed(folder),
-        "peak_memory_bytes": trainer.hardware.peak_memory(),
         "skipped_updates": trainer.gate.num_skipped,
         "device": str(trainer.hardware.device),
         "processes": trainer.processes.size,

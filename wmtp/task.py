@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.errors import InterruptedAtOnce, InterruptedRun, PendingError
+from wmtp.errors import InterruptedAtOnce, InterruptedRun, PendingError, TrainingError
 from wmtp.runtime.folder import Ending
 from wmtp.runtime.signals import ignored_signals, raised_signals
 from wmtp.runtime.worker import receive_task, set_up_output, tell_ready
@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # what knows torch is imported where it is needed, for --help
     from wmtp.runtime.outcome import Board
 
 log = logging.getLogger(__name__)
-FAREWELL = 60.0
-"""Seconds in which all processes of an interrupted run have saved, and say so."""
+FAREWELL = 90.0
+"""Seconds in which all processes of a run that they end together have closed what they opened, and say so."""
+TOGETHER = (InterruptedRun, PendingError, TrainingError)
+"""Errors that all processes raise, or none."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def take_part(job: Job, task: Task, board: "Board", last_act: Callable[[int], in
         with ignored_signals():
             outcome = Outcome.of(error, rank, task.ending)
             board.put(outcome if peers is None else peers.blamed(outcome))
-        agreed = isinstance(error, (InterruptedRun, PendingError)) and not isinstance(error, InterruptedAtOnce)
+        agreed = isinstance(error, TOGETHER) and not isinstance(error, InterruptedAtOnce)
         if peers is not None and not agreed:
             peers.tell_failed()
         if peers is not None and agreed:

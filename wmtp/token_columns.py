@@ -128,15 +128,12 @@ def fill(
         batch = collate(split, mine, tokenizer.padding).to(hardware.device)
         with hardware.autocast():
             values = measure(batch).float()
-        indices = [index for chosen in group for index in chosen]
-        borders = np.concatenate([[0], np.cumsum(lengths[indices])])
-        tokens = values.new_zeros(int(borders[-1]), *values.shape[2:])
-        place = sum(len(chosen) for chosen in group[: processes.rank])
-        for row in range(len(mine or ())):
-            start, stop = borders[place + row], borders[place + row + 1]
-            tokens[start:stop] = values[row, : stop - start]
-        found = processes.sum(tokens)
-        if column is not None:
-            found = found.cpu()
-            for number, index in enumerate(indices):
-                column[offsets[index] : offsets[index + 1]] = found[borders[number] : borders[number + 1]].numpy()
+        for rank, chosen in enumerate(group):
+            shape = (len(chosen), int(lengths[chosen].max()))
+            own = values if rank == processes.rank else values.new_empty(*shape, *values.shape[2:])
+            found = processes.broadcast(own, rank)
+            if column is None:
+                continue
+            rows = found.cpu().numpy()
+            for row, index in enumerate(chosen):
+                column[offsets[index] : offsets[index + 1]] = rows[row, : lengths[index]]

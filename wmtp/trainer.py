@@ -108,12 +108,15 @@ class Trainer:
 
                 if self.ended or self._due(self.log_interval):
                     self._log(metrics | self._throughput() | self.early_stopping.metrics())
-                improved = (self.ended or epoch_ended or self._due(self.eval_interval)) and self.validate()
-                self._agree(signals)
+                improved = False
+                if self.ended or epoch_ended or self._due(self.eval_interval):
+                    improved = self.validate()
+                    self._agree(signals)
                 if self.ended or improved or self.interrupted_by or self._due(self.save_interval):
                     self.save(improved)
                 if self.interrupted_by and not self.ended:
                     raise interruption(self)
+            self._agree(signals)
         return Result(
             self.position.step,
             self.position.tokens,
@@ -162,6 +165,7 @@ class Trainer:
         """Leave the gradient of the update's loss in the parameters; what this process measured on the way."""
         parts = torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)
         totals = self.processes.sum(parts)
+        self.objective.check(totals)
         sums = Sums()
         self.model.train()
         for number, batch in enumerate(batches, start=1):
@@ -231,6 +235,7 @@ class Trainer:
             InputError: the data, the tokenizer, the batches or something else are not those of the snapshot.
         """
         state = snapshot.state
+        self.plan = self.plan.resumed(state["identity"]["micro_batch_size"])
         changes = declared_changes(state["identity"], self._identity(), declared)
         self.position = self.plan.converted(Position(**state["position"]), state["identity"]["micro_batch_size"])
         load_model(self.model, snapshot.model)

@@ -21,6 +21,9 @@ class Objective(Protocol):
     def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
         """What each part of the loss is divided by, summed over an update; known from the labels alone."""
 
+    def check(self, totals: Float[Tensor, " part"]) -> None:
+        """Raises `TrainingError` where an update, with these totals over all processes, has nothing to learn from."""
+
     def loss(self, model: MtpModel, batch: Batch, totals: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
         """The batch's contribution to the update's loss, with gradient, and its measurements."""
 

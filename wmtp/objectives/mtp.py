@@ -42,6 +42,11 @@ class MtpObjective:
         valid = targets(batch.labels, model.num_heads) != IGNORED
         return torch.stack([valid.any(dim=0).sum(), self.value_loss.total(batch)]).float()
 
+    def check(self, totals: Float[Tensor, " part"]) -> None:
+        """Raises `TrainingError` where nothing in the whole update has a target."""
+        if not totals[0]:
+            raise TrainingError("no token of the update is a target: every label is masked, so there is no loss")
+
     def loss(self, model: MtpModel, batch: Batch, totals: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
         """Σ v·w·CE / Σ v, and the value loss beside it if the algorithm trains one."""
         outputs = model(batch.tokens)
@@ -55,13 +60,7 @@ class MtpObjective:
     def loss_of(
         self, outputs: Outputs, model: MtpModel, batch: Batch, totals: Float[Tensor, " part"]
     ) -> tuple[Tensor, Sums]:
-        """Σ v·w·CE / Σ v of a forward that was made already.
-
-        Raises:
-            TrainingError: nothing in the whole update has a target.
-        """
-        if not totals[0]:
-            raise TrainingError("no token of the update is a target: every label is masked, so there is no loss")
+        """Σ v·w·CE / Σ v of a forward that was made already."""
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
         shares = head_shares(valid)

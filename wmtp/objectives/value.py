@@ -39,6 +39,11 @@ class ValueObjective:
             return own
         return torch.cat([own, self.language_model.totals(model, batch)])
 
+    def check(self, totals: Float[Tensor, " part"]) -> None:
+        """Asks the language model beside; an update without a value is no error."""
+        if self.language_model is not None:
+            self.language_model.check(totals[1:])
+
     def loss(self, model: MtpModel, batch: Batch, totals: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
         """Both losses from one forward."""
         if self.language_model is None:

@@ -64,6 +64,14 @@ class Processes:
         result: list[float] = found.tolist()
         return result
 
+    def broadcast(self, tensor: Tensor, rank: int) -> Tensor:
+        """The tensor of one process; the others give one of the same shape and type."""
+        if self.size == 1:
+            return tensor
+        received = tensor.clone()
+        dist.broadcast(received, rank)
+        return received
+
     def gather(self, value: Any) -> list[Any]:
         """What every process has to say, by rank."""
         if self.size == 1:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,7 +100,7 @@ class Workers:
             self._deadline = time.monotonic() + GRACE
             raise interruption(number)
         for pid in filter(is_alive, ready):
-            os.kill(pid, number)
+            _send(number, pid)
         if not first:
             self._deadline = time.monotonic() + AFTER_SECOND_SIGNAL
 
@@ -114,13 +114,18 @@ class Workers:
             if self._deadline is not None and time.monotonic() > self._deadline:
                 for pid in filter(is_alive, self._pids):
                     self.killed.add(pid)
-                    os.kill(pid, signal.SIGKILL)
+                    _send(signal.SIGKILL, pid)
 
     def _is_mine(self, child: psutil.Process) -> bool:
         try:
             return bool(child.environ().get(TASK) == str(self.folder / TASK_FILE))
         except psutil.Error:  # it has just ended, or begins
             return False
+
+
+def _send(number: int, pid: int) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, number)
 
 
 @contextmanager

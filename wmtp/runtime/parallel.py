@@ -18,6 +18,8 @@ def parallelise(
 ) -> None:
     """Let the processes of the group train one model together; it stays the object and the names that it was.
 
+    From now on all of them must make its forwards, and the first one with gradients.
+
     Gradients become the mean over the processes. Under fsdp each of `blocks` is gathered when it runs, in bf16 if
     that is the `precision`; what lies outside of them once per forward, in fp32.
     """

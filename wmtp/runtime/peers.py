@@ -61,8 +61,10 @@ class Peers:
         for rank, pid in self.pids.items():
             if not is_alive(pid) and not self._has(f"farewell/{rank}"):
                 return rank
-        failed = int(self.store.get(FAILED)) if self._has(FAILED) else self.rank
-        return None if failed == self.rank else failed
+        with suppress(RuntimeError):  # the store may go between two calls
+            if self._has(FAILED) and (failed := int(self.store.get(FAILED))) != self.rank:
+                return failed
+        return None
 
     def tell_failed(self) -> None:
         """Let the processes of other machines know, too."""

@@ -46,8 +46,8 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     problem: Exception | None = None
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         try:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep and problem is None:
                 kept[name] = whole.to("cpu", copy=True).contiguous()
         except Exception as error:  # noqa: BLE001 - raised below: the others wait for this process's part of the rest
