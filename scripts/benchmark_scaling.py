@@ -39,7 +39,7 @@ def measured(folder: Path, overrides: list[str], threads: str) -> tuple[float, f
         f"hydra.run.dir={folder}",
     ]  # fmt: skip
     before = loopback_bytes()
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -56,8 +56,9 @@ def main() -> None:
     parameters = 0
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
-            for arm, (overrides, threads) in ARMS.items():
-                speed, bytes_moved, parameters = measured(Path(folder) / f"{arm}-{number}", overrides, threads)
+            for place, (arm, (overrides, threads)) in enumerate(ARMS.items()):
+                run = Path(folder) / f"{place}-{number}"
+                speed, bytes_moved, parameters = measured(run, overrides, threads)
                 speeds[arm].append(speed)
                 moved[arm].append(bytes_moved)
     base = statistics.median(speeds[next(iter(ARMS))])
