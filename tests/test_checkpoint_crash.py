@@ -24,6 +24,9 @@ Format = Literal["whole", "sharded"]
 CALLS = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
+pytestmark = pytest.mark.slow
+
+
 def name_of(path: Any, dir_fd: int | None = None) -> str:
     """The last part of a path, or of what a descriptor stands for; without the process number in it."""
     if isinstance(path, int):

@@ -26,7 +26,7 @@ from wmtp.optimization import parameter_groups
 from wmtp.runtime.distributed import OtherProcessFailed, Processes
 from wmtp.runtime.sharding import gathered, read_parts
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 Format = Literal["whole", "sharded"]
 Way = Literal["one", "copies", "parts"]
 """A process alone, or two that each hold a copy of the model (DDP), or parts of it (FSDP2)."""

@@ -230,6 +230,7 @@ def test_a_reference_with_another_tokenizer_is_refused(invoke: Invoke, runs: Pat
     assert outcome.err.count("…") == 2 and "another tokenizer" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_value_head_alone_leaves_the_trunk_as_it_was(invoke: Invoke) -> None:
     overrides = ("algo=critic", "pretrain.trains=head", "pretrain.max_steps=4", "max_steps=1", "save_interval=1")
     assert invoke(*overrides, "hydra.run.dir=run").code == 0
@@ -308,6 +309,7 @@ def test_a_stage_may_choose_options_of_its_own(invoke: Invoke) -> None:
     assert "constant" in stage.scheduler["_target_"] and "cosine" in training.scheduler["_target_"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_tries_both_stages_and_keeps_nothing(invoke: Invoke, cache: Path) -> None:
     before = sorted(path.name for path in cache.iterdir())
     for algorithm in ("critic", "rho1"):
