@@ -87,9 +87,3 @@ def test_the_readmes_tree_names_every_module() -> None:
             assert path.name in text, f"README.md does not name {path}"
     for group in CONFIG_FOLDER.iterdir():
         assert not group.is_dir() or group.name in text, f"README.md does not name the group {group.name}"
-
-
-def test_the_checkpoints_format_is_free_of_pickle() -> None:
-    for path in (ROOT / "wmtp").glob("**/*.py"):
-        text = path.read_text()
-        assert not re.search(r"import pickle|torch\.(save|load)\(|weights_only=False|allow_pickle=True", text), path

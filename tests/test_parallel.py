@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from tests.conftest import composed
 from tests.ranks import Ranks
-from tests.training import BOTH, metrics_of, trained, trainer_in
+from tests.training import BOTH, COMMON, metrics_of, trained, trainer_in
 from wmtp import trainer as trainer_module
 from wmtp.data.collate import Batch
 from wmtp.metrics import Sums
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
+from wmtp.run import rehearse
 from wmtp.runtime.parallel import synchronise_gradients
 from wmtp.trainer import Trainer
 
@@ -205,3 +207,16 @@ def test_compiled_blocks_are_the_same_training(ranks: Ranks, tmp_path: Path, cac
         assert graphs > 0
         assert worst_loss([alone], [metrics]) <= 1e-5
         assert metrics["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
+
+
+def rehearsed(folder: Path, *overrides: str) -> list[Path]:
+    rehearse(composed(*COMMON, *overrides, f"cache_dir={folder}"), folder)
+    return list(folder.glob("**/step_*"))
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_a_dry_run_tries_the_stage_and_the_training_in_all_processes(
+    ranks: Ranks, tmp_path: Path, strategy: str
+) -> None:
+    """A model may be shared once only, so the training's is none that the stage's trial has shared already."""
+    assert ranks(rehearsed, tmp_path, "algo=critic", *BOTH[strategy], timeout=60) == [[], []]
