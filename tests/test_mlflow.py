@@ -1,28 +1,37 @@
+import getpass
 import itertools
 import json
 import math
+import os
 import random
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import mlflow.artifacts
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name
+from pydantic import TypeAdapter, ValidationError
 
-from wmtp.errors import PendingError
-from wmtp.tracking.follow import Position, Stored, batches, clean_name, count_lines, line_points, lines_after
+from wmtp.errors import InputError, PendingError
+from wmtp.tracking.follow import Point, Position, Stored, batches, clean_name, count_lines, line_points, lines_after
 from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
-from wmtp.tracking.mlflow import MlflowTracker, absolute_uri
+from wmtp.tracking.mlflow import MlflowTracker, end_sweep, send_pending
+from wmtp.tracking.mlflow.address import Address, absolute_uri
+from wmtp.tracking.mlflow.feeds import Feed, Sender
+from wmtp.tracking.mlflow.store import patience_for
 
 Metrics = dict[str, float]
 
@@ -109,6 +118,21 @@ def stored(client: MlflowClient, run_id: str) -> list[tuple[str, int, float]]:
     return sorted((name, *point) for name in names for point in history(client, run_id, name))
 
 
+class StoredByValue(Stored):
+    """The naive way of knowing what is there."""
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        return [point for point in points if (point[0], point[3], point[1]) not in self.known]
+
+    known: set[tuple[str, int, float]]
+
+
+def ask_values(self: Sender, feed: Feed, step: int) -> Stored:
+    there = StoredByValue(step)
+    there.known = set(stored(self.client, self.receipt.run_id))
+    return there
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
@@ -137,7 +161,10 @@ def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Pat
     lines = (folder / FILE_NAME).read_text()
     position = {"lines": 2, "size": len(lines), "last": lines.splitlines(keepends=True)[1]}
     uri = f"sqlite:///{outputs}/mlflow.db"
-    assert receipt(folder) == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}}
+    noted = receipt(folder)
+    assert set(noted.pop("artifacts")) == {"config.yaml", "summary.json"}
+    named = {"experiment": "wmtp", "run_name": "run whole"}
+    assert noted == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}} | named
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"config.yaml", "summary.json"}
     assert (outputs / "mlartifacts" / run_id / "artifacts" / "config.yaml").read_text() == "seed: 0"
 
@@ -231,15 +258,22 @@ def test_a_resumed_run_may_log_at_other_steps(client: MlflowClient, outputs: Pat
     assert points == [(step, 1 / step) for step in (1, 2, 3, 4, 5, 6, 7, 8, 10)]  # MLflow cannot forget step 7
 
 
-def test_what_a_resumed_run_changed_is_sent_beside_what_was_there(client: MlflowClient, outputs: Path) -> None:
-    folder = outputs / "changed"
-    run_id = track(folder, [{"loss": 3.0, "same": 1.0}, {"loss": 2.0, "same": 1.0}, {"loss": 1.0, "same": 1.0}])
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_step_that_is_made_again_with_other_last_bits_is_shown_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, counts: bool
+) -> None:
+    """The control knows a point by its value too."""
+    if not counts:
+        monkeypatch.setattr("wmtp.tracking.mlflow.feeds.Stored", StoredByValue)
+        monkeypatch.setattr(Sender, "_stored_from", ask_values)
+    folder = outputs / f"last bits {counts}"
+    run_id = track(folder, [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0}])
     tracker = start(folder)
-    attempt(folder, tracker, 1, {2: [{"loss": 2.5, "same": 1.0}], 3: [{"loss": 1.5, "same": 1.0}]})
+    attempt(folder, tracker, 1, {2: [{"loss": 2.0000001}], 3: [{"loss": 1.0}], 4: [{"loss": 0.5}]})
     tracker.close("FINISHED")
-    assert history(client, run_id, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5), (3, 1.5)]
-    assert client.get_run(run_id).data.metrics == {"loss": 1.5, "same": 1.0}, "the latest is the resumed run's"
-    assert history(client, run_id, "same") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    points = history(client, run_id, "loss")
+    assert sorted(step for step, _ in points) == ([1, 2, 3, 4] if counts else [1, 2, 2, 3, 4])
+    assert client.get_run(run_id).data.metrics == {"loss": 0.5}
 
 
 def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: Path) -> None:
@@ -253,7 +287,7 @@ def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: P
             tracker.log(2, 0, {})
             wait_for(lambda folder=folder: sent_lines(folder) == {FILE_NAME: 4})  # type: ignore[misc]
         else:
-            wait_for((folder / "mlflow.json").exists)
+            wait_for(lambda folder=folder: receipt(folder)["run_id"] != "")  # type: ignore[misc]
             time.sleep(0.2)  # four times as long as it pauses
         attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 40.0}], 6: [{"loss": 6.0}]})
         tracker.close("FINISHED")
@@ -262,7 +296,7 @@ def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: P
     assert found[False] == [
         ("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (6, 6.0))
     ]
-    assert found[True] == sorted([*found[False], ("loss", 4, 4.0)])
+    assert found[True] == [("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (6, 6.0))]
 
 
 @pytest.mark.parametrize("asks", [True, False])
@@ -279,7 +313,7 @@ def test_points_that_were_sent_but_not_noted_are_not_sent_again(
     (folder / "mlflow.json").write_bytes(noted)  # as if it had been killed between the request and the receipt
 
     if not asks:
-        monkeypatch.setattr(MlflowTracker, "_ask", lambda *args: Stored())
+        monkeypatch.setattr(Sender, "_stored_from", lambda *args: Stored(0))
     tracker = start(folder)
     attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}], 5: [{"loss": 5.0}]})
     tracker.close("FINISHED")
@@ -318,10 +352,10 @@ def test_any_crashes_leave_every_point_once(
         tracker = start(folder)
         lines: dict[int, list[Metrics]] = {}
         for logged in range(step + 1, step + 12, draw.randint(1, 3)):
-            same = {"early_stopping/patience": float(logged // 4)}
+            same = {"sometimes twice": 0.0, "early_stopping/patience": float(logged // 4)}
             lines[logged] = [{"train/loss": 1 / logged, "train/tokens_per_second": time.perf_counter()} | same]
             if logged % 3 == 0:
-                lines[logged].append({"val/loss": 2 / logged} | same)
+                lines[logged].append({"val/loss": 2 / logged} | same | {"sometimes twice": 1.0})
         attempt(folder, tracker, step, lines)
         with nullcontext() if lives else suppress(PendingError):
             tracker.close("FINISHED")
@@ -329,10 +363,34 @@ def test_any_crashes_leave_every_point_once(
         step += draw.randint(0, 8)
 
     points = stored(client, receipt(folder)["run_id"])
-    steps = [(name, at) for name, at, _ in points]
-    assert len(set(steps)) == len(steps), "a step was sent twice"
-    assert {(name, at) for name, at, _ in held(folder)} <= set(steps) <= ever
-    assert {point for point in held(folder) if "per_second" not in point[0]} <= set(points)
+    there = Counter((name, at) for name, at, _ in points)
+    wanted = Counter((name, at) for name, at, _ in held(folder))
+    assert {point: there[point] for point in wanted} == wanted, "as often as the file holds it"
+    assert set(there) <= ever
+    assert all(count == 1 for (name, _), count in there.items() if name != "sometimes twice")
+    assert set(wanted.values()) == {1, 2}
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 5), st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 2)), max_size=3)
+    ),
+    st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), st.integers(0, 3)),
+)
+def test_a_store_has_each_point_of_a_file_as_often_as_the_file(
+    lines: dict[int, list[dict[str, int]]], there: dict[tuple[str, int], int]
+) -> None:
+    points = [
+        (name, float(value), 0, step) for step in sorted(lines) for line in lines[step] for name, value in line.items()
+    ]
+    wanted = Counter((name, step) for name, _, step in {(name, value, step) for name, value, _, step in points})
+    known, got = Stored(0), Counter(there)
+    for (name, step), count in there.items():
+        for _ in range(count):
+            known.add(name, step)
+    for first in range(0, len(points), 2):  # as they come, a few at a time
+        got.update((name, step) for name, _, _, step in known.missing(points[first : first + 2]))
+    assert {point: max(count, there.get(point, 0)) for point, count in wanted.items()} == {p: got[p] for p in wanted}
 
 
 def test_a_receipt_of_another_form_is_a_reason_to_ask(client: MlflowClient, outputs: Path) -> None:
@@ -351,6 +409,212 @@ def test_a_run_that_was_deleted_is_made_again(client: MlflowClient, outputs: Pat
     second = track(folder, [{"loss": 2.0}])
     assert second != first and client.get_run(second).data.metrics == {"loss": 2.0}
     assert [value for _, value in history(client, second, "loss")] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_run_whose_receipt_was_lost_is_found_by_its_id(client: MlflowClient, outputs: Path, marked: bool) -> None:
+    """Killed between making the run and noting it, or fetched from S3 as it was before. The control has no id."""
+    folder = outputs / f"lost {marked}"
+    folder.mkdir(parents=True)
+    if marked:
+        (folder / "run.json").write_text(json.dumps({"id": uuid.uuid4().hex, "remote": None}))
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}], {"lr": 0.1})
+    (folder / "mlflow.json").unlink()
+    tracker = start(folder, {"lr": 0.1})
+    attempt(folder, tracker, 1, {2: [{"loss": 2.5}], 3: [{"loss": 3.0}]})
+    tracker.close("FINISHED")
+    assert (receipt(folder)["run_id"] == run_id) == marked
+    if marked:
+        assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize("lines_left", [0, 1, 3, 4])
+def test_a_folder_that_came_back_older_or_newer_than_its_receipt(
+    client: MlflowClient, outputs: Path, lines_left: int
+) -> None:
+    """S3 holds metrics.jsonl and mlflow.json as they were at different moments."""
+    folder = outputs / f"fetched {lines_left}"
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
+    older = (folder / "mlflow.json").read_bytes()
+    tracker = start(folder)
+    attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}]})
+    tracker.close("FINISHED")
+    lines = (folder / FILE_NAME).read_bytes().splitlines(keepends=True)
+    (folder / FILE_NAME).write_bytes(b"".join(lines[:lines_left]))
+    if lines_left == 4:
+        (folder / "mlflow.json").write_bytes(older)
+    tracker = start(folder)
+    tracker.log(4, 0, {})
+    attempt(folder, tracker, lines_left, {step: [{"loss": step + 1e-9}] for step in range(lines_left + 1, 7)})
+    tracker.close("FINISHED")
+    assert sorted(step for step, _ in history(client, run_id, "loss")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_between_both_lines_of_a_step_a_process_may_die(client: MlflowClient, outputs: Path) -> None:
+    """The control is a reader that forgets the line before: it takes its point for the next line's."""
+    folder = outputs / "between"
+    run_id = track(folder, [{"loss": 1.0, "a": 1.0}])
+    with (folder / FILE_NAME).open("a") as file:
+        file.write(json.dumps({"step": 1, "epoch": 0, "time": time.time(), "val/loss": 2.0, "a": 2.0}) + "\n")
+    tracker = start(folder)
+    tracker.log(1, 0, {})
+    tracker.close("FINISHED")
+    assert stored(client, run_id) == [("a", 1, 1.0), ("a", 1, 2.0), ("loss", 1, 1.0), ("val/loss", 1, 2.0)]
+    forgetful = Stored(1)
+    forgetful.add("a", 1)
+    assert forgetful.missing([("a", 2.0, 0, 1)]) == []
+
+
+def test_an_ended_run_is_sent_without_waking_it(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "ended"
+    run_id = track(folder, [{"loss": 1.0}])
+    ended = client.get_run(run_id).info.end_time
+    (folder / "evaluations").mkdir()
+    for step in (8, 4, 8):  # of the best checkpoint, of an earlier one, and of the best in another way
+        file = MetricsFile(folder / "evaluations")
+        file.log(step, 0, {"evaluation/tasks/pass_at_1": time.perf_counter()})
+        file.close("FINISHED")
+        assert send_pending(folder) == "MLflow: 1 line of metrics"
+    assert send_pending(folder) == "MLflow: nothing was missing"
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
+    assert sorted(step for step, _ in history(client, run_id, "evaluation/tasks/pass_at_1")) == [4, 8, 8]
+    assert send_pending(folder, "KILLED") == "MLflow: status KILLED"
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert send_pending(outputs / "never tracked") is None
+
+
+def test_two_processes_do_not_deliver_one_run(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "shared"
+    first = start(folder)
+    wait_for(lambda: receipt(folder)["run_id"] != "")
+    with pytest.raises(PendingError, match="another process is delivering"):
+        send_pending(folder)
+    second = start(folder)  # a training that was gone on with while the one before still ended
+    write(folder, [{"loss": 1.0}])
+    first.close("KILLED")
+    second.log(1, 0, {})
+    second.close("FINISHED")
+    run_id = receipt(folder)["run_id"]
+    assert history(client, run_id, "loss") == [(1, 1.0)] and client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_where_the_best_checkpoint_lies_is_an_artifact(client: MlflowClient, outputs: Path) -> None:
+    for remote in (None, "s3://bucket/runs/one"):
+        folder = outputs / f"best {remote is None}"
+        for step in (2, 4):
+            checkpoint = folder / "checkpoints" / f"step_{step:08d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "model.safetensors").write_bytes(b"weights")
+            (checkpoint / "manifest.json").write_text(f"{step}")
+        best = {"folder": "step_00000002", "step": 2, "val/loss": 0.5}
+        (folder / "checkpoints" / "best.json").write_text(json.dumps(best))
+        (folder / "run.json").write_text(json.dumps({"id": uuid.uuid4().hex, "remote": remote}))
+        run_id = track(folder, [{"val/loss": 0.5}])
+        track(folder, [])
+        run = client.get_run(run_id)
+        assert history(client, run_id, "best/val_loss") == [(2, 0.5)]
+        kept_at = remote or str(folder)  # a store on the same disk does not hold it a second time
+        best = f"{kept_at}/checkpoints/step_00000002"
+        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/checkpoints/addresses.json")
+        assert [file.path for file in client.list_artifacts(run_id, "checkpoints")] == ["checkpoints/addresses.json"]
+        assert json.loads(text) == {"run": kept_at, "checkpoints": f"{kept_at}/checkpoints", "best": best}
+        assert run.data.tags["wmtp.checkpoints"] == best
+
+
+def test_code_and_data_are_named_once(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "origin"
+    folder.mkdir(parents=True)
+    data = {
+        "name": "tasks",
+        "fingerprint": "f" * 64,
+        "tokenizer": "t" * 64,
+        "source": "tasks",
+        "train": 8,
+        "validation": 2,
+    }
+    (folder / "provenance.json").write_text(json.dumps({"git_revision": "abc+changes", "data": data}))
+    run_id = track(folder, [])
+    track(folder, [])
+    run = client.get_run(run_id)
+    expected = {
+        "mlflow.source.name": "wmtp.train",
+        "mlflow.source.git.commit": "abc",
+        "wmtp.git_revision": "abc+changes",
+    }
+    assert expected.items() <= run.data.tags.items() and run.data.tags["mlflow.user"] == getpass.getuser()
+    inputs = {
+        one.tags[0].value: (one.dataset.name, one.dataset.digest, json.loads(one.dataset.profile)["num_records"])
+        for one in run.inputs.dataset_inputs
+    }
+    assert inputs == {"train": ("tasks/train", "f" * 36, 8), "validation": ("tasks/validation", "f" * 36, 2)}
+    assert len(run.inputs.dataset_inputs) == 2
+
+
+def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outputs: Path) -> None:
+    sweep = outputs / "it's a sweep"
+    sweep.mkdir(parents=True)
+    (sweep / "multirun.yaml").write_text("hydra: {}")
+    assert end_sweep(sweep, "FINISHED") is None
+    trackers = [start(sweep / str(job)) for job in range(3)]
+    for tracker in trackers:
+        tracker.close("FINISHED")
+    parent = receipt(sweep)["run_id"]
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.info.run_id for run in children} == {receipt(sweep / str(job))["run_id"] for job in range(3)}
+    assert client.get_run(parent).info.status == "RUNNING"
+    (sweep / "mlflow.json").unlink()  # as if it had been killed before it was noted
+    start(sweep / "0").close("FINISHED")
+    start(sweep / "3").close("FINISHED")
+    assert receipt(sweep)["run_id"] == parent
+    assert (
+        end_sweep(sweep, "FAILED") == "MLflow: status FAILED"
+        and end_sweep(sweep, "FAILED") == "MLflow: nothing was missing"
+    )
+    run = client.get_run(parent)
+    assert (run.info.run_name, run.info.status, run.data.tags["wmtp.sweep"]) == (sweep.name, "FAILED", str(sweep))
+    assert [file.path for file in client.list_artifacts(parent)] == ["multirun.yaml"]
+
+
+def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "machine"
+
+    def last_step() -> int:
+        sent = receipt(folder)["sent"].get("system.jsonl") if folder.exists() else None
+        return -1 if sent is None else int(json.loads(sent["last"] or '{"step": -1}')["step"])
+
+    for fetched in (False, False, True, True):
+        before = last_step()
+        if fetched:  # gone on with on a machine that has not the file
+            (folder / "system.jsonl").unlink()
+        tracker = start(folder, system_seconds=0.05)
+        wait_for(lambda before=before: last_step() > before + 2)  # type: ignore[misc]
+        tracker.close("FINISHED")
+        if fetched:
+            first = (folder / "system.jsonl").read_text().splitlines()[0]
+            assert json.loads(first)["step"] == before + 1
+        with (folder / "system.jsonl").open("a") as file:
+            file.write('{"step": 99, "torn')
+    run_id = receipt(folder)["run_id"]
+    points = history(client, run_id, "system/cpu_utilization_percentage")
+    assert [step for step, _ in points] == list(range(last_step() + 1))
+    assert {"system/system_memory_usage_megabytes", "system/system_memory_usage_percentage"} <= set(
+        client.get_run(run_id).data.metrics
+    )
+
+
+def test_evaluations_of_many_checkpoints_are_sent_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their steps go up and down, and the file may be too long to be read at once."""
+    folder = outputs / "many"
+    for step in (8, 4, 2, 9):
+        write(folder / "evaluations", [{"evaluation/loss": 1 / step}], first_step=step)
+    run_id = track(folder, [])
+    monkeypatch.setattr("wmtp.tracking.follow.BYTES_PER_READ", 120)  # a line and a half
+    (folder / "mlflow.json").write_text(json.dumps(receipt(folder) | {"sent": {}}))
+    assert send_pending(folder) == "MLflow: nothing was missing"
+    assert sorted(step for step, _ in history(client, run_id, "evaluation/loss")) == [2, 4, 8, 9]
 
 
 def test_failing_calls_are_tried_again(
@@ -423,14 +687,14 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
     assert 2.9 < time.monotonic() - started < 15
     assert str(tmp_path / FILE_NAME) in str(pending.value) and "refused" in str(pending.value)
     assert (tmp_path / FILE_NAME).read_bytes() == before
-    tracker._thread.join(10)
-    assert not tracker._thread.is_alive(), "the thread goes on after it was given up"
+    tracker._courier._thread.join(10)
+    assert not tracker._courier._thread.is_alive(), "the thread goes on after it was given up"
 
 
 def test_a_broken_receipt_is_reported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.json").write_text("{")
-    with pytest.raises(PendingError, match="JSONDecodeError"):
-        start(tmp_path, uri="http://127.0.0.1:9").close("FINISHED")
+    with pytest.raises(InputError, match="mlflow.json is damaged .*; remove it"):
+        start(tmp_path, uri="http://127.0.0.1:9")
 
 
 def test_importing_and_constructing_leave_mlflow_to_the_thread(tmp_path: Path) -> None:
@@ -514,4 +778,77 @@ def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert absolute_uri(None, Path("/x/sweep/run")) == "sqlite:////x/sweep/mlflow.db"
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("sqlite:///my.db", Path("/x")) == f"sqlite:///{Path.cwd()}/my.db"
+    assert absolute_uri("https://host/", Path("/x")) == "https://host"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere")
+    assert absolute_uri(None, Path("/x")) == "https://elsewhere"
     assert absolute_uri("https://host", Path("/x")) == "https://host"
+
+
+@pytest.mark.parametrize(
+    ("uri", "there", "user", "password"),
+    [
+        ("https://me:pa%2Fss%40@host:5000/path", "https://host:5000/path", "me", "pa/ss@"),
+        ("http://token@host", "http://host", "token", ""),
+        ("https://host/path", "https://host/path", None, None),
+        ("sqlite:////home/me@here/mlflow.db", "sqlite:////home/me@here/mlflow.db", None, None),
+    ],
+)
+def test_user_and_password_are_taken_out_of_the_environments_address(
+    monkeypatch: pytest.MonkeyPatch, uri: str, there: str, user: str | None, password: str | None
+) -> None:
+    """Before it is written anywhere. Setting them first has the variables restored when the test ends."""
+    for name, value in (("URI", uri), ("USERNAME", ""), ("PASSWORD", "")):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    assert absolute_uri(None, Path("/x")) == there == os.environ["MLFLOW_TRACKING_URI"]
+    named = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+    assert named == (user or "", password or "")
+
+
+@pytest.mark.parametrize("uri", ["https://me:s3cret/@host", "https://me:s3cret@host", "postgresql://me:s3cret@host/db"])
+def test_an_address_with_a_password_is_refused_without_repeating_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
+) -> None:
+    with pytest.raises(ValidationError) as fault:
+        TypeAdapter(Address).validate_python(uri)
+    assert [error["msg"] for error in fault.value.errors()] == [
+        "Value error, names a user or a password; they belong into MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, in the environment or in .env"
+    ]
+    with pytest.raises(InputError, match="names a user or a password") as refused:
+        start(tmp_path, uri=uri)
+    assert "s3cret" not in str(refused.value) and not list(tmp_path.iterdir())
+    if uri != "https://me:s3cret@host":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(InputError, match="MLFLOW_TRACKING_URI names") as refused:
+            start(tmp_path)
+        assert "s3cret" not in str(refused.value)
+
+
+def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server answers only when it has passed an artifact on. The control is the time for any other call."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    with patience_for(3_000_000_000):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3010"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+
+
+def test_an_artifact_that_moves_is_waited_for(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a record of no size, which has `close_seconds` alone."""
+    log_artifact = MlflowClient.log_artifact
+
+    def slow(*args: Any) -> None:
+        time.sleep(1.0)
+        log_artifact(*args)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", slow)
+    for size in (0, 3_000_000):
+        folder = outputs / f"slow {size}"
+        folder.mkdir(parents=True)
+        (folder / "samples.jsonl").write_bytes(b"x" * size)
+        tracker = start(folder)
+        wait_for(lambda folder=folder: receipt(folder)["run_id"] != "")  # type: ignore[misc]
+        tracker.close_seconds = 0.5
+        with nullcontext() if size else pytest.raises(PendingError, match="it was still busy"):
+            tracker.close("FINISHED")

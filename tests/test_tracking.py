@@ -1,14 +1,18 @@
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from wmtp.tracking.console import ConsoleTracker, described
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
+from wmtp.tracking.system import Gpus, SystemSampler
 
 TRAINED = {"train/loss": 1.25, "train/head_1_loss": 1.0, "train/head_2_loss": 1.5, "train/tokens_per_second": 12345.6}
 
@@ -103,3 +107,56 @@ def test_on_a_terminal_a_live_bar_fits_the_width(width: int, tmp_path: Path) -> 
 def test_every_heads_loss_is_shown() -> None:
     values = {"val/loss": 1.0} | {f"val/head_{k}_loss": float(k) for k in range(1, 9)}
     assert described(values).endswith("heads 1.000 2.000 3.000 4.000 5.000 6.000 7.000 8.000")
+
+
+def sampled(folder: Path, count: int, first_step: int = 0) -> list[dict[str, float]]:
+    """The lines of system.jsonl once it has so many."""
+    path, sampler = folder / "system.jsonl", SystemSampler(folder, 0.02, first_step)
+    deadline = time.monotonic() + 20
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    sampler.stop()
+    return read_metrics(path)
+
+
+def test_the_machine_is_looked_at_and_a_later_attempt_counts_on(tmp_path: Path) -> None:
+    first = sampled(tmp_path, 3)
+    with (tmp_path / "system.jsonl").open("a") as file:
+        file.write('{"step": 77, "ti')  # cut off by a crash
+    both = sampled(tmp_path, len(first) + 3)
+    assert [line["step"] for line in both] == list(range(len(both))) and both[: len(first)] == first
+    values = both[-1]
+    assert 0 < values["system/process_memory_usage_megabytes"] < values["system/system_memory_usage_megabytes"]
+    assert 0 <= values["system/cpu_utilization_percentage"] <= 100
+    (tmp_path / "elsewhere").mkdir()
+    assert sampled(tmp_path / "elsewhere", 1, first_step=9)[0]["step"] == 9
+
+
+def test_what_a_gpu_tells_is_named_as_mlflow_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here, so NVIDIA's library is played. This one, as some do, says nothing of its power."""
+
+    class NVMLError(Exception):
+        pass
+
+    def refuses(handle: object) -> float:
+        raise NVMLError("not supported")
+
+    library = ModuleType("pynvml")
+    library.__spec__ = SimpleNamespace()  # type: ignore[assignment]
+    vars(library).update(
+        NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=str,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=20e9, total=80e9),
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97), nvmlDeviceGetPowerUsage=refuses,
+        nvmlDeviceGetEnforcedPowerLimit=refuses,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    one = {"memory_usage_megabytes": 20000.0, "memory_usage_percentage": 25.0, "utilization_percentage": 97.0}
+    assert Gpus().usage() == {f"gpu_{i}_{name}": value for i in range(2) for name, value in one.items()}
+
+
+def test_a_full_disk_ends_the_machines_metrics_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "system.jsonl").mkdir()
+    sampler = SystemSampler(tmp_path, 0.02)
+    sampler._thread.join(10)
+    assert "the machine's metrics end here: IsADirectoryError" in caplog.text
