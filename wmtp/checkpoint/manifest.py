@@ -28,19 +28,35 @@ def files(folder: Path) -> set[str]:
     return set(json.loads((folder / NAME).read_bytes())["files"])
 
 
+def parsed(written: bytes) -> Entries:
+    """What a manifest says of each file, once its own hash has been verified.
+
+    Raises:
+        ValueError: it is damaged, or names a file outside its folder.
+    """
+    try:
+        content = json.loads(written)
+        del content["sha256"]
+        files = {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in content["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{NAME} is damaged: {type(error).__name__}: {error}") from error
+    if _sealed(content) != written:
+        raise ValueError(f"{NAME} does not have the content that was written")
+    if outside := [name for name in files if Path(name).name != name or name == NAME]:
+        raise ValueError(f"{NAME} speaks of files that no checkpoint has: {outside}")
+    return files
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, found before anything parses them; None if nothing is."""
     try:
-        written = (folder / NAME).read_bytes()
-        manifest = json.loads(written)
-        del manifest["sha256"]
-        if _sealed(manifest) != written:
-            return f"{NAME} does not have the content that was written"
-        for name, entry in manifest["files"].items():
+        for name, entry in parsed((folder / NAME).read_bytes()).items():
             if _sha256(folder / name) != entry["sha256"]:
                 return f"{name} does not have the content that was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         return f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        return str(error)
     return None
 
 

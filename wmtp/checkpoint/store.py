@@ -15,15 +15,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from wmtp.annotations import Positive
+from wmtp.annotations import Positive, PositiveFloat
 from wmtp.checkpoint import manifest, sharded, whole
+from wmtp.checkpoint.address import Address, AddressingStyle, Checksums, Endpoint
 from wmtp.checkpoint.manifest import Entries, damage
 from wmtp.checkpoint.state import Snapshot
+from wmtp.checkpoint.uploaded import is_uploaded
 from wmtp.errors import InputError
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically, sync, write_synced
+from wmtp.runtime.folder import read_run
 
-__all__ = ["CheckpointStore", "damage", "load"]
+__all__ = ["CheckpointStore", "RemoteCheckpointStore", "damage", "load"]
 log = logging.getLogger(__name__)
 STAGING, REMOVED = ".staging-", ".removed-"
 REPLACED = ".replaced"
@@ -97,6 +100,10 @@ class CheckpointStore:
         path = self._path_of(self.processes.from_main(self._latest))
         assert path is not None
         return path
+
+    def prune(self) -> None:
+        """Remove the checkpoints that need not stay any longer."""
+        self.processes.from_main(self._prune)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -191,9 +198,12 @@ class CheckpointStore:
         except (ValueError, KeyError, TypeError) as error:
             log.warning("%s/best.json is damaged (%s); no checkpoint is removed, as any may be it", self.folder, error)
             return
-        old = [path for path in self._found()[: -self.keep_last] if path.name != best]
-        for path in [*self.folder.glob(f"{REMOVED}*"), *old]:
+        for path in [*self.folder.glob(f"{REMOVED}*"), *self._superseded(best)]:
             self._discard(path)
+
+    def _superseded(self, best: str | None) -> list[Path]:
+        """The checkpoints that may go, the oldest first."""
+        return [path for path in self._found()[: -self.keep_last] if path.name != best]
 
     def _discard(self, path: Path) -> None:
         """Remove a folder, if it is there: first from sight, so that no one takes half of it for a checkpoint."""
@@ -204,6 +214,53 @@ class CheckpointStore:
                 shutil.rmtree(hidden)
         except OSError as error:
             log.warning("%s cannot be removed: %s; it is tried again after the next save", path, error)
+
+
+class RemoteCheckpointStore(CheckpointStore):
+    """The checkpoints of a run that a mirror copies to S3: one that waits for that stays until newer ones are there.
+
+    The disk comes first: before it is full, the oldest that waits has to go.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes | None = None,
+        *,
+        remote: Address,
+        keep_last: Positive = 2,
+        format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - the config's word
+        endpoint_url: Endpoint | None = None,
+        addressing_style: AddressingStyle = "auto",
+        checksums: Checksums = "when_supported",
+        stall_seconds: PositiveFloat = 30.0,
+        close_seconds: PositiveFloat = 1200.0,
+    ) -> None:
+        """The keywords that are not a `CheckpointStore`'s are for whoever talks to the bucket."""
+        super().__init__(folder, processes, keep_last=keep_last, format=format)
+        self.run = folder
+
+    def _url(self) -> str | None:
+        """The run's place in S3; its folder is this one, or the one around that of the stage before."""
+        run = read_run(self.run) or read_run(self.run.parent)
+        return None if run is None else run["remote"]
+
+    def _superseded(self, best: str | None) -> list[Path]:
+        url, found, old = self._url(), self._found(), super()._superseded(best)
+        there = [path for path in found if is_uploaded(path, url)]
+        waiting = [p for p in old if p not in there and len([u for u in there if u.name > p.name]) < self.keep_last]
+        sizes = {path: _size(path) for path in found}
+        free = shutil.disk_usage(self.folder).free if waiting else 0
+        while waiting and free < 2 * max(sizes.values()):
+            path = waiting.pop(0)
+            free += sizes[path]
+            log.warning("%s was not uploaded, but goes: the disk is nearly full", path)
+        return [path for path in old if path not in waiting]
+
+
+def _size(path: Path) -> int:
+    """The bytes that a folder's files take."""
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def load(

@@ -41,6 +41,14 @@ def replace_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def content_if_there(path: Path) -> bytes | None:
+    """What a file holds; None if it is not there, or not any more."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Leave in a JSONL file, if it is there, only the whole lines whose `step` is no later than this one."""
     if path.exists():

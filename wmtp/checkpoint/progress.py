@@ -1,0 +1,54 @@
+"""Showing how many bytes have moved: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Transfer:
+    """Some bytes on their way. Without a console nothing is shown."""
+
+    def __init__(self, console: Console | None, title: str) -> None:
+        self._console, self._title = console, title
+        self._bar: Progress | None = None
+        self._started = self._said_at = time.monotonic()
+        self._total = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._total and self._console is not None and kind is None:
+            seconds = time.monotonic() - self._started
+            self._say(f"{self._title}: done after {seconds:.0f} s")
+
+    def show(self, done: int, total: int, what: str = "") -> None:
+        """So many bytes of so many have moved, of which `what` is on its way."""
+        if self._console is None:
+            return
+        if self._console.is_terminal:
+            self._show_bar(self._console, min(done, total), total, what)
+        elif not self._total or time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
+            self._say(f"{self._title}: {decimal(min(done, total))} of {decimal(total)} {what}".rstrip())
+        self._total = total
+
+    def _say(self, text: str) -> None:
+        self._said_at = time.monotonic()
+        if self._console is not None:
+            self._console.print(text, soft_wrap=True, highlight=False)
+
+    def _show_bar(self, console: Console, done: int, total: int, what: str) -> None:
+        if self._bar is None:
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=console)
+            self._bar.add_task(self._title, total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=f"{self._title} {what}")
