@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from tests.ranks import Ranks
+from tests.servers import object_store, object_store_server, tracking_server, tracking_server_process  # noqa: F401
 from wmtp.command import main
 from wmtp.config import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
@@ -37,6 +38,9 @@ class Outcome:
     err: str
 
 
+os.environ["PYTHON_DOTENV_DISABLED"] = "1"
+for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
+    del os.environ[name]  # tests send nothing to the servers of whoever runs them
 torch.set_num_threads(1)  # of models this small, a second thread makes none faster
 Invoke = Callable[..., Outcome]
 

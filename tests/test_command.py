@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import TINY, Invoke, start_training
 from wmtp.checkpoint.store import damage
-from wmtp.runtime.folder import create_run_folder
+from wmtp.runtime.folder import create_run_folder, read_status
 
 WRONG = {
     "algo.betta=1": "algo.betta=1: unknown key",
@@ -80,6 +80,8 @@ def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "provenance.json",
+        "run.json",
         "samples.jsonl",
         "status.json",
         "summary.json",
@@ -131,6 +133,7 @@ def test_two_sweeps_of_one_second_have_folders_of_their_own_and_none_writes_over
     before = (folders[0] / "0" / "summary.json").read_bytes()
     again = invoke("max_steps=1", "-m", "seed=0,1", f"hydra.sweep.dir={folders[0]}")
     assert again.code == 2 and "holds a run already" in again.err
+    assert [read_status(folder)["state"] for folder in folders] == ["FINISHED", "FINISHED"]
     assert (folders[0] / "0" / "summary.json").read_bytes() == before
 
 
@@ -145,6 +148,7 @@ def test_a_sweep_makes_a_folder_for_each_job_and_goes_on_after_a_failure(invoke:
     assert outcome.code == 2
     states = [json.loads((Path("sweep") / str(i) / "status.json").read_text())["state"] for i in range(3)]
     assert states == ["FINISHED", "FAILED", "FINISHED"]
+    assert read_status(Path("sweep"))["state"] == "FAILED", "a sweep ended well if all of its jobs did"
     assert "Invalid learning rate" in outcome.err
 
 

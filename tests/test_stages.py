@@ -335,3 +335,12 @@ def test_a_signal_during_the_last_save_of_the_stage_ends_the_run_before_the_trai
     assert outcome.code == 143 and not Path("run/checkpoints").exists()
     assert json.loads(Path("run/status.json").read_text())["state"] == "KILLED"
     assert invoke("resume=run", tiny=False).code == 0
+
+
+def test_a_run_that_has_begun_takes_no_stage_before_it(invoke: Invoke) -> None:
+    assert invoke("max_steps=2", "hydra.run.dir=run").code == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix == ".json"}
+    refused = invoke("resume=run", "algo=critic", tiny=False)
+    assert refused.code == 2 and "its training has begun without a stage before it" in refused.err
+    assert {path: path.read_bytes() for path in before} == before and not Path("run/pretrain").exists()
+    assert invoke("resume=run", "max_steps=3", tiny=False).code == 0, "a refused resume changes nothing"

@@ -10,14 +10,17 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
+from wmtp.environment import load_environment, refuse_credentials
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.overrides import forced, is_group, parsed, plain, quoted, saved_overrides
 from wmtp.runtime.folder import Ending, RunStatus, create_run_folder
@@ -57,6 +60,12 @@ class Command:
     """Keys whose values are text, whatever characters they hold."""
     short: Mapping[str, str] = field(default_factory=dict)
     """Keys that users may type for longer ones."""
+    problems: Callable[[DictConfig, Path], list[str]] = lambda config, folder: []
+    """What may keep a sound config from being done, short of making it impossible."""
+    fetches: Mapping[str, Literal["latest", "best"]] = field(default_factory=dict)
+    """Keys that may name an address in S3, and which checkpoints of the run there are then brought."""
+    end_sweep: Callable[[Path, str], None] = lambda folder, state: None
+    """What else is to be told that a sweep in this folder ended in this state."""
 
 
 def main(command: Command) -> None:
@@ -72,6 +81,7 @@ def main(command: Command) -> None:
         follow(command.job)
     session = Session(command)
     try:
+        load_environment()
         with raised_signals():
             session.run([plain(argument, command.texts, command.short) for argument in sys.argv[1:]])
     except WmtpError as error:
@@ -95,6 +105,9 @@ class Session:
         self.folder: Path | None = None
         """The folder of its only job."""
         self.is_temporary = False
+        self.sweep: RunStatus | None = None
+        self.scratch: Path | None = None
+        """A folder for what is only looked at."""
         self.has_shared = False
         """Whether the processes that torchrun started besides this one know what to do."""
 
@@ -107,12 +120,19 @@ class Session:
         overrides = self._choose(arguments)
         sys.argv = [sys.argv[0], *overrides]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        main(self._do)()
+        came_through = False
+        try:
+            main(self._do)()
+            came_through = True
+        finally:
+            self._end_sweep(came_through)
 
     def _choose(self, arguments: list[str]) -> list[str]:
         command = self.command
         if started_together() and command.num_processes is None:
             raise ConfigError([Fault("torchrun", "", f"{command.name} works in one process; leave torchrun out")])
+        refuse_credentials(arguments)
+        arguments = self._with_copies(arguments)
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
             sweep = [a for a in arguments if a in ("-m", "--multirun")]  # its parser wants this before the overrides
             overrides = sweep + [forced(a) for a in arguments if a not in sweep]
@@ -127,9 +147,26 @@ class Session:
         if folder is None:
             folder, self.is_temporary = Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")), True
         self.folder = folder
+        self._warn(config, folder)
         if config.get("dry_run"):
             overrides.append(f"++cache_dir={quoted(folder / 'cache')}")
         return [*overrides, f"hydra.run.dir={quoted(folder)}"]
+
+    def _with_copies(self, arguments: list[str]) -> list[str]:
+        """The arguments with local copies in the place of addresses in S3; a rehearsal's go when the command ends."""
+        options = {argument for argument in arguments if argument.startswith("-")}
+        keys = self.command.fetches
+        addressed = any(argument.lstrip("+").startswith(f"{key}=s3://") for argument in arguments for key in keys)
+        if not addressed or options - {"-m", "--multirun"}:
+            return arguments
+        from wmtp.fetching import fetched
+
+        if "dry_run=true" in (argument.lstrip("+").lower() for argument in arguments):
+            self.scratch = Path(tempfile.mkdtemp(prefix=f"wmtp-{self.command.name}-"))
+        try:
+            return fetched(arguments, keys, self.scratch)
+        except OSError as error:
+            raise InputError(f"{error}; nothing was done") from error
 
     def _do(self, config: DictConfig) -> float | None:
         """One job: its outcome goes to status.json and the exit codes, its traceback to the log file."""
@@ -139,6 +176,8 @@ class Session:
             self.end(InputError.exit_code, f"{folder} holds a run already; name another hydra.sweep.dir")
             return None
         try:
+            if hydra_config.mode == RunMode.MULTIRUN and self.sweep is None and not config.get("dry_run"):
+                self.sweep = RunStatus(Path(hydra_config.sweep.dir))
             status, progress = RunStatus(folder), Ending()
         except InputError as error:
             self.end(error.exit_code, str(error))
@@ -155,6 +194,8 @@ class Session:
             config = self.command.complete(config, list(hydra_config.overrides.task))
             if faults := self.command.faults(config):
                 raise ConfigError(faults)
+            if hydra_config.mode == RunMode.MULTIRUN:  # a single job has asked before
+                self._warn(config, folder)
             task = Task(config, folder, list(hydra_config.overrides.task), progress)
             value = self._perform(task, record)
             status.end("FINISHED", 0, progress)
@@ -175,6 +216,23 @@ class Session:
         size = command.num_processes(task.config) if command.num_processes else 1
         return launch(command.job, task, size) if size > 1 else command.job(task)
 
+    def _warn(self, config: DictConfig, folder: Path) -> None:
+        for problem in self.command.problems(config, folder):
+            print(f"WARNING: {problem}", file=sys.stderr)
+
+    def _end_sweep(self, came_through: bool) -> None:
+        """Record how a sweep ended, if this is one and has begun: well, if all of its jobs did."""
+        if self.sweep is None:
+            return
+        sweep, worst = self.sweep, max(self.codes, default=0)
+        all_well = came_through and all(code in (0, PendingError.exit_code) for code in self.codes)
+        state = "FINISHED" if all_well else "KILLED" if worst >= 128 else "FAILED"
+        try:
+            self.command.end_sweep(sweep.folder, state)
+        except PendingError as error:
+            self.end(error.exit_code, str(error))
+        sweep.end(state, worst, Ending())
+
     def end(self, code: int, message: str) -> None:
         """Say how a job ended, and note its exit code."""
         print(message, file=sys.stderr)
@@ -183,22 +241,17 @@ class Session:
     def interrupted(self, code: int) -> None:
         """A signal came when no job was going on; a folder that was chosen for one says so, if it holds anything."""
         self.end(code, "interrupted before anything began")
-        if (
-            self.folder is None
-            or self.is_temporary
-            or not self.folder.exists()
-            or (self.folder / "status.json").exists()
-        ):
-            return
-        if any(self.folder.iterdir()):
-            RunStatus(self.folder).end("KILLED", code, Ending(), error="interrupted before anything began")
-        else:
-            self.folder.rmdir()
+        folder = None if self.is_temporary else self.folder
+        if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "status.json").exists():
+            RunStatus(folder).end("KILLED", code, Ending(), error="interrupted before anything began")
 
     def close(self) -> None:
         """Remove what is not to stay, and let nobody wait."""
-        if self.is_temporary and self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.scratch, self.folder if self.is_temporary else None):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        if self.folder is not None and self.folder.exists() and not any(self.folder.iterdir()):
+            self.folder.rmdir()  # it was chosen, and nothing came of it
         if started_together() and not self.has_shared:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as one of the others has ended
             dismiss(max(self.codes, default=0))

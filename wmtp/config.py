@@ -29,6 +29,8 @@ ALLOWED_TARGETS = ("wmtp.", "torch.optim.", "torch.optim.lr_scheduler.")
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})
 GIVEN_TO_TORCH = frozenset({"params", "optimizer"})
 """What torch's optimizers and schedulers are handed by the command; they have no `*`."""
+CREDENTIALS = re.compile(r"://\S*@")
+"""User and password in an address; they are never printed."""
 WHOLE_INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -41,7 +43,8 @@ class Fault:
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.key}{f'={self.value}' if self.value else ''}: {self.problem}"
+        text = f"{self.key}{f'={self.value}' if self.value else ''}: {self.problem}"
+        return CREDENTIALS.sub("://…@", text)
 
 
 class ConfigError(InputError):

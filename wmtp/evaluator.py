@@ -27,12 +27,12 @@ from wmtp.evaluation_config import deciding
 from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
 from wmtp.pretraining import flat
+from wmtp.provenance import versions
 from wmtp.runtime.files import encode_json, replace_atomically
-from wmtp.runtime.folder import EVALUATIONS, read_status, typed
+from wmtp.runtime.folder import EVALUATIONS, RUN, is_running, typed
 from wmtp.runtime.hardware import Hardware
 from wmtp.sandbox.isolation import Isolation, find_isolation
 from wmtp.sandbox.judge import judge
-from wmtp.summary import versions
 from wmtp.tracking.jsonl import FILE_NAME as METRICS
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
 from wmtp.tracking.mlflow import send_pending
@@ -167,7 +167,7 @@ class Evaluator:
 
     def _track(self, summary: dict[str, Any]) -> None:
         """Tell the MLflow run that the model comes from, through a file that its tracker follows."""
-        if not (self.run_folder / "status.json").exists():
+        if not any((self.run_folder / name).exists() for name in ("status.json", RUN)):  # a checkpoint by itself
             return
         values = {f"pass_at_{k}": entry["value"] for k, entry in summary["pass_at_k"].items()}
         values |= summary["prediction"] | summary["decoding"]
@@ -183,8 +183,8 @@ class Evaluator:
         except OSError as error:
             log.warning("the run's folder cannot be written, so its MLflow run is not told: %s", error)
             return
-        if (state := read_status(self.run_folder)["state"]) != "RUNNING":  # a run that is still going sends them itself
-            send_pending(self.run_folder, state)
+        if not is_running(self.run_folder):  # a run that is still going sends them itself
+            send_pending(self.run_folder)
 
     def _label(self) -> str:
         """What was asked, and how, in a word for metrics' names."""

@@ -101,6 +101,7 @@ COMMAND = Command(
     complete=complete,
     texts=frozenset({"prompt"}),
     short=CHECKPOINT_KEY,
+    fetches={"checkpoint.path": "best"},
 )
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def require_unchanged(folder: Path, config: DictConfig) -> None:
     """Raises `InputError` where a resumed run asks for another stage than the one it began, and has not said so."""
+    if read_result(folder) is None and any(folder.glob("checkpoints/step_*/manifest.json")):
+        raise InputError(f"{folder}: its training has begun without a stage before it; set algo and pretrain back")
     if config.pretrain.get("reuse") is not None or not (folder / FOLDER / "config.yaml").exists():
         return
     keys = tuple(key for key in DECISIVE if key not in config.resume_override)

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from wmtp.checkpoint.state import Snapshot, Tensors
-from wmtp.checkpoint.store import load
+from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.command import ending
 from wmtp.compose import (
     Parts,
@@ -29,13 +29,12 @@ from wmtp.compose import (
     compose_stage_trainer,
     compose_trainer,
 )
-from wmtp.config import build, stage_config
-from wmtp.errors import WmtpError
+from wmtp.config import stage_config
+from wmtp.deliveries import Delivery, close, open_deliveries, pending
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.pretraining import (
     FOLDER,
-    flat,
     read_result,
     require_same_stage,
     require_unchanged,
@@ -43,12 +42,13 @@ from wmtp.pretraining import (
     write_record,
     write_result,
 )
+from wmtp.provenance import identify, write_provenance
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import ACCEPTED, RESUMES, Ending
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
-from wmtp.tracking.base import State, Tracker
+from wmtp.tracking.base import Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
 from wmtp.trained import load_weights
@@ -67,8 +67,11 @@ class Run:
         self.processes = Processes()
         self.resolved = OmegaConf.to_yaml(config, resolve=True)
         self.console = Console(markup=False, quiet=not self.processes.is_main)
-        self.remote: list[Tracker] = []
+        self.deliveries: list[Delivery] = []
         self.stage_result: dict[str, Any] | None = None
+        self.is_accepted = False
+        self.stores: list[CheckpointStore] = []
+        """Where the checkpoints of each stage are, from the first one on."""
 
     def train(self) -> float | None:
         """Train to the end and leave everything in the folder; returns the last validation loss.
@@ -81,16 +84,17 @@ class Run:
             extras = self._conclude(trainer, result)
             summary = self.processes.from_main(lambda: write_summary(self.folder, trainer, result, extras))
         except BaseException as error:
-            for problem in close(self.remote, ending(error)[1]):
+            for problem in close(self.deliveries, ending(error)[1]):
                 log.warning("%s", problem)
             raise
-        problems = close(self.remote, "FINISHED")
-        uri = getattr(self.remote[0], "uri", None) if self.remote else None
+        problems = close(self.deliveries, "FINISHED")
+        for store in self.stores:
+            store.prune()
         if self.processes.is_main:
-            print_summary(self.console, self.folder, summary, uri, longer(self.config, result))
+            print_summary(self.console, self.folder, summary, longer(self.config, result))
         self.ending.stop_reason = result.stop_reason
         if problems:
-            raise problems[0]
+            raise pending(problems)
         return result.final_loss
 
     def _prepare(self) -> Trainer:
@@ -104,7 +108,7 @@ class Run:
         trainer = compose_trainer(self.config, self.folder, parts.hardware, parts.data, model, objective, self.held_out)
         self._restore(trainer)
         self.held_out.forget_after(trainer.position.step)
-        self._accept()
+        self._accept(parts)
         if stage is not None:
             self._say("The training:")
         self._say(described(trainer))
@@ -144,7 +148,7 @@ class Run:
         folder = self.folder / FOLDER
         trainer = compose_stage_trainer(self.config, folder, parts, stage)
         self._restore(trainer)
-        self._accept()
+        self._accept(parts)
         self.processes.from_main(lambda: write_record(self.folder, self.config))
         self._say(f"The stage before the training, {type(stage).__name__}:\n{described(trainer)}")
         result = self._fit(trainer, folder)
@@ -164,6 +168,7 @@ class Run:
     def _fit(self, trainer: Trainer, folder: Path) -> Result:
         """Train one stage, and write its metrics to its folder."""
         plan, step = trainer.plan, trainer.position.step
+        self.stores.append(trainer.checkpoints)
         trackers: list[Tracker] = []
         if self.processes.is_main:
             trackers = [
@@ -171,7 +176,7 @@ class Run:
                 ConsoleTracker(self.console, plan.num_updates, plan.updates_per_epoch, step),
             ]
         try:
-            return trainer.fit([*trackers, *self.remote])
+            return trainer.fit([*trackers, *self.deliveries])
         finally:
             self.ending.step = trainer.position.step
             for problem in close(trackers, "RUNNING"):
@@ -189,19 +194,16 @@ class Run:
             trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
         self._say(f"resuming from {checkpoint}")
 
-    def _accept(self) -> None:
-        """Nothing speaks against this run, or against going on with it: record its config, open the tracker."""
-        if not self.processes.is_main:
+    def _accept(self, parts: Parts) -> None:
+        """Nothing speaks against this run, or against going on with it: record what it is, begin to deliver it."""
+        if not self.processes.is_main or self.is_accepted:
             return
+        self.is_accepted = True
         replace_atomically(self.folder / "config.yaml", self.resolved.encode())
         replace_atomically(self.folder / ACCEPTED, encode_json(self.overrides))
-        if self.config.tracking is not None and not self.remote:
-            name = self.config.run_name or self.folder.name
-            tags = {str(key): str(value) for key, value in self.config.tags.items()}
-            parameters = flattened(self.config)
-            self.remote.append(
-                build(self.config.tracking, folder=self.folder, run_name=name, parameters=parameters, tags=tags)
-            )
+        identify(self.folder, self.config.checkpoint.get("remote"))
+        write_provenance(self.folder, self.overrides, parts.data)
+        self.deliveries = open_deliveries(self.config, self.folder, self.console, is_training=True)
 
     def _record_resume(self, checkpoint: Path, changes: dict[str, str]) -> None:
         """Append to the run's record where it goes on, in how many processes, and what was declared to change."""
@@ -290,21 +292,3 @@ def longer(config: DictConfig, result: Result) -> str:
     if result.stop_reason is not None:
         return "early_stopping=none"
     return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"
-
-
-def flattened(config: DictConfig) -> dict[str, Any]:
-    """The config as one level of dotted keys."""
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict)
-    return flat({str(key): value for key, value in content.items()}, tuple(str(key) for key in content))
-
-
-def close(trackers: list[Tracker], state: State) -> list[Exception]:
-    """Close every tracker; what went wrong with any of them is returned, so that all have their turn."""
-    problems: list[Exception] = []
-    for tracker in trackers:
-        try:
-            tracker.close(state)
-        except (WmtpError, OSError) as problem:
-            problems.append(problem)
-    return problems

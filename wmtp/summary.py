@@ -1,8 +1,6 @@
 """What is left of a run in numbers: summary.json, and the short table at its end."""
 
-import importlib.metadata
-import platform
-import subprocess
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wmtp.provenance import versions
 from wmtp.runtime.files import encode_json, replace_atomically
-from wmtp.runtime.folder import typed
+from wmtp.runtime.folder import RECEIPT, read_run, typed
 from wmtp.tracking.jsonl import FILE_NAME, read_metrics
 from wmtp.trainer import Result, Trainer
-
-PACKAGES = ("wmtp", "torch", "hydra-core", "numpy", "tokenizers", "safetensors", "mlflow")
 
 
 def last_and_best(folder: Path) -> dict[str, Any]:
@@ -32,27 +29,6 @@ def median_speed(folder: Path) -> float | None:
     speeds = sorted(line["train/tokens_per_second"] for line in read_metrics(folder / FILE_NAME)
                     if "train/tokens_per_second" in line)  # fmt: skip
     return speeds[len(speeds) // 2] if speeds else None
-
-
-def git_revision() -> str | None:
-    """The commit of the source, with `+changes` if it is not clean; None outside a repository."""
-    source = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    revision = git("rev-parse", "HEAD")
-    return f"{revision}+changes" if revision and git("status", "--porcelain", "--untracked-files=no") else revision
-
-
-def versions() -> dict[str, Any]:
-    """Which code this is, and of which packages."""
-    packages = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"git_revision": git_revision(), "versions": packages}
 
 
 def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +50,7 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
     return summary
 
 
-def print_summary(
-    console: Console, folder: Path, summary: dict[str, Any], mlflow_uri: str | None, to_go_on: str
-) -> None:
+def print_summary(console: Console, folder: Path, summary: dict[str, Any], to_go_on: str) -> None:
     """The table at the end of a run, and the commands that come next; `to_go_on` are the overrides of a longer run."""
     table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
     table.add_column("validation")
@@ -102,12 +76,22 @@ def print_summary(
     speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)
+    remote, python = (read_run(folder) or {}).get("remote"), Path(typed(sys.executable))
+    if remote is not None:
+        console.print(f"its copy in {remote}", soft_wrap=True, highlight=False)
+    if (uri := tracking_uri(folder)) is not None and uri.startswith("http"):
+        console.print(f"its metrics in {uri}", soft_wrap=True, highlight=False)
     console.print("Next:")
-    python = Path(typed(sys.executable))
-    if mlflow_uri is not None:
-        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {mlflow_uri}"
+    if uri is not None and not uri.startswith("http"):
+        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {uri}"
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
     if summary["pass@1"] is not None:
         console.print(f"  {python} -m wmtp.evaluate checkpoint={typed(folder)}", soft_wrap=True, highlight=False)
     resume = f"{python} -m wmtp.train resume={typed(folder)} {to_go_on}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)
+
+
+def tracking_uri(folder: Path) -> str | None:
+    """Where a run is tracked; None if it is not."""
+    path = folder / RECEIPT
+    return str(json.loads(path.read_text())["uri"]) if path.exists() else None

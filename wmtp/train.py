@@ -32,6 +32,13 @@ def faults(config: DictConfig) -> list[Fault]:
     return config_faults(config)
 
 
+def problems(config: DictConfig, folder: Path) -> list[str]:
+    """Servers that cannot be reached. Raises `InputError` where one refuses this run."""
+    from wmtp.deliveries import check_servers  # imports torch
+
+    return check_servers(config, folder)
+
+
 def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
     """The folder of the run: that of the run to resume, the one the user named, or a new one.
 
@@ -59,10 +66,19 @@ def advice(folder: Path) -> str:
     return f"Go on with resume={typed(folder)}" if resumable else "Nothing was saved; start anew."
 
 
+def end_sweep(folder: Path, state: str) -> None:
+    """Tell MLflow how a sweep ended."""
+    from wmtp.tracking.mlflow import end_sweep as tell_mlflow
+
+    tell_mlflow(folder, state)
+
+
 COMMAND = Command(
-    "train", train, faults, run_folder,
+    "train", train, faults, run_folder, problems=problems,
     continues=lambda config: config.resume is not None,
     advice=advice,
+    fetches={"resume": "latest"},
+    end_sweep=end_sweep,
     num_processes=lambda config: int(config.hardware.num_processes),
 )  # fmt: skip
 

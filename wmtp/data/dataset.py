@@ -22,6 +22,7 @@ class Dataset:
 
     def __init__(self, source: DataSource, cache_dir: Path, seed: int) -> None:
         splits = source.read()
+        self.name, self.origin = source.name, source.origin
         self.tokenizer, self.template, self.seed = source.tokenizer, source.template, seed
         self.train = TokenizedSplit("train", splits.train, source, source.n_samples, cache_dir)
         self.validation = TokenizedSplit("validation", splits.validation, source, None, cache_dir)

@@ -40,6 +40,11 @@ class DataSource(ABC):
         """What the data set is called, in a word."""
 
     @property
+    def origin(self) -> str:
+        """Where its records come from."""
+        return f"wmtp:{self.name}"
+
+    @property
     def is_test_set(self) -> bool:
         """Whether all of it was made to measure models by."""
         return False
@@ -96,6 +101,11 @@ class FileSource(DataSource):
     def name(self) -> str:
         """The public data set of that shape, or jsonl."""
         return self.shape
+
+    @property
+    def origin(self) -> str:
+        """Where its files are."""
+        return str(self.path.absolute())
 
     @property
     def is_test_set(self) -> bool:

@@ -23,6 +23,12 @@ EVALUATIONS = "evaluations"
 """The folder in a run's folder that holds what was measured of its model."""
 RESUMES = "resumes.jsonl"
 """A line for each time that the run was gone on with."""
+RUN = "run.json"
+"""The run's `id`, the same on every machine that it is gone on with, and its place in S3, `remote`, if it has one."""
+RECEIPT = "mlflow.json"
+"""Which MLflow run belongs to a folder, and how far each of its files was sent."""
+PROVENANCE = "provenance.json"
+"""Which code, command and data a run was last started with."""
 ACCEPTED = Path(".hydra") / "accepted.json"
 """The overrides a run was made with. Hydra's own record also holds those of a resume that was refused."""
 
@@ -155,6 +161,35 @@ def read_status(folder: Path) -> dict[str, Any]:
     """The content of a run's status.json."""
     status: dict[str, Any] = json.loads((folder / "status.json").read_text())
     return status
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's run.json; None if it has none."""
+    path = folder / RUN
+    if not path.exists():
+        return None
+    run: dict[str, Any] = json.loads(path.read_text())
+    return run
+
+
+def close_dead(folder: Path) -> str:
+    """The state of a run that is not going on: one that says it is running has died, and is recorded as killed.
+
+    Raises:
+        InputError: another command is running in this folder.
+    """
+    status = read_status(folder)
+    if status["state"] == "RUNNING":
+        lock = FolderLock(folder)
+        try:
+            last_sign = max(path.stat().st_mtime for path in folder.iterdir())
+            ended = datetime.fromtimestamp(last_sign).astimezone().isoformat(timespec="seconds")
+            error = "it ended without a word: its process was killed, or its machine stopped"
+            status |= {"state": "KILLED", "error": error, "ended": ended}
+            replace_atomically(folder / "status.json", encode_json(status))
+        finally:
+            lock.release()
+    return str(status["state"])
 
 
 def typed(path: Path | str) -> str:

@@ -1,0 +1,74 @@
+"""A run's identity and its place in S3."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wmtp.errors import InputError
+from wmtp.provenance import identify, place
+from wmtp.runtime.folder import Ending, RunStatus, close_dead, read_run, read_status
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from wmtp.runtime.folder import RunStatus
+status = RunStatus(Path(sys.argv[1]))
+print("holds it", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("/home/me/outputs/2026-11-21/09-30-00-abcd", "s3://b/p/2026-11-21/09-30-00-abcd"),
+        ("/home/me/outputs/2026-11-21/09-30-00-abcd-sweep/3", "s3://b/p/2026-11-21/09-30-00-abcd-sweep/3"),
+        ("/scratch/first try", "s3://b/p/first try"),
+    ],
+)
+def test_a_runs_place_in_s3_has_its_folders_name(folder: str, expected: str) -> None:
+    assert place(Path(folder), "s3://b/p") == place(Path(folder), "s3://b/p/") == expected
+
+
+def test_an_identity_is_for_ever_and_a_place_as_long_as_it_lies_below_the_remote(tmp_path: Path) -> None:
+    identify(tmp_path, None)
+    first = read_run(tmp_path)
+    assert first is not None and len(first["id"]) == 32 and first["remote"] is None
+
+    identify(tmp_path, "s3://b/p")
+    moved = tmp_path.rename(tmp_path.with_name("another name"))
+    identify(moved, "s3://b/p")
+    assert read_run(moved) == {"id": first["id"], "remote": f"s3://b/p/{tmp_path.name}"}, "a copy goes on in its place"
+
+    identify(moved, None)
+    assert (read_run(moved) or {})["remote"] == f"s3://b/p/{tmp_path.name}"
+    identify(moved, "s3://b/other")
+    assert read_run(moved) == {"id": first["id"], "remote": "s3://b/other/another name"}
+
+
+def test_a_run_that_says_it_is_running_and_is_not_was_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "holds it\n"
+    with pytest.raises(InputError, match="is in use by process"):
+        close_dead(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert read_status(tmp_path)["state"] == "RUNNING"
+
+    assert close_dead(tmp_path) == "KILLED"
+    status = read_status(tmp_path)
+    assert status["state"] == "KILLED" and "without a word" in status["error"] and status["ended"] >= status["started"]
+    assert close_dead(tmp_path) == "KILLED"
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_that_has_ended_keeps_its_state(tmp_path: Path, state: str) -> None:
+    RunStatus(tmp_path).end(state, 0, Ending(step=3))
+    before = (tmp_path / "status.json").read_bytes()
+    assert close_dead(tmp_path) == state and (tmp_path / "status.json").read_bytes() == before
+    assert json.loads(before)["step"] == 3

@@ -1,0 +1,147 @@
+"""The servers that a run is delivered to, MLflow and S3, made from its config and its folder alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from wmtp.checkpoint.mirror import Mirror
+from wmtp.checkpoint.remote import S3Folder, S3Options, StoreUnreachable
+from wmtp.checkpoint.uploaded import STAGES, step_of, whole_checkpoints
+from wmtp.config import ConfigError, build, node_faults
+from wmtp.errors import InputError, PendingError, WmtpError
+from wmtp.pretraining import FOLDER, flat
+from wmtp.provenance import place
+from wmtp.runtime.distributed import Processes
+from wmtp.runtime.folder import RUN, FolderLock, read_run
+from wmtp.tracking.base import State, Tracker
+from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
+
+
+class GoneOnElsewhere(InputError):
+    """A run's copy in S3 is further than its folder here, which has nothing to add to it."""
+
+
+class Delivery(Tracker, Protocol):
+    """A tracker that says when it is closed what it has delivered."""
+
+    @property
+    def report(self) -> str:
+        """What was sent, in words."""
+
+
+def check_servers(config: DictConfig, folder: Path) -> list[str]:
+    """Ask the servers whether they will take this run; what is wrong with those that cannot be reached, in words.
+
+    Raises:
+        InputError: one of them refuses it, or keeps another run in its place.
+    """
+    problems: list[str] = []
+    if config.tracking is not None:
+        try:
+            check_server(config.tracking.uri, config.tracking.experiment)
+        except ServerUnreachable as error:
+            problems.append(f"{error}; metrics stay in the run's folder until it is back")
+    if remote := config.checkpoint.get("remote"):
+        known = read_run(folder) or {"id": None, "remote": None}
+        there = S3Folder(place(folder, remote, known["remote"]), build(config.checkpoint, S3Options))
+        try:
+            there.check()
+            require_own_place(there, folder, known["id"])
+        except StoreUnreachable as error:
+            problems.append(f"{error}; checkpoints stay in the run's folder until it is back")
+    return problems
+
+
+def require_own_place(there: S3Folder, folder: Path, run_id: str | None) -> None:
+    """Raises `InputError` where a place in S3 holds another run, and `GoneOnElsewhere` where this one is further."""
+    found = there.read_json(RUN)
+    if found is not None and found["id"] != run_id:
+        problem = "holds another run; name another folder (hydra.run.dir) or remote"
+        raise InputError(f"checkpoint.remote: {there.url} {problem}")
+    for stage in reversed(STAGES):
+        note = there.read_json(f"{stage}checkpoints/latest.json")
+        here = max((step_of(path) for path in whole_checkpoints(folder / stage)), default=0)
+        if note is not None and note["step"] > here:
+            problem = f"is at update {note['step']}, and the folder here at {here}: the run was gone on with elsewhere"
+            raise GoneOnElsewhere(f"{there.url} {problem}; go on from there with resume={there.url}")
+        if here:
+            break
+
+
+def open_deliveries(config: DictConfig, folder: Path, console: Console, *, is_training: bool) -> list[Delivery]:
+    """Begin to deliver a run, in the background, to the servers that its config names."""
+    run = read_run(folder)
+    deliveries: list[Delivery] = []
+    if config.tracking is not None:
+        tags = {str(key): str(value) for key, value in config.tags.items()}
+        name = config.run_name or folder.name
+        about = {"folder": folder, "run_name": name, "parameters": flattened(config), "tags": tags}
+        deliveries.append(build(config.tracking, MlflowTracker, **about, is_training=is_training))
+    if run is not None and run["remote"] is not None and config.checkpoint.get("remote"):
+        remote = S3Folder(run["remote"], build(config.checkpoint, S3Options))
+        about = {"folder": folder, "remote": remote, "console": console, "is_training": is_training}
+        deliveries.append(build(config.checkpoint, Mirror, **about))
+    return deliveries
+
+
+def deliver_rest(folder: Path, state: State) -> list[str]:
+    """Deliver what an ended run or sweep left behind; what was sent, in words.
+
+    Raises:
+        InputError: a server refuses it, or the run's config has faults.
+        PendingError: not everything was taken.
+    """
+    if not (folder / "config.yaml").exists():
+        report = end_sweep(folder, state)
+        return [report] if report else []
+    config = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(config, DictConfig)
+    named = [key for key in ("tracking", "checkpoint") if config[key] is not None]
+    if faults := [fault for key in named for fault in node_faults(config[key], key)]:
+        raise ConfigError(faults)
+    check_servers(config, folder)
+    deliveries = open_deliveries(config, folder, Console(markup=False), is_training=False)
+    problems = close(deliveries, state)
+    if problems:
+        raise pending(problems)
+    _prune(config, folder)
+    return [delivery.report for delivery in deliveries]
+
+
+def _prune(config: DictConfig, folder: Path) -> None:
+    """Let go of checkpoints that stayed for their upload, unless a training has begun here, which does so itself."""
+    try:
+        lock = FolderLock(folder)
+    except InputError:
+        return
+    try:
+        for stage in (folder, folder / FOLDER):
+            build(config.checkpoint, folder=stage, processes=Processes.alone()).prune()
+    finally:
+        lock.release()
+
+
+def close(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:
+    """Close every tracker; what went wrong with any of them is returned, so that all have their turn."""
+    problems: list[WmtpError | OSError] = []
+    for tracker in trackers:
+        try:
+            tracker.close(state)
+        except (WmtpError, OSError) as problem:
+            problems.append(problem)
+    return problems
+
+
+def pending(problems: list[WmtpError | OSError]) -> PendingError:
+    """What several deliveries left behind, as one error."""
+    return PendingError("\n".join(str(problem) for problem in problems))
+
+
+def flattened(config: DictConfig) -> dict[str, Any]:
+    """The config as one level of dotted keys."""
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return flat({str(key): value for key, value in content.items()}, tuple(str(key) for key in content))
