@@ -22,7 +22,7 @@ from wmtp.checkpoint.uploaded import is_uploaded
 from wmtp.errors import InputError
 from wmtp.runtime.folder import LOCK
 
-pytestmark = pytest.mark.xdist_group("servers")
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 MEGABYTE = 250_000
 
 

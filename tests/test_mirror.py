@@ -30,7 +30,7 @@ from wmtp.checkpoint.uploaded import is_uploaded, pending
 from wmtp.config import Fault, build, node_faults
 from wmtp.errors import PendingError
 
-pytestmark = pytest.mark.xdist_group("servers")
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 MEGABYTE = 250_000
 """Numbers that take one."""
 
@@ -120,7 +120,6 @@ def test_whoever_sees_a_manifest_sees_all_that_belongs_to_it(make: Make, monkeyp
     assert problems == [] and len(mirror.uploaded) == 4
 
 
-@pytest.mark.slow
 def test_errors_drops_and_a_stall_do_not_keep_a_checkpoint(make: Make, proxy: FaultyProxy) -> None:
     run = make(endpoint_url=proxy.url)
     proxy.answer(503, 5), proxy.drop(2), proxy.stall(8.0)
@@ -194,7 +193,6 @@ def test_a_slow_store_loses_none_that_is_wanted(make: Make, proxy: FaultyProxy) 
     assert run.there() == run.here() == [step(3), step(5), step(6)]
 
 
-@pytest.mark.slow
 def test_three_remain_though_uploads_are_slow_and_a_removal_fails(
     make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,7 +305,6 @@ Mirror(Path(sys.argv[1]), S3Folder(sys.argv[2]), keep_last=2, stall_seconds=30, 
 """
 
 
-@pytest.mark.slow
 def test_a_process_killed_while_it_sends_leaves_nothing_that_is_seen(
     make: Make, proxy: FaultyProxy, object_store: ObjectStore
 ) -> None:

@@ -33,7 +33,7 @@ from wmtp.tracking.mlflow import (
     take_credentials,
 )
 
-pytestmark = [pytest.mark.xdist_group("servers"), pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 Log = Callable[[int, dict[str, float]], None]
 
 

@@ -23,7 +23,7 @@ from wmtp.checkpoint.retention import delete_superseded
 from wmtp.errors import InputError
 from wmtp.runtime.courier import Courier
 
-pytestmark = pytest.mark.xdist_group("servers")
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 SMALL, LARGE = 5_000, 20_000_000
 SECRET = "wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
 Place = Callable[..., S3Folder]
@@ -170,7 +170,6 @@ def test_a_store_that_does_not_answer_is_unreachable(place: Place, proxy: Faulty
         place(endpoint_url="http://127.0.0.1:9").check()
 
 
-@pytest.mark.slow
 def test_errors_drops_and_a_stall_are_survived(place: Place, proxy: FaultyProxy, tmp_path: Path) -> None:
     content, there = written(tmp_path / "a", LARGE), place(endpoint_url=proxy.url)
     proxy.answer(503, 5), proxy.drop(2), proxy.stall(8.0)
@@ -251,7 +250,6 @@ def test_only_unfinished_uploads_below_the_folder_are_given_up(object_store: Obj
     assert sorted(left) == ["runs/one-and-a-half", "runs/two/a"]
 
 
-@pytest.mark.slow
 def test_of_any_number_of_checkpoints_three_stay(object_store: ObjectStore, place: Place) -> None:
     there, client = place(), object_store.client(max_pool_connections=4)
     keys = [f"checkpoints/step_{step:08d}/{name}" for step in range(335) for name in ("a", "b", "manifest.json")]
@@ -283,7 +281,6 @@ print(after - before, peak() - after)
 """
 
 
-@pytest.mark.slow
 def test_a_large_file_needs_little_memory(object_store: ObjectStore, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(300 * 2**20)

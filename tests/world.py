@@ -93,22 +93,24 @@ class World:
         points = self.client.get_metric_history(run.info.run_id, name)
         return sorted((point.step, point.value) for point in points)
 
+    def prefix(self, folder: Path) -> str:
+        """What the keys of a run begin with."""
+        return self.url(folder).removeprefix(f"s3://{self.store.bucket}/") + "/"
+
     def keys(self, folder: Path) -> list[str]:
         """What lies in the store of a run, relative to its place."""
-        prefix = self.url(folder).removeprefix(f"s3://{self.store.bucket}/") + "/"
+        prefix = self.prefix(folder)
         return [key.removeprefix(prefix) for key in self.store.keys(self.store.bucket, prefix)]
 
     def written(self, folder: Path) -> dict[str, datetime]:
         """When each object of a run was written."""
-        prefix = self.url(folder).removeprefix(f"s3://{self.store.bucket}/") + "/"
-        answer = self.store.client().list_objects_v2(Bucket=self.store.bucket, Prefix=prefix)
+        answer = self.store.client().list_objects_v2(Bucket=self.store.bucket, Prefix=self.prefix(folder))
         return {item["Key"]: item["LastModified"] for item in answer["Contents"]}
 
     def content(self, folder: Path, key: str) -> bytes:
         """An object of a run."""
-        prefix = self.url(folder).removeprefix(f"s3://{self.store.bucket}/")
-        body = self.store.client().get_object(Bucket=self.store.bucket, Key=f"{prefix}/{key}")["Body"]
-        return bytes(body.read())
+        answer = self.store.client().get_object(Bucket=self.store.bucket, Key=self.prefix(folder) + key)
+        return bytes(answer["Body"].read())
 
 
 def read_json(path: Path) -> Any:

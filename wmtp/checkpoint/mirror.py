@@ -28,7 +28,7 @@ from wmtp.checkpoint.uploaded import (
     wanted,
 )
 from wmtp.errors import InputError, PendingError
-from wmtp.runtime.courier import Courier, described
+from wmtp.runtime.courier import IN_HASTE, Courier, described
 from wmtp.runtime.files import content_if_there
 from wmtp.runtime.folder import NO_LOCKS, typed
 
@@ -104,12 +104,13 @@ class Mirror:
         Raises:
             PendingError: not all of it was.
         """
-        limit = self.close_seconds if state == "FINISHED" else min(LONGEST_GOODBYE, self.close_seconds)
-        limit = limit if self.is_training else math.inf
+        limit, patience = self.close_seconds if self.is_training else math.inf, self.stall_seconds
+        if self.is_training and state != "FINISHED":
+            limit, patience = min(LONGEST_GOODBYE, limit), min(IN_HASTE, patience)
         before = self._bytes_moved
         to_go = sum(map(_size, self._pending())) - self._bytes_of_current
         with Transfer(self.console, f"uploading to {self.remote.url}") as transfer:
-            for _ in self._courier.finish(self.stall_seconds, limit):
+            for _ in self._courier.finish(patience, limit):
                 if to_go > 0:
                     transfer.show(self._bytes_moved - before, to_go, self._sending)
             left = self._pending()

@@ -17,6 +17,8 @@ LONGEST_PAUSE, LONGEST_PAUSE_AT_THE_END = 30.0, 1.0
 """Seconds between two attempts while the training goes on, and when it waits for the last of them."""
 LAST_CHANCE = 5.0
 """Seconds that a server which failed before still has at the end."""
+IN_HASTE = 5.0
+"""Patience of a run that was interrupted: whoever did so may not wait long before it is killed."""
 LOOK_EVERY = 0.1
 
 

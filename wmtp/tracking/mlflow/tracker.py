@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from wmtp.annotations import PositiveFloat
 from wmtp.errors import PendingError
-from wmtp.runtime.courier import Courier, described
+from wmtp.runtime.courier import IN_HASTE, Courier, described
 from wmtp.runtime.folder import read_run, read_status, typed
 from wmtp.tracking.base import State
 from wmtp.tracking.follow import step_of
@@ -115,8 +115,8 @@ class MlflowTracker:
     def close(self, state: State | None) -> None:
         """Send the rest of the metrics, the final status (unless None: then it stays as it is) and the artifacts.
 
-        A server that does not answer is waited for `stall_seconds` at most, one that does `close_seconds` and a second
-        more for each megabyte of artifacts.
+        A server that does not answer is waited for `stall_seconds` at most, and less by a training that did not finish;
+        one that does answer `close_seconds`, and a second more for each megabyte of artifacts.
 
         Raises:
             PendingError: not all of it was acknowledged by then, or another process is delivering it.
@@ -126,7 +126,9 @@ class MlflowTracker:
             self._sampler.stop()
         there = artifacts(self.folder, self._kept_at(), self.checkpoints)
         num_bytes = sum(artifact.size() for artifact in there if artifact.name not in self._receipt.artifacts)
-        for _ in self._courier.finish(self.stall_seconds, self.close_seconds + num_bytes / BYTES_PER_SECOND):
+        in_haste = self.is_training and state != "FINISHED"
+        patience = min(self.stall_seconds, IN_HASTE) if in_haste else self.stall_seconds
+        for _ in self._courier.finish(patience, self.close_seconds + num_bytes / BYTES_PER_SECOND):
             pass
         if not self._courier.is_done:
             raise PendingError(self._pending())
