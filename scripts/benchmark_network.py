@@ -1,16 +1,19 @@
 """What an MLflow server and an S3 store cost a training: `scripts/benchmark_network.py [pairs] [updates]`.
 
-The micro model on the embedded tasks, with one thread, twice at the same time: with metrics and checkpoints going to
-real servers on this machine, and without. Every update is logged and every twentieth saved, 19 MB each. As both run
-at once, whatever else the machine does, the servers included, slows both; only the time when both ran counts. Prints
-the ratio of the median times of an update for each pair, and the median of these.
+The micro model on the embedded tasks, with one thread, twice: with metrics and checkpoints going to real servers on
+this machine, and without. Every update is logged and every twentieth saved, 19 MB each. The two take turns of two
+seconds, the other one being stopped, so that both meet the same machine; an update counts if it lies within a turn.
+Prints the ratio of the median times of an update for each pair, and the median of these.
 """
 
 import itertools
 import json
+import os
+import signal
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,50 +23,77 @@ from tests.servers import ObjectStore, TrackingServer, started_store, started_tr
 
 LIMIT = 1.05
 """The most that an update may take, in updates of a training without servers."""
-SERVERS_OFF = ["tracking=none"]
+WARM_UP = 3
+"""Updates of each that are not counted."""
+TURN = 2.0
+"""Seconds."""
+Turns = list[tuple[float, float]]
 
 
 def times_of(folder: Path) -> list[float]:
     """When each update was logged."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [float(line["time"]) for line in lines if "train/loss" in line]
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["time"] for line in lines if line.endswith("\n") and "train/loss" in line]
 
 
-def median_update(times: list[float], start: float, end: float) -> float:
-    """The median time of an update between two moments."""
-    return statistics.median(b - a for a, b in itertools.pairwise(times) if start <= a and b <= end)
+def take_turns(children: dict[str, Child], folders: dict[str, Path]) -> dict[str, Turns]:
+    """Let the trainings run in turns until one has ended; the turns of each."""
+    while any(len(times_of(folder)) < WARM_UP for folder in folders.values()):
+        require_none_failed(children)
+        time.sleep(0.05)
+    for child in children.values():
+        os.kill(child.pid, signal.SIGSTOP)
+    turns: dict[str, Turns] = {name: [] for name in children}
+    for name in itertools.cycle(children):
+        start = time.time()
+        os.kill(children[name].pid, signal.SIGCONT)
+        time.sleep(TURN)
+        if children[name].poll() is not None:
+            break
+        os.kill(children[name].pid, signal.SIGSTOP)
+        turns[name].append((start, time.time()))
+    for child in children.values():
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGCONT)
+    for child in children.values():
+        child.wait()
+    require_none_failed(children)
+    return turns
 
 
-def require_success(child: Child, pair: int) -> None:
+def require_none_failed(children: dict[str, Child]) -> None:
     """Raises where a training did not end well."""
-    if (code := child.wait()) != 0:
-        raise RuntimeError(f"a training of pair {pair} ended with {code}:\n{child.text}")
+    for name, child in children.items():
+        if child.poll() not in (None, 0):
+            raise RuntimeError(f"the training {name} ended with {child.poll()}:\n{child.text}")
+
+
+def median_update(times: list[float], turns: Turns) -> float:
+    """The median time of an update that lies within a turn."""
+    pairs = itertools.pairwise(times)
+    return statistics.median(b - a for a, b in pairs if any(start <= a and b <= end for start, end in turns))
 
 
 def ratio_of(
     pair: int, updates: int, nursery: Nursery, store: ObjectStore, server: TrackingServer, home: Path
 ) -> float:
-    """Train once with the servers and once without, at the same time; the ratio of their median updates."""
-    bucket = store.new_bucket()
-    on = ["checkpoint=s3", f"checkpoint.remote=s3://{bucket}/runs"]
+    """Train with the servers and without; the ratio of their median updates."""
+    stored = ["checkpoint=s3", f"checkpoint.remote=s3://{store.new_bucket()}/runs"]
     plan = [f"max_steps={updates}", "num_epochs=99", "log_interval=1", "save_interval=20", "eval_interval=100000"]
     rest = ["early_stopping=none", "num_samples=0", "num_validation_samples=0", "hardware=cpu"]
     variables = store.environment() | server.environment()
-    folders = {name: home / f"{pair}-{name}" for name in ("on", "off")}
-    children = []
-    for name in ("on", "off") if pair % 2 else ("off", "on"):  # neither always begins
-        own = on if name == "on" else SERVERS_OFF
-        overrides = [*plan, *rest, *own, f"cache_dir={home / 'cache'}", f"hydra.run.dir={folders[name]}"]
-        children.append(nursery.start("train", *overrides, folder=home, variables=variables))
-    for child in children:
-        require_success(child, pair)
-    times = {name: times_of(folder) for name, folder in folders.items()}
-    start, end = max(each[0] for each in times.values()), min(each[-1] for each in times.values())
-    medians = {name: median_update(each, start, end) for name, each in times.items()}
-    ratio = medians["on"] / medians["off"]
-    print(
-        f"  pair {pair}: {medians['on'] * 1e3:6.1f} ms with, {medians['off'] * 1e3:6.1f} ms without, ratio {ratio:.3f}"
-    )
+    own = {"with": stored, "without": ["tracking=none"]}
+    folders = {name: home / f"{pair}-{name}" for name in own}
+    children: dict[str, Child] = {}
+    for name in own if pair % 2 else reversed(own):  # neither always begins
+        overrides = [*plan, *rest, *own[name], f"cache_dir={home / 'cache'}", f"hydra.run.dir={folders[name]}"]
+        children[name] = nursery.start("train", *overrides, folder=home, variables=variables)
+    turns = take_turns(children, folders)
+    medians = {name: median_update(times_of(folder), turns[name]) for name, folder in folders.items()}
+    ratio = medians["with"] / medians["without"]
+    words = ", ".join(f"{median * 1e3:6.1f} ms {name}" for name, median in sorted(medians.items()))
+    print(f"  pair {pair + 1}: {words}, ratio {ratio:.3f}", flush=True)
     return ratio
 
 

@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
+from wmtp.runtime.liveness import die_with
+
 LONGEST = 120.0
 """Seconds in which every command must have ended."""
 
@@ -93,11 +95,13 @@ class Child:
 
 
 def fork(request: dict[str, Any]) -> int:
-    """Start a command; its process id."""
+    """Start a command; its process id. It does not outlive this process."""
+    parent = os.getpid()
     if pid := os.fork():
         return pid
     code = 1
     try:
+        die_with(parent)
         os.chdir(request["folder"])
         os.environ.update(request["variables"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -152,6 +152,12 @@ def test_a_sweep_makes_a_folder_for_each_job_and_goes_on_after_a_failure(invoke:
     assert "Invalid learning rate" in outcome.err
 
 
+def test_a_sweep_resumes_nothing(invoke: Invoke) -> None:
+    """It would begin new runs with the defaults."""
+    outcome = invoke("-m", "resume=run", "max_steps=1,2")
+    assert outcome.code == 2 and "go on with each job by itself" in outcome.err and not Path("outputs").exists()
+
+
 def test_folders_of_the_same_second_differ(tmp_path: Path) -> None:
     folders = {create_run_folder(tmp_path) for _ in range(50)}
     assert len(folders) == 50

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from wmtp.runtime import courier as module
-from wmtp.runtime.courier import Courier
+from wmtp.runtime.courier import Courier, NobodyWaits
 
 
 class Server:
@@ -69,7 +69,7 @@ def test_what_fails_is_tried_again_until_it_is_taken_and_both_are_said_once(capl
     assert courier.is_done and server.taken == 3 and courier.last_error is None
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
-        "the server failed and is tried again, training goes on: OSError: is down",
+        "the server failed and is tried again: OSError: is down",
         "the server is back",
     ], "a terminal shows the first failure and the end of them; the others are for the log file"
 
@@ -141,3 +141,30 @@ def test_the_end_cuts_a_pause_short(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for(lambda: courier.last_error is not None)
     server.is_down = False
     assert finish(courier, patience=20, limit=20) < 5 and courier.is_done
+
+
+def test_a_call_that_nobody_answers_is_given_up_unless_it_is_known_to_take_long() -> None:
+    """The control is told before that the answer takes long."""
+    done = {}
+    for expects in (False, True):
+
+        def do(expects: bool = expects) -> None:
+            courier.retried(time.sleep, 0.01)  # noqa: B023
+            if expects:
+                courier.expect(5)  # noqa: B023
+            courier.retried(time.sleep, 1.5)  # noqa: B023
+
+        courier = Courier("the server", do)
+        courier.start()
+        finish(courier, patience=0.3, limit=60)
+        done[expects] = courier.is_done
+        courier._thread.join()
+    assert done == {False: False, True: True}
+
+
+def test_nothing_is_begun_for_whom_nobody_waits() -> None:
+    server = Server(seconds=0.3)
+    courier = deliver(server, 10)
+    finish(courier, patience=60, limit=0.1)
+    courier._thread.join()
+    assert server.calls <= 2 and isinstance(courier.last_error, NobodyWaits)

@@ -1,6 +1,10 @@
 """Which servers a run is delivered to, and when they or its own copy there speak against it."""
 
-import json
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,11 +12,33 @@ import pytest
 from tests.conftest import composed
 from tests.servers import ObjectStore
 from wmtp.checkpoint.remote import S3Folder
-from wmtp.deliveries import GoneOnElsewhere, check_servers, require_own_place
-from wmtp.errors import InputError
+from wmtp.deliveries import GoneOnElsewhere, check_servers, conclude, require_own_place
+from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.provenance import identify
+from wmtp.runtime.signals import interruption
 
-pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+
+class Interrupted:
+    """A delivery that somebody does not want to wait for."""
+
+    server, report = "the server", ""
+
+    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self, state: str) -> None:
+        raise interruption(signal.SIGINT)
+
+    def left_behind(self) -> str:
+        return "1 of 2 uploaded"
+
+
+def test_an_interrupted_wait_leaves_the_rest_and_the_run_finished() -> None:
+    """The control is a run that did not finish: there an interruption is one."""
+    problems = conclude([Interrupted(), Interrupted()], "FINISHED")
+    assert [str(problem) for problem in problems] == ["1 of 2 uploaded"] * 2
+    assert all(isinstance(problem, PendingError) for problem in problems)
+    with pytest.raises(InterruptedRun):
+        conclude([Interrupted()], "FAILED")
 
 
 def checkpoint(folder: Path, step: int, stage: str = "") -> None:
@@ -31,6 +57,9 @@ def place(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return S3Folder(f"s3://{object_store.bucket}/prefix/run")
 
 
+@pytest.mark.servers
+@pytest.mark.slow
+@pytest.mark.xdist_group("servers")
 def test_a_place_of_another_run_is_refused(place: S3Folder, tmp_path: Path) -> None:
     """The control is the same run's."""
     folder = tmp_path / "run"
@@ -46,6 +75,9 @@ def test_a_place_of_another_run_is_refused(place: S3Folder, tmp_path: Path) -> N
     assert [key for key, _ in place.listed()] == ["run.json"], "what was written to see whether it can be is gone"
 
 
+@pytest.mark.servers
+@pytest.mark.slow
+@pytest.mark.xdist_group("servers")
 @pytest.mark.parametrize(
     ("here", "there", "is_behind"),
     [
@@ -65,11 +97,39 @@ def test_a_folder_that_is_behind_its_copy_is_noticed(
     for stage, step in here.items():
         checkpoint(folder, step, stage)
     for stage, step in there.items():
-        place.put_bytes(
-            json.dumps({"folder": "x", "step": step}).encode(), f"{stage}/checkpoints/latest.json".lstrip("/")
-        )
+        place.put_bytes(b"{}", f"{stage}/checkpoints/step_{step:08d}/manifest.json".lstrip("/"))
     if is_behind:
         with pytest.raises(GoneOnElsewhere, match=rf"go on from there with resume={place.url}"):
             require_own_place(place, folder, None)
     else:
         require_own_place(place, folder, None)
+
+
+@pytest.mark.servers
+@pytest.mark.slow
+@pytest.mark.xdist_group("servers")
+@pytest.mark.parametrize("says", ["nothing", "a web page"])
+def test_a_store_that_is_none(place: S3Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """One that says nothing is a warning after ten seconds; one that says something else is an input that is wrong."""
+    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<a/>"
+
+    def answer(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                connection.recv(100_000)
+                connection.sendall(page)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if says != "nothing":
+            threading.Thread(target=answer, args=(server,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        own = ["checkpoint=s3", "checkpoint.remote=s3://bucket/prefix", f"checkpoint.endpoint_url={endpoint}"]
+        config, started = composed(*own, "tracking=none"), time.monotonic()
+        if says == "nothing":
+            (problem,) = check_servers(config, tmp_path / "run")
+            assert "did not answer within 10 s" in problem and time.monotonic() - started < 15
+        else:
+            with pytest.raises(InputError, match="does not answer as an S3 store does"):
+                check_servers(config, tmp_path / "run")

@@ -35,6 +35,14 @@ def test_a_runs_place_in_s3_has_its_folders_name(folder: str, expected: str) -> 
     assert place(Path(folder), "s3://b/p") == place(Path(folder), "s3://b/p/") == expected
 
 
+def test_a_job_of_a_sweep_has_a_place_that_names_the_sweep(tmp_path: Path) -> None:
+    """Its own name is a number, which the jobs of every sweep have; the control is a folder that is no sweep's."""
+    (tmp_path / "first" / "0").mkdir(parents=True)
+    assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/0"
+    (tmp_path / "first" / "multirun.yaml").touch()
+    assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/first/0"
+
+
 def test_an_identity_is_for_ever_and_a_place_as_long_as_it_lies_below_the_remote(tmp_path: Path) -> None:
     identify(tmp_path, None)
     first = read_run(tmp_path)
@@ -46,7 +54,7 @@ def test_an_identity_is_for_ever_and_a_place_as_long_as_it_lies_below_the_remote
     assert read_run(moved) == {"id": first["id"], "remote": f"s3://b/p/{tmp_path.name}"}, "a copy goes on in its place"
 
     identify(moved, None)
-    assert (read_run(moved) or {})["remote"] == f"s3://b/p/{tmp_path.name}"
+    assert read_run(moved) == {"id": first["id"], "remote": None}, "nothing of it goes there now"
     identify(moved, "s3://b/other")
     assert read_run(moved) == {"id": first["id"], "remote": "s3://b/other/another name"}
 

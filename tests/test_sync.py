@@ -61,11 +61,30 @@ def test_what_is_running_is_left_alone_and_what_died_is_recorded(
     out = capsys.readouterr().out.splitlines()
     assert out == [
         "a: nothing to send",
-        "b: was RUNNING, but nothing runs there; recorded as KILLED",
-        "b: nothing to send",
+        "b: was RUNNING, but nothing runs there: recorded as KILLED",
         "c: is running, and sends by itself",
     ]
     assert [read_status(run)["state"] for run in (ended, dead, going)] == ["FINISHED", "KILLED", "RUNNING"]
     assert main(["."]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "b: nothing to send"
     lock.release()
+
+
+def test_a_damaged_folder_does_not_keep_the_others_from_being_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        make_run(Path(name), "RUNNING")
+    Path("a/status.json").write_text('{"state": "RUNN')
+    Path("b/config.yaml").write_text("tracking: [")
+    assert main(["."]) == 2
+    printed = capsys.readouterr()
+    assert "a: cannot be read: JSONDecodeError" in printed.err and "b: cannot be read" in printed.err
+    assert "c: was RUNNING" in printed.out and "Traceback" not in printed.err
+
+
+def test_a_run_that_died_before_it_began_is_recorded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunStatus(tmp_path / "early")._lock.release()
+    assert main([str(tmp_path)]) == 0 and "recorded as KILLED" in capsys.readouterr().out
+    assert read_status(tmp_path / "early")["state"] == "KILLED"

@@ -116,8 +116,6 @@ def cross_faults(config: DictConfig, unsound: set[str], stage: Stage | None) -> 
         yield from algorithm_faults(config)
     if not unsound & {"algo", "model", "early_stopping"}:
         yield from early_stopping_faults(config, stage)
-    if not unsound & {"checkpoint", "hardware"}:
-        yield from checkpoint_faults(config)
     if not unsound & {"batch_size", "micro_batch_size", "hardware"}:
         yield from batch_faults(config)
 
@@ -239,14 +237,6 @@ def hardware_faults(config: DictConfig) -> Iterator[Fault]:
     hardware = config.hardware
     for key, problem in hardware_problems(hardware.device, hardware.num_processes, hardware.strategy):
         yield Fault(f"hardware.{key}", str(hardware[key]), problem)
-
-
-def checkpoint_faults(config: DictConfig) -> Iterator[Fault]:
-    """A wait for uploads at the end that the other processes would take for a hanging run."""
-    limit, timeout = config.checkpoint.get("close_seconds", 0), config.hardware.get("timeout", math.inf)
-    if config.hardware.num_processes > 1 and limit >= timeout:
-        problem = f"must be below hardware.timeout={timeout:g}: the other processes wait for the end no longer"
-        yield Fault("checkpoint.close_seconds", f"{limit:g}", problem)
 
 
 def resume_faults(config: DictConfig) -> Iterator[Fault]:

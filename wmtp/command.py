@@ -120,12 +120,12 @@ class Session:
         overrides = self._choose(arguments)
         sys.argv = [sys.argv[0], *overrides]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        came_through = False
         try:
             main(self._do)()
-            came_through = True
-        finally:
-            self._end_sweep(came_through)
+        except BaseException as error:
+            self._end_sweep(error)
+            raise
+        self._end_sweep()
 
     def _choose(self, arguments: list[str]) -> list[str]:
         command = self.command
@@ -135,6 +135,8 @@ class Session:
         arguments = self._with_copies(arguments)
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
             sweep = [a for a in arguments if a in ("-m", "--multirun")]  # its parser wants this before the overrides
+            if sweep and (resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]):
+                raise ConfigError([Fault(resumed[0], "", "a sweep begins new runs; go on with each job by itself")])
             overrides = sweep + [forced(a) for a in arguments if a not in sweep]
             if sweep and started_together():
                 problem = "a sweep starts outside, and each of its jobs starts its processes; leave torchrun out"
@@ -156,7 +158,8 @@ class Session:
         """The arguments with local copies in the place of addresses in S3; a rehearsal's go when the command ends."""
         options = {argument for argument in arguments if argument.startswith("-")}
         keys = self.command.fetches
-        addressed = any(argument.lstrip("+").startswith(f"{key}=s3://") for argument in arguments for key in keys)
+        bare = [argument.lstrip("+").replace("'", "").replace('"', "") for argument in arguments]
+        addressed = any(argument.startswith(f"{key}=s3://") for argument in bare for key in keys)
         if not addressed or options - {"-m", "--multirun"}:
             return arguments
         from wmtp.fetching import fetched
@@ -187,7 +190,8 @@ class Session:
             code, state = ending(error)
             if not (isinstance(error, InputError) and status.withdraw()):
                 status.end(state, code, progress, error=str(error) or type(error).__name__)
-            log.info("it ended: %s", state, exc_info=error)
+            if progress.logged is not error:
+                log.info("it ended: %s", state, exc_info=error)
             self.end(code, farewell(error, None if self.is_temporary else folder, self.command))
 
         try:
@@ -220,12 +224,14 @@ class Session:
         for problem in self.command.problems(config, folder):
             print(f"WARNING: {problem}", file=sys.stderr)
 
-    def _end_sweep(self, came_through: bool) -> None:
+    def _end_sweep(self, error: BaseException | None = None) -> None:
         """Record how a sweep ended, if this is one and has begun: well, if all of its jobs did."""
         if self.sweep is None:
             return
-        sweep, worst = self.sweep, max(self.codes, default=0)
-        all_well = came_through and all(code in (0, PendingError.exit_code) for code in self.codes)
+        own = [] if error is None or isinstance(error, SystemExit) else [ending(error)[0]]
+        sweep, codes = self.sweep, [*self.codes, *own]
+        worst = max(codes, default=0)
+        all_well = all(code in (0, PendingError.exit_code) for code in codes)
         state = "FINISHED" if all_well else "KILLED" if worst >= 128 else "FAILED"
         try:
             self.command.end_sweep(sweep.folder, state)

@@ -1,5 +1,7 @@
 """The servers that a run is delivered to, MLflow and S3, made from its config and its folder alone."""
 
+import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,16 +10,22 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from wmtp.checkpoint.mirror import Mirror
-from wmtp.checkpoint.remote import S3Folder, S3Options, StoreUnreachable
+from wmtp.checkpoint.remote import S3Folder, S3Options, StoreError, StoreUnreachable
+from wmtp.checkpoint.retention import newest_there
 from wmtp.checkpoint.uploaded import STAGES, step_of, whole_checkpoints
 from wmtp.config import ConfigError, build, node_faults
-from wmtp.errors import InputError, PendingError, WmtpError
+from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.pretraining import FOLDER, flat
 from wmtp.provenance import place
+from wmtp.runtime.courier import IN_HASTE
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.folder import RUN, FolderLock, read_run
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
+
+log = logging.getLogger(__name__)
+NOTICE = 3.0
+"""Seconds after which somebody who waits at the end is told what for."""
 
 
 class GoneOnElsewhere(InputError):
@@ -25,11 +33,18 @@ class GoneOnElsewhere(InputError):
 
 
 class Delivery(Tracker, Protocol):
-    """A tracker that says when it is closed what it has delivered."""
+    """A tracker that tells a server, and says when it is closed what it has told and what not."""
+
+    @property
+    def server(self) -> str:
+        """Whom it tells."""
 
     @property
     def report(self) -> str:
         """What was sent, in words."""
+
+    def left_behind(self) -> str:
+        """What was not sent, in words."""
 
 
 def check_servers(config: DictConfig, folder: Path) -> list[str]:
@@ -52,6 +67,9 @@ def check_servers(config: DictConfig, folder: Path) -> list[str]:
             require_own_place(there, folder, known["id"])
         except StoreUnreachable as error:
             problems.append(f"{error}; checkpoints stay in the run's folder until it is back")
+        except StoreError as error:
+            problem = "if it does not know what it is asked for, checkpoint.checksums=when_required may help"
+            raise InputError(f"{error}; {problem}") from error
     return problems
 
 
@@ -62,10 +80,10 @@ def require_own_place(there: S3Folder, folder: Path, run_id: str | None) -> None
         problem = "holds another run; name another folder (hydra.run.dir) or remote"
         raise InputError(f"checkpoint.remote: {there.url} {problem}")
     for stage in reversed(STAGES):
-        note = there.read_json(f"{stage}checkpoints/latest.json")
-        here = max((step_of(path) for path in whole_checkpoints(folder / stage)), default=0)
-        if note is not None and note["step"] > here:
-            problem = f"is at update {note['step']}, and the folder here at {here}: the run was gone on with elsewhere"
+        newest = newest_there(there, stage)
+        here = max((step_of(path.name) for path in whole_checkpoints(folder / stage)), default=0)
+        if newest > here:
+            problem = f"is at update {newest}, and the folder here at {here}: the run was gone on with elsewhere"
             raise GoneOnElsewhere(f"{there.url} {problem}; go on from there with resume={there.url}")
         if here:
             break
@@ -103,8 +121,11 @@ def deliver_rest(folder: Path, state: State) -> list[str]:
     if faults := [fault for key in named for fault in node_faults(config[key], key)]:
         raise ConfigError(faults)
     check_servers(config, folder)
+    for key in named:
+        if "stall_seconds" in config[key]:  # whether it answers was seen just now
+            config[key].stall_seconds = min(config[key].stall_seconds, IN_HASTE)
     deliveries = open_deliveries(config, folder, Console(markup=False), is_training=False)
-    problems = close(deliveries, state)
+    problems = conclude(deliveries, state)
     if problems:
         raise pending(problems)
     _prune(config, folder)
@@ -122,6 +143,29 @@ def _prune(config: DictConfig, folder: Path) -> None:
             build(config.checkpoint, folder=stage, processes=Processes.alone()).prune()
     finally:
         lock.release()
+
+
+def conclude(deliveries: Sequence[Delivery], state: State) -> list[WmtpError | OSError]:
+    """Close all deliveries of a run; what is left behind is returned.
+
+    An interruption ends the wait for a server, and with it nothing else, if the run has finished.
+    """
+    problems: list[WmtpError | OSError] = []
+    for delivery in deliveries:
+        notice = threading.Timer(
+            NOTICE, log.warning, ("waiting for %s; Ctrl-C leaves the rest to wmtp.sync", delivery.server)
+        )
+        notice.daemon = True
+        notice.start()
+        try:
+            problems += close([delivery], state)
+        except InterruptedRun:
+            if state != "FINISHED":
+                raise
+            problems.append(PendingError(delivery.left_behind()))
+        finally:
+            notice.cancel()
+    return problems
 
 
 def close(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:

@@ -11,8 +11,11 @@ from wmtp.checkpoint.fetch import fetch_run, find_run, local_folder
 from wmtp.checkpoint.remote import S3Options
 from wmtp.config import ConfigError, Fault, problem_of, validated
 from wmtp.overrides import named_folder, quoted
+from wmtp.runtime.folder import OUTPUTS
 
 Which = Literal["latest", "best"]
+COPIES = OUTPUTS / "copies"
+"""Where models of S3 are kept that are used here."""
 STORE = "checkpoint."
 """Keys of the group that says how the store is reached begin with it."""
 
@@ -20,8 +23,9 @@ STORE = "checkpoint."
 def fetched(arguments: list[str], keys: Mapping[str, Which], scratch: Path | None) -> list[str]:
     """The arguments with the folders of local copies in the place of S3 addresses.
 
-    A copy lies under outputs/ as the run did where it was made, or in `scratch`, if that is given. A run that is to be
-    gone on with may also be put where `hydra.run.dir` says, which is then used up.
+    A run that is to be gone on with lies under outputs/ as it did where it was made, or where `hydra.run.dir` says,
+    which is then used up. A model that is to be used lies in a folder of its own, which no training goes on in; both
+    lie in `scratch`, if that is given.
 
     Raises:
         ConfigError: something is wrong with how the store is to be reached.
@@ -33,13 +37,14 @@ def fetched(arguments: list[str], keys: Mapping[str, Which], scratch: Path | Non
     result: list[str] = []
     used = False
     for argument in arguments:
-        key, _, url = argument.lstrip("+").partition("=")
+        key, _, url = (part.strip("'\"") for part in argument.lstrip("+").partition("="))
         if key not in keys or not url.startswith("s3://"):
             result.append(argument)
             continue
         goes_on, run = keys[key] == "latest", find_run(url, options)
         url = url if url.startswith(f"{run}/") else run  # one of its checkpoints, or it was the only run below
-        target = scratch or (named if goes_on else None) or local_folder(url)
+        own = (named or local_folder(url)) if goes_on else COPIES / local_folder(url).relative_to(OUTPUTS)
+        target = scratch or own
         folder = fetch_run(url, target, options, checkpoints=keys[key], console=console)
         result.append(f"{key}={quoted(folder)}")
         used = used or goes_on

@@ -11,7 +11,7 @@ from typing import Any
 
 from wmtp.data.dataset import Dataset
 from wmtp.runtime.files import encode_json, replace_atomically
-from wmtp.runtime.folder import PROVENANCE, RUN, read_run
+from wmtp.runtime.folder import PROVENANCE, RUN, SWEEP, read_run
 
 PACKAGES = ("wmtp", "torch", "hydra-core", "numpy", "tokenizers", "safetensors", "mlflow")
 
@@ -56,7 +56,7 @@ def identify(folder: Path, remote: str | None) -> None:
     known = read_run(folder)
     identity = known["id"] if known else uuid.uuid4().hex
     before = known["remote"] if known else None
-    after = before if remote is None else place(folder, remote, before)
+    after = None if remote is None else place(folder, remote, before)
     if known is None or after != before:
         replace_atomically(folder / RUN, encode_json({"id": identity, "remote": after}))
 
@@ -68,4 +68,6 @@ def place(folder: Path, remote: str, before: str | None = None) -> str:
         return before
     path = folder.resolve()
     dated = next((n for n, part in enumerate(path.parts) if re.fullmatch(r"\d{4}-\d\d-\d\d", part)), None)
-    return f"{remote}/{'/'.join(path.parts[dated:]) if dated is not None else path.name}"
+    if dated is None:
+        dated = -2 if (path.parent / SWEEP).exists() else -1  # a job's name is only its number
+    return f"{remote}/{'/'.join(path.parts[dated:])}"

@@ -30,7 +30,7 @@ from wmtp.compose import (
     compose_trainer,
 )
 from wmtp.config import stage_config
-from wmtp.deliveries import Delivery, close, open_deliveries, pending
+from wmtp.deliveries import Delivery, close, conclude, open_deliveries, pending
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.pretraining import (
@@ -84,10 +84,14 @@ class Run:
             extras = self._conclude(trainer, result)
             summary = self.processes.from_main(lambda: write_summary(self.folder, trainer, result, extras))
         except BaseException as error:
-            for problem in close(self.deliveries, ending(error)[1]):
+            state = ending(error)[1]
+            if self.processes.is_main:  # now, since the log is among what is delivered
+                log.info("it ended: %s", state, exc_info=error)
+                self.ending.logged = error
+            for problem in conclude(self.deliveries, state):
                 log.warning("%s", problem)
             raise
-        problems = close(self.deliveries, "FINISHED")
+        problems = conclude(self.deliveries, "FINISHED")
         for store in self.stores:
             store.prune()
         if self.processes.is_main:

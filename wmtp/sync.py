@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from wmtp.environment import load_environment
 from wmtp.errors import InputError, InterruptedRun, PendingError
-from wmtp.runtime.folder import RECEIPT, RUN, close_dead, is_running, read_status, typed
+from wmtp.runtime.folder import RECEIPT, RUN, SWEEP, close_dead, is_running, read_status, typed
 from wmtp.runtime.signals import raised_signals
 
 
@@ -48,36 +48,57 @@ def runs_below(folders: list[Path]) -> list[Path]:
     found: set[Path] = set()
     for folder in folders:
         marked = [path.parent for path in folder.rglob("status.json")]
-        runs = [run for run in marked if (run / RUN).exists() or (run / RECEIPT).exists()]
+        runs = [each for each in marked if is_delivered(each) or says_running(each)]
         if not runs:
             problem = "holds no run" if folder.exists() else "nothing is there"
             raise InputError(f"{folder}: {problem}; name a run's folder, or one above several")
         found |= set(runs)
-    return sorted(found, key=lambda run: ((run / "multirun.yaml").exists(), run))
+    return sorted(found, key=lambda run: ((run / SWEEP).exists(), run))
+
+
+def is_delivered(folder: Path) -> bool:
+    """Whether what a folder holds goes to servers."""
+    return (folder / RUN).exists() or (folder / RECEIPT).exists()
+
+
+def says_running(folder: Path) -> bool:
+    """Whether a folder's status.json says so; of a damaged one, that is seen later."""
+    try:
+        return bool(read_status(folder)["state"] == "RUNNING")
+    except (ValueError, KeyError):
+        return True
 
 
 def deliver(folder: Path) -> int:
     """Send what is left of one run, and say so; the exit code."""
-    where = typed(folder)
-    if is_running(folder):
-        print(f"{where}: is running, and sends by itself")
-        return 0
-    from wmtp.deliveries import GoneOnElsewhere, deliver_rest  # imports torch
+    from wmtp.deliveries import GoneOnElsewhere  # imports torch
 
-    was = read_status(folder)["state"]
-    state = close_dead(folder)
-    if state != was:
-        print(f"{where}: was {was}, but nothing runs there; recorded as {state}")
+    where = typed(folder)
     try:
-        reports = deliver_rest(folder, state)
+        said = delivered(folder)
     except GoneOnElsewhere as error:
-        print(f"{where}: nothing to send: {error}")
-        return 0
+        said = f"nothing to send: {error}"
     except (InputError, PendingError) as error:
         print(f"{where}: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{where}: {'; '.join(reports) if reports else 'nothing to send'}")
+    except Exception as error:  # noqa: BLE001 - one damaged folder must not keep the others from being sent
+        print(f"{where}: cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
+        return InputError.exit_code
+    print(f"{where}: {said}")
     return 0
+
+
+def delivered(folder: Path) -> str:
+    """Send what is left of one run; what that was, in words."""
+    if is_running(folder):
+        return "is running, and sends by itself"
+    from wmtp.deliveries import deliver_rest
+
+    was = read_status(folder)["state"]
+    state = close_dead(folder)
+    closed = [f"was {was}, but nothing runs there: recorded as {state}"] if state != was else []
+    reports = deliver_rest(folder, state) if is_delivered(folder) else []
+    return "; ".join(closed + reports) or "nothing to send"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # what knows torch is imported where it is needed, for --help
 log = logging.getLogger(__name__)
 FAREWELL = 90.0
 """Seconds in which all processes of a run that they end together have closed what they opened, and say so."""
+DELIVERY = 24 * 3600.0
+"""Seconds that the others stay with the first process while it delivers what the run leaves."""
 TOGETHER = (InterruptedRun, PendingError, TrainingError)
 """Errors that all processes raise, or none."""
 
@@ -204,7 +206,7 @@ def take_part(job: Job, task: Task, board: "Board", last_act: Callable[[int], in
         value = job(task)
         step, reason = task.ending.step, task.ending.stop_reason
         board.put(Outcome(rank, FINISHED, step=step, stop_reason=reason, value=value, time=time.time()))
-        peers.part(timeout)
+        peers.part(DELIVERY)
     except BaseException as error:
         with ignored_signals():
             outcome = Outcome.of(error, rank, task.ending)

@@ -18,7 +18,6 @@ def split_address(url: str) -> tuple[str, str]:
     Raises:
         ValueError: it is no address, or holds more than one; it is not in the message.
     """
-    first, _, _ = url.removeprefix("s3://").partition("/")
     first = url.removeprefix("s3://").partition("/")[0]
     if url.startswith("s3://") and ("@" in first or ":" in first):
         raise ValueError(SECRETS)

@@ -16,7 +16,7 @@ from wmtp.checkpoint.parts import ignored
 from wmtp.checkpoint.progress import Transfer
 from wmtp.checkpoint.remote import S3Folder
 from wmtp.checkpoint.uploaded import mark_uploaded
-from wmtp.runtime.files import sync, write_synced
+from wmtp.runtime.files import content_if_there, sync, write_synced
 
 log = logging.getLogger(__name__)
 STAGING = ".fetching-"
@@ -69,11 +69,13 @@ class Download:
         staged.rename(final)
         sync(final.parent)
         mark_uploaded(final, self.remote.url)
+        for left in final.parent.glob(f"{STAGING}*"):  # of a download that was interrupted, when this was not there yet
+            shutil.rmtree(left)
         return True
 
     def _stage(self, key: str, staged: Path, written: bytes, files: Entries) -> None:
         """Download a checkpoint's files into a hidden folder. Raises `ValueError` if they are not what was written."""
-        if _content(staged / manifest.NAME) != written:
+        if content_if_there(staged / manifest.NAME) != written:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
             write_synced(staged / manifest.NAME, written)
@@ -105,7 +107,3 @@ class Download:
             except StoreError:
                 if not path.exists() or path.stat().st_size <= before:
                     raise
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None

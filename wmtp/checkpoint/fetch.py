@@ -4,11 +4,12 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
 from rich.console import Console
 
 from wmtp.checkpoint import manifest
@@ -23,11 +24,13 @@ from wmtp.checkpoint.uploaded import (
     RESULT,
     STAGES,
     STEP,
+    step_of,
     whole_checkpoints,
 )
 from wmtp.errors import InputError
-from wmtp.runtime.files import encode_json, replace_atomically, sync
+from wmtp.runtime.files import content_if_there, encode_json, replace_atomically, sync
 from wmtp.runtime.folder import OUTPUTS, RECEIPT, RUN, is_running, read_run, typed
+from wmtp.runtime.locking import one_at_a_time
 
 log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
@@ -58,21 +61,22 @@ def find_run(url: str, options: S3Options | None = None) -> str:
         StoreUnreachable: it does not answer.
     """
     place = S3Folder(_run_and_checkpoint(url)[0], options)
-    if place.get(CONFIG) is not None:
+    if patiently(lambda: place.get(CONFIG)) is not None:
         return place.url
-    found: list[str] = []
-    for key, _ in place.listed():
-        run, _, name = key.rpartition("/")
-        if name == CONFIG and run and run.rpartition("/")[2] not in ("pretrain", ".hydra"):
-            found.append(f"{place.url}/{run}")
-        if len(found) > MOST_NAMED:
-            break
+    found = patiently(lambda: list(islice(_runs_below(place), MOST_NAMED + 1)))
     if len(found) == 1:
         return found[0]
     if not found:
         raise InputError(f"{place.where}: there is no run, nor below; a run's place holds its {CONFIG}")
     more = [*found[:MOST_NAMED], *(["…"] if len(found) > MOST_NAMED else [])]
     raise InputError("\n  ".join([f"{place.where}: several runs lie there; name one of them:", *more]))
+
+
+def _runs_below(place: S3Folder) -> Iterator[str]:
+    for key, _ in place.listed():
+        run, _, name = key.rpartition("/")
+        if name == CONFIG and run and run.rpartition("/")[2] not in ("pretrain", ".hydra"):
+            yield f"{place.url}/{run}"
 
 
 def fetch_run(
@@ -105,8 +109,7 @@ def fetch_run(
     address, stage, name = _run_and_checkpoint(url)
     fetch = _Fetch(S3Folder(address, options), folder, console)
     fetch.require_fit()
-    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK):  # a second command with the same run waits, and then finds it here
+    with one_at_a_time(folder / LOCK):  # a second command with the same run waits, and then finds it here
         fetch.records([RUN], replace=False)  # first, so that the run is known again after an interruption
         if name is not None:
             if not fetch.download.bring(stage, name):
@@ -196,18 +199,18 @@ class _Fetch:
         """The names of a stage's checkpoints that have a manifest there, the oldest first."""
         parts = [key.removeprefix(f"{stage}checkpoints/").split("/") for key in self.sizes if key.startswith(stage)]
         names = {part[0] for part in parts if len(part) == 2 and part[1] == manifest.NAME and STEP.fullmatch(part[0])}
-        return sorted(names, key=_step)
+        return sorted(names, key=step_of)
 
     def _furthest_here(self) -> tuple[int, int]:
         """The last stage and step from which what is here can be gone on with."""
         for number, stage in reversed(list(enumerate(STAGES))):
             for path in reversed(whole_checkpoints(self.folder / stage)):
                 if damage(path) is None:
-                    return number, _step(path.name)
+                    return number, step_of(path.name)
         return -1, -1
 
     def _furthest_there(self) -> tuple[int, int]:
-        steps = [(number, _step(name)) for number, stage in enumerate(STAGES) for name in self._there(stage)]
+        steps = [(number, step_of(name)) for number, stage in enumerate(STAGES) for name in self._there(stage)]
         return max(steps, default=(-1, -1))
 
     def _newest_and_best(self, stage: str) -> bool:
@@ -240,12 +243,12 @@ class _Fetch:
         """Bring best.json or latest.json, unless the checkpoint it names is not here or an older one than here."""
         folder = self.folder / stage / "checkpoints"
         content = patiently(lambda: self.remote.get(f"{stage}checkpoints/{name}.json"))
-        there, here = (_named(each, "folder") for each in (content, _content(folder / f"{name}.json")))
+        there, here = (_named(each, "folder") for each in (content, content_if_there(folder / f"{name}.json")))
         found = [path.name for path in whole_checkpoints(folder.parent)]
-        if content is not None and there in found and (here not in found or _step(here) <= _step(there)):
+        if content is not None and there in found and (here not in found or step_of(here) <= step_of(there)):
             replace_atomically(folder / f"{name}.json", content)
         elif name == "latest" and found and here not in found:
-            replace_atomically(folder / "latest.json", encode_json({"folder": found[-1], "step": _step(found[-1])}))
+            replace_atomically(folder / "latest.json", encode_json({"folder": found[-1], "step": step_of(found[-1])}))
 
     def _result(self) -> None:
         """Bring how the stage before ended, if the checkpoint that it left is here."""
@@ -273,11 +276,3 @@ def _named(note: bytes | None, field: str) -> str:
     except (ValueError, KeyError, TypeError):
         return ""
     return name if STEP.fullmatch(name.rpartition("/")[2]) and ".." not in name else ""
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step_"))
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None

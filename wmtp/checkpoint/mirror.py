@@ -3,12 +3,10 @@
 import logging
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from wmtp.annotations import Positive, PositiveFloat
@@ -28,17 +26,13 @@ from wmtp.checkpoint.uploaded import (
     wanted,
 )
 from wmtp.errors import InputError, PendingError
-from wmtp.runtime.courier import IN_HASTE, Courier, described
-from wmtp.runtime.files import content_if_there
-from wmtp.runtime.folder import NO_LOCKS, typed
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+from wmtp.runtime.courier import GOODBYE, IN_HASTE, Courier, described
+from wmtp.runtime.files import content_if_there, size_of
+from wmtp.runtime.folder import typed
+from wmtp.runtime.locking import one_at_a_time
 
 log = logging.getLogger(__name__)
 LOCK = Path(".hydra") / "upload.lock"
-LONGEST_GOODBYE = 60.0
-"""Seconds that a run which failed or was interrupted waits for its uploads."""
 
 
 class Mirror:
@@ -78,13 +72,18 @@ class Mirror:
         self.uploaded: list[str] = []
         """The checkpoints that were sent, by their paths in the folder."""
         self._damaged: dict[Path, bytes] = {}
-        self._others = OtherFiles(folder, remote, self._send, self._ask)
+        self._courier = Courier(remote.where, self._deliver)
+        self._others = OtherFiles(folder, remote, self._send, self._courier.retried)
         self._bytes_moved = self._bytes_of_current = 0
         self._sending = ""
         self._untidy = set(STAGES)
         self._waits_for_another = False
-        self._courier = Courier(remote.where, self._deliver)
         self._courier.start()
+
+    @property
+    def server(self) -> str:
+        """Whom it tells."""
+        return self.remote.where
 
     @property
     def report(self) -> str:
@@ -106,23 +105,23 @@ class Mirror:
         """
         limit, patience = self.close_seconds if self.is_training else math.inf, self.stall_seconds
         if self.is_training and state != "FINISHED":
-            limit, patience = min(LONGEST_GOODBYE, limit), min(IN_HASTE, patience)
+            limit, patience = min(GOODBYE, limit), min(IN_HASTE, patience)
         before = self._bytes_moved
-        to_go = sum(map(_size, self._pending())) - self._bytes_of_current
+        to_go = sum(map(size_of, self._pending())) - self._bytes_of_current
         with Transfer(self.console, f"uploading to {self.remote.url}") as transfer:
             for _ in self._courier.finish(patience, limit):
                 if to_go > 0:
                     transfer.show(self._bytes_moved - before, to_go, self._sending)
-            left = self._pending()
-            if left or not self._courier.is_done:
-                raise PendingError(self._left_behind(len(left), limit))
+            if self._pending() or not self._courier.is_done:
+                raise PendingError(self.left_behind())
 
-    def _left_behind(self, count: int, limit: float) -> str:
-        total = len(wanted(self.folder, self.keep_last, self._unsound()))
+    def left_behind(self) -> str:
+        """What is not uploaded, why, where it lies, and what sends it."""
+        total, count = len(wanted(self.folder, self.keep_last, self._unsound())), len(self._pending())
         error = self._courier.last_error
-        reason = f"another process is sending it, and was waited for {limit:g} s"
-        if not self._waits_for_another:
-            reason = described(error) if error is not None else f"they were waited for {limit:g} s"
+        reason = described(error) if error is not None else "they were not waited for any longer"
+        if self._waits_for_another:
+            reason = "another process is sending it, and was not waited for any longer"
         rest = "the rest lies" if count else "but not all that belongs to them; it lies"
         return (
             f"{total - count} of {total} checkpoints uploaded to {self.remote.where}, {rest} in {typed(self.folder)}: "
@@ -146,27 +145,16 @@ class Mirror:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Let one process at a time send this run."""
-        (self.folder / LOCK).parent.mkdir(exist_ok=True)
-        lock = FileLock(self.folder / LOCK)
-        while not lock.is_locked:
-            if self._courier.is_abandoned:
-                raise TimeoutError("another process is sending this run")
-            try:
-                lock.acquire(timeout=0.2)
-            except Timeout:
-                if not self._waits_for_another:
-                    log.warning("%s: another process is sending this run; it is waited for", self.folder)
-                self._waits_for_another = True
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                log.warning("this file system has no locks, so nothing keeps two from sending a run: %s", error)
-                break
-        self._waits_for_another = False
-        try:
+
+        def gives_up() -> bool:
+            if not self._waits_for_another:
+                log.warning("%s: another process is sending this run; it is waited for", self.folder)
+            self._waits_for_another = True
+            return self._courier.is_abandoned
+
+        with one_at_a_time(self.folder / LOCK, gives_up):
+            self._waits_for_another = False
             yield
-        finally:
-            lock.release()
 
     def _forget_unfinished(self) -> None:
         """Remove what an upload left that was killed; a store that cannot be asked for it keeps it."""
@@ -180,14 +168,8 @@ class Mirror:
                 log.warning("uploads that were interrupted stay in the store, hidden: %s", error)
                 return 0
 
-        if count := self._ask(forget):
+        if count := self._courier.retried(forget):
             log.info("%s: %d uploads that were interrupted were removed", self.remote.where, count)
-
-    def _ask(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """A call's result, tried until it succeeds; nothing more is begun once nobody waits any longer."""
-        if self._courier.is_abandoned:
-            raise TimeoutError("nobody waits any longer")
-        return self._courier.retried(call, *args, **kwargs)
 
     def _send_what_is_new(self) -> None:
         while True:
@@ -230,15 +212,15 @@ class Mirror:
             files = manifest.parsed(written)
         except ValueError as error:
             raise LocalProblem(str(error)) from error
-        there = self._ask(self.remote.get, f"{key}/{manifest.NAME}")
+        there = self._courier.retried(self.remote.get, f"{key}/{manifest.NAME}")
         if there != written:
             if there is not None:  # of another checkpoint of this step
-                self._ask(self._delete, f"{key}/{manifest.NAME}")
+                self._courier.retried(self._delete, f"{key}/{manifest.NAME}")
             for name, entry in files.items():
                 self._send(path / name, f"{key}/{name}", entry["sha256"])
-            self._ask(self.remote.put_bytes, written, f"{key}/{manifest.NAME}")
+            self._courier.retried(self.remote.put_bytes, written, f"{key}/{manifest.NAME}")
             self.uploaded.append(key)
-        self._ask(self._mark, path, written)
+        self._courier.retried(self._mark, path, written)
 
     def _mark(self, path: Path, written: bytes) -> None:
         if content_if_there(path / manifest.NAME) == written:
@@ -252,12 +234,12 @@ class Mirror:
     def _send(self, path: Path, key: str, sha256: str | None = None) -> None:
         def sent() -> LocalProblem | None:
             try:
-                self.remote.put(path, key, sha256=sha256, attempt=self._ask, moved=self._note_moved)
+                self.remote.put(path, key, sha256=sha256, attempt=self._courier.retried, moved=self._note_moved)
             except LocalProblem as problem:  # no patience helps
                 return problem
             return None
 
-        problem = self._ask(sent)
+        problem = self._courier.retried(sent)
         if problem is not None:
             raise problem
 
@@ -288,10 +270,3 @@ class Mirror:
         here = {path.name for path in wanted(self.folder, self.keep_last) if stage_of(self.folder, path) == stage}
         keep = here | {name for name in (best, noted_best(self.remote, stage)) if name is not None}
         return delete_superseded(self.remote, stage, self.keep_last, keep)
-
-
-def _size(checkpoint: Path) -> int:
-    try:
-        return sum(path.stat().st_size for path in checkpoint.iterdir())
-    except FileNotFoundError:  # it was removed just now
-        return 0

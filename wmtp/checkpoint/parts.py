@@ -1,6 +1,7 @@
 """A local file on its way: read and hashed once, in parts, which a few threads send at a time."""
 
 import hashlib
+import io
 import math
 import threading
 from collections import deque
@@ -39,6 +40,20 @@ def once(call: Callable[[], Any], /) -> Any:
 
 def ignored(count: int, /) -> None:
     """Nobody asks how many bytes have moved."""
+
+
+class Body(io.BytesIO):
+    """What is sent in one request. As plain bytes it would have to leave within the time for connecting."""
+
+    def __init__(self, data: bytes, moved: Callable[[int], None]) -> None:
+        """`moved` is told of 0 bytes whenever the next of them are asked for: that they arrive is not known yet."""
+        super().__init__(data)
+        self._moved = moved
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes."""
+        self._moved(0)
+        return super().read(size)
 
 
 @dataclass(frozen=True)

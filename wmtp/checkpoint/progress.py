@@ -47,8 +47,9 @@ class Transfer:
 
     def _show_bar(self, console: Console, done: int, total: int, what: str) -> None:
         if self._bar is None:
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._say(self._title)
+            columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
             self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=console)
-            self._bar.add_task(self._title, total=total)
+            self._bar.add_task("", total=total)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=f"{self._title} {what}")
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=what.rpartition("/")[2])

@@ -1,7 +1,6 @@
 """A folder in a bucket: what is put there is compared with what the store says that it took."""
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from wmtp.checkpoint.parts import (
     PARTS_AT_ONCE,
     SMALLEST_PART,
     Attempt,
+    Body,
     LocalProblem,
     Part,
     ignored,
@@ -28,10 +28,14 @@ from wmtp.checkpoint.parts import (
     send_parts,
 )
 from wmtp.errors import InputError
+from wmtp.runtime.deadline import answers_within
 
 __all__ = ["LocalProblem", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
 log = logging.getLogger(__name__)
-CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 60, 3
+CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 2
+CHECK_SECONDS = 10.0
+TELLING = ("boto3", "botocore", "urllib3")
+"""Loggers that write down every header of a request, tokens among them, when everything is logged."""
 READ_AT_ONCE = 2**20
 DELETED_AT_ONCE = 1000
 
@@ -62,7 +66,11 @@ class S3Folder:
             self.where = f"{self.url} at {shown(endpoint)}"
 
     def check(self) -> None:
-        """Find out whether objects can be written, listed, read and deleted here."""
+        """Find out within ten seconds whether objects can be written, listed, read and deleted here."""
+        if not answers_within(CHECK_SECONDS, self._try_everything):
+            raise StoreUnreachable(f"{self.where}: did not answer within {CHECK_SECONDS:g} s")
+
+    def _try_everything(self) -> None:
         key = f".wmtp-check-{secrets.token_hex(8)}"
         self.put_bytes(b"wmtp was here to see whether it may write", key)
         try:
@@ -91,7 +99,7 @@ class S3Folder:
             key: its name there.
             sha256: what its content must be; else it is not uploaded.
             attempt: makes each call to the store, of which a large file needs many.
-            moved: is told of every so many bytes that arrived.
+            moved: is told of every so many bytes that arrived, and of 0 whenever some were sent.
 
         Raises:
             LocalProblem: the file is gone, or unreadable, or of other content.
@@ -103,14 +111,14 @@ class S3Folder:
                 return
             data = file.read(size)
             require(sha256, hashlib.sha256(data).hexdigest())
-            attempt(lambda: self.put_bytes(data, key))
+            attempt(lambda: self.put_bytes(data, key, moved))
             moved(size)
 
-    def put_bytes(self, data: bytes, key: str) -> None:
-        """Upload a small object; what arrived is verified."""
+    def put_bytes(self, data: bytes, key: str, moved: Callable[[int], None] = ignored) -> None:
+        """Upload a small object; what arrived is verified. `moved` is told of 0 bytes whenever some were sent."""
         with self._asking("write"):
-            answer = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=io.BytesIO(data))
-        self._verify(key, answer["ETag"], md5(data).hex(), hashlib.sha256(data).hexdigest())
+            answer = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=Body(data, moved))
+        self._verify(key, _told(answer, "ETag", self.where), md5(data).hex(), hashlib.sha256(data).hexdigest())
 
     def get(self, key: str) -> bytes | None:
         """An object's content; None if it is not there."""
@@ -126,9 +134,9 @@ class S3Folder:
             LocalProblem: the file is gone or unreadable.
         """
         with local(path):
-            data = path.read_bytes()
-        answer = self._get(key)
-        if answer is None:
+            data = path.read_bytes() if path.stat().st_size <= SMALLEST_PART else None
+        answer = self._get(key) if data is not None else None
+        if answer is None or data is None:
             return False
         answer["Body"].close()
         return _is_tag(answer["ETag"], md5(data).hex())
@@ -206,7 +214,7 @@ class S3Folder:
         place = {"Bucket": self.bucket, "Key": self.prefix + key}
         upload = place | {"UploadId": attempt(lambda: self._begin(place))}
         try:
-            sent = send_parts(file, size, lambda part: self._put_part(upload, part), attempt, moved)
+            sent = send_parts(file, size, lambda part: self._put_part(upload, part, moved), attempt, moved)
             require(sha256, sent.sha256)
             tag = attempt(lambda: self._complete(upload, sent.tags))
         except BaseException:
@@ -214,12 +222,11 @@ class S3Folder:
             raise
         self._verify(key, tag, f"{md5(b''.join(sent.digests)).hex()}-{len(sent.digests)}", sent.sha256)
 
-    def _put_part(self, upload: dict[str, str], part: Part) -> str:
+    def _put_part(self, upload: dict[str, str], part: Part, moved: Callable[[int], None]) -> str:
         """Send a part, again if it did not arrive as it is; what the store calls it."""
         for _ in range(2):  # a store that names parts in another way is judged by the whole object
             with self._asking("write"):
-                # A body of bytes would have to leave within the time for connecting.
-                answer = self._client.upload_part(**upload, PartNumber=part.number, Body=io.BytesIO(part.data))
+                answer = self._client.upload_part(**upload, PartNumber=part.number, Body=Body(part.data, moved))
             if _is_tag(answer["ETag"], part.digest.hex()) or "SSEKMSKeyId" in answer:
                 break
             log.warning("%s: part %d of %s arrived damaged", self.where, part.number, upload["Key"])
@@ -227,7 +234,7 @@ class S3Folder:
 
     def _begin(self, place: dict[str, str]) -> str:
         with self._asking("write"):
-            return str(self._client.create_multipart_upload(**place)["UploadId"])
+            return _told(self._client.create_multipart_upload(**place), "UploadId", self.where)
 
     def _complete(self, upload: dict[str, str], tags: list[str]) -> str:
         """Make an object of its parts; what the store calls it, or nothing if it is not to be found."""
@@ -283,6 +290,8 @@ class S3Folder:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
+        for name in TELLING:
+            logging.getLogger(name).setLevel(logging.WARNING)
         config = Config(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
@@ -316,6 +325,14 @@ class S3Folder:
             if "Credential" in type(error).__name__ or "Token" in type(error).__name__:
                 raise InputError(f"{self.where}: {error}; set {KEYS}, or AWS_PROFILE") from error
             raise StoreError(f"{self.where}: {_line(error)}") from error
+
+
+def _told(answer: dict[str, Any], name: str, where: str) -> str:
+    """What a store has to say. Raises `InputError` if it does not, as some web page may answer everything."""
+    if name not in answer:
+        problem = "does not answer as an S3 store does; see checkpoint.endpoint_url and AWS_ENDPOINT_URL_S3"
+        raise InputError(f"{where}: {problem}")
+    return str(answer[name])
 
 
 def _is_tag(tag: str, expected: str) -> bool:

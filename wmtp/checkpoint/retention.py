@@ -6,7 +6,7 @@ from typing import Any
 
 from wmtp.checkpoint import manifest
 from wmtp.checkpoint.remote import S3Folder
-from wmtp.checkpoint.uploaded import STEP
+from wmtp.checkpoint.uploaded import STEP, step_of
 
 
 def delete_superseded(remote: S3Folder, stage: str, keep_last: int, keep: Collection[str]) -> dict[str, str]:
@@ -29,6 +29,13 @@ def delete_superseded(remote: S3Folder, stage: str, keep_last: int, keep: Collec
     problems = remote.delete(manifests)
     rest = [key for name in superseded if _manifest(stage, name) not in problems for key in checkpoints[name]]
     return problems | remote.delete(key for key in rest if key not in manifests)
+
+
+def newest_there(remote: S3Folder, stage: str) -> int:
+    """The step of a stage's newest checkpoint in the bucket; 0 without one."""
+    keys = (key.split("/") for key, _ in remote.listed(f"{stage}checkpoints/step_"))
+    names = [name for *_, name, file in keys if file == manifest.NAME and STEP.fullmatch(name)]
+    return max(map(step_of, names), default=0)
 
 
 def noted_best(remote: S3Folder, stage: str) -> str | None:

@@ -23,7 +23,7 @@ from wmtp.checkpoint.state import Snapshot
 from wmtp.checkpoint.uploaded import is_uploaded
 from wmtp.errors import InputError
 from wmtp.runtime.distributed import Processes
-from wmtp.runtime.files import encode_json, replace_atomically, sync, write_synced
+from wmtp.runtime.files import encode_json, replace_atomically, size_of, sync, write_synced
 from wmtp.runtime.folder import read_run
 
 __all__ = ["CheckpointStore", "RemoteCheckpointStore", "damage", "load"]
@@ -102,8 +102,9 @@ class CheckpointStore:
         return path
 
     def prune(self) -> None:
-        """Remove the checkpoints that need not stay any longer."""
-        self.processes.from_main(self._prune)
+        """Remove the checkpoints that need not stay any longer; the main process does, and the others do not wait."""
+        if self.processes.is_main:
+            self._prune()
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -249,18 +250,14 @@ class RemoteCheckpointStore(CheckpointStore):
         url, found, old = self._url(), self._found(), super()._superseded(best)
         there = [path for path in found if is_uploaded(path, url)]
         waiting = [p for p in old if p not in there and len([u for u in there if u.name > p.name]) < self.keep_last]
-        sizes = {path: _size(path) for path in found}
-        free = shutil.disk_usage(self.folder).free if waiting else 0
+        if waiting:
+            sizes = {path: size_of(path) for path in found}
+            free = shutil.disk_usage(self.folder).free
         while waiting and free < 2 * max(sizes.values()):
             path = waiting.pop(0)
             free += sizes[path]
             log.warning("%s was not uploaded, but goes: the disk is nearly full", path)
         return [path for path in old if path not in waiting]
-
-
-def _size(path: Path) -> int:
-    """The bytes that a folder's files take."""
-    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def load(

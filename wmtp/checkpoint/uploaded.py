@@ -46,12 +46,12 @@ def identity(checkpoint: Path) -> str:
 def whole_checkpoints(stage: Path) -> list[Path]:
     """The checkpoints in a stage's folder that have a manifest, the oldest first."""
     found = (path.parent for path in (stage / "checkpoints").glob(f"step_*/{manifest.NAME}"))
-    return sorted((path for path in found if STEP.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in found if STEP.fullmatch(path.name)), key=lambda path: step_of(path.name))
 
 
-def step_of(checkpoint: Path) -> int:
-    """The update after which a checkpoint was made."""
-    return int(checkpoint.name.removeprefix("step_"))
+def step_of(name: str) -> int:
+    """The update after which the checkpoint of this name was made."""
+    return int(name.removeprefix("step_"))
 
 
 def noted(note: Path) -> str | None:

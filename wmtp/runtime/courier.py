@@ -17,9 +17,13 @@ LONGEST_PAUSE, LONGEST_PAUSE_AT_THE_END = 30.0, 1.0
 """Seconds between two attempts while the training goes on, and when it waits for the last of them."""
 LAST_CHANCE = 5.0
 """Seconds that a server which failed before still has at the end."""
-IN_HASTE = 5.0
-"""Patience of a run that was interrupted: whoever did so may not wait long before it is killed."""
+IN_HASTE, GOODBYE = 5.0, 40.0
+"""Patience and limit of a run that failed or was interrupted: whoever did that may not wait long before killing it."""
 LOOK_EVERY = 0.1
+
+
+class NobodyWaits(Exception):
+    """What was to be delivered is not wanted now any more: the end has come, and was not waited for."""
 
 
 class Courier:
@@ -40,6 +44,7 @@ class Courier:
         self.last_error: Exception | None = None
         """Why the last attempt failed; None after one that succeeded."""
         self._alive_at = self._ending_at = time.monotonic()
+        self._num_asked = 0
         self._ending, self._abandoned = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._deliver, name=server, daemon=True)
 
@@ -64,10 +69,20 @@ class Courier:
 
     def moved(self) -> None:
         """Note that the server is well, as every bit of a large file shows that arrives."""
-        self._alive_at = time.monotonic()
+        self.expect(0)
+
+    def expect(self, seconds: float) -> None:
+        """Note that the server is well, and that its next answer may take so long."""
+        self._alive_at = time.monotonic() + seconds
 
     def retried(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """The call's result, tried until it succeeds; its last exception, once nobody waits any longer."""
+        """The call's result, tried until it succeeds; its last exception, once nobody waits any longer.
+
+        Raises:
+            NobodyWaits: that was so before the first attempt.
+        """
+        if self.is_abandoned:
+            raise NobodyWaits(f"{self.server} was not waited for any longer")
         retrying = Retrying(
             stop=stop_when_event_set(self._abandoned),
             wait=wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE),
@@ -75,7 +90,11 @@ class Courier:
             after=self._note_failure,
             reraise=True,
         )
-        result = retrying(call, *args, **kwargs)
+        self._num_asked += 1
+        try:
+            result = retrying(call, *args, **kwargs)
+        finally:
+            self._num_asked -= 1
         if self.last_error is not None:
             log.warning("%s is back", self.server)
             self.last_error = None
@@ -86,7 +105,7 @@ class Courier:
         """Have the rest delivered: goes round several times a second until it is, or is given up.
 
         Args:
-            patience: seconds since the server was last well after which, if it fails, it is not waited for.
+            patience: seconds since the server was last well after which, if it fails or says nothing, it is given up.
             limit: seconds after which nothing is waited for.
         """
         self._ending_at = time.monotonic()
@@ -101,8 +120,9 @@ class Courier:
     def _is_hopeless(self, patience: float, limit: float) -> bool:
         now = time.monotonic()
         waited = now - self._ending_at
-        is_failing = self.last_error is not None and now - self._alive_at > patience
-        return waited > limit or (is_failing and waited > min(patience, LAST_CHANCE))
+        is_failing = self.last_error is not None or self._num_asked > 0
+        is_hopeless = is_failing and now - self._alive_at > patience
+        return waited > limit or (is_hopeless and waited > min(patience, LAST_CHANCE))
 
     def _deliver(self) -> None:
         try:
@@ -126,7 +146,7 @@ class Courier:
         if isinstance(error, Exception):
             self.last_error = error
             level = logging.WARNING if attempt.attempt_number == 1 else logging.INFO
-            log.log(level, "%s failed and is tried again, training goes on: %s", self.server, described(error))
+            log.log(level, "%s failed and is tried again: %s", self.server, described(error))
 
 
 def described(error: Exception) -> str:

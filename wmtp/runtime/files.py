@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def content_if_there(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of a folder's files; of what goes while it is looked at, none."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for path in list(folder.iterdir()):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+    return total
 
 
 def drop_lines_after(path: Path, step: int) -> None:

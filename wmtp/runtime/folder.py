@@ -27,6 +27,8 @@ RUN = "run.json"
 """The run's `id`, the same on every machine that it is gone on with, and its place in S3, `remote`, if it has one."""
 RECEIPT = "mlflow.json"
 """Which MLflow run belongs to a folder, and how far each of its files was sent."""
+SWEEP = "multirun.yaml"
+"""Hydra's record of a sweep, in the folder around those of its jobs."""
 PROVENANCE = "provenance.json"
 """Which code, command and data a run was last started with."""
 ACCEPTED = Path(".hydra") / "accepted.json"
@@ -59,6 +61,8 @@ class Ending:
 
     step: int = 0
     stop_reason: str | None = None
+    logged: BaseException | None = None
+    """The error whose traceback is in the log already."""
 
 
 class RunStatus:

@@ -1,7 +1,5 @@
 """system.jsonl: how busy the machine is while a run trains, under the names that MLflow has for it."""
 
-import importlib
-import importlib.util
 import json
 import logging
 import threading
@@ -51,17 +49,13 @@ class SystemSampler:
 
 
 class Gpus:
-    """The NVIDIA GPUs of this machine, if there are any and nvidia-ml-py is installed."""
+    """The NVIDIA GPUs of this machine, if there are any."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        if importlib.util.find_spec("pynvml") is None:
-            import torch
+        import pynvml  # here, where only a run's own thread waits for it
 
-            if torch.cuda.is_available():
-                log.info("the GPUs' metrics are left out, as nvidia-ml-py is not installed")
-            return
-        self._nvml = importlib.import_module("pynvml")
+        self._nvml = pynvml
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError as error:

@@ -36,6 +36,11 @@ def is_server(uri: str) -> bool:
     return uri.lower().startswith(("http://", "https://"))
 
 
+def is_out_of_reach(uri: str) -> bool:
+    """Whether a store is a database on another machine's disk."""
+    return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir()
+
+
 def take_credentials() -> None:
     """Move the user and the password in MLFLOW_TRACKING_URI, if it has them, to variables of their own.
 

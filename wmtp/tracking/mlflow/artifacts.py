@@ -63,7 +63,7 @@ def artifacts(folder: Path, kept_at: str | None, choice: Choice) -> Iterator[Art
         if (folder / name).exists():
             yield Artifact(name, folder / name)
     best = read_best(folder)
-    if kept_at is not None:
+    if kept_at is not None and (best is not None or (folder / CHECKPOINTS / "latest.json").exists()):
         yield Artifact(ADDRESSES, folder / ADDRESSES, encode_json(addresses(folder, kept_at)))
     elif choice == "best" and best is not None:
         checkpoint = folder / CHECKPOINTS / best["folder"]

@@ -3,16 +3,15 @@
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from wmtp.errors import InputError
 from wmtp.runtime.courier import described
+from wmtp.runtime.deadline import answers_within
+from wmtp.runtime.locking import one_at_a_time
 from wmtp.tracking.mlflow.address import CREDENTIALS, PASSWORD, SQLITE, USERNAME, configured, is_server
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
     if database:
         database.parent.mkdir(parents=True, exist_ok=True)
     # Processes that make the store at the same time break it.
-    with FileLock(f"{database}.lock", timeout=60) if database else nullcontext():
+    with one_at_a_time(Path(f"{database}.lock")) if database else nullcontext():
         if database and not database.exists():
             create_store(database)
         client = MlflowClient(tracking_uri=uri)
@@ -111,17 +110,11 @@ def check_server(uri: str | None, experiment: str) -> None:
     prepare()
     import mlflow  # noqa: F401 - its seconds are not the server's
 
-    failures: list[Exception] = []
-    thread = threading.Thread(target=_ask, args=(uri, experiment, failures), name="mlflow check", daemon=True)
-    thread.start()
-    thread.join(CHECK_SECONDS)
-    if thread.is_alive():
+    if not answers_within(CHECK_SECONDS, lambda: _ask(uri, experiment)):
         raise ServerUnreachable(f"MLflow at {uri} did not answer within {CHECK_SECONDS:g} s")
-    if failures:
-        raise failures[0]
 
 
-def _ask(uri: str, experiment: str, failures: list[Exception]) -> None:
+def _ask(uri: str, experiment: str) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -130,14 +123,12 @@ def _ask(uri: str, experiment: str, failures: list[Exception]) -> None:
         known = client.get_experiment_by_name(experiment)
         if known is not None and known.lifecycle_stage != "active":
             problem = "was deleted there; restore it, or set tracking.experiment to another name"
-            failures.append(InputError(f"MLflow at {uri}: the experiment {experiment!r} {problem}"))
-        elif known is not None:
+            raise InputError(f"MLflow at {uri}: the experiment {experiment!r} {problem}")
+        if known is not None:
             client.set_experiment_tag(known.experiment_id, TOO_LONG, "")
     except MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
-            failures.append(refusal(uri, experiment, error))
-    except Exception as error:  # noqa: BLE001 - whoever started this thread raises it
-        failures.append(error)
+            raise refusal(uri, experiment, error) from error
 
 
 def refusal(uri: str, experiment: str, error: "MlflowException") -> InputError | ServerUnreachable:

@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from wmtp.errors import PendingError
 from wmtp.runtime.courier import Courier, described
-from wmtp.runtime.folder import typed
+from wmtp.runtime.folder import SWEEP, typed
+from wmtp.runtime.locking import one_at_a_time
 from wmtp.tracking.base import State
 from wmtp.tracking.mlflow.receipt import LOCK, Receipt, current_receipt, read_receipt
 from wmtp.tracking.mlflow.runs import Mark, NewRun, open_run, origin_tags
@@ -18,21 +17,17 @@ from wmtp.tracking.mlflow.store import connect
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-MULTIRUN = "multirun.yaml"
-LOCK_SECONDS = 60.0
 STALL_SECONDS, CLOSE_SECONDS = 5.0, 60.0
 
 
 def sweep_of(folder: Path) -> Path | None:
     """The folder of the sweep that a run is a job of."""
-    return folder.parent if (folder.parent / MULTIRUN).exists() else None
+    return folder.parent if (folder.parent / SWEEP).exists() else None
 
 
 def sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, fresh: Receipt) -> str:
     """The id of the sweep's own run, which the first of its jobs makes in the store and experiment of `fresh`."""
-    lock = sweep / LOCK
-    lock.parent.mkdir(exist_ok=True)
-    with FileLock(lock, timeout=LOCK_SECONDS):
+    with one_at_a_time(sweep / LOCK):
         receipt = current_receipt(sweep, fresh)
         mark = Mark("wmtp.sweep", str(sweep).replace('"', "_"))
         run = open_run(client, experiment_id, receipt.run_id, NewRun(sweep.name, mark, origin_tags({})))
@@ -59,8 +54,8 @@ def end_sweep(folder: Path, state: State) -> str | None:
         if courier.retried(client.get_run, receipt.run_id).info.status != state:
             courier.retried(client.set_terminated, receipt.run_id, state)
             changed.append(state)
-        if (folder / MULTIRUN).exists():
-            courier.retried(client.log_artifact, receipt.run_id, str(folder / MULTIRUN))
+        if (folder / SWEEP).exists():
+            courier.retried(client.log_artifact, receipt.run_id, str(folder / SWEEP))
 
     courier = Courier(f"MLflow at {receipt.uri}", deliver)
     courier.start()

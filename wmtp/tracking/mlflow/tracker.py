@@ -12,15 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from wmtp.annotations import PositiveFloat
 from wmtp.errors import PendingError
-from wmtp.runtime.courier import IN_HASTE, Courier, described
+from wmtp.runtime.courier import GOODBYE, IN_HASTE, Courier, described
 from wmtp.runtime.folder import read_run, read_status, typed
+from wmtp.runtime.locking import HeldByAnother, one_at_a_time
 from wmtp.tracking.base import State
 from wmtp.tracking.follow import step_of
-from wmtp.tracking.mlflow.address import Address, absolute_uri, is_server
+from wmtp.tracking.mlflow.address import Address, absolute_uri, is_out_of_reach, is_server
 from wmtp.tracking.mlflow.artifacts import Choice, artifacts, best_address, read_best
 from wmtp.tracking.mlflow.feeds import Sender, count_pending
 from wmtp.tracking.mlflow.receipt import LOCK, Receipt, current_receipt, read_receipt
@@ -45,11 +44,6 @@ if TYPE_CHECKING:  # importing mlflow takes seconds: only the thread does it
 log = logging.getLogger(__name__)
 BEST = "best/val_loss"
 RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.run", "wmtp.checkpoints", "mlflow.parentRunId"
-LOOK_EVERY = 0.2
-
-
-class AnotherDelivers(OSError):
-    """Another process is delivering the same folder."""
 
 
 class MlflowTracker:
@@ -104,6 +98,11 @@ class MlflowTracker:
         self._courier.start()
 
     @property
+    def server(self) -> str:
+        """Whom it tells."""
+        return f"MLflow at {self.uri}"
+
+    @property
     def report(self) -> str:
         """What was sent, in words, once the tracker is closed."""
         return f"MLflow: {', '.join(self._sent) or 'nothing was missing'}"
@@ -126,16 +125,18 @@ class MlflowTracker:
             self._sampler.stop()
         there = artifacts(self.folder, self._kept_at(), self.checkpoints)
         num_bytes = sum(artifact.size() for artifact in there if artifact.name not in self._receipt.artifacts)
-        in_haste = self.is_training and state != "FINISHED"
-        patience = min(self.stall_seconds, IN_HASTE) if in_haste else self.stall_seconds
-        for _ in self._courier.finish(patience, self.close_seconds + num_bytes / BYTES_PER_SECOND):
+        patience, limit = self.stall_seconds, self.close_seconds + num_bytes / BYTES_PER_SECOND
+        if self.is_training and state != "FINISHED":
+            patience, limit = min(patience, IN_HASTE), min(limit, GOODBYE)
+        for _ in self._courier.finish(patience, limit):
             pass
         if not self._courier.is_done:
-            raise PendingError(self._pending())
+            raise PendingError(self.left_behind())
 
-    def _pending(self) -> str:
+    def left_behind(self) -> str:
+        """What was not told, why, where it lies, and what sends it."""
         error, where = self._courier.last_error, typed(self.folder)
-        if isinstance(error, AnotherDelivers):
+        if isinstance(error, HeldByAnother):
             return f"MLflow at {self.uri}: another process is delivering {where} now; what it leaves is sent later"
         written, pending, files = count_pending(self.folder, self._receipt)
         return (
@@ -167,23 +168,11 @@ class MlflowTracker:
         """Be the only one that delivers this folder: a training waits for its turn.
 
         Raises:
-            AnotherDelivers: it is not its turn, and it is not training or nobody waits for it any longer.
+            HeldByAnother: it is not its turn, and it is not training or nobody waits for it any longer.
         """
         path = self.folder / LOCK
-        path.parent.mkdir(exist_ok=True)
-        lock = FileLock(path)
-        while True:
-            try:
-                lock.acquire(timeout=0)
-                break
-            except Timeout:
-                if not self.is_training or self._courier.is_abandoned:
-                    raise AnotherDelivers(f"another process is delivering {self.folder}") from None
-                time.sleep(LOOK_EVERY)
-        try:
+        with one_at_a_time(path, lambda: not self.is_training or self._courier.is_abandoned):
             yield
-        finally:
-            lock.release()
 
     def _open_run(self, client: "MlflowClient", experiment_id: str) -> "Run":
         """The run of this folder, which is going on if it trains."""
@@ -216,7 +205,8 @@ class MlflowTracker:
         retried, run_id = self._courier.retried, run.info.run_id
         best = read_best(self.folder)
         if best is not None and best["val/loss"] != run.data.metrics.get(BEST):
-            retried(client.log_metric, run_id, BEST, best["val/loss"], step=best["step"])
+            now = int(time.time() * 1000)  # the same whenever it is tried, for the server to know it again
+            retried(client.log_metric, run_id, BEST, best["val/loss"], timestamp=now, step=best["step"])
         # The status goes before the artifacts: they may go elsewhere, and fail when the server itself is well.
         state, ended = self._ending(run)
         if state is not None:
@@ -227,6 +217,7 @@ class MlflowTracker:
             fingerprint = artifact.fingerprint()
             if self._receipt.artifacts.get(artifact.name) != fingerprint:
                 with patience_for(artifact.size()):
+                    self._courier.expect(artifact.size() / BYTES_PER_SECOND)
                     retried(artifact.send, client, run_id)
                 self._acknowledge(self._receipt.with_artifact(artifact.name, fingerprint))
                 num_sent += 1
@@ -271,6 +262,9 @@ def send_pending(folder: Path, state: State | None = None) -> str | None:
     """
     known = read_receipt(folder)
     if known is None:
+        return None
+    if is_out_of_reach(known.uri):
+        log.warning("%s is tracked in %s, which is not on this machine; that is not told anything", folder, known.uri)
         return None
     # Which checkpoints are wanted is in the run's config, which is not known here.
     tracker = MlflowTracker(folder, known.run_name or folder.name, {}, {}, is_training=False, checkpoints="none")
