@@ -424,6 +424,6 @@ def test_twenty_processes_make_one_store(tmp_path: Path) -> None:
 
 def test_without_a_lock_they_break_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the test before: each makes the store itself."""
-    monkeypatch.setattr("wmtp.tracking.mlflow.store.FileLock", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr("wmtp.tracking.mlflow.store.one_at_a_time", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr("wmtp.tracking.mlflow.store.create_store", lambda database: None)
     assert any(started_at_once(tmp_path / "outputs", 4, 1))

@@ -297,6 +297,8 @@ def farewell(error: BaseException, folder: Path | None, command: Command) -> str
     """What an end is said to be, and what can be done about it; without a folder, the traceback of a crash."""
     if isinstance(error, InterruptedRun):
         return f"{error}\n{command.advice(folder)}" if folder else str(error)
+    if isinstance(error, PendingError):
+        return str(error)
     if folder is None:
         return str(error) if isinstance(error, WmtpError) else "".join(traceback.format_exception(error))
     kind = "" if isinstance(error, WmtpError) else f"{type(error).__name__}: "

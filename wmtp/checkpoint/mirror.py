@@ -125,7 +125,7 @@ class Mirror:
         rest = "the rest lies" if count else "but not all that belongs to them; it lies"
         return (
             f"{total - count} of {total} checkpoints uploaded to {self.remote.where}, {rest} in {typed(self.folder)}: "
-            f"{reason}. `python -m wmtp.sync {shlex.quote(typed(self.folder))}` sends it"
+            f"{reason.rstrip('.')}. `python -m wmtp.sync {shlex.quote(typed(self.folder))}` sends it"
         )
 
     def _deliver(self) -> None:
