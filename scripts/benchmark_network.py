@@ -1,9 +1,10 @@
-"""What an MLflow server and an S3 store cost a training: `scripts/benchmark_network.py [pairs] [updates]`.
+"""What an MLflow server and an S3 store cost a training: `scripts/benchmark_network.py [pairs] [updates] [--faults]`.
 
 The micro model on the embedded tasks, with one thread, twice: with metrics and checkpoints going to real servers on
 this machine, and without. Every update is logged and every twentieth saved, 19 MB each. The two take turns of two
 seconds, the other one being stopped, so that both meet the same machine; an update counts if it lies within a turn.
-Prints the ratio of the median times of an update for each pair, and the median of these.
+With `--faults` the store answers five times 503, drops two connections and is silent for eight seconds. Prints the
+ratio of the median times of an update for each pair, and the median of these; ends with 1 if that is too much.
 """
 
 import itertools
@@ -14,14 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.forking import Child, Nursery
+from tests.proxy import FaultyProxy
 from tests.servers import ObjectStore, TrackingServer, started_store, started_tracking
 
-LIMIT = 1.05
+LIMIT, LIMIT_WITH_FAULTS = 1.05, 1.10
 """The most that an update may take, in updates of a training without servers."""
 WARM_UP = 3
 """Updates of each that are not counted."""
@@ -76,13 +79,23 @@ def median_update(times: list[float], turns: Turns) -> float:
 
 
 def ratio_of(
-    pair: int, updates: int, nursery: Nursery, store: ObjectStore, server: TrackingServer, home: Path
+    pair: int,
+    updates: int,
+    nursery: Nursery,
+    store: ObjectStore,
+    server: TrackingServer,
+    home: Path,
+    network: FaultyProxy | None,
 ) -> float:
-    """Train with the servers and without; the ratio of their median updates."""
+    """Train with the servers and without; the ratio of their median updates. The store is behind `network`."""
+    if network is not None:
+        network.answer(503, 5)
+        network.drop(2)
+        network.stall(8)
     stored = ["checkpoint=s3", f"checkpoint.remote=s3://{store.new_bucket()}/runs"]
     plan = [f"max_steps={updates}", "num_epochs=99", "log_interval=1", "save_interval=20", "eval_interval=100000"]
     rest = ["early_stopping=none", "num_samples=0", "num_validation_samples=0", "hardware=cpu"]
-    variables = store.environment() | server.environment()
+    variables = store.environment(network and network.url) | server.environment()
     own = {"with": stored, "without": ["tracking=none"]}
     folders = {name: home / f"{pair}-{name}" for name in own}
     children: dict[str, Child] = {}
@@ -97,23 +110,25 @@ def ratio_of(
     return ratio
 
 
-def main(num_pairs: int, updates: int) -> None:
-    """Print the ratio of every pair, their median, and whether that is within the limit."""
-    with tempfile.TemporaryDirectory() as name, Nursery() as nursery:
+def main(num_pairs: int, updates: int, *, has_faults: bool) -> int:
+    """Print the ratio of every pair, their median, and whether that is within the limit; the exit code."""
+    with tempfile.TemporaryDirectory() as name, Nursery() as nursery, ExitStack() as stack:
         home = Path(name)
         for folder in ("s3", "mlflow"):
             (home / folder).mkdir()
         store = started_store(home / "s3")
         server = started_tracking(home / "mlflow", store)
+        network = stack.enter_context(FaultyProxy(store.endpoint_url)) if has_faults else None
         try:
-            ratios = [ratio_of(pair, updates, nursery, store, server, home) for pair in range(num_pairs)]
+            ratios = [ratio_of(pair, updates, nursery, store, server, home, network) for pair in range(num_pairs)]
         finally:
             server.kill()
             store.stop()
-    ratio = statistics.median(ratios)
-    print(f"median of {num_pairs}: {ratio:.3f} ({'within' if ratio <= LIMIT else 'ABOVE'} {LIMIT})")
+    ratio, limit = statistics.median(ratios), LIMIT_WITH_FAULTS if has_faults else LIMIT
+    print(f"median of {num_pairs}: {ratio:.3f} ({'within' if ratio <= limit else 'ABOVE'} {limit})")
+    return int(ratio > limit)
 
 
 if __name__ == "__main__":
-    arguments = [int(argument) for argument in sys.argv[1:]]
-    main(*arguments, *[5, 100][len(arguments) :])
+    numbers = [int(argument) for argument in sys.argv[1:] if argument != "--faults"]
+    sys.exit(main(*numbers, *[5, 100][len(numbers) :], has_faults="--faults" in sys.argv))

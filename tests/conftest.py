@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 import pytest
@@ -14,8 +15,18 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from tests.forking import Nursery
 from tests.ranks import Ranks
-from tests.servers import object_store, object_store_server, tracking_server, tracking_server_process  # noqa: F401
+from tests.servers import (  # noqa: F401
+    ObjectStore,
+    TrackingServer,
+    keys,
+    object_store,
+    object_store_server,
+    proxy,
+    tracking_server,
+    tracking_server_process,
+)
 from wmtp.command import main
 from wmtp.config import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
@@ -23,6 +34,9 @@ from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
 from wmtp.models.mtp import MtpModel
 from wmtp.overrides import forced
+
+if TYPE_CHECKING:
+    from tests.world import World
 
 TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
         "num_validation_samples=0"]  # fmt: skip
@@ -82,6 +96,23 @@ def ranks() -> Iterator[Ranks]:
     both = Ranks()
     yield both
     both.stop()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where commands are forked from a process that has imported everything."""
+    with Nursery() as each:
+        yield each
+
+
+@pytest.fixture
+def world(
+    nursery: Nursery, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
+) -> "World":
+    """A user's folder, with both servers in its `.env`."""
+    from tests.world import World  # imports mlflow, which takes seconds
+
+    return World(nursery, object_store, tracking_server, cache, tmp_path / "home")
 
 
 def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":

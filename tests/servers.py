@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.proxy import FaultyProxy
+
 if TYPE_CHECKING:  # importing mlflow and boto3 takes seconds, which tests without servers need not wait
     from mlflow import MlflowClient
 
@@ -322,3 +324,17 @@ def tracking_server(tracking_server_process: TrackingServer, object_store: Objec
     yield tracking_server_process
     if tracking_server_process.server.process is None:
         tracking_server_process.start()
+
+
+@pytest.fixture
+def keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's address and keys, in the environment of the test."""
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def proxy(object_store: ObjectStore) -> Iterator[FaultyProxy]:
+    """A network between the test and the store, in which things go wrong."""
+    with FaultyProxy(object_store.endpoint_url) as between:
+        yield between

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,13 @@ from wmtp.checkpoint.uploaded import is_uploaded
 from wmtp.errors import InputError
 from wmtp.runtime.folder import LOCK
 
-pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("servers"),
+    pytest.mark.usefixtures("keys"),
+]
 MEGABYTE = 250_000
-
-
-@pytest.fixture(autouse=True)
-def _keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in object_store.environment().items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def proxy(object_store: ObjectStore) -> Iterator[FaultyProxy]:
-    with FaultyProxy(object_store.endpoint_url) as between:
-        yield between
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -30,21 +29,14 @@ from wmtp.checkpoint.uploaded import is_uploaded, pending
 from wmtp.config import Fault, build, node_faults
 from wmtp.errors import PendingError
 
-pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("servers"),
+    pytest.mark.usefixtures("keys"),
+]
 MEGABYTE = 250_000
 """Numbers that take one."""
-
-
-@pytest.fixture(autouse=True)
-def _keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in object_store.environment().items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def proxy(object_store: ObjectStore) -> Iterator[FaultyProxy]:
-    with FaultyProxy(object_store.endpoint_url) as between:
-        yield between
 
 
 @pytest.fixture

@@ -2,30 +2,14 @@
 
 import math
 from base64 import b64encode
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.forking import Nursery
-from tests.servers import ObjectStore, TrackingServer
 from tests.world import World, last_model, lines_of, points_of, read_json, wait_until
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as each:
-        yield each
-
-
-@pytest.fixture
-def world(
-    nursery: Nursery, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
-) -> World:
-    return World(nursery, object_store, tracking_server, cache, tmp_path / "home")
 
 
 def secrets_of(world: World) -> list[bytes]:

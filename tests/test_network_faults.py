@@ -10,25 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.forking import Child, Nursery
+from tests.forking import Child
 from tests.proxy import FaultyProxy
-from tests.servers import ObjectStore, TrackingServer
 from tests.world import World, last_model, lines_of, points_of, read_json, wait_until
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as each:
-        yield each
-
-
-@pytest.fixture
-def world(
-    nursery: Nursery, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
-) -> World:
-    return World(nursery, object_store, tracking_server, cache, tmp_path / "home")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,15 @@ from wmtp.checkpoint.retention import delete_superseded
 from wmtp.errors import InputError
 from wmtp.runtime.courier import Courier
 
-pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("servers"),
+    pytest.mark.usefixtures("keys"),
+]
 SMALL, LARGE = 5_000, 20_000_000
 SECRET = "wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
 Place = Callable[..., S3Folder]
-
-
-@pytest.fixture(autouse=True)
-def _keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in object_store.environment().items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -41,12 +40,6 @@ def place(object_store: ObjectStore) -> Place:
         return S3Folder(f"s3://{object_store.bucket}/{prefix}", S3Options(**options))
 
     return make
-
-
-@pytest.fixture
-def proxy(object_store: ObjectStore) -> Iterator[FaultyProxy]:
-    with FaultyProxy(object_store.endpoint_url) as between:
-        yield between
 
 
 def written(path: Path, size: int) -> bytes:

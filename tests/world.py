@@ -20,8 +20,8 @@ SMALL = [
     "early_stopping=none", "model.dropout=0.1", "num_samples=0", "hardware=cpu",
 ]  # fmt: skip
 """A training of a second that saves four times; the order of its samples and its dropout are drawn."""
-QUICK = ["tracking.poll_seconds=0.1", "tracking.stall_seconds=1", "tracking.system_seconds=null"]
-STORED = ["checkpoint=s3", "checkpoint.stall_seconds=1"]
+QUICK = ["tracking.poll_seconds=0.1", "tracking.stall_seconds=8", "tracking.system_seconds=null"]
+STORED = ["checkpoint=s3", "checkpoint.stall_seconds=8"]
 
 
 @dataclass

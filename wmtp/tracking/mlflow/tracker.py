@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # importing mlflow takes seconds: only the thread does it
 
 log = logging.getLogger(__name__)
 BEST = "best/val_loss"
+SECONDS_TO_MAKE_A_STORE = 60.0
+"""For many processes that begin on one SQLite store, and wait for each other."""
 RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.run", "wmtp.checkpoints", "mlflow.parentRunId"
 
 
@@ -151,6 +153,8 @@ class MlflowTracker:
         retried = self._courier.retried
         with self._turn():
             self._receipt = current_receipt(self.folder, self._fresh)
+            if not is_server(self.uri):
+                self._courier.expect(SECONDS_TO_MAKE_A_STORE)
             client, experiment_id = retried(connect, self.uri, self._receipt.experiment or self._fresh.experiment)
             run = retried(self._open_run, client, experiment_id)
             if run.info.run_id != self._receipt.run_id:
