@@ -92,6 +92,7 @@ def test_a_server_that_fails_is_asked_one_thing_at_growing_intervals(monkeypatch
     assert len({round(pause, 3) for pause in pauses[-100:]}) > 50, "many that wait do not all come back at once"
 
 
+@pytest.mark.slow
 def test_a_dead_server_is_given_up_and_a_slow_one_is_not() -> None:
     dead, slow = Server(), Server(seconds=0.2)
     dead.is_down = True
@@ -101,6 +102,7 @@ def test_a_dead_server_is_given_up_and_a_slow_one_is_not() -> None:
     assert finish(patient, patience=0.5, limit=60) > 1 and patient.is_done, "it answers, if only after longer than that"
 
 
+@pytest.mark.slow
 def test_a_large_thing_that_moves_is_waited_for() -> None:
     """The control does not say that it moves: between two failures of its parts too much time passes."""
     done = {}
@@ -143,6 +145,7 @@ def test_the_end_cuts_a_pause_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finish(courier, patience=20, limit=20) < 5 and courier.is_done
 
 
+@pytest.mark.slow
 def test_a_call_that_nobody_answers_is_given_up_unless_it_is_known_to_take_long() -> None:
     """The control is told before that the answer takes long."""
     done = {}

@@ -634,6 +634,7 @@ def test_failing_calls_are_tried_again(
     assert next(record.levelname for record in caplog.records if "out of order" in record.message) == "WARNING"
 
 
+@pytest.mark.slow
 def test_a_failing_artifact_store_leaves_status_and_metrics_right(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,6 +652,7 @@ def test_a_failing_artifact_store_leaves_status_and_metrics_right(
     assert run.info.status == "FAILED" and run.data.metrics == {"loss": 1.0}
 
 
+@pytest.mark.slow
 def test_training_never_waits(silent_server: str, tmp_path: Path) -> None:
     """The control is the direct call, which waits for the server."""
     started = time.perf_counter()
@@ -677,6 +679,7 @@ def test_training_never_waits(silent_server: str, tmp_path: Path) -> None:
             tracker.close("FINISHED")
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
     write(tmp_path, [{"loss": float(i)} for i in range(20)])
     before = (tmp_path / FILE_NAME).read_bytes()
