@@ -80,6 +80,8 @@ def test_without_the_mlflow_server_training_goes_on_and_nothing_is_lost(
     assert "status FINISHED" in child.out
     (run,) = world.runs()
     assert run.info.status == "FINISHED" and world.history(run) == points_of(folder)
+    assert run.data.params["tracking.stall_seconds"] == "8", "what sync does in its own way is not the run's"
+    assert not any(name.startswith("resumed.") for name in run.data.tags)
 
 
 def test_server_and_trainer_are_killed_and_every_step_is_there_once(world: World) -> None:

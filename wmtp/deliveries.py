@@ -1,5 +1,6 @@
 """The servers that a run is delivered to, MLflow and S3, made from its config and its folder alone."""
 
+import copy
 import logging
 import threading
 from collections.abc import Sequence
@@ -91,18 +92,29 @@ def require_own_place(there: S3Folder, folder: Path, run_id: str | None) -> None
 
 def open_deliveries(config: DictConfig, folder: Path, console: Console, *, is_training: bool) -> list[Delivery]:
     """Begin to deliver a run, in the background, to the servers that its config names."""
-    run = read_run(folder)
+    run, parameters = read_run(folder), flattened(config)
+    if not is_training:
+        config = in_haste(config)
     deliveries: list[Delivery] = []
     if config.tracking is not None:
         tags = {str(key): str(value) for key, value in config.tags.items()}
         name = config.run_name or folder.name
-        about = {"folder": folder, "run_name": name, "parameters": flattened(config), "tags": tags}
+        about = {"folder": folder, "run_name": name, "parameters": parameters, "tags": tags}
         deliveries.append(build(config.tracking, MlflowTracker, **about, is_training=is_training))
     if run is not None and run["remote"] is not None and config.checkpoint.get("remote"):
         remote = S3Folder(run["remote"], build(config.checkpoint, S3Options))
         about = {"folder": folder, "remote": remote, "console": console, "is_training": is_training}
         deliveries.append(build(config.checkpoint, Mirror, **about))
     return deliveries
+
+
+def in_haste(config: DictConfig) -> DictConfig:
+    """A config with little patience, for servers that were seen to answer just now."""
+    config = copy.deepcopy(config)
+    for node in (config.tracking, config.checkpoint):
+        if node is not None and "stall_seconds" in node:
+            node.stall_seconds = min(node.stall_seconds, IN_HASTE)
+    return config
 
 
 def deliver_rest(folder: Path, state: State) -> list[str]:
@@ -121,9 +133,6 @@ def deliver_rest(folder: Path, state: State) -> list[str]:
     if faults := [fault for key in named for fault in node_faults(config[key], key)]:
         raise ConfigError(faults)
     check_servers(config, folder)
-    for key in named:
-        if "stall_seconds" in config[key]:  # whether it answers was seen just now
-            config[key].stall_seconds = min(config[key].stall_seconds, IN_HASTE)
     deliveries = open_deliveries(config, folder, Console(markup=False), is_training=False)
     problems = conclude(deliveries, state)
     if problems:
