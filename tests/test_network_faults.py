@@ -52,9 +52,12 @@ def resumed_from(child: Child) -> int:
 
 
 def step_seconds(folder: Path) -> float:
-    """How long a step takes, saving and validating left out."""
+    """How long a step takes in a quiet moment of the machine: a quarter of the steps are faster.
+
+    Whoever asked the server in each step would be slower in all of them.
+    """
     times = [float(line["time"]) for line in lines_of(folder)]
-    return statistics.median(after - before for before, after in itertools.pairwise(times))
+    return statistics.quantiles((after - before for before, after in itertools.pairwise(times)), n=4)[0]
 
 
 def test_without_the_mlflow_server_training_goes_on_and_nothing_is_lost(
