@@ -22,6 +22,15 @@ def test_env_says_what_the_environment_does_not(tmp_path: Path, monkeypatch: pyt
     assert (os.environ["WMTP_TEST_A"], os.environ["WMTP_TEST_B"]) == ("from the environment", "also")
 
 
+def test_a_user_in_the_servers_address_is_taken_out_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("USERNAME", "PASSWORD"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://me:{SECRET}@host/path")
+    load_environment()
+    found = [os.environ[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD")]
+    assert found == ["https://host/path", "me", SECRET]
+
+
 @pytest.mark.parametrize(
     "argument",
     [

@@ -137,6 +137,14 @@ def test_a_result_without_the_checkpoint_it_speaks_of_is_left_out(run: RunInS3, 
     assert CheckpointStore(there / "pretrain").latest().name == step(2)
 
 
+def test_errors_at_the_first_question_are_survived(run: RunInS3, proxy: FaultyProxy) -> None:
+    """A client's own few attempts are over at the third."""
+    options = S3Options(endpoint_url=proxy.url)
+    proxy.answer(503, 4)
+    assert find_run(run.url.rpartition("/")[0], options) == run.url
+    assert proxy.done["answer"] == 4
+
+
 def test_an_interrupted_download_goes_on(run: RunInS3, tmp_path: Path, proxy: FaultyProxy) -> None:
     run.save(4, numbers=8 * MEGABYTE)
     run.mirrored()

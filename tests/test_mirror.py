@@ -1,7 +1,6 @@
 """A run's checkpoints and their copies in S3, in a network that fails."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -391,4 +390,3 @@ def test_the_config_builds_store_and_mirror(make: Make, compose: Any) -> None:
     mirror = build(config, Mirror, folder=run.folder, remote=run.remote, console=None)
     mirror.close("FINISHED")
     assert built.keep_last == mirror.keep_last == 3
-    logging.getLogger(__name__).info("%s", mirror.report)

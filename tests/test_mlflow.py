@@ -30,6 +30,7 @@ from wmtp.tracking.follow import Point, Position, Stored, batches, clean_name, c
 from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
 from wmtp.tracking.mlflow import MlflowTracker, end_sweep, send_pending
 from wmtp.tracking.mlflow.address import Address, absolute_uri
+from wmtp.tracking.mlflow.artifacts import artifacts
 from wmtp.tracking.mlflow.feeds import Feed, Sender
 from wmtp.tracking.mlflow.store import patience_for
 
@@ -520,6 +521,49 @@ def test_where_the_best_checkpoint_lies_is_an_artifact(client: MlflowClient, out
         assert [file.path for file in client.list_artifacts(run_id, "checkpoints")] == ["checkpoints/addresses.json"]
         assert json.loads(text) == {"run": kept_at, "checkpoints": f"{kept_at}/checkpoints", "best": best}
         assert run.data.tags["wmtp.checkpoints"] == best
+
+
+def test_a_best_value_whose_answer_is_lost_is_there_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control takes another time for each attempt, by which MLflow takes it for another point."""
+    log_metric, found = MlflowClient.log_metric, {}
+    for is_same in (True, False):
+        lost = iter([True])
+
+        def answerless(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
+            if not is_same:  # noqa: B023
+                kwargs["timestamp"] = time.time_ns()
+            log_metric(self, *args, **kwargs)
+            if next(lost, False):  # noqa: B023
+                raise MlflowException("the answer is lost")
+
+        folder = outputs / f"lost answer {is_same}"
+        (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
+        (folder / "checkpoints" / "step_00000001" / "manifest.json").touch()
+        best = {"folder": "step_00000001", "step": 1, "val/loss": 0.5}
+        (folder / "checkpoints" / "best.json").write_text(json.dumps(best))
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_metric", answerless)
+            run_id = track(folder, [{"val/loss": 0.5}])
+        found[is_same] = history(client, run_id, "best/val_loss")
+    assert found == {True: [(1, 0.5)], False: [(1, 0.5)] * 2}
+
+
+def test_a_database_on_another_machine_is_not_made_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    far = tmp_path / "home" / "somebody" / "mlflow.db"
+    (tmp_path / "mlflow.json").write_text(json.dumps({"run_id": "1", "uri": f"sqlite:///{far}"}))
+    assert send_pending(tmp_path) is None and "not on this machine" in caplog.text
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_folder_with_one_checkpoint_says_nothing_of_where_the_best_is(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert list(artifacts(tmp_path, "s3://bucket/run", "best")) == []
+    (tmp_path / "checkpoints" / "latest.json").write_text("{}")
+    assert [artifact.name for artifact in artifacts(tmp_path, "s3://bucket/run", "best")] == [
+        "checkpoints/addresses.json"
+    ]
 
 
 def test_code_and_data_are_named_once(client: MlflowClient, outputs: Path) -> None:

@@ -1,8 +1,11 @@
 """The tracker against a real server that asks for a password, and many processes on one fresh local store."""
 
 import http.server
+import itertools
 import json
+import logging
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -19,6 +22,7 @@ from uuid import uuid4
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils as store_utils
 
 from tests.proxy import FaultyProxy
 from tests.servers import ObjectStore, TrackingServer
@@ -390,7 +394,19 @@ def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: Mlflow
     assert reader.get_run(parent).info.status == "FINISHED"
 
 
-def started_at_once(outputs: Path, count: int, stall_seconds: float) -> list[int]:
+class Collisions(logging.Handler):
+    """Leaves a file where a process is warned of tables that another made meanwhile."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "already exists" in record.getMessage():
+            self.file.touch()
+
+
+def started_at_once(outputs: Path, count: int, patience: float) -> list[int]:
     """The exit codes of processes that all track a run of their own in one store."""
     gate, opened = os.pipe()
 
@@ -398,7 +414,9 @@ def started_at_once(outputs: Path, count: int, stall_seconds: float) -> list[int
         os.close(opened)
         os.read(gate, 1)  # until all are there
         folder = make_run(outputs / f"{number}")
-        tracker = start(folder, {"number": number}, experiment="wmtp", stall_seconds=stall_seconds, close_seconds=240)
+        logging.getLogger("wmtp").addHandler(Collisions(folder / "collided"))
+        settings = {"experiment": "wmtp", "stall_seconds": patience, "close_seconds": patience}
+        tracker = start(folder, {"number": number}, **settings)
         file, log = logging_to(folder, tracker)
         for step in (1, 2, 3):
             log(step, {"loss": 1 / step})
@@ -413,17 +431,30 @@ def started_at_once(outputs: Path, count: int, stall_seconds: float) -> list[int
 
 def test_twenty_processes_make_one_store(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    assert started_at_once(outputs, 20, 30) == [0] * 20
+    assert started_at_once(outputs, 20, 240) == [0] * 20
     with sqlite3.connect(outputs / "mlflow.db") as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert database.execute("SELECT count(*), count(DISTINCT run_uuid) FROM runs").fetchone() == (20, 20)
         assert database.execute("SELECT count(*) FROM metrics").fetchone() == (60,)
         assert database.execute("SELECT DISTINCT status FROM runs").fetchall() == [("FINISHED",)]
-    assert not list(outputs.glob(".mlflow-*"))
+    assert not list(outputs.glob(".mlflow-*")) + list(outputs.glob("*/collided"))
 
 
-def test_without_a_lock_they_break_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of the test before: each makes the store itself."""
+def test_without_a_lock_they_make_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test before: each makes the store itself, and all find it missing before one has made it."""
+    count = 4
+    all_have_looked = multiprocessing.Barrier(count)
+    tables_exist = store_utils._all_tables_exist
+    looks = itertools.count()
+
+    def looked(engine: Any) -> bool:
+        found = bool(tables_exist(engine))
+        if next(looks) == 0:
+            all_have_looked.wait(60)
+        return found
+
+    monkeypatch.setattr(store_utils, "_all_tables_exist", looked)
     monkeypatch.setattr("wmtp.tracking.mlflow.store.one_at_a_time", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr("wmtp.tracking.mlflow.store.create_store", lambda database: None)
-    assert any(started_at_once(tmp_path / "outputs", 4, 1))
+    started_at_once(tmp_path / "outputs", count, 5)
+    assert list(tmp_path.glob("outputs/*/collided"))

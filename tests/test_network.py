@@ -93,6 +93,22 @@ def test_the_model_in_the_bucket_is_the_model_on_disk(world: World, tmp_path: Pa
     assert world.start("generate", f"checkpoint={world.url(folder)}", "prompt=print", home=tmp_path / "third").wait()
 
 
+def test_a_model_that_is_only_used_rolls_no_run_back(world: World, tmp_path: Path) -> None:
+    """What is fetched to be used lacks the newer records: beside the training it would be taken for newer than it is."""
+    assert world.train("tracking=none", *world.stored, "max_steps=10").wait() == 0
+    (folder,) = world.folders()
+    elsewhere = world.start("train", f"resume={world.url(folder)}", "max_steps=15", home=tmp_path / "elsewhere")
+    assert elsewhere.wait() == 0, elsewhere.text
+    before = world.written(folder)
+    used = world.start("generate", f"checkpoint={world.url(folder)}", "prompt=print", "hardware=cpu")
+    assert used.wait() == 0, used.text
+    assert not (folder / "checkpoints" / "step_00000015").exists()
+    synced = world.sync()
+    assert synced.wait() == 0 and "nothing to send" in synced.out and "gone on with elsewhere" in synced.out
+    assert world.written(folder) == before
+    assert world.start("train", f"resume={folder}", "max_steps=20").wait() == 2, "two histories are none"
+
+
 def test_a_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
     child = world.train(*world.tracked, *world.stored, "-m", "max_grad_norm=1.0,0.5")
     assert child.wait() == 0, child.text
@@ -116,6 +132,9 @@ def test_other_ends_are_recorded_too(world: World, end: str) -> None:
     (run,), (folder,) = world.runs(), world.folders()
     assert run.info.status == ("FAILED" if end == "fails" else "KILLED")
     assert world.history(run) == points_of(folder)
+    if end == "fails":  # who looks at it elsewhere sees why, and once
+        log = world.content(folder, "train.log").decode()
+        assert log == (folder / "train.log").read_text() and log.count("Traceback") == 1 and "TrainingError" in log
     if end == "interrupted":
         step = lines_of(folder)[-1]["step"]
         assert world.content(folder, f"checkpoints/step_{step:08d}/model.safetensors") == last_model(folder, step)

@@ -145,7 +145,8 @@ def test_a_killed_training_goes_on_elsewhere_from_the_bucket_bit_for_bit(world: 
     assert repeated, "no step that MLflow had was made again: this shows nothing"
 
 
-def test_what_a_dead_store_did_not_take_is_sent_by_sync(world: World, s3_proxy: FaultyProxy) -> None:
+@pytest.mark.parametrize("sender", ["sync", "resume"])
+def test_what_a_dead_store_did_not_take_is_sent_later(world: World, s3_proxy: FaultyProxy, sender: str) -> None:
     s3_proxy.dead = True
     child = world.train("tracking=none", *world.stored)
     assert child.wait() == 3, child.text
@@ -158,8 +159,9 @@ def test_what_a_dead_store_did_not_take_is_sent_by_sync(world: World, s3_proxy: 
     assert world.sync().wait() == 3
     s3_proxy.dead = False
     assert world.keys(folder) == []
-    child = world.sync()
-    assert child.wait() == 0 and f"{pending[1]} checkpoints" in child.out, child.text
+    child = world.sync() if sender == "sync" else world.start("train", f"resume={folder}")
+    assert child.wait() == 0, child.text
+    assert sender == "resume" or f"{pending[1]} checkpoints" in child.out, child.text
     assert len(saved(folder)) == int(pending[1])
     for path in saved(folder):
         for file in path.iterdir():

@@ -1,6 +1,7 @@
 """A folder in a bucket, against a real store and through a faulty network."""
 
 import hashlib
+import logging
 import os
 import random
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,21 @@ def test_an_upload_that_the_store_forgot_begins_anew(place: Place, tmp_path: Pat
         lambda courier: courier.retried(there.put, tmp_path / "a", "a", attempt=courier.retried, moved=moved)
     )
     assert forgotten == [1] and is_done and there.get("a") == content
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_a_token_is_not_logged_though_everything_is(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_quiet: bool
+) -> None:
+    """The control leaves boto3's loggers as they are."""
+    for name in remote.TELLING:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    if not is_quiet:
+        monkeypatch.setattr(remote, "TELLING", ())
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-of-a-session")
+    with caplog.at_level(logging.DEBUG), suppress(StoreError, InputError):
+        place().put_bytes(b"1", "a")
+    assert ("a-token-of-a-session" in caplog.text) != is_quiet
 
 
 def test_only_unfinished_uploads_below_the_folder_are_given_up(object_store: ObjectStore, place: Place) -> None:

@@ -157,17 +157,14 @@ class Session:
     def _with_copies(self, arguments: list[str]) -> list[str]:
         """The arguments with local copies in the place of addresses in S3; a rehearsal's go when the command ends."""
         options = {argument for argument in arguments if argument.startswith("-")}
-        keys = self.command.fetches
-        bare = [argument.lstrip("+").replace("'", "").replace('"', "") for argument in arguments]
-        addressed = any(argument.startswith(f"{key}=s3://") for argument in bare for key in keys)
-        if not addressed or options - {"-m", "--multirun"}:
+        if not any("s3://" in argument for argument in arguments) or options - {"-m", "--multirun"}:
             return arguments
         from wmtp.fetching import fetched
 
         if "dry_run=true" in (argument.lstrip("+").lower() for argument in arguments):
             self.scratch = Path(tempfile.mkdtemp(prefix=f"wmtp-{self.command.name}-"))
         try:
-            return fetched(arguments, keys, self.scratch)
+            return fetched(arguments, self.command.fetches, self.scratch)
         except OSError as error:
             raise InputError(f"{error}; nothing was done") from error
 

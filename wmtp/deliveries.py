@@ -90,10 +90,15 @@ def require_own_place(there: S3Folder, folder: Path, run_id: str | None) -> None
             break
 
 
-def open_deliveries(config: DictConfig, folder: Path, console: Console, *, is_training: bool) -> list[Delivery]:
-    """Begin to deliver a run, in the background, to the servers that its config names."""
+def open_deliveries(
+    config: DictConfig, folder: Path, console: Console, *, is_training: bool, hurries: bool = False
+) -> list[Delivery]:
+    """Begin to deliver a run, in the background, to the servers that its config names.
+
+    `hurries` leaves little patience with those that do not answer.
+    """
     run, parameters = read_run(folder), flattened(config)
-    if not is_training:
+    if hurries:
         config = in_haste(config)
     deliveries: list[Delivery] = []
     if config.tracking is not None:
@@ -109,7 +114,7 @@ def open_deliveries(config: DictConfig, folder: Path, console: Console, *, is_tr
 
 
 def in_haste(config: DictConfig) -> DictConfig:
-    """A config with little patience, for servers that were seen to answer just now."""
+    """A config with little patience."""
     config = copy.deepcopy(config)
     for node in (config.tracking, config.checkpoint):
         if node is not None and "stall_seconds" in node:
@@ -132,8 +137,9 @@ def deliver_rest(folder: Path, state: State) -> list[str]:
     named = [key for key in ("tracking", "checkpoint") if config[key] is not None]
     if faults := [fault for key in named for fault in node_faults(config[key], key)]:
         raise ConfigError(faults)
-    check_servers(config, folder)
-    deliveries = open_deliveries(config, folder, Console(markup=False), is_training=False)
+    unreachable = check_servers(config, folder)
+    console = Console(markup=False)
+    deliveries = open_deliveries(config, folder, console, is_training=False, hurries=bool(unreachable))
     problems = conclude(deliveries, state)
     if problems:
         raise pending(problems)

@@ -20,7 +20,7 @@ from wmtp.checkpoint import manifest, sharded, whole
 from wmtp.checkpoint.address import Address, AddressingStyle, Checksums, Endpoint
 from wmtp.checkpoint.manifest import Entries, damage
 from wmtp.checkpoint.state import Snapshot
-from wmtp.checkpoint.uploaded import is_uploaded
+from wmtp.checkpoint.uploaded import is_uploaded, noted
 from wmtp.errors import InputError
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically, size_of, sync, write_synced
@@ -147,15 +147,11 @@ class CheckpointStore:
 
     def _best(self) -> str | None:
         try:
-            name = self._noted_best()
+            name = noted(self.folder / "best.json")
         except (ValueError, KeyError, TypeError) as error:
             log.warning("%s/best.json is damaged (%s); which checkpoint is the best is not known", self.folder, error)
             return None
         return name if name is not None and (self.folder / name).exists() else None
-
-    def _noted_best(self) -> str | None:
-        path = self.folder / "best.json"
-        return str(json.loads(path.read_bytes())["folder"]) if path.exists() else None
 
     def _latest(self) -> str:
         if self.owns:
@@ -195,7 +191,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         try:
-            best = self._noted_best()
+            best = noted(self.folder / "best.json")
         except (ValueError, KeyError, TypeError) as error:
             log.warning("%s/best.json is damaged (%s); no checkpoint is removed, as any may be it", self.folder, error)
             return

@@ -8,9 +8,9 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.runtime.folder import RECEIPT
 from wmtp.tracking.follow import Position
 
-NAME = "mlflow.json"
 LOCK = Path(".hydra") / "mlflow.lock"
 """Locked by whoever delivers a folder to MLflow; the system unlocks it however that ends."""
 
@@ -44,7 +44,7 @@ class Receipt:
 
     def write(self, folder: Path) -> None:
         """Put it into the folder."""
-        replace_atomically(folder / NAME, encode_json(asdict(self)))
+        replace_atomically(folder / RECEIPT, encode_json(asdict(self)))
 
 
 def read_receipt(folder: Path) -> Receipt | None:
@@ -53,7 +53,7 @@ def read_receipt(folder: Path) -> Receipt | None:
     Raises:
         InputError: it is damaged.
     """
-    path = folder / NAME
+    path = folder / RECEIPT
     if not path.exists():
         return None
     try:
