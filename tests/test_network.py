@@ -94,7 +94,7 @@ def test_the_model_in_the_bucket_is_the_model_on_disk(world: World, tmp_path: Pa
 
 
 def test_a_model_that_is_only_used_rolls_no_run_back(world: World, tmp_path: Path) -> None:
-    """What is fetched to be used lacks the newer records: beside the training it would be taken for newer than it is."""
+    """What is fetched to be used lacks the newer records: beside the training it would pass for a newer one."""
     assert world.train("tracking=none", *world.stored, "max_steps=10").wait() == 0
     (folder,) = world.folders()
     elsewhere = world.start("train", f"resume={world.url(folder)}", "max_steps=15", home=tmp_path / "elsewhere")
