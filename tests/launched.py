@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import torch
 from omegaconf import DictConfig
 
+from wmtp import task as tasks
 from wmtp.command import Command, main
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.overrides import named_folder
@@ -31,6 +32,8 @@ if "last_words" in WITHOUT:
     launch.LAST_WORDS = 1e9
 if "farewell" in WITHOUT:
     peers.Peers.part = lambda self, patience: None  # type: ignore[method-assign]
+if "patience" in WITHOUT:
+    tasks.DELIVERY = 1
 if "second" in WITHOUT:
     signals.interruption = lambda number: os.kill(os.getpid(), number)  # type: ignore[assignment,return-value]
 
@@ -46,6 +49,8 @@ def job(task: Task) -> float:
             time.sleep(2)
             Path(task.folder / f"closed-{processes.rank}").touch()
     task.ending.stop_reason = "all done"
+    if act == "deliver" and processes.is_main:
+        time.sleep(6)
     print(f"process {processes.rank} says {total}", flush=True)
     return total
 

@@ -56,13 +56,13 @@ def test_two_processes_train_in_one_folder_and_a_signal_in_the_middle_saves_once
 
 
 @pytest.mark.slow
-def test_others_stay_while_the_first_waits_for_a_server(start: Start, cache: Path) -> None:
-    """Longer than they would wait for each other while they train."""
-    options = ["hardware=cpux2", "hardware.timeout=8", f"cache_dir={cache}", *TINY, "max_steps=2", "num_samples=0"]
-    server = ["tracking.uri=http://127.0.0.1:9", "tracking.stall_seconds=25", "early_stopping=none"]
-    run = start(*options, *server, module="wmtp.train")
-    code, out, _ = run.end(90)
-    assert (code, run.status()["state"]) == (3, "FINISHED") and "lines of metrics are pending" in out, out
+def test_the_others_stay_with_the_first_while_it_delivers(start: Start) -> None:
+    """The control's patience is over before that."""
+    two = (*TWO, "tags.act=deliver")
+    run, control = start(*two), start(*two, without="patience")
+    code, out, _ = run.end(60)
+    assert (code, run.status()["state"]) == (0, "FINISHED"), out
+    assert control.end(60)[0] != 0
 
 
 @pytest.mark.slow
