@@ -82,6 +82,7 @@ def _serve(rank: int, pipe: Connection) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=timeout)
         )
+        dist.barrier()  # one that left before the other had joined would take it along
         value, error, started = None, None, time.monotonic()
         try:
             value = function(*arguments)
