@@ -143,6 +143,7 @@ def test_a_key_that_was_removed_is_named(invoke: Invoke, key: str) -> None:
     assert outcome.code == 2 and f"{key}: is missing" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_folder_for_each_job_and_goes_on_after_a_failure(invoke: Invoke) -> None:
     outcome = invoke("max_steps=1", "-m", "optimizer.lr=0.001,-1,0.002", "hydra.sweep.dir=sweep")
     assert outcome.code == 2

@@ -25,6 +25,7 @@ def talk() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_every_process_learns_the_same(ranks: Ranks) -> None:
     first, second = ranks(talk)
     assert first["sum"] == second["sum"] == [2.0, 1.0]
@@ -51,6 +52,7 @@ def fail_on(rank: int) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failure_in_one_process_is_one_in_all(ranks: Ranks, rank: int) -> None:
     started = time.monotonic()
@@ -67,6 +69,7 @@ def fail_alone() -> None:
     processes.wait()
 
 
+@pytest.mark.slow
 def test_the_control_a_process_that_is_not_told_waits_in_vain(ranks: Ranks) -> None:
     waiting = ranks.outcomes(fail_alone, timeout=3.0)[1]
     assert waiting.error is not None

@@ -92,6 +92,7 @@ def test_the_data_tokenizer_and_template_are_those_of_the_run_unless_typed(invok
     assert "max_length: 200" in config
 
 
+@pytest.mark.slow
 def test_samples_that_were_judged_are_not_made_again(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +128,7 @@ def test_samples_that_were_judged_are_not_made_again(
     assert len(judged) == 20  # other costs, so another evaluation
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_workers_batches_or_drafts(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +166,7 @@ def test_what_the_sandbox_could_not_judge_is_no_failure_and_is_tried_again(
     assert content(evaluation_of(run) / "summary.json")["samples"] == 4
 
 
+@pytest.mark.slow
 def test_the_public_harness_reads_the_samples_and_agrees(
     invoke: Invoke, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +229,7 @@ def test_bad_checkpoints_are_named(invoke: Invoke, run: Path, tmp_path: Path) ->
     assert "model.safetensors does not have the content that was written" in done.err
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_evaluation_is_refused(invoke: Invoke, run: Path, tmp_path: Path) -> None:
     named = f"hydra.run.dir={tmp_path / 'mine'}"
     assert invoke(f"checkpoint={run}", *FEW, named, command="evaluate").code == 0

@@ -47,6 +47,7 @@ def test_any_text_is_a_prompt_and_a_dash_reads_it(invoke: Invoke, run: Path, mon
     assert invoke(f"checkpoint={run}", "prompt=-", *few, command="generate").out != typed.out
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_their_seed_however_many_there_are(invoke: Invoke, run: Path) -> None:
     common = [f"checkpoint={run}", "prompt=a", "generation.max_new_tokens=8", "generation.temperature=1"]
 

@@ -266,6 +266,7 @@ def test_what_these_comparisons_would_find(
         check(models[4], tokenizer, requests, how)
 
 
+@pytest.mark.slow
 def test_samples_of_one_prompt_differ_and_read_it_once(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_validation_answers_the_same_problems_and_the_end_others(invoke: Invoke) -> None:
     done = invoke("max_steps=6", "eval_interval=2", "num_validation_samples=3", "hydra.run.dir=run")
     assert done.code == 0, done.err
@@ -80,6 +81,7 @@ def test_a_whole_answer_that_is_right_passes(tiny_data: Dataset, tmp_path: Path)
     assert judge(program_of(record, wrong.solution), isolation, Limits()).outcome == "fail"
 
 
+@pytest.mark.slow
 def test_without_a_sandbox_training_goes_on_and_says_what_is_left_out(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_nothing_left_to_train_on_is_an_error(invoke: Invoke, tmp_path: Path) ->
     assert "raise data.max_length" in outcome.err
 
 
+@pytest.mark.slow
 def test_mbpp_files_train_with_their_own_line_ends(invoke: Invoke, tmp_path: Path) -> None:
     def rows(start: int, count: int) -> list[dict[str, object]]:
         return [

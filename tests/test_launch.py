@@ -176,6 +176,7 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     assert cause({0: ends[0]}, {1: -9}, 15).end == INTERRUPTED, "after a signal, deaths are its consequence"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_only_a_living_command_holds_its_folder(start: Start) -> None:
     """It is ended by a second signal that is left to the system, so that its status stays what it was."""
     run = start(*ONE, "+tags.saving=30.0", without="second")

@@ -247,6 +247,7 @@ def test_the_unembedding_is_given_its_gradient_once_for_all_heads_and_chunks() -
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_gradients() -> None:
     torch._dynamo.reset()
     assert error(model_gradients(chunked=True, compiled=True), model_gradients(chunked=False)) < 1e-5

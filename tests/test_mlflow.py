@@ -661,6 +661,7 @@ def test_evaluations_of_many_checkpoints_are_sent_once(
     assert sorted(step for step, _ in history(client, run_id, "evaluation/loss")) == [2, 4, 8, 9]
 
 
+@pytest.mark.slow
 def test_failing_calls_are_tried_again(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -879,6 +880,7 @@ def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
 
 
+@pytest.mark.slow
 def test_an_artifact_that_moves_is_waited_for(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_batch_of_one_process_that_is_not_finite_stops_or_skips_the_update_in_
                 check(control)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_alone_it_is_the_same(tmp_path: Path, cache: Path, algorithm: str) -> None:
     stop, skip, limit, control = stopped_skipped_limited_ungated(tmp_path, [f"cache_dir={cache}", f"algo={algorithm}"])
@@ -184,6 +185,7 @@ def spoiled_run(folder: Path, overrides: Sequence[str], what: str, first: int, s
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_updates_that_were_skipped_count_as_unstable(tmp_path: Path, cache: Path, what: str) -> None:
     def stopped(stopper: EarlyStopping) -> Trainer:
@@ -208,6 +210,7 @@ def test_a_loss_that_is_not_finite_is_no_improvement(tmp_path: Path, cache: Path
     assert not any(value < math.nan for value in naive), "the control: once NaN is the best, nothing is better"
 
 
+@pytest.mark.slow
 def test_a_variance_that_is_not_finite_is_out_of_range(tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "algo=critic"]
     trainer = spoiled_run(tmp_path, overrides, "values", 4, EarlyStopping(variance_max=100.0))

@@ -26,6 +26,7 @@ def look(tells: bool) -> list[int | None]:
     return [before, after]
 
 
+@pytest.mark.slow
 def test_a_failure_is_known_where_no_process_number_tells_of_it(ranks: Ranks) -> None:
     assert ranks(look, True) == [[None, 1], [None, None]]
     assert ranks(look, False) == [[None, None], [None, None]], "the control: it is not the process that is missing"

@@ -154,6 +154,7 @@ def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straig
     assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "what was refused left no trace"
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(invoke: Invoke, straight: Path) -> None:
     resumed = cut_back(straight, 10, "resumed")
     model = resumed / "checkpoints" / "step_00000010" / "model.safetensors"

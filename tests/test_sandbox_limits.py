@@ -168,6 +168,7 @@ def test_the_environment_holds_no_secrets(isolation: Choice, monkeypatch: pytest
     assert eval(inside(isolation, look)) == ENVIRONMENT
 
 
+@pytest.mark.slow
 def test_what_a_program_writes_vanishes_and_the_rest_is_read_only(isolation: Choice) -> None:
     name = f"/tmp/{uuid.uuid4()}"
     write = (

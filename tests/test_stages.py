@@ -283,11 +283,13 @@ def test_a_mistake_is_named_with_what_is_allowed(invoke: Invoke, overrides: list
     assert said.lower() in line.lower()
 
 
+@pytest.mark.slow
 def test_a_monitor_of_the_value_head_exists_in_its_stage(invoke: Invoke) -> None:
     overrides = ("algo=critic", "pretrain.early_stopping.monitor=val/value_loss", "pretrain.max_steps=2", "max_steps=1")
     assert invoke(*overrides).code == 0
 
 
+@pytest.mark.slow
 def test_early_stopping_is_told_everywhere_and_a_stopped_run_does_nothing_more(invoke: Invoke) -> None:
     criteria = ("early_stopping.window=10", "early_stopping.threshold=1e-9", "early_stopping.ratio=0.7")
     outcome = invoke("num_epochs=9", *criteria, "hydra.run.dir=run")
@@ -300,6 +302,7 @@ def test_early_stopping_is_told_everywhere_and_a_stopped_run_does_nothing_more(i
     assert json.loads(Path("run/summary.json").read_text())["total_steps"] == 10
 
 
+@pytest.mark.slow
 def test_a_stage_may_choose_options_of_its_own(invoke: Invoke) -> None:
     options = ("pretrain.model=nano", "pretrain.scheduler=constant", "pretrain.early_stopping=none", "model.dim=32")
     assert invoke("algo=rho1", *options, "max_steps=2", "hydra.run.dir=run").code == 0
@@ -319,6 +322,7 @@ def test_a_dry_run_tries_both_stages_and_keeps_nothing(invoke: Invoke, cache: Pa
     assert list(Path().iterdir()) == [] and sorted(path.name for path in cache.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_save_of_the_stage_ends_the_run_before_the_training(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +341,7 @@ def test_a_signal_during_the_last_save_of_the_stage_ends_the_run_before_the_trai
     assert invoke("resume=run", tiny=False).code == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_takes_no_stage_before_it(invoke: Invoke) -> None:
     assert invoke("max_steps=2", "hydra.run.dir=run").code == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix == ".json"}

@@ -143,6 +143,7 @@ def test_another_model_never_meets_a_stale_column(
     assert np.abs(column(kind, first.validation) - column(kind, second.validation)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_other_data_another_tokenizer_or_precision_never_meet_a_stale_column(
     columns: TokenColumns, tiny_data: Dataset, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def test_every_text_survives_the_tokenizer(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 512
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_always_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert task_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     assert task_tokenizer(tmp_path, vocab_size=400).fingerprint != tokenizer.fingerprint

@@ -421,6 +421,7 @@ def unstable_run(folder: Path, ratio: float = 0.7) -> Trainer:
     )
 
 
+@pytest.mark.slow
 def test_the_seventh_large_gradient_among_the_last_ten_stops_wherever_the_run_was_cut(tmp_path: Path) -> None:
     expected = "unstable: 7 of the last 10 gradient norms exceeded 1e-06"
     straight = unstable_run(tmp_path)
