@@ -59,7 +59,7 @@ class RunInS3:
 
     def mirror(self, **options: Any) -> Mirror:
         """A mirror of it, begun."""
-        settings: dict[str, Any] = {"keep_last": self.keep_last, "stall_seconds": 1.0, "close_seconds": 30.0}
+        settings: dict[str, Any] = {"keep_last": self.keep_last, "stall_seconds": 30.0, "close_seconds": 90.0}
         return QuickMirror(self.folder, self.remote, **(settings | options))
 
     def mirrored(self, **options: Any) -> Mirror:
@@ -71,7 +71,7 @@ class RunInS3:
     def pending(self, **options: Any) -> str:
         """What a mirror says that cannot send everything."""
         try:
-            self.mirrored(**options)
+            self.mirrored(**({"stall_seconds": 1.0} | options))
         except PendingError as error:
             return str(error)
         raise AssertionError("everything was sent")

@@ -128,7 +128,7 @@ def test_a_dead_store_loses_nothing(make: Make, proxy: FaultyProxy, monkeypatch:
     run = make(endpoint_url=proxy.url)
     monkeypatch.chdir(run.folder.parent)
     proxy.dead = True
-    mirror, began = run.mirror(), time.monotonic()
+    mirror, began = run.mirror(stall_seconds=1.0), time.monotonic()
     for number in range(1, 6):
         run.save(number, best=0.5 if number == 2 else None)
     assert time.monotonic() - began < 5, "saving does not wait"
