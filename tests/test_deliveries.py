@@ -6,11 +6,14 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from tests.conftest import composed
 from tests.servers import ObjectStore
+from wmtp import deliveries
 from wmtp.checkpoint.remote import S3Folder
 from wmtp.deliveries import GoneOnElsewhere, check_servers, conclude, require_own_place
 from wmtp.errors import InputError, InterruptedRun, PendingError
@@ -39,6 +42,29 @@ def test_an_interrupted_wait_leaves_the_rest_and_the_run_finished() -> None:
     assert all(isinstance(problem, PendingError) for problem in problems)
     with pytest.raises(InterruptedRun):
         conclude([Interrupted()], "FAILED")
+
+
+@pytest.mark.parametrize("is_down", [True, False])
+def test_the_rest_is_sent_in_haste_only_where_a_server_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_down: bool
+) -> None:
+    """The haste is no parameter of the run, which another server may be told meanwhile."""
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(composed("tracking.stall_seconds=30"), resolve=True))
+    made: list[tuple[float, object]] = []
+
+    class Told(Interrupted):
+        def close(self, state: str) -> None: ...
+
+    def build(node: DictConfig, kind: type, **about: Any) -> Told:
+        made.append((node.stall_seconds, about["parameters"]["tracking.stall_seconds"]))
+        return Told()
+
+    monkeypatch.setattr(deliveries, "build", build)
+    monkeypatch.setattr(deliveries, "_prune", lambda config, folder: None)
+    monkeypatch.setattr(deliveries, "check_servers", lambda config, folder: ["is down"] if is_down else [])
+    deliveries.deliver_rest(tmp_path, "FINISHED")
+    ((seconds, parameter),) = made
+    assert seconds == (5 if is_down else 30) and float(str(parameter)) == 30
 
 
 def checkpoint(folder: Path, step: int, stage: str = "") -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from rich.console import Console
 
 from tests.proxy import FaultyProxy
@@ -27,6 +26,7 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.checkpoint.uploaded import is_uploaded, pending
 from wmtp.config import Fault, build, node_faults
 from wmtp.errors import PendingError
+from wmtp.runtime.locking import one_at_a_time
 
 pytestmark = [
     pytest.mark.servers,
@@ -324,11 +324,10 @@ def test_a_process_killed_while_it_sends_leaves_nothing_that_is_seen(
 def test_one_sender_at_a_time(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     run = make()
     run.save(1)
-    other = FileLock(run.folder / LOCK)
     taken, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with other:
+        with one_at_a_time(run.folder / LOCK):
             taken.set()
             done.wait()
 

@@ -217,7 +217,8 @@ def test_what_a_tokenizer_puts_around_a_text_makes_it_no_other(folder: Path, tok
     backend.enable_truncation(5)
     backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, tokenizer.end)])
     backend.save(str(folder / "tokenizer.json"))
-    RewardModel(folder, tokenizer, CPU)
+    assert tokenizer_difference(tokenizer, backend) is not None, "the control: as it stands it encodes otherwise"
+    assert RewardModel(folder, tokenizer, CPU).model.config.pad_token_id == tokenizer.padding
 
 
 def test_a_tokenizer_does_not_differ_from_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:

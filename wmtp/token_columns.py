@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
 from wmtp.data.collate import Batch, collate
@@ -23,6 +22,7 @@ from wmtp.losses import cross_entropy
 from wmtp.models.fingerprint import weights_fingerprint
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.hardware import Hardware
+from wmtp.runtime.locking import one_at_a_time
 from wmtp.targets import targets
 
 FORMAT = 1
@@ -74,7 +74,7 @@ class TokenColumns:
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         processes = self.hardware.processes
-        with FileLock(path.with_suffix(".lock")) if processes.is_main else nullcontext():
+        with one_at_a_time(path.with_suffix(".lock")) if processes.is_main else nullcontext():
             if not processes.from_main(path.exists):
                 self._write(path, (len(split.samples.tokens), *tail), model, split, measure)
             processes.wait()

@@ -8,7 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
-from filelock import FileLock
 from pydantic import Field
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -18,6 +17,7 @@ from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.errors import InputError
 from wmtp.runtime.files import replace_atomically
+from wmtp.runtime.locking import one_at_a_time
 
 PADDING, END = "<pad>", "<end>"
 TRAINING_TASKS = 1_500
@@ -83,7 +83,7 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
     key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
     path = cache_dir / f"tokenizer-{key[:16]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with one_at_a_time(path.with_suffix(".lock")):
         if not path.exists():
             records = tasks.generate("train", TRAINING_TASKS, DIFFICULTIES, noise=0.2, seed=0)
             replace_atomically(path, train_byte_pairs(records, vocab_size).to_str().encode())

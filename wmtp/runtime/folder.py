@@ -1,9 +1,7 @@
 """A run's folder and its status.json."""
 
-import errno
 import fcntl
 import json
-import logging
 import os
 import random
 import socket
@@ -16,8 +14,8 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.runtime.locking import is_taken
 
-log = logging.getLogger(__name__)
 OUTPUTS = Path("outputs")
 EVALUATIONS = "evaluations"
 """The folder in a run's folder that holds what was measured of its model."""
@@ -36,8 +34,6 @@ ACCEPTED = Path(".hydra") / "accepted.json"
 
 LOCK = Path(".hydra") / "lock"
 """Locked as long as the command runs that writes this folder; the system unlocks it however that ends."""
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems without locks answer."""
 
 
 def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
@@ -121,9 +117,7 @@ class FolderLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+")
         deadline = time.monotonic() + 1
-        while not _taken(
-            self._file.fileno(), fcntl.LOCK_EX
-        ):  # who only asks whether it is locked holds it for a moment
+        while not is_taken(self._file.fileno(), fcntl.LOCK_EX):  # who only asks holds it for a moment
             if time.monotonic() > deadline:
                 raise InputError(f"{folder}: is in use by {_holder(path)}")
             time.sleep(0.02)
@@ -142,23 +136,11 @@ def is_running(folder: Path) -> bool:
     if not path.exists() or _holder(path) == f"process {os.getpid()} on {socket.gethostname()}":
         return False
     with path.open() as file:
-        return not _taken(file.fileno(), fcntl.LOCK_SH)
+        return not is_taken(file.fileno(), fcntl.LOCK_SH)
 
 
 def _holder(path: Path) -> str:
     return path.read_text() or "another process"
-
-
-def _taken(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        log.warning("this file system has no locks, so nothing keeps two commands from one folder: %s", error)
-    return True
 
 
 def read_status(folder: Path) -> dict[str, Any]:

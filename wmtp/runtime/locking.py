@@ -1,16 +1,16 @@
 """Letting one process at a time do something, also where the file system cannot say which."""
 
+import errno
+import fcntl
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from wmtp.runtime.folder import NO_LOCKS
-
 log = logging.getLogger(__name__)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer."""
 LOOK_EVERY = 0.2
 
 
@@ -26,22 +26,22 @@ def one_at_a_time(path: Path, gives_up: Callable[[], bool] = lambda: False) -> I
         HeldByAnother: another one is, and `gives_up`, which is asked several times a second, says so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    while not _is_taken(lock):
-        if gives_up():
-            raise HeldByAnother(f"another process holds {path}")
-        time.sleep(LOOK_EVERY)
-    try:
+    with path.open("a") as file:
+        while not is_taken(file.fileno(), fcntl.LOCK_EX):
+            if gives_up():
+                raise HeldByAnother(f"another process holds {path}")
+            time.sleep(LOOK_EVERY)
         yield
-    finally:
-        lock.release()
 
 
-def _is_taken(lock: FileLock) -> bool:
-    """Take a lock, unless another process has it; whether this process may go on."""
+def is_taken(descriptor: int, kind: int) -> bool:
+    """Take a lock until the file is closed, unless another process has it; whether this process may go on.
+
+    `kind` is `fcntl.LOCK_EX` or `fcntl.LOCK_SH`. A file system without locks lets everybody go on, and it is said.
+    """
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in NO_LOCKS:
