@@ -22,14 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.utils.validation import _validate_metric_name
-from pydantic import TypeAdapter, ValidationError
 
 from wmtp.errors import InputError, PendingError
-from wmtp.tracking.follow import Point, Position, Stored, batches, clean_name, count_lines, line_points, lines_after
+from wmtp.tracking.follow import Point, Stored, line_points
 from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
 from wmtp.tracking.mlflow import MlflowTracker, end_sweep, send_pending
-from wmtp.tracking.mlflow.address import Address, absolute_uri
 from wmtp.tracking.mlflow.artifacts import artifacts
 from wmtp.tracking.mlflow.feeds import Feed, Sender
 from wmtp.tracking.mlflow.store import patience_for
@@ -485,6 +482,16 @@ def test_an_ended_run_is_sent_without_waking_it(client: MlflowClient, outputs: P
     assert send_pending(outputs / "never tracked") is None
 
 
+def test_a_final_status_that_is_named_late_is_sent(client: MlflowClient, outputs: Path) -> None:
+    """Whoever sends what is left may be done with that before it is told how the run ended."""
+    folder = outputs / "named late"
+    run_id = track(folder, [{"loss": 1.0}])
+    tracker = start(folder, is_training=False)
+    time.sleep(1)
+    tracker.close("KILLED")
+    assert client.get_run(run_id).info.status == "KILLED" and tracker.report == "MLflow: status KILLED"
+
+
 def test_two_processes_do_not_deliver_one_run(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "shared"
     first = start(folder)
@@ -746,128 +753,6 @@ def test_a_broken_receipt_is_reported(tmp_path: Path) -> None:
 def test_importing_and_constructing_leave_mlflow_to_the_thread(tmp_path: Path) -> None:
     program = "import sys, wmtp.tracking.mlflow; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-@given(st.text(max_size=300) | st.text("./ _a[]=@:é\n", max_size=300))
-def test_clean_names_are_taken_by_mlflow(name: str) -> None:
-    cleaned = clean_name(name)
-    _validate_metric_name(cleaned)
-    assert 0 < len(cleaned) <= 250
-    assert clean_name(cleaned) == cleaned
-
-
-@pytest.mark.parametrize(
-    ("name", "cleaned"),
-    [
-        ("train/head_1_loss", "train/head_1_loss"),
-        ("a[0]=b@c", "a_0__b_c"),
-        ("../up", "_/up"),
-        ("..a", "_a"),
-        ("/a//b/./c/", "a/b/_/c"),
-        ("", "_"),
-    ],
-)
-def test_clean_names(name: str, cleaned: str) -> None:
-    assert clean_name(name) == cleaned
-
-
-def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
-    path, position = tmp_path / "lines", Position()
-    assert lines_after(path, position) == []
-    path.write_bytes(b"a\nb")
-    assert lines_after(path, position) == [b"a\n"]
-    position = position.after([b"a\n"])
-    assert lines_after(path, position) == []
-    with path.open("ab") as file:
-        file.write(b"c\nd\n")
-    assert lines_after(path, position) == [b"bc\n", b"d\n"]
-    position = position.after([b"bc\n", b"d\n"])
-    assert position == Position(3, 7, "d\n") and count_lines(path, position) == (3, 0)
-
-
-@pytest.mark.parametrize(
-    ("content", "cut", "pending"),
-    [
-        (b"aa\nbb\ncc\n", False, 1),
-        (b"aa\nbb\n", False, 0),
-        (b"aa\n", True, 1),
-        (b"aa\nb2\ncc\n", True, 3),
-        (b"", True, 0),
-    ],
-)
-def test_a_file_that_was_cut_is_noticed_whatever_was_written_since(
-    tmp_path: Path, content: bytes, cut: bool, pending: int
-) -> None:
-    path = tmp_path / "lines"
-    path.write_bytes(content)
-    position = Position().after([b"aa\n", b"bb\n"])
-    assert (lines_after(path, position) is None) == cut
-    assert count_lines(path, position) == (content.count(b"\n"), pending)
-
-
-@given(st.lists(st.integers(0, 600), max_size=12))
-def test_batches_hold_whole_lines(sizes: list[int]) -> None:
-    lines = [
-        json.dumps({"step": step, "epoch": 0, "time": 1.5} | {f"m{i}": i for i in range(size)}).encode()
-        for step, size in enumerate(sizes)
-    ]
-    cut = list(batches(lines))
-    assert [line for batch, _ in cut for line in batch] == lines
-    assert all(len(points) <= 500 or len(batch) == 1 for batch, points in cut)
-    assert [point for _, points in cut for point in points] == [
-        point for line in lines for point in line_points(json.loads(line))
-    ]
-
-
-def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert absolute_uri(None, Path("/x/outputs/day/outputs/run")) == "sqlite:////x/outputs/day/outputs/mlflow.db"
-    assert absolute_uri(None, Path("/x/sweep/run")) == "sqlite:////x/sweep/mlflow.db"
-    monkeypatch.chdir(tmp_path)
-    assert absolute_uri("sqlite:///my.db", Path("/x")) == f"sqlite:///{Path.cwd()}/my.db"
-    assert absolute_uri("https://host/", Path("/x")) == "https://host"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere")
-    assert absolute_uri(None, Path("/x")) == "https://elsewhere"
-    assert absolute_uri("https://host", Path("/x")) == "https://host"
-
-
-@pytest.mark.parametrize(
-    ("uri", "there", "user", "password"),
-    [
-        ("https://me:pa%2Fss%40@host:5000/path", "https://host:5000/path", "me", "pa/ss@"),
-        ("http://token@host", "http://host", "token", ""),
-        ("https://host/path", "https://host/path", None, None),
-        ("sqlite:////home/me@here/mlflow.db", "sqlite:////home/me@here/mlflow.db", None, None),
-    ],
-)
-def test_user_and_password_are_taken_out_of_the_environments_address(
-    monkeypatch: pytest.MonkeyPatch, uri: str, there: str, user: str | None, password: str | None
-) -> None:
-    """Before it is written anywhere. Setting them first has the variables restored when the test ends."""
-    for name, value in (("URI", uri), ("USERNAME", ""), ("PASSWORD", "")):
-        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
-    assert absolute_uri(None, Path("/x")) == there == os.environ["MLFLOW_TRACKING_URI"]
-    named = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
-    assert named == (user or "", password or "")
-
-
-@pytest.mark.parametrize("uri", ["https://me:s3cret/@host", "https://me:s3cret@host", "postgresql://me:s3cret@host/db"])
-def test_an_address_with_a_password_is_refused_without_repeating_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
-) -> None:
-    with pytest.raises(ValidationError) as fault:
-        TypeAdapter(Address).validate_python(uri)
-    assert [error["msg"] for error in fault.value.errors()] == [
-        "Value error, names a user or a password; they belong into MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD, in the environment or in .env"
-    ]
-    with pytest.raises(InputError, match="names a user or a password") as refused:
-        start(tmp_path, uri=uri)
-    assert "s3cret" not in str(refused.value) and not list(tmp_path.iterdir())
-    if uri != "https://me:s3cret@host":
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(InputError, match="MLFLOW_TRACKING_URI names") as refused:
-            start(tmp_path)
-        assert "s3cret" not in str(refused.value)
 
 
 def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

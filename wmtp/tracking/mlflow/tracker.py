@@ -161,8 +161,9 @@ class MlflowTracker:
                 self._acknowledge(replace(self._fresh, run_id=run.info.run_id))
             self._describe(client, run, experiment_id)
             sender = Sender(self.folder, client, self._courier, self._receipt, self._acknowledge)
-            while self.is_training and not self._courier.wait(self.poll_seconds):
-                sender.send(with_cut=self._logged.is_set())  # before, a file may hold lines that resuming will drop
+            while not self._courier.wait(self.poll_seconds):  # until it is known how the run ended
+                if self.is_training:
+                    sender.send(with_cut=self._logged.is_set())  # before, a file may hold lines that resuming will drop
             sender.send()
             self._note(sender.num_lines, "line of metrics", "lines of metrics")
             self._conclude(client, run)
