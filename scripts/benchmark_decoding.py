@@ -39,13 +39,13 @@ class Benchmark:
 
     def __init__(self, path: Path, num_prompts: int, cache_dir: Path) -> None:
         config = read_config(find_checkpoint(path)[1])
-        source: DataSource = build(config.data, cache_dir=cache_dir)
+        self.tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=cache_dir)
+        source: DataSource = build(config.data, tokenizer=self.tokenizer)
         splits = source.read()
         prompts = list(dict.fromkeys(record.prompt for record in splits.test or splits.validation))[:num_prompts]
-        self.tokenizer: Tokenizer = source.tokenizer
         self.context = source.max_length
         hardware: Hardware = build(config.hardware)
-        self.model: MtpModel = load_trained(path, self.tokenizer, hardware).eval()
+        self.model: MtpModel = load_trained(path, self.tokenizer, hardware, cache_dir).eval()
         texts = [source.template.replace("{prompt}", prompt) for prompt in prompts]
         self.requests = [Request(prompt) for prompt in self.tokenizer.encode(texts)]
 
@@ -69,10 +69,11 @@ class Benchmark:
         margins, errors = [], []
         precise = copy.deepcopy(self.model).double()
         for request, completion in zip(self.requests, completions, strict=True):
-            tokens = torch.tensor([request.prompt + completion.tokens], device=self.model.unembedding.weight.device)
+            tokens = torch.tensor([request.prompt + completion.tokens], device=self.model.embedding.weight.device)
             start = len(request.prompt) - 1
             logits, exact = (
-                model.unembedding(model(tokens, num_heads=1).states[0, 0, start : start + completion.cost.num_chosen])
+                model(tokens, num_heads=1).states[0, 0, start : start + completion.cost.num_chosen]
+                @ model.unembedding_weight.T
                 for model in (self.model, precise)
             )
             largest = exact.topk(2).values
@@ -109,7 +110,7 @@ def report(benchmark: Benchmark) -> None:
     margin, error = benchmark.margin_and_error(plain)
     model = benchmark.model
     print(f"{len(plain)} prompts, {num_tokens} tokens, {model.num_parameters / 1e6:.1f} million parameters")
-    print(f"{model.num_heads} heads, {model.unembedding.weight.device}, one thread, torch {torch.__version__}\n")
+    print(f"{model.num_heads} heads, {model.embedding.weight.device}, one thread, torch {torch.__version__}\n")
     print(f"{'tokens that differ from plain decoding, all arms':50} {differing}")
     print(f"{'smallest margin, largest error of a logit':50} {margin:.1e}, {error:.1e}")
     for name, value in metrics.items():

@@ -27,6 +27,7 @@ from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import task_tokenizer
 from wmtp.early_stopping import EarlyStopping
+from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.optimization import constant, parameter_groups
@@ -116,9 +117,9 @@ class LastTurn:
 def fresh() -> tuple[MtpModel, torch.optim.Optimizer]:
     """The micro model and its optimizer."""
     torch.manual_seed(0)
-    model = MtpModel(
-        512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
-    )  # fmt: skip
+    model = drawn(LlamaArchitecture(
+        vocab_size=512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
+    ))  # fmt: skip
     return model, torch.optim.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 

@@ -32,6 +32,7 @@ from wmtp.config import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
+from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
 from wmtp.overrides import forced
 
@@ -142,10 +143,10 @@ def tiny_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
 def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpModel:
     """A model of 0.2 million parameters."""
     torch.manual_seed(seed)
-    return MtpModel(
-        512, dim=64, num_layers=2, num_heads=num_heads, num_attention_heads=4, num_kv_heads=2, hidden_dim=128,
-        dropout=dropout,
-    )  # fmt: skip
+    return drawn(LlamaArchitecture(
+        vocab_size=512, dim=64, num_layers=2, num_heads=num_heads, num_attention_heads=4, num_kv_heads=2,
+        hidden_dim=128, dropout=dropout,
+    ))  # fmt: skip
 
 
 def composed(*overrides: str) -> DictConfig:

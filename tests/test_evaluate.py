@@ -17,7 +17,7 @@ from wmtp.evaluation.journal import Journal
 from wmtp.runtime.folder import EVALUATIONS
 from wmtp.sandbox.judge import Program, Verdict
 
-FEW = ["evaluation.num_problems=4", "generation.max_new_tokens=24"]
+FEW = ["evaluation.limit=4", "generation.max_new_tokens=24"]
 """Overrides that make an evaluation take a second."""
 
 
@@ -200,7 +200,7 @@ def test_the_public_harness_reads_the_samples_and_agrees(
         (["generation.top_p=0"], "generation.top_p=0"),
         (["evaluation.limits.memory_mib=0"], "evaluation.limits.memory_mib=0"),
         (["data.max_length=5"], "leave no room for an answer"),
-        (["data.tokenizer.vocab_size=300"], "another tokenizer"),
+        (["data.tokenizer.vocab_size=300"], "data.tokenizer"),
         (["evaluation.split=train", "data=humaneval", "data.path=nowhere"], "nothing is there"),
     ],
 )

@@ -17,13 +17,14 @@ from torch import Tensor
 from tests.conftest import tiny_model
 from wmtp.data.dataset import Dataset
 from wmtp.data.tokenization import Tokenizer
-from wmtp.generation import cached, decoding, noise
-from wmtp.generation.cached import CachedModel, Reading, StackedBlock
+from wmtp.generation import decoding, noise, reading, stacked
+from wmtp.generation.cached import CachedModel
 from wmtp.generation.choice import choose, most_likely
 from wmtp.generation.cost import speculation_metrics
 from wmtp.generation.decoding import Completion, Request, generate
 from wmtp.generation.noise import gumbel
 from wmtp.generation.settings import Decoding
+from wmtp.generation.stacked import StackedBlock
 from wmtp.generation.transcript import Transcript
 from wmtp.models.mtp import MtpModel
 
@@ -190,8 +191,8 @@ def accept_everything(patch: pytest.MonkeyPatch) -> None:
 
 
 def show_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
-    hide = Reading._mask
-    patch.setattr(Reading, "_mask", lambda self, positions: hide(self, positions + 1))
+    hide = stacked.hidden_behind
+    patch.setattr(stacked, "hidden_behind", lambda positions, *rest: hide(positions + 1, *rest))
 
 
 def keep_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
@@ -203,7 +204,7 @@ def draft_behind_the_first_token(patch: pytest.MonkeyPatch) -> None:
     logits = CachedModel.draft_logits
     patch.setattr(
         CachedModel, "draft_logits",
-        lambda self, x, reading, cache, at: logits(self, x, reading, cache, at if reading.mask is None else at * 0),
+        lambda self, x, reading, cache, at: logits(self, x, reading, cache, at if reading.is_causal else at * 0),
     )  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def test_the_context_is_filled_and_never_exceeded(
 def test_after_speculation_the_cache_is_that_of_plain_decoding(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[cached.Cache] = []
+    made: list[reading.Cache] = []
     new_cache = CachedModel.new_cache
     monkeypatch.setattr(
         CachedModel, "new_cache", lambda *arguments, **named: made.append(new_cache(*arguments, **named)) or made[-1]

@@ -39,7 +39,7 @@ def test_every_option_composes_and_is_sound_but_for_what_only_a_user_can_say(
     compose: Callable[..., DictConfig], override: str
 ) -> None:
     faults = config_faults(compose(*wanting(override)))
-    expected = {"checkpoint.remote", "data.path", "hardware.device", "hardware.num_processes"}
+    expected = {"checkpoint.remote", "data.path", "hardware.device", "hardware.num_processes", "model.path"}
     assert [fault for fault in faults if fault.key not in expected] == []
 
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,8 +80,8 @@ def test_no_head_sees_the_future() -> None:
     assert not torch.allclose(before[:, :, 8], after[:, :, 8])
 
 
-def test_micro_has_about_one_and_a_half_million_parameters(compose) -> None:
-    model = build(compose("model=micro").model, vocab_size=512)
+def test_micro_has_about_one_and_a_half_million_parameters(compose, cache: Path) -> None:
+    model = build(compose("model=micro").model, cache_dir=cache).new()
     assert 1.4e6 < model.num_parameters < 1.65e6
     assert model.num_heads == 4
 

@@ -24,8 +24,8 @@ from tests.conftest import Invoke
 from wmtp.data.dataset import Dataset
 from wmtp.data.tokenization import END, PADDING, Tokenizer, task_tokenizer, tokenizer_difference
 from wmtp.errors import InputError
-from wmtp.models import huggingface
-from wmtp.models.huggingface import RewardModel
+from wmtp.models.huggingface import reward
+from wmtp.models.huggingface.reward import RewardModel
 from wmtp.runtime.hardware import Hardware
 
 CPU = Hardware(device="cpu")
@@ -76,8 +76,8 @@ def folder(llama: Path, tmp_path: Path) -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders whose weights were asked for."""
     folders: list[Path] = []
-    load = huggingface._load
-    monkeypatch.setattr(huggingface, "_load", lambda path, config: (folders.append(path), load(path, config))[1])
+    load = reward._load
+    monkeypatch.setattr(reward, "_load", lambda path, config: (folders.append(path), load(path, config))[1])
     return folders
 
 
@@ -115,9 +115,9 @@ def test_the_other_samples_of_a_batch_change_no_reward(
         return [chosen.tolist() for chosen in np.array_split(shuffled, 3)]
 
     model = RewardModel(request.getfixturevalue(name), tokenizer, CPU)
-    monkeypatch.setattr(huggingface, "BATCH_SIZE", 1)
+    monkeypatch.setattr(reward, "BATCH_SIZE", 1)
     alone = model.rewards(tiny_data.train)
-    monkeypatch.setattr(huggingface, "by_length", mixed)
+    monkeypatch.setattr(reward, "by_length", mixed)
     assert len(set(tiny_data.train.samples.lengths)) > 5
     np.testing.assert_allclose(model.rewards(tiny_data.train), alone, atol=1e-5, rtol=0)
     model.model.config.pad_token_id = OTHER_PADDING  # as the folder has it: padding is scored
@@ -177,7 +177,7 @@ OTHERS: dict[str, tuple[Callable[[Tokenizer], BackendTokenizer], str]] = {
     "size": (other_size, "it has 513 tokens, ours has 512"),
     "swapped ids": (lambda ours: changed(ours.backend, swap_tokens), "token 400 is '.*', in ours it is '.*'"),
     "swapped merges": (lambda ours: changed(ours.backend, swap_merges), "merge 20 is"),
-    "normaliser": (normalising, "splits text otherwise"),
+    "normaliser": (normalising, "it has other normaliser"),
     "prefix space": (with_prefix_space, "splits text otherwise"),
     "digits": (single_digits, "splits text otherwise"),
 }
@@ -206,7 +206,7 @@ def test_if_only_sizes_were_compared_swapped_ids_would_pass(
         return None if theirs.get_vocab_size() == ours.vocab_size else "size"
 
     changed(tokenizer.backend, swap_tokens).save(str(folder / "tokenizer.json"))
-    monkeypatch.setattr(huggingface, "tokenizer_difference", sizes_differ)
+    monkeypatch.setattr(reward, "tokenizer_difference", sizes_differ)
     RewardModel(folder, tokenizer, CPU)
     assert loaded == [folder]
 

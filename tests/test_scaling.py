@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmtp import losses
+from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.parallel import parallelise
 
@@ -44,8 +45,7 @@ estimate = loaded()
 
 def built(**sizes: int) -> MtpModel:
     """wmtp's model of a layout."""
-    options = dict(sizes)
-    return MtpModel(options.pop("vocab_size"), num_kv_heads=options["num_attention_heads"], **options)
+    return drawn(LlamaArchitecture(num_kv_heads=sizes["num_attention_heads"], **sizes))  # type: ignore[arg-type]
 
 
 class NormOfGpu(torch.autograd.Function):

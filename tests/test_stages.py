@@ -225,7 +225,7 @@ def test_reference_losses_are_computed_once_and_read_by_later_runs(
 @pytest.mark.slow
 def test_a_reference_with_another_tokenizer_is_refused(invoke: Invoke, runs: Path) -> None:
     reference = f"algo.reference={runs / 'rho1' / 'pretrain'}"
-    outcome = invoke("algo=rho1", reference, "data.tokenizer.vocab_size=400", "max_steps=1")
+    outcome = invoke("algo=rho1", reference, "model.tokenizer.vocab_size=400", "max_steps=1")
     assert outcome.code == 2
     assert outcome.err.count("…") == 2 and "another tokenizer" in outcome.err
 
@@ -255,7 +255,7 @@ def test_the_value_head_alone_leaves_the_trunk_as_it_was(invoke: Invoke) -> None
         (["algo=critic", "pretrain.early_stopping.monitor=val/los"], "pretrain.early_stopping.monitor", "val/loss"),
         (["algo=critic", "pretrain.loss=ranking", "data.group_tasks=false"], "pretrain.loss", "group_tasks=true"),
         (["algo=critic", "pretrain.model.dim=32"], "pretrain.model", "change model instead"),
-        (["algo=critic", "pretrain.data.tokenizer.vocab_size=300"], "pretrain.data.tokenizer", "data.tokenizer"),
+        (["algo=critic", "pretrain.model.tokenizer.vocab_size=300"], "pretrain.model.tokenizer", "model.tokenizer"),
         (["algo=critic", "pretrain.model=null"], "pretrain.model", "nano"),
         (["algo=critic", "pretrain.optimizer=null"], "pretrain.optimizer", "adamw"),
         (["algo=critic", "pretrain.tags.a=1"], "pretrain.tags", "unknown key"),

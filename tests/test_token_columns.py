@@ -19,6 +19,7 @@ from wmtp.data.sources import TaskSource
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer, task_tokenizer
 from wmtp.errors import InputError
+from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.hardware import Hardware
 from wmtp.targets import spread, targets
@@ -118,10 +119,10 @@ def test_a_column_is_computed_once_and_read_memory_mapped(
 def with_shape(num_attention_heads: int = 4, num_kv_heads: int = 2, **options: float) -> MtpModel:
     """The same numbers, put to other use."""
     torch.manual_seed(0)
-    return MtpModel(
-        512, dim=64, num_layers=2, num_heads=4, num_attention_heads=num_attention_heads, num_kv_heads=num_kv_heads,
-        hidden_dim=128, **options,
-    )  # fmt: skip
+    return drawn(LlamaArchitecture(
+        vocab_size=512, dim=64, num_layers=2, num_heads=4, num_attention_heads=num_attention_heads,
+        num_kv_heads=num_kv_heads, hidden_dim=128, **options,
+    ))  # fmt: skip
 
 
 OTHERS: dict[str, Callable[[], MtpModel]] = {

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
-from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.annotations import ExistingPath
 from wmtp.config import (
     CONFIG_FOLDER,
@@ -25,12 +25,14 @@ from wmtp.config import (
 )
 from wmtp.early_stopping import EarlyStopping, monitor_problem
 from wmtp.errors import InputError
+from wmtp.models.source import ModelSource
 from wmtp.objectives.base import metric_names
 from wmtp.plan import Plan
 from wmtp.runtime.folder import ACCEPTED, is_running
 from wmtp.runtime.hardware import hardware_problems
 from wmtp.sandbox.isolation import Choice
 from wmtp.stages import ReferenceStage, Stage, ValueStage
+from wmtp.trained import compose_source
 from wmtp.trainer import Trainer
 
 
@@ -103,8 +105,10 @@ def changeable_in_a_stage() -> dict[str, Parameter]:
 
 def cross_faults(config: DictConfig, unsound: set[str], stage: Stage | None) -> Iterator[Fault]:
     """What makes no sense together, or is not there; groups that are unsound in themselves are left out."""
+    if "model" not in unsound and config.get("model") is not None and (problems := list(model_faults(config))):
+        yield from problems
+        unsound = unsound | {"model"}
     for group, check in (
-        ("model", model_faults),
         ("data", data_faults),
         ("optimizer", optimizer_faults),
         ("hardware", hardware_faults),
@@ -133,17 +137,24 @@ def batch_faults(config: DictConfig) -> Iterator[Fault]:
         yield Fault("micro_batch_size", str(config.micro_batch_size), problem)
 
 
+def model_source(config: DictConfig) -> ModelSource:
+    """The model's source without its tokenizer, which takes time to make.
+
+    Raises:
+        InputError: what its parts are made of is not there.
+    """
+    return compose_source(config.model, None, Path(config.cache_dir))
+
+
 def model_faults(config: DictConfig) -> Iterator[Fault]:
-    """Widths that do not divide."""
-    model = config.model
-    if "num_attention_heads" not in model:
-        return
-    if model.dim % (2 * model.num_attention_heads):
-        problem = f"must be a multiple of 2 · model.num_attention_heads = {2 * model.num_attention_heads}"
-        yield Fault("model.dim", str(model.dim), problem)
-    if model.num_attention_heads % model.num_kv_heads:
-        problem = f"must divide model.num_attention_heads = {model.num_attention_heads}"
-        yield Fault("model.num_kv_heads", str(model.num_kv_heads), problem)
+    """A model that cannot be made, as far as can be told without its weights; texts that it cannot read."""
+    source = model_source(config)
+    problems = [Fault(f"model.{key}", value, problem) for key, value, problem in source.problems()]
+    yield from problems
+    limit = None if problems else source.max_positions
+    length = config.data.get("max_length") if isinstance(config.data, DictConfig) else None
+    if limit is not None and isinstance(length, int) and length > limit:
+        yield Fault("data.max_length", str(length), f"the model reads {limit} tokens at most")
 
 
 def data_faults(config: DictConfig) -> Iterator[Fault]:
@@ -169,9 +180,13 @@ def algorithm_faults(config: DictConfig) -> Iterator[Fault]:
         yield Fault("pretrain", "", "trains a reference that the algorithm has no use for; set pretrain=none")
     if isinstance(stage, ValueStage) and not algorithm.needs_values and stage.trains == "head":
         yield Fault("pretrain.trains", "head", "trains a value head that the algorithm has no use for")
-    if config.model.num_heads < algorithm.min_heads:
+    source = model_source(config)
+    if source.num_heads < algorithm.min_heads:
         problem = f"{algorithm.name} does nothing with fewer than {algorithm.min_heads} heads"
-        yield Fault("model.num_heads", str(config.model.num_heads), problem)
+        yield Fault("model.num_heads", str(source.num_heads), problem)
+    if algorithm.reference == INITIAL and not source.is_pretrained:
+        problem = "is for pretrained models: a new one knows nothing; train a reference with pretrain=rho1"
+        yield Fault("algo.reference", INITIAL, problem)
     learns_values = algorithm.needs_values or isinstance(stage, ValueStage)
     if learns_values and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
         problem = "gives every solution the same reward, so values have nothing to learn; choose 0.5"
@@ -185,8 +200,8 @@ def stage_faults(config: DictConfig, stage: Stage) -> Iterator[Fault]:
     changed = stage_config(config)
     if changed.data is None or changed.model is None:
         return
-    if changed.data.tokenizer != config.data.tokenizer:
-        yield Fault("pretrain.data.tokenizer", "", "must be the training's; change data.tokenizer")
+    if changed.model.get("tokenizer") != config.model.get("tokenizer"):
+        yield Fault("pretrain.model.tokenizer", "", "must be the training's; change model.tokenizer")
     if stage.trains_policy and changed.model != config.model:
         yield Fault("pretrain.model", "", "the training goes on with this stage's model; change model instead")
     if not isinstance(stage, ValueStage) or stage.value_loss.kind != "ranking":
@@ -208,7 +223,7 @@ def early_stopping_faults(config: DictConfig, stage: Stage | None) -> Iterator[F
     except InputError as error:
         yield Fault("early_stopping", "", str(error))
         return
-    num_heads, values = config.model.num_heads, needs_values(config)
+    num_heads, values = model_source(config).num_heads, needs_values(config)
     names = metric_names(num_heads, values=values) if stage is None else stage.metric_names(num_heads)
     problem = monitor_problem(stopping.monitor, names)
     if stopping.patience is not None and problem:

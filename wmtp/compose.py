@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.config import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import DataSource
+from wmtp.data.tokenization import Tokenizer
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.answering import Judge
 from wmtp.evaluation.held_out import HeldOutProblems
@@ -27,7 +28,7 @@ from wmtp.sandbox.judge import judge
 from wmtp.sandbox.limits import Limits
 from wmtp.stages import Stage
 from wmtp.token_columns import TokenColumns
-from wmtp.trained import load_trained
+from wmtp.trained import compose_source, load_trained
 from wmtp.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -42,16 +43,33 @@ class Parts:
     algorithm: Algorithm
     columns: TokenColumns
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the policy, and so of all data and other models."""
+        return self.data.tokenizer
+
 
 def compose_parts(config: DictConfig) -> Parts:
     """Read the data and prepare the machine; nothing is trained yet."""
     hardware: Hardware = build(config.hardware)
-    data = compose_data(config, hardware)
-    columns = TokenColumns(Path(config.cache_dir), data.tokenizer, hardware)
+    tokenizer = compose_tokenizer(config, hardware)
+    data = compose_data(config, hardware, tokenizer)
+    columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
     return Parts(hardware, data, build(config.algo), columns)
 
 
-def compose_data(config: DictConfig, hardware: Hardware) -> Dataset:
+def compose_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
+    """The model's tokenizer. The first process makes what is not on disk yet, then the others find it there."""
+
+    def made() -> Tokenizer:
+        tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=Path(config.cache_dir))
+        return tokenizer
+
+    processes = hardware.processes
+    return processes.together(lambda: made() if processes.is_main else None) or made()
+
+
+def compose_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> Dataset:
     """The data set, with rewards from a reward model if the config names one.
 
     The first process reads it, then the others, which find its tokens on disk.
@@ -62,7 +80,7 @@ def compose_data(config: DictConfig, hardware: Hardware) -> Dataset:
     cache_dir, processes = Path(config.cache_dir), hardware.processes
 
     def read() -> tuple[DataSource, Dataset]:
-        source: DataSource = build(config.data, cache_dir=cache_dir)
+        source: DataSource = build(config.data, tokenizer=tokenizer)
         return source, Dataset(source, cache_dir, config.seed)
 
     first = processes.together(lambda: read() if processes.is_main else None)
@@ -80,7 +98,7 @@ def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
     splits = (data.train, data.validation)
 
     def measure() -> tuple[str, list[list[float]]]:
-        from wmtp.models.huggingface import RewardModel  # imports transformers, which takes seconds
+        from wmtp.models.huggingface.reward import RewardModel  # imports transformers, which takes seconds
 
         reward_model = RewardModel(path, data.tokenizer, hardware)
         return reward_model.fingerprint, [reward_model.rewards(split).tolist() for split in splits]
@@ -92,9 +110,9 @@ def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
 
 
 def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel:
-    """The network with new parameters, a pure function of the seed; the value head comes last."""
+    """The network as training begins; what is drawn is a pure function of the seed, and the value head comes last."""
     seed_torch(config.seed)
-    model: MtpModel = build(config.model, vocab_size=parts.data.tokenizer.vocab_size)
+    model = compose_source(config.model, parts.tokenizer, Path(config.cache_dir)).new()
     if values:
         model.add_value_head()
     return model.to(parts.hardware.device)
@@ -190,7 +208,7 @@ def compose_stage_trainer(
     settings = stage_config(config)
     same = settings.data == config.data and settings.seed == config.seed
     try:
-        data = parts.data if same else compose_data(settings, parts.hardware)
+        data = parts.data if same else compose_data(settings, parts.hardware, parts.tokenizer)
     except InputError as error:
         raise InputError(f"{error}\nThese are the data of the stage before the training: pretrain.data") from error
     if stage.trains_policy:
@@ -202,12 +220,18 @@ def compose_stage_trainer(
     return compose_trainer(settings, folder, parts.hardware, data, model, stage.objective())
 
 
-def compose_reference(parts: Parts, stage_model: MtpModel | None) -> MtpModel | None:
+def compose_reference(config: DictConfig, parts: Parts, stage_model: MtpModel | None) -> MtpModel | None:
     """The frozen reference, if the algorithm needs one: the model of the stage before, or the one that it names."""
+    reference = parts.algorithm.reference
     if not parts.algorithm.needs_reference:
         return None
-    if parts.algorithm.reference is not None:
-        stage_model = load_trained(parts.algorithm.reference, parts.data.tokenizer, parts.hardware)
+    if reference == INITIAL:
+        one_head = OmegaConf.merge(config.model, {"num_heads": 1, "lora": {"rank": None}})
+        assert isinstance(one_head, DictConfig)
+        source = compose_source(one_head, parts.tokenizer, Path(config.cache_dir))
+        stage_model = source.new().to(parts.hardware.device)
+    elif reference is not None:
+        stage_model = load_trained(Path(reference), parts.tokenizer, parts.hardware, Path(config.cache_dir))
     assert stage_model is not None
     return stage_model.eval().requires_grad_(False)
 
@@ -222,7 +246,8 @@ def compose_policy(config: DictConfig, parts: Parts, stage_model: MtpModel | Non
     if not algorithm.needs_values:
         stage_model.value_head = None
     seed_torch(config.seed)  # a run that finds its stage done draws the same dropout
-    return stage_model.requires_grad_(True)
+    stage_model.train_all()
+    return stage_model
 
 
 def require_different_rewards(data: Dataset) -> None:

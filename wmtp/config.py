@@ -19,7 +19,7 @@ from typing import Any
 
 import hydra.utils
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from wmtp.errors import InputError
@@ -171,6 +171,8 @@ def node_faults(node: DictConfig, key: str, also: dict[str, Parameter] | None = 
             continue
         try:
             value = node[name]
+        except InterpolationToMissingValueError:
+            continue  # the key that it refers to is missing, which is told of that
         except OmegaConfBaseException as error:
             yield Fault(path, "", str(error).splitlines()[0])
             continue

@@ -16,11 +16,11 @@ from wmtp.checkpoint.retention import newest_there
 from wmtp.checkpoint.uploaded import STAGES, step_of, whole_checkpoints
 from wmtp.config import ConfigError, build, node_faults
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.pretraining import FOLDER, flat
+from wmtp.pretraining import flat
 from wmtp.provenance import place
 from wmtp.runtime.courier import IN_HASTE
 from wmtp.runtime.distributed import Processes
-from wmtp.runtime.folder import RUN, FolderLock, read_run
+from wmtp.runtime.folder import PRETRAIN, RUN, FolderLock, read_run
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
 
@@ -154,7 +154,7 @@ def _prune(config: DictConfig, folder: Path) -> None:
     except InputError:
         return
     try:
-        for stage in (folder, folder / FOLDER):
+        for stage in (folder, folder / PRETRAIN):
             build(config.checkpoint, folder=stage, processes=Processes.alone()).prune()
     finally:
         lock.release()

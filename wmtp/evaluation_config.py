@@ -16,7 +16,7 @@ SAMPLING_TEMPERATURE = 0.8
 SAME_SOURCE = ("_target_", "shape", "path")
 NOT_DECIDING: dict[str, tuple[str, ...]] = {
     "data": (),
-    "evaluation": ("n", "k", "num_problems", "workers", "sandbox"),
+    "evaluation": ("n", "k", "limit", "workers", "sandbox"),
     "generation": ("batch_size",),
 }
 """Settings that change which samples there are, or how fast they come, but none of the samples."""
@@ -31,7 +31,7 @@ def with_temperature(config: DictConfig, n: object) -> DictConfig:
 
 
 def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config with the run's tokenizer and context, and with all of its data where no others were chosen.
+    """The config with the run's context, and with all of its data where no others were chosen.
 
     What was typed wins. A checkpoint that is not there is left to the checks.
     """
@@ -47,7 +47,7 @@ def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig
             config.data = trained.data
         return config
     same = "_target_" not in chosen or all(chosen.get(key) == trained.data.get(key) for key in SAME_SOURCE)
-    inherited = trained.data if same else OmegaConf.masked_copy(trained.data, ["tokenizer", "max_length"])
+    inherited = trained.data if same else OmegaConf.masked_copy(trained.data, ["max_length"])
     typed = OmegaConf.create()
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]

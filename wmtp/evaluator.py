@@ -16,6 +16,7 @@ from wmtp.config import build
 from wmtp.data.records import Record
 from wmtp.data.sources import DataSource
 from wmtp.data.split import TokenizedSplit
+from wmtp.data.tokenization import Tokenizer
 from wmtp.data.tokens import records_fingerprint
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.answering import Answer, answers, encode_prompts, first_records
@@ -36,7 +37,7 @@ from wmtp.sandbox.judge import judge
 from wmtp.tracking.jsonl import FILE_NAME as METRICS
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
 from wmtp.tracking.mlflow import send_pending
-from wmtp.trained import find_checkpoint, load_trained, position_of
+from wmtp.trained import find_checkpoint, load_trained, position_of, read_config
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ class Evaluator:
         self.decoding: Decoding = build(config.generation)
         self.checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
         self.run_folder = config_path.parent
-        self.source: DataSource = build(config.data, cache_dir=Path(config.cache_dir))
+        self.cache_dir = Path(config.cache_dir)
+        trained = read_config(config_path)
+        tokenizer: Tokenizer = build(trained.model.tokenizer, cache_dir=self.cache_dir)
+        self.source: DataSource = build(config.data, tokenizer=tokenizer)
         self.split = self.settings.split or ("all" if self.source.is_test_set else "test")
         self.hardware: Hardware = build(config.hardware)
 
@@ -66,7 +70,7 @@ class Evaluator:
         started = time.monotonic()
         records = self._records()
         problems = self._problems(records)
-        model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware)
+        model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware, self.cache_dir)
         step, epoch = position_of(self.checkpoint)  # now: a run that is still going may replace its best
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":
@@ -112,9 +116,9 @@ class Evaluator:
         return records
 
     def _problems(self, records: Sequence[Record]) -> list[Record]:
-        """The problems to be solved: those with tests, at most `num_problems`."""
+        """The problems to be solved: those with tests, at most `limit`."""
         source = self.source
-        problems = [p for p in first_records(records) if p.tests][: self.settings.num_problems]
+        problems = [p for p in first_records(records) if p.tests][: self.settings.limit]
         prompts = encode_prompts(source.tokenizer, source.template, [p.prompt for p in problems])
         sizes = [(len(prompt), p.task_id) for p, prompt in zip(problems, prompts, strict=True)]
         if long := [size for size in sizes if size[0] >= source.max_length]:
@@ -129,7 +133,7 @@ class Evaluator:
     def _prediction(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
         """Losses and accuracies on the right solutions."""
         right = [record for record in records if record.is_correct]
-        split = TokenizedSplit("evaluation", right, self.source.whole(), None, Path(self.config.cache_dir))
+        split = TokenizedSplit("evaluation", right, self.source.whole(), None, self.cache_dir)
         return prediction_metrics(model, split, self.source.tokenizer, self.hardware, self.config.batch_size)
 
     def _judge_missing(
@@ -188,7 +192,7 @@ class Evaluator:
 
     def _label(self) -> str:
         """What was asked, and how, in a word for metrics' names."""
-        temperature, num = self.decoding.temperature, self.settings.num_problems
+        temperature, num = self.decoding.temperature, self.settings.limit
         how = f"temperature_{temperature:g}" if temperature else "greedy"
         return "-".join([self.source.name, self.split, how, *([f"first_{num}"] if num else [])])
 

@@ -31,7 +31,8 @@ def generate(task: Task) -> None:
     checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
     trained = read_config(config_path)
     text = read_prompt(config.prompt)
-    tokenizer = build(trained.data.tokenizer, cache_dir=Path(config.cache_dir))
+    cache_dir = Path(config.cache_dir)
+    tokenizer = build(trained.model.tokenizer, cache_dir=cache_dir)
     (prompt,) = encode_prompts(tokenizer, trained.data.template, [text])
     context = config.context or trained.data.max_length
     if len(prompt) >= context:
@@ -40,7 +41,7 @@ def generate(task: Task) -> None:
             "shorten it, or set context=… beyond what the model was trained on"
         )
     hardware = build(config.hardware)
-    model = load_trained(checkpoint, tokenizer, hardware)
+    model = load_trained(checkpoint, tokenizer, hardware, cache_dir)
     requests = [Request(prompt, sample_seed(config.seed, text, index)) for index in range(config.n)]
 
     def show(index: int, piece: str) -> None:

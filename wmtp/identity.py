@@ -25,7 +25,9 @@ def identity(data: Dataset, objective: Objective, plan: Plan, model: MtpModel, o
         "batch_size": plan.batch_size,
         "micro_batch_size": plan.micro_batch_size,
         "updates_per_epoch": plan.updates_per_epoch,
-        "model": model.settings | {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "model": model.architecture.settings
+        | {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "base": model.base_fingerprint,
         "optimizer": {
             "type": type(optimizer).__name__,
             # JSON has lists where torch has tuples

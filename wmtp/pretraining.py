@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp.config import stage_config
 from wmtp.errors import InputError
 from wmtp.runtime.files import encode_json, replace_atomically
+from wmtp.runtime.folder import PRETRAIN
 
-FOLDER = "pretrain"
 DECISIVE = ("pretrain", "model", "data", "seed")
 """Keys of the stage's config that a finished or interrupted stage is bound to."""
 
@@ -27,8 +27,8 @@ def stage_record(config: DictConfig) -> dict[str, Any]:
 
 def write_record(folder: Path, config: DictConfig) -> None:
     """Write the stage's config.yaml."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    replace_atomically(folder / FOLDER / "config.yaml", OmegaConf.to_yaml(stage_record(config)).encode())
+    (folder / PRETRAIN).mkdir(exist_ok=True)
+    replace_atomically(folder / PRETRAIN / "config.yaml", OmegaConf.to_yaml(stage_record(config)).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the run has none.
     """
-    path = folder / FOLDER / "config.yaml"
+    path = folder / PRETRAIN / "config.yaml"
     if not path.exists():
         raise InputError(f"{path}: is missing; {folder} is no run with a stage before its training")
     record = OmegaConf.to_container(OmegaConf.load(path))
@@ -47,12 +47,12 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """Write result.json, which says that the stage is finished."""
-    replace_atomically(folder / FOLDER / "result.json", encode_json(result))
+    replace_atomically(folder / PRETRAIN / "result.json", encode_json(result))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """How the stage of a run ended; None if it has not."""
-    path = folder / FOLDER / "result.json"
+    path = folder / PRETRAIN / "result.json"
     if not path.exists():
         return None
     result: dict[str, Any] = json.loads(path.read_text())
@@ -63,7 +63,7 @@ def require_unchanged(folder: Path, config: DictConfig) -> None:
     """Raises `InputError` where a resumed run asks for another stage than the one it began, and has not said so."""
     if read_result(folder) is None and any(folder.glob("checkpoints/step_*/manifest.json")):
         raise InputError(f"{folder}: its training has begun without a stage before it; set algo and pretrain back")
-    if config.pretrain.get("reuse") is not None or not (folder / FOLDER / "config.yaml").exists():
+    if config.pretrain.get("reuse") is not None or not (folder / PRETRAIN / "config.yaml").exists():
         return
     keys = tuple(key for key in DECISIVE if key not in config.resume_override)
     before, now = flat(read_record(folder), keys), flat(stage_record(config), keys)
@@ -99,14 +99,14 @@ def take_over(source: Path, folder: Path, config: DictConfig) -> None:
         InputError: there is none that fits.
     """
     result = require_same_stage(source, config)
-    staged = folder / f".{FOLDER}-copy"
+    staged = folder / f".{PRETRAIN}-copy"
     shutil.rmtree(staged, ignore_errors=True)
-    saved = Path(result["saved"]).relative_to(FOLDER)
-    shutil.copytree(source / FOLDER / saved, staged / saved)
+    saved = Path(result["saved"]).relative_to(PRETRAIN)
+    shutil.copytree(source / PRETRAIN / saved, staged / saved)
     for name in ("config.yaml", "result.json", "value_head.safetensors"):
-        if (source / FOLDER / name).exists():
-            shutil.copy(source / FOLDER / name, staged / name)
-    os.replace(staged, folder / FOLDER)
+        if (source / PRETRAIN / name).exists():
+            shutil.copy(source / PRETRAIN / name, staged / name)
+    os.replace(staged, folder / PRETRAIN)
 
 
 def flat(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from wmtp.command import ending
 from wmtp.compose import (
     Parts,
     compose_held_out,
-    compose_model,
     compose_parts,
     compose_policy,
     compose_reference,
@@ -34,7 +33,6 @@ from wmtp.deliveries import Delivery, close, conclude, open_deliveries, pending
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.pretraining import (
-    FOLDER,
     read_result,
     require_same_stage,
     require_unchanged,
@@ -45,13 +43,13 @@ from wmtp.pretraining import (
 from wmtp.provenance import identify, write_provenance
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically
-from wmtp.runtime.folder import ACCEPTED, RESUMES, Ending
+from wmtp.runtime.folder import ACCEPTED, PRETRAIN, RESUMES, Ending
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
 from wmtp.tracking.base import Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
-from wmtp.trained import load_weights
+from wmtp.trained import MODEL_FOLDER, compose_source, load_weights
 from wmtp.trainer import Result, Trainer, interruption
 from wmtp.weight_quality import weight_quality
 
@@ -121,7 +119,7 @@ class Run:
     def _policy(self, stage: Stage | None, parts: Parts) -> MtpModel:
         """The model to be trained. The reference, if there is one, is done for when its losses are known."""
         stage_model = None if stage is None else self._stage_model(stage, parts)
-        reference = compose_reference(parts, stage_model)
+        reference = compose_reference(self.config, parts, stage_model)
         if reference is not None:
             self._say("reading the reference's losses, or computing them …")
             parts.columns.attach_reference_losses(reference, parts.data)
@@ -144,12 +142,15 @@ class Run:
         assert self.stage_result is not None
         saved = self.folder / self.stage_result["saved"]
         self._say(f"the stage before the training left {saved}")
-        model = compose_model(stage_config(self.config), parts, values=stage.trains_policy)
-        return load_weights(saved, model, parts.data.tokenizer, parts.hardware)
+        source = compose_source(stage_config(self.config).model, parts.tokenizer, Path(self.config.cache_dir))
+        model = source.blank()
+        if stage.trains_policy:
+            model.add_value_head()
+        return load_weights(saved, model, parts.tokenizer, parts.hardware)
 
     def _train_stage(self, stage: Stage, parts: Parts) -> None:
         """Run the stage before to its end, and record what it leaves."""
-        folder = self.folder / FOLDER
+        folder = self.folder / PRETRAIN
         trainer = compose_stage_trainer(self.config, folder, parts, stage)
         self._restore(trainer)
         self._accept(parts)
@@ -205,6 +206,10 @@ class Run:
         self.is_accepted = True
         replace_atomically(self.folder / "config.yaml", self.resolved.encode())
         replace_atomically(self.folder / ACCEPTED, encode_json(self.overrides))
+        source = compose_source(self.config.model, parts.tokenizer, Path(self.config.cache_dir))
+        for name, content in source.files().items():
+            (self.folder / MODEL_FOLDER).mkdir(exist_ok=True)
+            replace_atomically(self.folder / MODEL_FOLDER / name, content)
         identify(self.folder, self.config.checkpoint.get("remote"))
         write_provenance(self.folder, self.overrides, parts.data)
         self.deliveries = open_deliveries(self.config, self.folder, self.console, is_training=True)
@@ -246,13 +251,13 @@ def rehearse(config: DictConfig, folder: Path) -> None:
     if stage is not None:
         if stage.reuse is not None:
             require_same_stage(stage.reuse, config)
-        trainer = compose_stage_trainer(config, folder / FOLDER, parts, stage, with_columns=False)
+        trainer = compose_stage_trainer(config, folder / PRETRAIN, parts, stage, with_columns=False)
         console.print("The stage before the training:", highlight=False)
         _try(console, trainer)
         del trainer
         gc.collect()
     if parts.algorithm.reference is not None:
-        compose_reference(parts, None)
+        compose_reference(config, parts, None)
     if parts.algorithm.needs_reference:  # its losses are not worth computing here: any number will do
         for split in (parts.data.train, parts.data.validation):
             split.reference_losses = np.zeros(len(split.samples.tokens), np.float32)

@@ -72,8 +72,10 @@ class ValueStage:
 
     def freeze(self, model: MtpModel) -> None:
         """Leave only what this stage trains with gradients."""
+        model.train_all()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trains == "all" or name.startswith("value_head."))
+            if self.trains == "head":
+                parameter.requires_grad_(name.startswith("value_head."))
 
     def metric_names(self, num_heads: int) -> list[str]:
         """Those of the values, and of the heads if they train."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,12 @@ class TokenColumns:
         weights = weights_fingerprint(model, without="value_head.")
         for split in (data.train, data.validation):
             split.hidden_states = self._column(
-                "hidden-states", weights, split, (model.dim,), model, lambda batch: model.trunk_states(batch.tokens)
+                "hidden-states",
+                weights,
+                split,
+                (model.architecture.dim,),
+                model,
+                lambda batch: model.trunk_states(batch.tokens),
             )
 
     def _column(
@@ -69,8 +75,8 @@ class TokenColumns:
         model: MtpModel,
         measure: Callable[[Batch], Tensor],
     ) -> np.ndarray:
-        parts = [FORMAT, split.fingerprint, self.tokenizer.fingerprint, weights, self.hardware.precision]
-        parts += [model.head_dim, model.num_kv_heads, model.rope_theta, model.norm.eps]
+        parts: list[Any] = [FORMAT, split.fingerprint, self.tokenizer.fingerprint, weights, self.hardware.precision]
+        parts.append(model.architecture.settings)
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         processes = self.hardware.processes

@@ -226,7 +226,7 @@ class Trainer:
             "skipped_updates": self.gate.num_skipped,
             "identity": self._identity(),
         }
-        return Snapshot(dict(self.model.state_dict()), optimizer_tensors, state)
+        return Snapshot(self.model.stored(), optimizer_tensors, state)
 
     def restore(self, snapshot: Snapshot, declared: Sequence[str] = ()) -> dict[str, str]:
         """Go on where a snapshot was taken; returns what was `declared` to have changed since, and has.
@@ -238,7 +238,7 @@ class Trainer:
         self.plan = self.plan.resumed(state["identity"]["micro_batch_size"])
         changes = declared_changes(state["identity"], self._identity(), declared)
         self.position = self.plan.converted(Position(**state["position"]), state["identity"]["micro_batch_size"])
-        load_model(self.model, snapshot.model)
+        load_model(self.model, snapshot.model, self.model.base)
         restore_optimizer(self.model, self.optimizer, snapshot.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         restore_generators(state["generators"], self.processes)

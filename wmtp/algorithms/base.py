@@ -9,8 +9,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from wmtp.annotations import ExistingPath
 from wmtp.errors import InputError
 from wmtp.runtime.distributed import Processes
+
+INITIAL = "initial"
+"""The name of the policy before its training, where it is to be the reference."""
+Reference = Literal["initial"] | ExistingPath
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ class Algorithm(ABC):
     needs_reference = False
     value_coef = 0.0
     """How much the value head's loss counts beside the policy's."""
-    reference: Path | None = None
-    """A checkpoint or run to be the reference; None: the stage before has trained one."""
+    reference: Path | Literal["initial"] | None = None
+    """A run, checkpoint or pretrained model to be the reference, or the policy's own before training; None: the
+    stage before has trained one."""
 
     @property
     def name(self) -> str:

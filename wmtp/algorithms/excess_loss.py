@@ -12,8 +12,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, require_range
-from wmtp.annotations import ExistingPath, PositiveFloat
+from wmtp.algorithms.base import Algorithm, Observations, Reference, require_range
+from wmtp.annotations import PositiveFloat
 
 
 class ExcessLoss(Algorithm):
@@ -28,7 +28,7 @@ class ExcessLoss(Algorithm):
         temperature: PositiveFloat = 1.0,
         weight_min: PositiveFloat = 0.1,
         weight_max: PositiveFloat = 5.0,
-        reference: ExistingPath | None = None,
+        reference: Reference | None = None,
     ) -> None:
         """A low `temperature` makes weights differ more."""
         require_range(weight_min, weight_max)
@@ -52,7 +52,7 @@ class TokenSkip(Algorithm):
     weight_max = 1.0
 
     def __init__(
-        self, *, keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6, reference: ExistingPath | None = None
+        self, *, keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6, reference: Reference | None = None
     ) -> None:
         """`keep_fraction` of a micro-batch's targets stay, counted for each head by itself and rounded up."""
         self.keep_fraction, self.reference = keep_fraction, reference

@@ -1,6 +1,6 @@
 """What a checkpoint holds of each object: tensors for safetensors, the rest as plain JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,16 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, 
     optimizer.load_state_dict({"state": entries, "param_groups": state["groups"]})
 
 
-def load_model(model: nn.Module, tensors: Tensors) -> None:
-    """Fill a model; every name and shape must agree. Whole tensors of parameters that are spread are cut."""
+def load_model(model: nn.Module, tensors: Tensors, known: Collection[str] = ()) -> None:
+    """Fill a model; every name and shape must agree. Whole tensors of parameters that are spread are cut.
+
+    Tensors that are `known` already need not be among those given.
+    """
     live = model.state_dict()
+    there = {name: live[name] for name in known}
+    filled = {name: cut_like(tensor, live.get(name)) for name, tensor in tensors.items()}
     with torch.no_grad():
-        model.load_state_dict({name: cut_like(tensor, live.get(name)) for name, tensor in tensors.items()}, strict=True)
+        model.load_state_dict(there | filled, strict=True)
 
 
 def live_counterpart(name: str, live: Mapping[str, Tensor]) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class DataSource(ABC):
     """Where records come from, which of them are used, and how they become tokens."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer = field(kw_only=False)
     template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}\n"
     max_length: Positive = 512
     long_samples: LongSamples = "drop"

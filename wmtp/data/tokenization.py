@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from wmtp.annotations import ExistingPath
 from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.errors import InputError
@@ -20,6 +19,7 @@ from wmtp.runtime.files import replace_atomically
 from wmtp.runtime.locking import one_at_a_time
 
 PADDING, END = "<pad>", "<end>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TRAINING_TASKS = 1_500
 DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
 PROBE = (
@@ -36,7 +36,7 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size: int = backend.get_vocab_size()
         self.end, self.padding = special_id(backend, end), special_id(backend, padding)
-        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.fingerprint = content_fingerprint(backend)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without special tokens."""
@@ -60,7 +60,7 @@ def special_id(backend: BackendTokenizer, token: str) -> int:
     """
     found = backend.token_to_id(token)
     if found is None:
-        raise InputError(f"data.tokenizer: there is no special token {token}; name those it has as end and padding")
+        raise InputError(f"model.tokenizer: there is no special token {token}; name those it has as end and padding")
     return int(found)
 
 
@@ -90,9 +90,40 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
     return Tokenizer(BackendTokenizer.from_file(str(path)))
 
 
-def tokenizer_file(*, path: ExistingPath, end: str = END, padding: str = PADDING) -> Tokenizer:
-    """A tokenizer from a tokenizer.json, with the names of its end and padding tokens."""
-    return Tokenizer(read_backend(path), end, padding)
+def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder that `save_pretrained` wrote, or of a tokenizer.json by itself.
+
+    `end` closes a solution (None: what the folder calls eos_token), `padding` fills batches (None: its pad_token,
+    else the end token).
+
+    Raises:
+        InputError: there is no usable tokenizer.json, or no end token is named.
+    """
+    file = path if path.is_file() else path / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(
+            f"model.tokenizer.path={path}: there is no tokenizer.json; save one there (a SentencePiece model is "
+            "converted by transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+        )
+    end = end or _named_token(file.parent, "eos_token")
+    if end is None:
+        raise InputError(f"model.tokenizer.end: {file.parent} names no eos_token; name the token that ends a solution")
+    padding = padding or _named_token(file.parent, "pad_token") or end
+    return Tokenizer(read_backend(file), end, padding)
+
+
+def _named_token(folder: Path, name: str) -> str | None:
+    """A special token that the files beside a tokenizer.json name."""
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if not file.is_file():
+            continue
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get(name)
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{file}: cannot be read: {error}") from error
+        if named is not None:
+            return str(named["content"] if isinstance(named, dict) else named)
+    return None
 
 
 def read_backend(path: Path) -> BackendTokenizer:
@@ -110,16 +141,41 @@ def read_backend(path: Path) -> BackendTokenizer:
     return backend
 
 
+def content(backend: BackendTokenizer) -> dict[str, Any]:
+    """Everything that decides which ids a text becomes, however the tokenizer was made and stored.
+
+    What it adds around a text, pads with or truncates to is left aside.
+    """
+    described = json.loads(backend.to_str())
+    vocabulary = {number: token for token, number in backend.get_vocab().items()}
+    special = {
+        str(number): [token.content, token.special] for number, token in backend.get_added_tokens_decoder().items()
+    }
+    return {
+        "vocabulary": [[number, vocabulary[number]] for number in sorted(vocabulary)],
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in described["model"].get("merges") or []],
+        "special tokens": special,
+        "normaliser": described["normalizer"],
+        "splitting": described["pre_tokenizer"],
+        "probe": backend.encode(PROBE, add_special_tokens=False).tokens,
+    }
+
+
+def content_fingerprint(backend: BackendTokenizer) -> str:
+    """A hash of a tokenizer's content: equal for tokenizers that give every text the same ids."""
+    return hashlib.sha256(json.dumps(content(backend), sort_keys=True).encode()).hexdigest()
+
+
 def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | None:
     """Where another tokenizer gives other ids than ours, with a hash of each; None if it is the same.
 
-    Compared are the number of tokens, the token of every id, the merges, and the ids of `PROBE` and the
-    special tokens. Which tokens a tokenizer adds around a text, pads with or truncates to is left aside.
+    Compared are the token of every id, merges, special tokens, the normaliser, and how `PROBE` and the special
+    tokens are split.
     """
     difference = next(_differences(ours, theirs), None)
     if difference is None:
         return None
-    other = hashlib.sha256(theirs.to_str().encode()).hexdigest()
+    other = content_fingerprint(theirs)
     return f"{difference} (theirs is {other[:16]}…, ours {ours.fingerprint[:16]}…)"
 
 
@@ -128,16 +184,19 @@ def _differences(ours: Tokenizer, theirs: BackendTokenizer) -> Iterator[str]:
     sizes = [backend.get_vocab_size() for backend in backends]
     if sizes[0] != sizes[1]:
         yield f"it has {sizes[0]} tokens, ours has {sizes[1]}"
-    tokens = [{number: token for token, number in backend.get_vocab().items()} for backend in backends]
+    other, own = (content(backend) for backend in backends)
+    tokens = [dict(part["vocabulary"]) for part in (other, own)]
     for number in sorted(tokens[0].keys() | tokens[1].keys()):
         if tokens[0].get(number) != tokens[1].get(number):
             yield f"token {number} is {tokens[0].get(number)!r}, in ours it is {tokens[1].get(number)!r}"
-    merges = [json.loads(backend.to_str())["model"].get("merges") or [] for backend in backends]
-    for number, (one, other) in enumerate(zip_longest(*merges)):
-        if one != other:
-            yield f"merge {number} is {one}, in ours it is {other}"
+    for number, (one, another) in enumerate(zip_longest(other["merges"], own["merges"])):
+        if one != another:
+            yield f"merge {number} is {one!r}, in ours it is {another!r}"
+    for name in ("special tokens", "normaliser"):
+        if other[name] != own[name]:
+            yield f"it has other {name}: {json.dumps(other[name])}, ours has {json.dumps(own[name])}"
     text = PROBE + "".join(str(ours.backend.id_to_token(number)) for number in (ours.padding, ours.end))
     pieces = [backend.encode(text, add_special_tokens=False).tokens for backend in backends]
-    for one, other in zip_longest(*pieces):
-        if one != other:
-            yield f"it splits text otherwise: {one!r} where ours has {other!r}"
+    for one, another in zip_longest(*pieces):
+        if one != another:
+            yield f"it splits text otherwise: {one!r} where ours has {another!r}"

@@ -30,7 +30,7 @@ class Evaluation:
     n: Positive = 1
     k: Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_several)] = (1,)
     split: Literal["train", "validation", "test", "all"] | None = None
-    num_problems: Positive | None = None
+    limit: Positive | None = None
     seed: Seed = 0
     sandbox: Choice = "auto"
     workers: Positive | None = None

@@ -28,9 +28,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wmtp.data.tokenization import Tokenizer
-from wmtp.generation.cached import Cache, CachedModel
+from wmtp.generation.cached import CachedModel
 from wmtp.generation.choice import choose
 from wmtp.generation.cost import Cost
+from wmtp.generation.reading import Cache
 from wmtp.generation.settings import Decoding
 from wmtp.generation.transcript import Transcript
 from wmtp.models.mtp import MtpModel
@@ -122,7 +123,7 @@ def _generate(
 
 def computing_dtype(model: MtpModel) -> torch.dtype:
     """The type that autocast asks for around the call, if it does, else that of the model's weights."""
-    weight = model.unembedding.weight
+    weight = model.embedding.weight
     is_asked = torch.is_autocast_enabled(weight.device.type)
     return torch.get_autocast_dtype(weight.device.type) if is_asked else weight.dtype
 

@@ -1,21 +1,19 @@
-"""The multi-token model: one trunk, H parallel heads of one block each, one unembedding for all.
+"""The multi-token model: one trunk, H parallel heads, one unembedding for all.
 
 Source: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction
-(arXiv 2404.19737), section 2. Head 1 is the trunk's own last block, so that the weights of a
-one-head model are a subset of those of a model with more heads.
+(arXiv 2404.19737), section 2. Head 1 is the last block of the one-head model, whose weights are therefore a
+subset of those of a model with more heads.
 """
 
-import math
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wmtp.annotations import Positive, PositiveFloat
-from wmtp.models.transformer import Block, Rotation, rotation
+from wmtp.models.architecture import Architecture, Context, Parts
+from wmtp.models.lora import ADAPTER, Lora
 from wmtp.models.value_head import ValueHead
 from wmtp.runtime.parallel import whole
 
@@ -32,61 +30,41 @@ class MtpModel(nn.Module):
 
     def __init__(
         self,
-        vocab_size: int,
+        architecture: Architecture,
+        parts: Parts | None = None,
         *,
-        dim: Positive,
-        num_layers: Positive,
-        num_heads: Positive,
-        num_attention_heads: Positive,
-        num_kv_heads: Positive,
-        hidden_dim: Positive,
-        rope_theta: PositiveFloat = 10_000.0,
-        norm_eps: PositiveFloat = 1e-5,
-        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        value_head_dim: Positive | None = None,
+        lora: Lora | None = None,
+        value_head_dim: int | None = None,
     ) -> None:
-        """Build a randomly initialised model.
+        """Build a model of new parts, or of those given, which must be of this architecture.
 
-        `num_layers` is the depth of the one-head model: `num_layers − 1` trunk blocks and one head;
-        every further head adds one block. `num_heads` is H, not the heads of the attention.
-        `value_head_dim` is the width inside the value head, if `add_value_head` makes one; None: it is linear.
+        `lora` adds adapters to the trunk, beside which only heads and value head train. `value_head_dim` is the
+        width inside the value head, if `add_value_head` makes one; None: it is linear.
+
+        Raises:
+            InputError: the adapters name modules that the trunk does not have.
         """
         super().__init__()
-        self.dim, self.value_head_dim = dim, value_head_dim
-        self.settings: dict[str, int | float | None] = {
-            "dim": dim, "num_layers": num_layers, "num_heads": num_heads, "num_attention_heads": num_attention_heads,
-            "num_kv_heads": num_kv_heads, "hidden_dim": hidden_dim, "rope_theta": rope_theta, "norm_eps": norm_eps,
-            "dropout": dropout, "value_head_dim": value_head_dim,
-        }  # fmt: skip
-        self.head_dim, self.num_kv_heads, self.rope_theta = dim // num_attention_heads, num_kv_heads, rope_theta
-
-        def block() -> Block:
-            return Block(dim, num_attention_heads, num_kv_heads, hidden_dim, norm_eps, dropout)
-
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.trunk = nn.ModuleList(block() for _ in range(num_layers - 1))
-        self.heads = nn.ModuleList(block() for _ in range(num_heads))
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.unembedding = nn.Linear(dim, vocab_size, bias=False)
+        parts = parts or architecture.parts()
+        self.architecture, self.lora, self.value_head_dim = architecture, lora, value_head_dim
+        self.embedding = parts.embedding
+        self.positions = parts.positions
+        self.trunk = nn.ModuleList(parts.trunk)
+        self.heads = nn.ModuleList(parts.heads)
+        self.norm = parts.norm
+        self.unembedding = parts.unembedding
         self.value_head: ValueHead | None = None
         self.activation_checkpointing = False
-        self._initialise(num_layers)
-
-    def _initialise(self, num_layers: int) -> None:
-        """Deviation 1 for embeddings, 1/√inputs for matrices, 1/√(2·depth) of that where they write to the stream.
-
-        A fixed small deviation (0.02) suits wide models only: in narrow ones attention then learns to
-        copy names and numbers far later.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                std = 1.0 if parameter is self.embedding.weight else parameter.shape[1] ** -0.5
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * num_layers) if "output" in name else std)
+        self.base_fingerprint: str | None = None
+        """A hash of the parameters that adapters leave as they are, where a source has set it."""
+        if lora is not None:
+            lora.inject(self.trunk)
+            self.train_all()
 
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary dim"]:
         """The whole matrix from states to logits, with gradient, also where processes hold parts of it."""
-        return whole(self.unembedding.weight)
+        return whole((self.embedding if self.unembedding is None else self.unembedding).weight)
 
     @property
     def num_heads(self) -> int:
@@ -95,19 +73,45 @@ class MtpModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained."""
+        """How many numbers the model has."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def base(self) -> frozenset[str]:
+        """Names of the tensors that come with a pretrained model and stay as they are; none without adapters."""
+        if self.lora is None:
+            return frozenset()
+        trained = ("heads.", "value_head.")
+        return frozenset(n for n in self.state_dict() if not n.startswith(trained) and ADAPTER not in n)
+
+    def parts(self) -> Parts:
+        """The modules that it is made of."""
+        return Parts(self.embedding, self.positions, [*self.trunk], [*self.heads], self.norm, self.unembedding)
+
+    def train_all(self) -> None:
+        """Let everything have gradients that is to be trained."""
+        base = self.base
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in base)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds: all but the `base`."""
+        base = self.base
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in base}
 
     def add_value_head(self) -> None:
         """Give the model a new value head on the trunk's hidden states."""
-        self.value_head = ValueHead(self.dim, hidden_dim=self.value_head_dim).to(self.unembedding.weight.device)
+        self.value_head = ValueHead(self.architecture.dim, hidden_dim=self.value_head_dim).to(
+            self.embedding.weight.device
+        )
 
     def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
         """The trunk's hidden states, which every head and the value head start from."""
-        turn = self._turns(tokens)
-        x: Tensor = self.embedding(tokens)
+        positions = _positions(tokens)
+        x: Tensor = self.positions.embed(self.embedding(tokens), positions)
+        context = self.positions(positions, x)
         for block in self.trunk:
-            x = self._run(block, x, turn)
+            x = self._run(block, x, context)
         return x
 
     def forward(
@@ -118,25 +122,37 @@ class MtpModel(nn.Module):
     ) -> Outputs:
         """States of the first `num_heads` heads (None: all; 0: the trunk alone runs), and the values.
 
-        `hidden_states` are the trunk's, where they are known already. `unembedding` turns states into logits.
+        `hidden_states` are the trunk's, where they are known already. `unembedding_weight` turns states into logits.
         """
         x = self.trunk_states(tokens) if hidden_states is None else hidden_states
         values = None if self.value_head is None else self.value_head(x)
-        heads = self.heads[:num_heads]
-        if not len(heads):
+        heads = [*self.heads[:num_heads]]
+        if not heads:
             return Outputs(x.new_empty(0, *x.shape), values)
-        turn = self._turns(tokens)
-        return Outputs(self.norm(torch.stack([self._run(head, x, turn) for head in heads])), values)
+        context = self.positions(_positions(tokens), x)
+        if self.architecture.head_kind == "medusa":
+            first = self.norm(self._run(heads[0], x, context))
+            return Outputs(torch.stack([first, *(head(first) for head in heads[1:])]), values)
+        return Outputs(self.norm(torch.stack([self._run(head, x, context) for head in heads])), values)
 
-    def _run(self, block: nn.Module, x: Tensor, turn: Rotation) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, context: Context) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, x, turn, use_reentrant=False)
+            out: Tensor = checkpoint(block, x, context, use_reentrant=False)
             return out
-        result: Tensor = block(x, turn)
+        result: Tensor = block(x, context)
         return result
 
-    def _turns(self, tokens: Int[Tensor, "batch position"]) -> Rotation:
-        return rotation(torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, self.rope_theta)
+
+def _positions(tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "1 position"]:
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+
+def empty_model(architecture: Architecture, lora: Lora | None = None, value_head_dim: int | None = None) -> MtpModel:
+    """A model on the meta device, where nothing is drawn and no memory taken, but for what no checkpoint has."""
+    with torch.device("meta"):
+        model = MtpModel(architecture, lora=lora, value_head_dim=value_head_dim)
+    model.positions = architecture.positions()
+    return model
 
 
 def undivided(model: MtpModel, keep: bool) -> MtpModel | None:
@@ -153,9 +169,10 @@ def undivided(model: MtpModel, keep: bool) -> MtpModel | None:
             tensors[name] = tensor
     if not keep:
         return None
-    with torch.device("meta"):  # nothing is drawn, and no memory taken, for what is replaced at once
-        copy = MtpModel(len(tensors["embedding.weight"]), **model.settings)  # type: ignore[arg-type]
-        if model.value_head is not None:
-            copy.add_value_head()
+    copy = empty_model(model.architecture, model.lora, model.value_head_dim)
+    copy.positions.to(tensors["embedding.weight"].device)
+    if model.value_head is not None:
+        with torch.device("meta"):
+            copy.value_head = ValueHead(model.architecture.dim, hidden_dim=model.value_head_dim)
     copy.load_state_dict(tensors, assign=True)
     return copy.train(model.training)

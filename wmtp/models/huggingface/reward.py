@@ -1,4 +1,4 @@
-"""Models that Hugging Face's transformers loads: a sequence classifier as the source of rewards."""
+"""A sequence classifier as the source of rewards."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from wmtp.data.collate import collate
@@ -16,10 +16,11 @@ from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer, read_backend, tokenizer_difference
 from wmtp.errors import InputError
 from wmtp.models.fingerprint import weights_fingerprint
+from wmtp.models.huggingface.folder import one_line, read_config
 from wmtp.runtime.hardware import Hardware
 
 BATCH_SIZE = 32
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+KEY = "data.reward_model"
 
 
 class RewardModel:
@@ -35,7 +36,7 @@ class RewardModel:
 
     def __init__(self, path: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.path, self.tokenizer, self.hardware = path, tokenizer, hardware
-        config = _read_config(path)
+        config = _classifier_config(path)
         _check_tokenizer(path, config, tokenizer)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.model = _load(path, config).to(hardware.device).eval()  # type: ignore[arg-type]
@@ -77,17 +78,9 @@ class RewardModel:
         return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, 1]
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
+def _classifier_config(path: Path) -> PreTrainedConfig:
     """The config of a folder that has all files and holds a sequence classifier with one or two labels."""
-    for name in ("config.json", "tokenizer.json"):
-        if not (path / name).is_file():
-            raise _error(path, f"has no {name}; name the folder that save_pretrained wrote model and tokenizer to")
-    if not any((path / name).is_file() for name in WEIGHTS):
-        raise _error(path, f"has no {WEIGHTS[0]}; other formats are not read: save the model as safetensors")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _error(path, f"its config.json is not usable: {_one_line(error)}") from error
+    config = read_config(KEY, path)
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         found = ", ".join(kinds) or "a model of no named architecture"
@@ -119,7 +112,7 @@ def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
             local_files_only=True, trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _error(path, f"its weights cannot be loaded: {_one_line(error)}; save the model again") from error
+        raise _error(path, f"its weights cannot be loaded: {one_line(error)}; save the model again") from error
     if info["missing_keys"]:  # transformers would make them up
         missing = sorted(info["missing_keys"])
         raise _error(path, f"its weights lack {len(missing)} tensors, such as {missing[0]}; save the model again")
@@ -127,8 +120,4 @@ def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _error(path: Path, problem: str) -> InputError:
-    return InputError(f"data.reward_model={path}: {problem}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return InputError(f"{KEY}={path}: {problem}")
