@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.records import Record
-from wmtp.data.sampling import Sampling, counts_for, select
+from wmtp.data.sampling import Sampling, counts_for, select, with_mismatched
 from wmtp.errors import InputError
 
 
@@ -60,3 +60,38 @@ def test_counts_add_up_and_stay_near_their_shares(weights: list[float], n: int) 
     counts = counts_for(shares, n)
     assert sum(counts) == n
     assert all(abs(count - share * n) < 1 + 1e-6 for count, share in zip(counts, shares, strict=True))
+
+
+def of_task(task: int, solution: str, *, is_correct: bool = True) -> Record:
+    return Record(task_id=f"t{task}", prompt=f"p{task}", solution=solution, is_correct=is_correct, decisive=((0, 1),))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcd"), st.booleans()), min_size=1, max_size=12))
+def test_every_task_gets_a_wrong_solution_that_is_none_of_its_right_ones(rows: list[tuple[int, str, bool]]) -> None:
+    given_records = [of_task(task, solution, is_correct=right) for task, solution, right in rows]
+    try:
+        everything = with_mismatched(given_records, seed=3)
+    except InputError:
+        everything = []
+        tasks = {record.task_id for record in given_records}
+        solutions = {task: {r.solution for r in given_records if r.task_id == task} for task in tasks}
+        right = {r.solution for r in given_records if r.is_correct}
+        assert any(right <= solutions[task] for task in tasks), "another task could have helped"
+    assert everything[: len(given_records)] == given_records[: len(everything)]
+    for record in everything[len(given_records) :]:
+        own = [r for r in given_records if r.task_id == record.task_id]
+        assert record.prompt == own[0].prompt and not record.is_correct and not record.decisive
+        assert all(r.is_correct and r.solution != record.solution for r in own)
+    wrong = {r.task_id for r in everything if not r.is_correct}
+    assert not everything or wrong == {r.task_id for r in given_records}
+
+
+def test_the_seed_decides_whose_solution_a_task_gets() -> None:
+    everything = records(20, 0)
+    assert with_mismatched(everything, seed=1) == with_mismatched(everything, seed=1)
+    assert with_mismatched(everything, seed=1) != with_mismatched(everything, seed=2)
+
+
+def test_a_solution_that_all_tasks_share_cannot_be_a_wrong_one() -> None:
+    with pytest.raises(InputError, match="data.mismatched: no other task"):
+        with_mismatched([of_task(1, "same"), of_task(2, "same")], seed=0)

@@ -256,5 +256,5 @@ def require_different_rewards(data: Dataset) -> None:
     if rewards.min() == rewards.max():
         raise InputError(
             f"data: every training sample has the reward {rewards[0]:g}, so values have nothing to learn; "
-            "take right and wrong solutions (data.correct_ratio=0.5)"
+            "take right and wrong solutions (data.correct_ratio=0.5; data.mismatched=true makes wrong ones)"
         )

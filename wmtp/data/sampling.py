@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from wmtp.data.records import Record
 from wmtp.errors import InputError
 
+MAKE_WRONG = ", or make wrong ones of other tasks' solutions: data.mismatched=true"
 BIN = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -66,6 +67,33 @@ def counts_for(shares: list[float], n: int) -> list[int]:
     return floors
 
 
+def with_mismatched(records: list[Record], seed: int) -> list[Record]:
+    """The records, and behind each task that has only right solutions another task's solution as a wrong one.
+
+    Raises:
+        InputError: no task has a solution that is not this task's own, too.
+    """
+    own: dict[str, set[str]] = {}
+    lacking: dict[str, Record] = {}
+    for record in records:
+        own.setdefault(record.task_id, set()).add(record.solution)
+        lacking[record.task_id] = record
+    for record in records:
+        if not record.is_correct:
+            lacking.pop(record.task_id, None)
+    donors = [record for record in records if record.is_correct]
+    random_ = random.Random(f"{seed}/mismatched")
+    added: list[Record] = []
+    for task, record in lacking.items():
+        start = random_.randrange(len(donors))
+        donor = next((d for d in (*donors[start:], *donors[:start]) if d.solution not in own[task]), None)
+        if donor is None:
+            raise InputError(f"data.mismatched: no other task has a solution that could be a wrong one of {task}")
+        changes = {"solution": donor.solution, "is_correct": False, "decisive": (), "noise": ()}
+        added.append(record.model_copy(update=changes))
+    return [*records, *added]
+
+
 def select(records: list[Record], sampling: Sampling) -> list[Record]:
     """Records of the wished composition, in their old order, drawn without replacement by `seed`.
 
@@ -96,6 +124,7 @@ def select(records: list[Record], sampling: Sampling) -> list[Record]:
             raise InputError(
                 f"data: {count or 'some'} {kind}records{where} are asked for, but there are {len(members)}; "
                 "change data.n_samples, data.correct_ratio or data.difficulty_bins"
+                f"{MAKE_WRONG if correct is False else ''}"
             )
         chosen += random_.sample(members, count)
     return [records[index] for index in sorted(chosen)]

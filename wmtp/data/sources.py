@@ -29,6 +29,7 @@ class DataSource(ABC):
     balance_correct: bool = False
     correct_ratio: Ratio | None = None
     difficulty_bins: DifficultyBins | None = None
+    mismatched: bool = False
     curated: bool = False
     group_tasks: bool = False
     reward_model: ExistingPath | None = None
@@ -56,7 +57,13 @@ class DataSource(ABC):
     def whole(self) -> Self:
         """The same source without any wish which records to choose."""
         return replace(
-            self, n_samples=None, balance_correct=False, correct_ratio=None, difficulty_bins=None, curated=False
+            self,
+            n_samples=None,
+            balance_correct=False,
+            correct_ratio=None,
+            difficulty_bins=None,
+            mismatched=False,
+            curated=False,
         )
 
     def sampling(self, n_samples: int | None) -> Sampling:

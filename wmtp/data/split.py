@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.records import Record
-from wmtp.data.sampling import select
+from wmtp.data.sampling import select, with_mismatched
 from wmtp.data.sources import DataSource
 from wmtp.data.tokens import TokenizedRecords, cached_tokens
 
@@ -25,6 +25,8 @@ class TokenizedSplit:
     def __init__(
         self, name: str, records: list[Record], source: DataSource, n_samples: int | None, cache: Path
     ) -> None:
+        if source.mismatched and records:
+            records = with_mismatched(records, source.seed)
         if source.curated:
             records = [record for record in records if record.is_correct and not record.noise]
         self.name = name
