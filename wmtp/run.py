@@ -30,6 +30,7 @@ from wmtp.compose import (
 )
 from wmtp.config import stage_config
 from wmtp.deliveries import Delivery, close, conclude, open_deliveries, pending
+from wmtp.estimate import Machine, Setting, duration, estimate, in_words, moments, name_of, wrapped
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.pretraining import (
@@ -44,6 +45,7 @@ from wmtp.provenance import identify, write_provenance
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import ACCEPTED, PRETRAIN, RESUMES, Ending
+from wmtp.sizes import layout_of
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
 from wmtp.tracking.base import Tracker
@@ -268,10 +270,32 @@ def rehearse(config: DictConfig, folder: Path) -> None:
 
 def _try(console: Console, trainer: Trainer) -> None:
     console.print(described(trainer), soft_wrap=True, highlight=False)
+    started = time.perf_counter()
     update = trainer.train_update()
+    seconds = time.perf_counter() - started
     trainer.validate(max_batches=1)
     for name, value in (update | trainer.last_validation).items():
         console.print(f"  {name:30} {value:.4g}", highlight=False)
+    console.print(expected(trainer, seconds), soft_wrap=True, highlight=False)
+
+
+def expected(trainer: Trainer, seconds: float) -> str:
+    """In words, what the training will take: memory with its longest samples, time as its first update took."""
+    hardware, plan, lengths = trainer.hardware, trainer.plan, trainer.data.train.samples.lengths
+    setting = Setting(
+        hardware.strategy, hardware.activation_checkpointing, hardware.reduce_each_micro_batch,
+        min(plan.micro_batch_size, len(lengths)), hardware.precision, moments(trainer.optimizer),
+    )  # fmt: skip
+    machine = Machine(
+        hardware.processes.size, sequence=int(lengths.max()), batch_size=plan.batch_size,
+        device=hardware.device.type, name=name_of(hardware.device),
+    )  # fmt: skip
+    tokens = float(lengths.mean()) * min(plan.batch_size, len(lengths)) * plan.num_updates
+    rate = trainer.position.tokens / seconds
+    time_left = f"time: about {duration(tokens / rate)} for {plan.num_updates:,} updates"
+    first = f"the first took {duration(seconds)}, at {rate:,.0f} tokens/s"
+    memory = in_words(estimate(layout_of(trainer.model), machine, setting), machine, setting)
+    return memory + "\n" + wrapped([f"{time_left}; {first}"])
 
 
 def value_head_of(snapshot: Snapshot) -> Tensors:

@@ -15,11 +15,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.errors import InputError
-from wmtp.runtime.files import replace_atomically
+from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.locking import one_at_a_time
 
 PADDING, END = "<pad>", "<end>"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TRAINING_TASKS = 1_500
 DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
 PROBE = (
@@ -110,6 +110,16 @@ def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | N
         raise InputError(f"model.tokenizer.end: {file.parent} names no eos_token; name the token that ends a solution")
     padding = padding or _named_token(file.parent, "pad_token") or end
     return Tokenizer(read_backend(file), end, padding)
+
+
+def kept_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The files of a model's tokenizer: those of its folder, or its own where the folder has another or none."""
+    there = folder / TOKENIZER_FILES[0]
+    if tokenizer is None or (there.is_file() and content_fingerprint(read_backend(there)) == tokenizer.fingerprint):
+        return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    backend = tokenizer.backend
+    special = {"eos_token": backend.id_to_token(tokenizer.end), "pad_token": backend.id_to_token(tokenizer.padding)}
+    return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": encode_json(special)}
 
 
 def _named_token(folder: Path, name: str) -> str | None:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class LlamaArchitecture:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dropout: float = 0.0
+    dtype: Literal["fp32", "bf16"] = "fp32"
     head_kind: HeadKind = "transformer"
 
     @property
@@ -62,13 +64,14 @@ class LlamaArchitecture:
                 self.dim, self.num_attention_heads, self.num_kv_heads, self.hidden_dim, self.norm_eps, self.dropout
             )
 
+        dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
         return Parts(
-            embedding=nn.Embedding(self.vocab_size, self.dim),
+            embedding=nn.Embedding(self.vocab_size, self.dim).to(dtype),
             positions=self.positions(),
-            trunk=[block() for _ in range(self.num_layers - 1)],
-            heads=[block() for _ in range(self.num_heads)],
-            norm=nn.RMSNorm(self.dim, eps=self.norm_eps),
-            unembedding=nn.Linear(self.dim, self.vocab_size, bias=False),
+            trunk=[block().to(dtype) for _ in range(self.num_layers - 1)],
+            heads=[block().to(dtype) for _ in range(self.num_heads)],
+            norm=nn.RMSNorm(self.dim, eps=self.norm_eps).to(dtype),
+            unembedding=nn.Linear(self.dim, self.vocab_size, bias=False).to(dtype),
         )
 
     def positions(self) -> Rotary:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from wmtp.annotations import ExistingPath, Positive
-from wmtp.data.tokenization import TOKENIZER_FILES, Tokenizer
+from wmtp.data.tokenization import Tokenizer, kept_tokenizer
 from wmtp.errors import InputError
 from wmtp.models.architecture import HeadKind
 from wmtp.models.huggingface.families import FAMILIES, HuggingFaceArchitecture, split
@@ -113,8 +112,9 @@ class Pretrained(ModelSource):
 
     def files(self) -> dict[str, bytes]:
         """Config and tokenizer."""
-        names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-        return {name: (self.path / name).read_bytes() for name in names if (self.path / name).is_file()}
+        there = [self.path / name for name in ("config.json", "generation_config.json")]
+        kept = {path.name: path.read_bytes() for path in there if path.is_file()}
+        return kept | kept_tokenizer(self.path, self.tokenizer)
 
     def begin(self) -> MtpModel:
         """Load the folder's weights; heads that it lacks begin as copies of head 1, or as residual layers of 0."""

@@ -1,0 +1,99 @@
+"""A causal language model with further heads, which predict later tokens; it needs torch and transformers only."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers  # noqa: F401 - the class that an export adds below is made of one of its models
+from torch import Tensor, nn
+
+
+class MtpHeads:
+    """Heads 2 … H beside a model's own: head k predicts, at position t, the token at t + k.
+
+    The config says how many heads there are (`mtp_num_heads`) and what the further ones are (`mtp_head_kind`): blocks
+    beside the last one ("transformer"), or residual layers on the state that head 1's logits are made of ("medusa").
+    """
+
+    def __init__(self: Any, config: Any) -> None:
+        parent: Any = super()
+        parent.__init__(config)
+        more = getattr(config, "mtp_num_heads", 1) - 1
+        heads: list[nn.Module]
+        if getattr(config, "mtp_head_kind", "transformer") == "medusa":
+            size = config.hidden_size
+            heads = [nn.ModuleDict({"linear": nn.Linear(size, size, bias=False)}) for _ in range(more)]
+        else:
+            layers = self._layers()
+            heads = [type(layers[-1])(config, len(layers) - 1) for _ in range(more)]
+        self.extra_heads = nn.ModuleList(heads)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As every model's.
+
+        Raises:
+            ValueError: heads that the config declares are not in the files; none is made up.
+        """
+        parent: Any = super()
+        model, info = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
+        if lost := sorted(name for name in info["missing_keys"] if name.startswith("extra_heads.")):
+            raise ValueError(f"the config declares {model.config.mtp_num_heads} heads; not in the files: {lost}")
+        return (model, info) if output_loading_info else model
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_all_heads: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """What the model alone gives, which is head 1; or `logits` of [batch, position, head, vocabulary].
+
+        Raises:
+            ValueError: all heads are asked for, but of a text that is cached in part: the further heads cache nothing.
+        """
+        parent: Any = super()
+        kwargs |= {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds, "labels": labels, "logits_to_keep": logits_to_keep,
+        }  # fmt: skip
+        if not return_all_heads:
+            return parent.forward(past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        if past_key_values is not None:
+            raise ValueError("return_all_heads=True reads whole texts; leave past_key_values out")
+        calls: list[tuple[Any, Any]] = []
+        states: list[Tensor] = []
+        norm = self._norm()
+        hooks = [
+            self._layers()[-1].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True),
+            norm.register_forward_hook(lambda _, args, output: states.append(output)),
+        ]
+        try:
+            out = parent.forward(use_cache=False, **(kwargs | {"return_dict": True}))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if getattr(self.config, "mtp_head_kind", "transformer") == "medusa":
+            later = [states[0] + F.silu(head["linear"](states[0])) for head in self.extra_heads]
+        else:
+            arguments, named = calls[0]
+            later = [norm(head(*arguments, **named)) for head in self.extra_heads]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        out.logits = torch.stack([out.logits, *(self.lm_head(state[:, kept]) for state in later)], dim=-2)
+        return out
+
+    def _layers(self: Any) -> Any:
+        body = self.base_model
+        return body.h if hasattr(body, "h") else body.layers
+
+    def _norm(self: Any) -> Any:
+        body = self.base_model
+        return body.ln_f if hasattr(body, "ln_f") else body.norm
