@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wmtp.data.collate import IGNORED
 
-CHUNK_BYTES = 56 * 2**20
+CHUNK_BYTES, GPU_CHUNK_BYTES = 56 * 2**20, 256 * 2**20
 """Size of one chunk's logits where the caller names none: small beside the rest, large enough for fast products."""
 
 LOG2_E = 1 / math.log(2)
@@ -178,7 +178,8 @@ def chunks(
         return
     flat_states, flat_targets = states.detach().flatten(0, 2), targets.flatten()
     vocab_size, dtype = len(unembedding), statistics_dtype(unembedding.dtype)
-    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    size = GPU_CHUNK_BYTES if states.device.type == "cuda" else CHUNK_BYTES
+    chunk_rows = chunk_rows or max(1, size // (vocab_size * dtype.itemsize))
     pieces = rows.tensor_split(-(-len(rows) // chunk_rows))
     exponentials = states.new_empty(len(pieces[0]), vocab_size, dtype=dtype)
     products = exponentials

@@ -292,7 +292,7 @@ def expected(trainer: Trainer, seconds: float) -> str:
     )  # fmt: skip
     tokens = float(lengths.mean()) * min(plan.batch_size, len(lengths)) * plan.num_updates
     rate = trainer.position.tokens / seconds
-    time_left = f"time: about {duration(tokens / rate)} for {plan.num_updates:,} updates"
+    time_left = f"time: up to {duration(tokens / rate)} for {plan.num_updates:,} updates"
     first = f"the first took {duration(seconds)}, at {rate:,.0f} tokens/s"
     memory = in_words(estimate(layout_of(trainer.model), machine, setting), machine, setting)
     return memory + "\n" + wrapped([f"{time_left}; {first}"])
