@@ -59,8 +59,6 @@ def test_it_is_converted_once_and_is_the_model_of_the_package(
         states = model(tokens).states
         for head in states @ model.unembedding_weight.T:
             torch.testing.assert_close(head, read(tokens).logits, rtol=1e-4, atol=1e-4)
-        greedy = (states[0, -1] @ model.unembedding_weight.T).argmax()
-    assert tokenizer.decode([int(greedy)]), "it has an opinion"
     assert not config_faults(composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
     fault, *_ = config_faults(
         composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4", "model.lora.targets=[x]")
