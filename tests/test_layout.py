@@ -21,6 +21,7 @@ def options() -> list[str]:
     """Every option of every group, as an override."""
     paths = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.glob("*/**/*.yaml"))
     found = [f"{path.parent}={path.stem}" for path in paths if path.stem != "base"]
+    found = [re.sub(r"^experiment/(.*)=", r"experiment=\1/", override) for override in found]
     return [override for override in found if override not in CHOSEN_BY_ALGO]
 
 

@@ -19,10 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from wmtp import losses
+from wmtp import estimate, losses
+from wmtp.estimate import Machine, Setting
 from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.parallel import parallelise
+from wmtp.sizes import Layout
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
@@ -40,7 +42,13 @@ def loaded() -> ModuleType:
     return module
 
 
-estimate = loaded()
+script = loaded()
+GPUS = Machine(4)
+
+
+def setting(activation_checkpointing: bool, micro_batch_size: int = SAMPLES) -> Setting:
+    """As the page recommends it."""
+    return Setting("fsdp", activation_checkpointing, True, micro_batch_size)
 
 
 def built(**sizes: int) -> MtpModel:
@@ -105,10 +113,10 @@ def saved_per_token(model: MtpModel) -> float:
 
 def test_parameters_are_those_of_the_model() -> None:
     with torch.device("meta"):
-        large = built(**vars(estimate.Layout()))
-    assert large.num_parameters == estimate.Layout().parameters == 6_738_415_616
+        large = built(**{name: getattr(Layout(), name) for name in script.SIZES})
+    assert large.num_parameters == Layout().parameters == 6_738_415_616
     assert len(large.state_dict()) == 291
-    layout = estimate.Layout(**SMALL)
+    layout = Layout(**SMALL)
     assert built(**SMALL).num_parameters == layout.parameters
     assert layout.block_parameters == sum(parameter.numel() for parameter in built(**SMALL).trunk[0].parameters())
 
@@ -118,24 +126,25 @@ def test_activations_are_those_that_autograd_keeps(gpu_norms: None, activation_c
     model = gathered_in_bf16(built(**SMALL))
     model.activation_checkpointing = activation_checkpointing
     measured = saved_per_token(model)
-    layout = estimate.Layout(**SMALL)
-    assert measured == pytest.approx(estimate.activation_bytes(layout, activation_checkpointing), rel=0.02)
+    layout = Layout(**SMALL)
+    expected = estimate.activation_bytes(layout, GPUS, setting(activation_checkpointing))
+    assert measured == pytest.approx(expected, rel=0.02)
 
     one_cast = 2 * 2 * layout.dim  # the control: a normed state that all its readers share
     if not activation_checkpointing:
         naive = measured - layout.num_blocks * (5 * 2 * layout.dim - one_cast)
-        assert naive < 0.9 * estimate.activation_bytes(layout, False)
+        assert naive < 0.9 * expected
     else:
         unshared = layout.num_blocks * 4 * layout.dim + 4 * layout.num_heads * layout.dim
         assert unshared > 1.1 * measured  # as if every head had an input of its own
 
 
 def test_without_sharding_autocast_also_keeps_a_bf16_copy_of_each_matrix(gpu_norms: None) -> None:
-    layout = estimate.Layout(**SMALL)
-    matrices = layout.num_blocks * (layout.block_parameters - 2 * layout.dim)
-    copies = 2 * matrices / (SAMPLES * POSITIONS)
-    assert saved_per_token(built(**SMALL)) == pytest.approx(estimate.activation_bytes(layout, False) + copies, rel=0.02)
-    assert copies > 0.1 * estimate.activation_bytes(layout, False)
+    layout = Layout(**SMALL)
+    copies = 2 * layout.num_blocks * layout.block_matrices / (SAMPLES * POSITIONS)
+    expected = estimate.activation_bytes(layout, GPUS, setting(False))
+    assert saved_per_token(built(**SMALL)) == pytest.approx(expected + copies, rel=0.02)
+    assert copies > 0.1 * expected
 
 
 def weighted_loss(model: MtpModel) -> Tensor:
@@ -156,7 +165,7 @@ def test_operations_are_those_that_torch_counts(activation_checkpointing: bool) 
     model.activation_checkpointing = activation_checkpointing
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
-    layout = estimate.Layout(**SMALL)
+    layout = Layout(**SMALL)
     model_flops, again = estimate.flops_per_token(layout, POSITIONS)
     wanted = model_flops + (again if activation_checkpointing else 0)
     assert counter.get_total_flops() / (SAMPLES * POSITIONS) == pytest.approx(wanted, rel=0.001)
@@ -195,23 +204,21 @@ def test_bytes_are_those_that_fsdp_sends(group_of_four: int, activation_checkpoi
     parallelise(model, [*model.trunk, *model.heads], "fsdp", "bf16")
     with Traffic() as counted:
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
-    setting = estimate.Setting("fsdp", activation_checkpointing, True, SAMPLES)
     share = (group_of_four - 1) / group_of_four
-    layout = estimate.Layout(**SMALL)
-    gathered, reduced = estimate.traffic(layout, group_of_four, setting, micro_batches=1)
+    layout = Layout(**SMALL)
+    gathered, reduced = estimate.traffic(layout, group_of_four, setting(activation_checkpointing), micro_batches=1)
     assert (share * counted.gathered, share * counted.reduced) == (gathered, reduced)
     blocks = layout.num_blocks * layout.block_parameters
     assert gathered > 1.4 * share * (2 * blocks + 4 * (layout.parameters - blocks))  # the control: for the forward only
 
 
 def test_memory_is_shared_where_it_says_so() -> None:
-    layout, machine = estimate.Layout(), estimate.Machine(4, 80)
-    each = estimate.memory(layout, machine, estimate.Setting("fsdp", True, True, 2))
-    once = estimate.memory(layout, machine, estimate.Setting("fsdp", True, False, 2))
-    state = each["parameters"] + each["gradients"] + each["Adam"]
+    layout = Layout()
+    each = estimate.memory(layout, GPUS, setting(True, 2))
+    once = estimate.memory(layout, GPUS, setting(True, 2)._replace(reduce_each_micro_batch=False))
+    state = each["parameters"] + each["gradients"] + each["optimizer"]
     assert state == 16 * layout.parameters / 4
     assert once["gradients"] == 4 * layout.parameters  # accumulated without reducing: one GPU holds them all
-    assert estimate.CHUNK_BYTES == losses.CHUNK_BYTES
 
 
 def blocks_of_tables(text: str) -> list[str]:
@@ -222,7 +229,7 @@ def blocks_of_tables(text: str) -> list[str]:
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What the script prints."""
     monkeypatch.setattr(sys, "argv", ["estimate_scaling.py", *arguments])
-    estimate.main()
+    script.main()
     return capsys.readouterr().out
 
 
@@ -248,28 +255,28 @@ def recommended() -> list[list[str]]:
 
 
 def test_the_page_recommends_what_fits_and_is_fastest() -> None:
-    machines = [estimate.Machine(4, 40), estimate.Machine(4, 80), estimate.Machine(64, 80)]
+    machines = [Machine(4, 40), Machine(4, 80), Machine(64, 80)]
     assert len(recommended()) == len(machines)
     for machine, overrides in zip(machines, recommended(), strict=True):
         said = dict(override.split("=", 1) for override in overrides)
-        setting = estimate.Setting(
+        recommendation = Setting(
             "fsdp",  # of hardware=a100x4
             said.get("hardware.activation_checkpointing") == "true",
-            said.get("hardware.reduce_each_micro_batch") == "true" or machine.gpus == 64,
+            said.get("hardware.reduce_each_micro_batch") == "true" or machine.processes == 64,
             int(said["micro_batch_size"]),
         )
         assert said["hardware"] == "a100x4"
-        assert int(said.get("hardware.num_processes", "4")) == machine.gpus
+        assert int(said.get("hardware.num_processes", "4")) == machine.processes
         assert int(said["batch_size"]) == machine.batch_size
-        assert setting == estimate.best(estimate.Layout(), machine)
+        assert recommendation == script.best(Layout(), machine)
 
 
 def test_the_page_expects_what_was_computed() -> None:
     rows = re.findall(r"^\| (\d+) × A100 (\d+) GB \|.*\| ([\d,]+) – ([\d,]+) tokens/s", PAGE.read_text(), re.MULTILINE)
     assert [(int(row[0]), int(row[1])) for row in rows] == [(4, 40), (4, 80), (64, 80)]
     for gpus, memory, *rates in rows:
-        machine = estimate.Machine(int(gpus), int(memory))
-        found = estimate.speed(estimate.Layout(), machine, estimate.best(estimate.Layout(), machine))
+        machine = Machine(int(gpus), int(memory))
+        found = estimate.speed(Layout(), machine, script.best(Layout(), machine))
         said = [int(rate.replace(",", "")) for rate in rates]
         assert said == pytest.approx([found.slow, found.fast], rel=0.05)
 

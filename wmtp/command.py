@@ -270,7 +270,7 @@ def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str]
     overrides: dict[tuple[str, str | None], str] = {}
     for override in parsed(saved_overrides(arguments) + arguments, faults):
         key, text = override.key_or_group, override.input_line or ""
-        options = [path.stem for path in (CONFIG_FOLDER / key).glob("*.yaml")] if is_group(key) else None
+        options = options_of(key) if is_group(key) else None
         if options is not None and str(override.value()) not in options:
             choice = str(override.value())
             faults.append(Fault(key, choice, f"no such option; {did_you_mean(choice, options)}"))
@@ -288,6 +288,13 @@ def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str]
     if faults:
         raise ConfigError(faults)
     return chosen, config
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group; experiments may lie in folders."""
+    folder = CONFIG_FOLDER / group
+    found = folder.glob("**/*.yaml" if group == "experiment" else "*.yaml")
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in found]
 
 
 def farewell(error: BaseException, folder: Path | None, command: Command) -> str:

@@ -1,0 +1,161 @@
+"""Print the tables of docs/presets.md: what every preset of conf/experiment takes, calculated, not measured.
+
+Models are those of the configs, on the meta device; those of pretrained ones have the published sizes.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import torch
+from estimate_scaling import YES, fits, table
+from omegaconf import DictConfig
+
+from wmtp.checks import needs_values
+from wmtp.config import CONFIG_FOLDER, build, stage_config
+from wmtp.estimate import GB, Machine, Setting, all_logits_bytes, duration, memory, speed
+from wmtp.models.mtp import empty_model
+from wmtp.overrides import forced
+from wmtp.plan import Plan
+from wmtp.sizes import Layout, layout_of
+from wmtp.stages import Stage
+from wmtp.trained import compose_source
+
+META_7B = {
+    "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 32000, "norm_eps": 1e-5,
+    "rope_theta": 10000.0, "n_future_tokens": 4,
+}  # fmt: skip
+SMOLLM2 = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PUBLISHED = {"MetaCheckpoint": ("params.json", META_7B), "SmolLM2": ("config.json", SMOLLM2)}
+"""What stands in for the folder of a pretrained model."""
+MBPP = 374
+"""Training problems of MBPP."""
+NOMINAL = {"cuda": 80, "cpu": 16, "mps": 16}
+"""GB of a GPU, and of a laptop."""
+PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "work", "total")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One stage of a preset, as the calculation needs it."""
+
+    name: str
+    layout: Layout
+    machine: Machine
+    setting: Setting
+    num_samples: int
+    num_updates: int
+
+
+def presets() -> list[str]:
+    """The experiments, as they are asked for, but those that others are made from."""
+    folder = CONFIG_FOLDER / "experiment"
+    found = [path.relative_to(folder).with_suffix("") for path in folder.glob("**/*.yaml") if path.stem != "base"]
+    return sorted(map(str, found))
+
+
+def composed(preset: str, folder: Path) -> DictConfig:
+    """The config of a preset, whose pretrained model is described in a new folder below `folder`."""
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        config = hydra.compose("train", [forced(f"experiment={preset}")])
+    file, content = PUBLISHED.get(config.model["_target_"].rpartition(".")[2], (None, None))
+    if file is not None:
+        place = folder / preset
+        place.mkdir(parents=True)
+        (place / file).write_text(json.dumps(content))
+        (place / "tokenizer.json").touch()
+        config.model.path = str(place)
+    return config
+
+
+def layout(config: DictConfig, folder: Path, stage: Stage | None) -> Layout:
+    """The sizes of the model of a stage, of which that stage's parameters train; `folder` keeps the tokenizer."""
+    is_new = "path" not in config.model  # and as large as its tokenizer makes it
+    source = compose_source(config.model, build(config.model.tokenizer, cache_dir=folder) if is_new else None, folder)
+    model = empty_model(source.architecture(), source.lora, source.value_head_dim)
+    if needs_values(config) if stage is None else stage.trains_policy:
+        with torch.device("meta"):
+            model.add_value_head()
+    if stage is not None:
+        stage.freeze(model)
+    return layout_of(model)
+
+
+def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = None) -> Training:
+    """What a config says of one stage."""
+    hardware, data = config.hardware, config.data
+    num_samples = data.n_samples or data.get("num_train") or MBPP
+    device = "cpu" if hardware.device == "auto" else hardware.device
+    plan = build(config, Plan, num_samples=num_samples, num_processes=hardware.num_processes)
+    setting = Setting(
+        hardware.strategy if hardware.num_processes > 1 else "single", hardware.activation_checkpointing,
+        hardware.reduce_each_micro_batch, plan.micro_batch_size, hardware.precision,
+    )  # fmt: skip
+    machine = Machine(
+        hardware.num_processes, NOMINAL[device], sequence=data.max_length, batch_size=plan.batch_size, device=device
+    )
+    return Training(name, layout(config, folder, stage), machine, setting, num_samples, plan.num_updates)
+
+
+def trainings() -> Iterator[Training]:
+    """Every stage of every preset."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for preset in presets():
+            config = composed(preset, folder)
+            if config.pretrain is not None:
+                stage: Stage = build(config.pretrain)
+                yield training(f"{preset}, the stage before", stage_config(config), folder, stage)
+            yield training(preset, config, folder)
+
+
+def in_millions(number: int) -> str:
+    """A number of parameters."""
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
+
+
+def memory_row(each: Training) -> list[object]:
+    """GB of one process."""
+    found, counts = memory(each.layout, each.machine, each.setting), each.layout.counted
+    sizes = [f"{found[part] / GB:.2f}" for part in PARTS]
+    tokens = each.setting.micro_batch_size * each.machine.sequence
+    at_once = "–" if each.layout.trains_values_only else f"{all_logits_bytes(each.layout, tokens) / GB:.2f}"
+    room = f"{YES[fits(each.layout, each.machine, each.setting)]}, {each.machine.memory} GB"
+    return [
+        each.name, in_millions(counts.parameters), in_millions(counts.trained),
+        f"{each.setting.micro_batch_size} × {each.machine.sequence}", *sizes, room, at_once,
+    ]  # fmt: skip
+
+
+def time_row(each: Training) -> list[object]:
+    """Updates, and on A100s how long they take where every sample is as long as it may be."""
+    samples = [each.name, f"{each.num_samples:,}", each.machine.sequence, each.num_updates]
+    if each.machine.device != "cuda":
+        return [*samples, "dry run", "dry run", "dry run"]
+    found, tokens = speed(each.layout, each.machine, each.setting), each.machine.batch_size * each.machine.sequence
+    seconds = [tokens / found.fast, tokens / found.slow]
+    # where values alone train, the trunk runs once over the data; later updates read its states
+    updates = each.num_samples / each.machine.batch_size if each.layout.trains_values_only else each.num_updates
+    least, most = (duration(updates * second) for second in seconds)
+    return [
+        *samples, f"{seconds[0]:.1f} – {seconds[1]:.1f}", f"{found.slow:,.0f} – {found.fast:,.0f}", f"{least} – {most}"
+    ]  # fmt: skip
+
+
+def tables() -> list[str]:
+    """Memory, then time."""
+    found = list(trainings())
+    figures = ["preset", "numbers", "trained", "a forward", *PARTS, "fits", "all logits"]
+    planned = ["preset", "samples", "tokens at most", "updates", "s an update", "tokens/s", "in all"]
+    return [table(figures, [memory_row(each) for each in found]), table(planned, [time_row(each) for each in found])]
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables()))
