@@ -520,6 +520,7 @@ def test_the_door(
     assert (code, out) == (2, "")
     assert "hf: is one too many; write python -m wmtp.export RUN DIR format=hf, hf_trunk, medusa or meta" in err
     name = "a folder, {of} [mine]"
+    Path("tokenizer.json").write_text("of something else, in the folder that the command runs in")
     code, out, err = opened(str(runs.get("own").folder), name, "format=hf_trunk", f"cache_dir={runs.cache}")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
@@ -527,6 +528,8 @@ def test_the_door(
         f'  AutoModelForCausalLM.from_pretrained("{name}")',
     ]
     assert AutoConfig.from_pretrained(tmp_path / name).model_type == "llama"
+    own = BackendTokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+    assert own.get_vocab() == runs.get("own").tokenizer.backend.get_vocab()
 
 
 def test_a_value_head_stays_behind_and_that_is_said(

@@ -205,7 +205,10 @@ def test_heads_that_are_not_there_are_made_or_done_without_never_silently(
 ) -> None:
     made = source(folders("qwen3"), tokenizer, num_heads=4)
     assert made.num_heads == made.new().num_heads == 4
-    assert not caplog.records
+    assert "has 1 of 4 heads; the others are new" in caplog.text
+    caplog.clear()
+    assert source(folders("qwen3"), tokenizer, num_heads=1).new().num_heads == 1
+    assert not caplog.records, "the control: nothing to say"
     without = source(folders("qwen3"), tokenizer, num_heads=4, create_heads=False)
     assert without.num_heads == without.new().num_heads == 1
     assert "model.num_heads=4" in caplog.text and "the model has 1" in caplog.text
@@ -344,3 +347,44 @@ def test_a_reference_with_two_ids_swapped_is_refused(
     assert outcome.code == 2
     assert "token 300 is" in outcome.err and "reference" in outcome.err
     assert not Path("run/metrics.jsonl").exists()
+
+
+def test_labels_of_a_config_do_not_keep_a_run_from_going_on(
+    folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(folders("llama"), tmp_path / "labelled"))
+    config = json.loads((path / "config.json").read_text()) | {"id2label": {"0": "a", "1": "b", "2": "c"}}
+    (path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    options = ["model=huggingface", f"model.path={path}", "data.num_train=40", *QUICK, "hydra.run.dir=run"]
+    assert invoke(*options, tiny=False).code == 0
+    outcome = invoke("resume=run", "max_steps=3", tiny=False)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_reference_that_reads_less_than_the_data_is_refused(
+    tokenizer: Tokenizer, invoke: Invoke, tmp_path: Path
+) -> None:
+    config = FAMILIES["gpt2"]()
+    config.n_positions = 100
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "short")
+    write_tokenizer(tmp_path / "short", tokenizer)
+    outcome = invoke("algo=rho1", f"algo.reference={tmp_path / 'short'}", *QUICK)
+    assert outcome.code == 2
+    assert "algo.reference=" in outcome.err and "the model reads 100 tokens at most" in outcome.err
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_reference_that_is_no_model_is_named(kind: str, invoke: Invoke, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir() if kind == "folder" else nothing.write_text("x")
+    outcome = invoke("algo=rho1", f"algo.reference={nothing}", *QUICK)
+    assert outcome.code == 2 and f"algo.reference={nothing}" in outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_config_that_transformers_cannot_use_is_a_fault(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(folders("llama"), tmp_path / "odd"))
+    for name, value in {"hidden_act": "nosuch", "quantization_config": {"quant_method": "gptq", "bits": 4}}.items():
+        config = json.loads((folders("llama") / "config.json").read_text()) | {name: value}
+        (path / "config.json").write_text(json.dumps(config))
+        (fault,) = config_faults(composed("model=huggingface", f"model.path={path}"))
+        assert fault.key == "model.path", fault

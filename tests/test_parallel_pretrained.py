@@ -15,6 +15,10 @@ pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 CASES = {
     "tied": ("llama-tied", []),
     "learned positions, medusa heads": ("gpt2", ["model.head_kind=medusa", "checkpoint=sharded"]),
+    "bf16, with a value head": (
+        "qwen2",
+        ["model.dtype=bf16", "hardware.precision=bf16", "algo=critic", "pretrain=none"],
+    ),
     "adapters": ("qwen3", ["model.lora.rank=2", "algo=critic", "pretrain.trains=head", "pretrain.max_steps=2"]),
 }
 
@@ -33,7 +37,7 @@ def test_two_processes_train_as_one(case: str, ranks: Ranks, tokenizer: Tokenize
     for strategy in BOTH:
         first, second = ranks(trained, tmp_path / strategy, *overrides, *BOTH[strategy], timeout=60)
         assert first == second
-        assert worst_loss(alone, first) <= 1e-5, strategy
+        assert worst_loss(alone, first) <= (0.02 if "model.dtype=bf16" in options else 1e-5), strategy
         others = trained(tmp_path / f"{strategy}-other", *overrides, "seed=1")
         assert worst_loss(alone, others) > 1e-3, "the control"
     assert torch.isfinite(torch.tensor([line["train/loss"] for line in alone if "train/loss" in line])).all()

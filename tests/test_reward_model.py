@@ -166,6 +166,16 @@ def with_prefix_space(tokenizer: Tokenizer) -> BackendTokenizer:
     return backend
 
 
+def greedy_special_tokens(ours: Tokenizer) -> BackendTokenizer:
+    """Special tokens that take the space behind them along."""
+
+    def change(content: dict[str, Any]) -> None:
+        for token in content["added_tokens"]:
+            token["rstrip"] = True
+
+    return changed(ours.backend, change)
+
+
 def single_digits(tokenizer: Tokenizer) -> BackendTokenizer:
     backend = changed(tokenizer.backend, lambda content: None)
     parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -177,9 +187,10 @@ OTHERS: dict[str, tuple[Callable[[Tokenizer], BackendTokenizer], str]] = {
     "size": (other_size, "it has 513 tokens, ours has 512"),
     "swapped ids": (lambda ours: changed(ours.backend, swap_tokens), "token 400 is '.*', in ours it is '.*'"),
     "swapped merges": (lambda ours: changed(ours.backend, swap_merges), "merge 20 is"),
-    "normaliser": (normalising, "it has other normaliser"),
+    "normaliser": (normalising, "splits text otherwise"),
     "prefix space": (with_prefix_space, "splits text otherwise"),
     "digits": (single_digits, "splits text otherwise"),
+    "special tokens": (greedy_special_tokens, "it has other special tokens"),
 }
 
 
@@ -294,7 +305,7 @@ def test_a_folder_that_is_no_reward_model_is_refused(
 
 
 def test_a_padding_token_that_also_ends_samples_is_refused(folder: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"set data\.tokenizer\.padding"):
+    with pytest.raises(InputError, match=r"set model\.tokenizer\.padding"):
         RewardModel(folder, Tokenizer(tokenizer.backend, END, END), CPU)
 
 

@@ -28,7 +28,7 @@ from wmtp.sandbox.judge import judge
 from wmtp.sandbox.limits import Limits
 from wmtp.stages import Stage
 from wmtp.token_columns import TokenColumns
-from wmtp.trained import compose_source, load_trained
+from wmtp.trained import compose_source, load_trained, require_room
 from wmtp.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,8 @@ def compose_trainer(
     if hardware.compile:
         for block in blocks:
             block.compile()
-    parallelise(model, blocks, hardware.strategy, hardware.precision)
+    values = [] if model.value_head is None else [model.value_head]  # fp32 whatever the others are
+    parallelise(model, blocks, hardware.strategy, hardware.precision, exact=values)
     optimizer = build(config.optimizer, params=parameter_groups(model))
     plan = build(config, Plan, num_samples=len(data.train), num_processes=processes.size)
     trainer: Trainer = build(
@@ -231,9 +232,24 @@ def compose_reference(config: DictConfig, parts: Parts, stage_model: MtpModel | 
         source = compose_source(one_head, parts.tokenizer, Path(config.cache_dir))
         stage_model = source.new().to(parts.hardware.device)
     elif reference is not None:
-        stage_model = load_trained(Path(reference), parts.tokenizer, parts.hardware, Path(config.cache_dir))
+        stage_model = load_reference(Path(reference), parts, Path(config.cache_dir))
     assert stage_model is not None
     return stage_model.eval().requires_grad_(False)
+
+
+def load_reference(path: Path, parts: Parts, cache_dir: Path) -> MtpModel:
+    """The model of a run, checkpoint or folder of transformers that the user named as the reference.
+
+    Raises:
+        InputError: there is none, its tokenizer is another, or it cannot read texts as long as the data's.
+    """
+    try:
+        model = load_trained(path, parts.tokenizer, parts.hardware, cache_dir)
+        require_room(model, parts.data.max_length, "data.max_length")
+    except InputError as error:
+        prefix = "" if str(error).startswith("algo.reference") else f"algo.reference={path}: "
+        raise InputError(f"{prefix}{error}") from error
+    return model
 
 
 def compose_policy(config: DictConfig, parts: Parts, stage_model: MtpModel | None) -> MtpModel:

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config import Fault, node_faults, nodes
+from wmtp.config import ConfigError, Fault, node_faults, nodes
 from wmtp.errors import InputError
 from wmtp.runtime.hardware import hardware_problems
 from wmtp.trained import find_checkpoint, identity_of, read_config
@@ -123,5 +123,7 @@ def checkpoint_faults(config: DictConfig) -> Iterator[Fault]:
         return
     try:
         read_config(find_checkpoint(path)[1])
+    except ConfigError as error:
+        yield from error.faults
     except InputError as error:
         yield Fault("checkpoint", str(path), str(error))

@@ -37,7 +37,7 @@ from wmtp.sandbox.judge import judge
 from wmtp.tracking.jsonl import FILE_NAME as METRICS
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
 from wmtp.tracking.mlflow import send_pending
-from wmtp.trained import find_checkpoint, load_trained, position_of, read_config
+from wmtp.trained import find_checkpoint, load_trained, position_of, read_config, require_room
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Evaluator:
         records = self._records()
         problems = self._problems(records)
         model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware, self.cache_dir)
+        require_room(model, self.source.max_length, "data.max_length")
         step, epoch = position_of(self.checkpoint)  # now: a run that is still going may replace its best
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":

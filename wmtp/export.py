@@ -38,9 +38,9 @@ def export(task: Task) -> None:
     merge(model.trunk)
     left = ["adapters are merged"] if model.lora is not None else []
     model.lora = None
-    files = Path(trained.model.tokenizer.get("path") or "")
-    has_files = (files / "tokenizer.json").is_file() and files.is_dir()
-    source = Trained(model.eval(), tokenizer, trained.data.max_length, files if has_files else None)
+    named = trained.model.tokenizer.get("path")
+    has_files = named is not None and (Path(named) / "tokenizer.json").is_file()
+    source = Trained(model.eval(), tokenizer, trained.data.max_length, Path(named) if has_files else None)
     written = write(source, config.format, Path(config.folder))
     left += ["the value head is not exported"] if needs_values(trained) else []
     print("\n  ".join([*written, *left]))

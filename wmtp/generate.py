@@ -25,7 +25,7 @@ def generate(task: Task) -> None:
     from wmtp.generation.cost import speculation_metrics
     from wmtp.generation.decoding import Completion, Request
     from wmtp.generation.decoding import generate as completions
-    from wmtp.trained import find_checkpoint, load_trained, read_config
+    from wmtp.trained import find_checkpoint, load_trained, read_config, require_room
 
     config = task.config
     checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
@@ -42,6 +42,7 @@ def generate(task: Task) -> None:
         )
     hardware = build(config.hardware)
     model = load_trained(checkpoint, tokenizer, hardware, cache_dir)
+    require_room(model, context, "context")
     requests = [Request(prompt, sample_seed(config.seed, text, index)) for index in range(config.n)]
 
     def show(index: int, piece: str) -> None:

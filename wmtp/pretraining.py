@@ -103,6 +103,8 @@ def take_over(source: Path, folder: Path, config: DictConfig) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     saved = Path(result["saved"]).relative_to(PRETRAIN)
     shutil.copytree(source / PRETRAIN / saved, staged / saved)
+    if (source / PRETRAIN / "model").is_dir():
+        shutil.copytree(source / PRETRAIN / "model", staged / "model")
     for name in ("config.yaml", "result.json", "value_head.safetensors"):
         if (source / PRETRAIN / name).exists():
             shutil.copy(source / PRETRAIN / name, staged / name)

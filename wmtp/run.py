@@ -63,6 +63,7 @@ class Run:
 
     def __init__(self, config: DictConfig, folder: Path, ending: Ending, overrides: Sequence[str]) -> None:
         """`overrides` are what the user typed; `ending` is told how far the run came."""
+        config = with_absolute_path(config)
         self.config, self.folder, self.ending, self.overrides = config, folder, ending, list(overrides)
         self.processes = Processes()
         self.resolved = OmegaConf.to_yaml(config, resolve=True)
@@ -157,6 +158,7 @@ class Run:
         self._restore(trainer)
         self._accept(parts)
         self.processes.from_main(lambda: write_record(self.folder, self.config))
+        self.processes.from_main(lambda: self._keep_model(stage_config(self.config), folder, parts))
         self._say(f"The stage before the training, {type(stage).__name__}:\n{described(trainer)}")
         result = self._fit(trainer, folder)
         if result.stop_reason is not None:
@@ -208,13 +210,17 @@ class Run:
         self.is_accepted = True
         replace_atomically(self.folder / "config.yaml", self.resolved.encode())
         replace_atomically(self.folder / ACCEPTED, encode_json(self.overrides))
-        source = compose_source(self.config.model, parts.tokenizer, Path(self.config.cache_dir))
-        for name, content in source.files().items():
-            (self.folder / MODEL_FOLDER).mkdir(exist_ok=True)
-            replace_atomically(self.folder / MODEL_FOLDER / name, content)
+        self._keep_model(self.config, self.folder, parts)
         identify(self.folder, self.config.checkpoint.get("remote"))
         write_provenance(self.folder, self.overrides, parts.data)
         self.deliveries = open_deliveries(self.config, self.folder, self.console, is_training=True)
+
+    def _keep_model(self, config: DictConfig, folder: Path, parts: Parts) -> None:
+        """Put what describes a pretrained model beside the config that names it."""
+        source = compose_source(config.model, parts.tokenizer, Path(config.cache_dir))
+        for name, content in source.files().items():
+            (folder / MODEL_FOLDER).mkdir(exist_ok=True)
+            replace_atomically(folder / MODEL_FOLDER / name, content)
 
     def _record_resume(self, checkpoint: Path, changes: dict[str, str]) -> None:
         """Append to the run's record where it goes on, in how many processes, and what was declared to change."""
@@ -242,6 +248,16 @@ class Run:
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)
+
+
+def with_absolute_path(config: DictConfig) -> DictConfig:
+    """The config with the folder of a pretrained model as it is found from anywhere."""
+    path = config.model.get("path")
+    if path is None:
+        return config
+    config = config.copy()
+    config.model.path = str(Path(path).absolute())
+    return config
 
 
 def rehearse(config: DictConfig, folder: Path) -> None:

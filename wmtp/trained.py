@@ -14,7 +14,6 @@ from wmtp.errors import InputError
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelSource
-from wmtp.runtime.folder import PRETRAIN
 from wmtp.runtime.hardware import Hardware
 
 FROM_CONFIG = {"model": ("wmtp.models.",), "model.tokenizer": ("wmtp.data.tokenization.", "wmtp.models.")}
@@ -34,7 +33,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if (path / "manifest.json").exists():
         return path, path.parent.parent / "config.yaml"
     if not (path / "checkpoints").is_dir():
-        raise InputError(f"{path}: neither a run's folder nor a checkpoint: it has no checkpoints and no manifest.json")
+        what = "neither a run's folder nor a checkpoint nor a pretrained model"
+        raise InputError(f"{path}: {what}: it has no checkpoints, manifest.json or config.json")
     store = CheckpointStore(path)
     return store.best() or store.latest(), path / "config.yaml"
 
@@ -49,8 +49,7 @@ def read_config(path: Path) -> DictConfig:
         raise InputError(f"{path}: is missing; it says how the checkpoint's model is made")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
-    run = path.parent.parent if path.parent.name == PRETRAIN else path.parent
-    if (kept := run / MODEL_FOLDER).is_dir():
+    if (kept := path.parent / MODEL_FOLDER).is_dir():
         config.model.tokenizer.path = str(kept)
         if not OmegaConf.select(config, "model.lora.rank"):  # adapters need the weights that they stand beside
             config.model.path = str(kept)
@@ -113,14 +112,22 @@ def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
     from wmtp.models.huggingface.pretrained import Pretrained  # imports transformers, which takes seconds
 
     source = Pretrained(tokenizer=tokenizer, path=path, num_heads=1, lora=Lora())
+    source.key = "algo.reference"
     if problems := list(source.problems()):
-        raise InputError("; ".join(f"{path}: {problem}" for _, _, problem in problems))
+        raise source.error("; ".join(problem for _, _, problem in problems))
     difference = tokenizer_difference(tokenizer, read_backend(path / "tokenizer.json"))
     if difference is not None:
         raise InputError(
             f"{path}: its tokenizer is not that of the policy: {difference}; use a model with the same one"
         )
     return source.new()
+
+
+def require_room(model: MtpModel, length: int, key: str) -> None:
+    """Raises `InputError` where a model cannot read texts of this many tokens, which `key` asks for."""
+    limit = model.architecture.max_positions
+    if limit is not None and length > limit:
+        raise InputError(f"{key}={length}: the model reads {limit} tokens at most")
 
 
 def identity_of(checkpoint: Path) -> str:

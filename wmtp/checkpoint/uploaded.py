@@ -17,7 +17,7 @@ STEP = re.compile(r"step_\d{8,}")
 RECORDS = (
     RUN, "config.yaml", PROVENANCE, RECEIPT, "metrics.jsonl", "samples.jsonl", RESUMES, ".hydra/*.yaml", str(ACCEPTED),
     "system.jsonl", "pretrain/config.yaml", "pretrain/metrics.jsonl", "pretrain/value_head.safetensors",
-    "model/*",
+    "model/*", "pretrain/model/*",
 )  # fmt: skip
 """What is sent before a checkpoint, so that whoever sees one also sees what led to it."""
 CONCLUSIONS = ("summary.json", "report.html", "train.log")

@@ -34,7 +34,7 @@ class Tokenizer:
 
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
         self.backend = backend
-        self.vocab_size: int = backend.get_vocab_size()
+        self.vocab_size: int = 1 + max(backend.get_vocab().values())  # ids may have gaps
         self.end, self.padding = special_id(backend, end), special_id(backend, padding)
         self.fingerprint = content_fingerprint(backend)
 
@@ -158,15 +158,15 @@ def content(backend: BackendTokenizer) -> dict[str, Any]:
     """
     described = json.loads(backend.to_str())
     vocabulary = {number: token for token, number in backend.get_vocab().items()}
-    special = {
-        str(number): [token.content, token.special] for number, token in backend.get_added_tokens_decoder().items()
-    }
+    model = described["model"]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else None  # of a unigram model
     return {
         "vocabulary": [[number, vocabulary[number]] for number in sorted(vocabulary)],
-        "merges": [m if isinstance(m, str) else " ".join(m) for m in described["model"].get("merges") or []],
-        "special tokens": special,
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []],
+        "special tokens": sorted(described["added_tokens"], key=lambda token: token["id"]),
         "normaliser": described["normalizer"],
         "splitting": described["pre_tokenizer"],
+        "model": {key: value for key, value in model.items() if key not in ("vocab", "merges")} | {"scores": scores},
         "probe": backend.encode(PROBE, add_special_tokens=False).tokens,
     }
 
@@ -202,11 +202,11 @@ def _differences(ours: Tokenizer, theirs: BackendTokenizer) -> Iterator[str]:
     for number, (one, another) in enumerate(zip_longest(other["merges"], own["merges"])):
         if one != another:
             yield f"merge {number} is {one!r}, in ours it is {another!r}"
-    for name in ("special tokens", "normaliser"):
-        if other[name] != own[name]:
-            yield f"it has other {name}: {json.dumps(other[name])}, ours has {json.dumps(own[name])}"
     text = PROBE + "".join(str(ours.backend.id_to_token(number)) for number in (ours.padding, ours.end))
     pieces = [backend.encode(text, add_special_tokens=False).tokens for backend in backends]
     for one, another in zip_longest(*pieces):
         if one != another:
             yield f"it splits text otherwise: {one!r} where ours has {another!r}"
+    for name in ("special tokens", "normaliser", "splitting", "model"):
+        if other[name] != own[name]:
+            yield f"it has other {name}: {json.dumps(other[name])[:200]}, ours has {json.dumps(own[name])[:200]}"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from wmtp.generation.reading import Cache, Reader, Reading
+from wmtp.generation.reading import Cache, Reader, Reading, evaluating
 from wmtp.generation.stacked import StackedBlock, table_of_turns
 from wmtp.models.mtp import MtpModel
 from wmtp.models.transformer import Block
@@ -85,11 +85,8 @@ class CachedModel:
         return next(self._norm.parameters()).dtype
 
     def _embedded(self, x: Tensor, positions: Tensor) -> Tensor:
-        was_training = self._positions.training
-        self._positions.eval()
-        embedded = self._positions.embed(x, positions).to(self.dtype)
-        self._positions.train(was_training)
-        return embedded
+        with evaluating(self._positions):
+            return self._positions.embed(x, positions).to(self.dtype)
 
     def _normed(self, states: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
         normed: Tensor = self._norm(states.to(self._norm_dtype))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wmtp.generation.reading import Memory, Reading
+from wmtp.generation.reading import Memory, Reading, evaluating
 from wmtp.models.huggingface.families import DecoderBlock, within_window
 
 
@@ -35,10 +35,8 @@ class Layer:
         mask = None
         if not reading.is_causal or (window is not None and window < reading.length):
             mask = reading.shared(window, lambda: within_window(reading.positions, reading.length, window))
-        was_training = self.block.training
-        self.block.eval()
-        stream = self.block.read(x, reading.context, mask, _Slots(reading, memory))
-        self.block.train(was_training)
+        with evaluating(self.block):
+            stream = self.block.read(x, reading.context, mask, _Slots(reading, memory))
         return stream[None] if at is None else stream[reading.rows, at, None][None]
 
 

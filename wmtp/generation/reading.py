@@ -1,12 +1,13 @@
 """What a model remembers of the sequences that it reads piece by piece, and where the next pieces go."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmtp.models.architecture import Context
 
@@ -29,6 +30,19 @@ class Reader(Protocol):
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
         """Each block's stream behind every position, or behind the one that `at` names in each row."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it, a module is not training."""
+    was_training = module.training
+    if was_training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            module.train()
 
 
 class Cache:

@@ -56,6 +56,10 @@ class Architecture(Protocol):
         """Plain values that, with the parameters, decide what a forward gives."""
 
     @property
+    def max_positions(self) -> int | None:
+        """The longest text that can be read at all; None: there is no limit."""
+
+    @property
     def dim(self) -> int:
         """The width of the stream."""
 

@@ -52,6 +52,10 @@ class LlamaArchitecture:
     head_kind: HeadKind = "transformer"
 
     @property
+    def max_positions(self) -> None:
+        """Positions are relative."""
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All of them."""
         return asdict(self)

@@ -36,8 +36,11 @@ class Lora:
         """
         from peft import LoraConfig, inject_adapter_in_model  # imports transformers, which takes seconds
 
-        self.require_targets(trunk)
-        targets = self.targets or matrices(trunk)
+        there = matrices(trunk)
+        if unknown := self.unknown_targets(trunk):
+            listed = ", ".join(there)
+            raise InputError(f"model.lora.targets={','.join(unknown)}: the trunk has no such matrix; it has {listed}")
+        targets = self.targets or there
         assert self.rank is not None
         inject_adapter_in_model(
             LoraConfig(
@@ -48,13 +51,9 @@ class Lora:
             trunk,
         )  # fmt: skip
 
-    def require_targets(self, trunk: nn.ModuleList) -> None:
-        """Raises `InputError` where a target names no matrix of the trunk."""
-        there = matrices(trunk)
-        if unknown := [target for target in self.targets or () if target not in there]:
-            raise InputError(
-                f"model.lora.targets={','.join(unknown)}: the trunk has no such matrix; it has {', '.join(there)}"
-            )
+    def unknown_targets(self, trunk: nn.ModuleList) -> list[str]:
+        """The targets that name no matrix of the trunk."""
+        return sorted(set(self.targets or ()) - set(matrices(trunk)))
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmtp.annotations import Positive
 from wmtp.data.tokenization import Tokenizer, kept_tokenizer
@@ -26,16 +26,14 @@ from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.lora import Lora
 from wmtp.models.meta_layout import METADATA, PARAMS, SAFETENSORS, TORCH, meta_names, params_of, read_meta, read_params
 from wmtp.models.mtp import MtpModel, empty_model
-from wmtp.models.source import ModelSource, Problem
+from wmtp.models.source import PretrainedSource, Problem
 from wmtp.runtime.files import encode_json, replace_atomically, sync
 
 log = logging.getLogger(__name__)
 
 
-class MetaCheckpoint(ModelSource):
+class MetaCheckpoint(PretrainedSource):
     """A multi-token model of Meta's; heads beyond those that are there begin as copies of head 1."""
-
-    is_pretrained = True
 
     def __init__(
         self,
@@ -59,12 +57,10 @@ class MetaCheckpoint(ModelSource):
         self.dtype, self.dropout = dtype, dropout
 
     @property
-    def num_heads(self) -> int:
-        """As it was asked for, or as many as there are."""
+    def stored_heads(self) -> int:
+        """As the folder says."""
         with self._placed():
-            stored = read_meta(self.path).params.n_future_tokens
-        wanted = self.wanted_heads or stored
-        return wanted if self.create_heads else min(wanted, stored)
+            return read_meta(self.path).params.n_future_tokens
 
     def architecture(self) -> LlamaArchitecture:
         """As the folder says, with the heads that are asked for."""
@@ -79,18 +75,7 @@ class MetaCheckpoint(ModelSource):
         except InputError as error:
             yield from (("path", str(self.path), problem) for problem in _problems(error))
             return
-        if self.lora is None:
-            return
-        with torch.device("meta"):
-            trunk = nn.ModuleList(self.architecture().parts().trunk)
-        if not trunk:
-            yield "lora.rank", str(self.lora.rank), "the trunk has no blocks that could have adapters"
-            return
-        try:
-            self.lora.require_targets(trunk)
-        except InputError as error:
-            key, _, problem = str(error).partition(": ")
-            yield "lora.targets", key.partition("=")[2], problem
+        yield from self.adapter_problems()
 
     def files(self) -> dict[str, bytes]:
         """A params.json that needs no other file, and the tokenizer."""
@@ -100,22 +85,14 @@ class MetaCheckpoint(ModelSource):
 
     def begin(self) -> MtpModel:
         """Copy the folder's tensors one by one into a model with the parameters' type."""
-        assert self.tokenizer is not None
         with self._placed():
             folder = read_meta(self.path)
             tensors = folder.tensors()
             stored = folder.architecture()
-            if stored.vocab_size < self.tokenizer.vocab_size:
-                raise InputError(
-                    f"has embeddings for {stored.vocab_size} tokens, its tokenizer has {self.tokenizer.vocab_size}"
-                )
             folder.check_hashes()
+        self.require_embeddings(stored.vocab_size)
         architecture = self.architecture()
-        if architecture.num_heads < (self.wanted_heads or 0):
-            log.warning(
-                "model.num_heads=%d, but %s has %d, and model.create_heads=false: the model has %d",
-                self.wanted_heads, self.path, stored.num_heads, architecture.num_heads,
-            )  # fmt: skip
+        self.announce_heads()
         model = empty_model(architecture, value_head_dim=self.value_head_dim)
         model.to_empty(device=torch.get_default_device())
         names = meta_names(stored.num_layers - 1, stored.num_heads)

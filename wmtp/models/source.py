@@ -1,16 +1,21 @@
 """Where a model comes from: its tokenizer, its architecture, and the parameters that training starts from."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from wmtp.data.tokenization import Tokenizer
+from wmtp.errors import InputError
 from wmtp.models.architecture import Architecture
 from wmtp.models.fingerprint import tensors_fingerprint
-from wmtp.models.lora import Lora
+from wmtp.models.lora import Lora, matrices
 from wmtp.models.mtp import MtpModel, empty_model
 
+log = logging.getLogger(__name__)
 Problem = tuple[str, str, str]
 """A key below `model`, its value, and what is wrong with it."""
 
@@ -32,7 +37,7 @@ class ModelSource(ABC):
 
     @property
     def max_positions(self) -> int | None:
-        """The longest text that the model can read at all; None: there is no limit."""
+        """The longest text that the model can read at all; None: there is no limit, or none is known yet."""
         return None
 
     @abstractmethod
@@ -82,3 +87,59 @@ class ModelSource(ABC):
         model.to_empty(device=torch.get_default_device())
         model.positions = model.architecture.positions()
         return model
+
+
+class PretrainedSource(ModelSource):
+    """A model whose parameters lie in a folder, and which may get more heads than it has there."""
+
+    is_pretrained = True
+    key = "model.path"
+    """Where the user named the folder."""
+    path: Path
+    wanted_heads: int | None
+    """None: as many as there are."""
+    create_heads: bool
+
+    @property
+    @abstractmethod
+    def stored_heads(self) -> int:
+        """How many heads the folder has, of the kind that is asked for."""
+
+    @property
+    def num_heads(self) -> int:
+        """As it was asked for, or as many as there are."""
+        wanted = self.wanted_heads or self.stored_heads
+        return wanted if self.create_heads else min(wanted, self.stored_heads)
+
+    def error(self, problem: str) -> InputError:
+        """What is wrong with the folder."""
+        return InputError(f"{self.key}={self.path}: {problem}")
+
+    def adapter_problems(self) -> Iterator[Problem]:
+        """Adapters that the trunk has no place for."""
+        if self.lora is None:
+            return
+        with torch.device("meta"):
+            trunk = nn.ModuleList(self.architecture().parts().trunk)
+        if not trunk:
+            yield "lora.rank", str(self.lora.rank), "the trunk has no blocks that could have adapters"
+        elif unknown := self.lora.unknown_targets(trunk):
+            there = ", ".join(matrices(trunk))
+            yield "lora.targets", ",".join(unknown), f"the trunk has no such matrix; it has {there}"
+
+    def announce_heads(self) -> None:
+        """Say that the model has other heads than its folder, or than were asked for."""
+        stored, made = self.stored_heads, self.num_heads
+        if made < (self.wanted_heads or made):
+            log.warning(
+                "model.num_heads=%s, but %s has %d, and model.create_heads=false: the model has %d",
+                self.wanted_heads, self.path, stored, made,
+            )  # fmt: skip
+        elif made > stored:
+            log.warning("%s has %d of %d heads; the others are new, and begin as head 1", self.path, stored, made)
+
+    def require_embeddings(self, size: int) -> None:
+        """Raises `InputError` where the model has fewer embeddings than its tokenizer has tokens."""
+        assert self.tokenizer is not None
+        if size < self.tokenizer.vocab_size:
+            raise self.error(f"has embeddings for {size} tokens, its tokenizer has {self.tokenizer.vocab_size}")

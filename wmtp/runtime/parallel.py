@@ -14,14 +14,18 @@ Strategy = Literal["single", "ddp", "fsdp"]
 
 
 def parallelise(
-    model: nn.Module, blocks: Sequence[nn.Module], strategy: Strategy, precision: Literal["fp32", "bf16"]
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    strategy: Strategy,
+    precision: Literal["fp32", "bf16"],
+    exact: Sequence[nn.Module] = (),
 ) -> None:
     """Let the processes of the group train one model together; it stays the object and the names that it was.
 
     From now on all of them must make its forwards, and the first one with gradients.
 
     Gradients become the mean over the processes. Under fsdp each of `blocks` is gathered when it runs, in bf16 if
-    that is the `precision`; what lies outside of them once per forward, in fp32.
+    that is the `precision`, each of `exact` as it is; what lies outside of them once per forward, as it is.
     """
     if strategy == "ddp":
         replicate(model)
@@ -31,6 +35,8 @@ def parallelise(
         low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=low if precision == "bf16" else MixedPrecisionPolicy())
+        for module in exact:
+            fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the loss uses the unembedding after the forward
 
 

@@ -1,6 +1,7 @@
 """Where the supported families of decoders keep their parts, and how those become parts of a multi-token model."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,7 +148,13 @@ class HuggingFaceArchitecture:
         """The heads, the type of the parameters, and what the config says of the forward."""
         said = {k: v for k, v in self.config.to_diff_dict().items() if k not in DESCRIPTIVE and not k.startswith("_")}
         own = {"num_heads": self.num_heads, "head_kind": self.head_kind, "dtype": str(self.dtype)}
-        return own | said | {"model_type": self.config.model_type}
+        plain: dict[str, Any] = json.loads(json.dumps(own | said | {"model_type": self.config.model_type}))
+        return plain  # keys that are numbers would not be the same in a checkpoint
+
+    @property
+    def max_positions(self) -> int | None:
+        """Of models with learned positions."""
+        return int(self.config.max_position_embeddings) if self.config.model_type == "gpt2" else None
 
     @property
     def dim(self) -> int:
@@ -176,7 +183,8 @@ class HuggingFaceArchitecture:
 
 DESCRIPTIVE = frozenset({
     "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "bos_token_id",
-    "eos_token_id", "pad_token_id", "output_attentions", "output_hidden_states", "return_dict",
+    "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "num_labels", "name_or_path",
+    "output_attentions", "output_hidden_states", "return_dict",
 })  # fmt: skip
 """Keys of a config that change nothing of a forward."""
 

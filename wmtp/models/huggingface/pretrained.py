@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from wmtp.annotations import ExistingPath, Positive
 from wmtp.data.tokenization import Tokenizer, kept_tokenizer
@@ -18,7 +18,7 @@ from wmtp.models.huggingface.families import FAMILIES, HuggingFaceArchitecture, 
 from wmtp.models.huggingface.folder import one_line, read_config
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
-from wmtp.models.source import ModelSource, Problem
+from wmtp.models.source import PretrainedSource, Problem
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,13 +28,11 @@ EXTRA = "extra_heads."
 """Begins the names of the tensors of heads 2 … H in such an export."""
 
 
-class Pretrained(ModelSource):
+class Pretrained(PretrainedSource):
     """A model that `save_pretrained` wrote: its last block is head 1, which further heads begin as copies of.
 
     Where the folder is an export of ours with all heads, these are taken.
     """
-
-    is_pretrained = True
 
     def __init__(
         self,
@@ -66,10 +64,12 @@ class Pretrained(ModelSource):
             InputError: it says nothing usable, or the model is of a family that is not supported.
         """
         if self._config is None:
-            config = read_config("model.path", self.path, weights=False)
+            config = read_config(self.key, self.path, weights=False)
             if config.model_type not in FAMILIES:
                 known = ", ".join(sorted(FAMILIES))
-                raise InputError(f"model.path={self.path}: is of the family {config.model_type}; supported are {known}")
+                raise self.error(f"is of the family {config.model_type}; supported are {known}")
+            if getattr(config, "quantization_config", None) is not None:
+                raise self.error("is quantised, and such weights cannot be trained; name the model it was made of")
             self._config = config
         return self._config
 
@@ -81,34 +81,29 @@ class Pretrained(ModelSource):
         return int(getattr(self.config, NUM_HEADS, 1))
 
     @property
-    def num_heads(self) -> int:
-        """As it was asked for, or as many as there are."""
-        return self.wanted_heads if self.create_heads else min(self.wanted_heads, self.stored_heads)
-
-    @property
     def max_positions(self) -> int | None:
-        """Of models with learned positions."""
-        return int(self.config.max_position_embeddings) if self.config.model_type == "gpt2" else None
+        """As the folder says."""
+        return self.architecture().max_positions if self.path.is_dir() else None
 
     def architecture(self) -> HuggingFaceArchitecture:
         """As the folder's config says."""
         return HuggingFaceArchitecture(self.config, self.num_heads, self.head_kind, self.dtype)
 
     def problems(self) -> Iterator[Problem]:
-        """A folder that holds no such model."""
+        """A folder that holds no such model, and adapters that it has no place for."""
         try:
-            config = read_config("model.path", self.path, weights=True)
-            if config.model_type in FAMILIES and config.num_hidden_layers < 2:
+            read_config(self.key, self.path)
+            if self.config.num_hidden_layers < 2:
                 yield "path", str(self.path), "has one block; a trunk and a head need two"
-            if self.lora is not None:
-                with torch.device("meta"):
-                    trunk = nn.ModuleList(self.architecture().parts().trunk)
-                self.lora.require_targets(trunk)
-            self.stored_heads  # noqa: B018 - raises where the family is not supported
+                return
+            with torch.device("meta"):
+                self.architecture().parts()
         except InputError as error:
-            key, _, problem = str(error).partition(": ")
-            name, _, value = key.removeprefix("model.").partition("=")
-            yield name, value, problem
+            yield "path", str(self.path), str(error).removeprefix(str(self.error("")))
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            yield "path", str(self.path), f"its config.json is not usable: {type(error).__name__}: {one_line(error)}"
+        else:
+            yield from self.adapter_problems()
 
     def files(self) -> dict[str, bytes]:
         """Config and tokenizer."""
@@ -118,27 +113,21 @@ class Pretrained(ModelSource):
 
     def begin(self) -> MtpModel:
         """Load the folder's weights; heads that it lacks begin as copies of head 1, or as residual layers of 0."""
-        read_config("model.path", self.path)
-        if self.num_heads < self.wanted_heads:
-            log.warning(
-                "model.num_heads=%d, but %s has %d, and model.create_heads=false: the model has %d",
-                self.wanted_heads, self.path, self.stored_heads, self.num_heads,
-            )  # fmt: skip
         architecture = self.architecture()
-        self._check_vocabulary()
+        read_config(self.key, self.path)
+        self.require_embeddings(int(self.config.vocab_size))
+        self.announce_heads()
+        if (declared := int(getattr(self.config, NUM_HEADS, 1))) > (used := min(self.stored_heads, self.num_heads)):
+            kind = getattr(self.config, HEAD_KIND, self.head_kind)
+            log.warning("%s has %d heads (%s), of which %d are used", self.path, declared, kind, used)
         model = MtpModel(architecture, split(self._load(), architecture), value_head_dim=self.value_head_dim)
         self._fill_heads(model)
         return model
 
-    def _check_vocabulary(self) -> None:
-        assert self.tokenizer is not None
-        size = int(self.config.vocab_size)
-        if size < self.tokenizer.vocab_size:
-            problem = f"has embeddings for {size} tokens, its tokenizer has {self.tokenizer.vocab_size}"
-            raise InputError(f"model.path={self.path}: {problem}")
-
     def _load(self) -> PreTrainedModel:
         disable_progress_bar()  # type: ignore[no-untyped-call]
+        verbosity = get_verbosity()
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # what does not fit is told below, and heads are read afterwards
         loaded: Any
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -146,13 +135,14 @@ class Pretrained(ModelSource):
                 local_files_only=True, trust_remote_code=False, output_loading_info=True,
             )  # fmt: skip
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            problem = f"its weights cannot be loaded: {one_line(error)}; save the model again"
-            raise InputError(f"model.path={self.path}: {problem}") from error
+            raise self.error(f"its weights cannot be loaded: {one_line(error)}; save the model again") from error
+        finally:
+            set_verbosity(verbosity)
         model, info = loaded
         faults = [f"{kind} {name}" for kind, name in _faults(info)]
         if faults:  # transformers would make up what is missing, and leave out what it does not know
             listed = "\n  ".join(faults)
-            raise InputError(f"model.path={self.path}: its weights are not those of its config:\n  {listed}")
+            raise self.error(f"its weights are not those of its config:\n  {listed}")
         assert isinstance(model, PreTrainedModel)
         return model
 
@@ -167,7 +157,7 @@ class Pretrained(ModelSource):
             try:
                 target.load_state_dict(stored, strict=True)
             except RuntimeError as error:
-                raise InputError(f"model.path={self.path}: head {index + 1}: {one_line(error)}") from error
+                raise self.error(f"head {index + 1}: {one_line(error)}") from error
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         """The stored tensors whose names begin so, without that beginning."""

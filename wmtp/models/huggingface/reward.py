@@ -99,7 +99,7 @@ def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: Tokenizer)
     if size < tokenizer.vocab_size:
         raise _error(path, f"has embeddings for {size} tokens, its tokenizer has {tokenizer.vocab_size}; retrain it")
     if tokenizer.end == tokenizer.padding:
-        raise _error(path, "cannot tell the end of a sample from padding; set data.tokenizer.padding to another token")
+        raise _error(path, "cannot tell the end of a sample from padding; set model.tokenizer.padding to another token")
 
 
 def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from wmtp.annotations import Positive
+from transformers import PreTrainedConfig
+
+from wmtp.annotations import ExistingPath, Positive
 from wmtp.data.tokenization import Tokenizer, pretrained_tokenizer
 from wmtp.errors import InputError
 from wmtp.models.architecture import HeadKind
@@ -31,7 +33,7 @@ class SmolLM2(Pretrained):
         cache_dir: Path,
         *,
         tokenizer: Tokenizer | None,
-        path: Path | None = None,
+        path: ExistingPath | None = None,
         num_heads: Positive = 4,
         create_heads: bool = True,
         head_kind: HeadKind = "transformer",
@@ -44,7 +46,14 @@ class SmolLM2(Pretrained):
             tokenizer=tokenizer, path=path or folder_of(cache_dir), num_heads=num_heads, create_heads=create_heads,
             head_kind=head_kind, dtype=dtype, lora=lora, value_head_dim=value_head_dim,
         )  # fmt: skip
-        self.is_converted_here = path is None
+        self.cache_dir, self.is_converted_here = cache_dir, path is None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the model, which is converted first, where that has not been done."""
+        if self.is_converted_here:
+            converted(self.cache_dir)
+        return super().config
 
     def problems(self) -> Iterator[Problem]:
         """A package that is missing; what the conversion gives is looked at when it is there."""
@@ -57,11 +66,6 @@ class SmolLM2(Pretrained):
     def stored_heads(self) -> int:
         """One."""
         return 1
-
-    @property
-    def max_positions(self) -> int | None:
-        """Its positions are relative."""
-        return None
 
 
 def smollm2_tokenizer(
