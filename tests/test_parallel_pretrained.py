@@ -17,7 +17,7 @@ CASES = {
     "learned positions, medusa heads": ("gpt2", ["model.head_kind=medusa", "checkpoint=sharded"]),
     "bf16, with a value head": (
         "qwen2",
-        ["model.dtype=bf16", "hardware.precision=bf16", "algo=critic", "pretrain=none"],
+        ["model.dtype=bf16", "hardware.precision=bf16", "algo=critic", "pretrain=none", "data.correct_ratio=0.5"],
     ),
     "adapters": ("qwen3", ["model.lora.rank=2", "algo=critic", "pretrain.trains=head", "pretrain.max_steps=2"]),
 }
