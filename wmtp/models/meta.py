@@ -1,8 +1,4 @@
-"""Meta's multi-token checkpoints as a source of models, and models written as such checkpoints.
-
-Source: Gloeckle et al. 2024 (arXiv 2404.19737) and the files of `facebook/multi-token-prediction`. There `layers` are
-the trunk's blocks and then head 1, `extra_heads` are heads 2 … H, and n_layers counts the blocks of both.
-"""
+"""Meta's multi-token checkpoints as a source of models, and models written as such checkpoints."""
 
 import hashlib
 import logging

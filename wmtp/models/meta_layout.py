@@ -144,11 +144,6 @@ def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
     return {"embedding.weight": EMBEDDING} | weights(layers) | ends | weights(further)
 
 
-def our_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
-    """Meta's name and ours of every tensor."""
-    return {theirs: ours for ours, theirs in meta_names(num_trunk_blocks, num_heads).items()}
-
-
 @dataclass(frozen=True)
 class MetaFolder:
     """A folder in Meta's layout. What its methods raise is an `InputError`, whose problems do not name the folder."""
