@@ -40,7 +40,7 @@ from wmtp.runtime.hardware import Hardware
 from wmtp.task import Task
 from wmtp.trained import find_checkpoint, load_trained, read_config
 
-pytestmark = pytest.mark.xdist_group("export")  # the runs are trained once for all tests
+pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.slow]  # the runs are trained once for all tests
 HEADS = 3
 ALL = [*FAMILIES, "own"]
 SHORT = [
