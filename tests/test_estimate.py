@@ -41,6 +41,8 @@ from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.sizes import Layout, layout_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "presets.md"
 SAMPLES, POSITIONS, VOCABULARY = 4, 64, 96

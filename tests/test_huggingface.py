@@ -127,6 +127,7 @@ def test_head_1_starts_at_the_original_models_loss(
     assert objective.metrics(sums)["head_1_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"), [*((family, "transformer") for family in FAMILIES), ("llama", "medusa"), ("gpt2", "medusa")]
 )
