@@ -27,6 +27,7 @@ from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
 from wmtp.stages import ValueStage
+from wmtp.targets import head_shares, targets
 
 OBJECTIVE = MtpObjective(Uniform())
 
@@ -364,7 +365,7 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
     model, batch = tiny_model(), ragged()
     objective = MtpObjective(Sloping())
     raw = Sloping().weights(Observations(torch.zeros(4, *batch.labels.shape) > 0, batch.response)).clamp(0.1, 5.0)
-    got = objective.token_weights(model, batch)
+    got, loss, value = objective.token_measures(model, batch).unbind(dim=-1)
     expected = torch.full(got.shape, torch.nan)
     for row, (start, stop) in enumerate(RUNS):
         for i in range(max(start, 1), stop):
@@ -374,6 +375,47 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
     there = ~got.isnan()
     ratios = got[there] / expected[there]
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-5, atol=0)
+    assert value.isnan().all() and torch.equal(loss.isnan(), got.isnan())
+
+
+def test_a_tokens_loss_is_head_1s_and_its_value_comes_after_it() -> None:
+    model, batch = model_with_values(), ragged()
+    _, loss, value = MtpObjective(Uniform()).token_measures(model, batch).unbind(dim=-1)
+    outputs = model(batch.tokens)
+    assert outputs.values is not None
+    log_probabilities = (outputs.states[0] @ model.unembedding_weight.T).log_softmax(dim=-1)
+    for row, (start, stop) in enumerate(RUNS):
+        for i in range(max(start, 1), stop):
+            expected = -log_probabilities[row, i - 1, batch.tokens[row, i]].item()
+            assert loss[row, i].item() == pytest.approx(expected, abs=1e-4)
+            assert value[row, i].item() == pytest.approx(outputs.values[row, i].item(), abs=1e-6)
+    inside = (value == value).sum()
+    assert inside == batch.response.sum()
+
+
+def test_the_clean_loss_is_that_of_right_solutions_without_what_misleads() -> None:
+    """With everything misleading but one token, it is that token's loss, each head counting as it does in the loss."""
+    model, batch = tiny_model(), ragged()
+    assert "clean_loss" not in measured(OBJECTIVE, model, [batch])
+    misleading = torch.ones_like(batch.response)
+    row, place = 0, RUNS[0][1] - 1
+    misleading[row, place] = False
+    right = torch.zeros_like(batch.is_correct)
+    right[row] = True
+    known = replace(batch, misleading=misleading, is_correct=right)
+    values = measured(OBJECTIVE, model, [known])
+    states = model(batch.tokens).states
+    target = targets(batch.labels, 4)
+    shares = head_shares(target != IGNORED)
+    total = weight = 0.0
+    for k in range(1, 5):
+        losses = (states[k - 1, row, place - k] @ model.unembedding_weight.T).log_softmax(dim=-1)
+        share = shares[k - 1, row, place - k].item()
+        total, weight = total - share * losses[batch.tokens[row, place]].item(), weight + share
+    assert values["clean_loss"] == pytest.approx(total / weight, rel=1e-4)
+    assert values["loss"] == measured(OBJECTIVE, model, [batch])["loss"]
+    of_all = replace(known, misleading=torch.zeros_like(misleading), is_correct=torch.ones_like(right))
+    assert measured(OBJECTIVE, model, [of_all])["clean_loss"] == pytest.approx(values["loss"], rel=1e-5)
 
 
 # Values

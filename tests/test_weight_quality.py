@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -20,10 +19,11 @@ from wmtp.data.records import Record
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer
+from wmtp.data.truth import token_truth
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.hardware import Hardware
-from wmtp.token_columns import fill
-from wmtp.weight_quality import area_under_roc, token_truth, weight_quality
+from wmtp.token_report import MEASURES, measure_tokens
+from wmtp.weight_quality import area_under_roc, weight_quality
 
 CPU = Hardware(device="cpu")
 
@@ -108,7 +108,12 @@ def both(tokenizer: Tokenizer, cache: Path) -> Dataset:
 
 def judged(data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None) -> dict[str, float | None]:
     data.validation.reference_losses = reference_losses
-    return weight_quality(MtpObjective(algorithm), tiny_model(), data, CPU)
+    return quality(MtpObjective(algorithm), data)
+
+
+def quality(objective: MtpObjective, data: Dataset) -> dict[str, float | None]:
+    measured = measure_tokens(objective, tiny_model(), data, CPU)
+    return weight_quality(measured[:, MEASURES.index("weight")], data)
 
 
 @pytest.mark.filterwarnings("error")
@@ -136,10 +141,7 @@ def test_the_shuffled_truth_is_chance(name: str, tokenizer: Tokenizer, cache: Pa
     if name == "decisive_wrong_auc":
         return  # every wrong solution has as much of it as any other, so nothing can leak between solutions
     # the control: over all solutions at once, permuted weights still say which of them have noise
-    weights = np.zeros(len(truth), np.float32)
-    objective, model = MtpObjective(Shuffled(of=ExcessLoss())), tiny_model()
-    with torch.no_grad():
-        fill(weights, data.validation, data.tokenizer, CPU, lambda batch: objective.token_weights(model, batch))
+    weights = measure_tokens(MtpObjective(Shuffled(of=ExcessLoss())), tiny_model(), data, CPU)[:, 0]
     pooled = area_under_roc(-weights, truth, response & np.isfinite(weights), np.zeros(len(truth), int))
     assert pooled is not None and pooled > 0.55
 
@@ -161,13 +163,13 @@ def test_nothing_is_said_where_nothing_is_known(tokenizer: Tokenizer, tmp_path: 
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
     plain = TokenizedSplit("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
     data = SimpleNamespace(validation=plain, tokenizer=tokenizer)
-    assert weight_quality(MtpObjective(Uniform()), tiny_model(), data, CPU) == {}
+    assert quality(MtpObjective(Uniform()), data) == {}
     nothing = TokenizedSplit("validation", [], source, None, tmp_path)
     data = SimpleNamespace(validation=nothing, tokenizer=tokenizer)
-    assert weight_quality(MtpObjective(Uniform()), tiny_model(), data, CPU) == {}
+    assert quality(MtpObjective(Uniform()), data) == {}
     only_noise = example(tokenizer, tmp_path)
     only_noise.is_correct[:] = True
     data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
     only_noise.reference_losses = np.arange(len(only_noise.samples.tokens), dtype=np.float32)
-    values = weight_quality(MtpObjective(ExcessLoss()), tiny_model(), data, CPU)
+    values = quality(MtpObjective(ExcessLoss()), data)
     assert values["decisive_wrong_auc"] is None and values["noise_auc"] is not None

@@ -13,6 +13,7 @@ from wmtp.config import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import DataSource
 from wmtp.data.tokenization import Tokenizer
+from wmtp.data.truth import has_truth, misleading_tokens
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.answering import Judge
 from wmtp.evaluation.held_out import HeldOutProblems
@@ -55,7 +56,10 @@ def compose_parts(config: DictConfig) -> Parts:
     tokenizer = compose_tokenizer(config, hardware)
     data = compose_data(config, hardware, tokenizer)
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
-    return Parts(hardware, data, build(config.algo), columns)
+    algorithm: Algorithm = build(config.algo)
+    if algorithm.needs_truth:
+        attach_truth(data)
+    return Parts(hardware, data, algorithm, columns)
 
 
 def compose_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
@@ -107,6 +111,18 @@ def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
     for split, rewards in zip(splits, found, strict=True):
         split.rewards = np.asarray(rewards, np.float32)
     data.depend_on(fingerprint)
+
+
+def attach_truth(data: Dataset) -> None:
+    """Say of every token whether it misleads.
+
+    Raises:
+        InputError: the data do not know.
+    """
+    if not has_truth(data.train):
+        raise InputError("data: no token is known to mislead; algo=oracle needs records with decisive or noise spans")
+    for split in (data.train, data.validation):
+        split.misleading = misleading_tokens(split, data.tokenizer)
 
 
 def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel:

@@ -270,6 +270,7 @@ class Trainer:
         return interval is not None and self.position.step % interval == 0
 
     def _log(self, metrics: dict[str, float]) -> None:
+        metrics = metrics | {"tokens": float(self.position.tokens)}
         for tracker in self.trackers:
             tracker.log(self.position.step, self.position.epoch, metrics)
 

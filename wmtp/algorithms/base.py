@@ -38,6 +38,8 @@ class Observations:
     """The value head's output after reading each token."""
     rewards: Float[Tensor, " batch"] | None = None
     """How good each solution is."""
+    misleading: Bool[Tensor, "batch position"] | None = None
+    """The tokens that are noise, or make a wrong solution wrong, where that is known."""
     number: int = 0
     """Which micro-batch of the run this is."""
 
@@ -57,6 +59,8 @@ class Algorithm(ABC):
     """With fewer heads it would do the same as the baseline."""
     needs_values = False
     needs_reference = False
+    needs_truth = False
+    """Whether it is told which tokens mislead: a bound, no method."""
     value_coef = 0.0
     """How much the value head's loss counts beside the policy's."""
     reference: Path | Literal["initial"] | None = None

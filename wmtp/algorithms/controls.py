@@ -25,7 +25,7 @@ class Control(Algorithm):
         self.of = of
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
-        self.min_heads = of.min_heads
+        self.min_heads, self.needs_truth = of.min_heads, of.needs_truth
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
 

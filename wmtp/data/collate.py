@@ -12,6 +12,8 @@ from wmtp.data.split import TokenizedSplit
 
 IGNORED = -100
 """The label of a position that nothing is to be learned from."""
+COLUMNS = ("reference_losses", "hidden_states", "misleading")
+"""What a split may know of each of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Batch:
     """Which micro-batch of the run this is, however many processes there are."""
     reference_losses: Float[Tensor, "batch position"] | None = None
     hidden_states: Float[Tensor, "batch position dim"] | None = None
+    misleading: Bool[Tensor, "batch position"] | None = None
 
     @property
     def response(self) -> Bool[Tensor, "batch position"]:
@@ -61,9 +64,10 @@ def collate(split: TokenizedSplit, indices: list[int] | None, padding: int, numb
     size = (len(indices), int(lengths.max()))
     tokens, labels = np.full(size, padding, np.int64), np.full(size, IGNORED, np.int64)
     columns: dict[str, np.ndarray] = {}
-    for name, column in (("reference_losses", split.reference_losses), ("hidden_states", split.hidden_states)):
+    for name in COLUMNS:
+        column = getattr(split, name)
         if column is not None:
-            columns[name] = np.zeros((*size, *column.shape[1:]), np.float32)
+            columns[name] = np.zeros((*size, *column.shape[1:]), column.dtype)
     for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
         start = samples.offsets[index]
         tokens[row, :length] = samples.tokens[start : start + length]

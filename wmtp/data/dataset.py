@@ -11,6 +11,7 @@ from wmtp.data.collate import Batch, collate
 from wmtp.data.order import by_length, epoch_batches, share
 from wmtp.data.sources import DataSource
 from wmtp.data.split import TokenizedSplit
+from wmtp.data.truth import has_truth, misleading_tokens
 from wmtp.errors import InputError
 from wmtp.runtime.distributed import Processes
 
@@ -27,6 +28,8 @@ class Dataset:
         self.train = TokenizedSplit("train", splits.train, source, source.n_samples, cache_dir)
         self.validation = TokenizedSplit("validation", splits.validation, source, None, cache_dir)
         self.test = splits.test
+        if has_truth(self.validation) and (misleading := misleading_tokens(self.validation, self.tokenizer)).any():
+            self.validation.misleading = misleading
         self.max_length = source.max_length
         self.group_tasks = source.group_tasks
         responses = self.train.samples.lengths - self.train.samples.prompt_lengths

@@ -18,8 +18,8 @@ class TokenizedSplit:
     """The chosen records of one split, as tokens.
 
     `rewards` has one number per sample: 1 for a right solution and 0 for a wrong one, unless a reward
-    model says otherwise. `reference_losses` and `hidden_states` are arrays with one entry per token of
-    `samples.tokens`, where something has computed them.
+    model says otherwise. `reference_losses`, `hidden_states` and `misleading` are arrays with one entry per
+    token of `samples.tokens`, where something has computed them.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class TokenizedSplit:
         self.rewards = self.is_correct.astype(np.float32)
         self.reference_losses: np.ndarray | None = None
         self.hidden_states: np.ndarray | None = None
+        self.misleading: np.ndarray | None = None
         if self.samples.num_long:
             what = "dropped" if source.long_samples == "drop" else "cut at the end of the solution"
             log.warning(

@@ -121,19 +121,25 @@ class MtpObjective:
         values = outputs.values.detach() if self.algorithm.needs_values and outputs.values is not None else None
         return Observations(
             target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards,
-            number=batch.number,
+            number=batch.number, misleading=batch.misleading,
         )  # fmt: skip
 
     @torch.no_grad()
-    def token_weights(self, model: MtpModel, batch: Batch) -> Float[Tensor, "batch position"]:
-        """The weight that each token gets, averaged over the heads that predict it; NaN where none does."""
-        target = targets(batch.labels, model.num_heads)
-        _, _, weights = self._weighted_sum(model(batch.tokens), model, batch, target, head_shares(target != IGNORED))
+    def token_measures(self, model: MtpModel, batch: Batch) -> Float[Tensor, "batch position measure"]:
+        """Of each token its weight, averaged over the heads that predict it, head 1's loss, and the value after it.
+
+        NaN at tokens that are no targets, and for values where there is no value head.
+        """
+        target, outputs = targets(batch.labels, model.num_heads), model(batch.tokens)
+        _, losses, weights = self._weighted_sum(outputs, model, batch, target, head_shares(target != IGNORED))
         total, count = torch.zeros_like(weights[0]), torch.zeros_like(weights[0])
         for k in range(1, len(weights) + 1):
             total[:, k:] += weights[k - 1, :, :-k]
             count[:, k:] += target[k - 1, :, :-k] != IGNORED
-        return total / count
+        nothing = torch.full_like(total, torch.nan)
+        loss, values = nothing.clone(), nothing if outputs.values is None else outputs.values.float()
+        loss[:, 1:] = losses[0, :, :-1]
+        return torch.stack([total / count, *(x.where(batch.response, nothing) for x in (loss, values))], dim=-1)
 
     def evaluate(self, model: MtpModel, batch: Batch) -> Sums:
         """Σ v·CE and each head's loss, and how good the values are."""
@@ -144,13 +150,16 @@ class MtpObjective:
         return sums
 
     def evaluation_of(self, outputs: Outputs, model: MtpModel, batch: Batch) -> Sums:
-        """Σ v·CE and each head's loss of a forward that was made already."""
+        """Σ v·CE and each head's loss of a forward that was made already; Σ v·CE over right solutions without noise."""
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
         shares = head_shares(valid)
         losses = cross_entropy(outputs.states, model.unembedding_weight, target)
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
+        if batch.misleading is not None:
+            clean = spread(batch.is_correct[:, None] & ~batch.misleading, model.num_heads, 0) * shares
+            sums.means["clean_loss"] = ((clean * losses).sum(), clean.sum())
         return sums
 
     def metrics(self, sums: Sums) -> dict[str, float]:
