@@ -9,7 +9,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.checks import config_faults
+from wmtp.command import checked_overrides
 from wmtp.config import CONFIG_FOLDER, nodes
+from wmtp.sweep.grid import grid_of
+from wmtp.train import COMMAND as TRAIN
 
 ROOT = CONFIG_FOLDER.parent
 EXPERIMENTS = sorted((CONFIG_FOLDER / "experiment").glob("**/*.yaml"))
@@ -46,10 +49,22 @@ def test_every_option_composes_and_is_sound_but_for_what_only_a_user_can_say(
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_opens_with_the_command_that_runs_it(path: Path, compose: Callable[..., DictConfig]) -> None:
+    named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("")
+    is_sweep = named.parts[0] == "sweep"
     command, said, override = path.read_text().splitlines()[0].partition("python -m wmtp.train ")
     assert (command, said) == ("# ", "python -m wmtp.train ")
-    assert override == f"experiment={path.relative_to(CONFIG_FOLDER / 'experiment').with_suffix('')}"
-    assert compose(override) != compose()
+    assert override == f"{'-m ' if is_sweep else ''}experiment={named}"
+    assert is_sweep or compose(override) != compose()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_job_of_a_named_sweep_is_sound(path: Path) -> None:
+    named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()
+    jobs = grid_of("train", [f"experiment={named}"]).jobs
+    assert (len(jobs) > 1) == named.startswith("sweep/")
+    arms = {tuple(override for override in job if not override.startswith("seed=")): job for job in jobs}
+    for job in arms.values() if len(jobs) > 1 else []:
+        checked_overrides(TRAIN, job)
 
 
 def test_a_preset_may_be_overridden(compose: Callable[..., DictConfig]) -> None:

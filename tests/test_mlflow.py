@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from wmtp.errors import InputError, PendingError
+from wmtp.runtime.folder import SWEEP
 from wmtp.tracking.follow import Point, Stored, line_points
 from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
 from wmtp.tracking.mlflow import MlflowTracker, end_sweep, send_pending
@@ -603,7 +604,7 @@ def test_code_and_data_are_named_once(client: MlflowClient, outputs: Path) -> No
 def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outputs: Path) -> None:
     sweep = outputs / "it's a sweep"
     sweep.mkdir(parents=True)
-    (sweep / "multirun.yaml").write_text("hydra: {}")
+    (sweep / SWEEP).write_text("{}")
     assert end_sweep(sweep, "FINISHED") is None
     trackers = [start(sweep / str(job)) for job in range(3)]
     for tracker in trackers:
@@ -622,7 +623,7 @@ def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outpu
     )
     run = client.get_run(parent)
     assert (run.info.run_name, run.info.status, run.data.tags["wmtp.sweep"]) == (sweep.name, "FAILED", str(sweep))
-    assert [file.path for file in client.list_artifacts(parent)] == ["multirun.yaml"]
+    assert [file.path for file in client.list_artifacts(parent)] == [SWEEP]
 
 
 def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Path) -> None:

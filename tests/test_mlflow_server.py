@@ -27,6 +27,7 @@ from mlflow.store.db import utils as store_utils
 from tests.proxy import FaultyProxy
 from tests.servers import ObjectStore, TrackingServer
 from wmtp.errors import InputError, PendingError
+from wmtp.runtime.folder import SWEEP
 from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.mlflow import (
     MlflowTracker,
@@ -378,7 +379,7 @@ def test_a_server_that_is_not_there_is_no_mistake(server: TrackingServer, monkey
 
 
 def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: MlflowClient, tmp_path: Path) -> None:
-    sweep = make_run(tmp_path / "sweep", **{"multirun.yaml": "hydra: {}"})
+    sweep = make_run(tmp_path / "sweep", **{SWEEP: "{}"})
     jobs = [make_run(sweep / str(job)) for job in range(2)]
     for tracker in [start(job) for job in jobs]:
         tracker.close("FINISHED")

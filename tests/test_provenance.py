@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from wmtp import provenance
 from wmtp.errors import InputError
-from wmtp.provenance import identify, place
-from wmtp.runtime.folder import Ending, RunStatus, close_dead, read_run, read_status
+from wmtp.provenance import git_revision, identify, place
+from wmtp.runtime.folder import SWEEP, Ending, RunStatus, close_dead, read_run, read_status
 
 HOLD = """
 import os, sys, time
@@ -39,7 +40,7 @@ def test_a_job_of_a_sweep_has_a_place_that_names_the_sweep(tmp_path: Path) -> No
     """Its own name is a number, which the jobs of every sweep have; the control is a folder that is no sweep's."""
     (tmp_path / "first" / "0").mkdir(parents=True)
     assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/0"
-    (tmp_path / "first" / "multirun.yaml").touch()
+    (tmp_path / "first" / SWEEP).touch()
     assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/first/0"
 
 
@@ -80,3 +81,29 @@ def test_a_run_that_has_ended_keeps_its_state(tmp_path: Path, state: str) -> Non
     before = (tmp_path / "status.json").read_bytes()
     assert close_dead(tmp_path) == state and (tmp_path / "status.json").read_bytes() == before
     assert json.loads(before)["step"] == 3
+
+
+def test_code_that_is_installed_in_somebody_elses_repository_has_none_of_its_revisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is the same file once that repository tracks it."""
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    installed = tmp_path / "venv" / "wmtp" / "provenance.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("# ours\n")
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    assert git_revision() is None, "no repository"
+    git("init")
+    git("commit", "--allow-empty", "--message", "theirs")
+    assert git_revision() is None, "a repository that does not know it"
+
+    git("add", "venv")
+    git("commit", "--message", "ours")
+    assert git_revision() == git("rev-parse", "HEAD")
+    installed.write_text("# changed\n")
+    assert git_revision() == git("rev-parse", "HEAD") + "+changes"

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import composed
 from wmtp.provenance import identify
 from wmtp.runtime.files import replace_atomically
-from wmtp.runtime.folder import Ending, FolderLock, RunStatus, read_status
+from wmtp.runtime.folder import SWEEP, Ending, FolderLock, RunStatus, read_status
 from wmtp.sync import main, runs_below
 
 
@@ -31,7 +31,7 @@ def test_runs_are_found_at_any_depth_and_evaluations_are_none(tmp_path: Path) ->
     runs = [make_run(day / name) for name in ("09-30-00-abcd", "08-00-00-efgh", "10-00-00-ijkl-sweep/0")]
     RunStatus(runs[0] / "evaluations" / "tasks-1234").end("FINISHED", 0, Ending())
     sweep = runs[2].parent
-    (sweep / "multirun.yaml").touch()
+    (sweep / SWEEP).touch()
     (sweep / "mlflow.json").write_text("{}")
     RunStatus(sweep).end("FINISHED", 0, Ending())
 

@@ -25,6 +25,7 @@ from wmtp.config import (
 )
 from wmtp.early_stopping import EarlyStopping, monitor_problem
 from wmtp.errors import InputError
+from wmtp.groups import STAGE_GROUPS
 from wmtp.models.source import ModelSource
 from wmtp.objectives.base import metric_names
 from wmtp.plan import Plan
@@ -50,12 +51,12 @@ class RunOptions:
     resume_override: list[Literal["data", "micro_batch_size", "objective", "optimizer", "seed"]]
     dry_run: bool
     cache_dir: Path
+    report: bool
+    sweep: Any
 
 
 NEEDED = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")
 """Groups that nothing works without."""
-STAGE_GROUPS = ("model", "data", "optimizer", "scheduler", "early_stopping", "checkpoint")
-"""Groups that the stage before the training may change."""
 
 
 def config_faults(config: DictConfig, stage: Stage | None = None) -> list[Fault]:

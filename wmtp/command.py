@@ -15,21 +15,24 @@ from typing import Literal
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from wmtp.completion import OPTIONS, is_asked_for, offers
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
 from wmtp.environment import load_environment, refuse_credentials
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.overrides import forced, is_group, parsed, plain, quoted, saved_overrides
-from wmtp.runtime.folder import Ending, RunStatus, create_run_folder
+from wmtp.groups import is_group, options_of
+from wmtp.overrides import forced, parsed, plain, quoted, saved_overrides
+from wmtp.runtime.folder import Ending, RunStatus
 from wmtp.runtime.liveness import die_with
 from wmtp.runtime.signals import ignored_signals, raised_signals
 from wmtp.runtime.worker import TASK, started_together
+from wmtp.sweep.processes import PARENT
 from wmtp.task import Job, Task, dismiss, follow, launch, lead, work
 
 log = logging.getLogger(__name__)
+MULTIRUN = ("-m", "--multirun")
 
 
 def unchanged(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -58,21 +61,25 @@ class Command:
     """How many processes do the job together; None: always one."""
     texts: frozenset[str] = frozenset()
     """Keys whose values are text, whatever characters they hold."""
+    in_full: Callable[[list[str]], list[str]] = lambda arguments: arguments
+    """The arguments with keys for those that may be typed without."""
     short: Mapping[str, str] = field(default_factory=dict)
     """Keys that users may type for longer ones."""
     problems: Callable[[DictConfig, Path], list[str]] = lambda config, folder: []
     """What may keep a sound config from being done, short of making it impossible."""
     fetches: Mapping[str, Literal["latest", "best"]] = field(default_factory=dict)
     """Keys that may name an address in S3, and which checkpoints of the run there are then brought."""
-    end_sweep: Callable[[Path, str], None] = lambda folder, state: None
-    """What else is to be told that a sweep in this folder ended in this state."""
+    end_sweep: Callable[[Path, str], None] | None = None
+    """What else is to be told that a sweep in this folder ended in this state; None: it is not swept."""
 
 
 def main(command: Command) -> None:
     """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code.
 
-    A process that was started to help with a job does only that.
+    A process that was started to help with a job does only that. A sweep's job dies with its sweep.
     """
+    if (sweep := os.environ.pop(PARENT, None)) is not None:
+        die_with(int(sweep))
     if TASK in os.environ:
         work(command.job)
     if started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -83,7 +90,8 @@ def main(command: Command) -> None:
     try:
         load_environment()
         with raised_signals():
-            session.run([plain(argument, command.texts, command.short) for argument in sys.argv[1:]])
+            arguments = command.in_full(sys.argv[1:])
+            session.run([plain(argument, command.texts, command.short) for argument in arguments])
     except WmtpError as error:
         session.end(error.exit_code, str(error))
     except BrokenPipeError:  # `… --help | head`: nobody reads on, and the interpreter must not flush at its end
@@ -105,45 +113,63 @@ class Session:
         self.folder: Path | None = None
         """The folder of its only job."""
         self.is_temporary = False
-        self.sweep: RunStatus | None = None
         self.scratch: Path | None = None
         """A folder for what is only looked at."""
         self.has_shared = False
         """Whether the processes that torchrun started besides this one know what to do."""
 
     def run(self, arguments: list[str]) -> None:
-        """Check, choose the folder, and do the job or the sweep.
+        """Do the sweep; or check, choose the folder, and do the job.
 
         Raises:
             ConfigError: something is wrong with the overrides, the config or the folder.
         """
+        if is_asked_for(arguments):
+            paths = ("resume", *self.command.fetches)
+            print(*offers(os.environ.get("COMP_LINE", ""), self.command.name, self.command.short, paths), sep="\n")
+            return
+        if any(argument in MULTIRUN for argument in arguments):
+            self._sweep([argument for argument in arguments if argument not in MULTIRUN])
+            return
         overrides = self._choose(arguments)
         sys.argv = [sys.argv[0], *overrides]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        try:
-            main(self._do)()
-        except BaseException as error:
-            self._end_sweep(error)
-            raise
-        self._end_sweep()
+        main(self._do)()
+
+    def _sweep(self, arguments: list[str]) -> None:
+        """Do a job for each combination of the values that were named."""
+        from wmtp.sweep.run import run_sweep
+
+        command = self.command
+        if command.end_sweep is None:
+            raise ConfigError([Fault("-m", "", f"only trainings are swept; call {command.name} for each by itself")])
+        if started_together():
+            problem = "a sweep starts outside, and each of its jobs starts its processes; leave torchrun out"
+            raise ConfigError([Fault("-m", "", problem)])
+        if resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]:
+            problem = "a sweep begins new runs; sweep.resume=DIR goes on with one that was begun"
+            raise ConfigError([Fault(resumed[0], "", problem)])
+        refuse_credentials(arguments)
+
+        def check(overrides: list[str]) -> list[Fault]:
+            try:
+                checked_overrides(command, overrides)
+            except ConfigError as error:
+                return error.faults
+            return []
+
+        self.codes.append(run_sweep(command.name, self._with_copies(arguments), check, command.end_sweep))
 
     def _choose(self, arguments: list[str]) -> list[str]:
         command = self.command
         if started_together() and command.num_processes is None:
             raise ConfigError([Fault("torchrun", "", f"{command.name} works in one process; leave torchrun out")])
+        if any(argument in OPTIONS for argument in arguments):
+            return arguments
         refuse_credentials(arguments)
         arguments = self._with_copies(arguments)
-        if any(argument.startswith("-") for argument in arguments):  # --help, --cfg, -m: Hydra's own
-            sweep = [a for a in arguments if a in ("-m", "--multirun")]  # its parser wants this before the overrides
-            if sweep and (resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]):
-                raise ConfigError([Fault(resumed[0], "", "a sweep begins new runs; go on with each job by itself")])
-            overrides = sweep + [forced(a) for a in arguments if a not in sweep]
-            if sweep and started_together():
-                problem = "a sweep starts outside, and each of its jobs starts its processes; leave torchrun out"
-                raise ConfigError([Fault(sweep[0], "", problem)])
-            if sweep and not any(a.startswith("hydra.sweep.dir=") for a in arguments):
-                overrides.append(f"hydra.sweep.dir={quoted(create_run_folder(suffix='-sweep'))}")
-            return overrides
+        if any(argument.startswith("-") for argument in arguments):  # --help, --cfg: Hydra's own
+            return [forced(argument) for argument in arguments]
         overrides, config = checked_overrides(command, arguments)
         folder = command.folder(config, overrides)
         if folder is None:
@@ -172,12 +198,7 @@ class Session:
         """One job: its outcome goes to status.json and the exit codes, its traceback to the log file."""
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
-        if not self.command.continues(config) and (folder / "status.json").exists():
-            self.end(InputError.exit_code, f"{folder} holds a run already; name another hydra.sweep.dir")
-            return None
         try:
-            if hydra_config.mode == RunMode.MULTIRUN and self.sweep is None and not config.get("dry_run"):
-                self.sweep = RunStatus(Path(hydra_config.sweep.dir))
             status, progress = RunStatus(folder), Ending()
         except InputError as error:
             self.end(error.exit_code, str(error))
@@ -195,8 +216,6 @@ class Session:
             config = self.command.complete(config, list(hydra_config.overrides.task))
             if faults := self.command.faults(config):
                 raise ConfigError(faults)
-            if hydra_config.mode == RunMode.MULTIRUN:  # a single job has asked before
-                self._warn(config, folder)
             task = Task(config, folder, list(hydra_config.overrides.task), progress)
             value = self._perform(task, record)
             status.end("FINISHED", 0, progress)
@@ -220,21 +239,6 @@ class Session:
     def _warn(self, config: DictConfig, folder: Path) -> None:
         for problem in self.command.problems(config, folder):
             print(f"WARNING: {problem}", file=sys.stderr)
-
-    def _end_sweep(self, error: BaseException | None = None) -> None:
-        """Record how a sweep ended, if this is one and has begun: well, if all of its jobs did."""
-        if self.sweep is None:
-            return
-        own = [] if error is None or isinstance(error, SystemExit) else [ending(error)[0]]
-        sweep, codes = self.sweep, [*self.codes, *own]
-        worst = max(codes, default=0)
-        all_well = all(code in (0, PendingError.exit_code) for code in codes)
-        state = "FINISHED" if all_well else "KILLED" if worst >= 128 else "FAILED"
-        try:
-            self.command.end_sweep(sweep.folder, state)
-        except PendingError as error:
-            self.end(error.exit_code, str(error))
-        sweep.end(state, worst, Ending())
 
     def end(self, code: int, message: str) -> None:
         """Say how a job ended, and note its exit code."""
@@ -288,13 +292,6 @@ def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str]
     if faults:
         raise ConfigError(faults)
     return chosen, config
-
-
-def options_of(group: str) -> list[str]:
-    """The options of a group; experiments may lie in folders."""
-    folder = CONFIG_FOLDER / group
-    found = folder.glob("**/*.yaml" if group == "experiment" else "*.yaml")
-    return [path.relative_to(folder).with_suffix("").as_posix() for path in found]
 
 
 def farewell(error: BaseException, folder: Path | None, command: Command) -> str:

@@ -24,7 +24,9 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from wmtp.errors import InputError
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDER = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+"""In what is installed, the configs lie inside the package."""
 ALLOWED_TARGETS = ("wmtp.", "torch.optim.", "torch.optim.lr_scheduler.")
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})
 GIVEN_TO_TORCH = frozenset({"params", "optimizer"})

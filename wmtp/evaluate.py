@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-import signal
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
+    from wmtp import doors
+
+    doors.evaluate()
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.command import Command, main
+from wmtp.command import Command
 from wmtp.config import ConfigError, Fault
 from wmtp.overrides import CHECKPOINT_KEY, named_folder
 from wmtp.runtime.folder import EVALUATIONS
@@ -66,6 +67,3 @@ COMMAND = Command(
     short=CHECKPOINT_KEY, fetches={"checkpoint.path": "best"},
     advice=lambda folder: "What was judged is kept: the same command goes on from there.",
 )  # fmt: skip
-
-if __name__ == "__main__":
-    main(COMMAND)

@@ -1,15 +1,15 @@
 """Give a trained model a form that others load: `python -m wmtp.export RUN DIR format=hf`; `--help` lists the rest."""
 
-import signal
-import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
+    from wmtp import doors
+
+    doors.export()
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.command import Command, main
+from wmtp.command import Command
 from wmtp.config import ConfigError, Fault
 from wmtp.overrides import CHECKPOINT_KEY, quoted
 from wmtp.task import Task
@@ -84,14 +84,6 @@ def in_full(arguments: list[str]) -> list[str]:
 
 
 COMMAND = Command(
-    "export", export, faults, lambda config, overrides: None,
+    "export", export, faults, lambda config, overrides: None, in_full=in_full,
     texts=frozenset({"folder"}), short=CHECKPOINT_KEY, fetches={"checkpoint.path": "best"},
 )  # fmt: skip
-
-if __name__ == "__main__":
-    try:
-        sys.argv[1:] = in_full(sys.argv[1:])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    main(COMMAND)

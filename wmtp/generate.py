@@ -1,15 +1,16 @@
 """Answer a prompt: `python -m wmtp.generate checkpoint=RUN prompt="…"`; `--help` lists the rest."""
 
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
+    from wmtp import doors
+
+    doors.generate()
 
 from omegaconf import DictConfig
 
-from wmtp.command import Command, main
+from wmtp.command import Command
 from wmtp.config import Fault
 from wmtp.errors import InputError
 from wmtp.overrides import CHECKPOINT_KEY
@@ -105,6 +106,3 @@ COMMAND = Command(
     short=CHECKPOINT_KEY,
     fetches={"checkpoint.path": "best"},
 )
-
-if __name__ == "__main__":
-    main(COMMAND)

@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from wmtp.config import CONFIG_FOLDER, Fault
+from wmtp.groups import is_group
 from wmtp.runtime.folder import ACCEPTED
 
 NOT_SAVED = ("resume", "resume_override", "dry_run")
@@ -30,11 +31,6 @@ def named_folder(overrides: list[str]) -> Path | None:
     """The folder that the user chose, if one was."""
     named = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
     return Path(named[-1]) if named else None
-
-
-def is_group(key: str) -> bool:
-    """Whether a key chooses a config group's option rather than setting a value."""
-    return bool(key) and (CONFIG_FOLDER / key).is_dir()
 
 
 def plain(argument: str, texts: Collection[str], short: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ PACKAGES = ("wmtp", "torch", "hydra-core", "numpy", "tokenizers", "safetensors",
 
 
 def git_revision() -> str | None:
-    """The commit of the source, with `+changes` if it is not clean; None outside a repository."""
+    """The commit of the source, with `+changes` if it is not clean; None where no repository tracks it."""
     source = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -27,6 +27,8 @@ def git_revision() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None  # installed: the repository around it, if there is one, is somebody else's
     revision = git("rev-parse", "HEAD")
     return f"{revision}+changes" if revision and git("status", "--porcelain", "--untracked-files=no") else revision
 
@@ -37,17 +39,22 @@ def versions() -> dict[str, Any]:
     return {"git_revision": git_revision(), "versions": packages}
 
 
-def write_provenance(folder: Path, overrides: Sequence[str], data: Dataset) -> None:
-    """Write provenance.json: the code, the command's overrides and the data that a run was last started with."""
+def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, list[Any]], data: Dataset) -> None:
+    """Write provenance.json: the code, the command's overrides and the data that a run was last started with.
+
+    `changed` has the default and the value of each key that the overrides changed.
+    """
     described = {
         "name": data.name,
         "source": data.origin,
         "fingerprint": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
+        "train_fingerprint": data.train.fingerprint,
+        "validation_fingerprint": data.validation.fingerprint,
         "train": len(data.train),
         "validation": len(data.validation),
     }
-    content = {**versions(), "command": list(overrides), "data": described}
+    content = {**versions(), "command": list(overrides), "changed": changed, "data": described}
     replace_atomically(folder / PROVENANCE, encode_json(content))
 
 

@@ -29,6 +29,7 @@ from wmtp.compose import (
     compose_trainer,
 )
 from wmtp.config import stage_config
+from wmtp.defaults import changes
 from wmtp.deliveries import Delivery, close, conclude, open_deliveries, pending
 from wmtp.estimate import Machine, Setting, duration, estimate, in_words, moments, name_of, wrapped
 from wmtp.models.mtp import MtpModel
@@ -48,6 +49,7 @@ from wmtp.runtime.folder import ACCEPTED, PRETRAIN, RESUMES, Ending
 from wmtp.sizes import layout_of
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
+from wmtp.token_report import MEASURES, measure_tokens, write_token_report
 from wmtp.tracking.base import Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
@@ -84,11 +86,13 @@ class Run:
             result = self._fit(trainer, self.folder)
             extras = self._conclude(trainer, result)
             summary = self.processes.from_main(lambda: write_summary(self.folder, trainer, result, extras))
+            self._draw()
         except BaseException as error:
             state = ending(error)[1]
-            if self.processes.is_main:  # now, since the log is among what is delivered
+            if self.processes.is_main:  # now, since the log and the pictures are among what is delivered
                 log.info("it ended: %s", state, exc_info=error)
                 self.ending.logged = error
+                self._draw()
             for problem in conclude(self.deliveries, state):
                 log.warning("%s", problem)
             raise
@@ -212,7 +216,7 @@ class Run:
         replace_atomically(self.folder / ACCEPTED, encode_json(self.overrides))
         self._keep_model(self.config, self.folder, parts)
         identify(self.folder, self.config.checkpoint.get("remote"))
-        write_provenance(self.folder, self.overrides, parts.data)
+        write_provenance(self.folder, self.overrides, changes(self.config, "train"), parts.data)
         self.deliveries = open_deliveries(self.config, self.folder, self.console, is_training=True)
 
     def _keep_model(self, config: DictConfig, folder: Path, parts: Parts) -> None:
@@ -232,15 +236,28 @@ class Run:
 
     def _conclude(self, trainer: Trainer, result: Result) -> dict[str, Any]:
         """The last samples, and what the summary says besides what the trainer knows."""
-        objective = trainer.objective
+        objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
+        measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
+        self.processes.from_main(lambda: write_token_report(self.folder, measured, data, result.total_steps))
         return {
             "pass@1": self._pass_rate(trainer, result),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "peak_memory_bytes": int(self.processes.largest(trainer.hardware.peak_memory())[0]),
-            "weights": weight_quality(objective, trainer.model, trainer.data, trainer.hardware),
+            "weights": weight_quality(measured[:, MEASURES.index("weight")], data),
         }
+
+    def _draw(self) -> None:
+        """Write report.html, if it is wanted; a run is none the worse without."""
+        if not (self.config.report and self.processes.is_main and self.is_accepted):
+            return
+        from wmtp.report.run_page import write_run_page  # imports matplotlib, which takes a second
+
+        try:
+            write_run_page(self.folder)
+        except Exception as error:
+            log.warning("report.html could not be written: %s: %s", type(error).__name__, error, exc_info=True)
 
     def _pass_rate(self, trainer: Trainer, result: Result) -> dict[str, Any] | None:
         with trainer.hardware.autocast():

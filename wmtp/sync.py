@@ -5,22 +5,40 @@ Safe to run twice, and beside a running training, which sends by itself.
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
+    from wmtp import doors
+
+    doors.sync()
 
 from wmtp.environment import load_environment
 from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.runtime.folder import RECEIPT, RUN, SWEEP, close_dead, is_running, read_status, typed
 from wmtp.runtime.signals import raised_signals
 
+DESCRIPTION = """\
+Send what runs left behind to the servers that their configs name: metrics,
+statuses and checkpoints. Safe to run twice, and beside a running training,
+which sends by itself.
+"""
+EXAMPLES = """\
+examples:
+  python -m wmtp.sync outputs                                all runs
+  python -m wmtp.sync outputs/2026-11-21                     those of a day
+  python -m wmtp.sync outputs/2026-11-21/09-30-00-abcd       one
+
+Addresses, users and keys come from the environment or .env. The exit code is 3
+as long as something is left, and 2 if a server refuses. The script wmtp-sync is
+the same command.
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Deliver every run below the named folders; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m wmtp.sync", description=__doc__)
+    formatted = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m wmtp.sync", None, DESCRIPTION, EXAMPLES, formatter_class=formatted)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|outputs", help="a run's folder, or one above it")
     folders: list[Path] = parser.parse_args(arguments).folders
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -99,7 +117,3 @@ def delivered(folder: Path) -> str:
     closed = [f"was {was}, but nothing runs there: recorded as {state}"] if state != was else []
     reports = deliver_rest(folder, state) if is_delivered(folder) else []
     return "; ".join(closed + reports) or "nothing to send"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp.errors import InterruptedAtOnce, InterruptedRun, PendingError, TrainingError
 from wmtp.runtime.folder import Ending
+from wmtp.runtime.interpreter import module_arguments
 from wmtp.runtime.signals import ignored_signals, raised_signals
 from wmtp.runtime.worker import receive_task, set_up_output, tell_ready
 
@@ -70,7 +71,7 @@ def launch(job: Job, task: Task, size: int) -> float | None:
     from wmtp.runtime.launch import launch as launch_workers
 
     name = job.__module__ if job.__module__ != "__main__" else sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
-    outcome = launch_workers(["-m", name], size, encoded(task), task.ending)
+    outcome = launch_workers(module_arguments(name), size, encoded(task), task.ending)
     return outcome.value
 
 

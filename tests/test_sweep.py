@@ -1,0 +1,307 @@
+"""Sweeps: which jobs there are, what becomes of them, and how those that did not finish are tried again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY, Invoke, start_training
+from wmtp.config import ConfigError, Fault
+from wmtp.errors import InputError
+from wmtp.runtime.folder import SWEEP, read_status
+from wmtp.sweep import slurm
+from wmtp.sweep.grid import grid_of, swept
+from wmtp.sweep.processes import run_here
+from wmtp.sweep.run import Sweep
+
+GRID = ["algo=critic", "algo.beta=0.5,0.9,1.2", "early_stopping.patience=5,10", "seed=0,1,2"]
+FAKE = ["-m", "tests.fake_job"]
+SHELL = "import sys, time, os, signal; "
+
+
+# Which jobs
+
+
+def test_a_grid_has_a_job_for_each_combination_and_typed_keys_replace_an_experiments() -> None:
+    grid = grid_of("train", GRID)
+    assert grid.jobs[0] == ["algo=critic", "algo.beta=0.5", "early_stopping.patience=5", "seed=0"]
+    assert len({tuple(job) for job in grid.jobs}) == 18
+    assert swept(grid.jobs)[-1] == "algo.beta=1.2 early_stopping.patience=10 seed=2"
+    named = grid_of("train", ["experiment=sweep/critic_beta"])
+    assert len(named.jobs) == 9 and all("experiment=sweep/critic_beta" in job for job in named.jobs)
+    fewer = grid_of("train", ["experiment=sweep/critic_beta", "seed=7", "max_steps=3"])
+    assert [job.count("seed=7") for job in fewer.jobs] == [1, 1, 1]
+    assert not any("seed=0" in job for job in fewer.jobs)
+
+
+def test_what_is_the_sweeps_own_is_no_jobs() -> None:
+    grid = grid_of("train", ["seed=0,1", "sweep.jobs=2", "hydra.sweep.dir='a folder'", "sweep.metric=val/mtp_loss"])
+    assert grid.jobs == [["seed=0"], ["seed=1"]]
+    assert (grid.options.jobs, grid.options.metric, grid.folder) == (2, "val/mtp_loss", Path("a folder"))
+    assert grid_of("train", ["sweep.resume=here"]).names_jobs is False
+
+
+def test_arms_that_are_no_grid_come_side_by_side() -> None:
+    arms = "sweep.arms=['algo=baseline pretrain=critic','algo=critic algo.beta=0.5']"
+    assert swept(grid_of("train", [arms, "seed=0,1"]).jobs) == [
+        "algo=baseline pretrain=critic seed=0", "algo=critic algo.beta=0.5 seed=0",
+        "algo=baseline pretrain=critic seed=1", "algo=critic algo.beta=0.5 seed=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("sweep.jobs=0", "greater than or equal to 1"),
+        ("hello", "is no override"),
+        ("hydra/launcher=submitit_nowhere", "wmtp[slurm]"),
+        ("seed=interval(0,1)", "does not support sweep type"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(argument: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        grid_of("train", ["seed=0,1", argument])
+    assert message in str(error.value)
+
+
+# What becomes of them, with jobs that take a moment
+
+
+def sound(overrides: list[str]) -> list[Fault]:
+    return []
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """An empty folder to be in, jobs that are no trainings, and what MLflow is told."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wmtp.sweep.run.module_arguments", lambda name: FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    return []
+
+
+def run(arguments: list[str], told: list[str]) -> int:
+    return Sweep("train", arguments, sound).run(lambda folder, state: told.append(state))
+
+
+def jobs_of(folder: str) -> list[dict[str, Any]]:
+    jobs: list[dict[str, Any]] = json.loads((Path(folder) / SWEEP).read_text())["jobs"]
+    return jobs
+
+
+def calls(folder: str) -> list[dict[str, Any]]:
+    path = Path(folder) / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_of_eighteen_jobs_the_failed_and_the_killed_one_are_tried_again(
+    told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wishes = {7: "fail", 12: "die"}
+    Path("sweep").mkdir()
+    for number, wish in wishes.items():
+        Path(f"sweep/wish-{number}").write_text(wish)
+    assert run([*GRID, "hydra.sweep.dir=sweep", "sweep.jobs=2"], told) == 137
+    jobs = jobs_of("sweep")
+    assert [job["number"] for job in jobs if job["state"] != "FINISHED"] == [7, 12] and len(calls("sweep")) == 18
+    assert (jobs[7]["state"], jobs[7]["exit_code"], jobs[7]["error"]) == ("FAILED", 1, "ValueError: no luck")
+    assert jobs[7]["traceback"].startswith("Traceback") and "somewhere" in jobs[7]["traceback"]
+    assert (jobs[12]["state"], jobs[12]["exit_code"]) == ("KILLED", 137)
+    assert read_status(Path("sweep/12"))["state"] == "KILLED"
+    out = capsys.readouterr().out
+    assert "16 of 18 jobs finished" in out and "sweep.resume=sweep" in out and "no luck" in out
+
+    for number in wishes:
+        Path(f"sweep/wish-{number}").unlink()
+    assert run([*GRID, "sweep.resume=sweep"], told) == 0
+    again = calls("sweep")[18:]
+    assert [(call["job"], bool(call["resume"])) for call in again] == [("7", False), ("12", True)]
+    assert all(job["state"] == "FINISHED" for job in jobs_of("sweep")) and Path("sweep/7.attempt-1/train.log").exists()
+    assert told == ["KILLED", "FINISHED"] and read_status(Path("sweep"))["state"] == "FINISHED"
+    assert run(["sweep.resume=sweep"], told) == 0 and len(calls("sweep")) == 20, "nothing was left to do"
+
+
+def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first(
+    told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["algo=critic", "algo.beta=0.9,0.5", "seed=0,1,2", "hydra.sweep.dir=sweep", "sweep.jobs=4"], told) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1:5] for row in rows] == [
+        [" algo.beta=0.5 ", " 0, 1, 2 ", "        0.5100 ", "  ± 0.0100 "],
+        [" algo.beta=0.9 ", " 0, 1, 2 ", "        0.9100 ", "  ± 0.0100 "],
+    ]
+    assert {call["threads"] for call in calls("sweep")} == {str(max(1, (os.cpu_count() or 1) // 4))}
+
+
+def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told: list[str]) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/wish-1").write_text("wait")
+    script = (
+        "import sys; from wmtp.runtime.signals import raised_signals; import wmtp.sweep.run as r; "
+        f"r.module_arguments = lambda name: {FAKE!r}\n"
+        "with raised_signals():\n    sys.exit(r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None))\n"
+    )
+    command = [sys.executable, "-c", script, "seed=0,1,2", "hydra.sweep.dir=sweep"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "waits" not in (line := process.stdout.readline()):
+        assert line, "it ended early"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert [(job["state"], job["exit_code"]) for job in jobs_of("sweep")] == [
+        ("FINISHED", 0), ("KILLED", 130), ("PENDING", None),
+    ]  # fmt: skip
+    assert read_status(Path("sweep"))["state"] == "KILLED"
+    Path("sweep/wish-1").unlink()
+    assert run(["seed=0,1,2", "sweep.resume=sweep"], told) == 0
+    assert [call["job"] for call in calls("sweep")] == ["0", "1", "1", "2"]
+
+
+def test_a_killed_sweep_takes_its_jobs_along_and_goes_on(told: list[str]) -> None:
+    """Its running job is no orphan that would write beside the next attempt."""
+    Path("sweep").mkdir()
+    Path("sweep/wish-0").write_text("wait")
+    script = (
+        "import sys; import wmtp.sweep.run as r; "
+        f"r.module_arguments = lambda name: ['-c', {ORPHAN!r}]\n"
+        "r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None)\n"
+    )
+    command = [sys.executable, "-c", script, "seed=0,1", "hydra.sweep.dir=sweep"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "waits" not in (line := process.stdout.readline()):
+        assert line, "it ended early"
+    with pytest.raises(InputError, match="in use"):
+        run(["sweep.resume=sweep"], told)
+    process.kill()
+    process.wait()
+    Path("sweep/wish-0").unlink()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            code = run(["sweep.resume=sweep"], told)
+            break
+        except InputError:  # the system is still ending the job
+            time.sleep(0.1)
+    assert code == 0 and [job["attempts"] for job in jobs_of("sweep")] == [2, 1]
+
+
+ORPHAN = (
+    "import os, sys; from wmtp.runtime.liveness import die_with; from wmtp.sweep.processes import PARENT; "
+    "die_with(int(os.environ[PARENT])); from tests.fake_job import main; main(sys.argv[1:])"
+)
+
+
+def test_a_sweep_of_other_jobs_is_not_resumed_and_none_begins_in_anothers_folder(told: list[str]) -> None:
+    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 0
+    with pytest.raises(ConfigError, match="sweep of other jobs"):
+        run(["seed=0,1,2", "sweep.resume=sweep"], told)
+    with pytest.raises(ConfigError, match="holds a sweep already"):
+        run(["seed=0,1", "hydra.sweep.dir=sweep"], told)
+    with pytest.raises(InputError, match="is no sweep's folder"):
+        run(["sweep.resume=elsewhere"], told)
+    assert len(calls("sweep")) == 2
+
+
+def test_sweeps_that_begin_at_once_have_folders_of_their_own(told: list[str]) -> None:
+    sweeps = [Sweep("train", ["seed=0,1"], sound) for _ in range(5)]
+    assert len({sweep.folder for sweep in sweeps}) == 5
+    assert all(sweep.folder.name.endswith("-sweep") for sweep in sweeps)
+
+
+def test_faulty_jobs_are_refused_alone_and_all_of_them_at_once(told: list[str]) -> None:
+    def check(overrides: list[str]) -> list[Fault]:
+        return [Fault("seed", "1", "is wrong")] if "seed=1" in overrides else []
+
+    sweep = Sweep("train", ["seed=0,1,2", "hydra.sweep.dir=sweep"], check)
+    assert sweep.run(lambda folder, state: told.append(state)) == 2 and told == ["FAILED"]
+    jobs = jobs_of("sweep")
+    assert [job["state"] for job in jobs] == ["FINISHED", "FAILED", "FINISHED"]
+    assert jobs[1]["error"] == "seed=1: is wrong" and not Path("sweep/1").exists()
+    with pytest.raises(ConfigError, match="is wrong"):
+        Sweep("train", ["seed=1", "hydra.sweep.dir=other"], check)
+    assert not Path("other").exists()
+
+
+# Processes
+
+
+def test_as_many_run_at_once_as_were_wished(tmp_path: Path) -> None:
+    note = "open(sys.argv[1], 'a').write(f'{time.time()} %s\\n'); "
+    code = SHELL + note % "+" + "time.sleep(0.4); " + note % "-"
+
+    def most_at_once(wished: int) -> int:
+        path = tmp_path / f"times-{wished}"
+        commands = {n: [sys.executable, "-S", "-c", code, str(path)] for n in range(4)}
+        consoles = {n: tmp_path / str(n) for n in commands}
+        run_here(commands, consoles, wished, lambda n: None, lambda n, code, words: None)
+        steps = [line.split()[1] for line in sorted(path.read_text().splitlines())]
+        return max(steps[:i].count("+") - steps[:i].count("-") for i in range(len(steps) + 1))
+
+    assert most_at_once(1) == 1 and most_at_once(2) == 2
+
+
+def test_a_processes_last_words_are_kept(tmp_path: Path) -> None:
+    code = SHELL + "print('on the screen'); print('some words', file=sys.stderr); os.kill(os.getpid(), signal.SIGTERM)"
+    ends: list[tuple[int, int, str]] = []
+    run_here({3: [sys.executable, "-c", code]}, {3: tmp_path / "c"}, 1, lambda n: None, lambda *end: ends.append(end))
+    assert ends == [(3, 143, "some words\n")]
+
+
+# In Slurm
+
+
+def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    grid = grid_of(
+        "train",
+        ["seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=4",
+         "hydra.launcher.timeout_min=600", "hydra.launcher.mem_gb=64", "hardware=cpu"],
+    )  # fmt: skip
+    assert slurm.is_submitted(grid.launcher) and grid.jobs == [["seed=0", "hardware=cpu"], ["seed=1", "hardware=cpu"]]
+    text = slurm.described(grid.launcher, tmp_path, ["python", "-m", "wmtp.train", "seed=0"], 2)
+    wanted = "--partition=gpu", "--gpus-per-node=4", "--time=600", "--mem=64GB", "--array=0-1", "python -m wmtp.train"
+    assert [each for each in wanted if each not in text] == []
+
+
+@pytest.mark.slow
+def test_jobs_are_submitted_as_hydras_launcher_would(told: list[str]) -> None:
+    """By submitit's own kind of cluster that is this machine."""
+    pytest.importorskip("submitit")
+    Path("sweep").mkdir()
+    Path("sweep/wish-1").write_text("fail")
+    arguments = ["seed=0,1", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]
+    assert run(arguments, told) == 1
+    assert [job["state"] for job in jobs_of("sweep")] == ["FINISHED", "FAILED"]
+    Path("sweep/wish-1").unlink()
+    assert run([*arguments[:2], "sweep.resume=sweep"], told) == 0 and len(calls("sweep")) == 3
+
+
+# Real trainings
+
+
+@pytest.mark.slow
+def test_trainings_that_were_killed_go_on_from_their_checkpoints(tmp_path: Path, cache: Path, invoke: Invoke) -> None:
+    """SIGKILL reaches the second job after its first checkpoint; the sweep goes on, and resumes it to the same end."""
+    overrides = [*TINY, "tracking=none", f"cache_dir={cache}", "report=false", "num_samples=0", "save_interval=5",
+                 "max_steps=40", "num_epochs=100", "log_interval=1", "early_stopping=none"]  # fmt: skip
+    process = start_training(tmp_path, "-m", *overrides, "seed=0,1", "hydra.sweep.dir=sweep", "sweep.jobs=2")
+    victim = tmp_path / "sweep" / "1"
+    deadline = time.monotonic() + 90
+    while not list(victim.glob("checkpoints/step_*/manifest.json")):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(read_status(victim)["pid"], signal.SIGKILL)
+    out, _ = process.communicate(timeout=90)
+    states = [job["state"] for job in jobs_of(str(tmp_path / "sweep"))]
+    assert process.returncode == 137 and states == ["FINISHED", "KILLED"], out
+    outcome = invoke("-m", "sweep.resume=sweep", tiny=False)
+    assert outcome.code == 0, outcome.err
+    assert read_status(victim)["step"] == 40 and (victim / "resumes.jsonl").exists()
+    assert "2 of 2 jobs finished" in outcome.out

@@ -1,0 +1,1 @@
+"""From runs' folders to what can be read: tables, tests, pages."""

@@ -1,0 +1,81 @@
+"""Runs that differ in nothing but their seed belong together; a group is called by what sets it apart."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from wmtp.report.runs import RunRecord
+
+WITHOUT_EFFECT = (
+    "seed", "algo.seed", "run_name", "tags", "resume", "resume_override", "dry_run", "cache_dir", "tracking",
+    "checkpoint", "sweep", "report", "num_validation_samples", "num_samples", "sandbox", "log_interval",
+    "save_interval", "pretrain.reuse",
+)  # fmt: skip
+"""Keys that say where a run writes, whom it tells, what else is measured, or which of several alike it is."""
+
+
+def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs by the label of their group, in the order of the first of each.
+
+    A label names the fewest keys that tell the groups apart; options of config groups (`algo=critic`) come
+    before values. Where only one config group differs, its options are the labels.
+    """
+    settings = [differing(run) for run in runs]
+    keys: list[str] = []
+    for key in _candidates(settings):
+        if _num_groups(settings, [*keys, key]) > _num_groups(settings, keys):
+            keys.append(key)
+    groups: dict[str, list[RunRecord]] = {}
+    for run, setting in zip(runs, settings, strict=True):
+        groups.setdefault(_label(setting, keys, settings), []).append(run)
+    return groups
+
+
+def differing(run: RunRecord) -> dict[str, Any]:
+    """What can set a run apart: its chosen options, under `group=`, and the values of its config."""
+    chosen = {f"{group}=": option for group, option in run.choices.items() if _counts(group.split("@")[0])}
+    return chosen | {key: value for key, value in flattened(run.config) if _counts(key)}
+
+
+def flattened(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a config with their dotted keys.
+
+    >>> dict(flattened({"algo": {"beta": 0.9}, "seed": 1}))
+    {'algo.beta': 0.9, 'seed': 1}
+    """
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from flattened(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _counts(key: str) -> bool:
+    apart = key.startswith(("hydra", "experiment")) or any(
+        key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT
+    )
+    return not apart
+
+
+def _candidates(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys whose values differ: `algo` first, then other options, then values as the config has them."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    varying = [key for key in keys if len({str(setting.get(key)) for setting in settings}) > 1]
+    return sorted(varying, key=lambda key: (key != "algo=", not key.endswith("="), "_target_" in key))
+
+
+def _num_groups(settings: Sequence[dict[str, Any]], keys: Sequence[str]) -> int:
+    return len({tuple(str(setting.get(key)) for key in keys) for setting in settings})
+
+
+def _label(setting: dict[str, Any], keys: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
+    """The keys' values, but for those that follow from the ones before."""
+    parts, alike = [], list(settings)
+    for key in keys:
+        value = setting.get(key)
+        if len({str(other.get(key)) for other in alike}) > 1 and value is not None:
+            parts.append(f"{key.removesuffix('=')}={value}".removeprefix("algo="))
+        alike = [other for other in alike if other.get(key) == value]
+    if len(keys) == 1 and keys[0].endswith("="):
+        return str(setting.get(keys[0], "none"))
+    return ", ".join(parts) or ("all" if not keys else "neither")

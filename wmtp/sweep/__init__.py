@@ -1,0 +1,1 @@
+"""Many jobs of one command: which, where they run, what became of them."""

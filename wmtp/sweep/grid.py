@@ -1,0 +1,121 @@
+"""From what was typed to the jobs of a sweep: one for each combination of the values that were named."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build
+from wmtp.overrides import forced
+from wmtp.sweep.options import SweepOptions
+
+OWN = ("sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
+"""Overrides that are the sweep's, not its jobs'."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep as it was typed."""
+
+    jobs: list[list[str]]
+    """The overrides of each."""
+    options: SweepOptions
+    folder: Path | None
+    """Where it is to lie; None: in a new folder."""
+    launcher: dict[str, Any]
+    """Hydra's choice of where jobs run, with its settings."""
+    is_rehearsal: bool
+    names_jobs: bool
+    """Whether anything besides `sweep.…` was typed."""
+
+
+def grid_of(command: str, arguments: Sequence[str]) -> Grid:
+    """The sweep that these arguments of a command describe: a grid for each of `sweep.arms`.
+
+    An experiment's `hydra.sweeper.params` come first; an arm's overrides replace them, and what is typed both.
+
+    Raises:
+        ConfigError: an argument is no override, or they compose no config.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+            typed = _parsed(parser, arguments)
+            fixed = [forced(str(each.input_line)) for each in typed if not each.is_sweep_override()]
+            config = hydra.compose(command, fixed, return_hydra_config=True)
+            named = config.hydra.sweeper.get("params") or {}
+            params = _parsed(parser, [f"{key}={value}" for key, value in named.items()])
+            options = options_of(config)
+            arms = [_parsed(parser, shlex.split(arm)) for arm in options.arms or [""]]
+            grids = [BasicSweeper.split_arguments(_merged(params, arm, typed), None)[0] for arm in arms]
+            jobs = [job for beside in zip_longest(*grids) for job in beside if job]  # so that arms grow side by side
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(str(error).split())
+        remedy = "; it needs pip install 'wmtp[slurm]'" if "submitit" in text else ""
+        raise ConfigError([Fault("sweep", "", text + remedy)]) from error
+    sweep_folder = [str(each.value()) for each in typed if each.key_or_group == "hydra.sweep.dir"]
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(launcher, dict)
+    return Grid(
+        jobs,
+        options,
+        Path(sweep_folder[-1].strip("'\"")) if sweep_folder else None,
+        {str(key): value for key, value in launcher.items()},
+        config.get("dry_run") is True,
+        any(not _is_own(each) for each in typed),
+    )
+
+
+def options_of(config: DictConfig) -> SweepOptions:
+    """The sweep's own settings.
+
+    Raises:
+        ConfigError: one has a wrong type or value.
+    """
+    try:
+        options: SweepOptions = build(config.sweep)
+    except ValueError as error:
+        raise ConfigError([Fault("sweep", "", " ".join(str(error).split()))]) from error
+    return options
+
+
+def swept(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """What sets each job apart from the others, in words."""
+    common = set.intersection(*(set(job) for job in jobs))
+    return [" ".join(each.lstrip("+") for each in job if each not in common) for job in jobs]
+
+
+def _parsed(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]:
+    overrides, faults = [], []
+    for argument in arguments:
+        try:
+            overrides.append(parser.parse_override(argument))
+        except HydraException:
+            faults.append(Fault(argument, "", "is no override; write key=value, or key=value,value,…"))
+    if faults:
+        raise ConfigError(faults)
+    return overrides
+
+
+def _merged(*sources: Sequence[Override]) -> list[Override]:
+    """The overrides of the jobs: the last of each key, where it first stood."""
+    merged: dict[tuple[str, str | None], Override] = {}
+    for each in chain(*sources):
+        if not _is_own(each):
+            merged[each.key_or_group, each.package] = each
+    return list(merged.values())
+
+
+def _is_own(override: Override) -> bool:
+    return override.key_or_group.startswith(OWN)

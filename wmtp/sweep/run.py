@@ -1,0 +1,203 @@
+"""A sweep from what was typed to its exit code."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from wmtp.checkpoint.manifest import NAME
+from wmtp.config import ConfigError, Fault
+from wmtp.errors import InputError, InterruptedRun, PendingError
+from wmtp.overrides import quoted
+from wmtp.runtime.folder import ACCEPTED, SWEEP, Ending, RunStatus, create_run_folder, typed
+from wmtp.runtime.interpreter import module_arguments
+from wmtp.sweep import slurm
+from wmtp.sweep.grid import grid_of, swept
+from wmtp.sweep.manifest import Job, Manifest
+from wmtp.sweep.processes import run_here
+from wmtp.sweep.table import print_results
+
+Check = Callable[[list[str]], list[Fault]]
+
+
+class Sweep:
+    """All jobs of one sweep: those that did not finish yet are run, each as a command of its own."""
+
+    def __init__(self, command: str, arguments: Sequence[str], check: Check) -> None:
+        """`check` finds the faults of one job's overrides.
+
+        Raises:
+            ConfigError: the arguments describe no sweep, or none of its jobs can be done.
+            InputError: the sweep to be resumed is not there, is another one, or still runs.
+        """
+        self.command, self.check = command, check
+        self.grid = grid_of(command, arguments)
+        self.is_submitted = slurm.is_submitted(self.grid.launcher)
+        resumed = self.grid.options.resume
+        self.manifest = self._begun(resumed) if resumed else self._new()
+        self.names = swept([job.overrides for job in self.manifest.jobs])
+        self.console = Console()
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.manifest.folder
+
+    def run(self, told: Callable[[Path, str], None]) -> int:
+        """Do what is left to be done, and print what came of all; the exit code, which is that of the worst job.
+
+        `told` passes on the folder and the state at the end.
+
+        Raises:
+            InterruptedRun: a signal came; all jobs have ended.
+        """
+        status = RunStatus(self.folder)
+        self.manifest.settle()
+        self.manifest.write()
+        self._say(f"The sweep lies in {typed(self.folder)}: {len(self.manifest.jobs)} jobs")
+        interruption: InterruptedRun | None = None
+        try:
+            self._do({job.number: self._command_of(job) for job in self._left()})
+        except InterruptedRun as error:
+            interruption = error
+        codes = [1 if job.exit_code is None else job.exit_code for job in self.manifest.jobs]
+        worst = max(codes) if interruption is None else interruption.exit_code
+        is_well = all(job.state == "FINISHED" for job in self.manifest.jobs)
+        state = "FINISHED" if is_well else "KILLED" if worst >= 128 else "FAILED"
+        try:
+            told(self.folder, state)
+        except PendingError as error:
+            print(error, file=sys.stderr)
+            worst = max(worst, error.exit_code)
+        status.end(state, worst, Ending())
+        print_results(self.console, self.manifest, self.grid.options.metric)
+        self._say(f"The sweep lies in {typed(self.folder)}")
+        if not is_well:
+            self._say(f"Try again what did not finish: the same command with sweep.resume={typed(self.folder)}")
+        elif len(self.manifest.jobs) > 1:
+            self._say(f"Next: python -m wmtp.compare {typed(self.folder)} baseline=…")
+        return worst
+
+    def rehearse(self) -> int:
+        """Print every job and how it would be started, and try the first sound one; the exit code."""
+        sound: list[Job] = []
+        for job, name in zip(self.manifest.jobs, self.names, strict=True):
+            faults = self.check([*job.overrides, "dry_run=true"])
+            sound += [] if faults else [job]
+            self._say(f"job {job.number}: {name or ' '.join(job.overrides)}")
+            for fault in faults:
+                self._say(f"  {fault}")
+        if not sound:
+            return InputError.exit_code
+        first = sound[0]
+        command = [sys.executable, *self._module(), *first.overrides]
+        where = [*command, f"hydra.run.dir={quoted(self.folder / str(first.number))}"]
+        if self.is_submitted:
+            self._say("\nThe job array that would be submitted, with its first command:\n")
+            self._say(slurm.described(self.grid.launcher, self.folder, where, len(self.manifest.jobs)))
+        else:
+            self._say(f"{self.grid.options.jobs} at once on this machine. The first one:\n")
+        codes: list[int] = []
+        run_here(
+            {0: [*command, "dry_run=true"]}, {0: Path()}, 1, lambda number: None,
+            lambda number, code, words: codes.append(code),
+        )  # fmt: skip
+        return max([*codes, InputError.exit_code if len(sound) < len(self.manifest.jobs) else 0])
+
+    def _new(self) -> Manifest:
+        """The manifest of a sweep that begins; a rehearsal's is never written.
+
+        Raises:
+            ConfigError: its folder is taken, or none of its jobs can be done.
+        """
+        jobs = [Job(number, list(overrides)) for number, overrides in enumerate(self.grid.jobs)]
+        if self.grid.is_rehearsal:
+            for job in jobs:
+                job.overrides = [each for each in job.overrides if not each.lstrip("+").startswith("dry_run=")]
+            return Manifest(self.grid.folder or Path("outputs"), jobs)
+        named = self.grid.folder
+        if named is not None and (named / SWEEP).exists():
+            problem = f"holds a sweep already; go on with it (sweep.resume={named}) or name another folder"
+            raise ConfigError([Fault("hydra.sweep.dir", str(named), problem)])
+        faults = {job.number: self.check(job.overrides) for job in jobs}
+        if all(faults.values()):
+            raise ConfigError(fault for each in faults.values() for fault in each)
+        folder = named or create_run_folder(suffix="-sweep")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Manifest(folder, jobs)
+
+    def _begun(self, folder: Path) -> Manifest:
+        """The manifest of the sweep to be resumed.
+
+        Raises:
+            ConfigError: what was typed describes other jobs.
+        """
+        manifest = Manifest.read(folder)
+        before, now = [job.overrides for job in manifest.jobs], self.grid.jobs
+        if self.grid.names_jobs and before != now:
+            differing = next((pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]), None)
+            what = f"{len(before)} jobs there, {len(now)} here"
+            if differing is not None:
+                what = f"there {' '.join(differing[0])}, here {' '.join(differing[1])}"
+            problem = f"is a sweep of other jobs ({what}); repeat its command, or give sweep.resume alone"
+            raise ConfigError([Fault("sweep.resume", str(folder), problem)])
+        return manifest
+
+    def _left(self) -> list[Job]:
+        """The jobs that are to be run; those that cannot be are recorded as failed."""
+        left = []
+        for job in self.manifest.jobs:
+            if job.state == "FINISHED":
+                continue
+            if faults := self.check(job.overrides):
+                self.manifest.refuse(job, "; ".join(map(str, faults)))
+                self._say(f"job {job.number} ({self.names[job.number]}): {job.error}")
+            else:
+                left.append(job)
+        done = len(self.manifest.jobs) - len(left)
+        if self.grid.options.resume is not None:
+            self._say(f"{done} are done or cannot be; {len(left)} are tried again")
+        return left
+
+    def _do(self, commands: dict[int, list[str]]) -> None:
+        if self.is_submitted:
+            slurm.submit(commands, self.grid.launcher, self.folder, self._started, self._ended)
+            return
+        consoles = {number: self.folder / str(number) / "console.log" for number in commands}
+        run_here(commands, consoles, self.grid.options.jobs, self._started, self._ended)
+
+    def _command_of(self, job: Job) -> list[str]:
+        """How a job is started: from its last checkpoint if it has one, or else anew."""
+        folder = self.manifest.folder_of(job)
+        command = [sys.executable, *self._module()]
+        if (folder / ACCEPTED).exists() and any(folder.glob(f"**/step_*/{NAME}")):
+            return [*command, f"resume={quoted(folder)}"]
+        if (folder / "status.json").exists():  # nothing was saved, but what it said is kept
+            folder.rename(folder.with_name(f"{folder.name}.attempt-{job.attempts}"))
+        return [*command, *job.overrides, f"hydra.run.dir={quoted(folder)}"]
+
+    def _module(self) -> list[str]:
+        return module_arguments(f"wmtp.{self.command}")
+
+    def _started(self, number: int) -> None:
+        job = self.manifest.jobs[number]
+        self.manifest.begin(job)
+        self._say(f"job {number} of {len(self.manifest.jobs)} begins: {self.names[number]}")
+
+    def _ended(self, number: int, exit_code: int, last_words: str) -> None:
+        job = self.manifest.jobs[number]
+        self.manifest.end(job, exit_code, last_words)
+        loss = job.result.get("final_loss")
+        said = "" if loss is None else f", val/loss {loss:.4f}"
+        said = said if job.error is None else f": {job.error.splitlines()[0]}"
+        self._say(f"job {number} of {len(self.manifest.jobs)} {job.state}{said}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_sweep(command: str, arguments: Sequence[str], check: Check, told: Callable[[Path, str], None]) -> int:
+    """Do what a command was told with -m; the exit code."""
+    sweep = Sweep(command, arguments, check)
+    return sweep.rehearse() if sweep.grid.is_rehearsal else sweep.run(told)
