@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tests.world import World
 
 TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
-        "num_validation_samples=0"]  # fmt: skip
+        "num_validation_samples=0", "report=false"]  # fmt: skip
 """Overrides that make a training take a second."""
 
 

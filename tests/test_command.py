@@ -85,6 +85,7 @@ def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
         "samples.jsonl",
         "status.json",
         "summary.json",
+        "tokens.json",
         "train.log",
     }
     status = json.loads((folder / "status.json").read_text())
@@ -116,9 +117,20 @@ def test_a_dry_run_checks_everything_and_keeps_nothing(invoke: Invoke, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("learning_rate", ["0.001", "1e20"])
+def test_a_run_ends_with_its_pictures_however_it_ends(invoke: Invoke, learning_rate: str) -> None:
+    options = ["max_steps=4", "log_interval=1", "max_grad_norm=1e9", "scheduler=constant", "hydra.run.dir=here"]
+    outcome = invoke(*options, f"optimizer.lr={learning_rate}", "report=true")
+    page = Path("here/report.html").read_text()
+    is_well = learning_rate == "0.001"
+    assert outcome.code == (0 if is_well else 1)
+    assert ("FINISHED" if is_well else "FAILED") in page and "RUNNING" not in page
+    assert ("the update was not made" in page) != is_well and "optimizer.lr" in page
+
+
 def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
     assert invoke("max_steps=1", "hydra.run.dir=here", "run_name=mine").code == 0
-    assert (Path("here") / "summary.json").exists()
+    assert (Path("here") / "summary.json").exists() and not (Path("here") / "report.html").exists()
     again = invoke("max_steps=1", "hydra.run.dir=here")
     assert again.code == 2
     assert "holds a run already" in again.err

@@ -94,12 +94,29 @@ def test_every_object_of_the_tree_is_wmtps_or_torchs(compose: Callable[..., Dict
     assert all(target.startswith(("wmtp.", "torch.optim.")) for target in targets)
 
 
-def test_the_readmes_tree_names_every_module() -> None:
-    text = (ROOT / "README.md").read_text()
-    tracked = subprocess.run(["git", "ls-files", "wmtp", "conf", "scripts"], cwd=ROOT, capture_output=True, text=True)
-    for name in tracked.stdout.split():
-        path = Path(name)
-        if path.name != "__init__.py" and path.parts[0] != "conf":
-            assert path.name in text, f"README.md does not name {path}"
-    for group in CONFIG_FOLDER.iterdir():
-        assert not group.is_dir() or group.name in text, f"README.md does not name the group {group.name}"
+def test_the_readmes_tree_is_the_real_one() -> None:
+    """Every module and script stands in it, in the line of its package, and nothing that is not there."""
+    tree = (ROOT / "README.md").read_text().split("## The code\n")[1].split("\n\nImports point down")[0]
+    listed = subprocess.run(["git", "ls-files", "wmtp", "scripts"], cwd=ROOT, capture_output=True, text=True).stdout
+    tracked = [Path(name) for name in listed.split() if Path(name).name != "__init__.py"]
+    modules = {(path.parts[1] if len(path.parts) > 2 else "", path.name) for path in tracked if path.suffix == ".py"}
+    modules = {("scripts" if name.startswith(("benchmark_", "estimate_")) else part, name) for part, name in modules}
+    named, part = set(), ""
+    for line in tree.splitlines():
+        if heading := re.match(r"^ {4,6}(\w+)/(?:\s|$)", line):
+            part = "" if heading[1] == "wmtp" else heading[1]
+        elif re.match(r"^ {6}\w+\.py", line):
+            part = ""
+        named |= {(part, name) for name in re.findall(r"\w+\.py", line)}
+    assert modules - named == set(), "is not named"
+    assert named - modules == set(), "is named, and not there"
+    assert [entry.name for entry in CONFIG_FOLDER.iterdir() if entry.name not in tree] == []
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

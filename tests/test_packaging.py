@@ -87,6 +87,7 @@ def test_help_explains_each_group_and_its_options(help_of: Callable[[str], str])
     assert "hardware: " in groups and "algo: " not in groups, "a command's own groups, and no others"
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", ALL_HELP], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from wmtp.data.collate import Batch
 from wmtp.metrics import Sums
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.run import rehearse
+from wmtp.rehearsal import rehearse
 from wmtp.runtime.parallel import synchronise_gradients
 from wmtp.trainer import Trainer
 

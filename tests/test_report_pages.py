@@ -189,7 +189,7 @@ def test_every_part_of_a_run_is_told(run_page: Path) -> None:
     for said in (
         "Stopped early at update 400", "30 of the last 40 gradient norms", "stopped early at 400",
         "the last 40 updates", "too large: above 3", "0.710", "algo.beta", "python -m wmtp.train algo=critic",
-        "best: 0.5498 at 400", "Crosses: 1 values that are not finite", "8 of 16 pass", "8 more", "head 4",
+        "best: 0.5498 at 400", "Crosses: not finite (1)", "8 of 16 pass", "8 more", "head 4",
         "pass@4, difficulty 2",
     ):  # fmt: skip
         assert said in text, said
@@ -266,6 +266,14 @@ def test_tokens_can_be_read_on_every_colour(measure: Any, paper: int) -> None:
     assert one_sided == sorted(one_sided, reverse=True), "more is not always darker, or lighter in the dark"
 
 
+@pytest.mark.parametrize("paper", [0, 1], ids=["light", "dark"])
+def test_more_can_be_told_from_less_without_colours(paper: int) -> None:
+    colours = [both[paper] for both in MEASURES[0].colours]
+    neutral = colours[len(colours) // 2]
+    less, more = (contrast(colour, neutral) for colour in (colours[0], colours[-1]))
+    assert more > 1.3 * less > 1.3
+
+
 def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
     """As WCAG 2 defines it."""
 
@@ -291,6 +299,19 @@ def test_a_comparison_says_its_answer_in_words(comparison: Comparison, compariso
     runs = [run for members in comparison.groups.values() for run in members]
     pages = {(comparison_page.parent / link).resolve() for link in tags.links if link.endswith("report.html")}
     assert pages == {(run.folder / "report.html").resolve() for run in runs}
+
+
+def test_an_interval_beside_zero_does_not_contradict_the_verdict(comparison: Comparison) -> None:
+    shown, other = comparison.metrics[0].differences
+    beside = replace(other, low=0.001, high=0.01, mean=0.005)
+    assert "this group’s alone" in in_words(beside)
+    assert "this group’s alone" not in in_words(other) + in_words(shown)
+
+
+def test_what_few_seeds_say_is_no_verdict(comparison: Comparison) -> None:
+    alone = replace(comparison.metrics[0].differences[0], pairs={0: -0.1}, low=None, high=None, verdict="too few seeds")
+    assert "what differs may be chance" in in_words(alone)
+    assert in_words(replace(alone, pairs={})) == "No seed has a run in both groups."
 
 
 def test_a_comparison_of_one_group_has_a_page(tmp_path: Path, comparison: Comparison) -> None:

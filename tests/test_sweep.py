@@ -254,6 +254,15 @@ def test_a_processes_last_words_are_kept(tmp_path: Path) -> None:
     assert ends == [(3, 143, "some words\n")]
 
 
+def test_a_process_that_cannot_be_started_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    commands = {n: [sys.executable, "-S", "-c", "pass"] for n in range(3)}
+    consoles = {0: tmp_path / "0", 1: tmp_path / "taken" / "console", 2: tmp_path / "2"}
+    ends: dict[int, tuple[int, str]] = {}
+    run_here(commands, consoles, 2, lambda n: None, lambda n, code, words: ends.update({n: (code, words)}))
+    assert {n: code for n, (code, _) in ends.items()} == {0: 0, 1: 1, 2: 0} and "cannot be started" in ends[1][1]
+
+
 # In Slurm
 
 

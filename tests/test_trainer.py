@@ -483,7 +483,7 @@ def test_what_is_logged_is_what_can_be_monitored(tmp_path: Path, algorithm: Algo
     ).fit([recorder])  # fmt: skip
     logged = {name for _, metrics in recorder.lines for name in metrics}
     names = metric_names(num_heads, values=algorithm.needs_values)
-    beside = {name for name in logged if name.startswith("early_stopping/")} | {"train/tokens_per_second"}
+    beside = {name for name in logged if name.startswith("early_stopping/")} | {"train/tokens_per_second", "tokens"}
     assert len(set(names)) == len(names)
     assert logged - beside == set(names)
     assert logged != set(names)

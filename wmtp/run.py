@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
@@ -31,22 +31,20 @@ from wmtp.compose import (
 from wmtp.config import stage_config
 from wmtp.defaults import changes
 from wmtp.deliveries import Delivery, close, conclude, open_deliveries, pending
-from wmtp.estimate import Machine, Setting, duration, estimate, in_words, moments, name_of, wrapped
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.pretraining import (
     read_result,
-    require_same_stage,
     require_unchanged,
     take_over,
     write_record,
     write_result,
 )
 from wmtp.provenance import identify, write_provenance
+from wmtp.rehearsal import described
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import ACCEPTED, PRETRAIN, RESUMES, Ending
-from wmtp.sizes import layout_of
 from wmtp.stages import Stage
 from wmtp.summary import print_summary, write_summary
 from wmtp.token_report import MEASURES, measure_tokens, write_token_report
@@ -86,13 +84,13 @@ class Run:
             result = self._fit(trainer, self.folder)
             extras = self._conclude(trainer, result)
             summary = self.processes.from_main(lambda: write_summary(self.folder, trainer, result, extras))
-            self._draw()
+            self._draw("FINISHED", 0)
         except BaseException as error:
-            state = ending(error)[1]
+            code, state = ending(error)
             if self.processes.is_main:  # now, since the log and the pictures are among what is delivered
                 log.info("it ended: %s", state, exc_info=error)
                 self.ending.logged = error
-                self._draw()
+                self._draw(state, code, str(error) or type(error).__name__)
             for problem in conclude(self.deliveries, state):
                 log.warning("%s", problem)
             raise
@@ -248,14 +246,16 @@ class Run:
             "weights": weight_quality(measured[:, MEASURES.index("weight")], data),
         }
 
-    def _draw(self) -> None:
+    def _draw(self, state: str, exit_code: int, error: str | None = None) -> None:
         """Write report.html, if it is wanted; a run is none the worse without."""
         if not (self.config.report and self.processes.is_main and self.is_accepted):
             return
         from wmtp.report.run_page import write_run_page  # imports matplotlib, which takes a second
 
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        about = {"state": state, "exit_code": exit_code, "error": error, "step": self.ending.step, "ended": now}
         try:
-            write_run_page(self.folder)
+            write_run_page(self.folder, about)
         except Exception as error:
             log.warning("report.html could not be written: %s: %s", type(error).__name__, error, exc_info=True)
 
@@ -277,80 +277,10 @@ def with_absolute_path(config: DictConfig) -> DictConfig:
     return config
 
 
-def rehearse(config: DictConfig, folder: Path) -> None:
-    """Print what would be trained, and try one update and one validation batch of every stage."""
-    console = Console(markup=False, quiet=not Processes().is_main)
-    console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
-    parts = compose_parts(config)
-    stage = compose_stage(config, parts)
-    if stage is not None:
-        if stage.reuse is not None:
-            require_same_stage(stage.reuse, config)
-        trainer = compose_stage_trainer(config, folder / PRETRAIN, parts, stage, with_columns=False)
-        console.print("The stage before the training:", highlight=False)
-        _try(console, trainer)
-        del trainer
-        gc.collect()
-    if parts.algorithm.reference is not None:
-        compose_reference(config, parts, None)
-    if parts.algorithm.needs_reference:  # its losses are not worth computing here: any number will do
-        for split in (parts.data.train, parts.data.validation):
-            split.reference_losses = np.zeros(len(split.samples.tokens), np.float32)
-    model, objective = compose_policy(config, parts, None), MtpObjective(parts.algorithm)
-    _try(console, compose_trainer(config, folder, parts.hardware, parts.data, model, objective))
-    console.print("The config is sound; one update and one validation batch ran. Nothing was kept.")
-
-
-def _try(console: Console, trainer: Trainer) -> None:
-    console.print(described(trainer), soft_wrap=True, highlight=False)
-    started = time.perf_counter()
-    update = trainer.train_update()
-    seconds = time.perf_counter() - started
-    trainer.validate(max_batches=1)
-    for name, value in (update | trainer.last_validation).items():
-        console.print(f"  {name:30} {value:.4g}", highlight=False)
-    console.print(expected(trainer, seconds), soft_wrap=True, highlight=False)
-
-
-def expected(trainer: Trainer, seconds: float) -> str:
-    """In words, what the training will take: memory with its longest samples, time as its first update took."""
-    hardware, plan, lengths = trainer.hardware, trainer.plan, trainer.data.train.samples.lengths
-    setting = Setting(
-        hardware.strategy, hardware.activation_checkpointing, hardware.reduce_each_micro_batch,
-        min(plan.micro_batch_size, len(lengths)), hardware.precision, moments(trainer.optimizer),
-    )  # fmt: skip
-    machine = Machine(
-        hardware.processes.size, sequence=int(lengths.max()), batch_size=plan.batch_size,
-        device=hardware.device.type, name=name_of(hardware.device),
-    )  # fmt: skip
-    tokens = float(lengths.mean()) * min(plan.batch_size, len(lengths)) * plan.num_updates
-    rate = trainer.position.tokens / seconds
-    time_left = f"time: up to {duration(tokens / rate)} for {plan.num_updates:,} updates"
-    first = f"the first took {duration(seconds)}, at {rate:,.0f} tokens/s"
-    memory = in_words(estimate(layout_of(trainer.model), machine, setting), machine, setting)
-    return memory + "\n" + wrapped([f"{time_left}; {first}"])
-
-
 def value_head_of(snapshot: Snapshot) -> Tensors:
     """The tensors of the value head, by the names that they have in it."""
     prefix = "value_head."
     return {name.removeprefix(prefix): x for name, x in snapshot.model.items() if name.startswith(prefix)}
-
-
-def described(trainer: Trainer) -> str:
-    """The model's size, the data and the planned updates, in words."""
-    model, data, plan = trainer.model, trainer.data, trainer.plan
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = "" if trained == model.num_parameters else f", {trained:,} of them trained"
-    heads = f"{model.num_heads} heads" if model.num_heads > 1 else "1 head"
-    hardware = trainer.hardware
-    size = hardware.processes.size
-    where = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
-    return (
-        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {where}\n"
-        f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
-        f"{plan.num_updates:,} updates of {plan.batch_size} samples"
-    )
 
 
 def longer(config: DictConfig, result: Result) -> str:

@@ -18,7 +18,8 @@ from wmtp.task import Task
 
 def train(task: Task) -> float | None:
     """One run in its folder; returns the last validation loss."""
-    from wmtp.run import Run, rehearse  # imports torch, and --help needs none of it
+    from wmtp.rehearsal import rehearse  # these import torch, and --help needs none of it
+    from wmtp.run import Run
 
     if task.config.dry_run:
         rehearse(task.config, task.folder)

@@ -77,8 +77,8 @@ def forest_drawing(metric: MetricComparison, baseline: str, name: str) -> Drawin
     axes.set_xlim(min(low, -0.15 * reach), max(high, 0.15 * reach))
     side = "left" if metric.lower_is_better else "right"
     caption = (
-        f"Less {baseline}, seed by seed: {side} of the line is better. Diamonds: means with 95 % intervals; one that "
-        "crosses the line shows no difference. Dots: seeds."
+        f"Less {baseline}, seed by seed: {side} of the line is better. Diamonds: means; lines: 95 % intervals, each "
+        "group’s alone, grey where no difference is shown after the correction for all groups; dots: seeds."
     )
     label = "; ".join(f"{each.label} {each.mean:+.4g}, {each.verdict}" for each in differences)
     return Drawing(figure, name, f"Differences in {metric.metric} from {baseline}. {label}", caption)

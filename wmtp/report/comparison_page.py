@@ -101,17 +101,20 @@ def in_words(difference: Difference) -> str:
         return f"{mean} of {seeds}. One seed or two show nothing: what differs may be chance."
     interval = f"{mean}, 95 % interval {_signed(difference.low)} to {_signed(difference.high)}, of {seeds}"
     holm = "" if difference.p_holm is None else f"; p {_p(difference.p_holm)}, corrected for the groups compared"
+    said = f"{interval}{holm}."
     if difference.verdict != "no difference shown":
-        return f"{interval}{holm}."
-    return f"{interval}{holm}. That is not to say that there is none: {_needed(difference)}."
+        return said
+    if not difference.low <= 0 <= difference.high:
+        said += " The interval leaves out zero, but is this group’s alone: corrected, it would not."
+    return f"{said} That is not to say that there is no difference: {_needed(difference)}."
 
 
 def _needed(difference: Difference) -> str:
     needed = difference.seeds_needed
     if needed is None:
-        return "how many seeds would show one of this size, nothing can be said"
-    many = f"more than {SEEDS_CAP}" if needed > SEEDS_CAP else f"about {needed}"
-    return f"one of this size would take {many} seeds to show"
+        return "how many seeds would show one of this size cannot be said"
+    many = f"more than {SEEDS_CAP:,}" if needed > SEEDS_CAP else f"about {needed:,}"
+    return f"a true one of this size would be shown by {many} seeds, four times in five"
 
 
 def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:

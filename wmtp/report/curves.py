@@ -47,7 +47,7 @@ def finish(axes: Axes, columns: int = 0) -> None:
 def crosses(*every: Series) -> str:
     """What the crosses in a drawing mean, if there are any."""
     count = sum(not math.isfinite(value) for series in every for _, value in series)
-    return f" Crosses: {count} values that are not finite." if count else ""
+    return f" Crosses: not finite ({count})." if count else ""
 
 
 def series_of(lines: Iterable[Mapping[str, Any]], metric: str) -> Series:

@@ -41,6 +41,12 @@ _SECTION = Markup("""<section id="{name}" aria-labelledby="{name}-title">
 {body}
 </section>
 """)
+_TABLE = Markup("""<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>
+<thead><tr>{}</tr></thead>
+<tbody>
+{}</tbody>
+</table></div>
+""")
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,7 @@ def table(
         )
         for row in rows
     )
-    return Markup(
-        '<div class="scroll" tabindex="0"><table>\n<thead><tr>{}</tr></thead>\n<tbody>\n{}</tbody>\n</table></div>\n'
-    ).format(heads, body)
+    return _TABLE.format(heads, body)
 
 
 def listed(texts: Iterable[str]) -> Markup:

@@ -1,6 +1,7 @@
 """Drawings of one run's training: losses, updates, weights and speed."""
 
 import math
+from itertools import count, takewhile
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter
@@ -10,7 +11,6 @@ from wmtp.report.drawing import BAD, INK, LINES, QUIET, Drawing, logarithmic, pa
 from wmtp.report.runs import RunRecord
 
 LEGEND_COLUMNS = 4
-MOST_HEADS = 64
 
 
 def loss_drawing(run: RunRecord) -> Drawing | None:
@@ -36,11 +36,8 @@ def loss_drawing(run: RunRecord) -> Drawing | None:
 
 def heads_drawing(run: RunRecord) -> Drawing | None:
     """The loss of every head."""
-    measured = {
-        head: (run.series(f"train/head_{head}_loss"), run.series(f"val/head_{head}_loss"))
-        for head in range(1, MOST_HEADS + 1)
-    }
-    heads = {head: pair for head, pair in measured.items() if any(pair)}
+    pairs = ((run.series(f"train/head_{head}_loss"), run.series(f"val/head_{head}_loss")) for head in count(1))
+    heads = dict(enumerate(takewhile(any, pairs), start=1))
     if not heads:
         return None
     rows = math.ceil(len(heads) / LEGEND_COLUMNS)

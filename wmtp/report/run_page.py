@@ -34,9 +34,12 @@ FILE_NAME = "report.html"
 STATES = {"FINISHED": "good", "RUNNING": "quiet", "FAILED": "bad", "KILLED": "bad"}
 
 
-def write_run_page(folder: Path) -> Path:
-    """Write the page of the run in a folder, in one piece, and return its path. What is not there is left out."""
-    run, path = RunRecord(folder), folder / FILE_NAME
+def write_run_page(folder: Path, ending: Mapping[str, Any] | None = None) -> Path:
+    """Write the page of the run in a folder, in one piece, and return its path. What is not there is left out.
+
+    `ending` is what status.json is about to say, where the run is just ending.
+    """
+    run, path = RunRecord(folder, ending or {}), folder / FILE_NAME
     with page_style():
         sections = [section for section in _sections(run) if section.body]
         write_page(path, f"{run.name} – wmtp", _header(run), sections, style_sheet() if run.tokens else "")

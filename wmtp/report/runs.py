@@ -1,8 +1,8 @@
 """What a run left in its folder, as the reports read it."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ class RunRecord:
     """A run's folder; files are read when they are asked for, and one that is missing is empty."""
 
     folder: Path
+    ending: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What status.json is about to say, while the run is still ending."""
 
     @cached_property
     def status(self) -> dict[str, Any]:
         """The content of status.json."""
-        return read_status(self.folder)
+        return read_status(self.folder) | dict(self.ending)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def run_here(
             while waiting and len(running) < at_once and interruption is None:
                 number = waiting.popleft()
                 started(number)
-                running[number] = JobProcess(commands[number], consoles[number] if at_once > 1 else None, threads)
+                try:
+                    running[number] = JobProcess(commands[number], consoles[number] if at_once > 1 else None, threads)
+                except OSError as error:
+                    ended(number, 1, f"cannot be started: {error}")
             for number, process in list(running.items()):
                 if (code := process.poll()) is not None:
                     del running[number]

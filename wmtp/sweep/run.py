@@ -10,6 +10,7 @@ from wmtp.checkpoint.manifest import NAME
 from wmtp.config import ConfigError, Fault
 from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.overrides import quoted
+from wmtp.report.measures import is_lower_better
 from wmtp.runtime.folder import ACCEPTED, SWEEP, Ending, RunStatus, create_run_folder, typed
 from wmtp.runtime.interpreter import module_arguments
 from wmtp.sweep import slurm
@@ -29,10 +30,12 @@ class Sweep:
 
         Raises:
             ConfigError: the arguments describe no sweep, or none of its jobs can be done.
-            InputError: the sweep to be resumed is not there, is another one, or still runs.
+            InputError: the sweep to be resumed is not there or still runs, or it is not known which way its metric is
+                better.
         """
         self.command, self.check = command, check
         self.grid = grid_of(command, arguments)
+        is_lower_better(self.grid.options.metric)
         self.is_submitted = slurm.is_submitted(self.grid.launcher)
         resumed = self.grid.options.resume
         self.manifest = self._begun(resumed) if resumed else self._new()

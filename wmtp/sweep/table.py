@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from wmtp.report.groups import grouped
+from wmtp.report.measures import is_lower_better
 from wmtp.report.runs import RunRecord
-from wmtp.report.values import lower_is_better, value_of
 from wmtp.sweep.grid import swept
 from wmtp.sweep.manifest import Manifest
 
@@ -31,18 +31,25 @@ def print_results(console: Console, manifest: Manifest, metric: str) -> None:
                 console.print(f"  its traceback: {log}", markup=False, highlight=False, soft_wrap=True)
 
 
+def value_of(run: RunRecord, metric: str) -> float | None:
+    """A metric of a run's best checkpoint; `pass@1` is that of its last model. None: it was not measured."""
+    line = {"pass@1": (run.summary.get("pass@1") or {}).get("value"), **run.summary.get("best", {})}
+    found = line.get(metric)
+    return float(found) if isinstance(found, int | float) else None
+
+
 def results_table(runs: list[RunRecord], metric: str) -> Table:
     """A row for each group of seeds, sorted by the mean of a metric in the best checkpoint; unknown ones last."""
     rows: list[tuple[float | None, list[str]]] = []
     for label, members in grouped(runs).items():
-        known = [value for run in members if (value := value_of(run, metric, "best")) is not None]
+        known = [value for run in members if (value := value_of(run, metric)) is not None]
         seeds = ", ".join(str(run.seed) for run in sorted(members, key=lambda run: run.seed))
         middle = mean(known) if known else None
         shown = "-" if middle is None else f"{middle:.4f}"
         spread = f"± {stdev(known):.4f}" if len(known) > 1 else ""
-        best = "-" if not known else f"{(min if lower_is_better(metric) else max)(known):.4f}"
+        best = "-" if not known else f"{(min if is_lower_better(metric) else max)(known):.4f}"
         rows.append((middle, [escape(label), seeds, shown, spread, best]))
-    sign = 1 if lower_is_better(metric) else -1
+    sign = 1 if is_lower_better(metric) else -1
     rows.sort(key=lambda row: (row[0] is None, sign * (row[0] or 0.0)))
     right = [Column(name, justify="right") for name in (f"mean {metric}", "deviation", "best")]
     table = Table("group", "seeds", *right, title="best checkpoint of each run", title_justify="left")
