@@ -5,6 +5,7 @@ from base64 import b64encode
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from tests.world import World, last_model, lines_of, points_of, read_json, wait_until
@@ -110,7 +111,7 @@ def test_a_model_that_is_only_used_rolls_no_run_back(world: World, tmp_path: Pat
 
 
 def test_a_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
-    child = world.train(*world.tracked, *world.stored, "-m", "max_grad_norm=1.0,0.5")
+    child = world.train(*world.tracked, *world.stored, "-m", "max_grad_norm=1.0,0.5", "sweep.jobs=2")
     assert child.wait() == 0, child.text
     runs = world.runs()
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
@@ -119,6 +120,23 @@ def test_a_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert [run.info.status for run in runs] == ["FINISHED"] * 3
     assert all(len(world.history(run)) == 20 for run in children) and world.history(parent) == []
+
+
+def test_ten_launches_at_once_are_ten_runs_in_ten_folders(world: World) -> None:
+    """In one store that none of them finds made, as a laptop has it."""
+    local = ["tracking.uri=null", "tracking.experiment=together", "tracking.system_seconds=null", "max_steps=2"]
+    nowhere = {name: "" for name in world.server.environment()}
+    children = [world.train(*local, f"seed={seed}", variables=nowhere) for seed in range(10)]
+    assert [child.wait() for child in children] == [0] * 10, children[0].text
+    folders = world.folders()
+    assert len(folders) == 10 and {read_json(folder / "summary.json")["total_steps"] for folder in folders} == {2}
+    client = MlflowClient(f"sqlite:///{world.home / 'outputs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("together")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.params["seed"] for run in runs} == {str(seed) for seed in range(10)} and len(runs) == 10
+    assert {run.info.run_name for run in runs} == {folder.name for folder in folders}
+    assert all(len(client.get_metric_history(run.info.run_id, "train/loss")) == 2 for run in runs)
 
 
 @pytest.mark.parametrize("end", ["fails", "interrupted"])

@@ -60,6 +60,7 @@ def test_arms_that_are_no_grid_come_side_by_side() -> None:
     [
         ("sweep.jobs=0", "greater than or equal to 1"),
         ("hello", "is no override"),
+        ("sweep.job=2", "did you mean sweep.jobs?"),
         ("hydra/launcher=submitit_nowhere", "wmtp[slurm]"),
         ("seed=interval(0,1)", "does not support sweep type"),
     ],
@@ -277,6 +278,19 @@ def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
     text = slurm.described(grid.launcher, tmp_path, ["python", "-m", "wmtp.train", "seed=0"], 2)
     wanted = "--partition=gpu", "--gpus-per-node=4", "--time=600", "--mem=64GB", "--array=0-1", "python -m wmtp.train"
     assert [each for each in wanted if each not in text] == []
+
+
+def test_hardware_that_only_the_cluster_has_is_no_fault(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
+
+    def check(overrides: list[str]) -> list[Fault]:
+        return [Fault("hardware.device", "cuda", "this machine has no cuda device")]
+
+    arguments = ["seed=0,1", "hardware=a100x4", "dry_run=true"]
+    submitted = Sweep("train", [*arguments, "hydra/launcher=submitit_slurm"], check)
+    assert submitted.rehearse() == 0 and "#SBATCH --array=0-1" in capsys.readouterr().out
+    assert Sweep("train", arguments, check).rehearse() == 2, "the control: here it is one"
+    assert not list(Path().iterdir()), "a rehearsal keeps nothing"
 
 
 @pytest.mark.slow

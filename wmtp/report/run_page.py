@@ -212,7 +212,8 @@ def _origin(run: RunRecord) -> Markup:
         ("ended", run.status.get("ended")),
     ]
     command = provenance.get("command")
-    shown = block(shlex.join(["python", "-m", "wmtp.train", *command])) if command is not None else Markup()
+    typed = [each.lstrip("+").replace("experiment@_global_=", "experiment=") for each in command or []]
+    shown = block(shlex.join(["python", "-m", "wmtp.train", *typed])) if command is not None else Markup()
     return shown + facts(entries)
 
 

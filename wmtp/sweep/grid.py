@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build
+from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build, node_faults
 from wmtp.overrides import forced
 from wmtp.sweep.options import SweepOptions
 
-OWN = ("sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
+OWN = ("dry_run", "sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
 """Overrides that are the sweep's, not its jobs'."""
 
 
@@ -81,12 +81,11 @@ def options_of(config: DictConfig) -> SweepOptions:
     """The sweep's own settings.
 
     Raises:
-        ConfigError: one has a wrong type or value.
+        ConfigError: one is unknown, or has a wrong type or value.
     """
-    try:
-        options: SweepOptions = build(config.sweep)
-    except ValueError as error:
-        raise ConfigError([Fault("sweep", "", " ".join(str(error).split()))]) from error
+    if faults := list(node_faults(config.sweep, "sweep")):
+        raise ConfigError(faults)
+    options: SweepOptions = build(config.sweep)
     return options
 
 

@@ -33,14 +33,17 @@ class Sweep:
             InputError: the sweep to be resumed is not there or still runs, or it is not known which way its metric is
                 better.
         """
-        self.command, self.check = command, check
+        self.command, self.console = command, Console()
         self.grid = grid_of(command, arguments)
         is_lower_better(self.grid.options.metric)
         self.is_submitted = slurm.is_submitted(self.grid.launcher)
         resumed = self.grid.options.resume
-        self.manifest = self._begun(resumed) if resumed else self._new()
-        self.names = swept([job.overrides for job in self.manifest.jobs])
-        self.console = Console()
+        jobs = self._begun(resumed) if resumed else [Job(number, each) for number, each in enumerate(self.grid.jobs)]
+        self.names = swept([job.overrides for job in jobs])
+        self.faults = {job.number: self._faults(job, check) for job in jobs if job.state != "FINISHED"}
+        if not resumed and not self.grid.is_rehearsal and all(self.faults.values()):
+            raise ConfigError(fault for each in self.faults.values() for fault in each)
+        self.manifest = Manifest(resumed or self._folder(), jobs)
 
     @property
     def folder(self) -> Path:
@@ -83,61 +86,56 @@ class Sweep:
         return worst
 
     def rehearse(self) -> int:
-        """Print every job and how it would be started, and try the first sound one; the exit code."""
-        sound: list[Job] = []
+        """Print every job and how it would be started, and try the first sound one, if here; the exit code."""
         for job, name in zip(self.manifest.jobs, self.names, strict=True):
-            faults = self.check([*job.overrides, "dry_run=true"])
-            sound += [] if faults else [job]
             self._say(f"job {job.number}: {name or ' '.join(job.overrides)}")
-            for fault in faults:
+            for fault in self.faults[job.number]:
                 self._say(f"  {fault}")
+        sound = [job for job in self.manifest.jobs if not self.faults[job.number]]
         if not sound:
             return InputError.exit_code
-        first = sound[0]
-        command = [sys.executable, *self._module(), *first.overrides]
-        where = [*command, f"hydra.run.dir={quoted(self.folder / str(first.number))}"]
+        command = self._anew(sound[0])
         if self.is_submitted:
             self._say("\nThe job array that would be submitted, with its first command:\n")
-            self._say(slurm.described(self.grid.launcher, self.folder, where, len(self.manifest.jobs)))
-        else:
-            self._say(f"{self.grid.options.jobs} at once on this machine. The first one:\n")
+            self._say(slurm.described(self.grid.launcher, self.folder, command, len(self.manifest.jobs)))
+            return 0 if len(sound) == len(self.manifest.jobs) else InputError.exit_code
+        self._say(f"{self.grid.options.jobs} at once on this machine. The first one:\n")
         codes: list[int] = []
         run_here(
-            {0: [*command, "dry_run=true"]}, {0: Path()}, 1, lambda number: None,
+            {0: [*command[:-1], "dry_run=true"]}, {0: Path()}, 1, lambda number: None,
             lambda number, code, words: codes.append(code),
         )  # fmt: skip
         return max([*codes, InputError.exit_code if len(sound) < len(self.manifest.jobs) else 0])
 
-    def _new(self) -> Manifest:
-        """The manifest of a sweep that begins; a rehearsal's is never written.
+    def _faults(self, job: Job, check: Check) -> list[Fault]:
+        """What is wrong with a job; what this machine lacks is no fault of one that is submitted to others."""
+        elsewhere = self.is_submitted
+        return [fault for fault in check(job.overrides) if not (elsewhere and fault.key.startswith("hardware."))]
+
+    def _folder(self) -> Path:
+        """A folder for a sweep that begins; a rehearsal's is only named.
 
         Raises:
-            ConfigError: its folder is taken, or none of its jobs can be done.
+            ConfigError: there is a sweep already in the one that the user named.
         """
-        jobs = [Job(number, list(overrides)) for number, overrides in enumerate(self.grid.jobs)]
-        if self.grid.is_rehearsal:
-            for job in jobs:
-                job.overrides = [each for each in job.overrides if not each.lstrip("+").startswith("dry_run=")]
-            return Manifest(self.grid.folder or Path("outputs"), jobs)
         named = self.grid.folder
+        if self.grid.is_rehearsal:
+            return named or Path("outputs/<date>/<sweep>")
         if named is not None and (named / SWEEP).exists():
             problem = f"holds a sweep already; go on with it (sweep.resume={named}) or name another folder"
             raise ConfigError([Fault("hydra.sweep.dir", str(named), problem)])
-        faults = {job.number: self.check(job.overrides) for job in jobs}
-        if all(faults.values()):
-            raise ConfigError(fault for each in faults.values() for fault in each)
         folder = named or create_run_folder(suffix="-sweep")
         folder.mkdir(parents=True, exist_ok=True)
-        return Manifest(folder, jobs)
+        return folder
 
-    def _begun(self, folder: Path) -> Manifest:
-        """The manifest of the sweep to be resumed.
+    def _begun(self, folder: Path) -> list[Job]:
+        """The jobs of the sweep to be resumed.
 
         Raises:
             ConfigError: what was typed describes other jobs.
         """
-        manifest = Manifest.read(folder)
-        before, now = [job.overrides for job in manifest.jobs], self.grid.jobs
+        jobs = Manifest.read(folder).jobs
+        before, now = [job.overrides for job in jobs], self.grid.jobs
         if self.grid.names_jobs and before != now:
             differing = next((pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]), None)
             what = f"{len(before)} jobs there, {len(now)} here"
@@ -145,7 +143,7 @@ class Sweep:
                 what = f"there {' '.join(differing[0])}, here {' '.join(differing[1])}"
             problem = f"is a sweep of other jobs ({what}); repeat its command, or give sweep.resume alone"
             raise ConfigError([Fault("sweep.resume", str(folder), problem)])
-        return manifest
+        return jobs
 
     def _left(self) -> list[Job]:
         """The jobs that are to be run; those that cannot be are recorded as failed."""
@@ -153,14 +151,13 @@ class Sweep:
         for job in self.manifest.jobs:
             if job.state == "FINISHED":
                 continue
-            if faults := self.check(job.overrides):
+            if faults := self.faults[job.number]:
                 self.manifest.refuse(job, "; ".join(map(str, faults)))
                 self._say(f"job {job.number} ({self.names[job.number]}): {job.error}")
             else:
                 left.append(job)
-        done = len(self.manifest.jobs) - len(left)
         if self.grid.options.resume is not None:
-            self._say(f"{done} are done or cannot be; {len(left)} are tried again")
+            self._say(f"{len(self.manifest.jobs) - len(left)} are done or cannot be; {len(left)} are tried again")
         return left
 
     def _do(self, commands: dict[int, list[str]]) -> None:
@@ -173,15 +170,17 @@ class Sweep:
     def _command_of(self, job: Job) -> list[str]:
         """How a job is started: from its last checkpoint if it has one, or else anew."""
         folder = self.manifest.folder_of(job)
-        command = [sys.executable, *self._module()]
         if (folder / ACCEPTED).exists() and any(folder.glob(f"**/step_*/{NAME}")):
-            return [*command, f"resume={quoted(folder)}"]
+            return [*self._interpreter(), f"resume={quoted(folder)}"]
         if (folder / "status.json").exists():  # nothing was saved, but what it said is kept
             folder.rename(folder.with_name(f"{folder.name}.attempt-{job.attempts}"))
-        return [*command, *job.overrides, f"hydra.run.dir={quoted(folder)}"]
+        return self._anew(job)
 
-    def _module(self) -> list[str]:
-        return module_arguments(f"wmtp.{self.command}")
+    def _anew(self, job: Job) -> list[str]:
+        return [*self._interpreter(), *job.overrides, f"hydra.run.dir={quoted(self.manifest.folder_of(job))}"]
+
+    def _interpreter(self) -> list[str]:
+        return [sys.executable, *module_arguments(f"wmtp.{self.command}")]
 
     def _started(self, number: int) -> None:
         job = self.manifest.jobs[number]
