@@ -125,7 +125,7 @@ def test_a_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
 def test_ten_launches_at_once_are_ten_runs_in_ten_folders(world: World) -> None:
     """In one store that none of them finds made, as a laptop has it."""
     local = ["tracking.uri=null", "tracking.experiment=together", "tracking.system_seconds=null", "max_steps=2"]
-    nowhere = {name: "" for name in world.server.environment()}
+    nowhere = dict.fromkeys(world.server.environment(), "")
     children = [world.train(*local, f"seed={seed}", variables=nowhere) for seed in range(10)]
     assert [child.wait() for child in children] == [0] * 10, children[0].text
     folders = world.folders()
