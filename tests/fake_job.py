@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wmtp.runtime.folder import ACCEPTED, Ending, RunStatus
+from wmtp.runtime.folder import ACCEPTED, Ending, FolderLock, RunStatus  # noqa: F401 - one is for a test
 from wmtp.sweep.manifest import RESULTS
 
 LOG = "it began\nTraceback (most recent call last)\n  somewhere\nValueError: no luck\n"
@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> None:
     resumed = value_of(arguments, "resume")
     folder = Path(resumed or value_of(arguments, "hydra.run.dir") or "")
     folder.mkdir(parents=True, exist_ok=True)
-    threads = os.environ["OMP_NUM_THREADS"]
+    cores = os.environ.get("WMTP_CORES")
     with (folder.parent / "calls").open("a") as file:
-        file.write(json.dumps({"job": folder.name, "resume": resumed, "threads": threads, "time": time.time()}) + "\n")
+        file.write(json.dumps({"job": folder.name, "resume": resumed, "cores": cores, "time": time.time()}) + "\n")
     status, wish = RunStatus(folder), folder.parent / f"wish-{folder.name}"
     (folder / ACCEPTED).parent.mkdir(exist_ok=True)
     (folder / ACCEPTED).write_text(json.dumps(arguments))
@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> None:
             saved.mkdir(parents=True)
             (saved / "manifest.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
+        case "forget":
+            status.end("FINISHED", 0, Ending())
+            return
         case "wait":
             signal.signal(signal.SIGINT, lambda *_: end(status))
             print("waits", flush=True)

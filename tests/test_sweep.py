@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import TINY, Invoke, start_training
 from wmtp.config import ConfigError, Fault
-from wmtp.errors import InputError
+from wmtp.errors import InputError, PendingError
+from wmtp.runtime.cores import SHARE, keep_to_share, num_cores
 from wmtp.runtime.folder import SWEEP, read_status
+from wmtp.runtime.launch import _environment
 from wmtp.sweep import slurm
 from wmtp.sweep.grid import grid_of, swept
 from wmtp.sweep.processes import run_here
@@ -55,12 +58,23 @@ def test_arms_that_are_no_grid_come_side_by_side() -> None:
     ]  # fmt: skip
 
 
+def test_plain_spellings_of_groups_are_understood_in_arms_and_in_lists() -> None:
+    arms = grid_of("train", ["sweep.arms=['algo=shuffled algo.of=rho1','']"])
+    assert arms.jobs == [["algo=shuffled", "algo/of=rho1"], []]
+    stage = grid_of("train", ["algo=critic", "pretrain.early_stopping=none,patience"])
+    assert [job[1] for job in stage.jobs] == [
+        f"early_stopping@pretrain.early_stopping={n}" for n in ("none", "patience")
+    ]
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("sweep.jobs=0", "greater than or equal to 1"),
         ("hello", "is no override"),
         ("sweep.job=2", "did you mean sweep.jobs?"),
+        ("dry_run=true,false", "has one value for all jobs"),
+        ("hydra.sweep.subdir=x", "under its number"),
         ("hydra/launcher=submitit_nowhere", "wmtp[slurm]"),
         ("seed=interval(0,1)", "does not support sweep type"),
     ],
@@ -137,7 +151,7 @@ def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first(
         [" algo.beta=0.5 ", " 0, 1, 2 ", "        0.5100 ", "  ± 0.0100 "],
         [" algo.beta=0.9 ", " 0, 1, 2 ", "        0.9100 ", "  ± 0.0100 "],
     ]
-    assert {call["threads"] for call in calls("sweep")} == {str(max(1, (os.cpu_count() or 1) // 4))}
+    assert {call["cores"] for call in calls("sweep")} == {str(max(1, num_cores() // 4))}
 
 
 def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told: list[str]) -> None:
@@ -230,6 +244,50 @@ def test_faulty_jobs_are_refused_alone_and_all_of_them_at_once(told: list[str]) 
     assert not Path("other").exists()
 
 
+def test_a_sweep_whose_job_still_runs_is_left_as_it_was(told: list[str]) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/wish-0").write_text("fail")
+    assert run(["seed=0", "hydra.sweep.dir=sweep"], told) == 1
+    manifest = json.loads(Path("sweep", SWEEP).read_text())
+    manifest["jobs"][0]["state"] = "RUNNING"
+    Path("sweep", SWEEP).write_text(json.dumps(manifest))
+    Path("sweep/0/status.json").write_text('{"state": "RUNNING", "exit_code": null, "error": null}')
+    script = (
+        "from tests.fake_job import *; hold = FolderLock(Path('sweep/0')); print('holds', flush=True); time.sleep(30)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and "holds" in holder.stdout.readline()
+    with pytest.raises(InputError, match="in use"):
+        run(["sweep.resume=sweep"], told)
+    holder.kill()
+    holder.wait()
+    assert read_status(Path("sweep"))["state"] == "FAILED"
+
+
+@pytest.mark.parametrize("error", [PendingError("the server is away"), RuntimeError("out of luck")])
+def test_a_sweep_ends_with_its_jobs_whatever_the_tracker_says(told: list[str], error: Exception) -> None:
+    def tell(folder: Path, state: str) -> None:
+        raise error
+
+    Path("sweep").mkdir()
+    Path("sweep/wish-0").write_text("fail")
+    sweep = Sweep("train", ["seed=0,1", "hydra.sweep.dir=sweep"], sound)
+    if isinstance(error, PendingError):
+        assert sweep.run(tell) == 1, "a failed job is worse than a server that is away"
+    else:
+        with pytest.raises(RuntimeError):
+            sweep.run(tell)
+    assert read_status(Path("sweep"))["state"] == "FAILED"
+
+
+def test_a_job_without_a_summary_has_failed_and_the_others_go_on(told: list[str]) -> None:
+    Path("sweep").mkdir()
+    Path("sweep/wish-0").write_text("forget")
+    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 1
+    assert [job["state"] for job in jobs_of("sweep")] == ["FAILED", "FINISHED"]
+    assert "summary.json cannot be read" in jobs_of("sweep")[0]["error"] and told == ["FAILED"]
+
+
 # Processes
 
 
@@ -262,6 +320,23 @@ def test_a_process_that_cannot_be_started_has_failed_and_the_others_go_on(tmp_pa
     ends: dict[int, tuple[int, str]] = {}
     run_here(commands, consoles, 2, lambda n: None, lambda n, code, words: ends.update({n: (code, words)}))
     assert {n: code for n, (code, _) in ends.items()} == {0: 0, 1: 1, 2: 0} and "cannot be started" in ends[1][1]
+
+
+def test_a_jobs_processes_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(SHARE, "4")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        keep_to_share()
+        assert (num_cores(), torch.get_num_threads()) == (4, 4)
+        with _environment(tmp_path, size=2):
+            assert os.environ["OMP_NUM_THREADS"] == "2"
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        keep_to_share()
+        assert torch.get_num_threads() == 3, "the user has said how many"
+    finally:
+        torch.set_num_threads(before)
 
 
 # In Slurm

@@ -199,7 +199,7 @@ def algorithm_faults(config: DictConfig) -> Iterator[Fault]:
 def stage_faults(config: DictConfig, stage: Stage) -> Iterator[Fault]:
     """What the stage changes and must not, and what its loss cannot do without."""
     changed = stage_config(config)
-    if changed.data is None or changed.model is None:
+    if not (isinstance(changed.data, DictConfig) and isinstance(changed.model, DictConfig)):
         return
     if changed.model.get("tokenizer") != config.model.get("tokenizer"):
         yield Fault("pretrain.model.tokenizer", "", "must be the training's; change model.tokenizer")

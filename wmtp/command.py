@@ -21,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from wmtp.completion import OPTIONS, is_asked_for, offers
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
 from wmtp.environment import load_environment, refuse_credentials
-from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
+from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst
 from wmtp.groups import is_group, options_of
 from wmtp.overrides import forced, parsed, plain, quoted, saved_overrides
+from wmtp.runtime.cores import keep_to_share
 from wmtp.runtime.folder import Ending, RunStatus
 from wmtp.runtime.liveness import die_with
 from wmtp.runtime.signals import ignored_signals, raised_signals
@@ -100,7 +101,7 @@ def main(command: Command) -> None:
         session.interrupted(ending(error)[0])
     finally:
         session.close()
-    sys.exit(max(session.codes, default=0))
+    sys.exit(worst(session.codes))
 
 
 class Session:
@@ -128,7 +129,8 @@ class Session:
             paths = ("resume", *self.command.fetches)
             print(*offers(os.environ.get("COMP_LINE", ""), self.command.name, self.command.short, paths), sep="\n")
             return
-        if any(argument in MULTIRUN for argument in arguments):
+        options = [argument for argument in arguments if argument.startswith("-")]
+        if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
         overrides = self._choose(arguments)
@@ -169,7 +171,7 @@ class Session:
         refuse_credentials(arguments)
         arguments = self._with_copies(arguments)
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg: Hydra's own
-            return [forced(argument) for argument in arguments]
+            return [forced(argument) for argument in arguments if argument not in MULTIRUN]
         overrides, config = checked_overrides(command, arguments)
         folder = command.folder(config, overrides)
         if folder is None:
@@ -234,7 +236,10 @@ class Session:
             self.has_shared = True
             return lead(command.job, task, record)
         size = command.num_processes(task.config) if command.num_processes else 1
-        return launch(command.job, task, size) if size > 1 else command.job(task)
+        if size > 1:
+            return launch(command.job, task, size)
+        keep_to_share()
+        return command.job(task)
 
     def _warn(self, config: DictConfig, folder: Path) -> None:
         for problem in self.command.problems(config, folder):
@@ -261,7 +266,7 @@ class Session:
             self.folder.rmdir()  # it was chosen, and nothing came of it
         if started_together() and not self.has_shared:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as one of the others has ended
-            dismiss(max(self.codes, default=0))
+            dismiss(worst(self.codes))
 
 
 def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:

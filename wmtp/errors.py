@@ -1,5 +1,21 @@
 """What can go wrong for a user: one class per exit code of the commands."""
 
+from collections.abc import Iterable
+
+SEVERITY = (0, 3, 2, 4, 1)
+"""Exit codes, the mildest first: done, not delivered, wrong input, no sandbox, failed; above 128 interruptions."""
+
+
+def worst(exit_codes: Iterable[int]) -> int:
+    """The exit code of a command with several jobs.
+
+    >>> worst([0, 3, 1]), worst([2, 3]), worst([1, 137]), worst([])
+    (1, 2, 137, 0)
+    """
+    return max(
+        exit_codes, key=lambda code: (SEVERITY.index(code) if code in SEVERITY else len(SEVERITY), code), default=0
+    )
+
 
 class WmtpError(Exception):
     """A failure that is reported by its message, without a traceback."""

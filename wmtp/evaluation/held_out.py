@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from wmtp.evaluation.pass_at_k import estimate
 from wmtp.generation.cost import speculation_metrics
 from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel, undivided
+from wmtp.runtime.cores import num_cores
 from wmtp.runtime.distributed import Processes
 from wmtp.runtime.files import drop_lines_after
 
@@ -74,7 +74,7 @@ class HeldOutProblems:
         decoding = Decoding(max_new_tokens=data.max_new_tokens)
         given = answers(
             model, data.tokenizer, data.template, [(problem, 0) for problem in problems], decoding,
-            context=data.max_length, seed=0, judge=self.judge, workers=os.cpu_count() or 1,
+            context=data.max_length, seed=0, judge=self.judge, workers=num_cores(),
         )  # fmt: skip
         order = {problem.task_id: number for number, problem in enumerate(problems)}
         ready = sorted(given, key=lambda answer: order[answer.record.task_id])

@@ -1,6 +1,5 @@
 """What the commands `evaluate` and `generate` can be asked for."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from wmtp.annotations import Positive
+from wmtp.runtime.cores import num_cores
 from wmtp.sandbox.isolation import Choice
 from wmtp.sandbox.limits import Limits
 
@@ -39,7 +39,7 @@ class Evaluation:
     @property
     def num_workers(self) -> int:
         """Programs that run at once: as many as there are cores, unless the user says otherwise."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or num_cores()
 
 
 @dataclass(frozen=True, kw_only=True)

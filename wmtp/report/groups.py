@@ -8,9 +8,9 @@ from wmtp.report.runs import RunRecord
 WITHOUT_EFFECT = (
     "seed", "algo.seed", "run_name", "tags", "resume", "resume_override", "dry_run", "cache_dir", "tracking",
     "checkpoint", "sweep", "report", "num_validation_samples", "num_samples", "sandbox", "log_interval",
-    "save_interval", "pretrain.reuse",
+    "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
-"""Keys that say where a run writes, whom it tells, what else is measured, or which of several alike it is."""
+"""Keys that say where a run is, whom it tells, what else is measured, or which of several alike it is."""
 
 
 def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -30,10 +30,14 @@ def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return groups
 
 
-def differing(run: RunRecord) -> dict[str, Any]:
-    """What can set a run apart: its chosen options, under `group=`, and the values of its config."""
-    chosen = {f"{group}=": option for group, option in run.choices.items() if _counts(group.split("@")[0])}
-    return chosen | {key: value for key, value in flattened(run.config) if _counts(key)}
+def differing(run: RunRecord) -> dict[str, str]:
+    """What can set a run apart: its chosen options, under `group=`, and its config's values, but for nulls."""
+    chosen = {
+        f"{group}=": option
+        for group, option in run.choices.items()
+        if _counts(group) and "@" not in group and run.config.get(group) is not None
+    }
+    return chosen | {key: _word(value) for key, value in flattened(run.config) if _counts(key) and value is not None}
 
 
 def flattened(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -50,6 +54,17 @@ def flattened(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield key, value
 
 
+def _word(value: Any) -> str:
+    """A value as it stands in labels; numbers that are equal look alike.
+
+    >>> _word(1), _word(1.0), _word(True), _word(3e-3)
+    ('1', '1', 'true', '0.003')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(float(value)).removesuffix(".0") if isinstance(value, int | float) else str(value)
+
+
 def _counts(key: str) -> bool:
     apart = key.startswith(("hydra", "experiment")) or any(
         key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT
@@ -57,23 +72,23 @@ def _counts(key: str) -> bool:
     return not apart
 
 
-def _candidates(settings: Sequence[dict[str, Any]]) -> list[str]:
+def _candidates(settings: Sequence[dict[str, str]]) -> list[str]:
     """Keys whose values differ: `algo` first, then other options, then values as the config has them."""
     keys = dict.fromkeys(key for setting in settings for key in setting)
-    varying = [key for key in keys if len({str(setting.get(key)) for setting in settings}) > 1]
+    varying = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     return sorted(varying, key=lambda key: (key != "algo=", not key.endswith("="), "_target_" in key))
 
 
-def _num_groups(settings: Sequence[dict[str, Any]], keys: Sequence[str]) -> int:
-    return len({tuple(str(setting.get(key)) for key in keys) for setting in settings})
+def _num_groups(settings: Sequence[dict[str, str]], keys: Sequence[str]) -> int:
+    return len({tuple(setting.get(key) for key in keys) for setting in settings})
 
 
-def _label(setting: dict[str, Any], keys: Sequence[str], settings: Sequence[dict[str, Any]]) -> str:
+def _label(setting: dict[str, str], keys: Sequence[str], settings: Sequence[dict[str, str]]) -> str:
     """The keys' values, but for those that follow from the ones before."""
     parts, alike = [], list(settings)
     for key in keys:
         value = setting.get(key)
-        if len({str(other.get(key)) for other in alike}) > 1 and value is not None:
+        if len({other.get(key) for other in alike}) > 1 and value is not None:
             parts.append(f"{key.removesuffix('=')}={value}".removeprefix("algo="))
         alike = [other for other in alike if other.get(key) == value]
     if len(keys) == 1 and keys[0].endswith("="):

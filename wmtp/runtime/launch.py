@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from wmtp.errors import ProcessFailed
+from wmtp.runtime.cores import num_cores
 from wmtp.runtime.folder import Ending
 from wmtp.runtime.liveness import is_alive
 from wmtp.runtime.outcome import FolderBoard, Outcome, cause
@@ -133,7 +134,7 @@ def _environment(folder: Path, size: int) -> Iterator[None]:
     """Inside, the environment is what the workers inherit."""
     before = dict(os.environ)
     os.environ[TASK] = str(folder / TASK_FILE)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // size)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build, node_faults
-from wmtp.overrides import forced
+from wmtp.overrides import forced, grouped
 from wmtp.sweep.options import SweepOptions
 
 OWN = ("dry_run", "sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
@@ -55,11 +55,12 @@ def grid_of(command: str, arguments: Sequence[str]) -> Grid:
             fixed = [forced(str(each.input_line)) for each in typed if not each.is_sweep_override()]
             config = hydra.compose(command, fixed, return_hydra_config=True)
             named = config.hydra.sweeper.get("params") or {}
-            params = _parsed(parser, [f"{key}={value}" for key, value in named.items()])
+            params = _parsed(parser, [grouped(f"{key}={value}") for key, value in named.items()])
             options = options_of(config)
-            arms = [_parsed(parser, shlex.split(arm)) for arm in options.arms or [""]]
+            arms = [_parsed(parser, [grouped(each) for each in shlex.split(arm)]) for arm in options.arms or [""]]
             grids = [BasicSweeper.split_arguments(_merged(params, arm, typed), None)[0] for arm in arms]
-            jobs = [job for beside in zip_longest(*grids) for job in beside if job]  # so that arms grow side by side
+            beside = [job for row in zip_longest(*grids) for job in row if job is not None]  # arms grow side by side
+            jobs = [[grouped(each) for each in job] for job in beside]  # plain spellings, now of single values
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
         remedy = "; it needs pip install 'wmtp[slurm]'" if "submitit" in text else ""
@@ -91,7 +92,7 @@ def options_of(config: DictConfig) -> SweepOptions:
 
 def swept(jobs: Sequence[Sequence[str]]) -> list[str]:
     """What sets each job apart from the others, in words."""
-    common = set.intersection(*(set(job) for job in jobs))
+    common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
     return [" ".join(each.lstrip("+") for each in job if each not in common) for job in jobs]
 
 
@@ -99,9 +100,15 @@ def _parsed(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]
     overrides, faults = [], []
     for argument in arguments:
         try:
-            overrides.append(parser.parse_override(argument))
+            override = parser.parse_override(argument)
         except HydraException:
             faults.append(Fault(argument, "", "is no override; write key=value, or key=value,value,…"))
+            continue
+        if _is_own(override) and override.is_sweep_override():
+            faults.append(Fault(override.key_or_group, "", "has one value for all jobs of a sweep"))
+        if override.key_or_group == "hydra.sweep.subdir":
+            faults.append(Fault(override.key_or_group, "", "a job lies in the sweep's folder under its number"))
+        overrides.append(override)
     if faults:
         raise ConfigError(faults)
     return overrides

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from wmtp.errors import InputError, PendingError
+from wmtp.report.groups import grouped
+from wmtp.report.runs import RunRecord
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import SWEEP, close_dead, read_status
 
@@ -59,6 +61,14 @@ class Manifest:
         """Put the present state on the disk."""
         replace_atomically(self.folder / SWEEP, encode_json({"jobs": [asdict(job) for job in self.jobs]}))
 
+    def finished(self) -> list[RunRecord]:
+        """The runs of the jobs that ended well."""
+        return [RunRecord(self.folder_of(job)) for job in self.jobs if job.state == "FINISHED"]
+
+    def labels(self) -> list[str]:
+        """The groups of those, by what sets them apart."""
+        return list(grouped(self.finished()))
+
     def folder_of(self, job: Job) -> Path:
         """Where a job writes."""
         return self.folder / str(job.number)
@@ -75,16 +85,21 @@ class Manifest:
         `last_words` are what it wrote to standard error, for a process that ended before it had a folder.
         """
         folder = self.folder_of(job)
-        job.exit_code, job.ended = exit_code, now()
-        job.state = state_of(exit_code)
+        job.exit_code, job.ended, job.state = exit_code, now(), state_of(exit_code)
         if (folder / "status.json").exists():
             close_dead(folder)
             job.error = read_status(folder)["error"]
         if job.state == "FINISHED":
-            summary = json.loads((folder / "summary.json").read_text())
-            job.result = {name: summary[name] for name in RESULTS}
-        else:
-            job.error = job.error or last_words.strip() or f"ended with exit code {exit_code}"
+            try:
+                summary = json.loads((folder / "summary.json").read_text())
+                job.result = {name: summary[name] for name in RESULTS}
+            except (OSError, ValueError, KeyError) as error:
+                job.state, job.exit_code = "FAILED", 1
+                job.error = f"it ended well, but its summary.json cannot be read: {error!r}"
+        if job.state != "FINISHED":
+            said = [line for line in last_words.splitlines() if line.strip() and not line.startswith("WARNING")]
+            text = said[-1] if TRACEBACK in last_words else "\n".join(said)
+            job.error = job.error or text or f"ended with exit code {exit_code}"
             job.traceback = traceback_in(folder / "train.log", last_words)
         self.write()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from wmtp.annotations import Positive
 
@@ -14,6 +15,8 @@ class SweepOptions:
     """How many run at once on this machine, and share its cores."""
     metric: str = "val/loss"
     """What the table at the end is sorted by."""
+    at: Literal["best", "last"] = "best"
+    """Of which model: the checkpoint with the least val/loss, or the last one."""
     arms: list[str] = field(default_factory=list)
     """Sets of overrides, each in one line, that are combined with the grid one after the other."""
     resume: Path | None = None

@@ -1,16 +1,20 @@
 """A sweep's jobs as processes of this machine, some at once."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from wmtp.errors import InterruptedRun
+from wmtp.runtime.cores import SHARE, num_cores
+from wmtp.runtime.signals import SIGNALS
 
 LAST_LINES = 60
 """Of what a job writes to standard error, so many lines are kept."""
@@ -24,7 +28,7 @@ Ended = Callable[[int, int, str], None]
 def run_here(
     commands: Mapping[int, list[str]], consoles: Mapping[int, Path], at_once: int, started: Started, ended: Ended
 ) -> None:
-    """Run commands, by their numbers, `at_once` of them at a time, each in an equal share of the cores.
+    """Run commands, by their numbers, `at_once` of them at a time, each with an equal share of the cores.
 
     Where several run at once, what they print goes to their consoles. An interruption is passed on to those that
     run, and waited for.
@@ -39,36 +43,52 @@ def run_here(
     Raises:
         InterruptedRun: a signal came; what ran has ended.
     """
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    waiting, running = deque(commands), dict[int, JobProcess]()
+    cores = max(1, num_cores() // at_once)
+    waiting, running, begun = deque(commands), dict[int, JobProcess](), set[int]()
     interruption: InterruptedRun | None = None
     while running or (waiting and interruption is None):
         try:
             while waiting and len(running) < at_once and interruption is None:
                 number = waiting.popleft()
+                begun.add(number)
                 started(number)
                 try:
-                    running[number] = JobProcess(commands[number], consoles[number] if at_once > 1 else None, threads)
+                    running[number] = JobProcess(commands[number], consoles[number] if at_once > 1 else None, cores)
                 except OSError as error:
+                    begun.discard(number)
                     ended(number, 1, f"cannot be started: {error}")
             for number, process in list(running.items()):
                 if (code := process.poll()) is not None:
-                    del running[number]
-                    ended(number, code, process.last_words())
+                    with held_signals():  # or else its result could be lost
+                        ended(number, code, process.last_words())
+                        del running[number]
+                        begun.discard(number)
             time.sleep(LOOK_EVERY)
         except InterruptedRun as error:  # the second one ends the jobs at once, as it would a single one
             interruption = error
             for process in running.values():
                 process.send(error.exit_code - 128)
     if interruption is not None:
+        for number in begun:  # the signal came before its process did
+            ended(number, interruption.exit_code, "interrupted before it began")
         raise interruption
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Inside, signals wait. No process may be started there: it would wait for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class JobProcess:
     """One command as a process in a session of its own, so that Ctrl-C reaches it from here alone."""
 
-    def __init__(self, command: list[str], console: Path | None, threads: int) -> None:
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {PARENT: str(os.getpid())}
+    def __init__(self, command: list[str], console: Path | None, cores: int) -> None:
+        environment = {**os.environ, SHARE: str(cores), PARENT: str(os.getpid())}
         self._console: IO[str] | None = None
         if console is not None:
             console.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A sweep from what was typed to its exit code."""
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from wmtp.checkpoint.manifest import NAME
 from wmtp.config import ConfigError, Fault
-from wmtp.errors import InputError, InterruptedRun, PendingError
+from wmtp.errors import InputError, InterruptedRun, PendingError, worst
 from wmtp.overrides import quoted
 from wmtp.report.measures import is_lower_better
 from wmtp.runtime.folder import ACCEPTED, SWEEP, Ending, RunStatus, create_run_folder, typed
@@ -56,34 +57,43 @@ class Sweep:
         `told` passes on the folder and the state at the end.
 
         Raises:
-            InterruptedRun: a signal came; all jobs have ended.
+            InputError: the sweep, or a job of it, still runs.
         """
-        status = RunStatus(self.folder)
         self.manifest.settle()
-        self.manifest.write()
-        self._say(f"The sweep lies in {typed(self.folder)}: {len(self.manifest.jobs)} jobs")
-        interruption: InterruptedRun | None = None
+        status = RunStatus(self.folder)
+        state, code = "FAILED", 1
         try:
+            self._say(f"The sweep lies in {typed(self.folder)}: {len(self.manifest.jobs)} jobs")
+            interruption = self._do_all()
+            code = worst(1 if job.exit_code is None else job.exit_code for job in self.manifest.jobs)
+            code = code if interruption is None else interruption.exit_code
+            is_well = all(job.state == "FINISHED" for job in self.manifest.jobs)
+            state = "FINISHED" if is_well else "KILLED" if code >= 128 else "FAILED"
+            try:
+                told(self.folder, state)
+            except PendingError as error:
+                print(error, file=sys.stderr)
+                code = worst([code, error.exit_code])
+        finally:
+            status.end(state, code, Ending())
+        print_results(self.console, self.manifest, self.grid.options)
+        self._say(f"The sweep lies in {typed(self.folder)}")
+        folder = shlex.quote(typed(self.folder))
+        if not is_well:
+            self._say(f"Try again what did not finish: the same command with sweep.resume={folder}")
+        elif len(labels := self.manifest.labels()) > 1:
+            baseline = "baseline" if "baseline" in labels else labels[0]
+            self._say(f"Next: python -m wmtp.compare {folder} {shlex.quote(f'baseline={baseline}')}")
+        return code
+
+    def _do_all(self) -> InterruptedRun | None:
+        """Do what is left to be done; what interrupted it, after all that ran has ended."""
+        try:
+            self.manifest.write()
             self._do({job.number: self._command_of(job) for job in self._left()})
         except InterruptedRun as error:
-            interruption = error
-        codes = [1 if job.exit_code is None else job.exit_code for job in self.manifest.jobs]
-        worst = max(codes) if interruption is None else interruption.exit_code
-        is_well = all(job.state == "FINISHED" for job in self.manifest.jobs)
-        state = "FINISHED" if is_well else "KILLED" if worst >= 128 else "FAILED"
-        try:
-            told(self.folder, state)
-        except PendingError as error:
-            print(error, file=sys.stderr)
-            worst = max(worst, error.exit_code)
-        status.end(state, worst, Ending())
-        print_results(self.console, self.manifest, self.grid.options.metric)
-        self._say(f"The sweep lies in {typed(self.folder)}")
-        if not is_well:
-            self._say(f"Try again what did not finish: the same command with sweep.resume={typed(self.folder)}")
-        elif len(self.manifest.jobs) > 1:
-            self._say(f"Next: python -m wmtp.compare {typed(self.folder)} baseline=…")
-        return worst
+            return error
+        return None
 
     def rehearse(self) -> int:
         """Print every job and how it would be started, and try the first sound one, if here; the exit code."""
@@ -169,12 +179,14 @@ class Sweep:
 
     def _command_of(self, job: Job) -> list[str]:
         """How a job is started: from its last checkpoint if it has one, or else anew."""
+        if self._is_anew(job):
+            return self._anew(job)
+        return [*self._interpreter(), f"resume={quoted(self.manifest.folder_of(job))}"]
+
+    def _is_anew(self, job: Job) -> bool:
+        """Whether a job has left no checkpoint to go on from."""
         folder = self.manifest.folder_of(job)
-        if (folder / ACCEPTED).exists() and any(folder.glob(f"**/step_*/{NAME}")):
-            return [*self._interpreter(), f"resume={quoted(folder)}"]
-        if (folder / "status.json").exists():  # nothing was saved, but what it said is kept
-            folder.rename(folder.with_name(f"{folder.name}.attempt-{job.attempts}"))
-        return self._anew(job)
+        return not ((folder / ACCEPTED).exists() and any(folder.glob(f"**/step_*/{NAME}")))
 
     def _anew(self, job: Job) -> list[str]:
         return [*self._interpreter(), *job.overrides, f"hydra.run.dir={quoted(self.manifest.folder_of(job))}"]
@@ -184,6 +196,9 @@ class Sweep:
 
     def _started(self, number: int) -> None:
         job = self.manifest.jobs[number]
+        folder = self.manifest.folder_of(job)
+        if self._is_anew(job) and (folder / "status.json").exists():  # nothing was saved, but what it said is kept
+            folder.rename(folder.with_name(f"{folder.name}.attempt-{job.attempts}"))
         self.manifest.begin(job)
         self._say(f"job {number} of {len(self.manifest.jobs)} begins: {self.names[number]}")
 

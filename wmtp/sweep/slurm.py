@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wmtp.config import ConfigError, Fault
 from wmtp.errors import InterruptedRun
-from wmtp.runtime.folder import read_status
+from wmtp.runtime.folder import is_running, read_status
 from wmtp.sweep.processes import Ended, Started
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ GENERAL = (
 """Settings that submitit knows for every kind of cluster; others are Slurm's own."""
 IN_SBATCH = {"name": "job_name", "timeout_min": "time", "tasks_per_node": "ntasks_per_node", "mem_gb": "mem"}
 NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout")
+CANCEL_SECONDS = 60.0
+"""How long jobs that were cancelled are waited for, while they save."""
 LOOK_EVERY = {"slurm": 10.0, "local": 0.2}
 
 
@@ -42,7 +44,7 @@ def is_submitted(launcher: Mapping[str, Any]) -> bool:
 def submit(
     commands: Mapping[int, list[str]], launcher: Mapping[str, Any], folder: Path, started: Started, ended: Ended
 ) -> None:
-    """Submit commands as one array, and wait for them; an interruption cancels what has not ended.
+    """Submit commands as one array, and wait for them; an interruption cancels what has not ended, and waits for it.
 
     Raises:
         InterruptedRun: a signal came.
@@ -63,10 +65,15 @@ def submit(
                     del submitted[number]
                     ended(number, _exit_code(folder / str(number), job), job.stderr() or "")
             time.sleep(LOOK_EVERY[cluster])
-    except InterruptedRun:
-        for number, job in submitted.items():
-            job.cancel()
-            ended(number, 128 + 15, "cancelled")
+    except InterruptedRun as error:
+        for job in submitted.values():
+            job.cancel(check=False)
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while time.monotonic() < deadline and any(is_running(folder / str(number)) for number in submitted):
+            time.sleep(0.2)
+        for number in submitted:
+            if not is_running(folder / str(number)):  # or else it counts as running, until the sweep is resumed
+                ended(number, _recorded(folder / str(number)) or error.exit_code, "cancelled")
         raise
 
 
@@ -101,6 +108,10 @@ def described(launcher: Mapping[str, Any], folder: Path, command: list[str], cou
 
 def _exit_code(folder: Path, job: "submitit.Job[str]") -> int:
     """That which the job's folder records, unless it ended without a word."""
-    if (folder / "status.json").exists() and (code := read_status(folder)["exit_code"]) is not None:
-        return int(code)
-    return 0 if job.exception() is None else 1
+    recorded = _recorded(folder)
+    return (0 if job.exception() is None else 1) if recorded is None else recorded
+
+
+def _recorded(folder: Path) -> int | None:
+    code = read_status(folder)["exit_code"] if (folder / "status.json").exists() else None
+    return None if code is None else int(code)
