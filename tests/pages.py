@@ -9,7 +9,16 @@ from statistics import mean, stdev
 from typing import Any
 
 from tests.fake_runs import fake_run, write_json, write_lines
-from wmtp.report.comparison import Comparison, Difference, GroupValues, McNemar, MetricComparison, Reach, ReachPair
+from wmtp.report.comparison import (
+    Comparison,
+    Difference,
+    GroupValues,
+    Lost,
+    McNemar,
+    MetricComparison,
+    Reach,
+    ReachPair,
+)
 from wmtp.report.runs import RunRecord
 
 HOSTILE = "</script><img src=x onerror=alert(1)>$x_1$&amp;"
@@ -102,7 +111,7 @@ def example_comparison(parent: Path) -> Comparison:
         Reach(other, "val/loss", [*pairs[:4], replace(pairs[4], tokens=None)], 1, 0.73, True, 0.7, None),
     ]
     notes = ["Seed 7 of critic has no partner and is left out.", f"Note: {HOSTILE}"]
-    return Comparison("baseline", metrics, groups, reach, notes)
+    return Comparison("baseline", metrics, groups, "val/loss", reach, notes)
 
 
 def _metric(
@@ -112,13 +121,15 @@ def _metric(
         label: {run.seed: numbers.gauss(0.7 - 0.03 * place, 0.02) for run in runs}
         for place, (label, runs) in enumerate(groups.items())
     }
-    each = [GroupValues(label, own, mean(own.values()), stdev(own.values())) for label, own in values.items()]
+    each = [
+        GroupValues(label, own, mean(own.values()), stdev(own.values()), Lost(0, 5)) for label, own in values.items()
+    ]
     base, *others = each
     shown = "better" if lower_is_better else "worse"
     differences = [
         Difference(
             group.label, pairs, mean(pairs.values()), mean(pairs.values()) - spread, mean(pairs.values()) + spread,
-            p, 2 * p, 0.0625, 0.125, 0.0625, McNemar(9, 3, 88, 0.15), 0.3, verdict, needed,
+            p, 2 * p, 0.0625, 0.125, 0.0625, McNemar(9, 3, 88, 0.15), 0.3, verdict, needed, Lost(0, 5), Lost(0, 5),
         )
         for group, spread, p, verdict, needed in zip(
             others, (0.01, 0.09), (0.004, 0.31), (shown, "no difference shown"), (5, 23), strict=True

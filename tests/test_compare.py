@@ -53,6 +53,33 @@ def test_a_comparison_is_printed_and_written(call, runs: Path, tmp_path: Path) -
     assert content["metrics"][0]["differences"][0]["verdict"] == "better"
 
 
+def test_runs_without_a_page_get_one(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    folders = sorted(runs.iterdir())
+    (folders[0] / "report.html").write_text("of its own")
+    assert "Drawing" not in call("my runs", "reports=false", "folder=without").out
+    assert not (folders[1] / "report.html").exists()
+    outcome = call("my runs", "folder=here")
+    assert outcome.code == 0, outcome.err
+    assert "Drawing report.html of 5 runs without one; reports=false leaves that out" in " ".join(outcome.out.split())
+    assert all((folder / "report.html").exists() for folder in folders)
+    assert (folders[0] / "report.html").read_text() == "of its own"
+    assert Path("here/compare.html").read_text().count("report.html") == 6
+    assert Path("without/compare.html").read_text().count("report.html") == 1
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(  # type: ignore[no-untyped-def]
+    call, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("wmtp.report.run_page.write_run_page", refused)
+    outcome = call("my runs", "folder=here")
+    assert outcome.code == 0
+    assert "report.html could not be written: [Errno 13]" in " ".join((outcome.out + outcome.err).split())
+    assert Path("here/compare.html").exists()
+
+
 def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     paths = sorted(str(path) for path in runs.iterdir())
     outcome = call(*paths, "folder=here", "baseline=critic", "metric=pass@1", "at=last")

@@ -41,6 +41,13 @@ def difference(comparison: Comparison, label: str, metric: int = 0) -> Differenc
     return next(each for each in comparison.metrics[metric].differences if each.label == label)
 
 
+def printed(comparison: Comparison) -> str:
+    """The tables, on a terminal of 80 columns."""
+    console = Console(width=80, record=True, markup=False, file=io.StringIO())
+    print_comparison(console, comparison)
+    return console.export_text()
+
+
 def test_a_difference_is_taken_seed_by_seed_and_judged(tmp_path: Path) -> None:
     comparison = compared(study(tmp_path, critic=BETTER, baseline=BASELINE, rho1=SAME))
     found = difference(comparison, "critic")
@@ -56,6 +63,13 @@ def test_a_difference_is_taken_seed_by_seed_and_judged(tmp_path: Path) -> None:
     assert next(iter(comparison.groups)) == comparison.baseline == "baseline"
     values = comparison.metrics[0].groups[0]
     assert (values.mean, values.deviation) == pytest.approx((np.mean(BASELINE), np.std(BASELINE, ddof=1)))
+
+
+def test_what_rounding_leaves_is_no_difference(tmp_path: Path) -> None:
+    folder = study(tmp_path, baseline=[0.1, 0.2, 0.4], critic=[0.4, 0.1, 0.2])
+    found = difference(compared(folder), "critic")
+    assert np.mean(list(found.pairs.values())) != 0.0
+    assert str(found.mean) == "0.0" and found.seeds_needed is None
 
 
 def test_unpaired_the_same_runs_would_show_nothing(tmp_path: Path) -> None:
@@ -357,7 +371,91 @@ def test_runs_without_tokens_leave_that_out_and_say_so(tmp_path: Path) -> None:
     fake_run(tmp_path / "b", algo="critic", tokens=False)
     comparison = compared(tmp_path)
     assert comparison.reach == []
-    assert any("tokens to reach the baseline's best are left out" in note for note in comparison.notes)
+    assert any("tokens to reach the baseline's best val/loss are left out" in note for note in comparison.notes)
+
+
+def test_curves_and_tokens_to_reach_are_of_the_asked_loss(tmp_path: Path) -> None:
+    for seed in range(3):
+        fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[3.0, 2.0], metrics={"val/clean_loss": [2.0, 1.0]})
+        fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, 2.9], passes=None,
+                 metrics={"val/clean_loss": [1.0, 0.5]})  # fmt: skip
+    clean, noisy = (compared(tmp_path, metric=metric) for metric in ("val/clean_loss", "val/loss"))
+    assert (clean.loss, clean.reach[0].metric, clean.reach[0].ratio) == ("val/clean_loss", "val/clean_loss", 0.5)
+    assert (noisy.loss, noisy.reach[0].metric, noisy.reach[0].ratio) == ("val/loss", "val/loss", None)
+    assert as_plain(clean)["loss"] == "val/clean_loss"
+    for comparison in (clean, noisy):
+        said = f"Tokens to the baseline's best {comparison.loss}, over those of the baseline"
+        assert said in " ".join(printed(comparison).split())
+
+
+def test_a_metric_that_is_no_loss_leaves_the_curves_to_one_that_is(tmp_path: Path) -> None:
+    folder = passing(tmp_path, baseline=[[1, 0]] * 3, critic=[[1, 1]] * 3)
+    assert compared(folder, metric="pass@1").loss == "val/loss"
+
+
+def test_values_that_are_not_finite_are_no_target(tmp_path: Path) -> None:
+    for seed in range(3):
+        fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[float("nan"), 3.0, 2.0])
+        fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, 2.0, 1.0])
+    (reach,) = compared(tmp_path, at="last").reach
+    assert [pair.target for pair in reach.pairs] == [2.0] * 3
+    assert reach.ratio == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("side", "states", "verdicts"),
+    [
+        ("critic", [], ("better", "worse")),
+        ("critic", ["KILLED"], ("better", "worse")),
+        ("critic", ["FAILED"], ("runs failed", "runs failed")),
+        ("baseline", ["FAILED"], ("better", "worse")),
+    ],
+)
+def test_what_failed_says_nothing_in_favour_of_its_side(
+    tmp_path: Path, side: str, states: list[str], verdicts: tuple[str, str]
+) -> None:
+    study(tmp_path, baseline=BASELINE, critic=BETTER, rho1=SAME)
+    for number, state in enumerate(states):
+        fake_run(tmp_path / "lost" / str(number), algo=side, seed=5 + number, state=state)
+    forth, back = compared(tmp_path), compared(tmp_path, baseline="critic")
+    assert (difference(forth, "critic").verdict, difference(back, "baseline").verdict) == verdicts
+    num_failed = states.count("FAILED")
+    lost = {group.label: (group.lost.failed, group.lost.runs) for group in forth.metrics[0].groups}
+    assert lost == {"baseline": (0, 5), "critic": (0, 5), "rho1": (0, 5)} | {side: (num_failed, 5 + num_failed)}
+    assert ("1 of 6 runs failed" in printed(forth)) == bool(num_failed)
+    assert (f"{side}: 1 of 6 runs failed; val/loss is of those that are left" in forth.notes) == bool(num_failed)
+
+
+def test_a_failed_run_that_was_made_good_is_not_counted(tmp_path: Path) -> None:
+    study(tmp_path, baseline=BASELINE, critic=BETTER)
+    for place, started in (("before", "2026-11-20T09:30:00+00:00"), ("after", "2026-11-22T09:30:00+00:00")):
+        fake_run(tmp_path / place, algo="critic", seed=2, state="FAILED", started=started)
+    assert difference(compared(tmp_path), "critic").verdict == "better"
+
+
+def test_a_value_that_is_not_finite_counts_as_failed(tmp_path: Path) -> None:
+    for algo, values in (("baseline", BASELINE), ("critic", BETTER)):
+        for seed, value in enumerate(values):
+            measured: Any = {"val/value_loss": [value, "nan" if (algo, seed) == ("critic", 4) else value]}
+            fake_run(tmp_path / algo / str(seed), algo=algo, seed=seed, metrics=measured)
+    last, best = compared(tmp_path, metric="val/value_loss", at="last"), compared(tmp_path)
+    assert (difference(last, "critic").verdict, str(difference(last, "critic").lost)) == (
+        "runs failed", "1 of 5 runs failed",
+    )  # fmt: skip
+    assert difference(best, "critic").lost.failed == 0
+
+
+def test_a_group_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+    study(tmp_path, baseline=BASELINE, critic=BETTER)
+    for seed in range(2):
+        fake_run(tmp_path / "rho1" / str(seed), algo="rho1", seed=seed, state="FAILED")
+    assert "rho1 is left out: 2 of 2 runs failed" in compared(tmp_path).notes
+
+
+def test_one_pair_has_no_signed_rank_p(tmp_path: Path) -> None:
+    one, two = (compared(study(tmp_path / str(n), baseline=BASELINE[:n], critic=BETTER[:n])) for n in (1, 2))
+    assert difference(one, "critic").wilcoxon is None and "1.000" not in printed(one)
+    assert difference(two, "critic").wilcoxon == 0.5
 
 
 def test_the_json_is_plain_and_holds_what_the_tables_say(tmp_path: Path) -> None:
@@ -379,9 +477,7 @@ def test_tables_fit_eighty_columns_and_break_no_number(tmp_path: Path) -> None:
                     passes=[loss > 1, seed > 1, True], stage_tokens=123_456, **{"optimizer.weight_decay": lr},
                 )  # fmt: skip
     comparison = compared(tmp_path, baseline="baseline, optimizer.weight_decay=0.001")
-    console = Console(width=80, record=True, markup=False, file=io.StringIO())
-    print_comparison(console, comparison)
-    text = console.export_text()
+    text = printed(comparison)
     assert max(map(len, text.splitlines())) <= 80
     for each in comparison.metrics[0].differences:
         assert each.low is not None and f"{each.mean:+.3g}" in text

@@ -83,6 +83,28 @@ def test_it_measures_programs_losses_and_drafts_and_says_so(invoke: Invoke, run:
     assert metrics[0]["evaluation/tasks-test-greedy-first_4/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
 
 
+def test_the_runs_page_shows_the_evaluation_if_there_is_a_page(
+    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = run / "report.html"
+    before = page.read_text()
+    assert "pass@1, evaluated" not in before
+    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert "pass@1, evaluated" in page.read_text()
+    page.unlink()
+    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert not page.exists()
+    page.write_text(before)
+
+    def broken(folder: Path) -> None:
+        raise ValueError("no picture")
+
+    monkeypatch.setattr("wmtp.report.run_page.write_run_page", broken)
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 0, done.err
+    assert "report.html could not be drawn: ValueError: no picture" in " ".join((done.out + done.err).split())
+
+
 def test_the_data_tokenizer_and_template_are_those_of_the_run_unless_typed(invoke: Invoke, run: Path) -> None:
     done = invoke(f"checkpoint={run}", *FEW, "data.max_length=200", "data.correct_ratio=0.5", command="evaluate")
     assert done.code == 0, done.err  # a training's wish for wrong solutions is none of an evaluation's

@@ -17,11 +17,14 @@ import pytest
 from tests.browser import LEAST_CONTRAST, SIZES, browser, faults  # noqa: F401
 from tests.fake_runs import fake_run, write_json, write_lines
 from tests.pages import HOSTILE, TOKENS, example_comparison, rich_run, tokens
-from wmtp.report.comparison import Comparison
+from wmtp.report.comparison import Comparison, Lost
+from wmtp.report.comparison_figures import curves_drawings
 from wmtp.report.comparison_page import in_words, write_comparison_page
-from wmtp.report.drawing import MOST_POINTS, thinned
+from wmtp.report.drawing import MOST_POINTS, look, thinned
 from wmtp.report.heatmap import MEASURES, TEXT
+from wmtp.report.run_figures import update_drawing
 from wmtp.report.run_page import write_run_page
+from wmtp.report.runs import RunRecord
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -220,6 +223,26 @@ def test_weights_that_are_all_one_are_said_to_be(tmp_path: Path, run_page: Path)
     assert "Every target has the weight 1." not in weighted.text and "by-weight" in weighted.ids
 
 
+def test_a_last_answer_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    run = rich_run(tmp_path / "run")
+    whole = Tags(write_run_page(run)).text
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 999, "task_id": "te')
+    assert Tags(write_run_page(run)).text == whole
+    (run / "samples.jsonl").write_text("torn\n" + (run / "samples.jsonl").read_text())
+    with pytest.raises(json.JSONDecodeError):
+        write_run_page(run)
+
+
+@pytest.mark.parametrize(("norm", "scale"), [(0.0, "linear"), (2.0, "log")])
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_zero_need_no_logarithm(tmp_path: Path, norm: float, scale: str) -> None:
+    run = fake_run(tmp_path / "run", metrics={"train/grad_norm": [0.0, norm], "train/lr": [0.1, 0.1]})
+    write_run_page(run)
+    drawing = update_drawing(RunRecord(run))
+    assert drawing is not None and drawing.figure.axes[0].get_yscale() == scale
+
+
 def test_the_config_is_told_by_what_differs(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     assert "what differs" not in Tags(write_run_page(run)).text
@@ -314,10 +337,66 @@ def test_what_few_seeds_say_is_no_verdict(comparison: Comparison) -> None:
     assert in_words(replace(alone, pairs={})) == "No seed has a run in both groups."
 
 
+def test_failed_runs_are_said_and_what_they_do_to_the_verdict(tmp_path: Path, comparison: Comparison) -> None:
+    asked, *rest = comparison.metrics
+    said = " 2 of 5 runs failed. Those that are left may be the lucky ones"
+    lost = replace(asked.differences[0], verdict="runs failed", lost=Lost(2, 5))
+    groups = [asked.groups[0], replace(asked.groups[1], lost=Lost(2, 5)), *asked.groups[2:]]
+    failed = replace(asked, groups=groups, differences=[lost, *asked.differences[1:]])
+    write_comparison_page(tmp_path / "failed.html", replace(comparison, metrics=[failed, *rest]))
+    write_comparison_page(tmp_path / "whole.html", comparison)
+    for name, expected in (("failed.html", True), ("whole.html", False)):
+        text = Tags(tmp_path / name).text
+        assert (said in text) == ("without a value" in text) == expected
+    baseline = in_words(replace(lost, lost=Lost(0, 5), baseline_lost=Lost(1, 5)))
+    assert " 1 of 5 runs failed of the baseline." in baseline
+
+
+@pytest.mark.parametrize("parts", ["colour dash marker", "colour dash", "colour marker"])
+def test_twelve_groups_are_told_apart(parts: str) -> None:
+    looks = [tuple(str(getattr(look(number), part)) for part in parts.split()) for number in range(12)]
+    assert len(set(looks)) == 12
+    assert len({look(number).colour for number in range(12)}) < 12, "colours alone would do"
+
+
+@pytest.mark.parametrize(("num_groups", "with_runs"), [(4, True), (5, False)])
+def test_runs_are_drawn_beside_the_means_of_few_groups(tmp_path: Path, num_groups: int, with_runs: bool) -> None:
+    groups = {
+        f"g{group}": [RunRecord(fake_run(tmp_path / f"{group}-{seed}", seed=seed)) for seed in range(2)]
+        for group in range(num_groups)
+    }
+    drawing = curves_drawings(groups, "val/loss")[0]
+    assert len(drawing.figure.axes[0].lines) == num_groups * (3 if with_runs else 1)
+    assert ("thin: runs" in drawing.caption) == with_runs
+
+
+def test_what_differs_begins_with_what_the_labels_say(tmp_path: Path, comparison: Comparison) -> None:
+    more = {"algo._target_": "wmtp.algorithms", "pretrain.algo.name_of_it": "critic", "pretrain.algo@x": "critic"}
+    options: dict[str, dict[str, Any]] = {"baseline": {}, "critic, optimizer.lr=0.1": more | {"optimizer.lr": 0.1}}
+    groups = {
+        label: [RunRecord(fake_run(tmp_path / label, algo=label.split(",")[0], **options[label]))] for label in options
+    }
+    metrics = [replace(comparison.metrics[0], groups=comparison.metrics[0].groups[:2], differences=[])]
+    write_comparison_page(tmp_path / "page.html", replace(comparison, groups=groups, metrics=metrics, reach=[]))
+    page = (tmp_path / "page.html").read_text()
+    part = page[page.index('id="differs"') : page.index('id="runs"')]
+    shown, folded = part.split("<details", 1)
+    assert "open" not in folded.split(">")[0]
+    assert "optimizer.<wbr>lr" in shown and "pretrain" not in shown
+    assert "pretrain.<wbr>algo.<wbr>name_<wbr>of_<wbr>it" in folded
+    assert "_target_" not in part.replace("<wbr>", "") and "@" not in part
+
+
+def test_an_asked_metric_that_no_curve_has_is_said(tmp_path: Path, comparison: Comparison) -> None:
+    for metrics, expected in ((comparison.metrics, False), (comparison.metrics[::-1], True)):
+        write_comparison_page(tmp_path / "page.html", replace(comparison, metrics=metrics))
+        assert ("pass@1 is no loss that every" in Tags(tmp_path / "page.html").text) == expected
+
+
 def test_a_comparison_of_one_group_has_a_page(tmp_path: Path, comparison: Comparison) -> None:
     alone = replace(comparison.metrics[0], groups=comparison.metrics[0].groups[:1], differences=[])
     groups = {"baseline": comparison.groups["baseline"]}
-    write_comparison_page(tmp_path / "page.html", Comparison("baseline", [alone], groups, []))
+    write_comparison_page(tmp_path / "page.html", Comparison("baseline", [alone], groups, "val/loss", []))
     assert "nothing to hold it against" in Tags(tmp_path / "page.html").text
 
 

@@ -24,6 +24,7 @@ def compare(task: Task) -> None:
     from wmtp.report.comparing import compare as compared
     from wmtp.report.comparison import as_plain
     from wmtp.report.comparison_page import write_comparison_page
+    from wmtp.report.redrawing import draw, without_page
     from wmtp.report.runs import find_runs
     from wmtp.report.tables import print_comparison
 
@@ -35,6 +36,12 @@ def compare(task: Task) -> None:
     folder = create_run_folder(OUTPUTS / "comparisons") if config.folder is None else Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_atomically(folder / "compare.json", encode_json(as_plain(comparison)))
+    bare = without_page([run for group in comparison.groups.values() for run in group])
+    if config.reports and bare:
+        what = f"report.html of {len(bare)} run{'s' if len(bare) > 1 else ''} without one"
+        console.print(f"Drawing {what}; reports=false leaves that out", soft_wrap=True, highlight=False)
+        for run in bare:
+            draw(run)
     write_comparison_page(folder / "compare.html", comparison)
     console.print(f"The comparison lies in {typed(folder)}", soft_wrap=True, highlight=False)
 

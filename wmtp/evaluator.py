@@ -29,6 +29,7 @@ from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
 from wmtp.pretraining import flat
 from wmtp.provenance import versions
+from wmtp.report.redrawing import redraw
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import EVALUATIONS, RUN, is_running, typed
 from wmtp.runtime.hardware import Hardware
@@ -98,6 +99,7 @@ class Evaluator:
         }
         replace_atomically(self.folder / "summary.json", encode_json(summary))
         print_report(self.console, summary)
+        redraw(self.run_folder)
         self._say(f"The results are in {typed(self.folder)}")
         self._track(summary)
         if errors:

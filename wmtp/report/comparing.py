@@ -5,12 +5,22 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from wmtp.errors import InputError
-from wmtp.report.comparison import At, Comparison, Difference, GroupValues, McNemar, MetricComparison, Reach, Verdict
+from wmtp.report.comparison import (
+    At,
+    Comparison,
+    Difference,
+    GroupValues,
+    Lost,
+    McNemar,
+    MetricComparison,
+    Reach,
+    Verdict,
+)
 from wmtp.report.groups import grouped
 from wmtp.report.measures import Measured, measured, pass_rates
 from wmtp.report.reach import reach
 from wmtp.report.runs import RunRecord
-from wmtp.report.sameness import loss_to_reach, require_comparable, require_same_data
+from wmtp.report.sameness import common_loss, require_comparable, require_same_data
 from wmtp.report.statistics import (
     LEVEL,
     MIN_PAIRS,
@@ -33,6 +43,8 @@ class Study:
 
     baseline: str
     groups: dict[str, Seeded]
+    failed: dict[str, set[int]]
+    """Seeds of which a group has none but failed runs."""
 
     @property
     def others(self) -> list[str]:
@@ -43,6 +55,11 @@ class Study:
         """The baseline's run and the group's of each seed that both have."""
         base, group = self.groups[self.baseline], self.groups[label]
         return {seed: (base[seed], group[seed]) for seed in sorted(base.keys() & group.keys())}
+
+    def lost(self, label: str, found: Measured) -> Lost:
+        """How many of a group's runs have no value."""
+        group, failed = self.groups[label], len(self.failed.get(label, ()))
+        return Lost(failed + sum(run not in found.values for run in group.values()), failed + len(group))
 
 
 def compare(
@@ -58,14 +75,16 @@ def compare(
     done = finished(runs, notes)
     notes += require_same_data(done)
     require_comparable(metric, done)
-    study = paired(done, baseline, notes)
+    failed = [run for run in runs if run.status.get("state") == "FAILED"]
+    study = paired(done, failed, baseline, notes)
     compared = [run for group in study.groups.values() for run in group.values()]
     asked = measured(metric, compared, at)
     also = pass_rates(1, compared) if metric != ALSO else None
     metrics = [metric_comparison(study, found, notes) for found in (asked, also) if found is not None]
+    loss = common_loss(compared, metric)
     return Comparison(
-        study.baseline, metrics, {label: list(group.values()) for label, group in study.groups.items()},
-        reaches(study, compared, notes), list(dict.fromkeys(notes)),
+        study.baseline, metrics, {label: list(group.values()) for label, group in study.groups.items()}, loss,
+        reaches(study, loss, notes), list(dict.fromkeys(notes)),
     )  # fmt: skip
 
 
@@ -86,8 +105,8 @@ def finished(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord]:
     return done
 
 
-def paired(runs: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
-    """The groups that share seeds with the baseline's.
+def paired(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
+    """The groups that share seeds with the baseline's; which of their seeds failed is counted.
 
     Raises:
         InputError: there is one group only, no such baseline, or no common seed.
@@ -112,7 +131,20 @@ def paired(runs: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
         raise InputError("\n  ".join([
             f"no group has a seed in common with the baseline {label}; train with the same seeds", *seeds,
         ]))  # fmt: skip
-    return Study(label, kept)
+    return Study(label, kept, failed_seeds(kept, failed, notes))
+
+
+def failed_seeds(groups: Mapping[str, Seeded], failed: Sequence[RunRecord], notes: list[str]) -> dict[str, set[int]]:
+    """The seeds of each group whose runs all failed; a group of which nothing is left is noted."""
+    labels = {run: label for label, group in groups.items() for run in group.values()}
+    found: dict[str, set[int]] = {}
+    for name, together in grouped([*labels, *failed]).items():
+        seeds = {run.seed for run in together if run not in labels}
+        if label := next((labels[run] for run in together if run in labels), None):
+            found[label] = seeds - groups[label].keys()
+        else:
+            notes.append(f"{name} is left out: {Lost(len(seeds), len(seeds))}")
+    return found
 
 
 def once_per_seed(label: str, runs: Sequence[RunRecord], notes: list[str]) -> Seeded:
@@ -168,7 +200,8 @@ def listed(seeds: Sequence[int] | Mapping[int, object] | set[int]) -> str:
 def metric_comparison(study: Study, found: Measured, notes: list[str]) -> MetricComparison:
     """One metric in every group, and what the differences from the baseline show."""
     notes += found.notes
-    values = {label: group_values(label, group, found) for label, group in study.groups.items()}
+    lost = {label: study.lost(label, found) for label in study.groups}
+    values = [group_values(label, group, found, lost[label]) for label, group in study.groups.items()]
     raw = {label: differences(study, label, found) for label in study.others}
     estimates = {label: estimated(list(pairs.values())) for label, pairs in raw.items() if pairs}
     if not estimates:
@@ -179,21 +212,27 @@ def metric_comparison(study: Study, found: Measured, notes: list[str]) -> Metric
     corrected = holm([estimates[label].p for label in labels])
     signed_ranks_corrected = holm(signed_ranks)
     problems_corrected = holm([None if test is None else test.p for test in problems])
-    result = []
+    result = list[Difference]()
     for number, label in enumerate(labels):
         estimate, pairs = estimates[label], raw[label]
+        middle = round(estimate.mean, 12) + 0.0  # what rounding leaves is no difference, and has no sign
         spread = stdev(pairs.values()) if len(pairs) > 1 else 0.0
         result.append(Difference(
-            label, pairs, estimate.mean, estimate.low, estimate.high, estimate.p, corrected[number],
+            label, pairs, middle, estimate.low, estimate.high, estimate.p, corrected[number],
             signed_ranks[number], signed_ranks_corrected[number], smallest_wilcoxon_p(len(pairs)), problems[number],
-            problems_corrected[number], verdict(len(pairs), estimate.mean, corrected[number], found.lower_is_better),
-            None if estimate.p is None else seeds_needed(estimate.mean, spread, len(labels)),
+            problems_corrected[number],
+            verdict(raw[label], corrected[number], found.lower_is_better, lost[label], lost[study.baseline]),
+            None if estimate.p is None else seeds_needed(middle, spread, len(labels)), lost[label],
+            lost[study.baseline],
         ))  # fmt: skip
         note_limits(found.metric, result[-1], notes)
-    return MetricComparison(found.metric, found.lower_is_better, found.at, list(values.values()), result)
+    notes += [
+        f"{label}: {each}; {found.metric} is of those that are left" for label, each in lost.items() if each.failed
+    ]
+    return MetricComparison(found.metric, found.lower_is_better, found.at, values, result)
 
 
-def group_values(label: str, group: Seeded, found: Measured) -> GroupValues:
+def group_values(label: str, group: Seeded, found: Measured, lost: Lost) -> GroupValues:
     """The values of a group's runs, in the order of their seeds.
 
     Raises:
@@ -203,7 +242,7 @@ def group_values(label: str, group: Seeded, found: Measured) -> GroupValues:
     if not values:
         raise InputError(f"metric={found.metric}: is finite in no run of {label}; choose another metric")
     deviation = stdev(values.values()) if len(values) > 1 else None
-    return GroupValues(label, values, mean(values.values()), deviation)
+    return GroupValues(label, values, mean(values.values()), deviation, lost)
 
 
 def differences(study: Study, label: str, found: Measured) -> dict[int, float]:
@@ -227,13 +266,18 @@ def mcnemar(study: Study, label: str, found: Measured) -> McNemar | None:
     return McNemar(won, lost, len(gains) - won - lost, mcnemar_p(won, lost))
 
 
-def verdict(num_pairs: int, difference: float, p_holm: float | None, lower_is_better: bool) -> Verdict:
-    """What a difference shows at the 5 % level."""
-    if num_pairs < MIN_PAIRS:
+def verdict(
+    pairs: Mapping[int, float], p_holm: float | None, lower_is_better: bool, lost: Lost, baseline_lost: Lost
+) -> Verdict:
+    """What a difference shows at the 5 % level; nothing in favour of a side that lost runs to failure."""
+    if len(pairs) < MIN_PAIRS:
         return "too few seeds"
     if p_holm is None or p_holm >= LEVEL:
         return "no difference shown"
-    return "better" if (difference < 0) == lower_is_better else "worse"
+    is_better = (sum(pairs.values()) < 0) == lower_is_better
+    if (lost if is_better else baseline_lost).failed:
+        return "runs failed"
+    return "better" if is_better else "worse"
 
 
 def note_limits(metric: str, difference: Difference, notes: list[str]) -> None:
@@ -249,12 +293,13 @@ def note_limits(metric: str, difference: Difference, notes: list[str]) -> None:
         notes.append(f"of {num} pairs the signed-rank test gives no p below {floor}: by itself it can show nothing")
 
 
-def reaches(study: Study, runs: Sequence[RunRecord], notes: list[str]) -> list[Reach]:
+def reaches(study: Study, metric: str, notes: list[str]) -> list[Reach]:
     """Tokens to the baseline's best loss for each other group; none where they were not recorded."""
-    metric = loss_to_reach(runs)
     found = [reach(label, study.pairs(label), metric) for label in study.others]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
-        notes.append("tokens to reach the baseline's best are left out: some metrics.jsonl does not record tokens")
+        notes.append(
+            f"tokens to reach the baseline's best {metric} are left out: some metrics.jsonl does not record them"
+        )
         return []
     return known

@@ -6,8 +6,20 @@ from typing import Any, Literal
 
 from wmtp.report.runs import RunRecord
 
-Verdict = Literal["better", "worse", "no difference shown", "too few seeds"]
+Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "runs failed"]
 At = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Runs of a group, a seed once, that give no value: they failed, or it is not finite."""
+
+    failed: int
+    runs: int
+    """All that the group has, those included."""
+
+    def __str__(self) -> str:
+        return f"{self.failed} of {self.runs} runs failed"
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,7 @@ class GroupValues:
     mean: float
     deviation: float | None
     """Standard deviation over seeds (n − 1 below the sum); None for one run."""
+    lost: Lost
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,17 @@ class Difference:
     """Only of pass@k."""
     mcnemar_holm: float | None
     verdict: Verdict
-    """From `p_holm` and the metric's direction."""
+    """From `p_holm` and the metric's direction.
+
+    "runs failed": the difference is in favour of a side of which only those are left that did not fail.
+    """
     seeds_needed: int | None
     """Seeds with which a true difference of this size is shown with 80 % power at the corrected level.
 
     `SEEDS_CAP` + 1 says more than `SEEDS_CAP`; None: nothing can be said.
     """
+    lost: Lost
+    baseline_lost: Lost
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class Reach:
 
     label: str
     metric: str
-    """val/loss; val/head_1_loss where runs differ in their number of heads."""
+    """As `Comparison.loss`."""
     pairs: list[ReachPair]
     never: int
     """Pairs in which the target was never reached; their ratio counts as infinite."""
@@ -121,6 +139,8 @@ class Comparison:
     """The asked one first."""
     groups: dict[str, list[RunRecord]]
     """The runs that were compared, a seed once, by the label of their group; the baseline first."""
+    loss: str
+    """What the curves and `reach` are of: the asked metric if it is a loss of validations, else one that all have."""
     reach: list[Reach]
     """Empty where tokens were not recorded; a note then says so."""
     notes: list[str] = field(default_factory=list)
@@ -136,6 +156,7 @@ class CompareOptions:
     metric: str
     at: At
     folder: Path | None
+    reports: bool
 
 
 def as_plain(comparison: Comparison) -> dict[str, Any]:
@@ -148,6 +169,7 @@ def as_plain(comparison: Comparison) -> dict[str, Any]:
         "baseline": comparison.baseline,
         "groups": groups,
         "metrics": [asdict(metric) for metric in comparison.metrics],
+        "loss": comparison.loss,
         "reach": [asdict(reach) for reach in comparison.reach],
         "notes": comparison.notes,
     }

@@ -14,17 +14,16 @@ from wmtp.report.comparison import MetricComparison, Reach
 from wmtp.report.curves import Series, finish
 from wmtp.report.drawing import (
     BAD,
-    DASHES,
     GOOD,
     INK,
     LINES,
-    MARKERS,
     PAPER,
     QUIET,
     STEPS,
     Drawing,
     legend,
     logarithmic_across,
+    look,
     panels,
     thinned,
 )  # fmt: skip
@@ -33,6 +32,10 @@ from wmtp.report.runs import RunRecord
 NAMES, LETTERS, MOST_LINES = 1.75, 21, 4
 """Inches that the groups' names take, how many letters fit into them, and lines that a name may have."""
 COLOURS = {"better": GOOD, "worse": BAD}
+MARKS = 10
+"""Markers on a curve, so that it is known without its colour and is not hidden by them."""
+MOST_WITH_RUNS = 4
+"""Of more groups the runs' own curves would hide the means."""
 
 
 def seeds_drawing(metric: MetricComparison, name: str) -> Drawing | None:
@@ -48,10 +51,9 @@ def seeds_drawing(metric: MetricComparison, name: str) -> Drawing | None:
                 axes.plot([start, end], [above, below], color=QUIET, alpha=0.55, linewidth=0.8)
     for number, (group, place) in enumerate(zip(groups, places, strict=True)):
         values = list(group.values_by_seed.values())
-        colour = LINES[number % len(LINES)]
-        axes.plot([group.mean, group.mean], [place - 0.3, place + 0.3], color=colour, linewidth=2.5, alpha=0.5)
-        axes.plot(values, [place] * len(values), MARKERS[number % len(MARKERS)], color=colour, markersize=5,
-                  markeredgecolor=PAPER)  # fmt: skip
+        own = look(number)
+        axes.plot([group.mean, group.mean], [place - 0.3, place + 0.3], color=own.colour, linewidth=2.5, alpha=0.5)
+        axes.plot(values, [place] * len(values), own.marker, color=own.colour, markersize=6, markeredgecolor=PAPER)
     label = "; ".join(f"{group.label}: mean {group.mean:.4g} of {len(group.values_by_seed)}" for group in groups)
     better = "lower" if metric.lower_is_better else "higher"
     caption = f"{metric.metric} of each run, {metric.at}; {better} is better. Bars: means; lines join runs of one seed."
@@ -85,9 +87,9 @@ def forest_drawing(metric: MetricComparison, baseline: str, name: str) -> Drawin
 
 
 def curves_drawings(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[Drawing]:
-    """A validation metric of every group: means over seeds, bands of one deviation, each run; the last half larger.
+    """A validation metric of every group: means over seeds, bands of one deviation; the last half larger.
 
-    By tokens, if all runs recorded them, else by updates.
+    Of `MOST_WITH_RUNS` groups or fewer each run, too. By tokens, if all runs recorded them, else by updates.
     """
     runs = [run for members in groups.values() for run in members]
     by_tokens = all("tokens" in line for run in runs for line in run.metrics if metric in line)
@@ -101,7 +103,8 @@ def curves_drawings(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> l
         for label, members in curves.items()
     }
     late = {label: kept for label, members in late.items() if (kept := [each for each in members if len(each) > 1])}
-    caption = "Strong: means over seeds, where all of a group were measured; bands: one deviation; thin: runs."
+    caption = "Lines: means over seeds, where all of a group were measured; bands: one deviation"
+    caption += "; thin: runs." if len(curves) <= MOST_WITH_RUNS else "."
     shown = [_curves(curves, by_tokens, "curves", metric, caption)]
     if late:
         shown.append(_curves(late, by_tokens, "late-curves", f"{metric}, the last half", "The same, larger."))
@@ -115,7 +118,8 @@ def _curves(curves: Mapping[str, Sequence[Series]], by_tokens: bool, name: str, 
         x_label="tokens, with those of the stage before" if by_tokens else "update",
     )  # fmt: skip
     for number, (label, members) in enumerate(curves.items()):
-        _group_curve(axes, members, number, textwrap.shorten(label, 48, placeholder=" …"))
+        short = textwrap.shorten(label, 48, placeholder=" …")
+        _group_curve(axes, members, number, short, with_runs=len(curves) <= MOST_WITH_RUNS)
     if by_tokens:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(value)))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
@@ -193,10 +197,10 @@ def _rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, list[float
     return figure, axes, places
 
 
-def _group_curve(axes: Axes, members: Sequence[Series], number: int, label: str) -> None:
-    colour, dash = LINES[number % len(LINES)], DASHES[number % len(DASHES)]
-    for member in members:
-        axes.plot(*zip(*member, strict=True), color=colour, linewidth=0.5, alpha=0.4)
+def _group_curve(axes: Axes, members: Sequence[Series], number: int, label: str, with_runs: bool) -> None:
+    own = look(number)
+    for member in members if with_runs else ():
+        axes.plot(*zip(*member, strict=True), color=own.colour, linewidth=0.5, alpha=0.4)
     grid = np.unique([place for member in members for place, _ in member])
     first, last = (pick(member[end][0] for member in members) for pick, end in ((max, 0), (min, -1)))
     grid = grid[(grid >= first) & (grid <= last)]
@@ -204,11 +208,13 @@ def _group_curve(axes: Axes, members: Sequence[Series], number: int, label: str)
         np.interp(grid, [place for place, _ in member], [value for _, value in member]) for member in members
     ])  # fmt: skip
     mean = values.mean(axis=0)
-    marker = MARKERS[number % len(MARKERS)] if len(grid) <= 20 else ""
-    axes.plot(grid, mean, color=colour, linestyle=dash, marker=marker, label=label)
+    axes.plot(
+        grid, mean, color=own.colour, linestyle=own.dash, marker=own.marker, markevery=math.ceil(len(grid) / MARKS),
+        label=label,
+    )  # fmt: skip
     if len(members) > 1:
         deviation = values.std(axis=0, ddof=1)
-        axes.fill_between(grid, mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(grid, mean - deviation, mean + deviation, color=own.colour, alpha=0.12, linewidth=0)
 
 
 def _tokens(value: float) -> str:

@@ -1,6 +1,7 @@
 """The page of a comparison: the question, the answer in words, and what it rests on."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from wmtp.report.drawing import page_style
 from wmtp.report.groups import differing
 from wmtp.report.page import (
     Section,
+    breakable,
     card,
     cards,
     code,
@@ -24,6 +26,7 @@ from wmtp.report.page import (
     table,
     write_page,
 )  # fmt: skip
+from wmtp.report.redrawing import FILE_NAME
 from wmtp.report.runs import RunRecord
 from wmtp.report.statistics import SEEDS_CAP
 
@@ -49,16 +52,19 @@ def _sections(path: Path, comparison: Comparison) -> list[Section]:
     return [
         Section("answer", "The answer", _answer(comparison)),
         *shown,
-        Section("curves", "Validation curves", figures(draw.curves_drawings(comparison.groups, _loss(comparison)))),
-        Section("reach", f"Tokens to {baseline}’s best loss", _reach(comparison.reach, baseline)),
+        Section("curves", f"{comparison.loss} at every validation", _curves(comparison)),
+        Section("reach", f"Tokens to {baseline}’s best {comparison.loss}", _reach(comparison.reach, baseline)),
         Section("notes", "Notes", listed(comparison.notes)),
         Section("differs", "What differs", _what_differs(comparison)),
         Section("runs", "Runs", _runs(path, comparison)),
     ]
 
 
-def _loss(comparison: Comparison) -> str:
-    return comparison.reach[0].metric if comparison.reach else "val/loss"
+def _curves(comparison: Comparison) -> Markup:
+    shown, asked = figures(draw.curves_drawings(comparison.groups, comparison.loss)), comparison.metrics[0].metric
+    if not shown or asked == comparison.loss:
+        return shown
+    return quiet(f"{asked} is no loss that every validation measured; the curves are of {comparison.loss}.") + shown
 
 
 def _header(comparison: Comparison, title: str) -> Markup:
@@ -85,9 +91,9 @@ def _answer(comparison: Comparison) -> Markup:
             [metric.metric, *(_verdict(_of(metric, each.label)) for each in asked.differences)]
             for metric in comparison.metrics
         ]
-        head = ["metric", *(each.label for each in asked.differences)]
+        head = ["metric", *(breakable(each.label) for each in asked.differences)]
         body += paragraph("The same question of every metric; each is corrected on its own.")
-        body += table(head, rows, wide=range(1, len(head)))
+        body += table(head, rows, names=range(1, len(head)))
     return body
 
 
@@ -96,6 +102,10 @@ def in_words(difference: Difference) -> str:
     seeds = f"{len(difference.pairs)} {'seed' if len(difference.pairs) == 1 else 'seeds'}"
     if not difference.pairs:
         return "No seed has a run in both groups."
+    return f"{_in_words_of_pairs(difference, seeds)}{_lost(difference)}"
+
+
+def _in_words_of_pairs(difference: Difference, seeds: str) -> str:
     mean = f"Mean difference {_signed(difference.mean)}"
     if difference.low is None or difference.high is None:
         return f"{mean} of {seeds}. One seed or two show nothing: what differs may be chance."
@@ -109,6 +119,15 @@ def in_words(difference: Difference) -> str:
     return f"{said} That is not to say that there is no difference: {_needed(difference)}."
 
 
+def _lost(difference: Difference) -> str:
+    """Which runs failed, and what that does to the verdict."""
+    sides = (("", difference.lost), (" of the baseline", difference.baseline_lost))
+    said = "".join(f" {lost}{side}." for side, lost in sides if lost.failed)
+    if difference.verdict == "runs failed":
+        said += " Those that are left may be the lucky ones, so nothing is said in favour of that side."
+    return said
+
+
 def _needed(difference: Difference) -> str:
     needed = difference.seeds_needed
     if needed is None:
@@ -119,15 +138,18 @@ def _needed(difference: Difference) -> str:
 
 def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:
     better = "Lower is better" if metric.lower_is_better else "Higher is better"
+    with_lost = any(group.lost.failed for group in metric.groups)
     rows = [
-        (group.label, len(group.values_by_seed), f"{group.mean:.4g}" if group.values_by_seed else ABSENT,
-         ABSENT if group.deviation is None else f"{group.deviation:.2g}")
+        [breakable(group.label), len(group.values_by_seed), f"{group.mean:.4g}" if group.values_by_seed else ABSENT,
+         ABSENT if group.deviation is None else f"{group.deviation:.2g}",
+         *([str(group.lost) if group.lost.failed else ABSENT] if with_lost else [])]
         for group in metric.groups
     ]  # fmt: skip
     drawn = figures(
         [draw.seeds_drawing(metric, f"{name}-seeds"), draw.forest_drawing(metric, baseline, f"{name}-forest")]
     )
-    means = table(["group", "seeds", "mean", "deviation"], rows, numbers=[1, 2, 3], wide=[0])
+    head = ["group", "seeds", "mean", "deviation", *(["without a value"] if with_lost else [])]
+    means = table(head, rows, numbers=range(1, len(head)), names=[0])
     return paragraph(f"{better}. Measured: {metric.at}.") + means + drawn + _tests(metric)
 
 
@@ -138,7 +160,7 @@ def _tests(metric: MetricComparison) -> Markup:
     head = ["group", "verdict", "pairs", "difference", "95 % interval", "p → Holm", "Wilcoxon → Holm", "seeds needed"]
     head += ["won : lost", "McNemar → Holm"] * with_problems
     rows = [_test_row(each, with_problems) for each in metric.differences]
-    body = table(head, rows, numbers=range(2, len(head)), wide=[0])
+    body = table(head, rows, numbers=range(2, len(head)), names=[0])
     said = "Arrows: p-values before and after Holm’s correction for the groups compared."
     if with_problems:
         said += " Won and lost: test problems that more seeds of the group, or of the baseline, solved."
@@ -153,7 +175,7 @@ def _test_row(each: Difference, with_problems: bool) -> list[Any]:
     interval = ABSENT if each.low is None or each.high is None else f"{_signed(each.low)} to {_signed(each.high)}"
     needed, mcnemar = each.seeds_needed, each.mcnemar
     row = [
-        each.label, _verdict(each), len(each.pairs), _signed(each.mean) if each.pairs else ABSENT, interval,
+        breakable(each.label), _verdict(each), len(each.pairs), _signed(each.mean) if each.pairs else ABSENT, interval,
         _corrected(each.p, each.p_holm), _corrected(each.wilcoxon, each.wilcoxon_holm),
         ABSENT if needed is None else f"> {SEEDS_CAP}" if needed > SEEDS_CAP else str(needed),
     ]  # fmt: skip
@@ -166,16 +188,19 @@ def _test_row(each: Difference, with_problems: bool) -> list[Any]:
 def _reach(reach: list[Reach], baseline: str) -> Markup:
     if not reach:
         return Markup()
-    rows = [(each.label, len(each.pairs), _ratio(each.ratio), _ratio_interval(each), each.never) for each in reach]
+    rows = [
+        (breakable(each.label), len(each.pairs), _ratio(each.ratio), _ratio_interval(each), each.never)
+        for each in reach
+    ]
     pairs = [
-        (each.label, pair.seed, f"{pair.target:.4g}", f"{pair.baseline_tokens:,.0f}",
+        (breakable(each.label), pair.seed, f"{pair.target:.4g}", f"{pair.baseline_tokens:,.0f}",
          "never" if pair.tokens is None else f"{pair.tokens:,.0f}", f"{pair.baseline_stage_tokens:,}",
          f"{pair.stage_tokens:,}")
         for each in reach for pair in each.pairs
     ]  # fmt: skip
     each_seed = table(
         ["group", "seed", "best loss of " + baseline, "its tokens", "the group’s", "its stage before", "the group’s"],
-        pairs, numbers=range(1, 7), wide=[0],
+        pairs, numbers=range(1, 7), names=[0],
     )  # fmt: skip
     lead = (
         f"Tokens until {reach[0].metric} was as good as the best of {baseline}’s run with the same seed, as a multiple "
@@ -184,7 +209,7 @@ def _reach(reach: list[Reach], baseline: str) -> Markup:
     head = ["group", "pairs", "median ratio", "95 % interval", "never reached"]
     return (
         paragraph(lead)
-        + table(head, rows, numbers=range(1, 5), wide=[0])
+        + table(head, rows, numbers=range(1, 5), names=[0])
         + figures([draw.reach_drawing(reach, baseline)])
         + details("Seed by seed", each_seed, printed=True)
     )
@@ -203,28 +228,50 @@ def _ratio(value: float | None) -> str:
 def _what_differs(comparison: Comparison) -> Markup:
     settings = {label: differing(runs[0]) for label, runs in comparison.groups.items() if runs}
     keys = dict.fromkeys(key for setting in settings.values() for key in setting)
+    varying = [key for key in keys if len({str(setting.get(key)) for setting in settings.values()}) > 1]
+    if not varying:
+        return quiet("The configs do not differ.")
+    naming = [key for key in varying if any(_is_named(key, setting, label) for label, setting in settings.items())]
+    others = [key for key in varying if key not in naming and "@" not in key and "_target_" not in key.split(".")]
+    body = _settings(settings, naming) if naming else Markup()
+    if others:
+        body += details(f"{len(others)} more keys", _settings(settings, others))
+    return body
+
+
+def _is_named(key: str, setting: Mapping[str, Any], label: str) -> bool:
+    """Whether a label says what a key is in its group."""
+    value, parts = setting.get(key), label.split(", ")
+    return f"{key.removesuffix('=')}={value}" in parts or (key.endswith("=") and value in parts)
+
+
+def _settings(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Markup:
+    """A row for each key, a column for each group."""
     rows = [
-        [
-            code(key.removesuffix("=")),
-            *(code(setting[key]) if key in setting else ABSENT for setting in settings.values()),
-        ]
+        [code(breakable(key.removesuffix("="))),
+         *(code(breakable(str(setting[key]))) if key in setting else ABSENT for setting in settings.values())]
         for key in keys
-        if len({str(setting.get(key)) for setting in settings.values()}) > 1
-    ]
-    return table(["", *settings], rows, wide=range(1 + len(settings))) if rows else quiet("The configs do not differ.")
+    ]  # fmt: skip
+    return table(["", *map(breakable, settings)], rows, names=range(1 + len(settings)))
 
 
 def _runs(path: Path, comparison: Comparison) -> Markup:
     rows = [
-        (label, run.seed, _link(path, run), run.status.get("state", ABSENT), f"{run.status.get('step', 0):,}")
+        (
+            breakable(label),
+            run.seed,
+            _link(path, run),
+            run.status.get("state", ABSENT),
+            f"{run.status.get('step', 0):,}",
+        )
         for label, runs in comparison.groups.items()
         for run in runs
     ]
-    return table(["group", "seed", "run", "state", "updates"], rows, numbers=[1, 4], wide=[0])
+    return table(["group", "seed", "run", "state", "updates"], rows, numbers=[1, 4], names=[0])
 
 
 def _link(path: Path, run: RunRecord) -> Markup | str:
-    page = run.folder / "report.html"
+    page = run.folder / FILE_NAME
     if not page.exists():
         return run.name
     relative = os.path.relpath(page.resolve(), path.parent.resolve())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from wmtp.report.drawing import BAD, DASHES, LINES, MARKERS, legend, thinned, whole_numbers
+from wmtp.report.drawing import BAD, legend, look, thinned, whole_numbers
 
 Series = Sequence[tuple[float, float]]
 TRAINING: dict[str, Any] = {"linestyle": "-", "marker": "", "linewidth": 1.0}
@@ -21,9 +21,10 @@ def curve(axes: Axes, series: Series, style: int, **options: Any) -> None:
     places, values = (np.array([pair[part] for pair in series], float) for part in (0, 1))
     finite = np.isfinite(values)
     kept = thinned(values[finite])
-    look: dict[str, Any] = {"color": LINES[style % len(LINES)], "linestyle": DASHES[style % len(DASHES)]}
-    look["marker"] = MARKERS[style % len(MARKERS)] if len(kept) <= FEW else ""
-    axes.plot(places[finite][kept], values[finite][kept], **(look | options))
+    own = look(style)
+    marker = own.marker if len(kept) <= FEW else ""
+    drawn: dict[str, Any] = {"color": own.colour, "linestyle": own.dash, "marker": marker}
+    axes.plot(places[finite][kept], values[finite][kept], **(drawn | options))
     if not finite.all():
         axes.plot(
             places[~finite], np.full((~finite).sum(), 0.96), "x", color=BAD, transform=axes.get_xaxis_transform(),

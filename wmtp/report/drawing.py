@@ -32,8 +32,9 @@ COLOURS = {
     **{colour: f"--line-{number}" for number, colour in enumerate(LINES, 1)},
 }  # fmt: skip
 """Colours that stand for the page's own, by the names these have there."""
-DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+Dash = str | tuple[int, tuple[float, ...]]
+DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "wmtp", "text.parse_math": False, "axes.unicode_minus": True,
@@ -58,6 +59,20 @@ class Drawing:
     name: str
     label: str
     caption: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a curve is told from others."""
+
+    colour: str
+    dash: Dash
+    marker: str
+
+
+def look(number: int) -> Look:
+    """The look of the curve of that number; any two parts of it tell thirty curves apart."""
+    return Look(LINES[number % len(LINES)], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
 
 
 @contextmanager
@@ -99,7 +114,12 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers, and enough of them where it spans less than a power of ten."""
+    """A logarithmic vertical axis with plain numbers, and enough of them where it spans less than a power of ten.
+
+    It stays as it is where nothing is above 0.
+    """
+    if not np.isfinite(axes.dataLim.minposy):
+        return
     axes.set_yscale("log", nonpositive="mask")
     _mark_logarithmic(axes.yaxis, *axes.get_ylim())
 

@@ -1,5 +1,6 @@
 """Pages: one HTML file each, that needs nothing else. What comes from a run is escaped wherever it is put in."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,10 +99,18 @@ def figures(drawings: Iterable[Drawing | None], beside: Markup = _NOTHING) -> Ma
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[int] = (), wide: Iterable[int] = ()
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    numbers: Iterable[int] = (),
+    wide: Iterable[int] = (),
+    names: Iterable[int] = (),
 ) -> Markup:
-    """A table in a container of its own that scrolls; columns of `numbers` stand right, those `wide` may break."""
-    kinds = dict.fromkeys(numbers, "number") | dict.fromkeys(wide, "wide")
+    """A table in a container of its own that scrolls.
+
+    Columns of `numbers` stand right; those that are `wide` may break anywhere, those of `names` between words.
+    """
+    kinds = dict.fromkeys(numbers, "number") | dict.fromkeys(wide, "wide") | dict.fromkeys(names, "name")
     classes = [_class(kinds.get(column, "")) for column in range(len(head))]
     heads = joined(Markup('<th scope="col"{}>{}</th>').format(*pair) for pair in zip(classes, head, strict=True))
     body = joined(
@@ -157,6 +166,15 @@ def details(summary: str, body: Markup, *, printed: bool = False, is_open: bool 
 def code(text: Any) -> Markup:
     """A word of code."""
     return Markup("<code>{}</code>").format(text)
+
+
+def breakable(name: str) -> Markup:
+    """A key or a label that may be broken before a word after its dots, underscores and equals signs.
+
+    >>> breakable("data.group_tasks=0.5")
+    Markup('data.<wbr>group_<wbr>tasks=0.5')
+    """
+    return Markup("<wbr>").join(re.split(r"(?<=[._=])(?=[^\W\d])", name))
 
 
 def block(text: str) -> Markup:

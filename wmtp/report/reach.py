@@ -14,11 +14,12 @@ Curve = Sequence[tuple[int, float]]
 
 
 def curve(run: RunRecord, metric: str) -> Curve | None:
-    """A run's validations; None where a line does not say after how many tokens."""
-    lines = [line for line in run.metrics if isinstance(line.get(metric), float)]
+    """A run's validations that are finite; None where a line does not say after how many tokens, or there are none."""
+    lines = [line for line in run.metrics if line.get(metric) is not None]
     if not lines or any("tokens" not in line for line in lines):
         return None
-    return [(int(line["tokens"]), line[metric]) for line in lines]
+    points = [(int(line["tokens"]), float(line[metric])) for line in lines]
+    return [point for point in points if math.isfinite(point[1])]
 
 
 def first_reached(points: Curve, target: float) -> float | None:
@@ -43,18 +44,25 @@ def stage_tokens(run: RunRecord) -> int:
 
 
 def reach(label: str, pairs: Mapping[int, tuple[RunRecord, RunRecord]], metric: str) -> Reach | None:
-    """Tokens of pairs (baseline, other) by seed until each is at the baseline's best; None: they are not recorded."""
+    """Tokens of pairs (baseline, other) by seed until each is at the baseline's best.
+
+    A pair whose baseline has no finite loss is left out. None: tokens are not recorded, or there is no such pair.
+    """
     found = []
     for seed, (baseline, other) in sorted(pairs.items()):
         curves = curve(baseline, metric), curve(other, metric)
         if curves[0] is None or curves[1] is None:
             return None
+        if not curves[0]:
+            continue
         target = min(loss for _, loss in curves[0])
         stages, needed = (stage_tokens(baseline), stage_tokens(other)), first_reached(curves[1], target)
         own = first_reached(curves[0], target)
         assert own is not None
         total = None if needed is None else needed + stages[1]
         found.append(ReachPair(seed, target, own + stages[0], total, *stages))
+    if not found:
+        return None
     ratios = [math.inf if pair.tokens is None else math.log(pair.tokens / pair.baseline_tokens) for pair in found]
     interval = median_interval(ratios)
     low, high = interval or (math.inf, math.inf)

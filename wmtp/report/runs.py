@@ -52,12 +52,12 @@ class RunRecord:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return _metrics(self.folder / FILE_NAME)
+        return _lines(self.folder / FILE_NAME)
 
     @cached_property
     def stage_metrics(self) -> list[dict[str, Any]]:
         """The lines that the stage before the training wrote."""
-        return _metrics(self.folder / PRETRAIN / FILE_NAME)
+        return _lines(self.folder / PRETRAIN / FILE_NAME)
 
     @cached_property
     def tokens(self) -> dict[str, Any]:
@@ -67,8 +67,7 @@ class RunRecord:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of samples.jsonl: answers to held-out problems."""
-        path = self.folder / "samples.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return _lines(self.folder / "samples.jsonl")
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -122,5 +121,6 @@ def _yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that a run appends to; a last one that was cut off by a crash is left out."""
     return list(read_metrics(path)) if path.exists() else []

@@ -5,6 +5,7 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.report.groups import flattened
+from wmtp.report.measures import is_lower_better
 from wmtp.report.runs import RunRecord
 
 SHARED = {
@@ -65,8 +66,10 @@ def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:
         )
 
 
-def loss_to_reach(runs: Sequence[RunRecord]) -> str:
-    """The loss that means the same in all of the runs."""
+def common_loss(runs: Sequence[RunRecord], asked: str) -> str:
+    """The asked metric if it is a loss that all runs' validations have, else a loss that means the same in them."""
+    if asked.startswith("val/") and is_lower_better(asked) and all(run.series(asked) for run in runs):
+        return asked
     return SINGLE_HEAD if len(num_heads(runs)) > 1 else MEANS_OVER_HEADS[0]
 
 

@@ -106,8 +106,8 @@ def absolute_t(samples: Floats) -> Floats:
 
 
 def wilcoxon_p(differences: Sequence[float]) -> float | None:
-    """The two-sided p-value of scipy's signed-rank test; None where no pair differs."""
-    return float(stats.wilcoxon(differences).pvalue) if np.any(differences) else None
+    """The two-sided p-value of scipy's signed-rank test; None where no pair differs, or there is one only."""
+    return float(stats.wilcoxon(differences).pvalue) if len(differences) > 1 and np.any(differences) else None
 
 
 def smallest_wilcoxon_p(num_pairs: int) -> float:

@@ -30,10 +30,13 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 def values_table(metric: MetricComparison) -> Table:
     """Each group's mean over seeds."""
     direction = "lower" if metric.lower_is_better else "higher"
-    table = table_of(f"{metric.metric} of the {metric.at}; {direction} is better", "runs", "mean", "deviation")
+    title, columns = f"{metric.metric} of the {metric.at}; {direction} is better", ["runs", "mean", "deviation"]
+    with_lost = any(group.lost.failed for group in metric.groups)
+    table = table_of(title, *columns, *(["without a value"] if with_lost else []))
     for group in metric.groups:
         deviation = NOTHING if group.deviation is None else f"± {group.deviation:.3g}"
-        table.add_row(group.label, str(len(group.values_by_seed)), f"{group.mean:.5g}", deviation)
+        row = [group.label, str(len(group.values_by_seed)), f"{group.mean:.5g}", deviation]
+        table.add_row(*row, *([str(group.lost) if group.lost.failed else NOTHING] if with_lost else []))
     return table
 
 
