@@ -1,5 +1,8 @@
 """A comparison as tables that fit a terminal of 80 columns."""
 
+from collections.abc import Sequence
+from statistics import mean
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +23,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             console.print(problems_table(metric))
     if comparison.reach:
         console.print(reach_table(comparison.reach))
-        for reach in comparison.reach:
-            if sentence := stages(comparison.baseline, reach):
-                console.print(sentence, highlight=False)
+        if sentence := stages(comparison.baseline, comparison.reach):
+            console.print(sentence, highlight=False)
     for note in comparison.notes:
         console.print(f"- {note}", highlight=False)
 
@@ -82,15 +84,19 @@ def reach_table(reaches: list[Reach]) -> Table:
     return table
 
 
-def stages(baseline: str, reach: Reach) -> str | None:
-    """How many of the tokens stages before the training took; None: there were none."""
-    of_group = [pair.stage_tokens for pair in reach.pairs]
-    of_baseline = [pair.baseline_stage_tokens for pair in reach.pairs]
-    if not any(of_group + of_baseline):
+def stages(baseline: str, reaches: Sequence[Reach]) -> str | None:
+    """How many of the tokens stages before the training took, a mean for each group; None: there were none."""
+    of_baseline = mean(pair.baseline_stage_tokens for pair in reaches[0].pairs)
+    taken = {reach.label: mean(pair.stage_tokens for pair in reach.pairs) for reach in reaches} | {
+        baseline: of_baseline
+    }
+    if not any(taken.values()):
         return None
-    means = (sum(tokens) / len(tokens) for tokens in (of_group, of_baseline))
-    own, base = (f"{tokens:,.0f}" for tokens in means)
-    return f"These count the stage before the training: {own} tokens in ({reach.label}), {base} in ({baseline})."
+    by_count: dict[int, list[str]] = {}
+    for label, count in taken.items():
+        by_count.setdefault(round(count), []).append(label)
+    parts = [f"{count:,} in {'; '.join(labels)}" for count, labels in sorted(by_count.items())]
+    return f"These count the tokens of the stage before the training: {' – '.join(parts)}."
 
 
 def table_of(title: str, *columns: str) -> Table:

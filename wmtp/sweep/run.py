@@ -59,8 +59,12 @@ class Sweep:
         Raises:
             InputError: the sweep, or a job of it, still runs.
         """
-        self.manifest.settle()
         status = RunStatus(self.folder)
+        try:
+            self.manifest.settle()
+        except InputError:
+            status.withdraw()
+            raise
         state, code = "FAILED", 1
         try:
             self._say(f"The sweep lies in {typed(self.folder)}: {len(self.manifest.jobs)} jobs")
