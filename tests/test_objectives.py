@@ -400,6 +400,7 @@ def test_the_clean_loss_is_that_of_right_solutions_without_what_misleads() -> No
     misleading = torch.ones_like(batch.response)
     row, place = 0, RUNS[0][1] - 1
     misleading[row, place] = False
+    misleading[1, RUNS[1][1] - 1] = False  # of a wrong solution
     right = torch.zeros_like(batch.is_correct)
     right[row] = True
     known = replace(batch, misleading=misleading, is_correct=right)

@@ -16,14 +16,11 @@ WITHOUT_EFFECT = (
 def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """The runs by the label of their group, in the order of the first of each.
 
-    A label names the fewest keys that tell the groups apart; options of config groups (`algo=critic`) come
-    before values. Where only one config group differs, its options are the labels.
+    A label names the keys that tell the groups apart, but for those that follow from the ones before: `algo` first
+    (without its name), then other options of config groups, then values.
     """
     settings = [differing(run) for run in runs]
-    keys: list[str] = []
-    for key in _candidates(settings):
-        if _num_groups(settings, [*keys, key]) > _num_groups(settings, keys):
-            keys.append(key)
+    keys = _candidates(settings)
     groups: dict[str, list[RunRecord]] = {}
     for run, setting in zip(runs, settings, strict=True):
         groups.setdefault(_label(setting, keys, settings), []).append(run)
@@ -79,18 +76,12 @@ def _candidates(settings: Sequence[dict[str, str]]) -> list[str]:
     return sorted(varying, key=lambda key: (key != "algo=", not key.endswith("="), "_target_" in key))
 
 
-def _num_groups(settings: Sequence[dict[str, str]], keys: Sequence[str]) -> int:
-    return len({tuple(setting.get(key) for key in keys) for setting in settings})
-
-
 def _label(setting: dict[str, str], keys: Sequence[str], settings: Sequence[dict[str, str]]) -> str:
-    """The keys' values, but for those that follow from the ones before."""
-    parts, alike = [], list(settings)
+    parts, missing, alike = [], [], list(settings)
     for key in keys:
-        value = setting.get(key)
-        if len({other.get(key) for other in alike}) > 1 and value is not None:
-            parts.append(f"{key.removesuffix('=')}={value}".removeprefix("algo="))
+        value, name = setting.get(key), key.removesuffix("=")
+        if len({other.get(key) for other in alike}) > 1:
+            parts += [] if value is None else [f"{name}={value}".removeprefix("algo=")]
+            missing += [f"no {name}"] if value is None else []
         alike = [other for other in alike if other.get(key) == value]
-    if len(keys) == 1 and keys[0].endswith("="):
-        return str(setting.get(keys[0], "none"))
-    return ", ".join(parts) or ("all" if not keys else "neither")
+    return ", ".join(parts or missing) or "all"
