@@ -55,10 +55,10 @@ class Training:
 
 
 def presets() -> list[str]:
-    """The experiments, as they are asked for, but those that others are made from."""
+    """The experiments of one run, as they are asked for, but those that others are made from."""
     folder = CONFIG_FOLDER / "experiment"
     found = [path.relative_to(folder).with_suffix("") for path in folder.glob("**/*.yaml") if path.stem != "base"]
-    return sorted(map(str, found))
+    return sorted(str(name) for name in found if name.parts[0] != "sweep")
 
 
 def composed(preset: str, folder: Path) -> DictConfig:

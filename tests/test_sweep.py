@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import TINY, Invoke, start_training
+from tests.conftest import TINY, run_command, start_training
 from wmtp.config import ConfigError, Fault
 from wmtp.errors import InputError, PendingError
 from wmtp.runtime.cores import SHARE, keep_to_share, num_cores
@@ -385,7 +385,9 @@ def test_jobs_are_submitted_as_hydras_launcher_would(told: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_trainings_that_were_killed_go_on_from_their_checkpoints(tmp_path: Path, cache: Path, invoke: Invoke) -> None:
+def test_trainings_that_were_killed_go_on_from_their_checkpoints(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL reaches the second job after its first checkpoint; the sweep goes on, and resumes it to the same end."""
     overrides = [*TINY, "tracking=none", f"cache_dir={cache}", "report=false", "num_samples=0", "save_interval=5",
                  "max_steps=40", "num_epochs=100", "log_interval=1", "early_stopping=none"]  # fmt: skip
@@ -399,7 +401,7 @@ def test_trainings_that_were_killed_go_on_from_their_checkpoints(tmp_path: Path,
     out, _ = process.communicate(timeout=90)
     states = [job["state"] for job in jobs_of(str(tmp_path / "sweep"))]
     assert process.returncode == 137 and states == ["FINISHED", "KILLED"], out
-    outcome = invoke("-m", "sweep.resume=sweep", tiny=False)
-    assert outcome.code == 0, outcome.err
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["-m", "sweep.resume=sweep"], monkeypatch) == 0
     assert read_status(victim)["step"] == 40 and (victim / "resumes.jsonl").exists()
-    assert "2 of 2 jobs finished" in outcome.out
+    assert "2 of 2 jobs finished" in capsys.readouterr().out

@@ -143,11 +143,11 @@ class Session:
         from wmtp.sweep.run import run_sweep
 
         command = self.command
-        if command.end_sweep is None:
-            raise ConfigError([Fault("-m", "", f"only trainings are swept; call {command.name} for each by itself")])
         if started_together():
             problem = "a sweep starts outside, and each of its jobs starts its processes; leave torchrun out"
             raise ConfigError([Fault("-m", "", problem)])
+        if command.end_sweep is None:
+            raise ConfigError([Fault("-m", "", f"only trainings are swept; call {command.name} for each by itself")])
         if resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]:
             problem = "a sweep begins new runs; sweep.resume=DIR goes on with one that was begun"
             raise ConfigError([Fault(resumed[0], "", problem)])
