@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import TINY, Invoke, start_training
 from wmtp.checkpoint.store import damage
+from wmtp.runtime.cores import SHARE
 from wmtp.runtime.folder import create_run_folder
 
 WRONG = {
@@ -126,6 +127,19 @@ def test_a_run_ends_with_its_pictures_however_it_ends(invoke: Invoke, learning_r
     assert outcome.code == (0 if is_well else 1)
     assert ("FINISHED" if is_well else "FAILED") in page and "RUNNING" not in page
     assert ("the update was not made" in page) != is_well and "optimizer.lr" in page
+
+
+def test_a_job_of_a_sweep_computes_in_as_many_threads_as_it_has_cores(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(SHARE, str(before + 2))
+    try:
+        assert invoke("max_steps=1").code == 0
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:

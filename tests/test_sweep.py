@@ -154,19 +154,25 @@ def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first(
     assert {call["cores"] for call in calls("sweep")} == {str(max(1, num_cores() // 4))}
 
 
-def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told: list[str]) -> None:
+def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "subprocess.Popen[str]":
+    """A sweep as a process of its own, once this job of it waits."""
     Path("sweep").mkdir()
-    Path("sweep/wish-1").write_text("wait")
+    Path(f"sweep/wish-{number}").write_text("wait")
     script = (
         "import sys; from wmtp.runtime.signals import raised_signals; import wmtp.sweep.run as r; "
-        f"r.module_arguments = lambda name: {FAKE!r}\n"
+        f"r.module_arguments = lambda name: {module!r}\n"
         "with raised_signals():\n    sys.exit(r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None))\n"
     )
-    command = [sys.executable, "-c", script, "seed=0,1,2", "hydra.sweep.dir=sweep"]
+    command = [sys.executable, "-c", script, seeds, "hydra.sweep.dir=sweep"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "waits" not in (line := process.stdout.readline()):
         assert line, "it ended early"
+    return process
+
+
+def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told: list[str]) -> None:
+    process = sweep_with_a_job_that_waits(1, "seed=0,1,2", FAKE)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
     assert [(job["state"], job["exit_code"]) for job in jobs_of("sweep")] == [
@@ -180,18 +186,7 @@ def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told
 
 def test_a_killed_sweep_takes_its_jobs_along_and_goes_on(told: list[str]) -> None:
     """Its running job is no orphan that would write beside the next attempt."""
-    Path("sweep").mkdir()
-    Path("sweep/wish-0").write_text("wait")
-    script = (
-        "import sys; import wmtp.sweep.run as r; "
-        f"r.module_arguments = lambda name: ['-c', {ORPHAN!r}]\n"
-        "r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None)\n"
-    )
-    command = [sys.executable, "-c", script, "seed=0,1", "hydra.sweep.dir=sweep"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while "waits" not in (line := process.stdout.readline()):
-        assert line, "it ended early"
+    process = sweep_with_a_job_that_waits(0, "seed=0,1", ["-c", ORPHAN])
     with pytest.raises(InputError, match="in use"):
         run(["sweep.resume=sweep"], told)
     process.kill()

@@ -54,8 +54,6 @@ class Command:
     """Where it writes; None: a folder that goes when the command ends."""
     complete: Callable[[DictConfig, list[str]], DictConfig] = unchanged
     """What the config becomes, given the overrides that were typed."""
-    continues: Callable[[DictConfig], bool] = lambda config: False
-    """Whether it goes on in a folder that was begun earlier."""
     advice: Callable[[Path], str] = lambda folder: "Nothing was saved; start anew."
     """What to do after an interruption."""
     num_processes: Callable[[DictConfig], int] | None = None

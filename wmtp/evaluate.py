@@ -63,7 +63,7 @@ def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
 
 
 COMMAND = Command(
-    "evaluate", evaluate, faults, evaluation_folder, complete=complete, continues=lambda config: True,
+    "evaluate", evaluate, faults, evaluation_folder, complete=complete,
     short=CHECKPOINT_KEY, fetches={"checkpoint.path": "best"},
     advice=lambda folder: "What was judged is kept: the same command goes on from there.",
 )  # fmt: skip

@@ -77,7 +77,6 @@ def end_sweep(folder: Path, state: str) -> None:
 
 COMMAND = Command(
     "train", train, faults, run_folder, problems=problems,
-    continues=lambda config: config.resume is not None,
     advice=advice,
     fetches={"resume": "latest"},
     end_sweep=end_sweep,
