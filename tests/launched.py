@@ -87,7 +87,6 @@ COMMAND = Command(
     job,
     lambda config: [],
     folder,
-    continues=lambda config: config.resume is not None,
     num_processes=lambda config: int(config.hardware.num_processes),
 )
 

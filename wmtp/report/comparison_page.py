@@ -218,7 +218,7 @@ def _reach(reach: list[Reach], baseline: str) -> Markup:
 def _ratio_interval(each: Reach) -> str:
     if not each.has_interval:
         return ABSENT
-    return f"{_ratio(each.low)} to {_ratio(each.high)}"
+    return _ratio(None) if each.low is None else f"{_ratio(each.low)} to {_ratio(each.high)}"
 
 
 def _ratio(value: float | None) -> str:

@@ -16,6 +16,7 @@ from wmtp.report.heatmap import heat_maps, style_sheet
 from wmtp.report.page import (
     Section,
     block,
+    breakable,
     code,
     details,
     facts,
@@ -192,8 +193,8 @@ def _config(run: RunRecord) -> Markup:
     whole = details("The whole config", lines, printed=True, is_open=changed is None)
     if not changed:
         return (quiet("Every value is its default.") if changed is not None else Markup()) + whole
-    rows = [(code(key), code(_value(before)), code(_value(now))) for key, (before, now) in changed.items()]
-    return table(["what differs", "default", "here"], rows, wide=[0, 1, 2]) + whole
+    rows = [(code(breakable(key)), code(_value(before)), code(_value(now))) for key, (before, now) in changed.items()]
+    return table(["what differs", "default", "here"], rows, names=[0], wide=[1, 2]) + whole
 
 
 def _origin(run: RunRecord) -> Markup:
