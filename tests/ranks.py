@@ -1,6 +1,10 @@
 """Two processes that tests run functions in, as the ranks of one gloo group; started once, since torch takes long."""
 
+import faulthandler
+import gc
 import multiprocessing
+import os
+import signal
 import tempfile
 import time
 import traceback
@@ -48,6 +52,7 @@ class Ranks:
                 pipe.send((function, arguments, Path(folder) / "rendezvous", timeout))
             for pipe in self.pipes:
                 if not pipe.poll(START + 6 * timeout):
+                    self._tell_where_they_are()
                     self.stop()
                     raise TimeoutError(f"{function.__name__} did not end in a rank")
             try:
@@ -63,6 +68,13 @@ class Ranks:
             process.join()
         self.pipes, self.processes = [], []
 
+    def _tell_where_they_are(self) -> None:
+        """Have each process write the stacks of its threads to standard error."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)  # one after the other, not line by line
+
     def _start(self) -> None:
         if self.processes:
             return
@@ -77,6 +89,7 @@ class Ranks:
 
 def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     while True:
         function, arguments, rendezvous, timeout = pipe.recv()
         dist.init_process_group(
@@ -90,4 +103,5 @@ def _serve(rank: int, pipe: Connection) -> None:
             error = traceback.format_exc()
         seconds = time.monotonic() - started
         dist.destroy_process_group()
+        gc.collect()  # a group that DDP still refers to would end its threads in the midst of what comes next
         pipe.send(Outcome(value, error, seconds))

@@ -1,4 +1,5 @@
 import ast
+import gc
 import subprocess
 import sys
 
@@ -101,3 +102,25 @@ def test_more_different_tasks_than_there_are_is_an_error_that_says_so() -> None:
 def test_a_program_that_runs_on_is_stopped() -> None:
     with pytest.raises(tasks.StepLimitError):
         tasks.execute("def f():\n    while True:\n        pass\n", ["f()"])
+
+
+def test_what_the_collection_of_garbage_runs_neither_counts_nor_ends_the_count() -> None:
+    collections = 0
+
+    def busy(*about: object) -> None:
+        nonlocal collections
+        collections += 1
+        for _ in range(3 * tasks.STEP_LIMIT):
+            pass
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(busy)
+    gc.set_threshold(100)
+    try:
+        assert tasks.execute("def f():\n    return len([[i] for i in range(1000)])\n", ["f()"]) == ["1000"]
+        assert collections > 0
+        with pytest.raises(tasks.StepLimitError):  # not in a callback, where Python drops it and stops counting
+            tasks.execute("def f():\n    kept = []\n    for _ in range(9000):\n        kept.append([])\n", ["f()"])
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(busy)

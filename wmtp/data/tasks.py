@@ -34,6 +34,8 @@ from wmtp.errors import InputError
 SPLITS = {"train": range(70), "validation": range(70, 85), "test": range(85, 100)}
 NUM_TESTS = 5
 STEP_LIMIT = 2_000
+PROGRAM = "<task>"
+"""The name of the file that a program's code says it comes from."""
 WORDS = ("sun", "letters", "Rain", "note", "trees", "A", "lists", "union", "stars", "Olive", "in", "rust")
 MARKED = re.compile("«(.*?)»")
 
@@ -75,8 +77,10 @@ def execute(program: str, calls: list[str], step_limit: int = STEP_LIMIT) -> lis
     """
     steps = 0
 
-    def count(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+    def count(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         nonlocal steps
+        if frame.f_code.co_filename != PROGRAM:  # what the collection of garbage happens to call in between
+            return None
         steps += 1
         if steps > step_limit:
             raise StepLimitError
@@ -87,10 +91,10 @@ def execute(program: str, calls: list[str], step_limit: int = STEP_LIMIT) -> lis
     sys.settrace(count)
     try:
         scope: dict[str, Any] = {}
-        exec(compile(program, "<task>", "exec"), scope)
+        exec(compile(program, PROGRAM, "exec"), scope)
         for call in calls:
             try:
-                results.append(repr(eval(call, scope)))
+                results.append(repr(eval(compile(call, PROGRAM, "eval"), scope)))
             except StepLimitError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a wrong program raises is its result
