@@ -66,6 +66,13 @@ class Parameter:
     required: bool
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as dictionaries and lists, its references replaced by what they refer to."""
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """A hint towards the nearest of the known words, or the list of them."""
     known = sorted(known)
@@ -180,12 +187,12 @@ def node_faults(node: DictConfig, key: str, also: dict[str, Parameter] | None = 
             continue
         if holds_nodes(value):
             continue
-        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         try:
-            validated(parameter.annotation, plain)
+            validated(parameter.annotation, content)
         except ValidationError as error:
             reference = WHOLE_INTERPOLATION.fullmatch(str(raw[name]))  # blame the key that a user would set
-            yield Fault(reference[1] if reference else path, str(plain), problem_of(error))
+            yield Fault(reference[1] if reference else path, str(content), problem_of(error))
 
 
 def build(node: DictConfig, target: Callable[..., Any] | None = None, **available: object) -> Any:
@@ -203,8 +210,9 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
         if holds_nodes(node[name]):
             values[name] = build(node[name], None, **available)
         else:
-            plain = OmegaConf.to_container(node[name], resolve=True) if OmegaConf.is_config(node[name]) else node[name]
-            values[name] = validated(parameter.annotation, plain)
+            value = node[name]
+            content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            values[name] = validated(parameter.annotation, content)
     given = {name: available[name] for name in inspect.signature(target).parameters if name in available}
     return target(**given, **values)
 
@@ -212,9 +220,7 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
 def stage_config(config: DictConfig) -> DictConfig:
     """The config of the stage before: the training's, changed by what `pretrain` says besides its own keys."""
     own = schema(locate(str(config.pretrain["_target_"])))
-    changes = OmegaConf.to_container(config.pretrain, resolve=True)
-    assert isinstance(changes, dict)
-    changes = {str(key): value for key, value in changes.items() if key not in own and key not in HYDRA_KEYS}
+    changes = {k: value for k, value in plain(config.pretrain).items() if k not in own and k not in HYDRA_KEYS}
     base = copy.deepcopy(config)
     OmegaConf.set_struct(base, False)
     for key, value in changes.items():

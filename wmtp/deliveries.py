@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -14,9 +14,9 @@ from wmtp.checkpoint.mirror import Mirror
 from wmtp.checkpoint.remote import S3Folder, S3Options, StoreError, StoreUnreachable
 from wmtp.checkpoint.retention import newest_there
 from wmtp.checkpoint.uploaded import STAGES, step_of, whole_checkpoints
-from wmtp.config import ConfigError, build, node_faults
+from wmtp.config import ConfigError, build, node_faults, plain
+from wmtp.dotted import flat
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.pretraining import flat
 from wmtp.provenance import place
 from wmtp.runtime.courier import IN_HASTE
 from wmtp.runtime.distributed import Processes
@@ -97,7 +97,7 @@ def open_deliveries(
 
     `hurries` leaves little patience with those that do not answer.
     """
-    run, parameters = read_run(folder), flattened(config)
+    run, parameters = read_run(folder), flat(plain(config))
     if hurries:
         config = in_haste(config)
     deliveries: list[Delivery] = []
@@ -197,10 +197,3 @@ def close(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError
 def pending(problems: list[WmtpError | OSError]) -> PendingError:
     """What several deliveries left behind, as one error."""
     return PendingError("\n".join(str(problem) for problem in problems))
-
-
-def flattened(config: DictConfig) -> dict[str, Any]:
-    """The config as one level of dotted keys."""
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict)
-    return flat({str(key): value for key, value in content.items()}, tuple(str(key) for key in content))

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config import ConfigError, Fault, node_faults, nodes
+from wmtp.config import ConfigError, Fault, node_faults, nodes, plain
 from wmtp.errors import InputError
 from wmtp.runtime.hardware import hardware_problems
 from wmtp.trained import find_checkpoint, identity_of, read_config
@@ -59,8 +59,7 @@ def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig
 
 def deciding(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
     """All of a config that decides what samples, their costs and their verdicts are, as plain JSON."""
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict)
+    content = plain(config)
     parts: dict[str, Any] = {
         name: {key: value for key, value in content[name].items() if key not in left_out}
         for name, left_out in NOT_DECIDING.items()

@@ -18,6 +18,7 @@ from wmtp.data.sources import DataSource
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenization import Tokenizer
 from wmtp.data.tokens import records_fingerprint
+from wmtp.dotted import flat
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.answering import Answer, answers, encode_prompts, first_records
 from wmtp.evaluation.journal import Journal
@@ -27,7 +28,6 @@ from wmtp.evaluation.settings import Evaluation
 from wmtp.evaluation_config import deciding
 from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
-from wmtp.pretraining import flat
 from wmtp.provenance import versions
 from wmtp.report.redrawing import redraw
 from wmtp.runtime.files import encode_json, replace_atomically
@@ -78,7 +78,7 @@ class Evaluator:
         if isolation.name == "none":
             log.warning("evaluation.sandbox=none: the model's programs run unprotected, with your files and network")
         identity = {**deciding(self.config, self.checkpoint), "records": records_fingerprint(records)}
-        journal = Journal(self.folder, flat(identity, tuple(identity)))
+        journal = Journal(self.folder, flat(identity))
         replace_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(self.config, resolve=True).encode())
         errors = self._judge_missing(journal, problems, model, isolation)
         keys = [(problem.task_id, index) for problem in problems for index in range(self.settings.n)]

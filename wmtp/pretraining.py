@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.config import stage_config
+from wmtp.config import plain, stage_config
+from wmtp.dotted import flat
 from wmtp.errors import InputError
 from wmtp.runtime.files import encode_json, replace_atomically
 from wmtp.runtime.folder import PRETRAIN
@@ -19,10 +20,7 @@ DECISIVE = ("pretrain", "model", "data", "seed")
 
 def stage_record(config: DictConfig) -> dict[str, Any]:
     """The resolved config of the stage, with its own keys under `pretrain`."""
-    record = OmegaConf.to_container(stage_config(config), resolve=True)
-    assert isinstance(record, dict)
-    record["pretrain"] = OmegaConf.to_container(config.pretrain, resolve=True)
-    return {str(key): value for key, value in record.items()}
+    return plain(stage_config(config)) | {"pretrain": plain(config.pretrain)}
 
 
 def write_record(folder: Path, config: DictConfig) -> None:
@@ -66,7 +64,7 @@ def require_unchanged(folder: Path, config: DictConfig) -> None:
     if config.pretrain.get("reuse") is not None or not (folder / PRETRAIN / "config.yaml").exists():
         return
     keys = tuple(key for key in DECISIVE if key not in config.resume_override)
-    before, now = flat(read_record(folder), keys), flat(stage_record(config), keys)
+    before, now = _settings(read_record(folder), keys), _settings(stage_record(config), keys)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed = [key for key in changed if key != "pretrain.reuse"]
     if changed:
@@ -83,8 +81,9 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
     result, record, wanted = read_result(source), read_record(source), stage_record(config)
     if result is None:
         raise InputError(f"pretrain.reuse={source}: that run's stage before the training is not finished")
-    kinds = [node["pretrain"]["_target_"] for node in (record, wanted)]
-    theirs, ours = flat(record, ("model",)) | {"kind": kinds[0]}, flat(wanted, ("model",)) | {"kind": kinds[1]}
+    theirs, ours = (
+        flat({"model": stage["model"], "kind": stage["pretrain"]["_target_"]}) for stage in (record, wanted)
+    )
     changed = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if changed:
         lines = [f"  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in changed]
@@ -111,17 +110,6 @@ def take_over(source: Path, folder: Path, config: DictConfig) -> None:
     os.replace(staged, folder / PRETRAIN)
 
 
-def flat(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _settings(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """Some keys of a config as one level of dotted keys."""
-    found: dict[str, Any] = {}
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                add(f"{prefix}.{key}", inner)
-        else:
-            found[prefix] = value
-
-    for key in keys:
-        add(key, record.get(key))
-    return found
+    return flat({key: record.get(key) for key in keys})

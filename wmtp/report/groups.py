@@ -1,8 +1,9 @@
 """Runs that differ in nothing but their seed belong together; a group is called by what sets it apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from wmtp.dotted import flat
 from wmtp.report.runs import RunRecord
 
 WITHOUT_EFFECT = (
@@ -28,27 +29,14 @@ def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def differing(run: RunRecord) -> dict[str, str]:
-    """What can set a run apart: its chosen options, under `group=`, and its config's values, but for nulls."""
+    """What can set a run apart: its chosen options, under `group=`, and its config's values, but for empty ones."""
     chosen = {
         f"{group}=": option
         for group, option in run.choices.items()
         if _counts(group) and "@" not in group and run.config.get(group) is not None
     }
-    return chosen | {key: _word(value) for key, value in flattened(run.config) if _counts(key) and value is not None}
-
-
-def flattened(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a config with their dotted keys.
-
-    >>> dict(flattened({"algo": {"beta": 0.9}, "seed": 1}))
-    {'algo.beta': 0.9, 'seed': 1}
-    """
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from flattened(value, f"{key}.")
-        else:
-            yield key, value
+    values = {key: value for key, value in flat(run.config).items() if value is not None and value != {}}
+    return chosen | {key: _word(value) for key, value in values.items() if _counts(key)}
 
 
 def _word(value: Any) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from wmtp.dotted import flat
 from wmtp.errors import InputError
-from wmtp.report.groups import flattened
 from wmtp.report.measures import is_lower_better
 from wmtp.report.runs import RunRecord
 
@@ -48,7 +48,7 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
 def difference(one: RunRecord, other: RunRecord, prefix: str) -> list[str]:
     """Lines on the config's keys below a prefix in which two runs differ."""
     before, after = (
-        {key: value for key, value in flattened(run.config) if key.startswith(prefix)} for run in (one, other)
+        {key: value for key, value in flat(run.config).items() if key.startswith(prefix)} for run in (one, other)
     )
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     lines = [f"    {key}: {before.get(key, ABSENT)} and {after.get(key, ABSENT)}" for key in keys]

@@ -13,10 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build, node_faults
+from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build, node_faults, plain
 from wmtp.overrides import forced, grouped
 from wmtp.sweep.options import SweepOptions
 
@@ -66,13 +66,11 @@ def grid_of(command: str, arguments: Sequence[str]) -> Grid:
         remedy = "; it needs pip install 'wmtp[slurm]'" if "submitit" in text else ""
         raise ConfigError([Fault("sweep", "", text + remedy)]) from error
     sweep_folder = [str(each.value()) for each in typed if each.key_or_group == "hydra.sweep.dir"]
-    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-    assert isinstance(launcher, dict)
     return Grid(
         jobs,
         options,
         Path(sweep_folder[-1].strip("'\"")) if sweep_folder else None,
-        {str(key): value for key, value in launcher.items()},
+        plain(config.hydra.launcher),
         config.get("dry_run") is True,
         any(not _is_own(each) for each in typed),
     )
