@@ -102,6 +102,8 @@ def _serve(rank: int, pipe: Connection) -> None:
         except BaseException:
             error = traceback.format_exc()
         seconds = time.monotonic() - started
+        # A group must not go with the last model of DDP that refers to it: that one's end waits for the group's threads
+        # and lets none of them have the interpreter, which they may be waiting for.
+        gc.collect()
         dist.destroy_process_group()
-        gc.collect()  # a group that DDP still refers to would end its threads in the midst of what comes next
         pipe.send(Outcome(value, error, seconds))
