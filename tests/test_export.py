@@ -44,8 +44,8 @@ pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.slow]  # the runs a
 HEADS = 3
 ALL = [*FAMILIES, "own"]
 SHORT = [
-    "tracking=none", "data.num_train=40", "data.num_validation=8", "num_samples=0", "num_validation_samples=0",
-    "max_steps=2", "optimizer.lr=0.02",
+    "tracking=none", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=0",
+    "num_validation_samples=0", "max_steps=2", "optimizer.lr=0.02", "report=false",
 ]  # fmt: skip
 
 

@@ -30,7 +30,10 @@ from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 
 LENGTH = 24
-QUICK = ["max_steps=2", "optimizer.lr=0.01", "num_samples=0", "early_stopping=none"]
+QUICK = [
+    "data.num_train=40", "data.num_validation=8", "data.num_test=8", "max_steps=2", "optimizer.lr=0.01",
+    "num_samples=0", "early_stopping=none", "report=false",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -286,7 +289,7 @@ def test_a_run_needs_its_models_folder_no_more(
     family: str, folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(folders(family), tmp_path / "original"))
-    model = ["model=huggingface", f"model.path={path}", "model.num_heads=2", "data.num_train=40", *QUICK]
+    model = ["model=huggingface", f"model.path={path}", "model.num_heads=2", *QUICK]
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert invoke(*model, "max_steps=4", f"hydra.run.dir={whole}", tiny=False).code == 0
     assert invoke(*model, "max_steps=4", "save_interval=2", f"hydra.run.dir={run}", tiny=False).code == 0
@@ -309,7 +312,7 @@ def test_the_algorithms_train_a_pretrained_model(
 ) -> None:
     options = [f"algo={algorithm}", "model=huggingface", f"model.path={folders('qwen2')}", f"hydra.run.dir={tmp_path}"]
     options += ["pretrain.trains=head"] if algorithm == "critic" else ["algo.reference=initial"]
-    outcome = invoke(*options, *QUICK, "data.num_train=40", "data.num_validation=8", tiny=False)
+    outcome = invoke(*options, *QUICK, tiny=False)
     assert outcome.code == 0, outcome.err
     assert "train/head_3_loss" in lines_of(tmp_path)[0]
     if algorithm == "critic":
@@ -323,7 +326,7 @@ def test_the_excess_over_the_unchanged_model_starts_at_zero(
 ) -> None:
     """Head 1 is the reference then, and all its targets weigh the same."""
     options = ["algo=rho1", "algo.reference=initial", "model=huggingface", f"model.path={folders('llama')}"]
-    options += ["model.num_heads=1", "data.num_train=40", "data.num_validation=8", f"hydra.run.dir={tmp_path}"]
+    options += ["model.num_heads=1", f"hydra.run.dir={tmp_path}"]
     assert invoke(*options, *QUICK, "log_interval=1", tiny=False).code == 0
     first, second = (line for line in lines_of(tmp_path) if "train/loss" in line)
     assert first["train/weight_std"] == pytest.approx(0, abs=1e-3)
@@ -366,7 +369,7 @@ def test_labels_of_a_config_do_not_keep_a_run_from_going_on(
     path = Path(shutil.copytree(folders("llama"), tmp_path / "labelled"))
     config = json.loads((path / "config.json").read_text()) | {"id2label": {"0": "a", "1": "b", "2": "c"}}
     (path / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
-    options = ["model=huggingface", f"model.path={path}", "data.num_train=40", *QUICK, "hydra.run.dir=run"]
+    options = ["model=huggingface", f"model.path={path}", *QUICK, "hydra.run.dir=run"]
     assert invoke(*options, tiny=False).code == 0
     outcome = invoke("resume=run", "max_steps=3", tiny=False)
     assert outcome.code == 0, outcome.err

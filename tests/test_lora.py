@@ -21,7 +21,10 @@ from wmtp.models.lora import ADAPTER, Lora, effective_weight, merge
 from wmtp.models.mtp import MtpModel, undivided
 
 pytestmark = pytest.mark.slow
-QUICK = ["data.num_train=40", "data.num_validation=8", "num_samples=0", "optimizer.lr=0.01", "early_stopping=none"]
+QUICK = [
+    "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=0", "optimizer.lr=0.01",
+    "early_stopping=none", "report=false",
+]  # fmt: skip
 OWN = LlamaArchitecture(
     vocab_size=512, dim=32, num_layers=3, num_heads=3, num_attention_heads=4, num_kv_heads=2, hidden_dim=48
 )

@@ -18,6 +18,8 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.early_stopping import EarlyStopping
 from wmtp.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("stages")  # they share runs that take half a minute to make
+
 RUN = [
     "max_steps=12", "batch_size=4", "micro_batch_size=2", "model.dropout=0.1", "log_interval=1", "eval_interval=4",
     "save_interval=1", "checkpoint.keep_last=99", "early_stopping=none", "early_stopping.window=10",

@@ -12,7 +12,8 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
+from functools import lru_cache
+from types import CodeType, FrameType
 from typing import Any
 
 from wmtp.data.records import Record
@@ -94,7 +95,7 @@ def execute(program: str, calls: list[str], step_limit: int = STEP_LIMIT) -> lis
         exec(compile(program, PROGRAM, "exec"), scope)
         for call in calls:
             try:
-                results.append(repr(eval(compile(call, PROGRAM, "eval"), scope)))
+                results.append(repr(eval(_expression(call), scope)))
             except StepLimitError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a wrong program raises is its result
@@ -102,6 +103,12 @@ def execute(program: str, calls: list[str], step_limit: int = STEP_LIMIT) -> lis
     finally:
         sys.settrace(previous)
     return results
+
+
+@lru_cache(maxsize=NUM_TESTS)
+def _expression(call: str) -> CodeType:
+    """The code of a call; the same calls come again with a task's next program."""
+    return compile(call, PROGRAM, "eval")
 
 
 def render(task: Task, lines: tuple[Line, ...]) -> tuple[str, list[list[tuple[int, int]]]]:
