@@ -22,7 +22,8 @@ from uuid import uuid4
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.store.db import utils as store_utils
+from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
+from sqlalchemy import event
 
 from tests.proxy import FaultyProxy
 from tests.servers import ObjectStore, TrackingServer
@@ -396,7 +397,7 @@ def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: Mlflow
 
 
 class Collisions(logging.Handler):
-    """Leaves a file where a process is warned of tables that another made meanwhile."""
+    """Leaves a file where a process is warned of tables that another made meanwhile, and ends the process."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -405,6 +406,7 @@ class Collisions(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "already exists" in record.getMessage():
             self.file.touch()
+            os._exit(1)  # it would try again as long as it has patience
 
 
 def started_at_once(outputs: Path, count: int, patience: float) -> list[int]:
@@ -445,17 +447,17 @@ def test_without_a_lock_they_make_the_same_tables(tmp_path: Path, monkeypatch: p
     """The control of the test before: each makes the store itself, and all find it missing before one has made it."""
     count = 4
     all_have_looked = multiprocessing.Barrier(count)
-    tables_exist = store_utils._all_tables_exist
     looks = itertools.count()
 
-    def looked(engine: Any) -> bool:
-        found = bool(tables_exist(engine))
+    def looked(*about: object, **details: object) -> None:
         if next(looks) == 0:
             all_have_looked.wait(60)
-        return found
 
-    monkeypatch.setattr(store_utils, "_all_tables_exist", looked)
+    event.listen(InitialBase.metadata, "before_create", looked)  # what is missing is decided then
     monkeypatch.setattr("wmtp.tracking.mlflow.store.one_at_a_time", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr("wmtp.tracking.mlflow.store.create_store", lambda database: None)
-    started_at_once(tmp_path / "outputs", count, 5)
+    try:
+        started_at_once(tmp_path / "outputs", count, 20)
+    finally:
+        event.remove(InitialBase.metadata, "before_create", looked)
     assert list(tmp_path.glob("outputs/*/collided"))
