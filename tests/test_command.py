@@ -1,6 +1,7 @@
 """What users type, right and wrong, and what they find afterwards."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -210,13 +211,17 @@ def test_a_run_and_its_continuation_are_one_run_in_mlflow(invoke: Invoke) -> Non
 
 def test_help_answers_within_two_seconds() -> None:
     def seconds() -> float:
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True)
+        """The processor's, since other tests run beside this one."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True, timeout=15
+        )
         assert done.returncode == 0
         assert "python -m wmtp.train num_epochs=1" in done.stdout
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 2, "the best of three, since other tests run beside this one"
+    assert min(seconds() for _ in range(3)) < 2
 
 
 @pytest.mark.slow
