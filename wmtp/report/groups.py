@@ -29,14 +29,14 @@ def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def differing(run: RunRecord) -> dict[str, str]:
-    """What can set a run apart: its chosen options, under `group=`, and its config's values, but for empty ones."""
+    """What can set a run apart: its chosen options, under `group=`, and its config's values, but for nulls."""
     chosen = {
         f"{group}=": option
         for group, option in run.choices.items()
         if _counts(group) and "@" not in group and run.config.get(group) is not None
     }
-    values = {key: value for key, value in flat(run.config).items() if value is not None and value != {}}
-    return chosen | {key: _word(value) for key, value in values.items() if _counts(key)}
+    values = flat(run.config).items()
+    return chosen | {key: _word(value) for key, value in values if _counts(key) and value is not None}
 
 
 def _word(value: Any) -> str:
