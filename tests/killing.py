@@ -27,8 +27,6 @@ RUN = [
     *TINY, "tracking=none", f"max_steps={UPDATES}", "num_epochs=99", "batch_size=4", "save_interval=5",
     "eval_interval=25", "early_stopping=none", "model.dropout=0.1", "num_samples=0", "hardware=cpu",
 ]  # fmt: skip
-LONGEST = 5.0
-"""Seconds after which a start is killed at the latest."""
 
 
 def start(folder: Path, log: Path, *overrides: str) -> int:
@@ -60,22 +58,28 @@ def last_model(run: Path) -> bytes:
 
 
 def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
-    """Kill a training so many times: every start must go on from a whole checkpoint, every end be the undisturbed."""
+    """Kill a training so many times: every start must go on from a whole checkpoint, every end be the undisturbed.
+
+    A kill comes within half the time that the undisturbed run took, so that a slow machine is hit at the same places as
+    a fast one; there are more of them until half as many as asked for met a run that went on from a checkpoint.
+    """
     chance, log = random.Random(seed), folder / "log"
     new = [*RUN, f"cache_dir={folder / 'cache'}"]
     undisturbed, run = folder / "undisturbed", folder / "run"
+    began = time.monotonic()
     assert wait(start(folder, log, *new, f"hydra.run.dir={undisturbed}")) == 0, log.read_text()
+    longest = (time.monotonic() - began) / 2
     counts = {"kills": 0, "resumed": 0, "ended": 0, "steps found": 0}
     found: set[str] = set()
-    while counts["kills"] < kills or run.exists():
+    while (more := counts["kills"] < kills or counts["resumed"] < kills / 2) or run.exists():
         checkpoints = sorted((run / "checkpoints").glob("step_*"))
         resumable = any((path / "manifest.json").exists() for path in checkpoints)
         if not resumable:
             shutil.rmtree(run, ignore_errors=True)
         overrides = [f"resume={run}"] if resumable else [*new, f"hydra.run.dir={run}"]
         pid = start(folder, log, *overrides)
-        if counts["kills"] < kills:
-            time.sleep(chance.uniform(0, LONGEST))
+        if more:
+            time.sleep(chance.uniform(0, longest))
             os.kill(pid, signal.SIGKILL)
         code = wait(pid)
         text = log.read_text()
