@@ -56,6 +56,7 @@ class Outcome:
 os.environ["PYTHON_DOTENV_DISABLED"] = "1"
 for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
     del os.environ[name]  # tests send nothing to the servers of whoever runs them
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: on cores that others keep busy, torch's threads spin
 torch.set_num_threads(1)  # of models this small, a second thread makes none faster
 Invoke = Callable[..., Outcome]
 
@@ -121,7 +122,7 @@ def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "wmtp.train", *overrides],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
 
 

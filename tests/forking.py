@@ -26,7 +26,7 @@ class Nursery:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forking"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
         )  # fmt: skip
 
     def __enter__(self) -> Self:

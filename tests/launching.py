@@ -31,8 +31,7 @@ class Started:
         self.process = subprocess.Popen(
             [sys.executable, *launcher, module, "hydra.run.dir=run", *overrides],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WITHOUT": without,
-                 "TMPDIR": str(folder)},
+            env={**environment, "PYTHONPATH": str(ROOT), "WITHOUT": without, "TMPDIR": str(folder)},
         )  # fmt: skip
         self.children: list[int] = []
 

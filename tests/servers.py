@@ -266,7 +266,7 @@ def started_tracking(folder: Path, store: ObjectStore) -> TrackingServer:
         **store.environment(), "MLFLOW_S3_ENDPOINT_URL": store.endpoint_url,
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "basic_auth.ini"), "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(20), "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "OMP_NUM_THREADS": "1",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }  # fmt: skip
     bucket = store.new_bucket()
     command = [

@@ -42,8 +42,9 @@ for name in {COMMANDS}:
 
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A command's outcome."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_each_command_has_a_script_and_each_script_a_command() -> None:
