@@ -112,6 +112,13 @@ class World:
         answer = self.store.client().get_object(Bucket=self.store.bucket, Key=self.prefix(folder) + key)
         return bytes(answer["Body"].read())
 
+    def has_copy(self, folder: Path, key: str) -> bool:
+        """Whether an object is the file here. The notice that the end is slow may come after the log was sent."""
+        there, here = self.content(folder, key), (folder / key).read_bytes()
+        later = here.removeprefix(there) if key == "train.log" and here.startswith(there) else b""
+        is_notice = b"; Ctrl-C leaves the rest to wmtp.sync" in later and later.count(b"\n") == 1
+        return there == (here.removesuffix(later) if is_notice else here)
+
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
