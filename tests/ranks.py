@@ -89,6 +89,7 @@ class Ranks:
 
 def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable()  # a process that crashes says where
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     while True:
         function, arguments, rendezvous, timeout = pipe.recv()
