@@ -127,7 +127,6 @@ def serve() -> None:
     """Answer requests until there are no more, then end what was started."""
     for name in ("torch", "boto3", "mlflow", "wmtp.run", "wmtp.evaluator", "wmtp.fetching", "wmtp.train", "wmtp.sync"):
         import_module(name)
-    import_module("torch").set_num_threads(1)
     running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)

@@ -14,7 +14,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 SIZE = 2
@@ -88,7 +87,6 @@ class Ranks:
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    torch.set_num_threads(1)
     faulthandler.enable()  # a process that crashes says where
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     while True:
