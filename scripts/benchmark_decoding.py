@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from wmtp.config import build
+from wmtp.config.schema import build
 from wmtp.data.sources import DataSource
-from wmtp.data.tokenization import Tokenizer
-from wmtp.generation.cost import speculation_metrics
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.distributed.device import Hardware
 from wmtp.generation.decoding import Completion, Request, generate
 from wmtp.generation.settings import Decoding
+from wmtp.generation.speculation_stats import speculation_metrics
+from wmtp.models.loading import find_checkpoint, load_trained, read_config
 from wmtp.models.mtp import MtpModel
-from wmtp.runtime.hardware import Hardware
-from wmtp.trained import find_checkpoint, load_trained, read_config
 
 NUM_TURNS = 5
 BATCH_SIZES = (1, 32)

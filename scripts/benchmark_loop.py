@@ -25,16 +25,16 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
-from wmtp.data.tokenization import task_tokenizer
-from wmtp.early_stopping import EarlyStopping
+from wmtp.data.tokenizer import task_tokenizer
+from wmtp.distributed.device import Hardware
 from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.optimization import constant, parameter_groups
-from wmtp.plan import Plan
-from wmtp.runtime.hardware import Hardware
 from wmtp.tracking.jsonl import MetricsFile
-from wmtp.trainer import Trainer
+from wmtp.training.early_stopping import EarlyStopping
+from wmtp.training.optim import constant, parameter_groups
+from wmtp.training.plan import Plan
+from wmtp.training.trainer import Trainer
 
 UPDATES_PER_TURN, WARM_UP_TURNS, BATCH_SIZE = 2, 5, 16
 OBJECTIVE = MtpObjective(Uniform())

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp.data.collate import IGNORED
-from wmtp.losses import cross_entropy, weighted_cross_entropy
+from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 
 NUM_HEADS, NUM_POSITIONS, DIM, VOCAB_SIZE = 4, 1024, 512, 32_000
 NUM_TURNS = 5

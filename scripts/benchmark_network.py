@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.forking import Child, Nursery
-from tests.proxy import FaultyProxy
-from tests.servers import ObjectStore, TrackingServer, started_store, started_tracking
+from tests.support.forking import Child, Nursery
+from tests.support.proxy import FaultyProxy
+from tests.support.servers import ObjectStore, TrackingServer, started_store, started_tracking
 
 LIMIT, LIMIT_WITH_FAULTS = 1.05, 1.10
 """The most that an update may take, in updates of a training without servers."""

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from wmtp.compose import compose_model, compose_parts, compose_reference, compose_trainer
-from wmtp.config import CONFIG_FOLDER
+from wmtp.config.overrides import forced
+from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.collate import IGNORED
-from wmtp.losses import Coefficients
 from wmtp.objectives import mtp
-from wmtp.overrides import forced
+from wmtp.ops.cross_entropy import Coefficients
+from wmtp.training.builders import compose_model, compose_parts, compose_reference, compose_trainer
 
 CASES = {
     "baseline": [],

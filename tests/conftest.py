@@ -15,9 +15,9 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from tests.forking import Nursery
-from tests.ranks import Ranks
-from tests.servers import (  # noqa: F401
+from tests.support.forking import Nursery
+from tests.support.ranks import Ranks
+from tests.support.servers import (  # noqa: F401
     ObjectStore,
     TrackingServer,
     keys,
@@ -27,17 +27,17 @@ from tests.servers import (  # noqa: F401
     tracking_server,
     tracking_server_process,
 )
-from wmtp.command import main
-from wmtp.config import CONFIG_FOLDER
+from wmtp.cli.runner import run as main
+from wmtp.config.overrides import forced
+from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
-from wmtp.data.tokenization import Tokenizer, task_tokenizer
+from wmtp.data.tokenizer import Tokenizer, task_tokenizer
 from wmtp.models.llama import LlamaArchitecture, drawn
 from wmtp.models.mtp import MtpModel
-from wmtp.overrides import forced
 
 if TYPE_CHECKING:
-    from tests.world import World
+    from tests.support.world import World
 
 TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
         "num_validation_samples=0", "report=false"]  # fmt: skip
@@ -112,7 +112,7 @@ def world(
     nursery: Nursery, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
 ) -> "World":
     """A user's folder, with both servers in its `.env`."""
-    from tests.world import World  # imports mlflow, which takes seconds
+    from tests.support.world import World  # imports mlflow, which takes seconds
 
     return World(nursery, object_store, tracking_server, cache, tmp_path / "home")
 

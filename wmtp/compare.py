@@ -1,32 +1,31 @@
 """Compare groups of runs with a baseline: `python -m wmtp.compare DIR… metric=val/loss`; `--help` lists the rest."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-if __name__ == "__main__":
-    from wmtp import doors
+from wmtp.cli.command import Command, run_command
+from wmtp.runtime.run_dir import OUTPUTS, create_run_folder, typed
 
-    doors.compare()
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-from omegaconf import DictConfig, OmegaConf
-
-from wmtp.command import Command
-from wmtp.config import Fault
-from wmtp.overrides import quoted
-from wmtp.runtime.files import encode_json, replace_atomically
-from wmtp.runtime.folder import OUTPUTS, create_run_folder, typed
-from wmtp.task import Task
+    from wmtp.cli.job import Task
+    from wmtp.config.schema import Fault
 
 
 def compare(task: Task) -> None:
     """Print what the runs show, and write it down."""
     from rich.console import Console
 
-    from wmtp.report.comparing import compare as compared
-    from wmtp.report.comparison import as_plain
-    from wmtp.report.comparison_page import write_comparison_page
-    from wmtp.report.redrawing import draw, without_page
-    from wmtp.report.runs import find_runs
+    from wmtp.report.compare import compare as compared
+    from wmtp.report.comparison_report import write_comparison_page
+    from wmtp.report.results import as_plain
+    from wmtp.report.run_record import find_runs
+    from wmtp.report.run_report import draw, without_page
     from wmtp.report.tables import print_comparison
+    from wmtp.runtime.atomic_files import encode_json, replace_atomically
 
     config = task.config
     runs = find_runs(Path(folder) for folder in config.runs)
@@ -48,7 +47,9 @@ def compare(task: Task) -> None:
 
 def faults(config: DictConfig) -> list[Fault]:
     """All faults of a config."""
-    from wmtp.config import node_faults
+    from omegaconf import OmegaConf
+
+    from wmtp.config.schema import Fault, node_faults
 
     found = list(node_faults(config, ""))
     if OmegaConf.is_missing(config, "runs"):
@@ -66,6 +67,8 @@ def faults(config: DictConfig) -> list[Fault]:
 
 def in_full(arguments: list[str]) -> list[str]:
     """The arguments with keys: those that are no overrides and no options are the folders of the runs."""
+    from wmtp.config.overrides import quoted
+
     runs, result = list[str](), list[str]()
     for before, argument in zip(["", *arguments], arguments, strict=False):
         is_override = "=" in argument and not Path(argument).exists()
@@ -78,3 +81,12 @@ COMMAND = Command(
     "compare", compare, faults, lambda config, overrides: None, in_full=in_full,
     texts=frozenset({"baseline", "metric", "folder"}),
 )  # fmt: skip
+
+
+def main() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(COMMAND)
+
+
+if __name__ == "__main__":
+    main()

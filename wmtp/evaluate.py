@@ -1,33 +1,34 @@
 """Measure a trained model: `python -m wmtp.evaluate checkpoint=RUN [data=…] [key=value] …`; `--help` lists both."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-if __name__ == "__main__":
-    from wmtp import doors
+from wmtp.cli.command import CHECKPOINT_KEY, Command, run_command
+from wmtp.runtime.run_dir import EVALUATIONS
 
-    doors.evaluate()
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-from omegaconf import DictConfig, OmegaConf
-
-from wmtp.command import Command
-from wmtp.config import ConfigError, Fault
-from wmtp.overrides import CHECKPOINT_KEY, named_folder
-from wmtp.runtime.folder import EVALUATIONS
-from wmtp.task import Task
+    from wmtp.cli.job import Task
+    from wmtp.config.schema import Fault
 
 
 def evaluate(task: Task) -> float | None:
     """One evaluation in its folder; returns pass@k for the first k."""
-    from wmtp.evaluator import Evaluator  # imports torch, and --help needs none of it
+    from wmtp.evaluation.evaluator import Evaluator  # imports torch, and --help needs none of it
 
     return Evaluator(task.config, task.folder).evaluate()
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
     """The config with a temperature, and with what it takes from the run."""
-    from wmtp.evaluation_config import with_data_of_the_run, with_temperature
+    from omegaconf import OmegaConf
+
+    from wmtp.evaluation.validate import with_data_of_the_run, with_temperature
 
     n = OmegaConf.select(config, "evaluation.n")
     return with_data_of_the_run(with_temperature(config, n), overrides)
@@ -35,7 +36,7 @@ def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 def faults(config: DictConfig) -> list[Fault]:
     """All faults of a config."""
-    from wmtp.evaluation_config import evaluation_faults
+    from wmtp.evaluation.validate import evaluation_faults
 
     return evaluation_faults(config)
 
@@ -46,8 +47,10 @@ def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
     Raises:
         ConfigError: it cannot be made.
     """
-    from wmtp.evaluation_config import deciding
-    from wmtp.trained import find_checkpoint
+    from wmtp.config.overrides import named_folder
+    from wmtp.config.schema import ConfigError, Fault
+    from wmtp.evaluation.validate import deciding
+    from wmtp.models.loading import find_checkpoint
 
     if named := named_folder(overrides):
         return named
@@ -67,3 +70,12 @@ COMMAND = Command(
     short=CHECKPOINT_KEY, fetches={"checkpoint.path": "best"},
     advice=lambda folder: "What was judged is kept: the same command goes on from there.",
 )  # fmt: skip
+
+
+def main() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(COMMAND)
+
+
+if __name__ == "__main__":
+    main()

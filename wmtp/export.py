@@ -1,18 +1,17 @@
 """Give a trained model a form that others load: `python -m wmtp.export RUN DIR format=hf`; `--help` lists the rest."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-if __name__ == "__main__":
-    from wmtp import doors
+from wmtp.cli.command import CHECKPOINT_KEY, Command, run_command
 
-    doors.export()
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-from omegaconf import DictConfig, OmegaConf
-
-from wmtp.command import Command
-from wmtp.config import ConfigError, Fault
-from wmtp.overrides import CHECKPOINT_KEY, quoted
-from wmtp.task import Task
+    from wmtp.cli.job import Task
+    from wmtp.config.schema import Fault
 
 POSITIONS = ("checkpoint", "folder")
 """What the first arguments are that are no overrides."""
@@ -21,12 +20,12 @@ FORMATS = "format=hf, hf_trunk, medusa or meta"
 
 def export(task: Task) -> None:
     """Write the model, and say what was written and how it is loaded."""
-    from wmtp.checks import needs_values  # these import torch, and --help needs none of it
-    from wmtp.config import build
+    from wmtp.config.schema import build
+    from wmtp.distributed.device import Hardware
     from wmtp.models.export import Trained, require_form, write
+    from wmtp.models.loading import compose_source, find_checkpoint, load_trained, read_config
     from wmtp.models.lora import merge
-    from wmtp.runtime.hardware import Hardware
-    from wmtp.trained import compose_source, find_checkpoint, load_trained, read_config
+    from wmtp.training.validate import needs_values  # these import torch, and --help needs none of it
 
     config = task.config
     cache_dir = Path(config.cache_dir)
@@ -48,8 +47,10 @@ def export(task: Task) -> None:
 
 def faults(config: DictConfig) -> list[Fault]:
     """All faults of a config."""
-    from wmtp.config import node_faults
-    from wmtp.evaluation_config import checkpoint_faults
+    from omegaconf import OmegaConf
+
+    from wmtp.config.schema import Fault, node_faults
+    from wmtp.evaluation.validate import checkpoint_faults
     from wmtp.models.export import occupied
 
     found = [fault for fault in node_faults(config, "") if fault.key != "checkpoint"]
@@ -69,6 +70,9 @@ def in_full(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: there are more.
     """
+    from wmtp.config.overrides import quoted
+    from wmtp.config.schema import ConfigError, Fault
+
     names, result = list(POSITIONS), list[str]()
     for before, argument in zip(["", *arguments], arguments, strict=False):
         is_override = "=" in argument and not Path(argument).exists()
@@ -87,3 +91,12 @@ COMMAND = Command(
     "export", export, faults, lambda config, overrides: None, in_full=in_full,
     texts=frozenset({"folder"}), short=CHECKPOINT_KEY, fetches={"checkpoint.path": "best"},
 )  # fmt: skip
+
+
+def main() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(COMMAND)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,32 +1,31 @@
 """Answer a prompt: `python -m wmtp.generate checkpoint=RUN prompt="…"`; `--help` lists the rest."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-if __name__ == "__main__":
-    from wmtp import doors
-
-    doors.generate()
-
-from omegaconf import DictConfig
-
-from wmtp.command import Command
-from wmtp.config import Fault
+from wmtp.cli.command import CHECKPOINT_KEY, Command, run_command
 from wmtp.errors import InputError
-from wmtp.overrides import CHECKPOINT_KEY
-from wmtp.task import Task
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from wmtp.cli.job import Task
+    from wmtp.config.schema import Fault
 
 STANDARD_INPUT = "-"
 
 
 def generate(task: Task) -> None:
     """Write the answers to standard output as they come, and what they cost to standard error."""
-    from wmtp.config import build  # these import torch, and --help needs none of it
-    from wmtp.evaluation.answering import encode_prompts, sample_seed
-    from wmtp.generation.cost import speculation_metrics
+    from wmtp.config.schema import build  # these import torch, and --help needs none of it
+    from wmtp.evaluation.sampling import encode_prompts, sample_seed
     from wmtp.generation.decoding import Completion, Request
     from wmtp.generation.decoding import generate as completions
-    from wmtp.trained import find_checkpoint, load_trained, read_config, require_room
+    from wmtp.generation.speculation_stats import speculation_metrics
+    from wmtp.models.loading import find_checkpoint, load_trained, read_config, require_room
 
     config = task.config
     checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
@@ -84,14 +83,14 @@ def read_prompt(typed: str) -> str:
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
     """The config with a temperature."""
-    from wmtp.evaluation_config import with_temperature
+    from wmtp.evaluation.validate import with_temperature
 
     return with_temperature(config, config.n)
 
 
 def faults(config: DictConfig) -> list[Fault]:
     """All faults of a config."""
-    from wmtp.evaluation_config import generation_faults
+    from wmtp.evaluation.validate import generation_faults
 
     return generation_faults(config)
 
@@ -106,3 +105,12 @@ COMMAND = Command(
     short=CHECKPOINT_KEY,
     fetches={"checkpoint.path": "best"},
 )
+
+
+def main() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(COMMAND)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,14 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    from wmtp import doors
-
-    doors.sync()
-
-from wmtp.environment import load_environment
 from wmtp.errors import InputError, InterruptedRun, PendingError
-from wmtp.runtime.folder import RECEIPT, RUN, SWEEP, close_dead, is_running, read_status, typed
+from wmtp.runtime.run_dir import RECEIPT, RUN, SWEEP, close_dead, is_running, read_status, typed
 from wmtp.runtime.signals import raised_signals
 
 DESCRIPTION = """\
@@ -42,10 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|outputs", help="a run's folder, or one above it")
     folders: list[Path] = parser.parse_args(arguments).folders
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    load_environment()
     code = 0
     try:
         with raised_signals():
+            from wmtp.cli.env import load_environment  # imports Hydra, which takes a second
+
+            load_environment()
             for folder in runs_below(folders):
                 code = max(code, deliver(folder))
     except InputError as error:
@@ -89,7 +85,7 @@ def says_running(folder: Path) -> bool:
 
 def deliver(folder: Path) -> int:
     """Send what is left of one run, and say so; the exit code."""
-    from wmtp.deliveries import GoneOnElsewhere  # imports torch
+    from wmtp.training.uploads import GoneOnElsewhere  # imports torch
 
     where = typed(folder)
     try:
@@ -110,10 +106,14 @@ def delivered(folder: Path) -> str:
     """Send what is left of one run; what that was, in words."""
     if is_running(folder):
         return "is running, and sends by itself"
-    from wmtp.deliveries import deliver_rest
+    from wmtp.training.uploads import deliver_rest
 
     was = read_status(folder)["state"]
     state = close_dead(folder)
     closed = [f"was {was}, but nothing runs there: recorded as {state}"] if state != was else []
     reports = deliver_rest(folder, state) if is_delivered(folder) else []
     return "; ".join(closed + reports) or "nothing to send"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,25 +1,24 @@
 """Train a model: `python -m wmtp.train [group=option] [key=value] …`; `--help` lists both."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-if __name__ == "__main__":
-    from wmtp import doors
+from wmtp.cli.command import Command, run_command
+from wmtp.runtime.run_dir import create_run_folder, typed
 
-    doors.train()
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-from omegaconf import DictConfig
-
-from wmtp.command import Command
-from wmtp.config import ConfigError, Fault
-from wmtp.overrides import named_folder
-from wmtp.runtime.folder import create_run_folder, typed
-from wmtp.task import Task
+    from wmtp.cli.job import Task
+    from wmtp.config.schema import Fault
 
 
 def train(task: Task) -> float | None:
     """One run in its folder; returns the last validation loss."""
-    from wmtp.rehearsal import rehearse  # these import torch, and --help needs none of it
-    from wmtp.run import Run
+    from wmtp.training.dry_run import rehearse  # these import torch, and --help needs none of it
+    from wmtp.training.run import Run
 
     if task.config.dry_run:
         rehearse(task.config, task.folder)
@@ -29,14 +28,14 @@ def train(task: Task) -> float | None:
 
 def faults(config: DictConfig) -> list[Fault]:
     """All faults of a training config."""
-    from wmtp.checks import config_faults  # imports torch
+    from wmtp.training.validate import config_faults  # imports torch
 
     return config_faults(config)
 
 
 def problems(config: DictConfig, folder: Path) -> list[str]:
     """Servers that cannot be reached. Raises `InputError` where one refuses this run."""
-    from wmtp.deliveries import check_servers  # imports torch
+    from wmtp.training.uploads import check_servers  # imports torch
 
     return check_servers(config, folder)
 
@@ -47,6 +46,9 @@ def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
     Raises:
         ConfigError: the named folder belongs to a run already.
     """
+    from wmtp.config.overrides import named_folder
+    from wmtp.config.schema import ConfigError, Fault
+
     if config.dry_run:
         return None
     named = named_folder(overrides)
@@ -82,3 +84,12 @@ COMMAND = Command(
     end_sweep=end_sweep,
     num_processes=lambda config: int(config.hardware.num_processes),
 )  # fmt: skip
+
+
+def main() -> NoReturn:
+    """Run the command with the arguments of this process."""
+    run_command(COMMAND)
+
+
+if __name__ == "__main__":
+    main()

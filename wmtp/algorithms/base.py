@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wmtp.annotations import ExistingPath
+from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
-from wmtp.runtime.distributed import Processes
+from wmtp.field_types import ExistingPath
 
 INITIAL = "initial"
 """The name of the policy before its training, where it is to be the reference."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, clipped
-from wmtp.runtime.distributed import Processes
+from wmtp.distributed.process_group import Processes
 
 
 class Control(Algorithm):

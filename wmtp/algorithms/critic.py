@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, require_range
-from wmtp.annotations import PositiveFloat, Ratio
-from wmtp.metrics import deviation
-from wmtp.runtime.distributed import Processes
-from wmtp.targets import spread
-from wmtp.values import advantages, rewards_at
+from wmtp.distributed.process_group import Processes
+from wmtp.field_types import PositiveFloat, Ratio
+from wmtp.ops.metric_sums import deviation
+from wmtp.ops.returns import advantages, rewards_at
+from wmtp.ops.targets import spread
 
 
 class Whitening:

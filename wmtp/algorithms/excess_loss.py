@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, Reference, require_range
-from wmtp.annotations import PositiveFloat
+from wmtp.field_types import PositiveFloat
 
 
 class ExcessLoss(Algorithm):

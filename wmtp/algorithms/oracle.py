@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations
-from wmtp.targets import spread
+from wmtp.ops.targets import spread
 
 
 class Oracle(Algorithm):

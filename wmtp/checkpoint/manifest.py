@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wmtp.runtime.files import encode_json, write_synced
+from wmtp.runtime.atomic_files import encode_json, write_synced
 
 NAME = "manifest.json"
 FORMAT = 1

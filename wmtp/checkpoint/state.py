@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmtp.runtime.sharding import cut_like
+from wmtp.distributed.sharded_io import cut_like
 
 Tensors = dict[str, Tensor]
 

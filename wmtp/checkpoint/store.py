@@ -15,18 +15,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from wmtp.annotations import Positive, PositiveFloat
-from wmtp.checkpoint import manifest, sharded, whole
-from wmtp.checkpoint.address import Address, AddressingStyle, Checksums, Endpoint
+from wmtp.checkpoint import formats, manifest
+from wmtp.checkpoint.listing import noted
 from wmtp.checkpoint.manifest import Entries, damage
 from wmtp.checkpoint.state import Snapshot
-from wmtp.checkpoint.uploaded import is_uploaded, noted
+from wmtp.distributed.process_group import Processes
+from wmtp.distributed.sharded_io import INDEX
 from wmtp.errors import InputError
-from wmtp.runtime.distributed import Processes
-from wmtp.runtime.files import encode_json, replace_atomically, size_of, sync, write_synced
-from wmtp.runtime.folder import read_run
+from wmtp.field_types import Positive
+from wmtp.runtime.atomic_files import encode_json, replace_atomically, sync, write_synced
 
-__all__ = ["CheckpointStore", "RemoteCheckpointStore", "damage", "load"]
+__all__ = ["CheckpointStore", "damage", "load"]
 log = logging.getLogger(__name__)
 STAGING, REMOVED = ".staging-", ".removed-"
 REPLACED = ".replaced"
@@ -69,7 +68,7 @@ class CheckpointStore:
         staged = final.with_name(STAGING + final.name)
         try:
             self.processes.from_main(lambda: self._stage(staged, snapshot.state))
-            write = sharded.write if self.format == "sharded" else whole.write
+            write = formats.write_sharded if self.format == "sharded" else formats.write_full
             files = write(staged, snapshot, self.processes)
             self.processes.from_main(lambda: self._publish(staged, final, step, files))
         except BaseException:
@@ -213,49 +212,6 @@ class CheckpointStore:
             log.warning("%s cannot be removed: %s; it is tried again after the next save", path, error)
 
 
-class RemoteCheckpointStore(CheckpointStore):
-    """The checkpoints of a run that a mirror copies to S3: one that waits for that stays until newer ones are there.
-
-    The disk comes first: before it is full, the oldest that waits has to go.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        processes: Processes | None = None,
-        *,
-        remote: Address,
-        keep_last: Positive = 2,
-        format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - the config's word
-        endpoint_url: Endpoint | None = None,
-        addressing_style: AddressingStyle = "auto",
-        checksums: Checksums = "when_supported",
-        stall_seconds: PositiveFloat = 30.0,
-        close_seconds: PositiveFloat = 1200.0,
-    ) -> None:
-        """The keywords that are not a `CheckpointStore`'s are for whoever talks to the bucket."""
-        super().__init__(folder, processes, keep_last=keep_last, format=format)
-        self.run = folder
-
-    def _url(self) -> str | None:
-        """The run's place in S3; its folder is this one, or the one around that of the stage before."""
-        run = read_run(self.run) or read_run(self.run.parent)
-        return None if run is None else run["remote"]
-
-    def _superseded(self, best: str | None) -> list[Path]:
-        url, found, old = self._url(), self._found(), super()._superseded(best)
-        there = [path for path in found if is_uploaded(path, url)]
-        waiting = [p for p in old if p not in there and len([u for u in there if u.name > p.name]) < self.keep_last]
-        if waiting:
-            sizes = {path: size_of(path) for path in found}
-            free = shutil.disk_usage(self.folder).free
-        while waiting and free < 2 * max(sizes.values()):
-            path = waiting.pop(0)
-            free += sizes[path]
-            log.warning("%s was not uploaded, but goes: the disk is nearly full", path)
-        return [path for path in old if path not in waiting]
-
-
 def load(
     path: Path,
     like: Mapping[str, Tensor] | None = None,
@@ -283,5 +239,5 @@ def load(
 
 
 def _read(path: Path, like: Mapping[str, Tensor], optimizer: bool) -> Snapshot:
-    read = sharded.read if sharded.INDEX in manifest.files(path) else whole.read
+    read = formats.read_sharded if INDEX in manifest.files(path) else formats.read_full
     return Snapshot(*read(path, like, optimizer=optimizer), json.loads((path / STATE).read_bytes()))

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.collate import Batch, collate
-from wmtp.data.order import by_length, epoch_batches, share
+from wmtp.data.sampler import by_length, epoch_batches, share
 from wmtp.data.sources import DataSource
 from wmtp.data.split import TokenizedSplit
-from wmtp.data.truth import has_truth, misleading_tokens
+from wmtp.data.token_labels import has_truth, misleading_tokens
+from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
-from wmtp.runtime.distributed import Processes
 
 ALONE = Processes.alone()
 

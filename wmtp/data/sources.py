@@ -7,12 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from wmtp.annotations import ExistingPath, Positive, Ratio
 from wmtp.data import readers, tasks
 from wmtp.data.records import Splits
-from wmtp.data.sampling import DifficultyBins, Sampling
-from wmtp.data.tokenization import Tokenizer
-from wmtp.data.tokens import LongSamples
+from wmtp.data.selection import DifficultyBins, Sampling
+from wmtp.data.token_cache import LongSamples
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.field_types import ExistingPath, Positive, Ratio
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.records import Record
-from wmtp.data.sampling import select, with_mismatched
+from wmtp.data.selection import select, with_mismatched
 from wmtp.data.sources import DataSource
-from wmtp.data.tokens import TokenizedRecords, cached_tokens
+from wmtp.data.token_cache import TokenizedRecords, cached_tokens
 
 log = logging.getLogger(__name__)
 

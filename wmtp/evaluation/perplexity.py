@@ -8,14 +8,14 @@ from torch import Tensor
 
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, collate
-from wmtp.data.order import by_length
+from wmtp.data.sampler import by_length
 from wmtp.data.split import TokenizedSplit
-from wmtp.data.tokenization import Tokenizer
-from wmtp.metrics import Sums
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.distributed.device import Hardware
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.runtime.hardware import Hardware
-from wmtp.targets import targets
+from wmtp.ops.metric_sums import Sums
+from wmtp.ops.targets import targets
 
 ROWS_AT_ONCE = 2_048
 """Bounds the memory of the logits."""

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from wmtp.annotations import Positive
-from wmtp.runtime.cores import num_cores
+from wmtp.field_types import Positive
+from wmtp.runtime.processes import num_cores
 from wmtp.sandbox.isolation import Choice
 from wmtp.sandbox.limits import Limits
 

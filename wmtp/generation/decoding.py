@@ -27,13 +27,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wmtp.data.tokenization import Tokenizer
-from wmtp.generation.cached import CachedModel
-from wmtp.generation.choice import choose
-from wmtp.generation.cost import Cost
-from wmtp.generation.reading import Cache
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.generation.cached_model import CachedModel
+from wmtp.generation.kv_cache import Cache
+from wmtp.generation.sampling import choose
 from wmtp.generation.settings import Decoding
-from wmtp.generation.transcript import Transcript
+from wmtp.generation.speculation_stats import Cost
+from wmtp.generation.stop_strings import Transcript
 from wmtp.models.mtp import MtpModel
 
 OnText = Callable[[int, str], None]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from wmtp.annotations import Positive
+from wmtp.field_types import Positive
 
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]

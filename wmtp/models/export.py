@@ -14,12 +14,12 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from wmtp.data.tokenization import Tokenizer
+from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 from wmtp.models.architecture import Architecture
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.mtp import MtpModel
-from wmtp.runtime.files import sync
+from wmtp.runtime.atomic_files import sync
 
 Format = Literal["hf", "hf_trunk", "medusa", "meta"]
 BASE = "base"
@@ -60,8 +60,8 @@ def require_form(format: Format, architecture: Architecture) -> None:  # noqa: A
     elif format == "medusa" and num_heads == 1:
         problem = "this model has one head, and nothing could draft; export it with format=hf_trunk"
     elif format == "meta" and not isinstance(architecture, LlamaArchitecture):
+        from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
         from wmtp.models.huggingface.export import meta_obstacles  # imports transformers, which takes seconds
-        from wmtp.models.huggingface.families import HuggingFaceArchitecture
 
         assert isinstance(architecture, HuggingFaceArchitecture)
         if obstacles := meta_obstacles(architecture):
@@ -137,7 +137,7 @@ def _write_medusa(trained: Trained, folder: Path) -> list[str]:
 def _write_meta(trained: Trained, folder: Path) -> list[str]:
     from wmtp.models.huggingface.export import as_own_llama, write_tokenizer
     from wmtp.models.meta import write_meta
-    from wmtp.models.meta_layout import read_meta
+    from wmtp.models.meta_format import read_meta
 
     model = trained.model
     if not isinstance(model.architecture, LlamaArchitecture):

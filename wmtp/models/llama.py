@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from wmtp.annotations import Positive, PositiveFloat
-from wmtp.data.tokenization import Tokenizer
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.field_types import Positive, PositiveFloat
 from wmtp.models.architecture import HeadKind, Parts, Positions
 from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelSource, Problem

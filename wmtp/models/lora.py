@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from wmtp.annotations import Positive
 from wmtp.errors import InputError
+from wmtp.field_types import Positive
 
 ADAPTER = "lora_"
 """Is in the name of every tensor of an adapter."""

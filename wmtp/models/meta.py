@@ -15,15 +15,24 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wmtp.annotations import Positive
-from wmtp.data.tokenization import Tokenizer, kept_tokenizer
+from wmtp.data.tokenizer import Tokenizer, kept_tokenizer
 from wmtp.errors import InputError
+from wmtp.field_types import Positive
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.lora import Lora
-from wmtp.models.meta_layout import METADATA, PARAMS, SAFETENSORS, TORCH, meta_names, params_of, read_meta, read_params
+from wmtp.models.meta_format import (
+    METADATA,
+    PARAMS,
+    SAFETENSORS,
+    TORCH,
+    meta_names,
+    params_of,
+    read_meta,
+    read_params,
+)
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.models.source import PretrainedSource, Problem
-from wmtp.runtime.files import encode_json, replace_atomically, sync
+from wmtp.runtime.atomic_files import encode_json, replace_atomically, sync
 
 log = logging.getLogger(__name__)
 

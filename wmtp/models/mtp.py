@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from wmtp.distributed.parallelize import whole
 from wmtp.models.architecture import Architecture, Context, Parts
+from wmtp.models.heads import ValueHead
 from wmtp.models.lora import ADAPTER, Lora
-from wmtp.models.value_head import ValueHead
-from wmtp.runtime.parallel import whole
 
 
 class Outputs(NamedTuple):

@@ -1,17 +1,17 @@
 """Where a model comes from: its tokenizer, its architecture, and the parameters that training starts from."""
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from wmtp.data.tokenization import Tokenizer
+from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 from wmtp.models.architecture import Architecture
-from wmtp.models.fingerprint import tensors_fingerprint
 from wmtp.models.lora import Lora, matrices
 from wmtp.models.mtp import MtpModel, empty_model
 
@@ -143,3 +143,17 @@ class PretrainedSource(ModelSource):
         assert self.tokenizer is not None
         if size < self.tokenizer.vocab_size:
             raise self.error(f"has embeddings for {size} tokens, its tokenizer has {self.tokenizer.vocab_size}")
+
+
+def weights_fingerprint(model: nn.Module, without: str = "-") -> str:
+    """A hash of every tensor of a network by name, except those whose name begins with `without`."""
+    return tensors_fingerprint({n: tensor for n, tensor in model.state_dict().items() if not n.startswith(without)})
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of some tensors by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.data.collate import Batch
-from wmtp.metrics import Sums
+from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel
-from wmtp.runtime.distributed import Processes
+from wmtp.ops.metric_sums import Sums
 
 
 class Objective(Protocol):

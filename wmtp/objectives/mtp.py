@@ -13,13 +13,13 @@ from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, clipped, mean_one
 from wmtp.data.collate import IGNORED, Batch
+from wmtp.distributed.process_group import Processes
 from wmtp.errors import TrainingError
-from wmtp.losses import cross_entropy, weighted_cross_entropy
-from wmtp.metrics import Sums, deviation
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
-from wmtp.runtime.distributed import Processes
-from wmtp.targets import head_shares, spread, targets
+from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
+from wmtp.ops.metric_sums import Sums, deviation
+from wmtp.ops.targets import head_shares, spread, targets
 
 
 class MtpObjective:

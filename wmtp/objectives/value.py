@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.data.collate import Batch
-from wmtp.metrics import Sums
+from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
-from wmtp.runtime.distributed import Processes
+from wmtp.ops.metric_sums import Sums
 
 
 class ValueObjective:

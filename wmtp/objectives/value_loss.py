@@ -6,8 +6,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.data.collate import Batch
-from wmtp.metrics import Sums, deviation
-from wmtp.values import explained_variance, last_of_response, ranking_loss, rewards_at, value_positions, value_targets
+from wmtp.ops.metric_sums import Sums, deviation
+from wmtp.ops.returns import (
+    explained_variance,
+    last_of_response,
+    ranking_loss,
+    rewards_at,
+    value_positions,
+    value_targets,
+)
 
 Kind = Literal["reward", "lambda_return", "ranking"]
 

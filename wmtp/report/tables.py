@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from wmtp.report.comparison import Comparison, MetricComparison, Reach
+from wmtp.report.results import Comparison, MetricComparison, Reach
 from wmtp.report.statistics import SEEDS_CAP
 
 NOTHING = "-"

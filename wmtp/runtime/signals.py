@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from wmtp.errors import InterruptedAtOnce
-from wmtp.runtime.worker import started_together
+from wmtp.runtime.processes import started_together
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

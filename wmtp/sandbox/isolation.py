@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 from wmtp.errors import SandboxUnavailable
-from wmtp.sandbox import probe
-from wmtp.sandbox.filters import system_call_filter
-from wmtp.sandbox.layout import ENVIRONMENT, layout, python
+from wmtp.sandbox import self_test
 from wmtp.sandbox.limits import Limits
+from wmtp.sandbox.mounts import ENVIRONMENT, layout, python
 from wmtp.sandbox.process import Exchange, Process, SandboxFailure
+from wmtp.sandbox.seccomp import system_call_filter
 
 Choice = Literal["auto", "bubblewrap", "unshare", "none"]
 FIRST_USER, NUM_USERS = 1_900_000_000, 200_000_000
 """Users that no account and no container manager has: each sandbox that root starts draws one."""
 OPEN_FILES = 64
 PROBE_SECONDS = 60.0
-SCRIPT = Path(__file__).with_name("launch.py").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("init.py").read_text(encoding="utf-8")
 
 
 class Isolation(ABC):
@@ -167,7 +167,7 @@ def find_isolation(choice: Choice = "auto") -> Isolation:
 def _problem(isolation: Isolation) -> str | None:
     """Why an isolation keeps its promises not, as far as a program in it can tell; None where it does."""
     limits = Limits()
-    script = Path(probe.__file__).read_text(encoding="utf-8")
+    script = Path(self_test.__file__).read_text(encoding="utf-8")
     secret = Path(__file__).resolve()
     try:
         with (
@@ -179,7 +179,7 @@ def _problem(isolation: Isolation) -> str | None:
                 if process.ended:
                     break
             said = (bytes(process.inbox) + bytes(process.noise)).decode(errors="replace").strip()
-            return None if said == probe.GOOD else said or "a program in it says nothing"
+            return None if said == self_test.GOOD else said or "a program in it says nothing"
     except SandboxFailure as failure:
         return str(failure)
 

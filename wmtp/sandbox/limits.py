@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wmtp.annotations import Positive, PositiveFloat
+from wmtp.field_types import Positive, PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True)

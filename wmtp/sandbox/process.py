@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import IO
 
-from wmtp.sandbox.layout import ENVIRONMENT
+from wmtp.sandbox.mounts import ENVIRONMENT
 
 CHUNK = 64 * 1024
 START_SECONDS = 60.0

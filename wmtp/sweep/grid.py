@@ -2,10 +2,10 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -16,12 +16,28 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config import CONFIG_FOLDER, ConfigError, Fault, build, node_faults, plain
-from wmtp.overrides import forced, grouped
-from wmtp.sweep.options import SweepOptions
+from wmtp.config.overrides import forced, grouped
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, Fault, build, node_faults, plain
+from wmtp.field_types import Positive
 
 OWN = ("dry_run", "sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
 """Overrides that are the sweep's, not its jobs'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """The keys of `sweep` in train.yaml."""
+
+    jobs: Positive = 1
+    """How many run at once on this machine, and share its cores."""
+    metric: str = "val/loss"
+    """What the table at the end is sorted by."""
+    at: Literal["best", "last"] = "best"
+    """Of which model: the checkpoint with the least val/loss, or the last one."""
+    arms: list[str] = field(default_factory=list)
+    """Sets of overrides, each in one line, that are combined with the grid one after the other."""
+    resume: Path | None = None
+    """The folder of a sweep whose unfinished jobs are to be tried again."""
 
 
 @dataclass(frozen=True)

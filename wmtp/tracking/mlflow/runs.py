@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wmtp.runtime.courier import described
-from wmtp.runtime.folder import PROVENANCE
-from wmtp.tracking.follow import clean_name
+from wmtp.runtime.background import described
+from wmtp.runtime.run_dir import PROVENANCE
+from wmtp.tracking.tail import clean_name
 
 if TYPE_CHECKING:  # importing mlflow takes seconds: only the thread does it
     from mlflow import MlflowClient

@@ -12,17 +12,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wmtp.annotations import PositiveFloat
 from wmtp.errors import PendingError
-from wmtp.runtime.courier import GOODBYE, IN_HASTE, Courier, described
-from wmtp.runtime.folder import read_run, read_status, typed
-from wmtp.runtime.locking import HeldByAnother, one_at_a_time
+from wmtp.field_types import PositiveFloat
+from wmtp.runtime.background import GOODBYE, IN_HASTE, Courier, described
+from wmtp.runtime.locks import HeldByAnother, one_at_a_time
+from wmtp.runtime.run_dir import read_run, read_status, typed
 from wmtp.tracking.base import State
-from wmtp.tracking.follow import step_of
-from wmtp.tracking.mlflow.address import Address, absolute_uri, is_out_of_reach, is_server
 from wmtp.tracking.mlflow.artifacts import Choice, artifacts, best_address, read_best
-from wmtp.tracking.mlflow.feeds import Sender, count_pending
-from wmtp.tracking.mlflow.receipt import LOCK, Receipt, current_receipt, read_receipt
+from wmtp.tracking.mlflow.client import BYTES_PER_SECOND, connect, patience_for
+from wmtp.tracking.mlflow.metric_sender import Sender, count_pending
 from wmtp.tracking.mlflow.runs import (
     Mark,
     NewRun,
@@ -32,10 +30,12 @@ from wmtp.tracking.mlflow.runs import (
     origin_tags,
     read_provenance,
 )
-from wmtp.tracking.mlflow.store import BYTES_PER_SECOND, connect, patience_for
-from wmtp.tracking.mlflow.sweep import sweep_of, sweep_run
-from wmtp.tracking.system import FILE_NAME as SYSTEM
-from wmtp.tracking.system import SystemSampler
+from wmtp.tracking.mlflow.sweep_run import sweep_of, sweep_run
+from wmtp.tracking.mlflow.sync_state import LOCK, Receipt, current_receipt, read_receipt
+from wmtp.tracking.mlflow.uri import Address, absolute_uri, is_out_of_reach, is_server
+from wmtp.tracking.system_metrics import FILE_NAME as SYSTEM
+from wmtp.tracking.system_metrics import SystemSampler
+from wmtp.tracking.tail import step_of
 
 if TYPE_CHECKING:  # importing mlflow takes seconds: only the thread does it
     from mlflow import MlflowClient
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 BEST = "best/val_loss"
 SECONDS_TO_MAKE_A_STORE = 60.0
 """For many processes that begin on one SQLite store, and wait for each other."""
-RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.run", "wmtp.checkpoints", "mlflow.parentRunId"
+RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.training.run", "wmtp.checkpoints", "mlflow.parentRunId"
 
 
 class MlflowTracker:

@@ -1,0 +1,255 @@
+"""What users type, right and wrong, and what they find afterwards."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY, Invoke, start_training
+from wmtp.checkpoint.store import damage
+from wmtp.runtime.processes import SHARE
+from wmtp.runtime.run_dir import create_run_folder
+
+WRONG = {
+    "algo.betta=1": "algo.betta=1: unknown key",
+    "num_epochs=-1": "num_epochs=-1: must be greater than 0",
+    "max_steps=abc": "max_steps=abc: must be a valid integer",
+    "model.num_heads=0": "model.num_heads=0: must be greater than or equal to 1",
+    "data.path=/nowhere": "data.path=/nowhere: ",
+    "resume=/nowhere": "resume=/nowhere: nothing is there",
+    "hardware=a100x4": "hardware.device=cuda: this machine has no cuda device; found: cpu",
+}
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens on a machine without GPUs")
+
+
+@without_gpu
+@pytest.mark.parametrize("override", WRONG)
+def test_each_mistake_is_told_with_its_key_and_what_is_allowed(invoke: Invoke, override: str) -> None:
+    outcome = invoke(override)
+    assert outcome.code == 2
+    assert WRONG[override] in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not Path("outputs").exists(), "nothing was begun"
+
+
+@without_gpu
+def test_all_mistakes_are_told_at_once(invoke: Invoke) -> None:
+    outcome = invoke(*WRONG)
+    assert outcome.code == 2
+    assert [message for message in WRONG.values() if message not in outcome.err] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.rl=1", "did you mean optimizer.lr"),
+        ("+model.hidden=3", "did you mean model.hidden_dim"),
+        ("nun_epochs=1", "did you mean num_epochs?"),
+        ("model=mikro", "did you mean micro?"),
+        ("data=jsonl", "data.path: missing"),
+        ("data=mbpp data.path=/nowhere", "data.path=/nowhere: nothing is there"),
+        ("optimizer.lr=-1", "Invalid learning rate: -1"),
+        ("optimizer._target_=os.system", "a target must begin with one of"),
+        ("model.dim=100", "model.dim=100: must be a multiple of"),
+        ("log_interval=true", "log_interval=True: must be a valid integer"),
+        ("micro_batch_size=99", "micro_batch_size=99: at most batch_size"),
+        ("data.balance_correct=true", "data.balance_correct=true: contradicts data.correct_ratio"),
+        ("data.difficulty_bins={hard:1}", "is no difficulty bin"),
+        ("seed=0,1", "add -m"),
+        ("hello", "hello: is no override"),
+        ("resume=.", "is no run's folder"),
+    ],
+)
+def test_mistakes_come_with_a_remedy(invoke: Invoke, override: str, message: str) -> None:
+    outcome = invoke(*override.split())
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
+    outcome = invoke("max_steps=4", "log_interval=2", "eval_interval=2", "tags.note=first")
+    assert outcome.code == 0, outcome.err
+    (folder,) = Path("outputs").glob("*-*/*-????")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        ".hydra",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "provenance.json",
+        "run.json",
+        "samples.jsonl",
+        "status.json",
+        "summary.json",
+        "tokens.json",
+        "train.log",
+    }
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("FINISHED", 0, 4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 3, 4, 4]
+    trained = {f"train/{name}" for name in (
+        "loss", "mtp_loss", "head_1_loss", "head_4_loss", "weight_mean", "weight_min", "weight_max", "weight_std",
+        "valid_target_ratio", "grad_norm", "lr", "tokens_per_second",
+    )}  # fmt: skip
+    assert trained <= set(lines[0])
+    assert {"val/loss", "val/mtp_loss", "val/head_1_loss", "val/head_4_loss"} <= set(lines[1])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["total_steps"] == 4 and summary["early_stopped"] is False
+    assert summary["last"]["val/loss"] == summary["final_loss"] == lines[-1]["val/loss"]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["split"]) for line in samples] == [(4, "test")] * 2
+    assert summary["pass@1"]["problems"] == 2
+    assert all(damage(path) is None for path in (folder / "checkpoints").glob("step_*"))
+    assert f"resume={folder} " in outcome.out and "head_4_loss" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) < 400
+
+
+def test_a_dry_run_checks_everything_and_keeps_nothing(invoke: Invoke, tmp_path: Path) -> None:
+    outcome = invoke("dry_run=true", tiny=True)
+    assert outcome.code == 0, outcome.err
+    assert "num_epochs: 3" in outcome.out and "updates of 16 samples" in outcome.out
+    assert "train/loss" in outcome.out and "val/loss" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("learning_rate", ["0.001", "1e20"])
+def test_a_run_ends_with_its_pictures_however_it_ends(invoke: Invoke, learning_rate: str) -> None:
+    options = ["max_steps=4", "log_interval=1", "max_grad_norm=1e9", "scheduler=constant", "hydra.run.dir=here"]
+    outcome = invoke(*options, f"optimizer.lr={learning_rate}", "report=true")
+    page = Path("here/report.html").read_text()
+    is_well = learning_rate == "0.001"
+    assert outcome.code == (0 if is_well else 1)
+    assert ("FINISHED" if is_well else "FAILED") in page and "RUNNING" not in page
+    assert ("the update was not made" in page) != is_well and "optimizer.lr" in page
+
+
+def test_a_job_of_a_sweep_computes_in_as_many_threads_as_it_has_cores(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(SHARE, str(before + 2))
+    try:
+        assert invoke("max_steps=1").code == 0
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
+    assert invoke("max_steps=1", "hydra.run.dir=here", "run_name=mine").code == 0
+    assert (Path("here") / "summary.json").exists() and not (Path("here") / "report.html").exists()
+    again = invoke("max_steps=1", "hydra.run.dir=here")
+    assert again.code == 2
+    assert "holds a run already" in again.err
+
+
+@pytest.mark.parametrize("key", ["batch_size", "seed", "log_interval"])
+def test_a_key_that_was_removed_is_named(invoke: Invoke, key: str) -> None:
+    outcome = invoke(f"~{key}")
+    assert outcome.code == 2 and f"{key}: is missing" in outcome.err
+
+
+def test_a_sweep_resumes_nothing(invoke: Invoke) -> None:
+    """It would begin new runs with the defaults."""
+    outcome = invoke("-m", "resume=run", "max_steps=1,2")
+    assert outcome.code == 2 and "sweep.resume=DIR goes on" in outcome.err and not Path("outputs").exists()
+
+
+def test_folders_of_the_same_second_differ(tmp_path: Path) -> None:
+    folders = {create_run_folder(tmp_path) for _ in range(50)}
+    assert len(folders) == 50
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(invoke: Invoke) -> None:
+    outcome = invoke(
+        "max_steps=9", "optimizer.lr=1e20", "scheduler=constant", "hydra.run.dir=here", "max_grad_norm=1e9"
+    )
+    assert outcome.code == 1
+    status = json.loads(Path("here/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("FAILED", 1)
+    assert "the update was not made" in status["error"] and "; records: tasks/train/" in status["error"]
+    assert "Traceback" not in outcome.err and "Traceback" in Path("here/train.log").read_text()
+
+
+def test_a_crash_is_recorded_and_its_traceback_kept(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("wmtp.training.trainer.Trainer.validate", broken)
+    outcome = invoke("hydra.run.dir=here")
+    assert outcome.code == 1 and "RuntimeError: out of luck" in outcome.err and "Traceback" not in outcome.err
+    assert "out of luck" in Path("here/train.log").read_text()
+    assert json.loads(Path("here/status.json").read_text())["state"] == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_run_and_its_continuation_are_one_run_in_mlflow(invoke: Invoke) -> None:
+    from mlflow import MlflowClient
+
+    first = invoke("tracking=mlflow", "max_steps=4", "log_interval=1", "hydra.run.dir=outputs/one", "run_name=first",
+                   "tags.note=mine")  # fmt: skip
+    assert first.code == 0, first.err
+    assert invoke("tracking=mlflow", "resume=outputs/one", "max_steps=6", tiny=False).code == 0
+    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    experiment = client.get_experiment_by_name("wmtp")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
+    assert run.data.tags["note"] == "mine" and run.data.params["model.num_heads"] == "4"
+    history = client.get_metric_history(run.info.run_id, "train/head_4_loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]
+    assert {"config.yaml", "summary.json", "samples.jsonl"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+
+
+def test_help_answers_within_two_seconds() -> None:
+    def seconds() -> float:
+        """The processor's, since other tests run beside this one."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True, timeout=15
+        )
+        assert done.returncode == 0
+        assert "python -m wmtp.train num_epochs=1" in done.stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_update_saves_and_can_be_resumed(
+    tmp_path: Path, cache: Path, invoke: Invoke, number: signal.Signals, code: int
+) -> None:
+    process = start_training(
+        tmp_path,
+        "tracking=none",
+        f"cache_dir={cache}",
+        *TINY,
+        "num_epochs=100000",
+        "log_interval=1",
+        "hydra.run.dir=run",
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("KILLED", code)
+    (saved,) = (tmp_path / "run" / "checkpoints").glob(f"step_{status['step']:08d}")
+    assert damage(saved) is None
+    assert "Traceback" not in out + err
+    outcome = invoke("resume=run", f"max_steps={status['step'] + 2}", tiny=False)
+    assert outcome.code == 0, outcome.err

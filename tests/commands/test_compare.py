@@ -1,0 +1,135 @@
+"""`python -m wmtp.compare`: what users type, what they get, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Outcome, run_command
+from tests.support.fake_runs import fake_run
+from wmtp.compare import in_full
+
+FORBIDDEN = ("torch", "scipy", "matplotlib", "mlflow", "transformers")
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs the command in an empty folder, with a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        code = run_command(list(arguments), monkeypatch, "compare")
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three seeds of two algorithms, in a folder whose name needs quotes."""
+    for seed in range(3):
+        for algo, loss in (("baseline", 1.0), ("critic", 0.8)):
+            folder = tmp_path / "my runs" / f"{algo}={seed}"
+            fake_run(folder, algo=algo, seed=seed, val_losses=[2.0, loss + 0.01 * seed * (algo == "critic")],
+                     passes=[True, algo == "critic", False])  # fmt: skip
+    return tmp_path / "my runs"
+
+
+def test_a_comparison_is_printed_and_written(call, runs: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    outcome = call("my runs", "metric=val/loss")
+    assert outcome.code == 0, outcome.err
+    assert "better" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    (folder,) = (tmp_path / "outputs" / "comparisons").glob("*/*")
+    assert sorted(path.name for path in folder.iterdir()) == ["compare.html", "compare.json"]
+    assert str(folder.relative_to(tmp_path)) in outcome.out
+    content = json.loads((folder / "compare.json").read_text())
+    assert [metric["metric"] for metric in content["metrics"]] == ["val/loss", "pass@1"]
+    assert content["metrics"][0]["differences"][0]["verdict"] == "better"
+
+
+def test_runs_without_a_page_get_one(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    folders = sorted(runs.iterdir())
+    (folders[0] / "report.html").write_text("of its own")
+    assert "Drawing" not in call("my runs", "reports=false", "folder=without").out
+    assert not (folders[1] / "report.html").exists()
+    outcome = call("my runs", "folder=here")
+    assert outcome.code == 0, outcome.err
+    assert "Drawing report.html of 5 runs without one; reports=false leaves that out" in " ".join(outcome.out.split())
+    assert all((folder / "report.html").exists() for folder in folders)
+    assert (folders[0] / "report.html").read_text() == "of its own"
+    assert Path("here/compare.html").read_text().count("report.html") == 6
+    assert Path("without/compare.html").read_text().count("report.html") == 1
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(  # type: ignore[no-untyped-def]
+    call, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("wmtp.report.run_report.write_run_page", refused)
+    outcome = call("my runs", "folder=here")
+    assert outcome.code == 0
+    assert "report.html could not be written: [Errno 13]" in " ".join((outcome.out + outcome.err).split())
+    assert Path("here/compare.html").exists()
+
+
+def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    paths = sorted(str(path) for path in runs.iterdir())
+    outcome = call(*paths, "folder=here", "baseline=critic", "metric=pass@1", "at=last")
+    assert outcome.code == 0, outcome.err
+    content = json.loads(Path("here/compare.json").read_text())
+    assert (content["baseline"], len(content["groups"]["critic"])) == ("critic", 3)
+    again = call(*paths, "folder=here")
+    assert again.code == 2
+    assert "folder=here: is there, and not empty; name a new folder" in again.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "runs: missing; name folders of runs: python -m wmtp.compare DIR…"),
+        (["nowhere"], "nowhere: nothing is there; name a run's folder"),
+        (["my runs", "baseline=rho1"], "there is no such group; the groups are baseline='baseline', baseline='critic'"),
+        (
+            ["my runs", "metric=val/lss"],
+            "metric=val/lss: is not measured at a validation; all of them have pass@1, val/",
+        ),
+        (["my runs", "at=first"], "at=first: must be 'best' or 'last'"),
+        (["my runs", "metrics=val/loss"], "metrics=val/loss: unknown key; did you mean metric?"),
+        (["s3://bucket/run"], "only runs on this machine are compared"),
+    ],
+)
+def test_mistakes_are_explained(call, runs: Path, arguments: list[str], said: str) -> None:  # type: ignore[no-untyped-def]
+    outcome = call(*arguments)
+    assert outcome.code == 2
+    assert said in " ".join(outcome.err.split())
+    assert "Traceback" not in outcome.err
+    assert not Path("outputs").exists()
+
+
+def test_other_data_are_refused_with_exit_code_2(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    fake_run(runs / "other", algo="rho1", provenance={"train_fingerprint": "other"}, **{"data.num_train": 7})
+    outcome = call("my runs")
+    assert outcome.code == 2
+    assert "training data of my runs/baseline=0 and my runs/other:\n    data.num_train: 40 and 7" in outcome.err
+
+
+def test_arguments_without_a_key_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a=b").mkdir()
+    assert in_full(["x", "metric=val/loss", "it's", "a=b"]) == ["metric=val/loss", r"runs=['x','it\'s','a=b']"]
+    assert in_full(["--cfg", "job"]) == ["--cfg", "job"]
+    assert in_full(["--help"]) == ["--help"]
+
+
+def test_importing_the_door_imports_nothing_heavy() -> None:
+    code = f"import sys, wmtp.compare; sys.exit(', '.join(n for n in {FORBIDDEN} if n in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

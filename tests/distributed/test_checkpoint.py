@@ -1,0 +1,335 @@
+"""Checkpoints of two processes: agreement on failures, and any way of sharing tensors loaded in any other."""
+
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from tests.faults.test_checkpoint_damage import resealed
+from tests.support.ranks import Ranks
+from wmtp.checkpoint.state import Snapshot, load_model, restore_optimizer, split_optimizer_state
+from wmtp.checkpoint.store import CheckpointStore, damage, load
+from wmtp.distributed.process_group import OtherProcessFailed, Processes
+from wmtp.distributed.sharded_io import gathered, read_parts
+from wmtp.errors import InputError
+from wmtp.training.optim import parameter_groups
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
+Format = Literal["whole", "sharded"]
+Way = Literal["one", "copies", "parts"]
+"""A process alone, or two that each hold a copy of the model (DDP), or parts of it (FSDP2)."""
+
+
+def fresh(way: Way) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model whose rows do not divide by two, one of them a single number."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 5), nn.Linear(5, 1))
+    if way == "parts":
+        fully_shard(model[0])
+        fully_shard(model)
+    return model, torch.optim.AdamW(parameter_groups(model), lr=0.01)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Updates by the same batch in each process."""
+    for step in steps:
+        model(torch.linspace(0, step + 1, 48).view(3, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def snapshot_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    tensors, state = split_optimizer_state(model, optimizer)
+    return Snapshot(model.state_dict(), tensors, {"optimizer": state})
+
+
+def straight(num_steps: int) -> Snapshot:
+    """What a process alone has after so many updates."""
+    model, optimizer = fresh("one")
+    train(model, optimizer, range(num_steps))
+    return snapshot_of(model, optimizer)
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in tensors.items()}
+
+
+def save_after_three(folder: Path, way: Way, format_: Format) -> None:
+    model, optimizer = fresh(way)
+    train(model, optimizer, range(3))
+    with torch.no_grad():
+        model(torch.ones(3, 16))  # which leaves FSDP's root whole until something asks for its parts
+    CheckpointStore(folder, Processes(), format=format_).save(3, snapshot_of(model, optimizer))
+
+
+def go_on_for_two(folder: Path, way: Way, placed: bool) -> Snapshot:
+    model, optimizer = fresh(way)
+    like = dict(model.named_parameters()) if placed else None
+    loaded = load(CheckpointStore(folder, Processes()).latest(), like, verified=True)
+    if placed and way == "parts":
+        for tensors in (loaded.model, loaded.optimizer):
+            for name, tensor in tensors.items():
+                if not name.endswith(":step"):
+                    assert isinstance(tensor, DTensor), name
+                    local = tensor.to_local()
+                    assert local.untyped_storage().nbytes() == local.numel() * 4, f"{name} keeps more than its part"
+    load_model(model, loaded.model)
+    restore_optimizer(model, optimizer, loaded.optimizer, loaded.state["optimizer"])
+    train(model, optimizer, range(3, 5))
+    done = snapshot_of(model, optimizer)
+    return Snapshot(whole(done.model), whole(done.optimizer), {})
+
+
+def save_every_way(folder: Path) -> dict[str, tuple[int, ...]]:
+    formats: tuple[Format, ...] = ("whole", "sharded")
+    ways: tuple[Way, ...] = ("copies", "parts")
+    for format_ in formats:
+        for way in ways:
+            save_after_three(folder / f"{way}-{format_}", way, format_)
+    model, optimizer = fresh("parts")
+    train(model, optimizer, range(1))
+    moments = split_optimizer_state(model, optimizer)[0]
+    return {name: tuple(moment.to_local().shape) for name, moment in moments.items() if isinstance(moment, DTensor)}
+
+
+def load_every_way(folder: Path) -> list[tuple[str, Snapshot]]:
+    ways: tuple[Way, ...] = ("copies", "parts")
+    return [
+        (f"{path.name} to {way}, placed: {placed}", go_on_for_two(path, way, placed))
+        for path in sorted(folder.iterdir())
+        for way in ways
+        for placed in (True, False)
+    ]
+
+
+@pytest.mark.slow
+def test_what_any_number_of_processes_saved_any_number_loads(ranks: Ranks, tmp_path: Path) -> None:
+    parts_of_rank_0 = ranks(save_every_way, tmp_path)[0]
+    save_after_three(tmp_path / "one-whole", "one", "whole")
+    save_after_three(tmp_path / "one-sharded", "one", "sharded")
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 6
+
+    after_three, after_five = straight(3), straight(5)
+    for folder in folders:
+        path = folder / "checkpoints" / "step_00000003"
+        loaded = load(path)
+        assert loaded.optimizer["0.weight:exp_avg"].shape == (16, 16)
+        assert equal(loaded.model, after_three.model) and equal(loaded.optimizer, after_three.optimizer), folder
+        alone = go_on_for_two(folder, "one", True)
+        assert equal(alone.model, after_five.model) and equal(alone.optimizer, after_five.optimizer), folder
+        assert len(list(path.glob("*.distcp"))) == {"one-sharded": 1, "copies-sharded": 2, "parts-sharded": 2}.get(
+            folder.name, 0
+        )
+    for of_rank in ranks(load_every_way, tmp_path):
+        assert len(of_rank) == 24
+        for how, ended in of_rank:
+            assert equal(ended.model, after_five.model) and equal(ended.optimizer, after_five.optimizer), how
+    assert parts_of_rank_0["0.weight:exp_avg"] == (8, 16), "control: what a process has of it is a half"
+
+
+def gather_on_main_only() -> str:
+    processes = Processes()
+    model, _ = fresh("parts")
+    tensor = model.state_dict()["0.weight"]
+    if processes.is_main:
+        try:
+            tensor.full_tensor()
+        except RuntimeError as error:
+            return str(error)
+    time.sleep(2.5)
+    return ""
+
+
+def test_control_gathering_in_the_main_process_alone_waits_in_vain(ranks: Ranks) -> None:
+    main = ranks.outcomes(gather_on_main_only, timeout=2.0)[0]
+    assert main.seconds > 1.9 and (main.error or main.value)
+
+
+def limited(rank: int, action: Callable[[], Any]) -> str:
+    """What an action says in a process whose files may not grow beyond 1000 bytes, if it is that rank."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if Processes().rank == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "saved"
+
+
+def fail_to_save(folder: Path, way: Way, format_: Format, rank: int) -> tuple[str, float, str, str]:
+    store = CheckpointStore(folder, Processes(), format=format_)
+    model, optimizer = fresh(way)
+    train(model, optimizer, range(1))
+    store.save(1, snapshot_of(model, optimizer))
+    started = time.monotonic()
+    said = limited(rank, lambda: store.save(2, snapshot_of(model, optimizer)))
+    seconds = time.monotonic() - started
+    left = Processes().from_main(lambda: sorted(path.name for path in store.folder.iterdir()))
+    latest = store.latest().name
+    store.save(3, snapshot_of(model, optimizer))
+    return said, seconds, f"{latest} {left}", store.latest().name
+
+
+@pytest.mark.parametrize("way", ["copies", "parts"])
+@pytest.mark.parametrize(("format_", "rank"), [("whole", 0), ("sharded", 0), ("sharded", 1)])
+def test_a_save_that_fails_in_one_process_has_failed_in_all(
+    ranks: Ranks, tmp_path: Path, way: Way, format_: Format, rank: int
+) -> None:
+    outcomes = ranks(fail_to_save, tmp_path, way, format_, rank)
+    own, other = outcomes[rank], outcomes[1 - rank]
+    assert own[0].startswith("OSError") and "File too large" in own[0]
+    assert other[0].startswith(f"OtherProcessFailed: process {rank}: ") and "File too large" in other[0]
+    assert own[1] < 5 and other[1] < 5
+    assert own[2] == other[2] == "step_00000001 ['latest.json', 'step_00000001']"
+    assert own[3] == other[3] == "step_00000003"
+
+
+def gather_with_too_little_memory(folder: Path, problem: bool) -> tuple[str, list[str], float]:
+    """The main process cannot keep what it gathers; the other must not wait for its part of the rest."""
+    processes = Processes()
+    model, optimizer = fresh("parts")
+    store = CheckpointStore(folder, processes)
+    kept = sorted(gathered(model.state_dict(), keep=processes.is_main))
+    original, started = torch.Tensor.to, time.monotonic()
+
+    def without_memory(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if problem and options.get("copy") and tensor.shape == (16,):
+            raise MemoryError("no memory is left")
+        return original(tensor, *arguments, **options)
+
+    said = "saved"
+    if processes.is_main:
+        torch.Tensor.to = without_memory
+    try:
+        store.save(1, snapshot_of(model, optimizer))
+    except (MemoryError, OtherProcessFailed) as error:
+        said = f"{type(error).__name__}: {error}"
+    finally:
+        torch.Tensor.to = original
+    return said, kept, time.monotonic() - started
+
+
+@pytest.mark.parametrize("problem", [True, False])
+def test_the_main_process_alone_keeps_what_is_gathered(ranks: Ranks, tmp_path: Path, problem: bool) -> None:
+    main, other = ranks(gather_with_too_little_memory, tmp_path, problem)
+    assert (main[0], other[0]) == (
+        ("MemoryError: no memory is left", "OtherProcessFailed: process 0: no memory is left")
+        if problem
+        else ("saved", "saved")
+    )
+    assert main[1] == sorted(fresh("one")[0].state_dict()) and other[1] == []
+    assert max(main[2], other[2]) < 5
+
+
+def refuse_a_state(folder: Path) -> str:
+    store = CheckpointStore(folder, Processes())
+    try:
+        store.save(1, Snapshot({"w": torch.ones(3)}, {}, {"bad": {1, 2}}))
+    except (TypeError, OtherProcessFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def test_a_state_that_is_refused_is_refused_in_all(ranks: Ranks, tmp_path: Path) -> None:
+    main, other = ranks(refuse_a_state, tmp_path)
+    assert main == "TypeError: Object of type set is not JSON serializable"
+    assert other == "OtherProcessFailed: process 0: Object of type set is not JSON serializable"
+    assert not list(tmp_path.iterdir())
+
+
+def save_without_agreement(folder: Path) -> str:
+    """Rank 0 writes and meets the other afterwards, as most do."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    started = time.monotonic()
+    try:
+        if dist.get_rank() == 0:
+            limited(0, lambda: torch.save(torch.ones(10_000), folder / "model.pt"))
+            time.sleep(3)  # it reports its error, and ends
+        else:
+            dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError:
+        return f"waited {time.monotonic() - started:.1f} s"
+    return "went on"
+
+
+def test_control_without_agreement_the_other_waits_until_its_time_is_up(ranks: Ranks, tmp_path: Path) -> None:
+    main, other = ranks(save_without_agreement, tmp_path)
+    assert main == "went on" and other.startswith("waited ")
+    assert float(other.split()[1]) > 1.9
+
+
+def latest_of_all(folder: Path) -> dict[str, Any]:
+    """What each process learns, though only the main one has eyes for the folder."""
+    processes = Processes()
+    store = CheckpointStore(folder if processes.is_main else Path("/nowhere"), processes)
+    found: dict[str, Any] = {"any": store.any(), "best": store.best() and store.best().name}
+    try:
+        found["latest"] = store.latest().name
+    except (InputError, OtherProcessFailed) as error:
+        found["latest"] = type(error).__name__, error.exit_code
+    return found
+
+
+def test_all_processes_are_told_what_the_main_one_finds(ranks: Ranks, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(step, straight(step))
+    store.mark_best(1, 0.5)
+    main, other = ranks(latest_of_all, tmp_path)
+    assert main == other == {"any": True, "best": "step_00000001", "latest": "step_00000002"}
+    main, other = ranks(latest_of_all, tmp_path / "empty")
+    assert main == {"any": False, "best": None, "latest": ("InputError", 2)}
+    assert other == {"any": False, "best": None, "latest": ("OtherProcessFailed", 2)}
+
+
+def save_twice(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for step in (1, 2):
+        local = torch.full((1,), float(step))
+        tensor = DTensor.from_local(local, mesh, [Shard(0)])
+        CheckpointStore(folder, Processes(), format="sharded").save(step, Snapshot({"w": tensor}, {}, {"step": step}))
+        dcp.save({"w": tensor}, checkpoint_id=folder / f"plain_{step}")
+
+
+def test_parts_of_two_saves_are_no_checkpoint(ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ranks(save_twice, tmp_path)
+    first, second = (tmp_path / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
+    shutil.copy(first / "__1_0.distcp", second / "__1_0.distcp")
+    assert damage(second) == "__1_0.distcp does not have the content that was written"
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        load(second)
+    assert CheckpointStore(tmp_path).latest() == first and "step_00000002 is damaged" in caplog.text
+    assert load(first).model["w"].tolist() == [1.0, 1.0]
+
+    mixture = read_parts(second, lambda name: True, lambda name: None)
+    assert mixture["model.w"].tolist() == [2.0, 1.0], "control: without the hashes it is read"
+    resealed(second)
+    assert load(second).model["w"].tolist() == [2.0, 1.0], "control: a manifest of the mixture lets it pass"
+
+
+def test_control_torch_reads_parts_of_two_saves_as_one(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(save_twice, tmp_path)
+    shutil.copy(tmp_path / "plain_2" / "__1_0.distcp", tmp_path / "plain_1" / "__1_0.distcp")
+    tensors = {"w": torch.empty(2)}
+    dcp.load(tensors, checkpoint_id=tmp_path / "plain_1", no_dist=True)
+    assert tensors["w"].tolist() == [1.0, 2.0]

@@ -1,0 +1,196 @@
+"""Several processes that do one job: started together, told what happens, and ended together."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from tests.support.launching import ONE, TWO, Started
+from wmtp.checkpoint.store import damage
+from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, SUFFERED, Outcome, cause
+from wmtp.errors import InputError
+from wmtp.runtime.run_dir import Ending, FolderLock, RunStatus, is_running
+
+Start = Callable[..., Started]
+BEGUN = "step-0", "step-1"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts commands, and ends those that a test left."""
+    started: list[Started] = []
+
+    def begin(*overrides: str, **how: object) -> Started:
+        started.append(Started(tmp_path / str(len(started)), *overrides, **how))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield begin
+    for one in started:
+        one.kill()
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_one_folder_and_a_signal_in_the_middle_saves_once(start: Start, cache: Path) -> None:
+    options = ["hardware=cpux2", "hardware.timeout=10", "tracking=none", f"cache_dir={cache}", *TINY, "log_interval=1"]
+    straight = start(*options, "max_steps=4", module="wmtp.train")
+    endless = start(*options, "num_epochs=100000", module="wmtp.train")
+    code, out, _ = straight.end(90)
+    assert code == 0, out
+    assert straight.status()["state"] == "FINISHED" and straight.status()["step"] == 4
+    assert out.count("updates of 16 samples") == 1 and "2 processes" in out, "one of them prints"
+    lines = [json.loads(line) for line in (straight.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4], "and one of them writes"
+    endless.wait_for("metrics.jsonl")
+    while (endless.run / "metrics.jsonl").read_text().count("\n") < 5:
+        time.sleep(0.05)
+    endless.send(signal.SIGTERM)
+    code, out, _ = endless.end()
+    status = endless.status()
+    assert (code, status["state"], status["exit_code"]) == (143, "KILLED", 143), out
+    assert damage(endless.run / "checkpoints" / f"step_{status['step']:08d}") is None
+    assert "Go on with resume=" in out and "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_the_others_stay_with_the_first_while_it_delivers(start: Start) -> None:
+    """The control's patience is over before that."""
+    two = (*TWO, "tags.act=deliver")
+    run, control = start(*two), start(*two, without="patience")
+    code, out, _ = run.end(60)
+    assert (code, run.status()["state"]) == (0, "FINISHED"), out
+    assert control.end(60)[0] != 0
+
+
+@pytest.mark.slow
+def test_a_killed_process_takes_the_others_along(start: Start) -> None:
+    worker, launcher, control = start(*TWO), start(*TWO), start(*TWO, without="die_with")
+    for run in (worker, launcher, control):
+        run.wait_for(*BEGUN)
+        run.send(signal.SIGKILL, rank=1 if run is worker else None)
+    assert len(control.survivors(1)) == 2, "without the parent-death signal they live on"
+    assert launcher.survivors(1) == []
+    code, out, seconds = worker.end()
+    assert code == 1 and seconds < 5 and worker.survivors() == []
+    assert worker.status()["state"] == "FAILED"
+    assert "process 1: was ended by SIGKILL" in out and "process 1: was ended by SIGKILL" in worker.log()
+    assert "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_is_everyones_and_has_its_traceback_in_the_log(start: Start) -> None:
+    run = start(*TWO, "tags.act=close")
+    code, out, _ = run.end()
+    assert (code, run.status()["state"], run.status()["exit_code"], run.status()["step"]) == (2, "FAILED", 2, 4)
+    assert "process 1: out of luck" in out and "Traceback" not in out
+    assert "InputError: out of luck" in run.log() and "in steps" in run.log(), "the traceback of process 1"
+    assert all((run.run / f"closed-{rank}").exists() for rank in (0, 1)), "both had the time to close what they opened"
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_ended_when_another_is_gone(start: Start) -> None:
+    stopped, hanging = start(*TWO), start(*TWO, "tags.act=hang")
+    control = start(*TWO, "tags.act=hang", without="peers,last_words")
+    stopped.wait_for(*BEGUN)
+    stopped.send(signal.SIGSTOP, rank=0)
+    hanging.wait_for("hangs")
+    control.wait_for("hangs")
+    for run in (stopped, control, hanging):
+        run.send(signal.SIGKILL, rank=1)
+    for run, limit in ((hanging, 6), (stopped, 10)):
+        code, out, seconds = run.end()
+        assert code == 1 and seconds < limit
+        assert "process 1: was ended by SIGKILL" in out and run.survivors() == []
+        assert control.survivors(), "without the watches it would hang"
+
+
+@pytest.mark.slow
+def test_a_signal_lets_all_processes_save_and_a_second_one_does_not(start: Start) -> None:
+    slow, alone, endless = start(*TWO, "+tags.saving=2.0"), start(*TWO), start(*TWO, "+tags.saving=30.0")
+    for run in (slow, alone, endless):
+        run.wait_for(*BEGUN)
+    slow.send(signal.SIGTERM)
+    alone.send(signal.SIGTERM, rank=1)
+    endless.send(signal.SIGINT)
+    endless.wait_for("saving-0")
+    endless.send(signal.SIGINT)
+    for run, code, message in (
+        (endless, 130, "interrupted by SIGINT"),
+        (alone, 143, "interrupted after update"),
+        (slow, 143, "interrupted after update"),
+    ):
+        found, out, seconds = run.end()
+        assert (found, run.status()["state"]) == (code, "KILLED"), out
+        assert run.status()["error"].startswith(message) and "start anew" in out and "Traceback" not in out
+        assert seconds < 8 and run.survivors() == []
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> None:
+    run = start(*TWO)
+    run.wait_for("train.log")
+    while len(run.children) < 2:
+        run.wait_for("train.log")
+    run.send(signal.SIGINT)
+    code, out, seconds = run.end()
+    assert (code, run.status()["state"]) == (130, "KILLED") and seconds < 10
+    assert "Traceback" not in out and run.survivors(2) == []
+
+
+@pytest.mark.slow
+def test_under_torchrun_all_share_one_folder_and_one_end(start: Start) -> None:
+    failing, endless = start(*TWO, "tags.act=value", torchrun=True), start(*TWO, torchrun=True)
+    wrong, helped = start(*TWO, "model=mikro", torchrun=True), start("--help", torchrun=True)
+    endless.wait_for(*BEGUN)
+    endless.send(signal.SIGTERM)
+    endless.end()
+    assert endless.status()["state"] == "KILLED" and endless.status()["error"].startswith("interrupted after update")
+    assert endless.survivors() == []
+    code, out, _ = failing.end()
+    assert code == 1 and "process 1: ValueError: out of luck" in out
+    assert failing.status()["state"] == "FAILED" and "ValueError: out of luck" in failing.log()
+    assert [path.parent.name for path in failing.folder.rglob("status.json")] == ["run"]
+    code, out, _ = wrong.end(20)
+    assert code == 1 and "did you mean micro?" in out and not wrong.run.exists(), "nobody waits for what never begins"
+    code, out, _ = helped.end(20)
+    assert code == 0 and out.count("wmtp.train num_epochs=1") == 1
+    code, out, _ = start("-m", *TWO, "seed=0,1", torchrun=True).end(20)
+    assert code == 1 and "a sweep starts outside" in out
+
+
+def outcome(rank: int, end: str, when: float, message: str = "") -> Outcome:
+    return Outcome(rank, end, {FAILED: 1, SUFFERED: 1, INTERRUPTED: 143, FINISHED: 0}[end], message, time=when)
+
+
+def test_the_cause_is_told_from_its_consequences() -> None:
+    ends = [outcome(0, SUFFERED, 1.0), outcome(1, FAILED, 2.0), outcome(2, INTERRUPTED, 0.5), outcome(3, FAILED, 3.0)]
+    found = cause({end.rank: end for end in ends}, {0: 1, 1: 1, 2: 143, 3: 1}, None)
+    assert found is not None and found.rank == 1, "the earliest of those that failed by themselves"
+    assert cause({0: ends[0]}, {0: 1, 1: -9}, None).message == "was ended by SIGKILL"  # type: ignore[union-attr]
+    assert cause({0: ends[0]}, {0: 1, 1: -15}, None).rank == 1  # type: ignore[union-attr]
+    assert cause({1: ends[1]}, {0: -15, 1: 1}, None).rank == 1, "torch ends the others by SIGTERM"  # type: ignore[union-attr]
+    assert cause({0: outcome(0, FINISHED, 1.0)}, {}, None) is None
+    assert cause({0: ends[0]}, {1: -9}, 15).end == INTERRUPTED, "after a signal, deaths are its consequence"  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_only_a_living_command_holds_its_folder(start: Start) -> None:
+    """It is ended by a second signal that is left to the system, so that its status stays what it was."""
+    run = start(*ONE, "+tags.saving=30.0", without="second")
+    run.wait_for("step-0")
+    assert is_running(run.run)
+    with pytest.raises(InputError, match=f"is in use by process {run.process.pid} on "):
+        RunStatus(run.run)
+    assert run.status()["state"] == "RUNNING"
+    run.send(signal.SIGTERM)
+    run.wait_for("saving-0")
+    run.send(signal.SIGINT)
+    assert run.end()[0] == -signal.SIGINT
+    assert run.status()["state"] == "RUNNING" and not is_running(run.run), "whoever may have its process number now"
+    status = RunStatus(run.run)
+    assert not is_running(run.run), "to itself, a command is nobody else"
+    status.end("FINISHED", 0, Ending())
+    FolderLock(run.run).release()

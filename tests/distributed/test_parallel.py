@@ -1,0 +1,222 @@
+"""The same training in one process and in two: what each algorithm computes must not depend on it."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.conftest import composed
+from tests.support.ranks import Ranks
+from tests.support.training import BOTH, COMMON, metrics_of, trained, trainer_in
+from wmtp.data.collate import Batch
+from wmtp.distributed.parallelize import synchronise_gradients
+from wmtp.models.mtp import MtpModel
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.ops.metric_sums import Sums
+from wmtp.training import trainer as trainer_module
+from wmtp.training.dry_run import rehearse
+from wmtp.training.trainer import Trainer
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
+
+STAGE = ["pretrain.max_steps=3", "pretrain.num_epochs=1"]
+ALGORITHMS = {
+    "baseline": ["algo=baseline"],
+    "critic": ["algo=critic", *STAGE],
+    "rho1": ["algo=rho1", *STAGE],
+    "rho1_token_skip": ["algo=rho1_token_skip", "max_steps=7", *STAGE],
+    "shuffled": ["algo=shuffled", "algo/of=rho1", "max_steps=7", *STAGE],
+    "random": ["algo=random", "max_steps=7", *STAGE],
+}
+"""The first three for twenty updates."""
+UNEVEN = "data.num_train=43"
+"""Five updates of four micro-batches, and one of three samples in two: one has two samples, the other one."""
+
+
+def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest relative difference of each metric."""
+    assert len(one) == len(other)
+    found: dict[str, float] = {}
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            difference = abs(mine[name] - theirs[name]) / max(abs(mine[name]), 1e-3)
+            found[name] = max(found.get(name, 0.0), difference)
+    return found
+
+
+def worst_loss(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """The largest relative difference of a loss."""
+    return max(value for name, value in differences(one, other).items() if name.endswith("loss"))
+
+
+def train_twice(
+    ranks: Ranks, folder: Path, overrides: Sequence[str], *options: str, strategies: Sequence[str] = tuple(BOTH)
+) -> list[float]:
+    """The worst loss of two processes beside one; those have the options too."""
+    alone, found = trained(folder / "alone", *overrides), []
+    for strategy in strategies:
+        first, second = ranks(trained, folder / strategy, *overrides, *BOTH[strategy], *options, timeout=60)
+        assert first == second, "only the first process writes"
+        found.append(worst_loss(alone, first))
+    return found
+
+
+def agree_on_the_rest(alone: Path, together: Path) -> None:
+    """The other metrics agree too, and what the summary says of tokens and of the weights."""
+    rest = differences(metrics_of(alone), metrics_of(together))
+    assert max(rest.values()) <= 1e-3, rest
+    one, other = (json.loads((folder / "summary.json").read_text()) for folder in (alone, together))
+    assert one["total_tokens"] == other["total_tokens"] > 0
+    assert one["weights"].keys() == other["weights"].keys()
+    for name, area in one["weights"].items():
+        assert other["weights"][name] == pytest.approx(area, abs=0.01)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_losses_are_those_of_one_process(ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str) -> None:
+    overrides = [f"cache_dir={cache}", UNEVEN, *ALGORITHMS[algorithm]]
+    assert max(train_twice(ranks, tmp_path, overrides)) <= 1e-6
+    for strategy in BOTH:
+        agree_on_the_rest(tmp_path / "alone", tmp_path / strategy)
+
+
+@pytest.mark.parametrize("samples", [40, 41])
+def test_groups_that_are_full_or_leave_a_process_nothing_make_no_difference(
+    ranks: Ranks, tmp_path: Path, cache: Path, samples: int
+) -> None:
+    overrides = [f"cache_dir={cache}", f"data.num_train={samples}", "max_steps=7"]
+    assert max(train_twice(ranks, tmp_path, overrides)) <= 1e-6
+
+
+def trained_with_means_of_means(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train as a rank that divides by its own number of targets."""
+    gradients, loss = Trainer._gradients, MtpObjective.loss
+    own: list[torch.Tensor] = []
+
+    def remembered(self: Trainer, batches: list[Batch]) -> Sums:
+        own[:] = [torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)]
+        return gradients(self, batches)
+
+    def divided(self: MtpObjective, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        return loss(self, model, batch, own[0].clamp(min=1) * 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_gradients", remembered)
+        patch.setattr(MtpObjective, "loss", divided)
+        return trained(folder, *overrides)
+
+
+def test_the_control_a_division_in_each_process_is_another_training(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+    overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
+    alone = trained(tmp_path / "alone", *overrides)
+    for strategy, hardware in BOTH.items():
+        naive, _ = ranks(trained_with_means_of_means, tmp_path / strategy, *overrides, *hardware, timeout=60)
+        assert worst_loss(alone, naive) > 1e-4
+
+
+@pytest.mark.parametrize("option", ["reduce_each_micro_batch", "activation_checkpointing"])
+def test_less_memory_is_the_same_training(ranks: Ranks, tmp_path: Path, cache: Path, option: str) -> None:
+    overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
+    assert max(train_twice(ranks, tmp_path, overrides, f"hardware.{option}=true")) <= 1e-6
+
+
+def test_activations_are_computed_again_with_the_same_dropout(tmp_path: Path, cache: Path) -> None:
+    metrics, runs = {}, {}
+    for again in ("false", "true"):
+        options = ["model.dropout=0.3", f"hardware.activation_checkpointing={again}"]
+        trainer = trainer_in(tmp_path, f"cache_dir={cache}", *options)
+        calls: list[object] = []
+        trainer.model.heads[0].attention.register_forward_hook(lambda *call, calls=calls: calls.append(1))
+        metrics[again] = [trainer.train_update() for _ in range(2)]
+        runs[again] = len(calls)
+    assert runs["true"] == 2 * runs["false"], "each block runs once more for its gradients"
+    assert metrics["true"] == metrics["false"]
+
+
+def test_the_first_process_answers_for_all(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+    overrides = [f"cache_dir={cache}", "max_steps=3", "eval_interval=2", "num_validation_samples=2", "num_samples=3"]
+    train_twice(ranks, tmp_path, overrides)
+    alone, *together = [(tmp_path / name / "samples.jsonl").read_text() for name in ("alone", *BOTH)]
+    assert len(alone.splitlines()) == 2 + 2 + 3
+    assert together == [alone] * 2
+
+
+# Traffic
+
+
+def collectives(folder: Path, overrides: Sequence[str]) -> dict[str, int]:
+    """How often an update of four micro-batches in each process reduces gradients: as it is, if asked to, naively."""
+    counts = {}
+    for name, options in {"once": [], "asked": ["hardware.reduce_each_micro_batch=true"], "naive": []}.items():
+        trainer = trainer_in(folder, "batch_size=16", "model.num_heads=1", *overrides, *options)
+        batches = trainer._next_micro_batches()
+        assert len(batches) == 4
+        trainer._gradients(batches[:1])
+        trainer.optimizer.zero_grad()
+        with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU]) as profiled:
+            if name == "naive":
+                patch.setattr(trainer_module, "synchronise_gradients", lambda model, now: None)
+                synchronise_gradients(trainer.model, True)
+            trainer._gradients(batches)
+        kinds = ("c10d::allreduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
+        counts[name] = sum(event.count for event in profiled.key_averages() if event.key in kinds)
+    return counts
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_gradients_travel_once_an_update(ranks: Ranks, tmp_path: Path, cache: Path, strategy: str) -> None:
+    first, second = ranks(collectives, tmp_path, [f"cache_dir={cache}", *BOTH[strategy]], timeout=30)
+    assert first == second
+    totals = 1  # of the targets, by which the loss is divided
+    gradients = first["once"] - totals
+    assert gradients >= 1
+    assert first["naive"] - totals == 4 * gradients, "the control: as torch does unless it is told to wait"
+    assert first["asked"] == first["naive"]
+
+
+# Precision and compiler
+
+
+def test_half_precision_trains_in_parts(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+    overrides = [f"cache_dir={cache}", "max_steps=10"]
+    (worst,) = train_twice(ranks, tmp_path, overrides, "hardware.precision=bf16", strategies=["fsdp"])
+    assert 1e-6 < worst < 0.02, "it is another precision, and not another training"
+
+
+def one_update(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, float], int]:
+    """The metrics of an update of a model of one block, and how many graphs were compiled for it."""
+    torch._dynamo.utils.counters.clear()
+    trainer = trainer_in(folder, "model.num_layers=1", "model.num_heads=1", "batch_size=4", *overrides)
+    metrics = trainer.train_update()
+    return metrics, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
+def test_compiled_blocks_are_the_same_training(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+    overrides = [f"cache_dir={cache}"]
+    alone, graphs = one_update(tmp_path, overrides)
+    assert graphs == 0
+    compiled = [*overrides, *BOTH["fsdp"], "hardware.compile=true"]
+    for metrics, graphs in ranks(one_update, tmp_path, compiled, timeout=60):
+        assert graphs > 0
+        assert worst_loss([alone], [metrics]) <= 1e-5
+        assert metrics["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
+
+
+def rehearsed(folder: Path, *overrides: str) -> list[Path]:
+    rehearse(composed(*COMMON, *overrides, f"cache_dir={folder}"), folder)
+    return list(folder.glob("**/step_*"))
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_a_dry_run_tries_the_stage_and_the_training_in_all_processes(
+    ranks: Ranks, tmp_path: Path, strategy: str
+) -> None:
+    """A model may be shared once only, so the training's is none that the stage's trial has shared already."""
+    assert ranks(rehearsed, tmp_path, "algo=critic", *BOTH[strategy], timeout=60) == [[], []]

@@ -1,0 +1,43 @@
+"""Pretrained models in two processes: the same training as in one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.test_parallel import worst_loss
+from tests.support.families import write_family
+from tests.support.ranks import Ranks
+from tests.support.training import BOTH, trained
+from wmtp.data.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
+CASES = {
+    "tied": ("llama-tied", []),
+    "learned positions, medusa heads": ("gpt2", ["model.head_kind=medusa", "checkpoint=sharded"]),
+    "bf16, with a value head": (
+        "qwen2",
+        ["model.dtype=bf16", "hardware.precision=bf16", "algo=critic", "pretrain=none", "data.correct_ratio=0.5"],
+    ),
+    "adapters": ("qwen3", ["model.lora.rank=2", "algo=critic", "pretrain.trains=head", "pretrain.max_steps=2"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, ranks: Ranks, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    family, options = CASES[case]
+    path = write_family(tmp_path / "model", family, tokenizer)
+    dropouts = ["attn_pdrop", "embd_pdrop", "resid_pdrop"] if family == "gpt2" else []
+    config = path / "config.json"
+    for name in dropouts:  # which each process draws for itself
+        config.write_text(config.read_text().replace(f'"{name}": 0.1', f'"{name}": 0.0'))
+    overrides = ["model=huggingface", f"model.path={path}", "model.num_heads=2", "max_steps=4", *options]
+    overrides += ["num_validation_samples=2", "optimizer.lr=1e-3"]
+    alone = trained(tmp_path / "alone", *overrides)
+    for strategy in BOTH:
+        first, second = ranks(trained, tmp_path / strategy, *overrides, *BOTH[strategy], timeout=60)
+        assert first == second
+        assert worst_loss(alone, first) <= (0.02 if "model.dtype=bf16" in options else 1e-5), strategy
+    others = trained(tmp_path / "other", *overrides, "seed=1")
+    assert worst_loss(alone, others) > (0.02 if "model.dtype=bf16" in options else 1e-3), "the control"
+    assert torch.isfinite(torch.tensor([line["train/loss"] for line in alone if "train/loss" in line])).all()

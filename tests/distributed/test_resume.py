@@ -1,0 +1,345 @@
+"""Runs of one and of two processes that are interrupted and go on: the same as if nothing had happened, or refused."""
+
+import json
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+from tests.conftest import Invoke, composed
+from tests.distributed.test_parallel import differences
+from tests.support.ranks import Ranks
+from tests.support.training import BOTH, COMMON, metrics_of
+from tests.unit.training.test_resume import trace
+from wmtp.algorithms.critic import Critic
+from wmtp.data import dataset as dataset_module
+from wmtp.data.collate import Batch
+from wmtp.data.dataset import Dataset
+from wmtp.data.sampler import epoch_batches
+from wmtp.distributed.process_group import Processes
+from wmtp.distributed.rng import generator_states, restore_generators
+from wmtp.errors import InputError, InterruptedRun
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.runtime.run_dir import Ending
+from wmtp.training import trainer as trainer_module
+from wmtp.training.early_stopping import EarlyStopping
+from wmtp.training.run import Run
+from wmtp.training.trainer import Trainer
+
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
+HARDWARE = {"alone": ["hardware=cpu"], **BOTH}
+
+
+class Signal(NamedTuple):
+    """SIGTERM to one rank, in the middle of the micro-batches of an update."""
+
+    rank: int
+    update: int
+
+
+class Session(NamedTuple):
+    """What one rank saw of one start of a run."""
+
+    end: str
+    """How it ended: "finished", "interrupted", or "refused: …"."""
+    seen: list[tuple[int, tuple[str, ...]]]
+    """The epoch and the records of each micro-batch."""
+
+
+Breaker = Callable[[pytest.MonkeyPatch], None]
+
+
+def session(
+    folder: Path, overrides: Sequence[str], signalled: Signal | None = None, broken: str | None = None
+) -> Session:
+    """Start a run, or go on with it, here or as a rank."""
+    (folder / ".hydra").mkdir(exist_ok=True, parents=True)
+    again = [f"resume={folder}"] if (folder / "checkpoints").exists() else []
+    rank, seen = Processes().rank, []
+    give, gradients = Dataset.micro_batches, Trainer._gradients
+
+    def recorded(self: Dataset, epoch: int, *arguments: Any) -> list[Batch]:
+        batches = give(self, epoch, *arguments)
+        seen.extend((epoch, batch.record_ids) for batch in batches)
+        return batches
+
+    def disturbed(self: Trainer, batches: list[Batch]) -> Any:
+        if not isinstance(self.objective, MtpObjective):
+            return gradients(self, batches)
+        update, measure = self.position.step + 1, self.objective.loss
+
+        def loss(model: Any, batch: Batch, totals: Any) -> Any:
+            if signalled == (rank, update) and batch is batches[len(batches) // 2]:
+                signal.raise_signal(signal.SIGTERM)
+            total, sums = measure(model, batch, totals)
+            broken_batch = "on_nonfinite=skip" in overrides and update == 3 and batch.number % 4 == 3
+            return total * (float("nan") if broken_batch else 1.0), sums
+
+        self.objective.loss = loss  # type: ignore[method-assign]
+        try:
+            return gradients(self, batches)
+        finally:
+            del self.objective.loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "micro_batches", recorded)
+        patch.setattr(Trainer, "_gradients", disturbed)
+        if broken is not None:
+            BREAKERS[broken](patch)
+        try:
+            Run(composed(*COMMON, *overrides, *again), folder, Ending(), []).train()
+        except InterruptedRun as interrupted:
+            return Session(f"interrupted {interrupted.exit_code}", seen)
+        except InputError as error:
+            return Session(f"refused: {error}", seen)
+    return Session("finished", seen)
+
+
+def sessions(ranks: Ranks, where: str, *arguments: Any) -> list[Session]:
+    """A session here, or one of each rank."""
+    if where == "alone":
+        return [session(*arguments)]
+    return ranks(session, *arguments, timeout=60)
+
+
+# Bit for bit
+
+DROPS_OUT = [
+    "algo=critic", "pretrain.max_steps=2", "pretrain.num_epochs=1", "model.dropout=0.1", "model.num_heads=2",
+    "early_stopping=stability", "early_stopping.patience=99", "early_stopping.window=15",
+    "early_stopping.threshold=1e9", "early_stopping.variance_max=1e9", "on_nonfinite=skip", "model.value_head_dim=8",
+]  # fmt: skip
+"""A critic that drops out, with all that a run can remember; its third update is not finite and is left out."""
+
+
+def _generators_of_the_first(patch: pytest.MonkeyPatch) -> None:
+    def restore(states: list[dict[str, str]], processes: Processes) -> None:
+        restore_generators([states[0]] * len(states), processes)
+
+    patch.setattr(trainer_module, "restore_generators", restore)
+
+
+def _without_generators(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer_module, "restore_generators", lambda *arguments: None)
+
+
+def _without_state_of(kind: type) -> Breaker:
+    return lambda patch: patch.setattr(kind, "load_state_dict", lambda *arguments: None)
+
+
+def _with_state(**changes: Any) -> Breaker:
+    def change(patch: pytest.MonkeyPatch) -> None:
+        restore = Trainer.restore
+
+        def changed(self: Trainer, snapshot: Any, *arguments: Any) -> Any:
+            for section, values in changes.items():
+                known = snapshot.state[section]
+                snapshot.state[section] = known | values if isinstance(known, dict) else values
+            return restore(self, snapshot, *arguments)
+
+        patch.setattr(Trainer, "restore", changed)
+
+    return change
+
+
+def _same_order_every_epoch(patch: pytest.MonkeyPatch) -> None:
+    def order(lengths: Any, batch_size: int, seed: int, epoch: int, groups: Any = None) -> list[list[int]]:
+        return epoch_batches(lengths, batch_size, seed, 0, groups)
+
+    patch.setattr(dataset_module, "epoch_batches", order)
+
+
+MUTANTS: dict[str, Breaker] = {
+    "generators": _without_generators,
+    "generators of each rank": _generators_of_the_first,
+    "objective": _without_state_of(Critic),
+    "early stopping": _without_state_of(EarlyStopping),
+    "skipped updates": _with_state(skipped_updates=0),
+}
+BREAKERS = MUTANTS | {
+    "epoch starts again": _with_state(position={"batch_in_epoch": 0}),
+    "same order": _same_order_every_epoch,
+}
+
+
+@pytest.mark.parametrize("where", HARDWARE)
+def test_a_run_interrupted_twice_ends_as_the_straight_one(
+    ranks: Ranks, tmp_path: Path, cache: Path, where: str
+) -> None:
+    overrides = [f"cache_dir={cache}", *DROPS_OUT, *HARDWARE[where]]
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    assert {one.end for one in sessions(ranks, where, straight, overrides)} == {"finished"}
+    saved = {}
+    for rank, update in [(1, 7), (0, 10)]:  # in the middle of an epoch, and in the last update of one
+        signalled = Signal(0 if where == "alone" else rank, update)
+        assert {one.end for one in sessions(ranks, where, cut, overrides, signalled)} == {"interrupted 143"}
+        saved[update] = checkpoint(shutil.copytree(cut, tmp_path / f"cut at {update}"), update)
+    assert {one.end for one in sessions(ranks, where, cut, overrides)} == {"finished"}
+    assert trace(cut) == trace(straight)
+    losses = [line["train/loss"] for line in metrics_of(cut) if "train/loss" in line]
+    assert len(losses) == 20
+    state = json.loads(checkpoint(cut, 20)["state.json"])
+    assert state["skipped_updates"] == 1
+    assert len(set(map(str, state["generators"]))) == (1 if where == "alone" else 2)
+
+    for mutant in MUTANTS if where == "ddp" else ():
+        folder = shutil.copytree(tmp_path / "cut at 7", tmp_path / mutant)
+        sessions(ranks, where, folder, overrides, Signal(0, 10), mutant)
+        assert checkpoint(folder, 10) != saved[10], f"without {mutant} it is the same"
+
+
+def checkpoint(run: Path, update: int) -> dict[str, bytes]:
+    """The files of the checkpoint of an update, which was finished first."""
+    return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step_{update:08d}").iterdir()}
+
+
+# Every sample once
+
+SAMPLES = 103
+ONCE = [f"data.num_train={SAMPLES}", "max_steps=28", "model.dropout=0", "num_validation_samples=0"]
+"""Thirteen updates of an epoch, the last of seven samples: the second epoch ends with update 26."""
+
+
+def epochs(given: Sequence[Session]) -> dict[int, list[str]]:
+    """The records that all processes got in each epoch, those of each process in order."""
+    found: dict[int, list[str]] = {}
+    for one in [*given[::2], *given[1::2]]:
+        for epoch, records in one.seen:
+            found.setdefault(epoch, []).extend(records)
+    return found
+
+
+def check_every_sample_comes_once(given: Sequence[Session]) -> None:
+    first, second, begun = (epochs(given).get(epoch, []) for epoch in range(3))
+    counts = Counter(first)
+    missing, repeated = SAMPLES - len(counts), sum(count - 1 for count in counts.values())
+    assert (missing, repeated) == (0, 0)
+    assert Counter(second) == counts and len(begun) == 2 * 8
+    assert first != second, "the next epoch has a new order"
+
+
+def started_four_times(
+    ranks: Ranks, folder: Path, overrides: Sequence[str], broken: str | None = None
+) -> list[Session]:
+    """Three interruptions, one of them by the last update of the first epoch."""
+    given = []
+    for signalled in (Signal(1, 5), Signal(0, 13), Signal(1, 20), None):
+        given += ranks(session, folder, overrides, signalled, broken, timeout=60)
+    return given
+
+
+def test_every_sample_comes_once_however_often_the_run_was_interrupted(
+    ranks: Ranks, tmp_path: Path, cache: Path
+) -> None:
+    overrides = [f"cache_dir={cache}", *ONCE, *BOTH["ddp"]]
+    given = started_four_times(ranks, tmp_path / "run", overrides)
+    assert [one.end for one in given] == ["interrupted 143"] * 6 + ["finished"] * 2
+    check_every_sample_comes_once(given)
+    for naive in ("same order", "epoch starts again"):
+        control = started_four_times(ranks, tmp_path / naive, overrides, naive)
+        with pytest.raises(AssertionError):
+            check_every_sample_comes_once(control)
+
+    torchs = [DistributedSampler(range(SAMPLES), num_replicas=2, rank=rank) for rank in (0, 1)]
+    orders = [list(sampler) for sampler in torchs]
+    assert len(orders[0] + orders[1]) == SAMPLES + 1, "torch's own sampler repeats one to make the shares equal"
+    assert [list(sampler) for sampler in torchs] == orders, "and does so in the same order unless it is told the epoch"
+
+
+# Other numbers of processes, and what must not change
+
+
+@pytest.mark.parametrize(("before", "after"), [("ddp", "alone"), ("alone", "fsdp"), ("fsdp", "ddp")])
+def test_another_number_of_processes_goes_on_with_the_same_samples(
+    ranks: Ranks, tmp_path: Path, cache: Path, before: str, after: str
+) -> None:
+    overrides = [f"cache_dir={cache}", *ONCE]
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    session(straight, [*overrides, *HARDWARE["alone"]])
+    first = sessions(ranks, before, run, [*overrides, *HARDWARE[before]], Signal(0, 9))
+    second = sessions(ranks, after, run, [*overrides, *HARDWARE[after]])
+    padding = [Session("", [])]
+    check_every_sample_comes_once([*(first + padding)[:2], *(second + padding)[:2]])
+    found = differences(metrics_of(straight), metrics_of(run))
+    assert max(value for name, value in found.items() if name.endswith("loss")) <= 1e-6, found
+    (resume,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
+    assert resume["processes"] == (1 if after == "alone" else 2) and not resume["declared_changes"]
+
+
+def drawn_after(states: list[dict[str, str]], seed: int) -> list[float]:
+    """What a rank draws after it took up the generators of another number of processes; its own were at `seed`."""
+    torch.manual_seed(seed)
+    restore_generators(states, Processes())
+    return torch.rand(3).tolist()
+
+
+def test_other_processes_draw_dropout_anew_and_each_its_own(ranks: Ranks) -> None:
+    torch.manual_seed(7)
+    state = generator_states()
+    first, second = ranks(drawn_after, [state], 1)
+    assert ranks(drawn_after, [state], 2) == [first, second], "it follows from what was saved"
+    assert first != second
+    torch.manual_seed(8)
+    assert ranks(drawn_after, [generator_states()], 1)[0] != first
+    alone = drawn_after([state, state], 1)
+    assert drawn_after([state, state], 2) == alone != torch.rand(3).tolist()
+    control = drawn_after([state], 1), drawn_after([state], 2)
+    assert control[0] == control[1] != first, "one goes on where one was"
+
+
+def test_a_declared_size_of_micro_batches_goes_on_with_the_same_samples(tmp_path: Path, cache: Path) -> None:
+    overrides = [f"cache_dir={cache}", *ONCE]
+    first = session(tmp_path, overrides, Signal(0, 9))
+    second = session(tmp_path, [*overrides, "micro_batch_size=4", "resume_override=[micro_batch_size]"])
+    nobody = Session("", [])
+    check_every_sample_comes_once([first, nobody, second, nobody])
+    (resume,) = [json.loads(line) for line in (tmp_path / "resumes.jsonl").read_text().splitlines()]
+    assert resume["declared_changes"] == {"micro_batch_size": "was 2, is now 4"}
+
+
+def test_what_decides_the_samples_must_stay_the_same_or_be_declared(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+    overrides = [f"cache_dir={cache}", "model.dropout=0", "eval_interval=99"]
+    run = tmp_path / "run"
+    ranks(session, run, [*overrides, *BOTH["ddp"]], Signal(0, 3), timeout=60)
+    lines = metrics_of(run)
+    changes = {
+        "seed": "seed=1", "batch_size": "batch_size=4", "data": "data.num_train=36",
+        "micro_batch_size": "micro_batch_size=4", "model": "model.hidden_dim=64", "optimizer": "optimizer.lr=1",
+    }  # fmt: skip
+    for name, change in changes.items():
+        for one in ranks(session, run, [*overrides, *BOTH["ddp"], change], timeout=60):
+            assert one.end.startswith("refused: ") and f"\n  {name}: " in one.end and one.seen == []
+            declarable = name not in ("batch_size", "model")
+            assert (f"resume_override=[{name}]" in one.end) is declarable
+    # the samples of a forward follow from the number of processes, if nobody says them; a resumed run keeps them
+    fewer, more, unsaid = tmp_path / "fewer", tmp_path / "more", [*overrides, "micro_batch_size=null"]
+    ranks(session, fewer, [*unsaid, *BOTH["ddp"]], Signal(0, 3), timeout=60)
+    alone = session(fewer, [*unsaid, *HARDWARE["alone"]])
+    assert alone.seen and max(len(records) for _, records in alone.seen) == 4
+    session(more, [*unsaid, *HARDWARE["alone"]], Signal(0, 3))  # unless one of the processes would have nothing to do
+    for one in ranks(session, more, [*unsaid, *BOTH["ddp"]], timeout=60):
+        assert "\n  micro_batch_size: was 8, is now 4" in one.end and one.seen == []
+    assert metrics_of(run) == lines and not (run / "resumes.jsonl").exists()
+
+    declared = [*overrides, "seed=1", "resume_override=[seed]", *BOTH["ddp"]]
+    assert [one.end for one in ranks(session, run, declared, Signal(0, 5), timeout=60)] == ["interrupted 143"] * 2
+    (resume,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
+    assert resume["declared_changes"] == {"seed": "was 0, is now 1"}
+    assert resume["checkpoint"] == "checkpoints/step_00000003" and resume["processes"] == 2
+    (again,) = {one.end for one in ranks(session, run, [*overrides, *BOTH["ddp"]], timeout=60)}
+    assert "\n  seed: was 1, is now 0" in again, "from now on the new seed is the run's"
+
+
+def test_what_gives_a_checkpoint_its_meaning_cannot_be_declared(invoke: Invoke) -> None:
+    assert invoke("max_steps=1", "num_samples=0", "hydra.run.dir=run").code == 0
+    lines = Path("run/metrics.jsonl").read_text()
+    for name in ("batch_size", "tokenizer", "model"):
+        refused = invoke("resume=run", f"resume_override=[{name}]", "batch_size=4", "max_steps=2", tiny=False)
+        assert refused.code == 2 and "resume_override" in refused.err and "'micro_batch_size'" in refused.err
+    assert Path("run/metrics.jsonl").read_text() == lines

@@ -1,0 +1,200 @@
+"""Checkpoints that are not what was written, or were written to do harm: refused before anything reads them."""
+
+import ast
+import pickle
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from tests.unit.checkpoint.test_store import FORMATS, snapshot
+from wmtp.checkpoint import manifest
+from wmtp.checkpoint.store import CheckpointStore, damage, load
+from wmtp.config.schema import CONFIG_FOLDER
+from wmtp.distributed.process_group import Processes
+from wmtp.errors import InputError
+
+ROOT = CONFIG_FOLDER.parent
+TENSORS = {"whole": "model.safetensors", "sharded": "__0_0.distcp"}
+
+
+def flipped(content: bytes, random_: random.Random, start: float = 0.0) -> bytes:
+    """The content with one bit changed, in the part that begins at this share of it."""
+    position = random_.randrange(int(start * len(content)), len(content))
+    return content[:position] + bytes([content[position] ^ 1 << random_.randrange(8)]) + content[position + 1 :]
+
+
+def cuts(content: bytes) -> list[bytes]:
+    return [*(content[: int(len(content) * share)] for share in (0, 0.1, 0.5, 0.99)), content[:-1]]
+
+
+@FORMATS
+def test_every_cut_and_every_flipped_bit_is_found(
+    tmp_path: Path, format_: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, format=format_)
+    before, path = store.save(1, snapshot(1)), store.save(2, snapshot(2))
+    random_ = random.Random(0)
+    rejected = 0
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        broken = cuts(whole) + [flipped(whole, random_) for _ in range(100)]
+        for content in broken:
+            file.write_bytes(content)
+            rejected += damage(path) is not None
+        caplog.clear()
+        assert store.latest() == before
+        assert re.search(r"step_00000002 is damaged \(.*\); the one before is used", caplog.text)
+        with pytest.raises(InputError, match="no whole checkpoint"):
+            load(path)
+        file.write_bytes(whole)
+    assert rejected == 105 * len(list(path.iterdir()))
+    assert damage(path) is None
+
+
+def values(folder: Path) -> torch.Tensor:
+    """What torch's own reader makes of a folder that it wrote."""
+    tensors = {"w": torch.empty(100)}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors["w"]
+
+
+def test_control_readers_take_a_flipped_bit_for_data(tmp_path: Path) -> None:
+    written = torch.linspace(1, 2, 100)
+    path = CheckpointStore(tmp_path).save(1, snapshot(0)) / "model.safetensors"
+    dcp.save({"w": written}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    torch.save({"w": written}, tmp_path / "model.pt")
+    shard = next((tmp_path / "dcp").glob("*.distcp"))
+    readers: dict[Path, Callable[[], torch.Tensor]] = {
+        path: lambda: load_file(path)["w"],
+        shard: lambda: values(tmp_path / "dcp"),
+        tmp_path / "model.pt": lambda: torch.load(tmp_path / "model.pt", weights_only=True)["w"],
+    }
+    random_ = random.Random(0)
+    for file, read in readers.items():
+        good, sound = read().clone(), file.read_bytes()
+        at = sound.index(good.numpy().tobytes())
+        wrong = 0
+        for _ in range(40):
+            changed = bytearray(sound)
+            changed[at + random_.randrange(400)] ^= 1 << random_.randrange(8)
+            file.write_bytes(changed)
+            wrong += not torch.equal(read(), good)
+        assert wrong == 40, file
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def resealed(folder: Path) -> None:
+    """Make a changed checkpoint one with a manifest that agrees."""
+    (folder / "manifest.json").unlink()
+    manifest.seal(folder, 1, manifest.entries(list(folder.iterdir())))
+    assert damage(folder) is None
+
+
+@FORMATS
+@pytest.mark.parametrize("with_its_hash", [False, True])
+def test_a_pickle_in_place_of_any_file_is_never_run(tmp_path: Path, format_: Any, with_its_hash: bool) -> None:
+    marker = tmp_path / "marker"
+    files = [path.name for path in CheckpointStore(tmp_path / "dry", format=format_).save(1, snapshot(1)).iterdir()]
+    refused = 0
+    for name in {*files, ".metadata"} - {"manifest.json"}:
+        path = CheckpointStore(tmp_path / name, format=format_).save(1, snapshot(1))
+        if name == TENSORS["sharded"] and with_its_hash:
+            torch.save(Payload(marker), path / name)
+        else:
+            (path / name).write_bytes(pickle.dumps(Payload(marker)))
+        if with_its_hash:
+            resealed(path)
+        try:
+            load(path)
+        except Exception as error:
+            refused += with_its_hash or isinstance(error, InputError)
+        assert not marker.exists(), name
+    assert refused == len(files) - 1, "a file that none of ours is, is not read"
+
+
+def test_control_torchs_own_index_and_an_unchecked_load_run_it(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    dcp.save({"w": torch.ones(100)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
+    with pytest.raises(BaseException):  # noqa: B017, PT011 - whatever it says: it is too late
+        values(tmp_path / "dcp")
+    assert marker.exists()
+    marker.unlink()
+    torch.save(Payload(marker), tmp_path / "model.pt")
+    torch.load(tmp_path / "model.pt", weights_only=False)
+    assert marker.exists()
+
+
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def unpickling(source: str) -> Iterator[str]:
+    """What in a program reads pickles."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in PICKLES)
+        elif isinstance(node, ast.ImportFrom):
+            if (node.module or "").partition(".")[0] in PICKLES:
+                yield str(node.module)
+            yield from (f"torch.{a.name}" for a in node.names if node.module == "torch" and a.name in ("load", "save"))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if (node.value.id, node.attr) in (("torch", "load"), ("torch", "save")):
+                yield f"torch.{node.attr}"
+        elif isinstance(node, ast.keyword) and ast.unparse(node) in ("weights_only=False", "allow_pickle=True"):
+            yield ast.unparse(node)
+
+
+METAS_FORMAT = {
+    "wmtp/models/meta.py": ["torch.save"],
+    "wmtp/models/meta_format.py": ["pickle", "torch.load"],  # the name of an error, and tensors alone
+}
+"""Meta's checkpoints are pickles; their own tests show that no code in one runs."""
+
+
+def test_nothing_in_the_package_reads_pickles_but_metas_tensors() -> None:
+    sources = sorted((ROOT / "wmtp").glob("**/*.py"))
+    assert len(sources) > 50
+    found = {path.relative_to(ROOT).as_posix(): list(unpickling(path.read_text())) for path in sources}
+    assert {path: names for path, names in found.items() if names} == METAS_FORMAT
+    layout = (ROOT / "wmtp/models/meta_format.py").read_text()
+    loads = [n for n in ast.walk(ast.parse(layout)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
+    assert ["weights_only=True" in [ast.unparse(k) for k in load.keywords] for load in loads] == [True]
+    assert "from pickle import UnpicklingError\n" in layout and layout.count("pickle") == 1
+    requires = re.search(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert requires and (int(requires[1]), int(requires[2])) >= (2, 10), "older ones run what weights_only lets through"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from pickle import loads", "import torch\ntorch.load(path)", "from torch import load",
+     "read(path, weights_only=False)", "numpy.load(path, allow_pickle=True)", "import os, marshal"],
+)  # fmt: skip
+def test_control_a_reader_of_pickles_is_seen(source: str) -> None:
+    assert len(list(unpickling(source))) == 1
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_its_run(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, Processes())
+    for step in (1, 2, 3):
+        store.save(step, snapshot(step))
+    (store.folder / "step_00000003" / "state.json").unlink()
+    assert store.latest().name == "step_00000002"
+    store.save(3, snapshot(3))
+    assert store.latest().name == "step_00000003"
+    assert (store.folder / "damaged-step_00000003").exists()

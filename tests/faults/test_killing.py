@@ -1,0 +1,16 @@
+"""SIGKILL at random instants of a run that saves every five updates."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_every_kill_leaves_a_run_that_ends_as_if_undisturbed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.killing", "12"], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    counts = eval(done.stdout.splitlines()[-1])
+    assert counts["kills"] >= 12 and counts["resumed"] >= 6 and counts["ended"] >= 1

@@ -1,0 +1,208 @@
+"""Servers that are gone, killed or faulty, and trainings that are killed, through the commands that users type."""
+
+import itertools
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.forking import Child
+from tests.support.proxy import FaultyProxy
+from tests.support.world import World, last_model, lines_of, points_of, read_json, wait_until
+
+pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
+
+
+@pytest.fixture
+def s3_proxy(world: World) -> Iterator[FaultyProxy]:
+    """The network between the user and the store."""
+    with FaultyProxy(world.store.endpoint_url) as proxy:
+        world.variables["AWS_ENDPOINT_URL_S3"] = proxy.url
+        yield proxy
+
+
+@pytest.fixture
+def mlflow_proxy(world: World) -> Iterator[FaultyProxy]:
+    """The network between the user and the MLflow server."""
+    with FaultyProxy(world.server.uri) as proxy:
+        world.variables["MLFLOW_TRACKING_URI"] = proxy.url
+        yield proxy
+
+
+def begun(world: World, child: Child, steps: int) -> Path:
+    """The folder of a training, once its file has so many lines."""
+    wait_until(lambda: world.folders() and len(lines_of(world.folders()[-1])) >= steps, child)
+    return world.folders()[-1]
+
+
+def saved(folder: Path) -> list[Path]:
+    """The whole checkpoints on this disk."""
+    return sorted(path.parent for path in folder.glob("checkpoints/step_*/manifest.json"))
+
+
+def resumed_from(child: Child) -> int:
+    """The step that a training says it goes on from."""
+    found = re.search(r"resuming from .*step_0*(\d+)", child.text)
+    assert found is not None, child.text
+    return int(found[1])
+
+
+def step_seconds(folder: Path) -> float:
+    """How long the fastest step takes: whoever asked the server in each step would be slower in all of them."""
+    times = [float(line["time"]) for line in lines_of(folder)]
+    return min(after - before for before, after in itertools.pairwise(times))
+
+
+def test_without_the_mlflow_server_training_goes_on_and_nothing_is_lost(
+    world: World, mlflow_proxy: FaultyProxy
+) -> None:
+    mlflow_proxy.dead = True
+    alone, folder = (world.home / "outputs" / "day" / name for name in ("alone", "tracked"))
+    without = world.train("tracking=none", f"hydra.run.dir={alone}", "max_steps=60")  # at once: both are slowed alike
+    child = world.train(*world.tracked, f"hydra.run.dir={folder}", "max_steps=60")
+    assert (without.wait(), child.wait()) == (0, 3), child.text
+    assert points_of(folder) == points_of(alone) and len(points_of(folder)) == 60
+    assert step_seconds(folder) < step_seconds(alone) + 0.01
+    assert read_json(folder / "status.json")["state"] == "FINISHED"
+    assert f"python -m wmtp.sync outputs/{folder.parent.name}/{folder.name}" in child.err
+    assert mlflow_proxy.done["dead"] < 40, "a dead server is not asked again and again"
+
+    child = world.sync()
+    assert child.wait() == 3, child.text
+    mlflow_proxy.dead = False
+    assert world.runs() == []
+    child = world.sync()
+    assert child.wait() == 0, child.text
+    assert "status FINISHED" in child.out
+    (run,) = world.runs()
+    assert run.info.status == "FINISHED" and world.history(run) == points_of(folder)
+    assert run.data.params["tracking.stall_seconds"] == "8", "what sync does in its own way is not the run's"
+    assert not any(name.startswith("resumed.") for name in run.data.tags)
+
+
+def test_server_and_trainer_are_killed_and_every_step_is_there_once(world: World) -> None:
+    long = ["data.num_train=400", "max_steps=150", "save_interval=50", "eval_interval=1000"]
+    child = world.train(*world.tracked, *long)
+    folder = begun(world, child, 40)
+    wait_until(lambda: world.runs() and len(world.history(world.runs()[0])) > 55, child)
+    world.server.kill()
+    begun(world, child, 80)
+    child.kill()
+    assert read_json(folder / "status.json")["state"] == "RUNNING"
+    lost = len(points_of(folder))
+    world.server.start()
+    (run,) = world.runs()
+    seen = world.history(run)
+    assert run.info.status == "RUNNING" and 50 < len(seen) < lost < 150
+
+    child = world.start("train", f"resume={folder}", "save_interval=40")
+    assert child.wait() == 0, child.text
+    assert resumed_from(child) < len(seen), "steps that MLflow had were made again"
+    (run,) = world.runs()
+    assert [step for step, _ in points_of(folder)] == list(range(1, 151))
+    assert world.history(run) == points_of(folder) and len(world.history(run)) == 150
+    assert run.info.status == "FINISHED"
+    assert run.data.params["save_interval"] == "50" and run.data.tags["resumed.save_interval"] == "40"
+
+
+def test_a_killed_training_goes_on_elsewhere_from_the_bucket_bit_for_bit(world: World, tmp_path: Path) -> None:
+    steps = 60
+    settings = [f"max_steps={steps}", "eval_interval=30"]
+    assert world.train("tracking=none", *settings).wait() == 0
+    (undisturbed,) = world.folders()
+    chance, repeated = random.Random(0), 0
+    for attempt in range(3):
+        world.home, world.experiment = tmp_path / f"home {attempt}", f"killed-{attempt}-{time.time_ns()}"
+        child = world.train(*world.tracked, *world.stored, *settings)
+        folder = begun(world, child, 1)
+        wait_until(lambda: any(key.endswith("manifest.json") for key in world.keys(folder)), child)  # noqa: B023
+        time.sleep(chance.uniform(0, 1))
+        child.kill()
+        (run,) = world.runs()
+        seen, url = world.history(run), world.url(folder)
+        folder.rename(tmp_path / f"lost {attempt}")
+        if attempt == 0:  # what names the MLflow run may not have come so far
+            world.store.client().delete_object(Bucket=world.store.bucket, Key=f"{world.prefix(folder)}mlflow.json")
+
+        world.home = tmp_path / f"another machine {attempt}"
+        child = world.start("train", f"resume={url}")
+        assert child.wait() == 0, child.text
+        (folder,) = world.folders()
+        assert world.url(folder) == url
+        assert last_model(folder, steps) == last_model(undisturbed, steps)
+        assert world.content(folder, f"checkpoints/step_{steps:08d}/model.safetensors") == last_model(folder, steps)
+        repeated += resumed_from(child) < len(seen)
+        (run,) = world.runs()
+        assert run.info.status == "FINISHED"
+        assert world.history(run) == points_of(undisturbed) and len(world.history(run)) == steps
+    assert repeated, "no step that MLflow had was made again: this shows nothing"
+
+
+@pytest.mark.parametrize("sender", ["sync", "resume"])
+def test_what_a_dead_store_did_not_take_is_sent_later(world: World, s3_proxy: FaultyProxy, sender: str) -> None:
+    s3_proxy.dead = True
+    child = world.train("tracking=none", *world.stored)
+    assert child.wait() == 3, child.text
+    (folder,) = world.folders()
+    pending = re.search(r"0 of (\d+) checkpoints uploaded", child.err)
+    assert pending is not None and "wmtp.sync" in child.err and "Traceback" not in child.text, child.err
+    assert len(saved(folder)) >= int(pending[1]) >= 2
+    assert read_json(folder / "status.json")["state"] == "FINISHED"
+
+    assert world.sync().wait() == 3
+    s3_proxy.dead = False
+    assert world.keys(folder) == []
+    child = world.sync() if sender == "sync" else world.start("train", f"resume={folder}")
+    assert child.wait() == 0, child.text
+    assert sender == "resume" or f"{pending[1]} checkpoints" in child.out, child.text
+    assert len(saved(folder)) == int(pending[1])
+    for path in saved(folder):
+        for file in path.iterdir():
+            key = file.relative_to(folder).as_posix()
+            assert file.name == "uploaded.json" or world.has_copy(folder, key), key
+
+    before = world.written(folder)
+    child = world.sync()
+    assert child.wait() == 0 and "nothing was missing" in child.out, child.text
+    assert world.written(folder) == before, "nothing is sent twice"
+
+
+def test_sync_beside_a_training_and_after_its_death(world: World) -> None:
+    child = world.train(*world.tracked, *world.stored, "max_steps=2000")
+    folder = begun(world, child, 10)
+    beside = world.sync()
+    assert beside.wait() == 0 and "is running, and sends by itself" in beside.out, beside.text
+    begun(world, child, len(lines_of(folder)) + 5)
+    child.kill()
+    (run,) = world.runs()
+    assert run.info.status == "RUNNING"
+
+    after = world.sync()
+    assert after.wait() == 0 and "recorded as KILLED" in after.out, after.text
+    (run,) = world.runs()
+    assert run.info.status == read_json(folder / "status.json")["state"] == "KILLED"
+    assert world.history(run) == points_of(folder)
+    newest = max(int(path.name.removeprefix("step_")) for path in saved(folder))
+    assert world.content(folder, f"checkpoints/step_{newest:08d}/model.safetensors") == last_model(folder, newest)
+
+
+def test_faults_on_the_way_to_the_store_are_overcome(world: World, s3_proxy: FaultyProxy) -> None:
+    child = world.train("tracking=none", *world.stored, "checkpoint.checksums=when_required", "max_steps=60",
+                        "checkpoint.stall_seconds=30")  # fmt: skip
+    folder = begun(world, child, 1)
+    s3_proxy.answer(503, 5)
+    s3_proxy.drop(2, ("PUT",))
+    s3_proxy.flip(2)
+    s3_proxy.stall(2.0)
+    assert child.wait() == 0, child.text
+    assert s3_proxy.done == {"answer": 5, "drop": 2, "flip": 2, "stall": 1, "dead": 0}
+    keys = world.keys(folder)
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert sorted({key.split("/")[1] for key in keys if key.startswith("checkpoints/step_")}) == checkpoints
+    for key in keys:
+        assert world.has_copy(folder, key), key
+    uploads = world.store.client().list_multipart_uploads(Bucket=world.store.bucket)
+    assert uploads.get("Uploads", []) == []

@@ -1,0 +1,66 @@
+"""A training without torch: does what its overrides say in a moment; fails or dies where a file beside it says so."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from wmtp.runtime.run_dir import ACCEPTED, Ending, FolderLock, RunStatus  # noqa: F401 - one is for a test
+from wmtp.sweep.state import RESULTS
+
+LOG = "it began\nTraceback (most recent call last)\n  somewhere\nValueError: no luck\n"
+
+
+def value_of(arguments: list[str], key: str) -> str | None:
+    found = [a.partition("=")[2].strip("'") for a in arguments if a.lstrip("+").startswith(f"{key}=")]
+    return found[-1] if found else None
+
+
+def main(arguments: list[str]) -> None:
+    resumed = value_of(arguments, "resume")
+    folder = Path(resumed or value_of(arguments, "hydra.run.dir") or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    cores = os.environ.get("WMTP_CORES")
+    with (folder.parent / "calls").open("a") as file:
+        file.write(json.dumps({"job": folder.name, "resume": resumed, "cores": cores, "time": time.time()}) + "\n")
+    status, wish = RunStatus(folder), folder.parent / f"wish-{folder.name}"
+    (folder / ACCEPTED).parent.mkdir(exist_ok=True)
+    (folder / ACCEPTED).write_text(json.dumps(arguments))
+    seed, beta = int(value_of(arguments, "seed") or 0), float(value_of(arguments, "algo.beta") or 0)
+    match wish.read_text() if wish.exists() else "":
+        case "fail":
+            (folder / "train.log").write_text(LOG)
+            status.end("FAILED", 1, Ending(), error="ValueError: no luck")
+            print("ValueError: no luck", file=sys.stderr)
+            sys.exit(1)
+        case "die":
+            saved = folder / "checkpoints" / "step_00000001"
+            saved.mkdir(parents=True)
+            (saved / "manifest.json").write_text("{}")
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "forget":
+            status.end("FINISHED", 0, Ending())
+            return
+        case "wait":
+            signal.signal(signal.SIGINT, lambda *_: end(status))
+            print("waits", flush=True)
+            time.sleep(30)
+    config: dict[str, Any] = {"seed": seed, "algo": {"beta": beta}}
+    (folder / "config.yaml").write_text(json.dumps(config))  # which YAML reads
+    line = {"step": 1, "val/loss": beta + seed / 100}
+    summary = dict.fromkeys(RESULTS) | {"final_loss": line["val/loss"], "best": line, "last": line}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    status.end("FINISHED", 0, Ending())
+    print("done")
+
+
+def end(status: RunStatus) -> None:
+    status.end("KILLED", 130, Ending(), error="interrupted")
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,104 @@
+"""Kills a training at random instants, resumes it each time, and looks at what it leaves in the end.
+
+    python -m tests.support.killing [kills] [seed]
+
+One process imports everything once and forks the trainings, so that a start takes a second and not ten.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+
+import wmtp.training.run  # noqa: F401 - so that the forked processes need not
+from tests.conftest import TINY
+from wmtp.checkpoint.store import damage
+from wmtp.cli.runner import run as main
+from wmtp.train import COMMAND
+
+UPDATES = 100
+RUN = [
+    *TINY, "tracking=none", f"max_steps={UPDATES}", "num_epochs=99", "batch_size=4", "save_interval=5",
+    "eval_interval=25", "early_stopping=none", "model.dropout=0.1", "num_samples=0", "hardware=cpu",
+]  # fmt: skip
+
+
+def start(folder: Path, log: Path, *overrides: str) -> int:
+    """Fork a process that runs the command in a folder; its output goes to a file."""
+    if pid := os.fork():
+        return pid
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["wmtp.train", *overrides]
+    GlobalHydra.instance().clear()
+    code = 1
+    try:
+        main(COMMAND)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    """The exit code of a process; negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def last_model(run: Path) -> bytes:
+    """The parameters after the last update."""
+    return (run / "checkpoints" / f"step_{UPDATES:08d}" / "model.safetensors").read_bytes()
+
+
+def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
+    """Kill a training so many times: every start must go on from a whole checkpoint, every end be the undisturbed.
+
+    A kill comes within half the time that the undisturbed run took, so that a slow machine is hit at the same places as
+    a fast one; there are more of them until half as many as asked for met a run that went on from a checkpoint.
+    """
+    chance, log = random.Random(seed), folder / "log"
+    new = [*RUN, f"cache_dir={folder / 'cache'}"]
+    undisturbed, run = folder / "undisturbed", folder / "run"
+    began = time.monotonic()
+    assert wait(start(folder, log, *new, f"hydra.run.dir={undisturbed}")) == 0, log.read_text()
+    longest = (time.monotonic() - began) / 2
+    counts = {"kills": 0, "resumed": 0, "ended": 0, "steps found": 0}
+    found: set[str] = set()
+    while (more := counts["kills"] < kills or counts["resumed"] < kills / 2) or run.exists():
+        checkpoints = sorted((run / "checkpoints").glob("step_*"))
+        resumable = any((path / "manifest.json").exists() for path in checkpoints)
+        if not resumable:
+            shutil.rmtree(run, ignore_errors=True)
+        overrides = [f"resume={run}"] if resumable else [*new, f"hydra.run.dir={run}"]
+        pid = start(folder, log, *overrides)
+        if more:
+            time.sleep(chance.uniform(0, longest))
+            os.kill(pid, signal.SIGKILL)
+        code = wait(pid)
+        text = log.read_text()
+        assert code in (0, -signal.SIGKILL), text
+        assert "damaged" not in text, text
+        counts["kills"] += code == -signal.SIGKILL
+        if resumable and "resuming from" in text:
+            counts["resumed"] += 1
+            found.add(text.partition("resuming from ")[2].split()[0][-13:])
+        for path in checkpoints:
+            assert not path.exists() or damage(path) is None, path
+        if code == 0:
+            assert last_model(run) == last_model(undisturbed), "it ended elsewhere than the undisturbed run"
+            counts["ended"] += 1
+            shutil.rmtree(run)
+    return counts | {"steps found": len(found)}
+
+
+if __name__ == "__main__":
+    arguments = [int(argument) for argument in sys.argv[1:]] or [100]
+    with tempfile.TemporaryDirectory() as place:
+        print(kill_at_random(arguments[0], arguments[1] if len(arguments) > 1 else 0, Path(place)))

@@ -1,0 +1,87 @@
+"""Commands as processes of their own, with the workers that they start; for tests of launching and of signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from wmtp.runtime.processes import is_alive
+
+ROOT = Path(__file__).parents[2]
+TWO = ["hardware=cpu", "hardware.num_processes=2", "hardware.strategy=ddp", "hardware.timeout=10"]
+ONE = ["hardware=cpu"]
+
+
+class Started:
+    """A command that was started in a folder; its run's folder is `run` in there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        torchrun: bool = False,
+        without: str = "",
+        module: str = "tests.support.launched",
+    ) -> None:
+        self.folder, self.run = folder, folder / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"] if torchrun else ["-m"]
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, module, "hydra.run.dir=run", *overrides],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**environment, "PYTHONPATH": str(ROOT), "WITHOUT": without, "TMPDIR": str(folder)},
+        )  # fmt: skip
+        self.children: list[int] = []
+
+    def wait_for(self, *names: str, timeout: float = 60) -> None:
+        """Until these files are in the run's folder."""
+        deadline = time.monotonic() + timeout
+        while not all((self.run / name).exists() for name in names):
+            assert time.monotonic() < deadline, f"{names} did not come"
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.02)
+        self.children = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+
+    def worker(self, rank: int) -> int:
+        """The process number of a rank."""
+        return int((self.run / f"pid-{rank}").read_text())
+
+    def send(self, number: signal.Signals, rank: int | None = None) -> None:
+        """Send a signal to the command, or to one of its workers."""
+        os.kill(self.process.pid if rank is None else self.worker(rank), number)
+
+    def end(self, timeout: float = 40) -> tuple[int, str, float]:
+        """Wait for the end: the exit code, what was printed, and the seconds it took."""
+        started = time.monotonic()
+        out, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, time.monotonic() - started
+
+    def survivors(self, seconds: float = 0) -> list[int]:
+        """Workers that still live after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (alive := [pid for pid in self.children if is_alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return alive
+
+    def status(self) -> dict[str, Any]:
+        """status.json."""
+        status: dict[str, Any] = json.loads((self.run / "status.json").read_text())
+        return status
+
+    def log(self) -> str:
+        """train.log."""
+        return (self.run / "train.log").read_text()
+
+    def kill(self) -> None:
+        """End what still lives of it."""
+        for pid in [self.process.pid, *self.children]:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()

@@ -1,0 +1,103 @@
+"""Runs whose checkpoints are small, for the tests of what copies them to a store and back."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmtp.checkpoint.state import Snapshot
+from wmtp.distributed.process_group import Processes
+from wmtp.errors import PendingError
+from wmtp.s3.client import S3Folder, S3Options
+from wmtp.s3.store import RemoteCheckpointStore
+from wmtp.s3.uploader import Mirror
+
+ID = "0123456789abcdef0123456789abcdef"
+
+
+class QuickMirror(Mirror):
+    """Looks often."""
+
+    poll_seconds = 0.05
+
+
+class RunInS3:
+    """A run's folder and its place in a bucket."""
+
+    def __init__(self, folder: Path, url: str, keep_last: int = 2, **options: Any) -> None:
+        self.folder, self.url, self.keep_last, self.options = folder, url, keep_last, options
+        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps({"id": ID, "remote": url}))
+        (folder / "config.yaml").write_text("model: tiny\n")
+        (folder / ".hydra" / "accepted.json").write_text("[]")
+        (folder / ".hydra" / "overrides.yaml").write_text("[]")
+        (folder / "metrics.jsonl").touch()
+        self.remote = S3Folder(url, S3Options(**options))
+        self.store = self.checkpoints()
+
+    def checkpoints(self, stage: str = "") -> RemoteCheckpointStore:
+        """The store of a stage's checkpoints."""
+        return RemoteCheckpointStore(
+            self.folder / stage, Processes.alone(), remote=self.url.rpartition("/")[0], keep_last=self.keep_last
+        )
+
+    def save(self, step: int, *, best: float | None = None, numbers: int = 1000, stage: str = "") -> Path:
+        """Log a step and write its checkpoint."""
+        (self.folder / stage).mkdir(exist_ok=True)
+        with (self.folder / stage / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "epoch": 0, "time": 0.0, "train/loss": 1.0}) + "\n")
+        store = self.checkpoints(stage) if stage else self.store
+        tensor = torch.frombuffer(bytearray(random.Random(step).randbytes(4 * numbers)), dtype=torch.int32)
+        path = store.save(step, Snapshot({"w": tensor}, {"w:exp_avg": tensor[:9]}, {"step": step}))
+        if best is not None:
+            store.mark_best(step, best)
+        return path
+
+    def mirror(self, **options: Any) -> Mirror:
+        """A mirror of it, begun."""
+        settings: dict[str, Any] = {"keep_last": self.keep_last, "stall_seconds": 30.0, "close_seconds": 90.0}
+        return QuickMirror(self.folder, self.remote, **(settings | options))
+
+    def mirrored(self, **options: Any) -> Mirror:
+        """A mirror of it, that has sent everything. Raises PendingError."""
+        mirror = self.mirror(**options)
+        mirror.close("FINISHED")
+        return mirror
+
+    def pending(self, **options: Any) -> str:
+        """What a mirror says that cannot send everything."""
+        try:
+            self.mirrored(**({"stall_seconds": 1.0} | options))
+        except PendingError as error:
+            return str(error)
+        raise AssertionError("everything was sent")
+
+    def here(self, stage: str = "") -> list[str]:
+        """The names of the checkpoints in the folder."""
+        return sorted(path.name for path in (self.folder / stage / "checkpoints").glob("step_*"))
+
+    def there(self, stage: str = "") -> list[str]:
+        """The names of the checkpoints in the bucket that have a manifest."""
+        keys = [key for key, _ in self.remote.listed(f"{stage}checkpoints/")]
+        return sorted(key.split("/")[-2] for key in keys if key.endswith("/manifest.json"))
+
+    def partial(self) -> set[str]:
+        """The names of the checkpoints in the bucket that have none."""
+        names = {key.split("/")[1] for key, _ in self.remote.listed("checkpoints/") if key.count("/") == 2}
+        return names - set(self.there())
+
+    def lose(self) -> None:
+        """The machine is gone."""
+        shutil.rmtree(self.folder)
+
+
+Make = Callable[..., RunInS3]
+
+
+def step(number: int) -> str:
+    """The name of a checkpoint."""
+    return f"step_{number:08d}"

@@ -1,0 +1,120 @@
+"""The oracle: what it is told, and what its weights are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Invoke, tiny_model
+from wmtp.algorithms.base import Observations
+from wmtp.algorithms.oracle import Oracle
+from wmtp.algorithms.uniform import Uniform
+from wmtp.data.collate import collate
+from wmtp.data.dataset import Dataset
+from wmtp.data.records import Record
+from wmtp.data.sources import TaskSource
+from wmtp.data.split import TokenizedSplit
+from wmtp.data.token_labels import misleading_tokens
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.distributed.device import Hardware
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.training.token_report import MEASURES, calibration, described, measure_tokens, weight_quality
+
+CPU = Hardware(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def noisy(tokenizer: Tokenizer, cache: Path) -> Dataset:
+    """Right and wrong solutions, half of them with noise."""
+    source = TaskSource(
+        tokenizer=tokenizer, num_train=8, num_validation=12, num_test=1, difficulties={1: 1, 2: 1}, noise=0.5
+    )
+    return Dataset(source, cache, seed=0)
+
+
+def text_of(split: TokenizedSplit, tokenizer: Tokenizer, index: int, chosen: np.ndarray) -> str:
+    """The chosen tokens of a sample, one after the other."""
+    first, end = split.samples.offsets[index : index + 2]
+    return tokenizer.decode([int(t) for t in split.samples.tokens[first:end][chosen[first:end]]])
+
+
+def test_noise_and_what_makes_a_wrong_solution_wrong_mislead(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "def run(x):\n    return x + 17\n# id: 00417\n"
+    decisive, noise = (text.index("17"), text.index("17") + 2), (text.index("00417"), text.index("00417") + 5)
+    records = [
+        Record(task_id="a", prompt="Say", solution=text, is_correct=right, decisive=(decisive,), noise=(noise,))
+        for right in (True, False)
+    ]
+    source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
+    split = TokenizedSplit("train", records, source, None, tmp_path)
+    misleading = misleading_tokens(split, tokenizer)
+    by_rightness = {
+        bool(split.is_correct[index]): text_of(split, tokenizer, index, misleading).replace(" ", "") for index in (0, 1)
+    }
+    assert "00417" in by_rightness[True] and "17" not in by_rightness[True].replace("00417", "")
+    assert "17" in by_rightness[False].replace("00417", "") and "00417" in by_rightness[False]
+
+
+def test_a_misleading_tokens_weight_travels_with_it_to_every_head() -> None:
+    misleading = torch.tensor([[False, False, True, False]])
+    observed = Observations(torch.ones(2, 1, 4) > 0, torch.ones(1, 4) > 0, misleading=misleading)
+    weights = Oracle(misleading_weight=0.25).weights(observed)
+    assert weights[:, 0, :2].tolist() == [[1.0, 0.25], [0.25, 1.0]]
+    assert Uniform().weights(observed)[:, 0, :2].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_its_weights_find_all_that_misleads(noisy: Dataset) -> None:
+    measured = measure_tokens(MtpObjective(Oracle()), tiny_model(), noisy, CPU)
+    weights = measured[:, MEASURES.index("weight")]
+    known = np.isfinite(weights)
+    assert noisy.validation.misleading is not None
+    misleading = noisy.validation.misleading[known]
+    assert (weights[known][misleading] == 0).all() and (weights[known][~misleading] > 0).all()
+    assert weight_quality(weights, noisy)["noise_auc"] > 0.95  # type: ignore[operator]
+
+
+def test_what_is_known_of_tokens_reaches_their_batch(noisy: Dataset) -> None:
+    split = noisy.validation
+    batch = collate(split, [3, 1], noisy.tokenizer.padding)
+    assert batch.misleading is not None and batch.misleading.dtype == torch.bool and split.misleading is not None
+    for row, index in enumerate((3, 1)):
+        first, end = split.samples.offsets[index : index + 2]
+        assert batch.misleading[row, : end - first].tolist() == split.misleading[first:end].tolist()
+        assert not batch.misleading[row, end - first :].any()
+
+
+def test_data_that_do_not_know_are_refused(invoke: Invoke, tmp_path: Path) -> None:
+    lines = [f'{{"task_id": "{n}", "prompt": "Say {n}", "solution": "print({n})\\n"}}' for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    outcome = invoke("algo=oracle", "data=jsonl", "data.path=a.jsonl", "model=nano", "num_samples=0",
+                     "num_validation_samples=0", tiny=False)  # fmt: skip
+    assert outcome.code == 2 and "algo=oracle needs records with decisive or noise spans" in outcome.err
+
+
+# tokens.json
+
+
+def test_shown_tokens_spell_the_solution_and_carry_what_was_measured(noisy: Dataset) -> None:
+    measured = np.arange(3 * len(noisy.validation.samples.tokens), dtype=np.float32).reshape(-1, 3)
+    samples = described(noisy.validation, noisy.tokenizer, measured, [4, 0])
+    for index, sample in zip((4, 0), samples, strict=True):
+        record = noisy.validation.records[noisy.validation.samples.kept[index]]
+        assert "".join(token["text"] for token in sample["tokens"]) == record.solution
+        first = noisy.validation.samples.offsets[index] + noisy.validation.samples.prompt_lengths[index]
+        assert [token["weight"] for token in sample["tokens"]] == [
+            measured[first + n, 0] for n in range(len(sample["tokens"]))
+        ]
+        known = {token["truth"] for token in sample["tokens"]}
+        assert "decisive" in known and ("noise" in known) == bool(record.noise)
+
+
+def test_values_are_calibrated_where_they_are_the_share_of_right_solutions(noisy: Dataset) -> None:
+    split = noisy.validation
+    values = np.full(len(split.samples.tokens), np.nan, np.float32)
+    values[:40], values[40:60] = 0.52, 1.7
+    bins = calibration(split, values)
+    rewards = np.repeat(split.rewards, split.samples.lengths)
+    assert [(entry["low"], entry["count"]) for entry in bins] == [(0.5, 40), (0.9, 20)]
+    assert bins[0]["reward"] == pytest.approx(rewards[:40].mean()) and bins[0]["value"] == pytest.approx(0.52)
+    assert calibration(split, np.full_like(values, np.nan)) == []

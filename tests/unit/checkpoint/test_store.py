@@ -1,0 +1,208 @@
+import json
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from wmtp.checkpoint import manifest
+from wmtp.checkpoint.state import Snapshot, load_model, restore_optimizer, split_optimizer_state
+from wmtp.checkpoint.store import CheckpointStore, load
+from wmtp.distributed.process_group import Processes
+from wmtp.errors import InputError
+from wmtp.training.optim import parameter_groups
+
+FORMATS = pytest.mark.parametrize("format_", ["whole", "sharded"])
+
+
+def snapshot(value: float, **state: Any) -> Snapshot:
+    return Snapshot({"w": torch.full((100,), value)}, {"w:exp_avg": torch.ones(100)}, {"value": value, **state})
+
+
+@FORMATS
+def test_what_was_saved_is_loaded(tmp_path: Path, format_: Any) -> None:
+    store = CheckpointStore(tmp_path, format=format_)
+    store.save(10, snapshot(1.5))
+    loaded = load(store.latest())
+    assert torch.equal(loaded.model["w"], torch.full((100,), 1.5)) and loaded.state == {"value": 1.5}
+    assert torch.equal(loaded.optimizer["w:exp_avg"], torch.ones(100))
+    assert not load(store.latest(), optimizer=False).optimizer
+    assert json.loads((tmp_path / "checkpoints/latest.json").read_text())["folder"] == "step_00000010"
+
+
+@FORMATS
+def test_any_type_and_shape_comes_back_bit_for_bit(tmp_path: Path, format_: Any) -> None:
+    tensors = {
+        "bf16": torch.randn(3, 5).bfloat16(), "f64": torch.randn(2, dtype=torch.float64), "scalar": torch.tensor(7.0),
+        "int": torch.tensor([-(2**62)]), "bool": torch.tensor([True, False]), "empty": torch.empty(0, 4),
+        "transposed": torch.randn(3, 4).T, "a view": torch.randn(9)[2:5], "nan": torch.tensor([float("nan")]),
+    }  # fmt: skip
+    tensors["tied"] = tensors["f64"]
+    store = CheckpointStore(tmp_path, format=format_)
+    loaded = load(store.save(1, Snapshot(tensors, {}, {}))).model
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(loaded[name].nan_to_num(5), tensor.nan_to_num(5)), name
+
+
+def test_a_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, Processes())
+    store.save(1, snapshot(1))
+    hashed: list[str] = []
+    original = manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", lambda path: hashed.append(path.name) or original(path))
+    load(store.latest(), verified=True)
+    assert sorted(hashed) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    load(store.latest())
+    assert len(hashed) == 9, "without the promise it is verified again"
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_only_the_run_itself_moves_what_is_damaged_or_left_over(tmp_path: Path, owned: bool) -> None:
+    store = CheckpointStore(tmp_path, Processes() if owned else None)
+    first, second = store.save(1, snapshot(1)), store.save(2, snapshot(2))
+    (second / "model.safetensors").write_bytes(b"")
+    (store.folder / ".staging-step_00000003").mkdir()
+    assert store.latest() == first
+    there = {path.name for path in store.folder.iterdir() if path.is_dir()} - {"step_00000001"}
+    assert there == ({"damaged-step_00000002"} if owned else {"step_00000002", ".staging-step_00000003"})
+
+
+@FORMATS
+def test_a_save_clears_what_was_left_of_one_before(
+    tmp_path: Path, format_: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, format=format_)
+    for name in (".staging-step_00000001", ".staging-step_00000009", ".removed-step_00000007"):
+        (store.folder / name).mkdir(parents=True)
+        (store.folder / name / "__7_0.distcp").touch()
+    (store.folder / ".best.json.1.tmp").touch()
+    path = store.save(1, snapshot(1))
+    assert sorted(entry.name for entry in store.folder.iterdir()) == ["latest.json", "step_00000001"]
+    assert not (path / "__7_0.distcp").exists()
+    assert caplog.text.count("was left by a save that was interrupted") == 2
+
+
+def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4, 5):
+        store.save(step, snapshot(step))
+        if step == 2:
+            store.mark_best(2, 0.5)
+    assert [path.name for path in sorted(store.folder.glob("step_*"))] == [f"step_0000000{n}" for n in (2, 4, 5)]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path)
+    first = store.save(1, snapshot(1))
+    second = store.save(2, snapshot(2))
+    (second / "model.safetensors").write_bytes(b"")
+    assert store.latest() == first
+    assert "step_00000002 is damaged" in caplog.text
+    (first / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        store.latest()
+
+
+def test_a_removal_that_fails_is_said_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, Processes(), keep_last=2)
+    original = shutil.rmtree
+
+    def stubborn(path: Path, *arguments: Any, **options: Any) -> None:
+        if "step_00000003" in str(path):
+            raise OSError(16, "Device or resource busy")
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    for step in range(1, 8):
+        store.save(step, snapshot(step))
+        if step == 2:
+            store.mark_best(2, 0.5)
+    assert "step_00000003 cannot be removed" in caplog.text and "busy" in caplog.text
+    three = ["step_00000002", "step_00000006", "step_00000007"]
+    assert [path.name for path in sorted(store.folder.glob("step_*"))] == three
+    assert (store.folder / ".removed-step_00000003").exists()
+    monkeypatch.undo()
+    store.save(8, snapshot(8))
+    there = [path.name for path in sorted(store.folder.glob("*step_*"))]
+    assert there == ["step_00000002", "step_00000007", "step_00000008"]
+
+
+def test_the_best_stays_even_where_its_note_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path, Processes(), keep_last=1)
+    best = store.save(1, snapshot(1))
+    store.mark_best(1, 0.5)
+    (store.folder / "best.json").write_bytes(b"{")
+    for step in (2, 3):
+        store.save(step, snapshot(step))
+    assert best.exists() and store.best() is None
+    assert "best.json is damaged" in caplog.text
+    store.mark_best(3, 0.4)
+    assert [path.name for path in store.folder.glob("step_*")] == ["step_00000003"]
+
+
+REFUSED: dict[str, Any] = {
+    "a deque": deque([1]),
+    "a path": Path("x"),
+    "an array": np.zeros(2),
+    "a generator of NumPy": np.random.RandomState(0).get_state(legacy=False),
+    "a tensor": torch.ones(1),
+    "infinity": float("inf"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_state_that_json_cannot_hold_is_an_error_when_saved(tmp_path: Path, name: str) -> None:
+    store = CheckpointStore(tmp_path)
+    with pytest.raises((TypeError, ValueError)):
+        store.save(1, snapshot(1, bad=REFUSED[name]))
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0).bit_generator.state
+    loaded = load(CheckpointStore(tmp_path).save(1, snapshot(1, number=np.float64(0.1), generator=generator))).state
+    assert type(loaded["number"]) is float and loaded["number"] == 0.1
+    assert loaded["generator"] == generator
+
+
+@pytest.mark.parametrize("bad", [deque([1]), np.float64(1), Path("x"), np.random.RandomState(0).get_state()])
+def test_control_torch_saves_such_a_state_and_cannot_load_it(tmp_path: Path, bad: object) -> None:
+    torch.save({"bad": bad}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.Adafactor])
+def test_any_optimizer_goes_on_bit_for_bit(make: Any) -> None:
+    def fresh() -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+        options = {"momentum": 0.9} if make is torch.optim.SGD else {}
+        return model, make(parameter_groups(model), lr=0.01, **options)
+
+    def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            model(torch.full((2, 4), step / 7)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, straight_optimizer = fresh()
+    train(straight, straight_optimizer, range(6))
+
+    first, first_optimizer = fresh()
+    train(first, first_optimizer, range(3))
+    tensors, state = split_optimizer_state(first, first_optimizer)
+    weights = {name: value.clone() for name, value in first.state_dict().items()}
+    second, second_optimizer = fresh()
+    load_model(second, weights)
+    restore_optimizer(second, second_optimizer, tensors, json.loads(json.dumps(state)))
+    train(second, second_optimizer, range(3, 6))
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])

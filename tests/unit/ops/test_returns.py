@@ -1,0 +1,419 @@
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common import utils
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor, nn
+
+from wmtp.ops.returns import (
+    advantages,
+    explained_variance,
+    lambda_returns,
+    last_of_response,
+    ranking_loss,
+    rewards_at,
+    td_errors,
+    value_positions,
+    value_targets,
+)
+
+Compute = Callable[..., Tensor]
+
+
+@dataclass
+class Document:
+    """A prompt, one response and what comes after it; a value for each token."""
+
+    num_prompt: int
+    num_response: int
+    values: list[float]
+    reward: float
+
+    @property
+    def response(self) -> list[bool]:
+        after = len(self.values) - self.num_prompt - self.num_response
+        return [False] * self.num_prompt + [True] * self.num_response + [False] * after
+
+
+@dataclass
+class Rows:
+    """The arguments of the functions under test."""
+
+    values: Tensor
+    rewards: Tensor
+    response: Tensor
+    documents: Tensor | None = None
+
+    def __call__(self, compute: Compute, **factors: float) -> Tensor:
+        return compute(self.values, self.rewards, self.response, self.documents, **factors)
+
+
+def packed(documents: list[Document]) -> Rows:
+    """One row with all of them."""
+    response = [is_response for document in documents for is_response in document.response]
+    rewards = [document.reward * is_response for document in documents for is_response in document.response]
+    values = [value for document in documents for value in document.values]
+    numbers = [number for number, document in enumerate(documents) for _ in document.values]
+    return Rows(torch.tensor([values]), torch.tensor([rewards]), torch.tensor([response]), torch.tensor([numbers]))
+
+
+def apart(documents: list[Document], padding: int = 0, filler: float = 7.0) -> Rows:
+    """A row for each, padded."""
+    length = max(len(document.values) for document in documents) + padding
+    values = torch.full((len(documents), length), filler)
+    response = torch.zeros(len(documents), length, dtype=torch.bool)
+    for row, document in enumerate(documents):
+        values[row, : len(document.values)] = torch.tensor(document.values)
+        response[row, : len(document.values)] = torch.tensor(document.response)
+    return Rows(values, rewards_at(torch.tensor([document.reward for document in documents]), response), response)
+
+
+@st.composite
+def document(draw: st.DrawFn, min_prompt: int = 0) -> Document:
+    num_prompt, num_response = draw(st.integers(min_prompt, 3)), draw(st.integers(1, 5))
+    length = num_prompt + num_response + draw(st.integers(0, 2))
+    numbers = st.floats(-2, 2, width=16)
+    return Document(num_prompt, num_response, draw(st.lists(numbers, min_size=length, max_size=length)), draw(numbers))
+
+
+examples = settings(deadline=None)  # the first example waits for what torch imports late
+several = st.lists(document(), min_size=1, max_size=4)
+ratio = st.floats(0, 1, width=16)
+
+TWO = [Document(2, 3, [9.0, 0.5, 1.0, 0.5, 7.0, 9.0], 1.0), Document(0, 2, [0.25, -3.0, 0.0], -1.0)]
+"""Two documents in which everything that must not matter is far from zero; for the naive versions."""
+FACTORS = {"discount": 0.5, "trace_decay": 0.5}
+
+
+def bootstrapping(compute: Compute) -> Compute:
+    """Naive: lets the value after the last token count, as if the response went on."""
+
+    def naive(
+        values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
+    ) -> Tensor:
+        rewards = rewards + rest["discount"] * values
+        return compute(values, rewards, response, documents, **rest)
+
+    return naive
+
+
+def leaking(compute: Compute) -> Compute:
+    """Naive: takes a row for one document."""
+
+    def naive(
+        values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
+    ) -> Tensor:
+        return compute(values, rewards, response, None, **rest)
+
+    return naive
+
+
+def unmasked(compute: Compute) -> Compute:
+    """Naive: takes padding for response."""
+
+    def naive(
+        values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
+    ) -> Tensor:
+        to_the_end = response.cumsum(dim=1) > 0
+        return compute(values, rewards_at(rewards.sum(dim=1), to_the_end), to_the_end, documents, **rest)
+
+    return naive
+
+
+def of_definition(document: Document, discount: float, trace_decay: float) -> tuple[list[float], list[float]]:
+    """A as the sum over l, and G as the forward view of n-step returns, for a document with a prompt."""
+    a, b = document.num_prompt, document.num_prompt + document.num_response - 1
+    value = document.values
+
+    def n_step(i: int, n: int) -> float:
+        """The discounted rewards of tokens i … i+n−1, then the value of the state there unless it is the end."""
+        if i + n - 1 >= b:
+            return discount ** (b - i) * document.reward
+        return discount**n * value[i + n - 1]
+
+    errors = {
+        i: (document.reward if i == b else discount * value[i]) - value[i - 1] for i in range(a, b + 1)
+    }  # fmt: skip
+    sums = [sum((discount * trace_decay) ** (j - i) * errors[j] for j in range(i, b + 1)) for i in range(a, b + 1)]
+    returns = [
+        (1 - trace_decay) * sum(trace_decay ** (n - 1) * n_step(i, n) for n in range(1, b - i + 1))
+        + trace_decay ** (b - i) * n_step(i, b - i + 1)
+        for i in range(a, b + 1)
+    ]
+    return sums, returns
+
+
+def test_a_response_of_three_tokens_by_hand() -> None:
+    rows = apart(TWO[:1])  # a = 2, b = 4, R = 1; V_1 … V_4 = 0.5, 1, 0.5, 7
+    assert rows.rewards.tolist() == [[0, 0, 1, 1, 1, 0]]
+    # δ_2 = 0.5·1 − 0.5, δ_3 = 0.5·0.5 − 1, δ_4 = 1 − 0.5
+    assert rows(td_errors, discount=0.5).tolist() == [[0, 0, 0.0, -0.75, 0.5, 0]]
+    # A_4 = 0.5, A_3 = −0.75 + 0.25·0.5, A_2 = 0 + 0.25·−0.625
+    assert rows(advantages, **FACTORS).tolist() == [[0, 0, -0.15625, -0.625, 0.5, 0]]
+    # G of state 1 = A_2 + 0.5, of 2 = A_3 + 1, of 3 = A_4 + 0.5, of 4 = R
+    assert rows(lambda_returns, **FACTORS).tolist() == [[0, 0.34375, 0.375, 1.0, 1.0, 0]]
+    assert rows(bootstrapping(td_errors), discount=0.5).tolist() != [[0, 0, 0.0, -0.75, 0.5, 0]]
+
+
+def test_which_positions_belong_to_a_response() -> None:
+    rows = packed(TWO)
+    assert rows.response.int().tolist() == [[0, 0, 1, 1, 1, 0, 1, 1, 0]]
+    assert last_of_response(rows.response, rows.documents).int().tolist() == [[0, 0, 0, 0, 1, 0, 0, 1, 0]]
+    assert value_positions(rows.response, rows.documents).int().tolist() == [[0, 1, 1, 1, 1, 0, 1, 1, 0]]
+    assert value_positions(rows.response).int().tolist() == [[0, 1, 1, 1, 1, 1, 1, 1, 0]]  # the neighbour's last token
+
+
+def test_of_two_responses_that_touch_each_has_its_last_token() -> None:
+    response, documents = torch.tensor([[True, True, True]]), torch.tensor([[3, 3, 4]])
+    assert last_of_response(response, documents).int().tolist() == [[0, 1, 1]]
+    assert last_of_response(response).int().tolist() == [[0, 0, 1]]
+
+
+def public_advantages(
+    documents: list[Document], discount: float, trace_decay: float, *, ends: bool = True, separate: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and G of every response token in turn, by stable-baselines3: a response is an episode, a token a step."""
+    num_steps = sum(document.num_response for document in documents)
+    box = spaces.Box(0, 1, (1,))
+    buffer = RolloutBuffer(num_steps, box, box, "cpu", gae_lambda=trace_decay, gamma=discount)
+    step = 0
+    for document in documents:
+        a, b = document.num_prompt, document.num_prompt + document.num_response - 1
+        buffer.episode_starts[step] = separate
+        for i in range(a, b + 1):
+            buffer.values[step] = document.values[i - 1] if i else 0.0
+            buffer.rewards[step] = document.reward if i == b else 0.0
+            step += 1
+    buffer.compute_returns_and_advantage(torch.tensor(documents[-1].values[b]), np.array([ends]))
+    return buffer.advantages[:, 0], buffer.returns[:, 0]
+
+
+@examples
+@given(several, ratio, ratio)
+def test_advantages_and_returns_are_those_of_stable_baselines3(
+    documents: list[Document], discount: float, trace_decay: float
+) -> None:
+    rows = packed(documents)
+    expected, expected_returns = public_advantages(documents, discount, trace_decay)
+    factors = {"discount": discount, "trace_decay": trace_decay}
+    got = rows(advantages, **factors)
+    torch.testing.assert_close(got[rows.response], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    assert not got[~rows.response].any()
+
+    states = rows(lambda_returns, **factors).roll(1, dims=1)  # the state before a token stands one position earlier
+    for number, document in enumerate(documents):
+        of_document = rows.response & (rows.documents == number)
+        first = 0 if document.num_prompt else 1  # without a prompt, no state stands before the first token
+        wanted = torch.tensor(expected_returns[: document.num_response][first:])
+        torch.testing.assert_close(states[of_document][first:], wanted, atol=1e-5, rtol=1e-5)
+        expected_returns = expected_returns[document.num_response :]
+
+
+@pytest.mark.parametrize("wrong", [{"ends": False}, {"separate": False}], ids=["goes on past the end", "one episode"])
+def test_stable_baselines3_tells_a_wrong_end_apart(wrong: dict[str, bool]) -> None:
+    rows = packed(TWO)
+    got = rows(advantages, **FACTORS)[rows.response]
+    assert torch.allclose(got, torch.tensor(public_advantages(TWO, 0.5, 0.5)[0]))
+    assert not torch.allclose(got, torch.tensor(public_advantages(TWO, 0.5, 0.5, **wrong)[0]))
+
+
+@examples
+@given(document(min_prompt=1), ratio, ratio)
+def test_advantages_and_returns_are_those_of_the_definition(
+    document: Document, discount: float, trace_decay: float
+) -> None:
+    rows, factors = apart([document]), {"discount": discount, "trace_decay": trace_decay}
+    expected, expected_returns = of_definition(document, discount, trace_decay)
+    torch.testing.assert_close(rows(advantages, **factors)[rows.response], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    got_returns = rows(lambda_returns, **factors)[value_positions(rows.response)]
+    wanted = torch.tensor([*expected_returns, document.reward])
+    torch.testing.assert_close(got_returns, wanted, atol=1e-5, rtol=1e-5)
+
+
+COMPUTES = [advantages, lambda_returns]
+
+
+def ignores_padding(compute: Compute, documents: list[Document], padding: int, **factors: float) -> bool:
+    bare = apart(documents)
+    length = bare.values.shape[1]
+    return all(
+        torch.equal(padded(compute, **factors)[:, :length], bare(compute, **factors))
+        and not padded(compute, **factors)[:, length:].any()
+        for padded in (apart(documents, padding), apart(documents, padding, filler=math.nan))
+    )
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@examples
+@given(documents=several, padding=st.integers(1, 4), discount=ratio, trace_decay=ratio)
+def test_padding_changes_nothing(
+    compute: Compute, documents: list[Document], padding: int, discount: float, trace_decay: float
+) -> None:
+    assert ignores_padding(compute, documents, padding, discount=discount, trace_decay=trace_decay)
+
+
+def is_same_packed(compute: Compute, documents: list[Document], **factors: float) -> bool:
+    together, alone = packed(documents)(compute, **factors)[0], apart(documents)(compute, **factors)
+    pieces = together.split([len(document.values) for document in documents])
+    return all(torch.equal(piece, row[: len(piece)]) for piece, row in zip(pieces, alone, strict=True))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@examples
+@given(documents=several, discount=ratio, trace_decay=ratio)
+def test_documents_of_one_row_know_nothing_of_each_other(
+    compute: Compute, documents: list[Document], discount: float, trace_decay: float
+) -> None:
+    assert is_same_packed(compute, documents, discount=discount, trace_decay=trace_decay)
+
+
+def depends_only_on_states_before_tokens(compute: Compute, documents: list[Document], **factors: float) -> bool:
+    """Whether values at b, after it and in the prompt before a−1 leave the result alone, as do their gradients."""
+    rows = packed(documents)
+    before_a_token = value_positions(rows.response, rows.documents) & ~last_of_response(rows.response, rows.documents)
+    before = rows(compute, **factors)
+    rows.values = rows.values.where(before_a_token, 100.0).requires_grad_()
+    after = rows(compute, **factors)
+    (gradient,) = torch.autograd.grad(after.square().sum() + after.sum(), rows.values)
+    return torch.equal(before, after) and not gradient[~before_a_token].any()
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@examples
+@given(documents=several, discount=ratio, trace_decay=ratio)
+def test_values_of_states_before_no_token_do_not_matter(
+    compute: Compute, documents: list[Document], discount: float, trace_decay: float
+) -> None:
+    assert depends_only_on_states_before_tokens(compute, documents, discount=discount, trace_decay=trace_decay)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_the_three_properties_tell_naive_versions_apart(compute: Compute) -> None:
+    assert not ignores_padding(unmasked(compute), TWO[:1], 2, **FACTORS)
+    assert not is_same_packed(leaking(compute), TWO, **FACTORS)
+    assert not depends_only_on_states_before_tokens(bootstrapping(compute), TWO, **FACTORS)
+
+
+@examples
+@given(several, ratio)
+def test_without_a_trace_advantages_are_td_errors(documents: list[Document], discount: float) -> None:
+    rows = packed(documents)
+    assert torch.equal(rows(advantages, discount=discount, trace_decay=0.0), rows(td_errors, discount=discount))
+
+
+def is_what_the_value_missed(compute: Compute, documents: list[Document], **factors: float) -> bool:
+    rows = apart(documents)
+    missed = rows.rewards - nn.functional.pad(rows.values, (1, -1))
+    return torch.allclose(rows(compute, **factors), missed.where(rows.response, 0.0), atol=1e-5)
+
+
+@examples
+@given(several)
+def test_with_a_full_trace_and_no_discount_the_advantage_is_what_the_value_missed(documents: list[Document]) -> None:
+    assert is_what_the_value_missed(advantages, documents, discount=1.0, trace_decay=1.0)
+
+
+@examples
+@given(document(min_prompt=1))
+def test_a_value_that_knows_the_reward_leaves_no_error(document: Document) -> None:
+    document.values = [document.reward] * len(document.values)
+    rows = apart([document])
+    assert not rows(td_errors, discount=1.0).any()
+    if document.reward:
+        assert rows(bootstrapping(td_errors), discount=1.0).any()
+        assert rows(td_errors, discount=0.5)[rows.response][:-1].all()
+
+
+def test_the_special_cases_tell_other_settings_apart() -> None:
+    rows = packed(TWO)
+    assert not torch.equal(rows(advantages, **FACTORS), rows(td_errors, discount=0.5))
+    assert not is_what_the_value_missed(advantages, TWO, discount=1.0, trace_decay=0.9)
+    assert not is_what_the_value_missed(bootstrapping(advantages), TWO, discount=1.0, trace_decay=1.0)
+
+
+@examples
+@given(several, ratio, ratio)
+def test_targets_stand_where_values_are_learned(documents: list[Document], discount: float, trace_decay: float) -> None:
+    rows, factors = packed(documents), {"discount": discount, "trace_decay": trace_decay}
+    rows.values.requires_grad_()
+    learned = value_positions(rows.response, rows.documents)
+    rewards = torch.tensor([document.reward for document in documents])
+
+    plain = rows(value_targets, kind="reward", **factors)
+    assert torch.equal(plain, rewards[rows.documents].where(learned, 0.0))
+    returns = rows(value_targets, kind="lambda_return", **factors)
+    assert torch.equal(returns, rows(lambda_returns, **factors))
+    assert not returns[~learned].any()
+    assert not plain.requires_grad and not returns.requires_grad and rows(lambda_returns, **factors).requires_grad
+
+
+def moments(numbers: Tensor) -> tuple[float, float]:
+    return float(numbers.mean()), float(numbers.square().mean())
+
+
+def test_explained_variance_is_that_of_stable_baselines3() -> None:
+    torch.manual_seed(0)
+    target = torch.rand(500).round() * 3 + 1
+    for value in (target + 0.3, target + torch.randn(500), torch.randn(500) - 2, torch.zeros(500)):
+        error = target - value
+        got = explained_variance(*moments(target), *moments(error))
+        assert got == pytest.approx(utils.explained_variance(value.numpy(), target.numpy()), abs=1e-4)
+    shifted = target + 0.3
+    determination = 1 - (target - shifted).square().mean() / target.var(correction=0)
+    assert explained_variance(*moments(target), *moments(target - shifted)) == pytest.approx(1.0, abs=1e-4)
+    assert determination < 0.99  # a constant error explains no less, though it is an error
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7])
+def test_targets_that_do_not_vary_are_explained_by_nothing(reward: float) -> None:
+    target, value = torch.full((1000,), reward), torch.linspace(0, 1, 1000)
+    assert explained_variance(*moments(target), *moments(target - value)) == 0.0
+
+
+def test_rounding_alone_would_look_like_variance() -> None:
+    mean, mean_of_squares = moments(torch.full((1000,), 0.7))
+    assert mean_of_squares != mean * mean
+
+
+def naive_ranking(scores: list[float], tasks: list[int], is_correct: list[bool]) -> tuple[float, int]:
+    losses = [
+        math.log1p(math.exp(-(scores[right] - scores[wrong])))
+        for right in range(len(scores))
+        for wrong in range(len(scores))
+        if tasks[right] == tasks[wrong] and is_correct[right] and not is_correct[wrong]
+    ]
+    return sum(losses), len(losses)
+
+
+@examples
+@given(st.lists(st.tuples(st.floats(-5, 5, width=16), st.integers(0, 2), st.booleans()), min_size=1, max_size=8))
+def test_ranking_compares_correct_with_incorrect_samples_of_a_task(samples: list[tuple[float, int, bool]]) -> None:
+    scores, tasks, is_correct = ([*column] for column in zip(*samples, strict=True))
+    total, count = ranking_loss(torch.tensor(scores), torch.tensor(tasks), torch.tensor(is_correct))
+    expected_total, expected_count = naive_ranking(scores, tasks, is_correct)
+    assert total.item() == pytest.approx(expected_total, rel=1e-5, abs=1e-6)
+    assert count.item() == expected_count
+
+
+def test_ranking_by_hand() -> None:
+    scores, tasks = torch.tensor([2.0, 2.0, 0.0], requires_grad=True), torch.tensor([4, 4, 5])
+    total, count = ranking_loss(scores, tasks, torch.tensor([True, False, False]))
+    assert (total.item(), count.item()) == (pytest.approx(math.log(2)), 1)
+    (gradient,) = torch.autograd.grad(total, scores)
+    assert gradient.tolist() == [-0.5, 0.5, 0.0]  # the correct one up, the incorrect one down, the other task alone
+    across, _ = ranking_loss(scores, torch.zeros_like(tasks), torch.tensor([True, False, False]))
+    assert torch.autograd.grad(across, scores)[0][2] != 0
+
+
+def test_nothing_to_rank_is_zero() -> None:
+    scores = torch.tensor([300.0, -300.0], requires_grad=True)
+    total, count = ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([True, False]))
+    assert (total.item(), count.item()) == (0.0, 0)
+    assert torch.autograd.grad(total, scores)[0].tolist() == [0.0, 0.0]

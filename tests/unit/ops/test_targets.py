@@ -1,0 +1,61 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wmtp.data.collate import IGNORED
+from wmtp.ops.targets import head_shares, spread, targets
+
+
+def naive_targets(labels: list[int], documents: list[int], num_heads: int) -> list[list[int]]:
+    """Design's definition of valid(t, k), read aloud."""
+    length = len(labels)
+    return [
+        [
+            labels[t + k] if t + k < length and documents[t] == documents[t + k] else IGNORED
+            for t in range(length)
+        ]
+        for k in range(1, num_heads + 1)
+    ]  # fmt: skip
+
+
+def test_head_k_predicts_the_token_k_ahead() -> None:
+    labels = torch.tensor([[IGNORED, 11, 12, 13]])
+    assert targets(labels, 3).tolist() == [
+        [[11, 12, 13, IGNORED]],
+        [[12, 13, IGNORED, IGNORED]],
+        [[13, IGNORED, IGNORED, IGNORED]],
+    ]
+
+
+def test_no_target_lies_in_another_document() -> None:
+    labels, documents = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 0, 1, 1]])
+    assert targets(labels, 2, documents).tolist() == [
+        [[2, IGNORED, 4, IGNORED]],
+        [[IGNORED, IGNORED, IGNORED, IGNORED]],
+    ]
+    assert targets(labels, 2).tolist() != targets(labels, 2, documents).tolist()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([IGNORED, 5, 6, 7]), st.integers(0, 2)), min_size=1, max_size=8),
+    st.integers(1, 10),
+)
+def test_targets_are_those_of_the_definition(tokens: list[tuple[int, int]], num_heads: int) -> None:
+    labels, documents = [label for label, _ in tokens], [document for _, document in tokens]
+    got = targets(torch.tensor([labels]), num_heads, torch.tensor([documents]))[:, 0].tolist()
+    assert got == naive_targets(labels, documents, num_heads)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 8))
+def test_weights_travel_with_their_labels(values: list[int], num_heads: int) -> None:
+    labels, weights = torch.tensor([values]), torch.tensor([values]).float() / 10
+    spread_labels, spread_weights = spread(labels, num_heads, IGNORED), spread(weights, num_heads, 0.0)
+    valid = spread_labels != IGNORED
+    assert torch.equal(spread_labels[valid] / 10, spread_weights[valid])
+
+
+def test_each_position_counts_once_whatever_the_number_of_its_heads() -> None:
+    valid = torch.tensor([[True, True, False], [True, False, False]])[:, None]
+    shares = head_shares(valid)
+    assert shares.tolist() == [[[0.5, 1.0, 0.0]], [[0.5, 0.0, 0.0]]]
+    assert shares.sum() == valid.any(dim=0).sum()

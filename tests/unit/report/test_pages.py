@@ -1,0 +1,417 @@
+"""The pages of runs and comparisons: what they say, and in a browser that nothing of them is broken or hard to read."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.support.browser import LEAST_CONTRAST, SIZES, browser, faults  # noqa: F401
+from tests.support.fake_runs import fake_run, write_json, write_lines
+from tests.support.pages import HOSTILE, TOKENS, example_comparison, rich_run, tokens
+from wmtp.report.comparison_plots import curves_drawings
+from wmtp.report.comparison_report import in_words, write_comparison_page
+from wmtp.report.plots import MOST_POINTS, look, thinned
+from wmtp.report.results import Comparison, Lost
+from wmtp.report.run_plots import update_drawing
+from wmtp.report.run_record import RunRecord
+from wmtp.report.run_report import write_run_page
+from wmtp.report.token_heatmap import MEASURES, TEXT
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+SWITCHES = tuple(f"#by-{measure.name}" for measure in MEASURES)
+in_browser = pytest.mark.xdist_group("browser")
+
+
+class Tags(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run_page(rich_run(tmp_path_factory.mktemp("run") / "run"))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return example_comparison(tmp_path_factory.mktemp("compared"))
+
+
+@pytest.fixture(scope="module")
+def comparison_page(comparison: Comparison) -> Path:
+    path = comparison.groups["critic"][0].folder.parents[1] / "compare.html"
+    write_comparison_page(path, comparison)
+    return path
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_the_page_of_a_run_has_no_fault(browser: "Browser", run_page: Path, width: int, scheme: str) -> None:  # noqa: F811
+    assert faults(browser, run_page, width, scheme, choose=SWITCHES if width > 1_000 else ()) == []
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_the_page_of_a_comparison_has_no_fault(
+    browser: "Browser", comparison_page: Path, width: int, scheme: str  # noqa: F811
+) -> None:  # fmt: skip
+    assert faults(browser, comparison_page, width, scheme) == []
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        ("<script>console.warn('oh')</script>", "console: warning: oh"),
+        ("<script>throw Error('oh')</script>", "error: oh"),
+        ("<script>alert('oh')</script>", "dialog: oh"),
+        ("<img src='http://localhost:9/x.png' alt=''>", "request: http://localhost:9/x.png"),
+        ("<p style='width: 2000px'>wide</p>", "overflow: the page scrolls sideways"),
+        ("<p style='position: absolute; left: 1270px; width: 20px; overflow: hidden'>x</p>", "overflow: p"),
+        ("<section>one</section><section style='margin-top: -2rem'>two</section>", 'overlap: section "one"'),
+        ("<p style='color: #999'>faint</p>", "contrast: 2.85"),
+        ("<figure><svg viewBox='0 0 100 100'><text x=0 y=50>one</text><text x=4 y=50>two</text></svg></figure>",
+         'overlap: text "one"'),
+        ("<figure><svg viewBox='0 0 100 100'><text x=95 y=50>one</text></svg></figure>", 'cut off: text "one"'),
+        ("<figure><svg viewBox='0 0 9000 99'><text x=0 y=50>one</text></svg></figure>", 'small text: text "one"'),
+    ],
+)  # fmt: skip
+def test_a_broken_page_is_found(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:  # noqa: F811
+    (tmp_path / "page.html").write_text(f"<!doctype html><body>{broken}</body>")
+    assert any(fault.startswith(found) for fault in faults(browser, tmp_path / "page.html", 1280, "light"))
+
+
+@in_browser
+@pytest.mark.slow
+def test_nothing_is_found_in_a_whole_page(browser: "Browser", tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "page.html").write_text("<!doctype html><body><p>whole</p></body>")
+    assert faults(browser, tmp_path / "page.html", 1280, "light") == []
+
+
+@in_browser
+@pytest.mark.slow
+def test_a_switch_colours_the_tokens_without_scripts(browser: "Browser", run_page: Path) -> None:  # noqa: F811
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(run_page.as_uri())
+    token = page.locator(".solution .decisive").first
+    colours = {}
+    for switch in SWITCHES:
+        page.check(switch)
+        colours[switch] = token.evaluate("each => getComputedStyle(each).backgroundColor")
+    assert len(set(colours.values())) == len(SWITCHES)
+    borders = [page.locator(f".solution .{name}").first.evaluate("each => getComputedStyle(each).borderBottomStyle")
+               for name in ("decisive", "noise")]  # fmt: skip
+    assert borders == ["solid", "dotted"]
+    solution = page.locator(".solution").first.evaluate("each => each.textContent")
+    assert solution == "".join(TOKENS[:-1]) + HOSTILE
+    page.close()
+
+
+@in_browser
+@pytest.mark.slow
+def test_on_paper_a_page_is_light_and_folded_out(browser: "Browser", run_page: Path) -> None:  # noqa: F811
+    page = browser.new_page(color_scheme="dark")
+    page.goto(run_page.as_uri())
+    look = """() => [
+        getComputedStyle(document.body).backgroundColor, document.querySelector('.printed pre').checkVisibility()
+    ]"""
+    on_screen = page.evaluate(look)
+    page.emulate_media(media="print", color_scheme="dark")
+    on_paper = page.evaluate(look)
+    assert on_screen == ["rgb(20, 23, 26)", False]
+    assert on_paper == ["rgb(255, 255, 255)", True]
+    page.close()
+
+
+def test_what_comes_from_a_run_is_text(run_page: Path, comparison_page: Path) -> None:
+    for page in (run_page, comparison_page):
+        tags = Tags(page)
+        assert "script" not in tags.names and "img" not in tags.names
+        assert HOSTILE in tags.text
+    run_page.with_name("unescaped.html").write_text(run_page.read_text() + HOSTILE)
+    assert "img" in Tags(run_page.with_name("unescaped.html")).names
+
+
+def test_a_page_needs_nothing_else(run_page: Path, comparison_page: Path) -> None:
+    for page in (run_page, comparison_page):
+        tags = Tags(page)
+        inside = [link for link in tags.links if link.startswith("#")]
+        assert {link.removeprefix("#") for link in inside} <= set(tags.ids)
+        others = {link for link in tags.links if link not in inside} - {"data:,"}
+        assert all((page.parent / link).exists() for link in others)
+        assert not re.search(r"url\((?!#)|@import|<\?xml|<!DOCTYPE svg|<metadata", page.read_text())
+        assert page.stat().st_size < 1_500_000
+
+
+def test_ids_are_used_once(run_page: Path, comparison_page: Path) -> None:
+    for page in (run_page, comparison_page):
+        ids = Tags(page).ids
+        assert len(ids) == len(set(ids))
+        clips = re.findall(r'id="([\w-]+)-(?:p\w+)"', page.read_text())
+        assert len(set(clips)) > 3, "the figures' clip paths are not told apart by the figures' names"
+
+
+def test_headings_are_in_order(run_page: Path, comparison_page: Path) -> None:
+    for page in (run_page, comparison_page):
+        levels = [int(name[1]) for name in Tags(page).names if re.fullmatch(r"h\d", name)]
+        assert levels.count(1) == 1 and levels[0] == 1
+        assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_every_part_of_a_run_is_told(run_page: Path) -> None:
+    text = Tags(run_page).text
+    for said in (
+        "Stopped early at update 400", "30 of the last 40 gradient norms", "stopped early at 400",
+        "the last 40 updates", "too large: above 3", "0.710", "algo.beta", "python -m wmtp.train algo=critic",
+        "best: 0.5498 at 400", "Crosses: not finite (1)", "8 of 16 pass", "8 more", "head 4",
+        "pass@4, difficulty 2",
+    ):  # fmt: skip
+        assert said in text, said
+    assert "train_head" not in text
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "FAILED", "KILLED", "FINISHED"])
+def test_a_run_with_little_has_a_page(tmp_path: Path, state: str) -> None:
+    run = fake_run(tmp_path / "run", state=state, tokens=False)
+    (run / "metrics.jsonl").unlink()
+    text = Tags(write_run_page(run)).text
+    assert state in text and "Nothing was measured yet." in text
+    assert ("There is no summary.json" in text) == (state != "FINISHED")
+
+
+def test_a_run_with_almost_nothing_has_a_page(tmp_path: Path) -> None:
+    write_json(tmp_path / "status.json", {"state": "FAILED", "error": "no <config>", "exit_code": 2})
+    text = Tags(write_run_page(tmp_path)).text
+    assert "no <config> (exit code 2)" in text
+
+
+def test_weights_that_are_all_one_are_said_to_be(tmp_path: Path, run_page: Path) -> None:
+    run = fake_run(tmp_path / "run", metrics={f"train/weight_{name}": [1.0, 1.0] for name in ("mean", "min", "max")})
+    write_json(run / "tokens.json", tokens(random.Random(0), weighted=False))
+    page = Tags(write_run_page(run))
+    assert "Every target has the weight 1." in page.text and "by-weight" not in page.ids and "by-value" not in page.ids
+    weighted = Tags(run_page)
+    assert "Every target has the weight 1." not in weighted.text and "by-weight" in weighted.ids
+
+
+def test_a_last_answer_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    run = rich_run(tmp_path / "run")
+    whole = Tags(write_run_page(run)).text
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 999, "task_id": "te')
+    assert Tags(write_run_page(run)).text == whole
+    (run / "samples.jsonl").write_text("torn\n" + (run / "samples.jsonl").read_text())
+    with pytest.raises(json.JSONDecodeError):
+        write_run_page(run)
+
+
+@pytest.mark.parametrize(("norm", "scale"), [(0.0, "linear"), (2.0, "log")])
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_zero_need_no_logarithm(tmp_path: Path, norm: float, scale: str) -> None:
+    run = fake_run(tmp_path / "run", metrics={"train/grad_norm": [0.0, norm], "train/lr": [0.1, 0.1]})
+    write_run_page(run)
+    drawing = update_drawing(RunRecord(run))
+    assert drawing is not None and drawing.figure.axes[0].get_yscale() == scale
+
+
+def test_the_config_is_told_by_what_differs(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    assert "what differs" not in Tags(write_run_page(run)).text
+    provenance = json.loads((run / "provenance.json").read_text())
+    write_json(run / "provenance.json", provenance | {"changed": {}})
+    assert "Every value is its default." in Tags(write_run_page(run)).text
+    write_json(run / "provenance.json", provenance | {"changed": {"seed": [None, 3]}})
+    assert "what differs" in Tags(write_run_page(run)).text
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    lines = [{"step": step, "train/loss": 1 / step, "train/grad_norm": 1 + step % 7} for step in range(1, 20_001)]
+    write_lines(run / "metrics.jsonl", lines)
+    assert write_run_page(run).stat().st_size < 300_000
+
+
+def test_a_thinned_curve_keeps_its_peaks() -> None:
+    values = np.sin(np.arange(50_000) / 700)
+    values[[11_111, 33_333]] = 9, -9
+    kept = thinned(values)
+    assert len(kept) <= MOST_POINTS + 2 and {0, 11_111, 33_333, 49_999} <= set(kept.tolist())
+    assert (np.diff(kept) > 0).all()
+    assert not {11_111, 33_333} & set(range(0, 50_000, 50)), "every n-th point would have kept them too"
+
+
+def test_the_scale_of_weights_is_even_about_one() -> None:
+    weights = MEASURES[0]
+    last = len(weights.colours) - 1
+    assert len(weights.edges) == last
+    for weight in (1.0, 1.05, 1.2, 1.5, 3.0, 5.0, 100.0):
+        assert weights.step(weight) + weights.step(1 / weight) == last
+    assert weights.step(1.0) == last / 2 and weights.step(0.0) == 0
+    assert weights.step(1.9) + weights.step(0.1) != last, "the scale is linear"
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+@pytest.mark.parametrize("paper", [0, 1], ids=["light", "dark"])
+def test_tokens_can_be_read_on_every_colour(measure: Any, paper: int) -> None:
+    contrasts = [contrast(TEXT[paper], colours[paper]) for colours in measure.colours]
+    assert min(contrasts) >= LEAST_CONTRAST
+    assert contrast((0x99, 0x99, 0x99), (255, 255, 255)) < LEAST_CONTRAST
+    one_sided = contrasts[len(contrasts) // 2 :] if measure.name == "weight" else contrasts
+    assert one_sided == sorted(one_sided, reverse=True), "more is not always darker, or lighter in the dark"
+
+
+@pytest.mark.parametrize("paper", [0, 1], ids=["light", "dark"])
+def test_more_can_be_told_from_less_without_colours(paper: int) -> None:
+    colours = [both[paper] for both in MEASURES[0].colours]
+    neutral = colours[len(colours) // 2]
+    less, more = (contrast(colour, neutral) for colour in (colours[0], colours[-1]))
+    assert more > 1.3 * less > 1.3
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """As WCAG 2 defines it."""
+
+    def luminance(colour: tuple[int, ...]) -> float:
+        parts = [part / 255 for part in colour]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_comparison_says_its_answer_in_words(comparison: Comparison, comparison_page: Path) -> None:
+    tags = Tags(comparison_page)
+    for metric in comparison.metrics:
+        for difference in metric.differences:
+            assert difference.label in tags.text and difference.verdict in tags.text
+    for difference in comparison.metrics[0].differences:
+        assert in_words(difference) in tags.text
+    for note in comparison.notes:
+        assert note in tags.text
+    assert "about 23 seeds" in tags.text and "9 : 3" in tags.text and "cannot give a p below 0.0625" in tags.text
+    runs = [run for members in comparison.groups.values() for run in members]
+    pages = {(comparison_page.parent / link).resolve() for link in tags.links if link.endswith("report.html")}
+    assert pages == {(run.folder / "report.html").resolve() for run in runs}
+
+
+def test_an_interval_beside_zero_does_not_contradict_the_verdict(comparison: Comparison) -> None:
+    shown, other = comparison.metrics[0].differences
+    beside = replace(other, low=0.001, high=0.01, mean=0.005)
+    assert "this group’s alone" in in_words(beside)
+    assert "this group’s alone" not in in_words(other) + in_words(shown)
+
+
+def test_what_few_seeds_say_is_no_verdict(comparison: Comparison) -> None:
+    alone = replace(comparison.metrics[0].differences[0], pairs={0: -0.1}, low=None, high=None, verdict="too few seeds")
+    assert "what differs may be chance" in in_words(alone)
+    assert in_words(replace(alone, pairs={})) == "No seed has a run in both groups."
+
+
+def test_failed_runs_are_said_and_what_they_do_to_the_verdict(tmp_path: Path, comparison: Comparison) -> None:
+    asked, *rest = comparison.metrics
+    said = " 2 of 5 runs failed. Those that are left may be the lucky ones"
+    lost = replace(asked.differences[0], verdict="runs failed", lost=Lost(2, 5))
+    groups = [asked.groups[0], replace(asked.groups[1], lost=Lost(2, 5)), *asked.groups[2:]]
+    failed = replace(asked, groups=groups, differences=[lost, *asked.differences[1:]])
+    write_comparison_page(tmp_path / "failed.html", replace(comparison, metrics=[failed, *rest]))
+    write_comparison_page(tmp_path / "whole.html", comparison)
+    for name, expected in (("failed.html", True), ("whole.html", False)):
+        text = Tags(tmp_path / name).text
+        assert (said in text) == ("without a value" in text) == expected
+    baseline = in_words(replace(lost, lost=Lost(0, 5), baseline_lost=Lost(1, 5)))
+    assert " 1 of 5 runs failed of the baseline." in baseline
+
+
+@pytest.mark.parametrize("parts", ["colour dash marker", "colour dash", "colour marker"])
+def test_twelve_groups_are_told_apart(parts: str) -> None:
+    looks = [tuple(str(getattr(look(number), part)) for part in parts.split()) for number in range(12)]
+    assert len(set(looks)) == 12
+    assert len({look(number).colour for number in range(12)}) < 12, "colours alone would do"
+
+
+@pytest.mark.parametrize(("num_groups", "with_runs"), [(4, True), (5, False)])
+def test_runs_are_drawn_beside_the_means_of_few_groups(tmp_path: Path, num_groups: int, with_runs: bool) -> None:
+    groups = {
+        f"g{group}": [RunRecord(fake_run(tmp_path / f"{group}-{seed}", seed=seed)) for seed in range(2)]
+        for group in range(num_groups)
+    }
+    drawing = curves_drawings(groups, "val/loss")[0]
+    assert len(drawing.figure.axes[0].lines) == num_groups * (3 if with_runs else 1)
+    assert ("thin: runs" in drawing.caption) == with_runs
+
+
+def test_what_differs_begins_with_what_the_labels_say(tmp_path: Path, comparison: Comparison) -> None:
+    more = {"algo._target_": "wmtp.algorithms", "pretrain.algo.name_of_it": "critic", "pretrain.algo@x": "critic"}
+    options: dict[str, dict[str, Any]] = {"baseline": {}, "critic, optimizer.lr=0.1": more | {"optimizer.lr": 0.1}}
+    groups = {
+        label: [RunRecord(fake_run(tmp_path / label, algo=label.split(",")[0], **options[label]))] for label in options
+    }
+    metrics = [replace(comparison.metrics[0], groups=comparison.metrics[0].groups[:2], differences=[])]
+    write_comparison_page(tmp_path / "page.html", replace(comparison, groups=groups, metrics=metrics, reach=[]))
+    page = (tmp_path / "page.html").read_text()
+    part = page[page.index('id="differs"') : page.index('id="runs"')]
+    shown, folded = part.split("<details", 1)
+    assert "open" not in folded.split(">")[0]
+    assert "optimizer.<wbr>lr" in shown and "pretrain" not in shown
+    assert "pretrain.<wbr>algo.<wbr>name_<wbr>of_<wbr>it" in folded
+    assert "_target_" not in part.replace("<wbr>", "") and "@" not in part
+
+
+def test_an_asked_metric_that_no_curve_has_is_said(tmp_path: Path, comparison: Comparison) -> None:
+    for metrics, expected in ((comparison.metrics, False), (comparison.metrics[::-1], True)):
+        write_comparison_page(tmp_path / "page.html", replace(comparison, metrics=metrics))
+        assert ("pass@1 is no loss that every" in Tags(tmp_path / "page.html").text) == expected
+
+
+def test_a_comparison_of_one_group_has_a_page(tmp_path: Path, comparison: Comparison) -> None:
+    alone = replace(comparison.metrics[0], groups=comparison.metrics[0].groups[:1], differences=[])
+    groups = {"baseline": comparison.groups["baseline"]}
+    write_comparison_page(tmp_path / "page.html", Comparison("baseline", [alone], groups, "val/loss", []))
+    assert "nothing to hold it against" in Tags(tmp_path / "page.html").text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("wmtp.report.run_record", ["matplotlib", "scipy", "torch"]),
+        (
+            "wmtp.report.run_report, wmtp.report.comparison_report",
+            ["hydra", "omegaconf", "torch", "mlflow", "matplotlib.pyplot"],
+        ),
+    ],
+)
+def test_reports_import_little(modules: str, absent: list[str]) -> None:
+    script = f"import {modules}, sys; print([name for name in {[*absent, 'json']} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['json']"

@@ -1,0 +1,391 @@
+"""A run's checkpoints and their copies in S3, in a network that fails."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.support.proxy import FaultyProxy
+from tests.support.runs_in_s3 import Make, RunInS3, step
+from tests.support.servers import ObjectStore
+from wmtp.checkpoint import store
+from wmtp.checkpoint.manifest import damage
+from wmtp.checkpoint.store import CheckpointStore
+from wmtp.config.schema import Fault, build, node_faults
+from wmtp.errors import PendingError
+from wmtp.runtime.locks import one_at_a_time
+from wmtp.s3.client import S3Folder
+from wmtp.s3.layout import is_uploaded, pending
+from wmtp.s3.uploader import LOCK, Mirror
+
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("servers"),
+    pytest.mark.usefixtures("keys"),
+]
+MEGABYTE = 250_000
+"""Numbers that take one."""
+
+
+@pytest.fixture
+def make(object_store: ObjectStore, tmp_path: Path) -> Make:
+    def run(**options: Any) -> RunInS3:
+        return RunInS3(tmp_path / "run", f"s3://{object_store.bucket}/runs/2026-11-21/one", **options)
+
+    return run
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_the_newest_and_the_best_of_both_stages_lie_there(make: Make) -> None:
+    run = make()
+    for number in (1, 2):
+        run.save(number, stage="pretrain", best=1.0 if number == 1 else None)
+    (run.folder / "pretrain" / "result.json").write_text(json.dumps({"saved": f"pretrain/checkpoints/{step(1)}"}))
+    mirror = run.mirror()
+    for number in range(1, 8):
+        path = run.save(number, best=0.5 if number == 2 else None)
+        wait_until(lambda path=path: is_uploaded(path, run.url))
+    for name in ("summary.json", "train.log", "status.json", "evaluations"):
+        (run.folder / name).write_text("{}")
+    mirror.close("FINISHED")
+    run.store.prune()
+    assert run.there() == run.here() == [step(2), step(6), step(7)]
+    assert run.there("pretrain/") == [step(1), step(2)]
+    kept = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
+    absent = {key for key in kept if key.endswith((".lock", "uploaded.json")) or key in ("status.json", "evaluations")}
+    assert {key for key, _ in run.remote.listed()} == kept - absent
+    for key in kept - absent:
+        assert run.remote.get(key) == (run.folder / key).read_bytes(), key
+    assert mirror.report.startswith("9 checkpoints and ") and mirror.report.endswith(f"sent to {run.url}")
+
+
+def test_an_unchanged_run_is_not_sent_again(make: Make, proxy: FaultyProxy) -> None:
+    run = make(endpoint_url=proxy.url)
+    run.save(1, best=0.5)
+    run.mirrored()
+    (run.folder / "checkpoints" / step(1) / "uploaded.json").unlink()  # the process was killed just before it
+    before = proxy.requests["PUT"]
+    again = run.mirrored()
+    assert again.uploaded == [] and proxy.requests["PUT"] == before
+    assert again.report == f"{run.url}: nothing was missing"
+    assert pending(run.folder, run.url, 2) == [] and pending(run.folder, run.url + "-b", 2) != []
+
+
+def test_whoever_sees_a_manifest_sees_all_that_belongs_to_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make()
+    problems: list[str] = []
+    original = S3Folder.put_bytes
+
+    def seen(self: S3Folder, data: bytes, key: str, *rest: Any) -> None:
+        original(self, data, key, *rest)
+        if key.endswith("/manifest.json"):
+            keys = {key for key, _ in self.listed()}
+            folder = key.rpartition("/")[0]
+            wanted = {f"{folder}/{name}" for name in json.loads(data)["files"]} | {"config.yaml", "run.json"}
+            last = json.loads((self.get("metrics.jsonl") or b"").splitlines()[-1])["step"]
+            problems.extend([*(wanted - keys), *(["metrics"] if last < int(folder[-8:]) else [])])
+
+    monkeypatch.setattr(S3Folder, "put_bytes", seen)
+    mirror = run.mirror()
+    for number in range(1, 5):
+        path = run.save(number)
+        wait_until(lambda path=path: is_uploaded(path, run.url))
+    mirror.close("FINISHED")
+    assert problems == [] and len(mirror.uploaded) == 4
+
+
+def test_errors_drops_and_a_stall_do_not_keep_a_checkpoint(make: Make, proxy: FaultyProxy) -> None:
+    run = make(endpoint_url=proxy.url)
+    proxy.answer(503, 5), proxy.drop(2), proxy.stall(8.0)
+    path = run.save(1, numbers=5 * MEGABYTE)
+    began = time.monotonic()
+    mirror = run.mirror(stall_seconds=30.0, close_seconds=60.0)
+    mirror.log(1, 0, {})
+    assert time.monotonic() - began < 1, "training does not wait"
+    mirror.close("FINISHED")
+    assert time.monotonic() - began < 60 and is_uploaded(path, run.url)
+    assert (proxy.done["answer"], proxy.done["drop"], proxy.done["stall"]) == (5, 2, 1)
+
+
+def test_a_dead_store_loses_nothing(make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(endpoint_url=proxy.url)
+    monkeypatch.chdir(run.folder.parent)
+    proxy.dead = True
+    mirror, began = run.mirror(stall_seconds=1.0), time.monotonic()
+    for number in range(1, 6):
+        run.save(number, best=0.5 if number == 2 else None)
+    assert time.monotonic() - began < 5, "saving does not wait"
+    with pytest.raises(PendingError) as raised:
+        mirror.close("FINISHED")
+    said = str(raised.value)
+    assert said.startswith(f"0 of 3 checkpoints uploaded to {run.url} at {proxy.url}, the rest lies in run: ")
+    assert "`python -m wmtp.sync run`" in said and "\n" not in said
+    run.store.prune()
+    assert run.here() == [step(number) for number in range(1, 6)]
+    proxy.dead = False
+    again = run.mirrored()  # while the first one's thread gives up
+    assert len(again.uploaded) == 3 and run.there() == [step(2), step(4), step(5)]
+    run.store.prune()
+    assert run.here() == [step(2), step(4), step(5)]
+
+
+def test_control_a_plain_store_does_not_wait_for_the_upload(make: Make, proxy: FaultyProxy) -> None:
+    run = make(endpoint_url=proxy.url)
+    proxy.dead = True
+    run.store = CheckpointStore(run.folder, run.store.processes, keep_last=2)  # type: ignore[assignment]
+    for number in range(1, 6):
+        run.save(number)
+    assert run.here() == [step(4), step(5)]
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "KILLED"])
+def test_the_end_waits_for_no_longer_than_was_said(make: Make, proxy: FaultyProxy, state: str) -> None:
+    run = make(endpoint_url=proxy.url)
+    run.save(1)
+    proxy.delay = 1.0
+    began = time.monotonic()
+    out = StringIO()
+    mirror = run.mirror(close_seconds=2.0, console=Console(file=out))
+    with pytest.raises(PendingError, match=r"0 of 1 checkpoints uploaded .* they were not waited for any longer"):
+        mirror.close(state)
+    assert time.monotonic() - began < 4
+    assert "uploading to" in out.getvalue() and "done" not in out.getvalue()
+    proxy.delay = 0.0
+    run.mirrored(is_training=False, close_seconds=0.001)
+    assert run.there() == [step(1)], "without a training, the end waits as long as it takes"
+
+
+def test_a_slow_store_loses_none_that_is_wanted(make: Make, proxy: FaultyProxy) -> None:
+    run = make(endpoint_url=proxy.url)
+    proxy.delay = 0.05
+    mirror = run.mirror()
+    for number in range(1, 7):
+        run.save(number, best=0.5 if number == 3 else None)
+        time.sleep(0.05)
+    mirror.close("FINISHED")
+    run.store.prune()
+    assert run.there() == run.here() == [step(3), step(5), step(6)]
+
+
+def test_three_remain_though_uploads_are_slow_and_a_removal_fails(
+    make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(endpoint_url=proxy.url)
+    original = shutil.rmtree
+    lost: list[str] = []
+
+    def stubborn(path: Path, *arguments: Any, **options: Any) -> None:
+        if step(3) in str(path) and not lost:
+            lost.append(str(path))
+            raise OSError(16, "Device or resource busy")
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    proxy.delay = 0.02
+    proxy.answer(500, 3, ("POST",))  # all that boto3 tries of the first removal there
+    mirror = run.mirror()
+    for number in range(1, 8):
+        path = run.save(number, best=0.5 if number == 2 else None)
+        assert run.here()[-1] == step(number)
+        assert run.store.best() is None or (run.store.best() or path).name == step(2)
+        waiting = set(pending(run.folder, run.url, 2))
+        assert all(path.exists() for path in waiting), "what waits for its upload stays"
+        if number % 2:
+            wait_until(lambda: not pending(run.folder, run.url, 2))
+    mirror.close("FINISHED")
+    run.store.prune()
+    assert run.here() == run.there() == [step(2), step(6), step(7)] and not run.partial()
+    assert not list(run.store.folder.glob(".removed-*"))
+    assert "superseded checkpoints cannot be deleted yet" in caplog.text
+    assert "tried again after the next save" in caplog.text
+
+
+def test_a_checkpoint_that_waits_goes_when_the_disk_is_nearly_full(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make()
+    for number in range(1, 5):
+        run.save(number, best=0.5 if number == 1 else None)
+    assert run.here() == [step(number) for number in range(1, 5)]
+    usage = shutil.disk_usage(run.folder)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=9000))  # 2 × 5 kB are needed
+    run.save(5)
+    assert run.here() == [step(number) for number in (1, 3, 4, 5)] and "the disk is nearly full" in caplog.text
+    monkeypatch.undo()
+
+
+def test_a_checkpoint_that_is_damaged_here_is_not_sent(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    run = make(keep_last=1)
+    run.save(1)
+    bad = run.save(2)
+    content = bytearray((bad / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (bad / "model.safetensors").write_bytes(content)
+    run.mirrored()
+    assert run.there() == [step(1)] and not run.partial()
+    assert f"{bad} is damaged and is not uploaded" in caplog.text and not is_uploaded(bad, run.url)
+
+
+def test_checkpoints_may_come_and_go_while_they_are_sent(make: Make, proxy: FaultyProxy) -> None:
+    run = make(endpoint_url=proxy.url, keep_last=1)
+    proxy.delay = 0.01
+    mirror = run.mirror()
+    for number in range(60):
+        path = run.save(1 + number % 3)
+        if number % 7 == 3:
+            shutil.rmtree(path, ignore_errors=True)
+    last = run.save(9)
+    mirror.close("FINISHED")
+    assert run.there() == [step(9)] and is_uploaded(last, run.url) and not run.partial()
+
+
+def test_a_new_checkpoint_of_the_same_step_takes_the_place_of_the_old_one(make: Make) -> None:
+    run = make()
+    run.save(1)
+    run.mirrored()
+    shutil.rmtree(run.folder / "checkpoints")
+    path = run.save(1, numbers=2000)
+    run.mirrored()
+    for name in ("manifest.json", *json.loads((path / "manifest.json").read_text())["files"]):
+        assert run.remote.get(f"checkpoints/{step(1)}/{name}") == (path / name).read_bytes()
+
+
+def test_what_was_sent_in_part_is_not_seen_and_goes(make: Make) -> None:
+    run = make()
+    run.remote.put_bytes(b"half", f"checkpoints/{step(1)}/model.safetensors")
+    run.save(2)
+    run.mirrored()
+    assert run.there() == [step(2)] and not run.partial()
+
+
+def test_a_flipped_byte_is_sent_again(make: Make, proxy: FaultyProxy, tmp_path: Path) -> None:
+    run = make(endpoint_url=proxy.url, checksums="when_required")
+    proxy.flip(1)
+    path = run.save(1, numbers=MEGABYTE)
+    run.mirrored()
+    assert proxy.done["flip"] == 1
+    for name in json.loads((path / "manifest.json").read_text())["files"]:
+        (tmp_path / name).write_bytes(run.remote.get(f"checkpoints/{step(1)}/{name}") or b"")
+    shutil.copy(path / "manifest.json", tmp_path)
+    assert damage(tmp_path) is None
+
+
+SENDER = """
+import sys
+from pathlib import Path
+from wmtp.s3.uploader import Mirror
+from wmtp.s3.client import S3Folder
+Mirror(Path(sys.argv[1]), S3Folder(sys.argv[2]), keep_last=2, stall_seconds=30, close_seconds=60).close("FINISHED")
+"""
+
+
+def test_a_process_killed_while_it_sends_leaves_nothing_that_is_seen(
+    make: Make, proxy: FaultyProxy, object_store: ObjectStore
+) -> None:
+    run = make()
+    run.save(1)
+    run.mirrored()
+    latest = run.save(2, numbers=10 * MEGABYTE)
+    proxy.delay = 0.2
+    process = subprocess.Popen(
+        [sys.executable, "-c", SENDER, str(run.folder), run.url], env=os.environ | object_store.environment(proxy.url)
+    )
+    try:
+        client = object_store.client()
+        wait_until(lambda: "Uploads" in client.list_multipart_uploads(Bucket=object_store.bucket), 60)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "Uploads" in client.list_multipart_uploads(Bucket=object_store.bucket), "control: the upload is left there"
+    assert run.there() == [step(1)] and json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 1
+    run.mirrored()
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=object_store.bucket)
+    assert run.there() == [step(1), step(2)] and is_uploaded(latest, run.url)
+    assert json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 2
+
+
+def test_one_sender_at_a_time(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    run = make()
+    run.save(1)
+    taken, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with one_at_a_time(run.folder / LOCK):
+            taken.set()
+            done.wait()
+
+    threading.Thread(target=hold).start()
+    taken.wait()
+    try:
+        assert "another process is sending it, and was not waited for any longer" in run.pending(close_seconds=1.0)
+        assert run.there() == [] and "another process is sending this run; it is waited for" in caplog.text
+        mirror = run.mirror()
+    finally:
+        done.set()
+    mirror.close("FINISHED")
+    assert run.there() == [step(1)]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_end_shows_what_it_waits_for(make: Make, proxy: FaultyProxy, is_terminal: bool) -> None:
+    run = make(endpoint_url=proxy.url)
+    run.save(1)
+    proxy.delay = 0.1
+    out = StringIO()
+    run.mirrored(console=Console(file=out, force_terminal=is_terminal, width=200))
+    said = out.getvalue()
+    assert f"uploading to {run.url}" in said and (not is_terminal or "step_00000001" in said)
+    assert ("\x1b[" in said) == is_terminal and (is_terminal or said.count("\n") == 2)
+
+
+def test_a_refusal_is_what_is_said_at_the_end(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    run = make()
+    run.save(1)
+    said = run.pending()
+    assert "does not accept the keys (SignatureDoesNotMatch)" in said and "wrong-secret" not in said
+
+
+def faults(compose: Any, *overrides: str) -> list[Fault]:
+    return list(node_faults(compose("checkpoint=s3", *overrides).checkpoint, "checkpoint"))
+
+
+def test_the_config_says_what_is_missing_or_wrong(compose: Any) -> None:
+    assert [str(fault) for fault in faults(compose)] == ["checkpoint.remote: missing; set it with checkpoint.remote=…"]
+    assert faults(compose, "checkpoint.remote=s3://bucket/runs/") == []
+    for override, said in {
+        "checkpoint.remote=bucket/runs": "must be s3://bucket or s3://bucket/prefix",
+        "checkpoint.remote='s3://user:topsecret@bucket'": "holds a user or a password",
+        "checkpoint.endpoint_url='https://user:topsecret@host'": "holds a user or a password",
+        "checkpoint.addressing_style=host": "must be 'auto', 'path' or 'virtual'",
+        "checkpoint.stall_seconds=0": "greater than 0",
+    }.items():
+        remote = [] if "remote" in override else ["checkpoint.remote=s3://bucket"]
+        text = "\n".join(map(str, faults(compose, *remote, override)))
+        assert said in text and "topsecret" not in text
+
+
+def test_the_config_builds_store_and_mirror(make: Make, compose: Any) -> None:
+    run = make()
+    config = compose("checkpoint=s3", f"checkpoint.remote={run.url}", "checkpoint.keep_last=3").checkpoint
+    built = build(config, folder=run.folder)
+    mirror = build(config, Mirror, folder=run.folder, remote=run.remote, console=None)
+    mirror.close("FINISHED")
+    assert built.keep_last == mirror.keep_last == 3

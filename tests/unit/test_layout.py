@@ -1,0 +1,122 @@
+"""The house: its configs compose, its presets run as they say, its pages are true."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.cli.runner import checked_overrides
+from wmtp.config.schema import CONFIG_FOLDER, PACKAGE, nodes
+from wmtp.sweep.grid import grid_of
+from wmtp.train import COMMAND as TRAIN
+from wmtp.training.validate import config_faults
+
+ROOT = CONFIG_FOLDER.parent
+EXPERIMENTS = sorted((CONFIG_FOLDER / "experiment").glob("**/*.yaml"))
+CHOSEN_BY_ALGO = ("pretrain=random", "pretrain=shuffled")
+"""They look up what the control wraps, which Hydra allows only where nobody names them."""
+
+
+def options() -> list[str]:
+    """Every option of every group, as an override."""
+    paths = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.glob("*/**/*.yaml"))
+    found = [f"{path.parent}={path.stem}" for path in paths if path.stem != "base"]
+    found = [re.sub(r"^experiment/(.*)=", r"experiment=\1/", override) for override in found]
+    return [override for override in found if override not in CHOSEN_BY_ALGO]
+
+
+def wanting(override: str) -> list[str]:
+    """An option with what else must be chosen for it to make sense."""
+    group, _, name = override.partition("=")
+    companions = {
+        "pretrain": [f"algo={name}"] if name not in ("none", "baseline") else [],
+        "algo/of": ["algo=shuffled"],
+    }
+    return [*companions.get(group, []), override]
+
+
+@pytest.mark.parametrize("override", options())
+def test_every_option_composes_and_is_sound_but_for_what_only_a_user_can_say(
+    compose: Callable[..., DictConfig], override: str
+) -> None:
+    faults = config_faults(compose(*wanting(override)))
+    expected = {"checkpoint.remote", "data.path", "hardware.device", "hardware.num_processes", "model.path"}
+    assert [fault for fault in faults if fault.key not in expected] == []
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_opens_with_the_command_that_runs_it(path: Path, compose: Callable[..., DictConfig]) -> None:
+    named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("")
+    is_sweep = named.parts[0] == "sweep"
+    command, said, override = path.read_text().splitlines()[0].partition("python -m wmtp.train ")
+    assert (command, said) == ("# ", "python -m wmtp.train ")
+    assert override == f"{'-m ' if is_sweep else ''}experiment={named}"
+    assert is_sweep or compose(override) != compose()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_job_of_a_named_sweep_is_sound(path: Path) -> None:
+    named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()
+    jobs = grid_of("train", [f"experiment={named}"]).jobs
+    assert (len(jobs) > 1) == named.startswith("sweep/")
+    arms = {tuple(override for override in job if not override.startswith("seed=")): job for job in jobs}
+    for job in arms.values() if len(jobs) > 1 else []:
+        checked_overrides(TRAIN, job)
+
+
+def test_a_preset_may_be_overridden(compose: Callable[..., DictConfig]) -> None:
+    config = compose("experiment=smoke", "max_steps=3")
+    assert (config.max_steps, config.model.dim) == (3, 64)
+
+
+def test_every_key_of_the_trees_root_is_explained() -> None:
+    for line in (CONFIG_FOLDER / "train.yaml").read_text().split("\nhydra:")[0].splitlines():
+        if re.match(r"^\w+: ", line) and not line.startswith("_target_"):
+            assert "#" in line, f"no comment: {line}"
+        if re.match(r"^  - \w+", line) and "_self_" not in line:
+            assert "#" in line, f"no comment: {line}"
+
+
+def test_variants_stay_small() -> None:
+    for path in CONFIG_FOLDER.glob("*/*.yaml"):
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(content, dict)
+        if "defaults" in content and "_target_" not in str(content):
+            assert len(path.read_text().splitlines()) < 10, path
+
+
+def test_every_object_of_the_tree_is_wmtps_or_torchs(compose: Callable[..., DictConfig]) -> None:
+    targets = [compose()["_target_"], *(node["_target_"] for _, node in nodes(compose()))]
+    assert targets[0] == "wmtp.training.trainer.Trainer"
+    assert all(target.startswith(("wmtp.", "torch.optim.")) for target in targets)
+
+
+def test_the_readmes_tree_is_the_real_one() -> None:
+    """Every folder at the top and in `wmtp/` has a line, every command is named, and nothing that is not there."""
+    tree = (ROOT / "README.md").read_text().split("## The code\n")[1].split("\n\nImports point down")[0]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    tracked = [Path(name).parts for name in listed.split()]
+    top = {parts[0] for parts in tracked if len(parts) > 1 and not parts[0].startswith(".")}
+    packages = {parts[1] for parts in tracked if parts[0] == "wmtp" and len(parts) > 2}
+    assert set(re.findall(r"^ {4}(\w+)/", tree, re.MULTILINE)) == top
+    assert set(re.findall(r"^ {6}(\w+)/", tree, re.MULTILINE)) == packages
+    modules = {parts[1] for parts in tracked if parts[0] == "wmtp" and len(parts) == 2 and parts[1].endswith(".py")}
+    assert set(re.findall(r"\w+\.py", tree)) == modules - {"__init__.py"}
+
+
+def test_the_rooms_stay_small() -> None:
+    """At most nine modules at the top of `wmtp/`, and at most twenty in any of its folders."""
+    for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]:
+        assert len(list(folder.glob("*.py"))) <= (9 if folder == PACKAGE else 21), folder
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

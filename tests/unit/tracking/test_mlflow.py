@@ -1,0 +1,787 @@
+import getpass
+import itertools
+import json
+import math
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from wmtp.errors import InputError, PendingError
+from wmtp.runtime.run_dir import SWEEP
+from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
+from wmtp.tracking.mlflow import MlflowTracker, end_sweep, send_pending
+from wmtp.tracking.mlflow.artifacts import artifacts
+from wmtp.tracking.mlflow.client import patience_for
+from wmtp.tracking.mlflow.metric_sender import Feed, Sender
+from wmtp.tracking.tail import Point, Stored, line_points
+
+Metrics = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs and the one store of these tests lie; a path as people have them."""
+    return tmp_path_factory.mktemp("my runs 50%") / "outputs"
+
+
+@pytest.fixture(scope="module")
+def client(outputs: Path) -> MlflowClient:
+    """Reads the store back, once a first run has made it."""
+    track(outputs / "first", [])
+    return MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that takes connections and never answers; one request to it lasts a second."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def write(folder: Path, steps: list[Metrics], first_step: int = 1, resume_step: int | None = None) -> None:
+    """Lines of metrics.jsonl, as a run writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = MetricsFile(folder, resume_step)
+    for step, metrics in enumerate(steps, first_step):
+        file.log(step, 0, metrics)
+    file.close("RUNNING")
+
+
+def start(folder: Path, parameters: dict[str, object] | None = None, **settings: Any) -> MlflowTracker:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"poll_seconds": 0.05} | settings
+    return MlflowTracker(folder, f"run {folder.name}", parameters or {}, {"note": "a tag"}, **settings)
+
+
+def track(folder: Path, steps: list[Metrics], parameters: dict[str, object] | None = None) -> str:
+    """A whole run; returns its id in MLflow."""
+    tracker = start(folder, parameters)
+    write(folder, steps)
+    tracker.close("FINISHED")
+    return receipt(folder)["run_id"]
+
+
+def receipt(folder: Path) -> Any:
+    return json.loads((folder / "mlflow.json").read_text())
+
+
+def sent_lines(folder: Path) -> dict[str, int]:
+    """How many lines of each file the receipt says were sent."""
+    if not (folder / "mlflow.json").exists():
+        return {}
+    return {name: position["lines"] for name, position in receipt(folder)["sent"].items()}
+
+
+def attempt(folder: Path, tracker: MlflowTracker, resume_step: int, logged: dict[int, list[Metrics]]) -> None:
+    """What one process of a run writes: the lines of its steps, after it dropped those that it makes again."""
+    file = MetricsFile(folder, resume_step)
+    for step, lines in logged.items():
+        for metrics in lines:
+            file.log(step, 0, metrics)
+            tracker.log(step, 0, metrics)
+    file.close("RUNNING")
+
+
+def held(folder: Path) -> set[tuple[str, int, float]]:
+    """The points that metrics.jsonl holds."""
+    lines = (folder / FILE_NAME).read_bytes().splitlines()
+    return {(name, step, value) for line in lines for name, value, _, step in line_points(json.loads(line))}
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def stored(client: MlflowClient, run_id: str) -> list[tuple[str, int, float]]:
+    """The points that MLflow has."""
+    names = client.get_run(run_id).data.metrics
+    return sorted((name, *point) for name in names for point in history(client, run_id, name))
+
+
+class StoredByValue(Stored):
+    """The naive way of knowing what is there."""
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        return [point for point in points if (point[0], point[3], point[1]) not in self.known]
+
+    known: set[tuple[str, int, float]]
+
+
+def ask_values(self: Sender, feed: Feed, step: int) -> Stored:
+    there = StoredByValue(step)
+    there.known = set(stored(self.client, self.receipt.run_id))
+    return there
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "2026-01-01" / "whole"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0")
+    (folder / "summary.json").write_text("{}")
+    parameters = {"algo.beta": 0.5, "long": "x" * 7000, "none": None} | {f"p{i}": i for i in range(250)}
+
+    run_id = track(folder, [{"train/loss": 2.0, "train/lr": 0.1}, {"train/loss": 1.5, "head[1]": 3.0}], parameters)
+
+    run = client.get_run(run_id)
+    assert (run.info.run_name, run.info.status) == ("run whole", "FINISHED")
+    assert run.data.params == {name: str(value)[:6000] for name, value in parameters.items()}
+    assert run.data.tags["note"] == "a tag" and run.data.tags["wmtp.folder"] == str(folder)
+    assert history(client, run_id, "train/loss") == [(1, 2.0), (2, 1.5)]
+    assert run.data.metrics == {"train/loss": 1.5, "train/lr": 0.1, "head_1_": 3.0}
+    written = [json.loads(line)["time"] for line in (folder / FILE_NAME).read_text().splitlines()]
+    sent = [metric.timestamp for metric in client.get_metric_history(run_id, "train/loss")]
+    assert sent == [int(moment * 1000) for moment in written]
+    lines = (folder / FILE_NAME).read_text()
+    position = {"lines": 2, "size": len(lines), "last": lines.splitlines(keepends=True)[1]}
+    uri = f"sqlite:///{outputs}/mlflow.db"
+    noted = receipt(folder)
+    assert set(noted.pop("artifacts")) == {"config.yaml", "summary.json"}
+    named = {"experiment": "wmtp", "run_name": "run whole"}
+    assert noted == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}} | named
+    assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"config.yaml", "summary.json"}
+    assert (outputs / "mlartifacts" / run_id / "artifacts" / "config.yaml").read_text() == "seed: 0"
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
+def test_the_final_status(client: MlflowClient, outputs: Path, state: str) -> None:
+    tracker = start(outputs / state)
+    tracker.close(state)
+    assert client.get_run(receipt(outputs / state)["run_id"]).info.status == state
+
+
+def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "live"
+    tracker = start(folder)
+    attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}]})
+    wait_for(lambda: sent_lines(folder) == {FILE_NAME: 1})
+    run = client.get_run(receipt(folder)["run_id"])
+    assert run.info.status == "RUNNING" and run.data.metrics == {"train/loss": 2.0}
+    tracker.close("FINISHED")
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
+
+
+def test_values_that_are_not_finite_are_counted(client: MlflowClient, outputs: Path) -> None:
+    run_id = track(outputs / "nan", [{"a": 1.0}, {"a": float("nan"), "b": float("inf"), "c": 2.0}])
+    assert client.get_run(run_id).data.metrics == {"a": 1.0, "c": 2.0, "nonfinite": 2.0}
+    assert history(client, run_id, "nonfinite") == [(2, 2.0)]
+
+
+def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) -> None:
+    folder, steps = outputs / "resumed", [{"loss": float(i)} for i in range(1, 7)]
+    run_id = track(folder, steps[:4], {"lr": 0.1, "same": 1, "long": "x" * 7000})
+
+    write(folder, [], resume_step=2)  # the checkpoint was at step 2, so steps 3 and 4 are written again
+    tracker = start(folder, {"lr": 0.2, "same": 1, "new": True, "long": "x" * 7000})
+    wait_for(lambda: client.get_run(run_id).info.status == "RUNNING")
+    write(folder, steps[2:], first_step=3)
+    tracker.close("FINISHED")
+
+    assert receipt(folder)["run_id"] == run_id and sent_lines(folder) == {FILE_NAME: 6}
+    assert history(client, run_id, "loss") == [(i, float(i)) for i in range(1, 7)]
+    run = client.get_run(run_id)
+    assert run.data.params == {"lr": "0.1", "same": "1", "new": "True", "long": "x" * 6000}
+    assert {name: value for name, value in run.data.tags.items() if "resumed" in name} == {"resumed.lr": "0.2"}
+    assert run.info.status == "FINISHED"
+
+    track(folder, [], {"lr": 0.1})
+    assert client.get_run(run_id).data.tags["resumed.lr"] == "0.1"
+
+
+def test_the_stage_before_the_training_is_shown_in_the_same_run(client: MlflowClient, outputs: Path) -> None:
+    folder, stage, stage_file = outputs / "staged", outputs / "staged" / "pretrain", f"pretrain/{FILE_NAME}"
+    tracker = start(folder)
+    stage.mkdir()
+    attempt(stage, tracker, 0, {1: [{"train/loss": 9.0}], 2: [{"train/loss": 8.0, "b": math.nan}, {"val/loss": 7.0}]})
+    wait_for(lambda: sent_lines(folder) == {stage_file: 3})
+    (stage / "result.json").write_text("{}")
+    (stage / "value_head.safetensors").write_bytes(b"weights")
+    attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}], 2: [{"train/loss": 1.0}]})
+    tracker.close("KILLED")
+
+    tracker = start(folder)  # the stage is done, the training goes on from step 1
+    attempt(folder, tracker, 1, {2: [{"train/loss": 1.0}], 3: [{"train/loss": 0.5}]})
+    tracker.close("FINISHED")
+
+    run_id = receipt(folder)["run_id"]
+    assert stored(client, run_id) == [
+        ("pretrain/nonfinite", 2, 1.0),
+        ("pretrain/train/loss", 1, 9.0),
+        ("pretrain/train/loss", 2, 8.0),
+        ("pretrain/val/loss", 2, 7.0),
+        ("train/loss", 1, 2.0),
+        ("train/loss", 2, 1.0),
+        ("train/loss", 3, 0.5),
+    ]
+    assert sent_lines(folder) == {FILE_NAME: 3, stage_file: 3}
+    artifacts = {artifact.path for artifact in client.list_artifacts(run_id, "pretrain")}
+    assert artifacts == {"pretrain/result.json", "pretrain/value_head.safetensors"}
+
+
+def test_a_resumed_run_may_log_at_other_steps(client: MlflowClient, outputs: Path) -> None:
+    """The control is a receipt that only counts lines: it takes the new ones for those of the dead attempt."""
+    folder = outputs / "interval"
+    run_id = track(folder, [{"loss": 1 / step} for step in range(1, 8)])
+    tracker = start(folder)
+    attempt(folder, tracker, 5, {step: [{"loss": 1 / step}] for step in (6, 8, 10)})
+    tracker.close("FINISHED")
+
+    by_count = (folder / FILE_NAME).read_text().splitlines()[7:]
+    assert [json.loads(line)["step"] for line in by_count] == [10]
+    points = history(client, run_id, "loss")
+    assert points == [(step, 1 / step) for step in (1, 2, 3, 4, 5, 6, 7, 8, 10)]  # MLflow cannot forget step 7
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_step_that_is_made_again_with_other_last_bits_is_shown_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, counts: bool
+) -> None:
+    """The control knows a point by its value too."""
+    if not counts:
+        monkeypatch.setattr("wmtp.tracking.mlflow.metric_sender.Stored", StoredByValue)
+        monkeypatch.setattr(Sender, "_stored_from", ask_values)
+    folder = outputs / f"last bits {counts}"
+    run_id = track(folder, [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0}])
+    tracker = start(folder)
+    attempt(folder, tracker, 1, {2: [{"loss": 2.0000001}], 3: [{"loss": 1.0}], 4: [{"loss": 0.5}]})
+    tracker.close("FINISHED")
+    points = history(client, run_id, "loss")
+    assert sorted(step for step, _ in points) == ([1, 2, 3, 4] if counts else [1, 2, 2, 3, 4])
+    assert client.get_run(run_id).data.metrics == {"loss": 0.5}
+
+
+def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: Path) -> None:
+    """Resuming drops lines while the tracker is there. The control is one that sends before the first new line."""
+    found = {}
+    for early in (True, False):
+        folder = outputs / f"early {early}"
+        write(folder, [{"loss": float(step)} for step in range(1, 5)])
+        tracker = start(folder)
+        if early:
+            tracker.log(2, 0, {})
+            wait_for(lambda folder=folder: sent_lines(folder) == {FILE_NAME: 4})  # type: ignore[misc]
+        else:
+            wait_for(lambda folder=folder: receipt(folder)["run_id"] != "")  # type: ignore[misc]
+            time.sleep(0.2)  # four times as long as it pauses
+        attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 40.0}], 6: [{"loss": 6.0}]})
+        tracker.close("FINISHED")
+        found[early] = stored(client, receipt(folder)["run_id"])
+        assert sent_lines(folder) == {FILE_NAME: 5}
+    assert found[False] == [
+        ("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (6, 6.0))
+    ]
+    assert found[True] == [("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (6, 6.0))]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_points_that_were_sent_but_not_noted_are_not_sent_again(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    """The control trusts the receipt instead of asking MLflow."""
+    folder = outputs / f"unnoted {asks}"
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
+    noted = (folder / "mlflow.json").read_bytes()
+    tracker = start(folder)
+    attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}]})
+    tracker.close("RUNNING")
+    (folder / "mlflow.json").write_bytes(noted)  # as if it had been killed between the request and the receipt
+
+    if not asks:
+        monkeypatch.setattr(Sender, "_stored_from", lambda *args: Stored(0))
+    tracker = start(folder)
+    attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}], 5: [{"loss": 5.0}]})
+    tracker.close("FINISHED")
+    steps = [step for step, _ in history(client, run_id, "loss")]
+    assert sorted(steps) == ([1, 2, 3, 4, 5] if asks else [1, 2, 3, 3, 4, 4, 5])
+
+
+def test_both_lines_of_a_step_are_sent_and_what_they_share_once(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "two lines"
+    tracker = start(folder)
+    attempt(
+        folder, tracker, 0, {1: [{"train/loss": 1.0, "both": 0.0, "a": 1.0}, {"val/loss": 2.0, "both": 0.0, "a": 2.0}]}
+    )
+    tracker.close("FINISHED")
+    points = [("a", 1, 1.0), ("a", 1, 2.0), ("both", 1, 0.0), ("train/loss", 1, 1.0), ("val/loss", 1, 2.0)]
+    assert stored(client, receipt(folder)["run_id"]) == points
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_crashes_leave_every_point_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Attempts log at intervals of their own, and die anywhere, also between a request and its receipt."""
+    draw, folder = random.Random(seed), outputs / f"crashes {seed}"
+    acknowledge, step, ever = MlflowTracker._acknowledge, 0, set[tuple[str, int]]()
+    for lives in (False, False, False, False, True):
+        calls, last_call = itertools.count(1), math.inf if lives else draw.randint(2, 8)
+
+        def mortal(*args: Any, calls: Iterator[int] = calls, last_call: float = last_call) -> None:
+            if next(calls) > last_call:
+                raise RuntimeError("killed")
+            acknowledge(*args)
+
+        monkeypatch.setattr(MlflowTracker, "_acknowledge", mortal)
+        monkeypatch.setattr("wmtp.tracking.tail.POINTS_PER_CALL", draw.choice([1, 7, 500]))
+        tracker = start(folder)
+        lines: dict[int, list[Metrics]] = {}
+        for logged in range(step + 1, step + 12, draw.randint(1, 3)):
+            same = {"sometimes twice": 0.0, "early_stopping/patience": float(logged // 4)}
+            lines[logged] = [{"train/loss": 1 / logged, "train/tokens_per_second": time.perf_counter()} | same]
+            if logged % 3 == 0:
+                lines[logged].append({"val/loss": 2 / logged} | same | {"sometimes twice": 1.0})
+        attempt(folder, tracker, step, lines)
+        with nullcontext() if lives else suppress(PendingError):
+            tracker.close("FINISHED")
+        ever |= {(name, at) for name, at, _ in held(folder)}
+        step += draw.randint(0, 8)
+
+    points = stored(client, receipt(folder)["run_id"])
+    there = Counter((name, at) for name, at, _ in points)
+    wanted = Counter((name, at) for name, at, _ in held(folder))
+    assert {point: there[point] for point in wanted} == wanted, "as often as the file holds it"
+    assert set(there) <= ever
+    assert all(count == 1 for (name, _), count in there.items() if name != "sometimes twice")
+    assert set(wanted.values()) == {1, 2}
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 5), st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 2)), max_size=3)
+    ),
+    st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), st.integers(0, 3)),
+)
+def test_a_store_has_each_point_of_a_file_as_often_as_the_file(
+    lines: dict[int, list[dict[str, int]]], there: dict[tuple[str, int], int]
+) -> None:
+    points = [
+        (name, float(value), 0, step) for step in sorted(lines) for line in lines[step] for name, value in line.items()
+    ]
+    wanted = Counter((name, step) for name, _, step in {(name, value, step) for name, value, _, step in points})
+    known, got = Stored(0), Counter(there)
+    for (name, step), count in there.items():
+        for _ in range(count):
+            known.add(name, step)
+    for first in range(0, len(points), 2):  # as they come, a few at a time
+        got.update((name, step) for name, _, _, step in known.missing(points[first : first + 2]))
+    assert {point: max(count, there.get(point, 0)) for point, count in wanted.items()} == {p: got[p] for p in wanted}
+
+
+def test_a_receipt_of_another_form_is_a_reason_to_ask(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "old receipt"
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
+    old = {"run_id": run_id, "uri": receipt(folder)["uri"], "sent_lines": 2}
+    (folder / "mlflow.json").write_text(json.dumps(old))
+    start(folder).close("FINISHED")
+    assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)] and sent_lines(folder) == {FILE_NAME: 2}
+
+
+def test_a_run_that_was_deleted_is_made_again(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "deleted"
+    first = track(folder, [{"loss": 1.0}])
+    client.delete_run(first)
+    second = track(folder, [{"loss": 2.0}])
+    assert second != first and client.get_run(second).data.metrics == {"loss": 2.0}
+    assert [value for _, value in history(client, second, "loss")] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_run_whose_receipt_was_lost_is_found_by_its_id(client: MlflowClient, outputs: Path, marked: bool) -> None:
+    """Killed between making the run and noting it, or fetched from S3 as it was before. The control has no id."""
+    folder = outputs / f"lost {marked}"
+    folder.mkdir(parents=True)
+    if marked:
+        (folder / "run.json").write_text(json.dumps({"id": uuid.uuid4().hex, "remote": None}))
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}], {"lr": 0.1})
+    (folder / "mlflow.json").unlink()
+    tracker = start(folder, {"lr": 0.1})
+    attempt(folder, tracker, 1, {2: [{"loss": 2.5}], 3: [{"loss": 3.0}]})
+    tracker.close("FINISHED")
+    assert (receipt(folder)["run_id"] == run_id) == marked
+    if marked:
+        assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize("lines_left", [0, 1, 3, 4])
+def test_a_folder_that_came_back_older_or_newer_than_its_receipt(
+    client: MlflowClient, outputs: Path, lines_left: int
+) -> None:
+    """S3 holds metrics.jsonl and mlflow.json as they were at different moments."""
+    folder = outputs / f"fetched {lines_left}"
+    run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
+    older = (folder / "mlflow.json").read_bytes()
+    tracker = start(folder)
+    attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}]})
+    tracker.close("FINISHED")
+    lines = (folder / FILE_NAME).read_bytes().splitlines(keepends=True)
+    (folder / FILE_NAME).write_bytes(b"".join(lines[:lines_left]))
+    if lines_left == 4:
+        (folder / "mlflow.json").write_bytes(older)
+    tracker = start(folder)
+    tracker.log(4, 0, {})
+    attempt(folder, tracker, lines_left, {step: [{"loss": step + 1e-9}] for step in range(lines_left + 1, 7)})
+    tracker.close("FINISHED")
+    assert sorted(step for step, _ in history(client, run_id, "loss")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_between_both_lines_of_a_step_a_process_may_die(client: MlflowClient, outputs: Path) -> None:
+    """The control is a reader that forgets the line before: it takes its point for the next line's."""
+    folder = outputs / "between"
+    run_id = track(folder, [{"loss": 1.0, "a": 1.0}])
+    with (folder / FILE_NAME).open("a") as file:
+        file.write(json.dumps({"step": 1, "epoch": 0, "time": time.time(), "val/loss": 2.0, "a": 2.0}) + "\n")
+    tracker = start(folder)
+    tracker.log(1, 0, {})
+    tracker.close("FINISHED")
+    assert stored(client, run_id) == [("a", 1, 1.0), ("a", 1, 2.0), ("loss", 1, 1.0), ("val/loss", 1, 2.0)]
+    forgetful = Stored(1)
+    forgetful.add("a", 1)
+    assert forgetful.missing([("a", 2.0, 0, 1)]) == []
+
+
+def test_an_ended_run_is_sent_without_waking_it(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "ended"
+    run_id = track(folder, [{"loss": 1.0}])
+    ended = client.get_run(run_id).info.end_time
+    (folder / "evaluations").mkdir()
+    for step in (8, 4, 8):  # of the best checkpoint, of an earlier one, and of the best in another way
+        file = MetricsFile(folder / "evaluations")
+        file.log(step, 0, {"evaluation/tasks/pass_at_1": time.perf_counter()})
+        file.close("FINISHED")
+        assert send_pending(folder) == "MLflow: 1 line of metrics"
+    assert send_pending(folder) == "MLflow: nothing was missing"
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
+    assert sorted(step for step, _ in history(client, run_id, "evaluation/tasks/pass_at_1")) == [4, 8, 8]
+    assert send_pending(folder, "KILLED") == "MLflow: status KILLED"
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert send_pending(outputs / "never tracked") is None
+
+
+def test_a_final_status_that_is_named_late_is_sent(client: MlflowClient, outputs: Path) -> None:
+    """Whoever sends what is left may be done with that before it is told how the run ended."""
+    folder = outputs / "named late"
+    run_id = track(folder, [{"loss": 1.0}])
+    tracker = start(folder, is_training=False)
+    time.sleep(1)
+    tracker.close("KILLED")
+    assert client.get_run(run_id).info.status == "KILLED" and tracker.report == "MLflow: status KILLED"
+
+
+def test_two_processes_do_not_deliver_one_run(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "shared"
+    first = start(folder)
+    wait_for(lambda: receipt(folder)["run_id"] != "")
+    with pytest.raises(PendingError, match="another process is delivering"):
+        send_pending(folder)
+    second = start(folder)  # a training that was gone on with while the one before still ended
+    write(folder, [{"loss": 1.0}])
+    first.close("KILLED")
+    second.log(1, 0, {})
+    second.close("FINISHED")
+    run_id = receipt(folder)["run_id"]
+    assert history(client, run_id, "loss") == [(1, 1.0)] and client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_where_the_best_checkpoint_lies_is_an_artifact(client: MlflowClient, outputs: Path) -> None:
+    for remote in (None, "s3://bucket/runs/one"):
+        folder = outputs / f"best {remote is None}"
+        for step in (2, 4):
+            checkpoint = folder / "checkpoints" / f"step_{step:08d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "model.safetensors").write_bytes(b"weights")
+            (checkpoint / "manifest.json").write_text(f"{step}")
+        best = {"folder": "step_00000002", "step": 2, "val/loss": 0.5}
+        (folder / "checkpoints" / "best.json").write_text(json.dumps(best))
+        (folder / "run.json").write_text(json.dumps({"id": uuid.uuid4().hex, "remote": remote}))
+        run_id = track(folder, [{"val/loss": 0.5}])
+        track(folder, [])
+        run = client.get_run(run_id)
+        assert history(client, run_id, "best/val_loss") == [(2, 0.5)]
+        kept_at = remote or str(folder)  # a store on the same disk does not hold it a second time
+        best = f"{kept_at}/checkpoints/step_00000002"
+        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/checkpoints/addresses.json")
+        assert [file.path for file in client.list_artifacts(run_id, "checkpoints")] == ["checkpoints/addresses.json"]
+        assert json.loads(text) == {"run": kept_at, "checkpoints": f"{kept_at}/checkpoints", "best": best}
+        assert run.data.tags["wmtp.checkpoints"] == best
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_best_value_whose_answer_is_lost_is_there_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    """The control takes another time for each attempt, by which MLflow takes it for another point."""
+    log_metric, lost = MlflowClient.log_metric, iter([True])
+
+    def answerless(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
+        if not is_same:
+            kwargs["timestamp"] = time.time_ns()
+        log_metric(self, *args, **kwargs)
+        if next(lost, False):
+            raise MlflowException("the answer is lost")
+
+    folder = outputs / f"lost answer {is_same}"
+    checkpoint = folder / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    best = {"folder": checkpoint.name, "step": 1, "val/loss": 0.5}
+    (folder / "checkpoints" / "best.json").write_text(json.dumps(best))
+    monkeypatch.setattr(MlflowClient, "log_metric", answerless)
+    run_id = track(folder, [{"val/loss": 0.5}])
+    assert history(client, run_id, "best/val_loss") == [(1, 0.5)] * (1 if is_same else 2)
+
+
+def test_a_database_on_another_machine_is_not_made_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    far = tmp_path / "home" / "somebody" / "mlflow.db"
+    (tmp_path / "mlflow.json").write_text(json.dumps({"run_id": "1", "uri": f"sqlite:///{far}"}))
+    assert send_pending(tmp_path) is None and "not on this machine" in caplog.text
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_folder_with_one_checkpoint_says_nothing_of_where_the_best_is(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert list(artifacts(tmp_path, "s3://bucket/run", "best")) == []
+    (tmp_path / "checkpoints" / "latest.json").write_text("{}")
+    assert [artifact.name for artifact in artifacts(tmp_path, "s3://bucket/run", "best")] == [
+        "checkpoints/addresses.json"
+    ]
+
+
+def test_code_and_data_are_named_once(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "origin"
+    folder.mkdir(parents=True)
+    data = {
+        "name": "tasks",
+        "fingerprint": "f" * 64,
+        "tokenizer": "t" * 64,
+        "source": "tasks",
+        "train": 8,
+        "validation": 2,
+    }
+    (folder / "provenance.json").write_text(json.dumps({"git_revision": "abc+changes", "data": data}))
+    run_id = track(folder, [])
+    track(folder, [])
+    run = client.get_run(run_id)
+    expected = {
+        "mlflow.source.name": "wmtp.train",
+        "mlflow.source.git.commit": "abc",
+        "wmtp.git_revision": "abc+changes",
+    }
+    assert expected.items() <= run.data.tags.items() and run.data.tags["mlflow.user"] == getpass.getuser()
+    inputs = {
+        one.tags[0].value: (one.dataset.name, one.dataset.digest, json.loads(one.dataset.profile)["num_records"])
+        for one in run.inputs.dataset_inputs
+    }
+    assert inputs == {"train": ("tasks/train", "f" * 36, 8), "validation": ("tasks/validation", "f" * 36, 2)}
+    assert len(run.inputs.dataset_inputs) == 2
+
+
+def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outputs: Path) -> None:
+    sweep = outputs / "it's a sweep"
+    sweep.mkdir(parents=True)
+    (sweep / SWEEP).write_text("{}")
+    assert end_sweep(sweep, "FINISHED") is None
+    trackers = [start(sweep / str(job)) for job in range(3)]
+    for tracker in trackers:
+        tracker.close("FINISHED")
+    parent = receipt(sweep)["run_id"]
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.info.run_id for run in children} == {receipt(sweep / str(job))["run_id"] for job in range(3)}
+    assert client.get_run(parent).info.status == "RUNNING"
+    (sweep / "mlflow.json").unlink()  # as if it had been killed before it was noted
+    start(sweep / "0").close("FINISHED")
+    start(sweep / "3").close("FINISHED")
+    assert receipt(sweep)["run_id"] == parent
+    assert (
+        end_sweep(sweep, "FAILED") == "MLflow: status FAILED"
+        and end_sweep(sweep, "FAILED") == "MLflow: nothing was missing"
+    )
+    run = client.get_run(parent)
+    assert (run.info.run_name, run.info.status, run.data.tags["wmtp.sweep"]) == (sweep.name, "FAILED", str(sweep))
+    assert [file.path for file in client.list_artifacts(parent)] == [SWEEP]
+
+
+def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Path) -> None:
+    folder = outputs / "machine"
+
+    def last_step() -> int:
+        sent = receipt(folder)["sent"].get("system.jsonl") if folder.exists() else None
+        return -1 if sent is None else int(json.loads(sent["last"] or '{"step": -1}')["step"])
+
+    for fetched in (False, False, True, True):
+        before = last_step()
+        if fetched:  # gone on with on a machine that has not the file
+            (folder / "system.jsonl").unlink()
+        tracker = start(folder, system_seconds=0.05)
+        wait_for(lambda before=before: last_step() > before + 2)  # type: ignore[misc]
+        tracker.close("FINISHED")
+        if fetched:
+            first = (folder / "system.jsonl").read_text().splitlines()[0]
+            assert json.loads(first)["step"] == before + 1
+        with (folder / "system.jsonl").open("a") as file:
+            file.write('{"step": 99, "torn')
+    run_id = receipt(folder)["run_id"]
+    points = history(client, run_id, "system/cpu_utilization_percentage")
+    assert [step for step, _ in points] == list(range(last_step() + 1))
+    assert {"system/system_memory_usage_megabytes", "system/system_memory_usage_percentage"} <= set(
+        client.get_run(run_id).data.metrics
+    )
+
+
+def test_evaluations_of_many_checkpoints_are_sent_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their steps go up and down, and the file may be too long to be read at once."""
+    folder = outputs / "many"
+    for step in (8, 4, 2, 9):
+        write(folder / "evaluations", [{"evaluation/loss": 1 / step}], first_step=step)
+    run_id = track(folder, [])
+    monkeypatch.setattr("wmtp.tracking.tail.BYTES_PER_READ", 120)  # a line and a half
+    (folder / "mlflow.json").write_text(json.dumps(receipt(folder) | {"sent": {}}))
+    assert send_pending(folder) == "MLflow: nothing was missing"
+    assert sorted(step for step, _ in history(client, run_id, "evaluation/loss")) == [2, 4, 8, 9]
+
+
+@pytest.mark.slow
+def test_failing_calls_are_tried_again(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log_batch, failures = MlflowClient.log_batch, iter(range(3))
+
+    def flaky(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        if next(failures, None) is not None:
+            raise MlflowException("out of order")
+        return log_batch(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    run_id = track(outputs / "flaky", [{"loss": 1.0}, {"loss": 2.0}], {"lr": 0.1})
+    assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(run_id).data.params == {"lr": "0.1"}
+    assert next(record.levelname for record in caplog.records if "out of order" in record.message) == "WARNING"
+
+
+@pytest.mark.slow
+def test_a_failing_artifact_store_leaves_status_and_metrics_right(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError("no credentials")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", broken)
+    folder = outputs / "artifacts"
+    write(folder, [{"loss": 1.0}])
+    (folder / "train.log").touch()
+    tracker = start(folder, close_seconds=2)
+    with pytest.raises(PendingError, match=r"0 of 1 lines.*no credentials"):
+        tracker.close("FAILED")
+    run = client.get_run(receipt(folder)["run_id"])
+    assert run.info.status == "FAILED" and run.data.metrics == {"loss": 1.0}
+
+
+@pytest.mark.slow
+def test_training_never_waits(silent_server: str, tmp_path: Path) -> None:
+    """The control is the direct call, which waits for the server."""
+    started = time.perf_counter()
+    with pytest.raises(MlflowException):
+        MlflowClient(tracking_uri=silent_server).log_metric("0" * 32, "loss", 1.0)
+    assert time.perf_counter() - started > 0.9
+
+    constructions, trackers = [], []
+    for i in range(3):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        started = time.perf_counter()
+        trackers.append(start(folder, uri=silent_server, close_seconds=0.1))
+        constructions.append(time.perf_counter() - started)
+    calls = []
+    for step in range(200):
+        started = time.perf_counter()
+        trackers[0].log(step, 0, {"loss": 1.0})
+        calls.append(time.perf_counter() - started)
+        time.sleep(0.005)  # while the threads wait for the server
+    assert statistics.median(constructions) < 0.05 and statistics.median(calls) < 0.05
+    for tracker in trackers:
+        with pytest.raises(PendingError):
+            tracker.close("FINISHED")
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
+    write(tmp_path, [{"loss": float(i)} for i in range(20)])
+    before = (tmp_path / FILE_NAME).read_bytes()
+    tracker = start(tmp_path, uri="http://127.0.0.1:9", close_seconds=3)
+    started = time.monotonic()
+    with pytest.raises(PendingError, match="20 of 20 lines") as pending:
+        tracker.close("FINISHED")
+    assert 2.9 < time.monotonic() - started < 15
+    assert str(tmp_path / FILE_NAME) in str(pending.value) and "refused" in str(pending.value)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+    tracker._courier._thread.join(10)
+    assert not tracker._courier._thread.is_alive(), "the thread goes on after it was given up"
+
+
+def test_a_broken_receipt_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.json").write_text("{")
+    with pytest.raises(InputError, match="mlflow.json is damaged .*; remove it"):
+        start(tmp_path, uri="http://127.0.0.1:9")
+
+
+def test_importing_and_constructing_leave_mlflow_to_the_thread(tmp_path: Path) -> None:
+    program = "import sys, wmtp.tracking.mlflow; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server answers only when it has passed an artifact on. The control is the time for any other call."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    with patience_for(3_000_000_000):
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3010"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+
+
+@pytest.mark.slow
+def test_an_artifact_that_moves_is_waited_for(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a record of no size, which has `close_seconds` alone."""
+    log_artifact = MlflowClient.log_artifact
+
+    def slow(*args: Any) -> None:
+        time.sleep(1.0)
+        log_artifact(*args)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", slow)
+    for size in (0, 3_000_000):
+        folder = outputs / f"slow {size}"
+        folder.mkdir(parents=True)
+        (folder / "samples.jsonl").write_bytes(b"x" * size)
+        tracker = start(folder)
+        wait_for(lambda folder=folder: receipt(folder)["run_id"] != "")  # type: ignore[misc]
+        tracker.close_seconds = 0.5
+        with nullcontext() if size else pytest.raises(PendingError, match="it was still busy"):
+            tracker.close("FINISHED")

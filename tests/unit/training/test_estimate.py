@@ -1,0 +1,294 @@
+"""What the dry run and the presets' page calculate, against what torch keeps, allocates and counts."""
+
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import Invoke
+from tests.unit.training.test_scaling import blocks_of_tables, saved
+from wmtp.models.architecture import Architecture
+from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
+from wmtp.models.llama import LlamaArchitecture
+from wmtp.models.lora import Lora
+from wmtp.models.mtp import MtpModel, empty_model
+from wmtp.models.shapes import Layout, layout_of
+from wmtp.ops import cross_entropy as losses
+from wmtp.training.estimate import (
+    Machine,
+    Setting,
+    activation_bytes,
+    all_logits_bytes,
+    block_bytes,
+    estimate,
+    flops_per_token,
+    in_words,
+    loss_bytes,
+    memory,
+    moments,
+    product_bytes,
+)
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "presets.md"
+SAMPLES, POSITIONS, VOCABULARY = 4, 64, 96
+OURS = {
+    "vocab_size": VOCABULARY, "dim": 128, "num_layers": 4, "num_heads": 3, "num_attention_heads": 8, "num_kv_heads": 4,
+    "hidden_dim": 344,
+}  # fmt: skip
+THEIRS = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": 344, "tie_word_embeddings": True, "bos_token_id": 0,
+    "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+
+
+def gpt2(dropout: float) -> transformers.GPT2Config:
+    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), dropout)
+    sizes = {"n_embd": 128, "n_layer": 4, "n_head": 8, "n_positions": POSITIONS, "bos_token_id": 0, "eos_token_id": 1}
+    return transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **drops)
+
+
+def architectures() -> dict[str, Architecture]:
+    llama, qwen3 = transformers.LlamaConfig(**THEIRS), transformers.Qwen3Config(**THEIRS, head_dim=32)
+    return {
+        "ours": LlamaArchitecture(**OURS),  # type: ignore[arg-type]
+        "ours, bf16": LlamaArchitecture(**OURS, dtype="bf16"),  # type: ignore[arg-type]
+        "ours, dropout": LlamaArchitecture(**OURS, dropout=0.1),  # type: ignore[arg-type]
+        "llama": HuggingFaceArchitecture(llama, 3),
+        "llama, bf16": HuggingFaceArchitecture(llama, 3, "transformer", torch.bfloat16),
+        "llama, medusa": HuggingFaceArchitecture(llama, 3, "medusa"),
+        "qwen3": HuggingFaceArchitecture(qwen3, 3),
+        "gpt2": HuggingFaceArchitecture(gpt2(0.0), 3),
+        "gpt2, dropout": HuggingFaceArchitecture(gpt2(0.1), 3),
+    }
+
+
+KINDS = tuple(architectures())
+CPU = Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="cpu", name="cpu")
+TOKENS = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
+
+
+def alone(precision: str = "fp32", activation_checkpointing: bool = False, micro_batch_size: int = SAMPLES) -> Setting:
+    """The setting of one process."""
+    return Setting("single", activation_checkpointing, False, micro_batch_size, precision)
+
+
+def built(kind: str, rank: int | None = None) -> MtpModel:
+    torch.manual_seed(0)
+    return MtpModel(architectures()[kind], lora=None if rank is None else Lora(rank=rank)).train()
+
+
+def loss_of(model: MtpModel, tokens: Tensor) -> Tensor:
+    """The chunked loss of all heads, and something of the values."""
+    outputs = model(tokens)
+    targets = tokens.expand(len(outputs.states), *tokens.shape)
+    total, _, _ = losses.weighted_cross_entropy(
+        outputs.states, model.unembedding_weight, targets, lambda values, rows: torch.ones_like(values)
+    )
+    return total if outputs.values is None else total + outputs.values.square().sum()
+
+
+def autocast(precision: str) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_counted_and_follow_from_the_sizes(kind: str) -> None:
+    model = empty_model(architectures()[kind])
+    layout = layout_of(model)
+    assert layout.counts is not None
+    assert layout.counts.parameters == layout.counts.trained == model.num_parameters
+    assert layout.counts.parameter_bytes == model.num_parameters * (2 if "bf16" in kind else 4)
+    positions = POSITIONS * layout.dim if "gpt2" in kind else 0  # which the sizes do not tell
+    assert layout.parameters + positions == model.num_parameters
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [None, 8])
+def test_activations_are_those_that_autograd_keeps(kind: str, precision: str, rank: int | None) -> None:
+    model = built(kind, rank)
+    with autocast(precision), saved(model) as kept:
+        model(TOKENS)
+    layout, setting = layout_of(model), alone(precision)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
+    if product_bytes(layout, setting) < layout.number_bytes:  # copies of the matrices are counted as work
+        copies = layout.num_blocks * layout.block_matrices + layout.residual_parameters
+        measured -= 2 * copies / TOKENS.numel()
+    expected = activation_bytes(layout, CPU, setting)
+    assert expected == pytest.approx(measured, rel=0.12 if "dropout" in kind or rank else 0.03)
+    without_heads = expected - layout.num_head_blocks * block_bytes(layout, CPU, setting)  # the control
+    assert without_heads < 0.8 * measured
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama", "llama, bf16", "gpt2"])
+def test_checkpointing_keeps_the_inputs_of_blocks(kind: str) -> None:
+    model = built(kind)
+    model.activation_checkpointing = True
+    with saved(model) as kept:
+        model(TOKENS)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
+    expected = activation_bytes(layout_of(model), CPU, alone(activation_checkpointing=True))
+    assert expected == pytest.approx(measured, rel=0.03)
+
+
+def test_attention_that_is_no_one_kernel_keeps_all_pairs() -> None:
+    model, on_mps = built("llama"), Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="mps", name="mps")
+    with sdpa_kernel(SDPBackend.MATH), saved(model) as kept:
+        model(TOKENS)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
+    assert activation_bytes(layout_of(model), on_mps, alone()) == pytest.approx(measured, rel=0.08)
+    assert activation_bytes(layout_of(model), CPU, alone()) < 0.85 * measured
+
+
+def peak(function: Callable[[], object]) -> int:
+    """Bytes that tensors take at most, besides those that are there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events: Any = profiled.profiler
+    changes = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(("kind", "forwards"), [("ours", 1), ("ours", 2), ("llama", 2), ("gpt2", 1)])
+def test_an_update_takes_at_most_what_is_said(kind: str, forwards: int) -> None:
+    model = built(kind)
+
+    def update() -> None:
+        for tokens in TOKENS.chunk(forwards):
+            loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
+
+    update()  # what is allocated once only, is by now
+    model.zero_grad()
+    measured, layout = peak(update), layout_of(model)
+    found = memory(layout, CPU, alone(micro_batch_size=SAMPLES // forwards))
+    assert found["total"] - found["parameters"] - found["optimizer"] == pytest.approx(measured, rel=0.2)
+    assert found["activations"] + found["loss"] < (1.1 if forwards == 1 else 0.75) * measured
+
+
+def test_the_loss_takes_less_than_all_logits() -> None:
+    layout, tokens = Layout(), 2 * 2048
+    chunked = loss_bytes(layout, Machine(4), Setting("fsdp", False, True, 2), tokens)
+    assert chunked < all_logits_bytes(layout, tokens) / 2
+    assert all_logits_bytes(layout, tokens) == 2 * 4 * 4 * 32000 * tokens
+    tiny = Layout(dim=8, num_attention_heads=1, vocab_size=10)  # all of its logits are one chunk
+    assert loss_bytes(tiny, CPU, alone(), 3) == (2 * 4 * 4 * 8 + 4 * 4 * 10) * 3 + 4 * 10 * 8
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("llama", None), ("llama, medusa", None), ("gpt2", None), ("ours", 8)])
+def test_operations_are_those_that_torch_counts(kind: str, rank: int | None) -> None:
+    model = built(kind, rank)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss_of(model, TOKENS).backward()  # type: ignore[no-untyped-call]
+    counted = counter.get_total_flops() / TOKENS.numel()
+    adapters = 0
+    if rank:  # they are left out, as they cost little beside wider matrices
+        adapters = 6 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert flops_per_token(layout_of(model), POSITIONS)[0] + adapters == pytest.approx(counted, rel=0.02)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
+    model = built("llama", rank=4)
+    layout = layout_of(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = memory(layout, CPU, alone())
+    assert (found["gradients"], found["optimizer"]) == (4 * trained, 8 * trained)
+    assert found["parameters"] == 4 * model.num_parameters > 4 * trained
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("value_head."))
+    model.add_value_head()
+    values_only = memory(layout_of(model), CPU, alone())
+    assert values_only["loss"] == values_only["work"] == 0
+    assert values_only["activations"] < 0.05 * found["activations"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (torch.optim.AdamW, 2),
+        (torch.optim.SGD, 0),
+        (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), 1),
+    ],
+)
+def test_the_optimizers_numbers_are_counted(optimizer: Callable[..., torch.optim.Optimizer], expected: int) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    made = optimizer([parameter])
+    parameter.sum().backward()  # type: ignore[no-untyped-call]
+    made.step()
+    assert moments(made) == expected
+
+
+def test_time_is_calculated_for_a_known_gpu_alone() -> None:
+    setting = Setting("fsdp", False, True, 2)
+    known = estimate(Layout(), Machine(4, name="NVIDIA A100-SXM4-80GB"), setting)
+    assert known.seconds is not None and known.seconds[0] > known.seconds[1] > 20
+    assert estimate(Layout(), Machine(4, name="NVIDIA GeForce"), setting).seconds is None
+    assert estimate(Layout(), CPU, setting).seconds is None
+    text = in_words(known, Machine(4), setting)
+    assert max(map(len, text.splitlines())) <= 80
+    total = known.memory["total"] / 1e9
+    assert f"about {total:.1f} GB a process with 2 x 2,048 tokens" in text and "for an A100" in text
+
+
+def test_a_dry_run_says_what_each_stage_will_take(invoke: Invoke) -> None:
+    outcome = invoke("dry_run=true", "algo=critic", "pretrain.trains=head")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    said = [i for i, line in enumerate(lines) if line.startswith("memory: about ")]
+    times = [line for line in lines if line.startswith("time: up to ")]
+    assert len(said) == len(times) == 2
+    assert "activations" in lines[said[1]] + lines[said[1] + 1]
+    assert all(re.search(r"for \d+ updates; the first took [\d.]+ s, at [\d,]+ tokens/s", line) for line in times)
+    assert max(len(line) for line in [*times, *(lines[i + j] for i in said for j in (0, 1))]) <= 80
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The script that prints the page's tables."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import estimate_presets
+    finally:
+        sys.path.pop(0)
+    return estimate_presets
+
+
+@pytest.mark.slow
+def test_the_pages_tables_are_what_the_script_prints(script: ModuleType) -> None:
+    on_page = [table.strip() for table in blocks_of_tables(PAGE.read_text())]
+    assert [table for table in on_page if not table.startswith(("| preset | for", "| measured"))] == script.tables()
+
+
+def test_the_page_names_every_preset_and_shows_what_a_dry_run_prints(script: ModuleType) -> None:
+    text = PAGE.read_text()
+    assert all(f"`{preset}`" in text for preset in script.presets())
+    assert re.search(r"^memory: about .* a process with 16 x \d+ tokens", text, re.MULTILINE)
+    assert re.search(r"^time: up to .* for 20 updates; the first took", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("preset", ["meta_7b/baseline", "meta_7b/critic", "meta_7b/rho1", "meta_7b/rho1_token_skip"])
+def test_presets_of_the_7b_are_what_they_are_called(compose: Callable[..., DictConfig], preset: str) -> None:
+    config = compose(f"experiment={preset}")
+    assert "MetaCheckpoint" in config.model._target_ and config.hardware.num_processes == 4
+    assert (config.pretrain is None) == (preset == "meta_7b/baseline")
+    assert (config.batch_size, config.micro_batch_size, config.optimizer.lr) == (64, 2, 1e-5)
+    assert config.data.correct_ratio == 0.5 and config.num_samples == config.num_validation_samples == 0

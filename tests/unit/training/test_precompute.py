@@ -1,0 +1,282 @@
+"""Columns of numbers per token, and the order and choice of the samples that they belong to."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import tiny_model
+from wmtp.data.collate import IGNORED, collate
+from wmtp.data.dataset import Dataset
+from wmtp.data.records import Record
+from wmtp.data.sampler import epoch_batches
+from wmtp.data.sources import TaskSource
+from wmtp.data.split import TokenizedSplit
+from wmtp.data.tokenizer import Tokenizer, task_tokenizer
+from wmtp.distributed.device import Hardware
+from wmtp.errors import InputError
+from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.models.mtp import MtpModel
+from wmtp.ops.targets import spread, targets
+from wmtp.training.precompute import TokenColumns
+
+CPU = Hardware(device="cpu")
+KINDS = {"reference losses": "reference_losses", "hidden states": "hidden_states"}
+
+
+@pytest.fixture
+def columns(tmp_path: Path, tokenizer: Tokenizer) -> TokenColumns:
+    return TokenColumns(tmp_path, tokenizer, CPU)
+
+
+def attached(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -> Dataset:
+    """A copy of the data set with the column."""
+    data = copy.copy(data)
+    data.train, data.validation = copy.copy(data.train), copy.copy(data.validation)
+    attach = {
+        "reference losses": columns.attach_reference_losses,
+        "hidden states": columns.attach_hidden_states,
+    }[kind]
+    attach(model, data)
+    return data
+
+
+def column(kind: str, split: TokenizedSplit) -> np.ndarray:
+    found: np.ndarray = getattr(split, KINDS[kind])
+    return found
+
+
+def written(columns: TokenColumns) -> set[str]:
+    return {path.name for path in columns.cache_dir.glob("*.npy")}
+
+
+def pieces(split: TokenizedSplit) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Where each sample begins and ends, the length of its prompt, and its tokens."""
+    samples = split.samples
+    for start, stop, prompt in zip(samples.offsets, samples.offsets[1:], samples.prompt_lengths, strict=False):
+        yield start, stop, prompt, torch.from_numpy(samples.tokens[start:stop]).long()
+
+
+@torch.no_grad()
+def test_a_reference_loss_is_that_of_the_token_after_its_true_prefix(columns: TokenColumns, tiny_data: Dataset) -> None:
+    model = tiny_model(dropout=0.3)
+    data = attached(columns, "reference losses", model, tiny_data)
+    model.eval()
+    shifted = 0.0
+    for split in (data.train, data.validation):
+        losses = column("reference losses", split)
+        assert losses.shape == split.samples.tokens.shape and losses.dtype == np.float32
+        for start, stop, prompt, tokens in pieces(split):
+            log_p = torch.log_softmax(model.unembedding(model(tokens[None]).states[0, 0]), dim=-1)
+            expected = np.zeros(len(tokens), np.float32)
+            for i in range(prompt, len(tokens)):
+                expected[i] = -log_p[i - 1, tokens[i]]
+            np.testing.assert_allclose(losses[start:stop], expected, rtol=1e-4, atol=1e-5)
+            shifted = max(shifted, float(np.abs(losses[start : stop - 1] - expected[1:]).max()))
+    assert shifted > 1.0  # a column that stands one token off is noticed
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_trunks(columns: TokenColumns, tiny_data: Dataset) -> None:
+    model = tiny_model(dropout=0.3)
+    data = attached(columns, "hidden states", model, tiny_data)
+    model.eval()
+    for split in (data.train, data.validation):
+        states = column("hidden states", split)
+        assert states.shape == (len(split.samples.tokens), 64)
+        for start, stop, _, tokens in pieces(split):
+            np.testing.assert_allclose(states[start:stop], model.trunk_states(tokens[None])[0], rtol=1e-4, atol=1e-4)
+            assert not np.allclose(states[start:stop], model(tokens[None]).states[0, 0], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_is_computed_once_and_read_memory_mapped(
+    kind: str, columns: TokenColumns, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = attached(columns, kind, tiny_model(), tiny_data)
+    for split in (first.train, first.validation):
+        assert isinstance(column(kind, split), np.memmap) and not column(kind, split).flags.writeable
+    names = written(columns)
+    assert len(names) == 2 and not list(columns.cache_dir.glob("*.tmp"))
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("a forward ran")
+
+    monkeypatch.setattr(MtpModel, "trunk_states", never)
+    again = attached(TokenColumns(columns.cache_dir, columns.tokenizer, CPU), kind, tiny_model(), tiny_data)
+    assert np.array_equal(column(kind, again.train), column(kind, first.train))
+    assert written(columns) == names
+    with pytest.raises(AssertionError, match="a forward ran"):
+        attached(columns, kind, tiny_model(seed=1), tiny_data)
+    assert written(columns) == names, "what was not finished is never found"
+
+
+def with_shape(num_attention_heads: int = 4, num_kv_heads: int = 2, **options: float) -> MtpModel:
+    """The same numbers, put to other use."""
+    torch.manual_seed(0)
+    return drawn(LlamaArchitecture(
+        vocab_size=512, dim=64, num_layers=2, num_heads=4, num_attention_heads=num_attention_heads,
+        num_kv_heads=num_kv_heads, hidden_dim=128, **options,
+    ))  # fmt: skip
+
+
+OTHERS: dict[str, Callable[[], MtpModel]] = {
+    "weights": lambda: tiny_model(seed=1),
+    "rotation": lambda: with_shape(rope_theta=50.0),
+    "norm": lambda: with_shape(norm_eps=0.1),
+    "attention heads": lambda: with_shape(num_attention_heads=2, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_model_never_meets_a_stale_column(
+    kind: str, other: str, columns: TokenColumns, tiny_data: Dataset
+) -> None:
+    first = attached(columns, kind, tiny_model(), tiny_data)
+    second = attached(columns, kind, OTHERS[other](), tiny_data)
+    assert len(written(columns)) == 4
+    assert np.abs(column(kind, first.validation) - column(kind, second.validation)).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_other_data_another_tokenizer_or_precision_never_meet_a_stale_column(
+    columns: TokenColumns, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    swapped = copy.copy(tiny_data)
+    swapped.train, swapped.validation = tiny_data.validation, tiny_data.train
+    attached(columns, "reference losses", model, tiny_data)
+    attached(columns, "reference losses", model, swapped)
+    assert len(written(columns)) == 2  # a file for each split, whatever it is used for
+    other = task_tokenizer(tmp_path / "other", vocab_size=400)
+    attached(TokenColumns(columns.cache_dir, other, CPU), "reference losses", model, tiny_data)
+    assert len(written(columns)) == 4
+    bf16 = Hardware(device="cpu", precision="bf16")
+    attached(TokenColumns(columns.cache_dir, columns.tokenizer, bf16), "reference losses", model, tiny_data)
+    assert len(written(columns)) == 6
+    attached(columns, "hidden states", model, tiny_data)
+    assert len(written(columns)) == 8
+    model.add_value_head()  # no column depends on it
+    attached(columns, "reference losses", model, tiny_data)
+    assert len(written(columns)) == 8
+
+
+def test_a_data_set_with_another_reference_is_another_data_set(columns: TokenColumns, tiny_data: Dataset) -> None:
+    fingerprints = [
+        attached(columns, "reference losses", tiny_model(seed=seed), tiny_data).fingerprint for seed in (0, 0, 1)
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    assert len({*fingerprints, tiny_data.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("damage", ["half", "header", "nothing", "text"])
+def test_a_damaged_column_says_which_file_to_delete(damage: str, columns: TokenColumns, tiny_data: Dataset) -> None:
+    whole = np.array(column("reference losses", attached(columns, "reference losses", tiny_model(), tiny_data).train))
+    path = max(columns.cache_dir.glob("*.npy"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    path.write_bytes(
+        {"half": content[: len(content) // 2], "header": content[:20], "nothing": b"", "text": b"text" * 99}[damage]
+    )
+    with pytest.raises(InputError, match=f"{path}.*delete this file"):
+        attached(columns, "reference losses", tiny_model(), tiny_data)
+    path.unlink()
+    again = attached(columns, "reference losses", tiny_model(), tiny_data)
+    assert np.array_equal(column("reference losses", again.train), whole)
+
+
+def test_a_batch_brings_each_target_its_reference_loss(columns: TokenColumns, tokenizer: Tokenizer) -> None:
+    source = TaskSource(tokenizer=tokenizer, num_train=6, num_validation=1, num_test=1, difficulties={1: 1, 2: 1})
+    data, model = Dataset(source, columns.cache_dir, seed=0), tiny_model()
+    columns.attach_reference_losses(model, data)
+    columns.attach_hidden_states(model, data)
+    batch = collate(data.train, [3, 0, 5], tokenizer.padding)
+    assert batch.reference_losses is not None and batch.hidden_states is not None
+    target = targets(batch.labels, 1)[0]
+    log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states[0]), dim=-1)
+    wanted = -log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0].where(target != IGNORED, 0.0)
+    assert len(set(batch.response.sum(dim=1).tolist())) > 1  # ragged
+    torch.testing.assert_close(spread(batch.reference_losses, 1, 0.0)[0], wanted.detach(), rtol=1e-4, atol=1e-5)
+    real = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    for row, index in enumerate([3, 0, 5]):
+        real[row, : data.train.samples.lengths[index]] = True
+    torch.testing.assert_close(batch.hidden_states[real], model.trunk_states(batch.tokens)[real].detach())
+    assert not batch.hidden_states[~real].any() and not batch.reference_losses[~real].any()
+
+
+# The order and choice of samples
+
+
+def torn(batches: list[list[int]], groups: np.ndarray) -> int:
+    """How many groups are not in one batch."""
+    places: dict[int, set[int]] = {}
+    for number, batch in enumerate(batches):
+        for index in batch:
+            places.setdefault(int(groups[index]), set()).add(number)
+    return sum(len(found) > 1 for found in places.values())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 4))
+def test_both_solutions_of_a_task_come_in_one_batch_and_every_sample_once(
+    num_tasks: int, half_size: int, epoch: int
+) -> None:
+    random = np.random.default_rng(num_tasks)
+    groups = np.repeat(np.arange(num_tasks), 2)
+    lengths = random.integers(5, 60, len(groups))
+    batches = epoch_batches(lengths, 2 * half_size, 7, epoch, groups)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
+    assert all(len(batch) == 2 * half_size for batch in batches[:-1])
+    assert torn(batches, groups) == 0
+    if num_tasks > 20 and num_tasks > 5 * half_size:
+        assert batches != epoch_batches(lengths, 2 * half_size, 7, epoch + 1, groups)
+        assert torn(epoch_batches(lengths, 2 * half_size, 7, epoch), groups) > 0  # the control: without groups
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.integers(1, 9))
+def test_only_groups_at_the_edge_of_a_batch_are_torn(sizes: list[int], batch_size: int) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    lengths = np.random.default_rng(0).integers(5, 60, len(groups))
+    batches = epoch_batches(lengths, batch_size, 0, 0, groups)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
+    for batch in batches:  # what belongs together stands together
+        numbers = [int(groups[index]) for index in batch]
+        assert len([i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]]) == len(set(numbers)) - 1
+    assert torn(batches, groups) <= sum(max(0, -(-size // batch_size)) for size in sizes) + len(batches) - 1
+
+
+def both_solutions(tokenizer: Tokenizer, cache: Path, **options: bool) -> Dataset:
+    source = TaskSource(
+        tokenizer=tokenizer, num_train=40, num_validation=11, num_test=1, difficulties={1: 1, 2: 1}, noise=0.4,
+        **options,
+    )  # fmt: skip
+    return Dataset(source, cache, seed=0)
+
+
+def test_group_tasks_pairs_the_solutions_of_a_data_set(tokenizer: Tokenizer, cache: Path) -> None:
+    def pairs(data: Dataset) -> int:
+        """Tasks that have both solutions in one micro-batch."""
+        trained = [b for update in range(10) for b in data.micro_batches(0, update, 8, 4)]
+        return sum(len(b.tasks) - len(b.tasks.unique()) for b in (*trained, *data.validation_batches(4)))
+
+    grouped, loose = (both_solutions(tokenizer, cache, group_tasks=wanted) for wanted in (True, False))
+    assert pairs(grouped) == 40 + 11
+    assert pairs(loose) < 30
+    assert grouped.fingerprint != loose.fingerprint
+    batches = list(grouped.validation_batches(4))
+    assert sorted(record for b in batches for record in b.record_ids) == sorted(grouped.validation.record_ids)
+
+
+def test_curated_data_have_neither_wrong_nor_noisy_solutions(tokenizer: Tokenizer, cache: Path) -> None:
+    everything, curated = (both_solutions(tokenizer, cache, curated=wanted) for wanted in (False, True))
+    for name in ("train", "validation"):
+        before: list[Record] = getattr(everything, name).records
+        after: list[Record] = getattr(curated, name).records
+        assert after == [record for record in before if record.is_correct and not record.noise]
+        assert 0 < len(after) < sum(record.is_correct for record in before) < len(before)

@@ -1,0 +1,110 @@
+"""A run's identity and its place in S3."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wmtp.errors import InputError
+from wmtp.runtime import versions
+from wmtp.runtime.run_dir import SWEEP, Ending, RunStatus, close_dead, read_run, read_status
+from wmtp.runtime.versions import git_revision
+from wmtp.training.provenance import identify, place
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from wmtp.runtime.run_dir import RunStatus
+status = RunStatus(Path(sys.argv[1]))
+print("holds it", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("/home/me/outputs/2026-11-21/09-30-00-abcd", "s3://b/p/2026-11-21/09-30-00-abcd"),
+        ("/home/me/outputs/2026-11-21/09-30-00-abcd-sweep/3", "s3://b/p/2026-11-21/09-30-00-abcd-sweep/3"),
+        ("/scratch/first try", "s3://b/p/first try"),
+    ],
+)
+def test_a_runs_place_in_s3_has_its_folders_name(folder: str, expected: str) -> None:
+    assert place(Path(folder), "s3://b/p") == place(Path(folder), "s3://b/p/") == expected
+
+
+def test_a_job_of_a_sweep_has_a_place_that_names_the_sweep(tmp_path: Path) -> None:
+    """Its own name is a number, which the jobs of every sweep have; the control is a folder that is no sweep's."""
+    (tmp_path / "first" / "0").mkdir(parents=True)
+    assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/0"
+    (tmp_path / "first" / SWEEP).touch()
+    assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/first/0"
+
+
+def test_an_identity_is_for_ever_and_a_place_as_long_as_it_lies_below_the_remote(tmp_path: Path) -> None:
+    identify(tmp_path, None)
+    first = read_run(tmp_path)
+    assert first is not None and len(first["id"]) == 32 and first["remote"] is None
+
+    identify(tmp_path, "s3://b/p")
+    moved = tmp_path.rename(tmp_path.with_name("another name"))
+    identify(moved, "s3://b/p")
+    assert read_run(moved) == {"id": first["id"], "remote": f"s3://b/p/{tmp_path.name}"}, "a copy goes on in its place"
+
+    identify(moved, None)
+    assert read_run(moved) == {"id": first["id"], "remote": None}, "nothing of it goes there now"
+    identify(moved, "s3://b/other")
+    assert read_run(moved) == {"id": first["id"], "remote": "s3://b/other/another name"}
+
+
+def test_a_run_that_says_it_is_running_and_is_not_was_killed(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "holds it\n"
+    with pytest.raises(InputError, match="is in use by process"):
+        close_dead(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert read_status(tmp_path)["state"] == "RUNNING"
+
+    assert close_dead(tmp_path) == "KILLED"
+    status = read_status(tmp_path)
+    assert status["state"] == "KILLED" and "without a word" in status["error"] and status["ended"] >= status["started"]
+    assert close_dead(tmp_path) == "KILLED"
+
+
+@pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_that_has_ended_keeps_its_state(tmp_path: Path, state: str) -> None:
+    RunStatus(tmp_path).end(state, 0, Ending(step=3))
+    before = (tmp_path / "status.json").read_bytes()
+    assert close_dead(tmp_path) == state and (tmp_path / "status.json").read_bytes() == before
+    assert json.loads(before)["step"] == 3
+
+
+def test_code_that_is_installed_in_somebody_elses_repository_has_none_of_its_revisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is the same file once that repository tracks it."""
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    installed = tmp_path / "venv" / "wmtp" / "versions.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("# ours\n")
+    monkeypatch.setattr(versions, "__file__", str(installed))
+    assert git_revision() is None, "no repository"
+    git("init")
+    git("commit", "--allow-empty", "--message", "theirs")
+    assert git_revision() is None, "a repository that does not know it"
+
+    git("add", "venv")
+    git("commit", "--message", "ours")
+    assert git_revision() == git("rev-parse", "HEAD")
+    installed.write_text("# changed\n")
+    assert git_revision() == git("rev-parse", "HEAD") + "+changes"

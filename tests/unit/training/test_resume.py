@@ -1,0 +1,164 @@
+"""Twenty updates in one go, and interrupted and resumed: equal bit for bit, or a part of the state is missing."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY, Invoke, run_command
+from wmtp.checkpoint import store as store_module
+from wmtp.checkpoint.state import Snapshot
+from wmtp.training import trainer as trainer_module
+from wmtp.training.optim import LambdaLR
+
+RUN = [
+    "max_steps=20", "batch_size=4", "micro_batch_size=2", "model.dropout=0.1", "log_interval=1", "eval_interval=1",
+    "save_interval=1", "checkpoint.keep_last=99", "optimizer.lr=3", "scheduler.warmup_ratio=0.9",
+    "early_stopping=none",
+]  # fmt: skip
+"""Forty samples: ten updates make an epoch. The learning rate grows until, before step 7, validation gets worse."""
+FEW_SAVES = "save_interval=null"
+"""How often a resumed run saves changes nothing that it computes."""
+
+
+@pytest.fixture(scope="module")
+def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of twenty updates with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_command(["tracking=none", f"cache_dir={cache}", *TINY, *RUN, "hydra.run.dir=run"], patch) == 0
+    return folder / "run"
+
+
+def start_over(straight: Path, name: str) -> Path:
+    """A copy of a run's folder in the current one."""
+    shutil.copytree(straight, name)
+    return Path(name)
+
+
+def cut_back(run: Path, step: int, name: str) -> Path:
+    """The run's folder as a crash after the checkpoint of `step` would have left it."""
+    folder = start_over(run, name)
+    for path in (folder / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def trace(run: Path) -> dict[str, Any]:
+    """Everything that a resumed run must share with one that was never interrupted."""
+    last = run / "checkpoints" / "step_00000020"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ignored = ("time", "train/tokens_per_second")
+    return {
+        "files": {path.name: path.read_bytes() for path in (*last.iterdir(), run / "checkpoints" / "best.json")},
+        "metrics": [{name: value for name, value in line.items() if name not in ignored} for line in lines],
+    }
+
+
+@pytest.mark.parametrize("step", [7, 10], ids=["mid-epoch", "epoch-end"])
+def test_a_resumed_run_ends_as_the_straight_one(invoke: Invoke, straight: Path, step: int) -> None:
+    resumed = cut_back(straight, step, "resumed")
+    outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
+    assert outcome.code == 0, outcome.err
+    assert f"/{resumed}/checkpoints/step_{step:08d}" in outcome.out
+    assert trace(resumed) == trace(straight)
+    assert json.loads((resumed / "status.json").read_text())["state"] == "FINISHED"
+
+
+def _without_model(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer_module, "load_model", lambda *arguments: None)
+
+
+def _without_optimizer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer_module, "restore_optimizer", lambda *arguments: None)
+
+
+def _without_scheduler(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LambdaLR, "load_state_dict", lambda *arguments: None)
+
+
+def _without_generators(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer_module, "restore_generators", lambda *arguments: None)
+
+
+def _with_state(**changes: Any) -> Any:
+    def change(patch: pytest.MonkeyPatch) -> None:
+        def load(path: Path) -> Snapshot:
+            snapshot = store_module.load(path)
+            for section, values in changes.items():
+                snapshot.state[section] |= values
+            return snapshot
+
+        patch.setattr("wmtp.training.run.load", load)
+
+    return change
+
+
+MUTANTS = {
+    "model": _without_model,
+    "optimizer": _without_optimizer,
+    "scheduler": _without_scheduler,
+    "generators": _without_generators,
+    "epoch": _with_state(position={"epoch": 1}),
+    "batch_in_epoch": _with_state(position={"batch_in_epoch": 0}),
+    "step": _with_state(position={"step": 6}),
+    "tokens": _with_state(position={"tokens": 0}),
+    "best loss": _with_state(validation={"best_loss": None}),
+    "best step": _with_state(validation={"best_step": None}),
+}
+
+
+@pytest.mark.slow
+def test_without_any_one_part_of_the_state_it_would_not(
+    invoke: Invoke, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads((straight / "checkpoints" / "best.json").read_text())["step"] < 7
+    for name, mutate in MUTANTS.items():
+        resumed = cut_back(straight, 7, name.replace(" ", "-"))
+        with monkeypatch.context() as patch:
+            mutate(patch)
+            outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
+        last = resumed / "checkpoints" / "step_00000020"
+        assert outcome.code != 0 or not last.exists() or trace(resumed) != trace(straight), f"{name} is not needed"
+
+
+def test_a_finished_run_resumes_to_nothing_more_or_to_a_longer_plan(invoke: Invoke, straight: Path) -> None:
+    run = start_over(straight, "finished")
+    assert invoke(f"resume={run}", tiny=False).code == 0
+    assert trace(run) == trace(straight)
+    assert json.loads((run / "status.json").read_text())["step"] == 20
+    assert invoke(f"resume={run}", "max_steps=22", tiny=False).code == 0
+    assert json.loads((run / "status.json").read_text())["step"] == 22
+
+
+@pytest.mark.slow
+def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straight: Path) -> None:
+    run = start_over(straight, "changed")
+    for change, name in (
+        ("seed=1", "seed"),
+        ("data.num_train=36", "data"),
+        ("batch_size=8", "batch_size"),
+        ("model.dim=32", "model"),
+        ("optimizer.lr=1", "optimizer"),
+    ):
+        outcome = invoke(f"resume={run}", "max_steps=30", change, tiny=False)
+        assert outcome.code == 2
+        assert f"  {name}: " in outcome.err
+    assert (run / "status.json").read_bytes() == (straight / "status.json").read_bytes()
+    assert (run / "config.yaml").read_bytes() == (straight / "config.yaml").read_bytes()
+    assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "what was refused left no trace"
+
+
+@pytest.mark.slow
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(invoke: Invoke, straight: Path) -> None:
+    resumed = cut_back(straight, 10, "resumed")
+    model = resumed / "checkpoints" / "step_00000010" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
+    assert "step_00000010 is damaged" in outcome.err and "step_00000009" in outcome.out
+    assert trace(resumed) == trace(straight)

@@ -1,0 +1,1 @@
+"""Composing a config, checking it against signatures, and building objects from it."""

@@ -1,0 +1,44 @@
+"""Targets in the configs of runs that earlier versions made, and where the same objects are now."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+MOVED = {
+    "wmtp.checkpoint.store.RemoteCheckpointStore": "wmtp.s3.store.RemoteCheckpointStore",
+    "wmtp.data.tokenization.pretrained_tokenizer": "wmtp.data.tokenizer.pretrained_tokenizer",
+    "wmtp.data.tokenization.task_tokenizer": "wmtp.data.tokenizer.task_tokenizer",
+    "wmtp.early_stopping.EarlyStopping": "wmtp.training.early_stopping.EarlyStopping",
+    "wmtp.optimization.constant": "wmtp.training.optim.constant",
+    "wmtp.optimization.cosine": "wmtp.training.optim.cosine",
+    "wmtp.optimization.linear": "wmtp.training.optim.linear",
+    "wmtp.report.comparison.CompareOptions": "wmtp.report.results.CompareOptions",
+    "wmtp.runtime.hardware.Hardware": "wmtp.distributed.device.Hardware",
+    "wmtp.stages.ReferenceStage": "wmtp.training.stages.ReferenceStage",
+    "wmtp.stages.ValueStage": "wmtp.training.stages.ValueStage",
+    "wmtp.sweep.options.SweepOptions": "wmtp.sweep.grid.SweepOptions",
+    "wmtp.trainer.Trainer": "wmtp.training.trainer.Trainer",
+}
+
+
+def current_target(target: str) -> str:
+    """Return the present path of a target."""
+    return MOVED.get(target, target)
+
+
+def update_targets(value: Any) -> Any:
+    """Return a copy of nested dictionaries and lists in which every `_target_` has its present path."""
+    if isinstance(value, dict):
+        return {
+            key: current_target(item) if key == "_target_" and isinstance(item, str) else update_targets(item)
+            for key, item in value.items()
+        }
+    return [update_targets(item) for item in value] if isinstance(value, list) else value
+
+
+def load_run_config(path: Path) -> DictConfig:
+    """Load the config.yaml of a run, whichever version made it."""
+    config = OmegaConf.create(update_targets(OmegaConf.to_container(OmegaConf.load(path))))
+    assert isinstance(config, DictConfig)
+    return config

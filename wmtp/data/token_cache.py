@@ -1,0 +1,106 @@
+"""Records as tokens, kept on disk under a key of everything that decides them."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from wmtp.data.records import Record
+from wmtp.data.tokenizer import Tokenizer
+from wmtp.errors import InputError
+
+FORMAT = 1
+LongSamples = Literal["drop", "cut"]
+
+
+@dataclass(frozen=True)
+class TokenizedRecords:
+    """The tokens of the records that fit, one after the other in one array.
+
+    Sample i is record `kept[i]` and has the tokens `tokens[offsets[i] : offsets[i + 1]]`, of which the
+    first `prompt_lengths[i]` are its prompt's. `num_long` counts records longer than `max_length`,
+    which were dropped or, where asked, cut.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prompt_lengths: np.ndarray
+    kept: np.ndarray
+    num_long: int
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each sample."""
+        return np.diff(self.offsets)
+
+
+def records_fingerprint(records: list[Record]) -> str:
+    """A hash of everything in the records."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(record.model_dump_json().encode() + b"\n")
+    return digest.hexdigest()
+
+
+def tokenize(
+    records: list[Record], tokenizer: Tokenizer, template: str, max_length: int, long_samples: LongSamples
+) -> TokenizedRecords:
+    """Tokenise prompt and solution separately; the solution ends with the tokenizer's end token.
+
+    A record of more than `max_length` tokens is dropped, or loses the end of its solution if
+    `long_samples` is "cut" (a prompt that leaves no room for a solution drops it all the same).
+    """
+    prompts = tokenizer.encode([template.replace("{prompt}", record.prompt) for record in records])
+    solutions = tokenizer.encode([record.solution for record in records])
+    tokens: list[int] = []
+    offsets, prompt_lengths, kept, num_long = [0], [], [], 0
+    for index, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
+        sample = [*prompt, *solution, tokenizer.end]
+        if len(sample) > max_length:
+            num_long += 1
+            if long_samples == "drop" or len(prompt) >= max_length:
+                continue
+            sample = sample[:max_length]
+        tokens += sample
+        offsets.append(len(tokens))
+        prompt_lengths.append(len(prompt))
+        kept.append(index)
+    return TokenizedRecords(
+        np.asarray(tokens, np.int32), np.asarray(offsets, np.int64), np.asarray(prompt_lengths, np.int32),
+        np.asarray(kept, np.int64), num_long,
+    )  # fmt: skip
+
+
+def cached_tokens(
+    records: list[Record],
+    tokenizer: Tokenizer,
+    template: str,
+    max_length: int,
+    long_samples: LongSamples,
+    cache_dir: Path,
+) -> TokenizedRecords:
+    """`tokenize`, or what an earlier call with equal arguments left on disk."""
+    parts = [FORMAT, records_fingerprint(records), tokenizer.fingerprint, template, max_length, long_samples]
+    path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
+    if path.exists():
+        try:
+            arrays = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: the token cache cannot be read ({error}); delete this file") from error
+        num_long = int(arrays.pop("num_long")[0])
+        return TokenizedRecords(**arrays, num_long=num_long)
+    result = tokenize(records, tokenizer, template, max_length, long_samples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(vars(result) | {"num_long": np.asarray([result.num_long])}, staged)
+    os.replace(staged, path)
+    return result

@@ -1,0 +1,1 @@
+"""Process groups, launching workers, and sharded tensors."""

@@ -1,0 +1,316 @@
+"""Meta's multi-token checkpoints: params.json with consolidated.pth, or metadata.json with safetensors.
+
+Source: Gloeckle et al. 2024 (arXiv 2404.19737) and the files of `facebook/multi-token-prediction`. There `layers` are
+the trunk's blocks and then head 1, `extra_heads` are heads 2 … H, and n_layers counts the blocks of both.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Annotated, Any
+
+import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from wmtp.errors import InputError
+from wmtp.field_types import PositiveFloat
+from wmtp.models.llama import LlamaArchitecture
+from wmtp.models.mtp import empty_model
+
+PARAMS, METADATA, TORCH, SAFETENSORS = "params.json", "metadata.json", "consolidated.pth", "model.safetensors"
+EMBEDDING = "tok_embeddings.weight"
+BLOCK = {
+    "attention.query": "attention.wq", "attention.key": "attention.wk", "attention.value": "attention.wv",
+    "attention.output": "attention.wo", "feed_forward.gate": "feed_forward.w1", "feed_forward.up": "feed_forward.w3",
+    "feed_forward.output": "feed_forward.w2", "attention_norm": "attention_norm", "feed_forward_norm": "ffn_norm",
+}  # fmt: skip
+"""Our name and Meta's of each module of a block that has a weight."""
+OTHER_ROTATIONS = ("use_scaled_rope", "rope_scaling", "rope_parameters")
+"""Keys of later Llamas, with which the same tensors are another model."""
+Size = Annotated[int, Field(ge=1, le=2**24)]
+Count = Annotated[int, Field(ge=1, le=4096)]
+
+
+class MetaParams(BaseModel):
+    """What params.json says; Hugging Face's names serve too. A `vocab_size` of −1 leaves that to the embedding."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    dim: Size = Field(validation_alias=AliasChoices("dim", "hidden_size"))
+    n_layers: Count = Field(validation_alias=AliasChoices("n_layers", "num_hidden_layers"))
+    n_heads: Size = Field(validation_alias=AliasChoices("n_heads", "num_attention_heads"))
+    n_kv_heads: Size | None = Field(None, validation_alias=AliasChoices("n_kv_heads", "num_key_value_heads"))
+    vocab_size: Annotated[int, Field(ge=-1, le=2**24)]
+    norm_eps: PositiveFloat = Field(validation_alias=AliasChoices("norm_eps", "rms_norm_eps"))
+    rope_theta: PositiveFloat = 10_000.0
+    n_future_tokens: Count = 1
+    multiple_of: Size = 256
+    ffn_dim_multiplier: Annotated[float, Field(gt=0, le=1024)] | None = None
+    intermediate_size: Size | None = None
+    """The width of the feed-forward layers where it is not by Meta's formula."""
+
+    def architecture(self, vocab_size: int) -> LlamaArchitecture:
+        """The model with all heads; `vocab_size` stands in for one of −1."""
+        return LlamaArchitecture(
+            vocab_size=vocab_size if self.vocab_size == -1 else self.vocab_size, dim=self.dim,
+            num_layers=self.n_layers - self.n_future_tokens + 1, num_heads=self.n_future_tokens,
+            num_attention_heads=self.n_heads, num_kv_heads=self.n_kv_heads or self.n_heads,
+            hidden_dim=self.intermediate_size or hidden_dim(self.dim, self.multiple_of, self.ffn_dim_multiplier),
+            rope_theta=self.rope_theta, norm_eps=self.norm_eps,
+        )  # fmt: skip
+
+
+def hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
+    """The width of the feed-forward layers, by the formula of Meta's model.py."""
+    width = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
+
+
+def formula_keys(dim: int, width: int) -> dict[str, int | float]:
+    """The multiple_of, and where it takes one the ffn_dim_multiplier, with which the formula gives this width."""
+    base = hidden_dim(dim, multiple_of=1)
+    if hidden_dim(dim) == width:
+        return {"multiple_of": 256}
+    if base > width:
+        return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / base}  # half a unit outweighs any rounding
+    return {"multiple_of": next(m for m in range(width - base + 1, width + 1) if width % m == 0)}
+
+
+def params_of(architecture: LlamaArchitecture) -> dict[str, Any]:
+    """The params.json of a model."""
+    return {
+        "dim": architecture.dim,
+        "n_layers": architecture.num_layers - 1 + architecture.num_heads,
+        "n_heads": architecture.num_attention_heads,
+        "n_kv_heads": architecture.num_kv_heads,
+        "vocab_size": architecture.vocab_size,
+        **formula_keys(architecture.dim, architecture.hidden_dim),
+        "norm_eps": architecture.norm_eps,
+        "rope_theta": architecture.rope_theta,
+        "n_future_tokens": architecture.num_heads,
+    }
+
+
+def read_params(content: Mapping[str, Any], place: str) -> MetaParams:
+    """The sizes of a params.json, which lies at `place`.
+
+    Raises:
+        InputError: some are missing, of a wrong type, or do not go together; each has a line.
+    """
+    given = {key: value for key, value in content.items() if value is not None}
+    faults = [f"{key}: is of another kind of model" for key in OTHER_ROTATIONS if given.get(key)]
+    try:
+        params = MetaParams.model_validate(given)
+    except ValidationError as error:
+        for each in error.errors():
+            value = "" if each["type"] == "missing" else f"={each['input']!r}"
+            problem = each["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
+            faults.append(f"{each['loc'][0]}{value}: {problem}")
+    else:
+        faults += _contradictions(params)
+    if faults:
+        raise InputError("\n".join(f"{place}: {fault}" for fault in faults))
+    return params
+
+
+def _contradictions(params: MetaParams) -> Iterator[str]:
+    if params.vocab_size == 0:
+        yield "vocab_size=0: must be at least 1, or -1"
+    if params.n_layers < params.n_future_tokens:
+        yield f"n_layers={params.n_layers}: must be at least n_future_tokens={params.n_future_tokens}"
+    if params.dim % (2 * params.n_heads):
+        yield f"dim={params.dim}: must be a multiple of 2 · n_heads = {2 * params.n_heads}"
+    if params.n_heads % (params.n_kv_heads or 1):
+        yield f"n_kv_heads={params.n_kv_heads}: must divide n_heads={params.n_heads}"
+
+
+def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
+    """Our name and Meta's of every tensor, in the order of Meta's files."""
+
+    def weights(blocks: dict[str, str]) -> dict[str, str]:
+        named = [(f"{ours}.{{}}.weight", f"{theirs}.{{}}.weight") for ours, theirs in blocks.items()]
+        return {ours.format(own): theirs.format(other) for ours, theirs in named for own, other in BLOCK.items()}
+
+    layers = {f"trunk.{i}": f"layers.{i}" for i in range(num_trunk_blocks)} | {"heads.0": f"layers.{num_trunk_blocks}"}
+    further = {f"heads.{i}": f"extra_heads.{i - 1}" for i in range(1, num_heads)}
+    ends = {"norm.weight": "norm.weight", "unembedding.weight": "output.weight"}
+    return {"embedding.weight": EMBEDDING} | weights(layers) | ends | weights(further)
+
+
+@dataclass(frozen=True)
+class MetaFolder:
+    """A folder in Meta's layout. What its methods raise is an `InputError`, whose problems do not name the folder."""
+
+    path: Path
+    metadata: dict[str, Any] | None
+    """The content of metadata.json, if there is one."""
+    said_in: str
+    """The file that says what the model is."""
+    content: dict[str, Any]
+    params: MetaParams
+
+    def architecture(self) -> LlamaArchitecture:
+        """The model that lies there; of the tensors no more is read than the embedding's shape, and only if needed."""
+        if self.params.vocab_size != -1:
+            return self.params.architecture(self.params.vocab_size)
+        return self.params.architecture(_rows(self._mapped()))
+
+    def weight_files(self) -> list[str]:
+        """The files with the tensors."""
+        places = [TORCH] if self.metadata is None else [SAFETENSORS, f"safetensors/{SAFETENSORS}"]
+        named = named_file(self.path, self.metadata or {}, "weights", "checkpoint")
+        found = [named] if named else [place for place in places if (self.path / place).is_file()][:1]
+        if not found and self.metadata is not None:
+            found = sorted(f"safetensors/{path.name}" for path in self.path.glob("safetensors/*.safetensors"))
+        if not found:
+            other = f"no {METADATA} beside safetensors" if self.metadata is None else f"its {METADATA} names no weights"
+            raise InputError(f"has no {' or '.join(places)}, and {other}")
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by Meta's names, mapped into memory: their numbers are not read yet."""
+        found = self._mapped()
+        stored = self.params.architecture(_rows(found))
+        state = empty_model(stored).state_dict()
+        names = meta_names(stored.num_layers - 1, stored.num_heads)
+        expected = {theirs: tuple(state[ours].shape) for ours, theirs in names.items()}
+        if faults := _faults(self, found, expected):
+            listed = "".join(f"\n    {fault}" for fault in faults)
+            raise InputError(f"{', '.join(self.weight_files())}: holds another model than {self.said_in} says:{listed}")
+        return {name: found[name] for name in expected}
+
+    def check_hashes(self) -> None:
+        """Compare the files with the sha256 of metadata.json, if it has one: of the file, or one for each."""
+        given, files = (self.metadata or {}).get("sha256"), self.weight_files()
+        if given is None:
+            return
+        hashes = given if isinstance(given, dict) else dict.fromkeys(files[:1], given)
+        for name in files:
+            if not isinstance(expected := hashes.get(name), str):
+                raise InputError(f"{METADATA}: sha256 must be a hash, or an object with one for each of {files}")
+            with (self.path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected.lower():
+                raise InputError(f"{name}: its sha256 is {found}, {METADATA} says {expected}; get the file again")
+
+    def _mapped(self) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name in self.weight_files():
+            more = mapped(self.path / name)
+            if twice := sorted(content.keys() & more.keys()):
+                raise InputError(f"{name}: has tensors that another file has too: {', '.join(twice)}")
+            content |= more
+        return {name: tensor for name, tensor in content.items() if not f".{name}".endswith(".rope.freqs")}
+
+
+def read_meta(path: Path) -> MetaFolder:
+    """What a folder says; its tensors are not looked at.
+
+    Raises:
+        InputError: it says nothing, or nothing that can be; each problem has a line.
+    """
+    metadata = _read_json(path, METADATA) if (path / METADATA).is_file() else None
+    places = [PARAMS] if metadata is None else [PARAMS, f"configs/{PARAMS}"]
+    said_in = named_file(path, metadata or {}, "config", "params")
+    said_in = said_in or next((place for place in places if (path / place).is_file()), METADATA)
+    if said_in == METADATA and metadata is None:
+        below = [each.parent for each in sorted(path.glob(f"*/{PARAMS}"))]
+        hint = f", such as {below[0]}" if below else ""
+        raise InputError(f"has no {PARAMS} and no {METADATA}; name the folder that Meta's files lie in{hint}")
+    content = _read_json(path, said_in)
+    return MetaFolder(path, metadata, said_in, content, read_params(content, said_in))
+
+
+def named_file(path: Path, metadata: Mapping[str, Any], *keys: str) -> str | None:
+    """The file that metadata.json names by one of these keys; None if it names none.
+
+    Raises:
+        InputError: the file is not there, or not inside the folder.
+    """
+    files = metadata.get("files") or {}
+    if not isinstance(files, dict):
+        raise InputError(f"{METADATA}: files={files!r}: must be an object with names")
+    for key in keys:
+        if (name := files.get(key)) is None:
+            continue
+        # A link may lead outside, as in Hugging Face's cache: who owns the folder made it. The name was downloaded.
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{METADATA}: files.{key}={name}: must be a path inside the folder")
+        if not (path / name).is_file():
+            raise InputError(f"{METADATA}: files.{key}={name}: there is no such file")
+        return name
+    return None
+
+
+def mapped(path: Path) -> dict[str, Any]:
+    """The content of a file of tensors, mapped into memory. Nothing in it is run.
+
+    Raises:
+        InputError: the file is damaged, or refers to more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"holds more than tensors ({what[1] if what else 'or is damaged'}), and nothing of it was run"
+        raise InputError(f"{path.name}: {problem}; get it again, or save its state dict alone") from error
+    except Exception as error:  # a damaged file can raise anything
+        why = f"{path.stat().st_size:,} bytes; {' '.join(str(error).split())[:100]} …"
+        raise InputError(f"{path.name}: is cut short, damaged or of another format; get it again ({why})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name}: holds a {type(content).__name__}, not tensors by name")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{name}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{name}: holds a {type(content).__name__}, not an object with names")
+    return content
+
+
+def _rows(tensors: Mapping[str, Any]) -> int:
+    """The tokens of the embedding; 1 where there is none, which is told later."""
+    embedding = tensors.get(EMBEDDING)
+    return len(embedding) if isinstance(embedding, Tensor) and embedding.ndim == 2 and len(embedding) else 1
+
+
+def _faults(folder: MetaFolder, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the tensors found: each name, after the counts that may explain them all."""
+    layers, further = (len({n.split(".")[1] for n in found if n.startswith(k)}) for k in ("layers.", "extra_heads."))
+    counts = {"n_future_tokens": (further + min(layers, 1), "heads"), "n_layers": (layers + further, "blocks")}
+    faults = [
+        f"{folder.said_in} says {key}={said}, the file has {count} {what}"
+        for key, (count, what) in counts.items()
+        if count != (said := getattr(folder.params, key))
+    ]
+    faults += [f"missing: {name}" for name in expected if name not in found]
+    faults += [f"unexpected: {name}" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name not in found:
+            continue
+        tensor = found[name]
+        if not _holds_floats(tensor):
+            faults.append(f"mis-typed: {name} is {getattr(tensor, 'dtype', type(tensor).__name__)}, not dense floats")
+        elif tuple(tensor.shape) != shape:
+            faults.append(f"mis-shaped: {name} is {[*tensor.shape]}, {folder.said_in} says {[*shape]}")
+    return faults
+
+
+def _holds_floats(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta:
+        return False
+    return value.layout is torch.strided and value.is_floating_point()

@@ -1,0 +1,1 @@
+"""Pure tensor functions: cross entropy, targets, returns, metric sums."""

@@ -1,0 +1,1 @@
+"""Checkpoints and files of a run in an S3 bucket."""

@@ -1,0 +1,114 @@
+"""system.jsonl: how busy the machine is while a run trains, under the names that MLflow has for it."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from wmtp.runtime.atomic_files import replace_atomically
+
+FILE_NAME = "system.jsonl"
+GROUP = "system/"
+MEGABYTE = 1e6
+
+log = logging.getLogger(__name__)
+
+
+class SystemSampler:
+    """Appends a line to a run's system.jsonl every so many seconds, from a thread of its own. Steps count the lines."""
+
+    def __init__(self, folder: Path, seconds: float, first_step: int = 0) -> None:
+        """`first_step` is the first line's at the least; a file that is there is gone on with."""
+        self.path, self.seconds, self.first_step = folder / FILE_NAME, seconds, first_step
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write no further line."""
+        self._stopped.set()
+        self._thread.join(self.seconds)
+
+    def _sample(self) -> None:
+        try:
+            step = max(self.first_step, drop_torn_line(self.path))
+            gpus, process = Gpus(), psutil.Process()
+            psutil.cpu_percent()  # the next call tells of the time since this one
+            with self.path.open("a") as file:
+                while not self._stopped.wait(self.seconds):
+                    usage = {f"{GROUP}{name}": value for name, value in (machine(process) | gpus.usage()).items()}
+                    file.write(json.dumps({"step": step, "epoch": 0, "time": time.time()} | usage) + "\n")
+                    file.flush()
+                    step += 1
+        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to, and training can do without
+            log.warning("the machine's metrics end here: %s: %s", type(error).__name__, error)
+
+
+class Gpus:
+    """The NVIDIA GPUs of this machine, if there are any."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        import pynvml  # here, where only a run's own thread waits for it
+
+        self._nvml = pynvml
+        try:
+            self._nvml.nvmlInit()
+        except self._nvml.NVMLError as error:
+            log.info("there are no metrics of GPUs: %s", error)
+            return
+        self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
+
+    def usage(self) -> dict[str, float]:
+        """Of each GPU its memory (megabytes, %), how busy it is (%) and its power (watts, %), as far as it tells."""
+        values: dict[str, float] = {}
+        for i, handle in enumerate(self._handles):
+            for measure in (self._memory, self._activity, self._power):
+                try:
+                    values |= {f"gpu_{i}_{name}": round(value, 1) for name, value in measure(handle).items()}
+                except self._nvml.NVMLError as error:
+                    log.debug("GPU %d does not tell everything: %s", i, error)
+        return values
+
+    def _memory(self, handle: Any) -> dict[str, float]:
+        memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
+        return {
+            "memory_usage_megabytes": memory.used / MEGABYTE,
+            "memory_usage_percentage": memory.used / memory.total * 100,
+        }
+
+    def _activity(self, handle: Any) -> dict[str, float]:
+        return {"utilization_percentage": float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
+
+    def _power(self, handle: Any) -> dict[str, float]:
+        used, limit = self._nvml.nvmlDeviceGetPowerUsage(handle), self._nvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        return {"power_usage_watts": used / 1000, "power_usage_percentage": used / limit * 100}
+
+
+def machine(process: psutil.Process) -> dict[str, float]:
+    """How much of the processors, the memory and the disk is used, and of the memory by `process` alone."""
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / MEGABYTE,
+        "system_memory_usage_percentage": memory.used / memory.total * 100,
+        "process_memory_usage_megabytes": process.memory_info().rss / MEGABYTE,
+        "disk_usage_percentage": disk.percent,
+        "disk_available_megabytes": disk.free / MEGABYTE,
+    }
+    return {name: round(value, 1) for name, value in values.items()}
+
+
+def drop_torn_line(path: Path) -> int:
+    """Leave whole lines alone in a file to which a dead process wrote; the step after the last of them."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        replace_atomically(path, b"".join(lines))
+    return int(json.loads(lines[-1])["step"]) + 1 if lines else 0

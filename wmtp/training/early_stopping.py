@@ -1,0 +1,181 @@
+"""When to stop before the plan is done: measured values in, a decision out."""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from wmtp.errors import InputError
+from wmtp.field_types import Positive, PositiveFloat
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class EarlyStopping:
+    """Three criteria, each of them optional, and how they make a decision.
+
+    - *converged*: `patience` measurements of `monitor` in a row, none of them more than `min_delta` below
+      the best. What is not finite is never the best; it counts as a measurement without improvement.
+    - *unstable*: of the last `window` updates, at least the share `ratio` had a gradient norm above
+      `threshold`. A norm that is not finite is above it. Nothing is said before the window is full.
+    - *out of range*: the latest update's value variance is not within `variance_min` and `variance_max`.
+      A variance that is not finite is not within; without a value head there is none to judge.
+
+    `mode` any stops when one of them holds; all, when the run has converged and neither of the others
+    holds; loss_only, when it has converged. A decision is final. It depends on nothing but the values
+    handed in: where several processes train, each hands in the values of all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Literal["any", "all", "loss_only"] = "any",
+        monitor: str = "val/loss",
+        patience: Positive | None = None,
+        min_delta: NonNegative = 0.0,
+        window: Positive | None = None,
+        threshold: PositiveFloat = 50.0,
+        ratio: Share = 0.7,
+        variance_min: NonNegative | None = None,
+        variance_max: PositiveFloat | None = None,
+    ) -> None:
+        """None for `patience`, for `window` or for both variances switches that criterion off."""
+        if mode != "any" and patience is None:
+            raise InputError(f"mode={mode} stops only what has converged, and so needs a patience")
+        if variance_min is not None and variance_max is not None and variance_min > variance_max:
+            raise InputError(f"variance_min={variance_min} is above variance_max={variance_max}")
+        self.mode, self.monitor, self.patience, self.min_delta = mode, monitor, patience, min_delta
+        self.window, self.threshold, self.ratio = window, threshold, ratio
+        self.variance_min, self.variance_max = variance_min, variance_max
+        self._best: float | None = None
+        self._counter = 0
+        self._exceeded: deque[int] = deque(maxlen=window or 0)
+        self._variance: float | None = None
+        self._reason: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, in words; None to go on."""
+        return self._reason
+
+    def stop(self, reason: str) -> None:
+        """Stop for a reason that another process has."""
+        self._reason = reason
+
+    def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
+        """Take in one update: its gradient norm before clipping, and its value variance if there is a value head."""
+        self._exceeded.append(int(grad_norm > self.threshold or not math.isfinite(grad_norm)))
+        self._variance = value_variance
+        self._decide()
+
+    def observe_metrics(self, metrics: dict[str, float]) -> None:
+        """Take in measurements; they count if `monitor` is among them."""
+        if self.monitor not in metrics:
+            return
+        value = metrics[self.monitor]
+        if math.isfinite(value) and (self._best is None or self._best - value > self.min_delta):
+            self._best, self._counter = value, 0
+        else:
+            self._counter += 1
+        self._decide()
+
+    def metrics(self) -> dict[str, float]:
+        """What the criteria stand at, as far as they are on and have something to say."""
+        values: dict[str, float | None] = {}
+        if self.patience is not None:
+            values |= {"counter": float(self._counter), "best": self._best}
+        values["unstable_ratio"] = self._unstable_ratio()
+        if self._judges_variance():
+            values["value_variance"] = self._variance
+        return {f"early_stopping/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed, in plain types that JSON holds, and the settings that a decision was made under."""
+        variance = self._variance
+        return {
+            "settings": self._settings(),
+            "best": self._best,
+            "counter": self._counter,
+            "exceeded": list(self._exceeded),
+            "value_variance": variance if variance is None or math.isfinite(variance) else str(variance),
+            "reason": self._reason,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was observed, under the settings of now.
+
+        A smaller window keeps its newest updates; another monitor starts its measurements anew. Under
+        settings that changed, a decision to stop is made anew.
+        """
+        same = state["settings"]["monitor"] == self.monitor
+        self._best, self._counter = (state["best"], state["counter"]) if same else (None, 0)
+        self._exceeded = deque(state["exceeded"], maxlen=self.window or 0)
+        self._variance = None if state["value_variance"] is None else float(state["value_variance"])
+        self._reason = state["reason"]
+        if self._reason is not None and state["settings"] != self._settings():
+            self._reason = None
+            self._decide()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode, "monitor": self.monitor, "patience": self.patience, "min_delta": self.min_delta,
+            "window": self.window, "threshold": self.threshold, "ratio": self.ratio,
+            "variance_min": self.variance_min, "variance_max": self.variance_max,
+        }  # fmt: skip
+
+    def _decide(self) -> None:
+        if self._reason is not None:
+            return
+        converged, unstable, out_of_range = self._converged(), self._unstable(), self._out_of_range()
+        if self.mode == "any":
+            self._reason = "; ".join(filter(None, (converged, unstable, out_of_range))) or None
+        elif self.mode == "loss_only" or not (unstable or out_of_range):
+            self._reason = converged
+
+    def _converged(self) -> str | None:
+        if self.patience is None or self._counter < self.patience:
+            return None
+        by = f" by more than {self.min_delta}" if self.min_delta else ""
+        best = "no value was finite" if self._best is None else f"best {self._best:.6g}"
+        measurements = "measurement" if self._counter == 1 else "measurements"
+        return f"converged: {self.monitor} has not improved{by} in {self._counter} {measurements} ({best})"
+
+    def _unstable(self) -> str | None:
+        ratio = self._unstable_ratio()
+        if ratio is None or ratio < self.ratio:
+            return None
+        count = sum(self._exceeded)
+        return f"unstable: {count} of the last {self.window} gradient norms exceeded {self.threshold:g}"
+
+    def _unstable_ratio(self) -> float | None:
+        if self.window is None or len(self._exceeded) < self.window:
+            return None
+        # A quotient is the float nearest to 0.07, as the literal is; 0.07 · 100 would be above 7.
+        return sum(self._exceeded) / self.window
+
+    def _judges_variance(self) -> bool:
+        return self.variance_min is not None or self.variance_max is not None
+
+    def _out_of_range(self) -> str | None:
+        variance = self._variance
+        if variance is None or not self._judges_variance():
+            return None
+        problem = None
+        if not math.isfinite(variance):
+            problem = "is not finite"
+        elif self.variance_min is not None and variance < self.variance_min:
+            problem = f"< {self.variance_min}"
+        elif self.variance_max is not None and variance > self.variance_max:
+            problem = f"> {self.variance_max}"
+        return problem and f"out of range: value variance {variance:.6g} {problem}"
+
+
+def monitor_problem(monitor: str, available: Iterable[str]) -> str | None:
+    """Why a metric cannot be monitored; None if it is one of those available."""
+    names = sorted(set(available))
+    if monitor in names:
+        return None
+    return f"is never measured; choose one of {', '.join(names)}" if names else "is never measured; nothing is"

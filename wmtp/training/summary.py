@@ -1,0 +1,97 @@
+"""What is left of a run in numbers: summary.json, and the short table at its end."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.run_dir import RECEIPT, read_run, typed
+from wmtp.runtime.versions import versions
+from wmtp.tracking.jsonl import FILE_NAME, read_metrics
+from wmtp.training.trainer import Result, Trainer
+
+
+def last_and_best(folder: Path) -> dict[str, Any]:
+    """The last validation and the best one, as they stand in metrics.jsonl."""
+    validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
+    if not validations:
+        return {"last": {}, "best": {}}
+    return {"last": validations[-1], "best": min(validations, key=lambda line: line["val/loss"])}
+
+
+def median_speed(folder: Path) -> float | None:
+    """Tokens per second of training in the middle of all that was logged."""
+    speeds = sorted(line["train/tokens_per_second"] for line in read_metrics(folder / FILE_NAME)
+                    if "train/tokens_per_second" in line)  # fmt: skip
+    return speeds[len(speeds) // 2] if speeds else None
+
+
+def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:
+    """Write summary.json, with `extras` besides what the trainer knows, and return its content."""
+    summary = {
+        **asdict(result),
+        **last_and_best(folder),
+        "tokens_per_second": median_speed(folder),
+        "skipped_updates": trainer.gate.num_skipped,
+        "device": str(trainer.hardware.device),
+        "processes": trainer.processes.size,
+        "strategy": trainer.hardware.strategy,
+        "parameters": trainer.model.num_parameters,
+        "data_hash": trainer.data.fingerprint,
+        **extras,
+        **versions(),
+    }
+    replace_atomically(folder / "summary.json", encode_json(summary))
+    return summary
+
+
+def print_summary(console: Console, folder: Path, summary: dict[str, Any], to_go_on: str) -> None:
+    """The table at the end of a run, and the commands that come next; `to_go_on` are the overrides of a longer run."""
+    table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
+    table.add_column("validation")
+    table.add_column("last", justify="right")
+    table.add_column("best", justify="right")
+    last, best = summary["last"], summary["best"]
+    for name in sorted((name for name in last if name.startswith("val/")), key=lambda name: "head" in name):
+        table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}")
+    if best:
+        table.add_row("at step", str(last["step"]), str(best["step"]))
+    console.print(table)
+    if summary["stop_reason"]:
+        console.print(f"stopped early: {summary['stop_reason']}", soft_wrap=True, highlight=False)
+    if (passes := summary["pass@1"]) is not None:
+        interval = "" if passes["low"] is None else f" (95 %: {passes['low']:.2f} to {passes['high']:.2f})"
+        console.print(
+            f"pass@1 {passes['value']:.2f}{interval} of {passes['problems']} held-out problems, greedy, last model",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    for name, area in summary["weights"].items():
+        if area is not None:
+            console.print(f"weights: {name} {area:.3f} (0.5 is chance)", highlight=False)
+    speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
+    console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
+    console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)
+    remote, python = (read_run(folder) or {}).get("remote"), Path(typed(sys.executable))
+    if remote is not None:
+        console.print(f"its copy in {remote}", soft_wrap=True, highlight=False)
+    if (uri := tracking_uri(folder)) is not None and uri.startswith("http"):
+        console.print(f"its metrics in {uri}", soft_wrap=True, highlight=False)
+    console.print("Next:")
+    if uri is not None and not uri.startswith("http"):
+        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {uri}"
+        console.print(f"  {ui}", soft_wrap=True, highlight=False)
+    if summary["pass@1"] is not None:
+        console.print(f"  {python} -m wmtp.evaluate checkpoint={typed(folder)}", soft_wrap=True, highlight=False)
+    resume = f"{python} -m wmtp.train resume={typed(folder)} {to_go_on}"
+    console.print(f"  {resume}", soft_wrap=True, highlight=False)
+
+
+def tracking_uri(folder: Path) -> str | None:
+    """Where a run is tracked; None if it is not."""
+    path = folder / RECEIPT
+    return str(json.loads(path.read_text())["uri"]) if path.exists() else None
