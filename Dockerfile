@@ -1,4 +1,4 @@
-# Trains on a machine with NVIDIA GPUs; docs/tracking.md says how to start it, and the servers of compose.yaml.
+# Trains on a machine with NVIDIA GPUs; docs/tracking.md explains how to start it, and the servers of compose.yaml.
 FROM python:3.11-slim-bookworm AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 COPY constraints.txt /opt/wmtp/
@@ -19,7 +19,7 @@ COPY pyproject.toml README.md LICENSE /opt/wmtp/
 COPY conf /opt/wmtp/conf
 COPY wmtp /opt/wmtp/wmtp
 RUN pip install --constraint /opt/wmtp/constraints.txt /opt/wmtp
-# a name for whoever runs it: --user may give a number that nobody has here
+# a user name for any --user number, also one that is unknown here
 ENV USER=wmtp NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER wmtp
 ENTRYPOINT ["wmtp-train"]

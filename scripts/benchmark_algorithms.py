@@ -24,7 +24,7 @@ from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.distributed.device import Hardware
-from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.optim import constant, parameter_groups
@@ -45,9 +45,9 @@ ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
 
 
 def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Path) -> Trainer:
-    """A trainer of the micro model."""
+    """Return a trainer of the micro model."""
     torch.manual_seed(0)
-    model = drawn(LlamaArchitecture(
+    model = create_llama(LlamaArchitecture(
         vocab_size=512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
     ))  # fmt: skip
     if algorithm.needs_values:

@@ -1,4 +1,4 @@
-"""What self-speculation gains on a trained model: `scripts/benchmark_decoding.py RUN_OR_CHECKPOINT [--prompts 200]`.
+"""Measure the speed-up of self-speculative decoding: `scripts/benchmark_decoding.py RUN_OR_CHECKPOINT [--prompts 200]`.
 
 Answers held-out tasks of the run's own data greedily, with all heads and with head 1 alone, which differ in
 nothing but the number of heads. Compared are the completions, token for token, and the time of one thread,
@@ -25,7 +25,7 @@ from wmtp.distributed.device import Hardware
 from wmtp.generation.decoding import Completion, Request, generate
 from wmtp.generation.settings import Decoding
 from wmtp.generation.speculation_stats import speculation_metrics
-from wmtp.models.loading import find_checkpoint, load_trained, read_config
+from wmtp.models.loading import find_checkpoint, load_trained, read_run_config
 from wmtp.models.mtp import MtpModel
 
 NUM_TURNS = 5
@@ -35,10 +35,10 @@ Arm = tuple[bool, int]
 
 
 class Benchmark:
-    """A trained model and the requests it answers."""
+    """A trained model and the requests for it."""
 
     def __init__(self, path: Path, num_prompts: int, cache_dir: Path) -> None:
-        config = read_config(find_checkpoint(path)[1])
+        config = read_run_config(find_checkpoint(path)[1])
         self.tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=cache_dir)
         source: DataSource = build(config.data, tokenizer=self.tokenizer)
         splits = source.read()
@@ -50,7 +50,7 @@ class Benchmark:
         self.requests = [Request(prompt) for prompt in self.tokenizer.encode(texts)]
 
     def completions(self, arm: Arm, count: int | None = None) -> list[Completion]:
-        """The answers to the first requests, in their order."""
+        """Return the completions of the first requests, in order."""
         speculative, batch_size = arm
         how = Decoding(speculative=speculative, batch_size=batch_size)
         requests = self.requests[:count]
@@ -58,21 +58,21 @@ class Benchmark:
         return [found[index] for index in range(len(requests))]
 
     def seconds(self, arm: Arm) -> float:
-        """The time of all answers."""
+        """Return the seconds for all completions."""
         started = time.perf_counter()
         self.completions(arm)
         return time.perf_counter() - started
 
     @torch.inference_mode()
     def margin_and_error(self, completions: list[Completion]) -> tuple[float, float]:
-        """The smallest difference of the two largest logits of a choice, and the largest error of a logit."""
+        """Return the smallest gap between the two largest logits of any choice, and the largest error of a logit."""
         margins, errors = [], []
         precise = copy.deepcopy(self.model).double()
         for request, completion in zip(self.requests, completions, strict=True):
             tokens = torch.tensor([request.prompt + completion.tokens], device=self.model.embedding.weight.device)
             start = len(request.prompt) - 1
             logits, exact = (
-                model(tokens, num_heads=1).states[0, 0, start : start + completion.cost.num_chosen]
+                model(tokens, num_heads=1).states[0, 0, start : start + completion.stats.num_chosen]
                 @ model.unembedding_weight.T
                 for model in (self.model, precise)
             )
@@ -95,18 +95,18 @@ def main() -> None:
 
 
 def report(benchmark: Benchmark) -> None:
-    """Compare answers, then times."""
+    """Print the comparison of completions, then of times."""
     arms: list[Arm] = [(speculative, size) for size in BATCH_SIZES for speculative in (False, True)]
     answers = {arm: benchmark.completions(arm) for arm in arms}
     plain = answers[arms[0]]
-    num_tokens = sum(completion.cost.num_chosen for completion in plain)
+    num_tokens = sum(completion.stats.num_chosen for completion in plain)
     differing = sum(
         one != other
         for arm in arms
         for a, b in zip(plain, answers[arm], strict=True)
         for one, other in zip([*a.tokens, None], [*b.tokens, None], strict=False)
     )
-    metrics = speculation_metrics([completion.cost for completion in answers[arms[1]]])
+    metrics = speculation_metrics([completion.stats for completion in answers[arms[1]]])
     margin, error = benchmark.margin_and_error(plain)
     model = benchmark.model
     print(f"{len(plain)} prompts, {num_tokens} tokens, {model.num_parameters / 1e6:.1f} million parameters")

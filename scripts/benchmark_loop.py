@@ -1,7 +1,7 @@
-"""The training loop against a bare loop and against Hugging Face's Trainer: `scripts/benchmark_loop.py [turns]`.
+"""Compare the training loop with a bare loop and with Hugging Face's Trainer: `scripts/benchmark_loop.py [turns]`.
 
 The same micro model, batches, loss and optimizer in one process. The arms take turns of two updates, so
-that whatever else the machine does meets all of them alike; ratios are taken within a round of turns.
+that other load on the machine affects all of them alike; ratios are taken within a round of turns.
 The first turns warm up. Needs the extra `dev`.
 """
 
@@ -27,7 +27,7 @@ from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.distributed.device import Hardware
-from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.tracking.jsonl import MetricsFile
@@ -41,30 +41,30 @@ OBJECTIVE = MtpObjective(Uniform())
 
 
 class WithoutValidation:
-    """A data set whose validation takes no time: only the loop is measured."""
+    """A data set with an empty validation split, so that only the loop is measured."""
 
     def __init__(self, data: Dataset, turns: "Turns") -> None:
         self.data, self.turns, self.step = data, turns, 0
         self.fingerprint, self.seed, self.tokenizer = data.fingerprint, data.seed, data.tokenizer
 
     def micro_batches(self, *position: Any) -> list[Batch]:
-        """The next update's batches: whoever asks for them has done all that belongs to the update before."""
+        """Return the batches of the next update; the call marks the end of the previous one."""
         if self.step:
             self.turns.step_done("wmtp", self.step)
         self.step += 1
         return self.data.micro_batches(*position)
 
     def num_tokens(self, *position: int) -> int:
-        """The tokens of an update."""
+        """Return the number of tokens of an update."""
         return self.data.num_tokens(*position)
 
     def validation_batches(self, *sizes: Any) -> list[Batch]:
-        """No batches."""
+        """Return no batches."""
         return []
 
 
 class Turns:
-    """Lets arms run one after the other for some updates each, and times every turn.
+    """A scheduler that runs the arms in turns of some updates each, and times every turn.
 
     Each arm is a greenlet: threads would each bring a pool of workers of their own.
     """
@@ -75,12 +75,12 @@ class Turns:
         self.started = 0.0
 
     def add(self, name: str, arm: Callable[[], None]) -> None:
-        """Take in an arm; it must call `begin` before its first and `step_done` after each update."""
+        """Add an arm; it must call `begin` before its first and `step_done` after each update."""
         self.seconds[name] = []
         self.arms.append(greenlet.greenlet(arm))
 
     def run(self) -> None:
-        """Run all arms to their ends."""
+        """Run all arms until they finish."""
         while self.arms:
             for arm in list(self.arms):
                 arm.switch()
@@ -88,43 +88,43 @@ class Turns:
                     self.arms.remove(arm)
 
     def begin(self) -> None:
-        """The arm is set up; its turns follow."""
+        """Mark the arm's set-up as complete."""
         greenlet.getcurrent().parent.switch()
         self.started = time.perf_counter()
 
     def step_done(self, name: str, step: int) -> None:
-        """Count an update; the last one of a turn hands over."""
+        """Count an update; after the last of a turn, switch to the next arm."""
         if step % UPDATES_PER_TURN == 0:
             self.seconds[name].append(time.perf_counter() - self.started)
             self.begin()
 
 
 class LastTurn:
-    """Ends the last turn of this project's trainer when its last update is logged."""
+    """A tracker that ends the last turn of this project's trainer when its last update is logged."""
 
     def __init__(self, turns: Turns, num_updates: int) -> None:
         self.turns, self.num_updates = turns, num_updates
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """An update was logged."""
+        """Receive the metrics of an update."""
         if step == self.num_updates:
             self.turns.step_done("wmtp", step)
 
     def close(self, state: str) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def fresh() -> tuple[MtpModel, torch.optim.Optimizer]:
-    """The micro model and its optimizer."""
+    """Return the micro model and its optimizer."""
     torch.manual_seed(0)
-    model = drawn(LlamaArchitecture(
+    model = create_llama(LlamaArchitecture(
         vocab_size=512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
     ))  # fmt: skip
     return model, torch.optim.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def wmtp_loop(data: Dataset, batches: list[Batch], turns: Turns, folder: Path) -> None:
-    """This project's trainer, logging every tenth update to metrics.jsonl."""
+    """Run this project's trainer, which logs every tenth update to metrics.jsonl."""
     model, optimizer = fresh()
     plan = Plan(len(data.train), num_epochs=99.0, max_steps=len(batches), batch_size=BATCH_SIZE)
     trainer = Trainer(
@@ -144,7 +144,7 @@ def wmtp_loop(data: Dataset, batches: list[Batch], turns: Turns, folder: Path) -
 
 
 def bare_loop(batches: list[Batch], turns: Turns) -> None:
-    """Nothing but forward, backward, clipping and step, on batches that lie ready."""
+    """Run only forward, backward, clipping and step, on batches prepared before."""
     model, optimizer = fresh()
     turns.begin()
     for step, batch in enumerate(batches, start=1):
@@ -157,20 +157,20 @@ def bare_loop(batches: list[Batch], turns: Turns) -> None:
 
 
 class ForHuggingFace(torch.nn.Module):
-    """The model with its loss inside, as Hugging Face's Trainer wants it."""
+    """The model with the loss in its forward, as Hugging Face's Trainer requires."""
 
     def __init__(self, model: MtpModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         loss, _ = OBJECTIVE.loss(self.model, batch, OBJECTIVE.totals(self.model, batch))
         return {"loss": loss}
 
 
 def hugging_face_loop(batches: list[Batch], turns: Turns, folder: Path) -> None:
-    """Hugging Face's Trainer, logging every tenth update, on batches that lie ready."""
+    """Run Hugging Face's Trainer, which logs every tenth update, on batches prepared before."""
     model, optimizer = fresh()
 
     class Timing(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Memory and time of the chunked weighted loss against all logits at once: `scripts/benchmark_loss.py`.
+"""Compare memory and time of the chunked weighted loss with all logits at once: `scripts/benchmark_loss.py`.
 
 `scripts/benchmark_loss.py chunks` shows instead how the time depends on the size of a chunk.
 
@@ -54,24 +54,24 @@ class Inputs:
     def ours(
         self, coefficients: Callable[[Tensor, Tensor], Tensor], targets: Tensor | None = None, rows: int | None = None
     ) -> None:
-        """The chunked loss."""
+        """Compute the chunked loss."""
         targets = self.targets if targets is None else targets
         loss, _, _ = weighted_cross_entropy(self.states, self.unembedding, targets, coefficients, rows)
         loss.backward()
 
     def known(self, losses: Tensor, rows: Tensor) -> Tensor:
-        """Weights that were known before the losses."""
+        """Return weights known before the losses."""
         return self.weights.flatten()[rows]
 
     def stacked(self) -> None:
-        """All logits at once."""
+        """Compute the loss from all logits at once."""
         logits = self.states.flatten(0, 2) @ self.unembedding.T
         losses = F.cross_entropy(logits, self.targets.flatten(), reduction="none")
         del logits  # a caller that keeps them pays for one buffer more
         (losses * self.weights.flatten()).sum().backward()
 
     def native(self) -> None:
-        """torch's own chunked loss without reduction."""
+        """Compute torch's own chunked loss without reduction."""
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK_ROWS, chunking_method=None)
         losses = F.linear_cross_entropy(
             self.states.flatten(0, 2), self.unembedding, self.targets.flatten(), reduction="none", options=options
@@ -79,7 +79,7 @@ class Inputs:
         (losses * self.weights.flatten()).sum().backward()
 
     def skipping(self, keep_fraction: float) -> None:
-        """The losses of all rows, then those with the largest weighted."""
+        """Compute the losses of all rows, then weight the largest."""
         losses = cross_entropy(self.states, self.unembedding, self.targets)
         kept = losses.flatten().topk(round(keep_fraction * losses.numel())).indices
         targets = torch.full_like(self.targets, IGNORED).flatten()
@@ -87,7 +87,7 @@ class Inputs:
         self.ours(self.known, targets.view(self.targets.shape))
 
     def arms(self) -> dict[str, Arm]:
-        """Every arm by name."""
+        """Return every arm by name."""
         arms: dict[str, Arm] = {"stacked": self.stacked}
         if hasattr(F, "linear_cross_entropy"):
             arms["linear_cross_entropy"] = self.native
@@ -100,18 +100,18 @@ class Inputs:
         }
 
     def drop_gradients(self) -> None:
-        """What `zero_grad` does."""
+        """Drop gradients, as `zero_grad` does."""
         self.states.grad = self.unembedding.grad = None
 
 
 def resident(field: str) -> float:
-    """A figure of this process's resident set, in MB: VmRSS is the present, VmHWM the peak."""
+    """Return a figure of this process's resident set, in MB: VmRSS is the present, VmHWM the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure_memory(arm: str, is_first: bool) -> float:
-    """The peak of one pass above inputs and gradients, in MB, of this process."""
+    """Return this process's peak memory during one pass, above inputs and gradients, in MB."""
     Inputs(num_positions=2).arms()[arm]()  # what is loaded and allocated once is no matter of the loss
     inputs = Inputs()
     inputs.states.grad = torch.ones_like(inputs.states)
@@ -125,7 +125,7 @@ def measure_memory(arm: str, is_first: bool) -> float:
 
 
 def measure_time() -> dict[str, list[float]]:
-    """Seconds of every turn of each arm, and of one matrix product as large as a head's."""
+    """Return the seconds of every turn of each arm, and of one matrix product of a head's size."""
     torch.set_num_threads(1)
     small = Inputs(num_positions=8)
     gradients = {}
@@ -144,7 +144,7 @@ def measure_time() -> dict[str, list[float]]:
 
 
 def turns(arms: dict[str, Arm], inputs: Inputs) -> dict[str, list[float]]:
-    """Seconds of every turn of each arm."""
+    """Return the seconds of every turn of each arm."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(NUM_TURNS):
         for name, arm in arms.items():
@@ -156,7 +156,7 @@ def turns(arms: dict[str, Arm], inputs: Inputs) -> dict[str, list[float]]:
 
 
 def own_process(*arguments: str, **environment: str) -> str:
-    """What this script prints when run with other arguments."""
+    """Return the output of this script with other arguments, in a process of its own."""
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
@@ -164,12 +164,12 @@ def own_process(*arguments: str, **environment: str) -> str:
 
 
 def verdict(text: str, value: float, limit: float) -> None:
-    """One line of the table of limits."""
+    """Return one line of the table of limits."""
     print(f"{text:66} {value:7.3f}  limit {limit:.3f}  {'reached' if value <= limit else 'NOT REACHED'}")
 
 
 def main() -> None:
-    """Print both tables and what is reached."""
+    """Print both tables and the limits that are met."""
     print(
         f"{NUM_HEADS} heads × {NUM_POSITIONS} positions, dim {DIM}, vocabulary {VOCAB_SIZE}, fp32, "
         f"time of one thread, torch {torch.__version__}"
@@ -219,7 +219,7 @@ def main() -> None:
 
 
 def chunk_sizes() -> None:
-    """Print how the time depends on the size of a chunk, for a large and a small vocabulary."""
+    """Print the time for each size of a chunk, for a large and a small vocabulary."""
     torch.set_num_threads(1)
     for dim, vocab_size in ((DIM, VOCAB_SIZE), (128, 512)):
         inputs = Inputs(1250 if vocab_size == 512 else 512, dim=dim, vocab_size=vocab_size)

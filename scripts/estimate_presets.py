@@ -1,6 +1,6 @@
-"""Print the tables of docs/presets.md: what every preset of conf/experiment takes, calculated, not measured.
+"""Print the tables of docs/presets.md: memory and time of every preset in conf/experiment, calculated, not measured.
 
-Models are those of the configs, on the meta device; those of pretrained ones have the published sizes.
+Models are built from the configs on the meta device; pretrained models have the published sizes.
 """
 
 import json
@@ -14,12 +14,12 @@ import torch
 from estimate_scaling import YES, fits, table
 from omegaconf import DictConfig
 
-from wmtp.config.overrides import forced
+from wmtp.config.overrides import to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, build, stage_config
-from wmtp.models.loading import compose_source
+from wmtp.models.loading import build_source
 from wmtp.models.mtp import empty_model
-from wmtp.models.shapes import Layout, layout_of
-from wmtp.training.estimate import GB, Machine, Setting, all_logits_bytes, duration, memory, speed
+from wmtp.models.shapes import ModelShape, model_shape
+from wmtp.training.estimate import GB, Machine, ParallelSetting, all_logits_bytes, format_duration, memory, speed
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
 from wmtp.training.validate import needs_values
@@ -44,27 +44,27 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "work", 
 
 @dataclass(frozen=True)
 class Training:
-    """One stage of a preset, as the calculation needs it."""
+    """One stage of a preset."""
 
     name: str
-    layout: Layout
+    shape: ModelShape
     machine: Machine
-    setting: Setting
+    setting: ParallelSetting
     num_samples: int
     num_updates: int
 
 
 def presets() -> list[str]:
-    """The experiments of one run, as they are asked for, but those that others are made from."""
+    """Return the names of the presets of single runs, without the bases of others."""
     folder = CONFIG_FOLDER / "experiment"
     found = [path.relative_to(folder).with_suffix("") for path in folder.glob("**/*.yaml") if path.stem != "base"]
     return sorted(str(name) for name in found if name.parts[0] != "sweep")
 
 
 def composed(preset: str, folder: Path) -> DictConfig:
-    """The config of a preset, whose pretrained model is described in a new folder below `folder`."""
+    """Return the config of a preset; a pretrained model gets a description in a new folder below `folder`."""
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        config = hydra.compose("train", [forced(f"experiment={preset}")])
+        config = hydra.compose("train", [to_hydra_override(f"experiment={preset}")])
     file, content = PUBLISHED.get(config.model["_target_"].rpartition(".")[2], (None, None))
     if file is not None:
         place = folder / preset
@@ -75,59 +75,59 @@ def composed(preset: str, folder: Path) -> DictConfig:
     return config
 
 
-def layout(config: DictConfig, folder: Path, stage: Stage | None) -> Layout:
-    """The sizes of the model of a stage, of which that stage's parameters train; `folder` keeps the tokenizer."""
+def shape(config: DictConfig, folder: Path, stage: Stage | None) -> ModelShape:
+    """Return the shape of a stage's model and which parameters train; `folder` keeps the tokenizer."""
     is_new = "path" not in config.model  # and as large as its tokenizer makes it
-    source = compose_source(config.model, build(config.model.tokenizer, cache_dir=folder) if is_new else None, folder)
+    source = build_source(config.model, build(config.model.tokenizer, cache_dir=folder) if is_new else None, folder)
     model = empty_model(source.architecture(), source.lora, source.value_head_dim)
     if needs_values(config) if stage is None else stage.trains_policy:
         with torch.device("meta"):
             model.add_value_head()
     if stage is not None:
         stage.freeze(model)
-    return layout_of(model)
+    return model_shape(model)
 
 
 def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = None) -> Training:
-    """What a config says of one stage."""
+    """Return one stage of a config."""
     hardware, data = config.hardware, config.data
     num_samples = data.n_samples or data.get("num_train") or MBPP
     device = "cpu" if hardware.device == "auto" else hardware.device
     plan = build(config, Plan, num_samples=num_samples, num_processes=hardware.num_processes)
-    setting = Setting(
+    setting = ParallelSetting(
         hardware.strategy if hardware.num_processes > 1 else "single", hardware.activation_checkpointing,
         hardware.reduce_each_micro_batch, plan.micro_batch_size, hardware.precision,
     )  # fmt: skip
     machine = Machine(
         hardware.num_processes, NOMINAL[device], sequence=data.max_length, batch_size=plan.batch_size, device=device
     )
-    return Training(name, layout(config, folder, stage), machine, setting, num_samples, plan.num_updates)
+    return Training(name, shape(config, folder, stage), machine, setting, num_samples, plan.num_updates)
 
 
 def trainings() -> Iterator[Training]:
-    """Every stage of every preset."""
+    """Yield every stage of every preset."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for preset in presets():
             config = composed(preset, folder)
             if config.pretrain is not None:
                 stage: Stage = build(config.pretrain)
-                yield training(f"{preset}, the stage before", stage_config(config), folder, stage)
+                yield training(f"{preset}, stage 1", stage_config(config), folder, stage)
             yield training(preset, config, folder)
 
 
 def in_millions(number: int) -> str:
-    """A number of parameters."""
+    """Format a number of parameters."""
     return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
 
 
 def memory_row(each: Training) -> list[object]:
-    """GB of one process."""
-    found, counts = memory(each.layout, each.machine, each.setting), each.layout.counted
+    """Return the row with the memory of one process, in GB."""
+    found, counts = memory(each.shape, each.machine, each.setting), each.shape.counted
     sizes = [f"{found[part] / GB:.2f}" for part in PARTS]
     tokens = each.setting.micro_batch_size * each.machine.sequence
-    at_once = "–" if each.layout.trains_values_only else f"{all_logits_bytes(each.layout, tokens) / GB:.2f}"
-    room = f"{YES[fits(each.layout, each.machine, each.setting)]}, {each.machine.memory} GB"
+    at_once = "–" if each.shape.trains_values_only else f"{all_logits_bytes(each.shape, tokens) / GB:.2f}"
+    room = f"{YES[fits(each.shape, each.machine, each.setting)]}, {each.machine.memory} GB"
     return [
         each.name, in_millions(counts.parameters), in_millions(counts.trained),
         f"{each.setting.micro_batch_size} × {each.machine.sequence}", *sizes, room, at_once,
@@ -135,22 +135,22 @@ def memory_row(each: Training) -> list[object]:
 
 
 def time_row(each: Training) -> list[object]:
-    """Updates, and on A100s how long they take where every sample is as long as it may be."""
+    """Return the row with the updates, and their time on A100s if every sample has the maximum length."""
     samples = [each.name, f"{each.num_samples:,}", each.machine.sequence, each.num_updates]
     if each.machine.device != "cuda":
         return [*samples, "dry run", "dry run", "dry run"]
-    found, tokens = speed(each.layout, each.machine, each.setting), each.machine.batch_size * each.machine.sequence
+    found, tokens = speed(each.shape, each.machine, each.setting), each.machine.batch_size * each.machine.sequence
     seconds = [tokens / found.fast, tokens / found.slow]
     # where values alone train, the trunk runs once over the data; later updates read its states
-    updates = each.num_samples / each.machine.batch_size if each.layout.trains_values_only else each.num_updates
-    least, most = (duration(updates * second) for second in seconds)
+    updates = each.num_samples / each.machine.batch_size if each.shape.trains_values_only else each.num_updates
+    least, most = (format_duration(updates * second) for second in seconds)
     return [
         *samples, f"{seconds[0]:.1f} – {seconds[1]:.1f}", f"{found.slow:,.0f} – {found.fast:,.0f}", f"{least} – {most}"
     ]  # fmt: skip
 
 
 def tables() -> list[str]:
-    """Memory, then time."""
+    """Return the tables of memory and of time."""
     found = list(trainings())
     figures = ["preset", "numbers", "trained", "a forward", *PARTS, "fits", "all logits"]
     planned = ["preset", "samples", "tokens at most", "updates", "s an update", "tokens/s", "in all"]

@@ -1,4 +1,4 @@
-"""Print the tables of docs/scaling.md: what a model takes on several GPUs, computed, not measured.
+"""Print the tables of docs/scaling.md: memory and time of a model on several GPUs, calculated, not measured.
 
 Without options it prints all of them; `--gpus 4 --memory 80` gives those of one machine.
 """
@@ -7,15 +7,15 @@ import argparse
 from collections.abc import Sequence
 from itertools import product
 
-from wmtp.models.shapes import Layout
+from wmtp.models.shapes import ModelShape
 from wmtp.training.estimate import (
     GB,
     NODE_RING_BANDWIDTH,
     PEAK_FLOPS,
     RING_BANDWIDTH,
-    UTILISATION,
+    UTILIZATION,
     Machine,
-    Setting,
+    ParallelSetting,
     flops_per_token,
     memory,
     speed,
@@ -27,6 +27,9 @@ YES = ("no", "yes")
 DESCRIPTION = ("GPUs", "strategy", "recompute", "reduce each", "micro-batch")
 SIZES = ("dim", "num_layers", "num_heads", "num_attention_heads", "hidden_dim", "vocab_size")
 """What can be asked for of a model."""
+
+MACHINES = [(4, 40.0), (4, 80.0), (64, 80.0)]
+"""Number of GPUs and nominal GB of each, for the tables of docs/scaling.md."""
 
 # assumed
 USABLE_MEMORY = 0.9
@@ -41,111 +44,116 @@ HASH_BANDWIDTH = 1.57 * GB
 """SHA-256 of a file by one core."""
 
 
-def fits(layout: Layout, machine: Machine, setting: Setting) -> bool:
-    """Whether one GPU holds it."""
-    return memory(layout, machine, setting)["total"] <= USABLE_MEMORY * machine.memory * GB
+def fits(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> bool:
+    """Return whether the training fits in the memory of one GPU."""
+    return memory(shape, machine, setting)["total"] <= USABLE_MEMORY * machine.memory * GB
 
 
-def checkpoint_seconds(layout: Layout, gpus: int, disk: float, sharded: bool) -> float:
-    """Seconds that training waits: from the GPU, to a disk or file system shared by all, and the hash."""
-    size, writers = 12 * layout.parameters, gpus if sharded else 1
+def checkpoint_seconds(shape: ModelShape, gpus: int, disk: float, sharded: bool) -> float:
+    """Return the seconds that training waits for a save: copy from the GPU, write to the shared disk, hash."""
+    size, writers = 12 * shape.parameters, gpus if sharded else 1
     return size / (writers * DEVICE_TO_HOST) + size / disk + size / (writers * HASH_BANDWIDTH)
 
 
-def candidates(layout: Layout, machine: Machine) -> list[Setting]:
-    """Each way to set things up with the largest micro-batch that fits, or with 1 where none does."""
-    found = [Setting("ddp", True, False, 1)]
+def candidates(shape: ModelShape, machine: Machine) -> list[ParallelSetting]:
+    """Return each setting with the largest micro-batch that fits, or with 1 if none does."""
+    found = [ParallelSetting("ddp", True, False, 1)]
     for recompute, each in product((True, False), (True, False)):
         sizes = [size for size in MICRO_BATCH_SIZES if size * machine.processes <= machine.batch_size] or [1]
-        settings = [Setting("fsdp", recompute, each, size) for size in sizes]
-        setting = max((s for s in settings if fits(layout, machine, s)), default=settings[0])
+        settings = [ParallelSetting("fsdp", recompute, each, size) for size in sizes]
+        setting = max((s for s in settings if fits(shape, machine, s)), default=settings[0])
         if each or machine.micro_batches(setting) > 1:
             found.append(setting)
     return found
 
 
-def best(layout: Layout, machine: Machine) -> Setting | None:
-    """The candidate that fits and is fastest where things go badly."""
-    fitting = [setting for setting in candidates(layout, machine) if fits(layout, machine, setting)]
-    return max(fitting, key=lambda setting: speed(layout, machine, setting).slow, default=None)
+def best(shape: ModelShape, machine: Machine) -> ParallelSetting | None:
+    """Return the fitting candidate with the highest pessimistic speed."""
+    fitting = [setting for setting in candidates(shape, machine) if fits(shape, machine, setting)]
+    return max(fitting, key=lambda setting: speed(shape, machine, setting).slow, default=None)
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def described(machine: Machine, setting: Setting) -> list[object]:
-    """The first cells of a row."""
+def described(machine: Machine, setting: ParallelSetting) -> list[object]:
+    """Return the first cells of a row."""
     flags = [YES[setting.activation_checkpointing], YES[setting.reduce_each_micro_batch]]
     return [f"{machine.processes} × {machine.memory:g} GB", setting.strategy, *flags, setting.micro_batch_size]
 
 
-def memory_table(layout: Layout, machines: list[Machine]) -> str:
-    """GB of one GPU."""
+def memory_table(shape: ModelShape, machines: list[Machine]) -> str:
+    """Return the table of the memory of one GPU, in GB."""
     parts = ("parameters", "gradients", "optimizer", "activations", "loss", "work", "total")
     rows = []
     for machine in machines:
-        for setting in candidates(layout, machine):
-            found = memory(layout, machine, setting)
+        for setting in candidates(shape, machine):
+            found = memory(shape, machine, setting)
             sizes = [f"{found[part] / GB:.1f}" for part in parts]
-            rows.append([*described(machine, setting), *sizes, YES[fits(layout, machine, setting)]])
+            rows.append([*described(machine, setting), *sizes, YES[fits(shape, machine, setting)]])
     return table([*DESCRIPTION, *parts, "fits"], rows)
 
 
-def speed_table(layout: Layout, machines: list[Machine]) -> str:
-    """Bytes and seconds of an update, for the settings that fit; the best in bold."""
+def speed_table(shape: ModelShape, machines: list[Machine]) -> str:
+    """Return the table of bytes and seconds of an update, for settings that fit; the best in bold."""
     rows = []
     for machine in machines:
-        for setting in candidates(layout, machine):
-            if not fits(layout, machine, setting):
+        for setting in candidates(shape, machine):
+            if not fits(shape, machine, setting):
                 continue
-            count, found = machine.micro_batches(setting), speed(layout, machine, setting)
-            gathered, reduced = traffic(layout, machine.processes, setting, count)
-            model, _ = flops_per_token(layout, machine.sequence)
+            count, found = machine.micro_batches(setting), speed(shape, machine, setting)
+            gathered, reduced = traffic(shape, machine.processes, setting, count)
+            model, _ = flops_per_token(shape, machine.sequence)
             rates = f"{found.slow:,.0f} – {found.fast:,.0f}"
             used = [100 * model * rate / machine.processes / PEAK_FLOPS for rate in (found.slow, found.fast)]
-            products = f"{found.peak_seconds / UTILISATION[1]:.1f} – {found.peak_seconds / UTILISATION[0]:.1f}"
+            products = f"{found.peak_seconds / UTILIZATION[1]:.1f} – {found.peak_seconds / UTILIZATION[0]:.1f}"
             rows.append([
                 *described(machine, setting), count, f"{gathered / GB:.0f}", f"{reduced / GB:.0f}", products,
-                f"{found.traffic_seconds:.2f}", f"**{rates}**" if setting == best(layout, machine) else rates,
+                f"{found.traffic_seconds:.2f}", f"**{rates}**" if setting == best(shape, machine) else rates,
                 f"{used[0]:.0f} – {used[1]:.0f}",
             ])  # fmt: skip
     figures = ["forwards", "GB gathered", "GB reduced", "s products", "s traffic", "tokens/s", "MFU %"]
     return table([*DESCRIPTION, *figures], rows)
 
 
-def checkpoint_table(layout: Layout, machines: list[Machine]) -> str:
-    """Seconds that training waits for a save and minutes between saves, for each speed of the disk."""
+def checkpoint_table(shape: ModelShape, machines: list[Machine]) -> str:
+    """Return the table of seconds per save and minutes between saves, for each disk speed."""
     rows = []
     for gpus, sharded in product(sorted({machine.processes for machine in machines}), (False, True)):
-        seconds = [checkpoint_seconds(layout, gpus, disk, sharded) for disk in DISKS]
+        seconds = [checkpoint_seconds(shape, gpus, disk, sharded) for disk in DISKS]
         cells = [f"{second:.0f} s, {second / TIME_FOR_SAVING / 60:.0f} min" for second in seconds]
-        size = 12 * layout.parameters
+        size = 12 * shape.parameters
         rows.append([gpus, "sharded" if sharded else "whole", f"{size / GB:.1f}", *cells, f"{size / NETWORK:.0f} s"])
     disks = [f"disk {disk / GB:.0f} GB/s" for disk in DISKS]
     return table(["GPUs", "checkpoint", "GB", *disks, "upload 10 Gb/s"], rows)
 
 
-def node_table(layout: Layout) -> str:
-    """Seconds of traffic of an update on eight nodes of eight: sharding over all GPUs, or within a node."""
-    setting = Setting("fsdp", False, True, 1)
+def node_table(shape: ModelShape) -> str:
+    """Return the table of an update's traffic in seconds on 8 nodes of 8 GPUs: sharded over all, or within nodes."""
+    setting = ParallelSetting("fsdp", False, True, 1)
     rows = []
     for cards, forwards in product((8, 1), (1, 4)):
         wire = NODE_RING_BANDWIDTH * cards / 8
-        inside = sum(traffic(layout, 8, setting, forwards)) / RING_BANDWIDTH
+        inside = sum(traffic(shape, 8, setting, forwards)) / RING_BANDWIDTH
         # each GPU of a node reduces its eighth over the nodes, once; together they share the node's network
-        between = traffic(layout, 8, Setting("ddp", False, False, 1), 1)[1] / wire
-        over_all = sum(traffic(layout, 64, setting, forwards)) / wire
+        between = traffic(shape, 8, ParallelSetting("ddp", False, False, 1), 1)[1] / wire
+        over_all = sum(traffic(shape, 64, setting, forwards)) / wire
         rows.append([f"{cards} × 200 Gb/s", forwards, f"{over_all:.2f}", f"{inside + between:.2f}"])
     return table(["network of a node", "forwards", "s, sharded over 64", "s, sharded within nodes"], rows)
 
 
-def tables(layout: Layout, machines: list[Machine]) -> list[str]:
-    """Everything, in the page's order."""
-    nodes = [node_table(layout)] if any(machine.processes == 64 for machine in machines) else []
-    return [speed_table(layout, machines), memory_table(layout, machines), *nodes, checkpoint_table(layout, machines)]
+def tables(shape: ModelShape, machines: list[Machine]) -> list[str]:
+    """Return all tables, in the order of the page."""
+    nodes = [node_table(shape)] if any(machine.processes == 64 for machine in machines) else []
+    return [speed_table(shape, machines), memory_table(shape, machines), *nodes, checkpoint_table(shape, machines)]
+
+
+def default_tables() -> list[str]:
+    """Return the tables of docs/scaling.md."""
+    return tables(ModelShape(), [Machine(gpus, memory) for gpus, memory in MACHINES])
 
 
 def main() -> None:
@@ -157,14 +165,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="samples of an update, over all GPUs")
     parser.add_argument("--ring", type=float, help="GB/s of a ring, per GPU; default: NVLink's, or the network's")
     for name in SIZES:
-        value = getattr(Layout(), name)
+        value = getattr(ModelShape(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"of the model: {value}")
     options = parser.parse_args()
-    layout = Layout(**{name: getattr(options, name) for name in SIZES})
-    shapes = [(options.gpus, options.memory)] if options.gpus else [(4, 40), (4, 80), (64, 80)]
+    shape = ModelShape(**{name: getattr(options, name) for name in SIZES})
+    shapes = [(options.gpus, options.memory)] if options.gpus else MACHINES
     ring = options.ring and options.ring * GB
     machines = [Machine(gpus, memory, options.sequence, options.batch_size, ring) for gpus, memory in shapes]
-    print("\n\n".join(tables(layout, machines)))
+    print("\n\n".join(tables(shape, machines)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from tests.support.forking import Nursery
+from tests.support.forking import ForkServer
 from tests.support.ranks import Ranks
 from tests.support.servers import (  # noqa: F401
     ObjectStore,
@@ -28,12 +28,12 @@ from tests.support.servers import (  # noqa: F401
     tracking_server_process,
 )
 from wmtp.cli.runner import run as main
-from wmtp.config.overrides import forced
+from wmtp.config.overrides import to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import Tokenizer, task_tokenizer
-from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
 
 if TYPE_CHECKING:
@@ -101,20 +101,20 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def fork_server() -> Iterator[ForkServer]:
     """Where commands are forked from a process that has imported everything."""
-    with Nursery() as each:
+    with ForkServer() as each:
         yield each
 
 
 @pytest.fixture
 def world(
-    nursery: Nursery, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
+    fork_server: ForkServer, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
 ) -> "World":
     """A user's folder, with both servers in its `.env`."""
     from tests.support.world import World  # imports mlflow, which takes seconds
 
-    return World(nursery, object_store, tracking_server, cache, tmp_path / "home")
+    return World(fork_server, object_store, tracking_server, cache, tmp_path / "home")
 
 
 def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -144,7 +144,7 @@ def tiny_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
 def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpModel:
     """A model of 0.2 million parameters."""
     torch.manual_seed(seed)
-    return drawn(LlamaArchitecture(
+    return create_llama(LlamaArchitecture(
         vocab_size=512, dim=64, num_layers=2, num_heads=num_heads, num_attention_heads=4, num_kv_heads=2,
         hidden_dim=128, dropout=dropout,
     ))  # fmt: skip
@@ -154,7 +154,7 @@ def composed(*overrides: str) -> DictConfig:
     """train.yaml with overrides."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-        return hydra.compose("train", [forced(override) for override in overrides])
+        return hydra.compose("train", [to_hydra_override(override) for override in overrides])
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
-"""What can go wrong for a user: one class per exit code of the commands."""
+"""Errors that users can cause or must handle: one class per exit code of the commands."""
 
 from collections.abc import Iterable
 
 SEVERITY = (0, 3, 2, 4, 1)
-"""Exit codes, the mildest first: done, not delivered, wrong input, no sandbox, failed; above 128 interruptions."""
+"""Exit codes from mild to severe: success, uploads pending, wrong input, no sandbox, failure. Codes above 128
+(interruptions) are more severe."""
 
 
 def worst(exit_codes: Iterable[int]) -> int:
-    """The exit code of a command with several jobs.
+    """Return the exit code of a command with several jobs.
 
     >>> worst([0, 3, 1]), worst([2, 3]), worst([1, 137]), worst([])
     (1, 2, 137, 0)
@@ -30,27 +31,27 @@ class InputError(WmtpError):
 
 
 class TrainingError(WmtpError):
-    """Training cannot go on: a loss, gradient or weight is not finite."""
+    """Training cannot continue: a loss, gradient or weight is not finite."""
 
     exit_code = 1
 
 
 class PendingError(WmtpError):
-    """Training is done, but tracking data are still on disk only."""
+    """Training is complete, but some uploads are pending; the data are on the local disk."""
 
     exit_code = 3
 
 
 class SandboxUnavailable(WmtpError):
-    """Programs cannot be run safely here, or could not be judged."""
+    """Programs cannot be run safely on this machine, or could not be graded."""
 
     exit_code = 4
 
 
 class InterruptedRun(BaseException):
-    """A signal ended the run; the exit code is 128 plus its number.
+    """A signal ended the run; the exit code is 128 plus the signal number.
 
-    Like KeyboardInterrupt no `Exception`, so that nothing that handles errors takes it for one.
+    Not an `Exception` (like KeyboardInterrupt), so that error handlers do not catch it.
     """
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -62,8 +63,8 @@ class InterruptedRun(BaseException):
 
 
 class InterruptedAtOnce(InterruptedRun):
-    """A signal ended the run wherever it was: what was not saved before is lost."""
+    """A signal ended the run immediately, without a checkpoint."""
 
 
 class ProcessFailed(WmtpError):
-    """One of the processes of a run failed or died. Its traceback, if it left one, is in the log."""
+    """One of the processes of a run failed or died. Its traceback, if any, is in the log."""

@@ -1,4 +1,4 @@
-"""Measure a trained model: `python -m wmtp.evaluate checkpoint=RUN [data=…] [key=value] …`; `--help` lists both."""
+"""Evaluate a trained model: `python -m wmtp.evaluate checkpoint=RUN [data=…] [key=value] …`; see `--help`."""
 
 from __future__ import annotations
 
@@ -13,62 +13,62 @@ from wmtp.runtime.run_dir import EVALUATIONS
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from wmtp.cli.job import Task
-    from wmtp.config.schema import Fault
+    from wmtp.cli.job import JobContext
+    from wmtp.config.schema import ConfigIssue
 
 
-def evaluate(task: Task) -> float | None:
-    """One evaluation in its folder; returns pass@k for the first k."""
-    from wmtp.evaluation.evaluator import Evaluator  # imports torch, and --help needs none of it
+def evaluate(context: JobContext) -> float | None:
+    """Run one evaluation in its folder, and return pass@k for the first k."""
+    from wmtp.evaluation.evaluator import Evaluator  # imports torch, which --help does not need
 
-    return Evaluator(task.config, task.folder).evaluate()
+    return Evaluator(context.config, context.folder).evaluate()
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config with a temperature, and with what it takes from the run."""
+    """Return the config with a sampling temperature and the data settings of the evaluated run."""
     from omegaconf import OmegaConf
 
-    from wmtp.evaluation.validate import with_data_of_the_run, with_temperature
+    from wmtp.evaluation.validate import fill_run_data, fill_temperature
 
     n = OmegaConf.select(config, "evaluation.n")
-    return with_data_of_the_run(with_temperature(config, n), overrides)
+    return fill_run_data(fill_temperature(config, n), overrides)
 
 
-def faults(config: DictConfig) -> list[Fault]:
-    """All faults of a config."""
-    from wmtp.evaluation.validate import evaluation_faults
+def find_issues(config: DictConfig) -> list[ConfigIssue]:
+    """Return all errors of a config."""
+    from wmtp.evaluation.validate import evaluation_issues
 
-    return evaluation_faults(config)
+    return evaluation_issues(config)
 
 
 def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
-    """`RUN/evaluations/<data>-<hash of what decides the samples>`, unless the user named a folder.
+    """Return `hydra.run.dir`, or `RUN/evaluations/<data>-<hash of the settings that determine the samples>`.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: the folder cannot be created.
     """
-    from wmtp.config.overrides import named_folder
-    from wmtp.config.schema import ConfigError, Fault
-    from wmtp.evaluation.validate import deciding
+    from wmtp.config.overrides import chosen_run_dir
+    from wmtp.config.schema import ConfigError, ConfigIssue
+    from wmtp.evaluation.validate import evaluation_identity
     from wmtp.models.loading import find_checkpoint
 
-    if named := named_folder(overrides):
+    if named := chosen_run_dir(overrides):
         return named
     checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
-    key = hashlib.sha256(json.dumps(deciding(config, checkpoint), sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(evaluation_identity(config, checkpoint), sort_keys=True).encode()).hexdigest()
     folder = config_path.parent / EVALUATIONS / f"{config.data.get('shape', 'tasks')}-{key[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"cannot be made ({error.strerror}); name another folder: hydra.run.dir=…"
-        raise ConfigError([Fault("hydra.run.dir", str(folder), problem)]) from error
+        problem = f"cannot be created ({error.strerror}); choose another folder: hydra.run.dir=…"
+        raise ConfigError([ConfigIssue("hydra.run.dir", str(folder), problem)]) from error
     return folder
 
 
 COMMAND = Command(
-    "evaluate", evaluate, faults, evaluation_folder, complete=complete,
-    short=CHECKPOINT_KEY, fetches={"checkpoint.path": "best"},
-    advice=lambda folder: "What was judged is kept: the same command goes on from there.",
+    "evaluate", evaluate, find_issues, evaluation_folder, complete=complete,
+    aliases=CHECKPOINT_KEY, remote_keys={"checkpoint.path": "best"},
+    resume_hint=lambda folder: "The graded samples are saved; run the same command again to continue.",
 )  # fmt: skip
 
 

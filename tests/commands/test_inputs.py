@@ -28,7 +28,7 @@ BAD = {
 
 @pytest.fixture
 def bad_file(tmp_path: Path) -> Path:
-    """Sixty good lines, and after them each kind of bad one."""
+    """Write sixty valid lines, followed by one invalid line of each kind."""
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join([*map(json.dumps, GOOD), *BAD.values()]) + "\n")
     return path
@@ -47,12 +47,12 @@ def test_bad_lines_are_skipped_and_counted_if_asked(invoke: Invoke, bad_file: Pa
     outcome = invoke("data=jsonl", f"data.path={bad_file}", "data.on_error=skip", *TRAIN, tiny=False)
     assert outcome.code == 0, outcome.err
     (warning,) = [line for line in outcome.err.splitlines() if "skipped" in line]
-    assert "skipped 12 of the lines" in warning and "duplicate key ×1" in warning
+    assert "skipped 12 rows" in warning and "duplicate key ×1" in warning
     losses = [json.loads(line)["train/loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()[:1]]
     assert all(isinstance(loss, float) for loss in losses)
 
 
-def test_too_many_bad_lines_stop_the_run_even_then(invoke: Invoke, bad_file: Path) -> None:
+def test_too_many_bad_lines_stop_the_run_despite_skip(invoke: Invoke, bad_file: Path) -> None:
     outcome = invoke(
         "data=jsonl", f"data.path={bad_file}", "data.on_error=skip", "data.max_errors=11", *TRAIN, tiny=False
     )
@@ -61,7 +61,9 @@ def test_too_many_bad_lines_stop_the_run_even_then(invoke: Invoke, bad_file: Pat
 
 
 @pytest.mark.parametrize(("option", "told"), [("drop", "were dropped"), ("cut", "were cut at the end of the solution")])
-def test_samples_that_are_too_long_are_counted_and_told(invoke: Invoke, tmp_path: Path, option: str, told: str) -> None:
+def test_samples_that_are_too_long_are_counted_and_reported(
+    invoke: Invoke, tmp_path: Path, option: str, told: str
+) -> None:
     path = tmp_path / "records.jsonl"
     long = {"task_id": "t/long", "prompt": "Say much.", "solution": "print('much')\n" * 50}
     path.write_text("\n".join(map(json.dumps, [*GOOD, long])) + "\n")
@@ -77,7 +79,7 @@ def test_nothing_left_to_train_on_is_an_error(invoke: Invoke, tmp_path: Path) ->
     path.write_text("\n".join(map(json.dumps, GOOD)) + "\n")
     outcome = invoke("data=jsonl", f"data.path={path}", "data.max_length=3", *TRAIN, tiny=False)
     assert outcome.code == 2
-    assert "raise data.max_length" in outcome.err
+    assert "increase data.max_length" in outcome.err
 
 
 @pytest.mark.slow

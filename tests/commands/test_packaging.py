@@ -37,7 +37,7 @@ for name in {COMMANDS}:
 
 
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command's outcome."""
+    """Run a command and return its result."""
     return subprocess.run(
         command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
     )
@@ -53,7 +53,7 @@ def test_each_command_has_a_script_and_each_script_a_command() -> None:
 
 @pytest.fixture
 def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """What a command says of itself."""
+    """Return a function that returns the help text of a command."""
 
     def said(name: str) -> str:
         if name == "sync":
@@ -81,7 +81,7 @@ def test_help_explains_each_group_and_its_options(help_of: Callable[[str], str])
         assert options and all(option in rest for option in options), group.name
     assert "smollm2/cpu" in text and "meta_7b/base," not in text
     groups = help_of("generate").partition("== Config")[0].partition("== Groups")[2]
-    assert "hardware: " in groups and "algo: " not in groups, "a command's own groups, and no others"
+    assert "hardware: " in groups and "algo: " not in groups, "help shows only the groups of the command"
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert control.returncode != 0 and "AssertionError" in control.stderr
 
 
-def test_a_shell_asks_and_is_answered(
+def test_shell_completion_requests_are_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -122,7 +122,7 @@ def test_bash_completes_the_script(tmp_path: Path) -> None:
 
 
 def built(hook: str, folder: Path) -> Path:
-    """What the build backend makes of the source."""
+    """Build the source with a hook of the build backend."""
     code = f"import hatchling.build; print(hatchling.build.{hook}({str(folder)!r}))"
     done = run([sys.executable, "-c", code], ROOT)
     assert done.returncode == 0, done.stderr
@@ -130,13 +130,13 @@ def built(hook: str, folder: Path) -> Path:
 
 
 def source_files(folder: str) -> set[str]:
-    """The files of a folder of the source."""
+    """Return the files in a folder of the source."""
     return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*")
             if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_source_distribution_holds_the_source_and_nothing_of_yours(tmp_path: Path) -> None:
+def test_the_source_distribution_contains_only_the_source(tmp_path: Path) -> None:
     with tarfile.open(built("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     own = source_files("wmtp") | source_files("conf") | source_files("scripts") | source_files("tests")
@@ -145,7 +145,7 @@ def test_the_source_distribution_holds_the_source_and_nothing_of_yours(tmp_path:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_works_where_the_source_is_not(tmp_path: Path) -> None:
+def test_an_installed_wheel_works_without_the_source(tmp_path: Path) -> None:
     wheel = built("build_wheel", tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -179,12 +179,12 @@ def test_an_installed_wheel_works_where_the_source_is_not(tmp_path: Path) -> Non
 
 
 def services() -> dict[str, Any]:
-    """What compose.yaml runs."""
+    """Return the services in compose.yaml."""
     found: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     return found
 
 
-def test_what_the_containers_copy_is_there_and_sent() -> None:
+def test_files_copied_into_the_containers_exist_and_are_sent() -> None:
     copies = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     names = {name for line in copies for name in line.split()}
     assert {"wmtp", "conf", "pyproject.toml"} <= names
@@ -195,7 +195,7 @@ def test_what_the_containers_copy_is_there_and_sent() -> None:
     assert {service["build"]["target"] for service in services().values() if "build" in service} <= set(stages)
 
 
-def test_secrets_of_the_containers_come_from_variables_that_the_example_names() -> None:
+def test_container_secrets_are_variables_listed_in_the_example() -> None:
     example = (ROOT / ".env.example").read_text()
     named = set(re.findall(r"\$\{(\w+)", (ROOT / "compose.yaml").read_text()))
     assert len(named) == 4 and all(f"\n# {name}=" in example for name in named)

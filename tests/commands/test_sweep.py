@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from tests.conftest import TINY, run_command, start_training
-from wmtp.config.schema import ConfigError, Fault
-from wmtp.distributed.launcher import _environment
+from wmtp.config.schema import ConfigError, ConfigIssue
+from wmtp.distributed.launcher import _worker_environment
 from wmtp.errors import InputError, PendingError
-from wmtp.runtime.processes import SHARE, keep_to_share, num_cores
+from wmtp.runtime.processes import CORES_VARIABLE, limit_threads, num_cores
 from wmtp.runtime.run_dir import SWEEP, read_status
 from wmtp.sweep import slurm_launcher as slurm
-from wmtp.sweep.grid import grid_of, swept
-from wmtp.sweep.local_launcher import run_here
+from wmtp.sweep.grid import job_labels, parse_grid
+from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.sweep import Sweep
 
 GRID = ["algo=critic", "algo.beta=0.5,0.9,1.2", "early_stopping.patience=5,10", "seed=0,1,2"]
@@ -28,40 +28,40 @@ FAKE = ["-m", "tests.support.fake_job"]
 SHELL = "import sys, time, os, signal; "
 
 
-# Which jobs
+# Grid of jobs
 
 
-def test_a_grid_has_a_job_for_each_combination_and_typed_keys_replace_an_experiments() -> None:
-    grid = grid_of("train", GRID)
+def test_a_grid_has_one_job_per_combination_and_overrides_replace_the_experiment() -> None:
+    grid = parse_grid("train", GRID)
     assert grid.jobs[0] == ["algo=critic", "algo.beta=0.5", "early_stopping.patience=5", "seed=0"]
     assert len({tuple(job) for job in grid.jobs}) == 18
-    assert swept(grid.jobs)[-1] == "algo.beta=1.2 early_stopping.patience=10 seed=2"
-    named = grid_of("train", ["experiment=sweep/critic_beta"])
+    assert job_labels(grid.jobs)[-1] == "algo.beta=1.2 early_stopping.patience=10 seed=2"
+    named = parse_grid("train", ["experiment=sweep/critic_beta"])
     assert len(named.jobs) == 9 and all("experiment=sweep/critic_beta" in job for job in named.jobs)
-    fewer = grid_of("train", ["experiment=sweep/critic_beta", "seed=7", "max_steps=3"])
+    fewer = parse_grid("train", ["experiment=sweep/critic_beta", "seed=7", "max_steps=3"])
     assert [job.count("seed=7") for job in fewer.jobs] == [1, 1, 1]
     assert not any("seed=0" in job for job in fewer.jobs)
 
 
-def test_what_is_the_sweeps_own_is_no_jobs() -> None:
-    grid = grid_of("train", ["seed=0,1", "sweep.jobs=2", "hydra.sweep.dir='a folder'", "sweep.metric=val/mtp_loss"])
+def test_sweep_settings_are_not_job_overrides() -> None:
+    grid = parse_grid("train", ["seed=0,1", "sweep.jobs=2", "hydra.sweep.dir='a folder'", "sweep.metric=val/mtp_loss"])
     assert grid.jobs == [["seed=0"], ["seed=1"]]
     assert (grid.options.jobs, grid.options.metric, grid.folder) == (2, "val/mtp_loss", Path("a folder"))
-    assert grid_of("train", ["sweep.resume=here"]).names_jobs is False
+    assert parse_grid("train", ["sweep.resume=here"]).has_job_overrides is False
 
 
-def test_arms_that_are_no_grid_come_side_by_side() -> None:
+def test_arms_outside_the_grid_become_separate_jobs() -> None:
     arms = "sweep.arms=['algo=baseline pretrain=critic','algo=critic algo.beta=0.5']"
-    assert swept(grid_of("train", [arms, "seed=0,1"]).jobs) == [
+    assert job_labels(parse_grid("train", [arms, "seed=0,1"]).jobs) == [
         "algo=baseline pretrain=critic seed=0", "algo=critic algo.beta=0.5 seed=0",
         "algo=baseline pretrain=critic seed=1", "algo=critic algo.beta=0.5 seed=1",
     ]  # fmt: skip
 
 
-def test_plain_spellings_of_groups_are_understood_in_arms_and_in_lists() -> None:
-    arms = grid_of("train", ["sweep.arms=['algo=shuffled algo.of=rho1','']"])
+def test_short_group_syntax_works_in_arms_and_lists() -> None:
+    arms = parse_grid("train", ["sweep.arms=['algo=shuffled algo.of=rho1','']"])
     assert arms.jobs == [["algo=shuffled", "algo/of=rho1"], []]
-    stage = grid_of("train", ["algo=critic", "pretrain.early_stopping=none,patience"])
+    stage = parse_grid("train", ["algo=critic", "pretrain.early_stopping=none,patience"])
     assert [job[1] for job in stage.jobs] == [
         f"early_stopping@pretrain.early_stopping={n}" for n in ("none", "patience")
     ]
@@ -71,7 +71,7 @@ def test_plain_spellings_of_groups_are_understood_in_arms_and_in_lists() -> None
     ("argument", "message"),
     [
         ("sweep.jobs=0", "greater than or equal to 1"),
-        ("hello", "is no override"),
+        ("hello", "is not an override"),
         ("sweep.job=2", "did you mean sweep.jobs?"),
         ("dry_run=true,false", "has one value for all jobs"),
         ("hydra.sweep.subdir=x", "under its number"),
@@ -79,22 +79,22 @@ def test_plain_spellings_of_groups_are_understood_in_arms_and_in_lists() -> None
         ("seed=interval(0,1)", "does not support sweep type"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(argument: str, message: str) -> None:
+def test_an_invalid_sweep_is_refused(argument: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        grid_of("train", ["seed=0,1", argument])
+        parse_grid("train", ["seed=0,1", argument])
     assert message in str(error.value)
 
 
-# What becomes of them, with jobs that take a moment
+# Sweeps of fake jobs
 
 
-def sound(overrides: list[str]) -> list[Fault]:
+def sound(overrides: list[str]) -> list[ConfigIssue]:
     return []
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """An empty folder to be in, jobs that are no trainings, and what MLflow is told."""
+    """Change to an empty folder, use fake jobs, and record the calls to MLflow."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("wmtp.sweep.sweep.module_arguments", lambda name: FAKE)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -115,9 +115,7 @@ def calls(folder: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_of_eighteen_jobs_the_failed_and_the_killed_one_are_tried_again(
-    told: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_and_killed_jobs_run_again_on_resume(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     wishes = {7: "fail", 12: "die"}
     Path("sweep").mkdir()
     for number, wish in wishes.items():
@@ -142,7 +140,7 @@ def test_of_eighteen_jobs_the_failed_and_the_killed_one_are_tried_again(
     assert run(["sweep.resume=sweep"], told) == 0 and len(calls("sweep")) == 20, "nothing was left to do"
 
 
-def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first(
+def test_the_table_has_one_row_per_group_of_seeds_best_first(
     told: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["algo=critic", "algo.beta=0.9,0.5", "seed=0,1,2", "hydra.sweep.dir=sweep", "sweep.jobs=4"], told) == 0
@@ -155,13 +153,13 @@ def test_the_table_has_a_row_for_each_group_of_seeds_the_best_first(
 
 
 def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "subprocess.Popen[str]":
-    """A sweep as a process of its own, once this job of it waits."""
+    """Start a sweep in a separate process, and return it as soon as this job waits."""
     Path("sweep").mkdir()
     Path(f"sweep/wish-{number}").write_text("wait")
     script = (
-        "import sys; from wmtp.runtime.signals import raised_signals; import wmtp.sweep.sweep as r; "
+        "import sys; from wmtp.runtime.signals import raise_on_signals; import wmtp.sweep.sweep as r; "
         f"r.module_arguments = lambda name: {module!r}\n"
-        "with raised_signals():\n    sys.exit(r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None))\n"
+        "with raise_on_signals():\n    sys.exit(r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None))\n"
     )
     command = [sys.executable, "-c", script, seeds, "hydra.sweep.dir=sweep"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -171,7 +169,7 @@ def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "
     return process
 
 
-def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told: list[str]) -> None:
+def test_an_interruption_ends_running_jobs_and_keeps_the_others_for_resume(told: list[str]) -> None:
     process = sweep_with_a_job_that_waits(1, "seed=0,1,2", FAKE)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
@@ -184,8 +182,8 @@ def test_an_interruption_ends_what_runs_and_the_rest_waits_for_another_time(told
     assert [call["job"] for call in calls("sweep")] == ["0", "1", "1", "2"]
 
 
-def test_a_killed_sweep_takes_its_jobs_along_and_goes_on(told: list[str]) -> None:
-    """Its running job is no orphan that would write beside the next attempt."""
+def test_a_killed_sweep_kills_its_jobs_and_can_be_resumed(told: list[str]) -> None:
+    """Otherwise an orphaned job would write to the same files as the resumed job."""
     process = sweep_with_a_job_that_waits(0, "seed=0,1", ["-c", ORPHAN])
     with pytest.raises(InputError, match="in use"):
         run(["sweep.resume=sweep"], told)
@@ -197,37 +195,39 @@ def test_a_killed_sweep_takes_its_jobs_along_and_goes_on(told: list[str]) -> Non
         try:
             code = run(["sweep.resume=sweep"], told)
             break
-        except InputError:  # the system is still ending the job
+        except InputError:  # the killed job has not exited yet
             time.sleep(0.1)
     assert code == 0 and [job["attempts"] for job in jobs_of("sweep")] == [2, 1]
 
 
 ORPHAN = (
-    "import os, sys; from wmtp.runtime.processes import die_with; from wmtp.sweep.local_launcher import PARENT; "
-    "die_with(int(os.environ[PARENT])); from tests.support.fake_job import main; main(sys.argv[1:])"
+    "import os, sys; from wmtp.runtime.processes import kill_on_parent_death; "
+    "from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE; "
+    "kill_on_parent_death(int(os.environ[SWEEP_PID_VARIABLE])); "
+    "from tests.support.fake_job import main; main(sys.argv[1:])"
 )
 
 
-def test_a_sweep_of_other_jobs_is_not_resumed_and_none_begins_in_anothers_folder(told: list[str]) -> None:
+def test_a_sweep_with_other_jobs_or_in_a_used_folder_is_refused(told: list[str]) -> None:
     assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 0
     with pytest.raises(ConfigError, match="sweep of other jobs"):
         run(["seed=0,1,2", "sweep.resume=sweep"], told)
     with pytest.raises(ConfigError, match="holds a sweep already"):
         run(["seed=0,1", "hydra.sweep.dir=sweep"], told)
-    with pytest.raises(InputError, match="is no sweep's folder"):
+    with pytest.raises(InputError, match="is not the folder of a sweep"):
         run(["sweep.resume=elsewhere"], told)
     assert len(calls("sweep")) == 2
 
 
-def test_sweeps_that_begin_at_once_have_folders_of_their_own(told: list[str]) -> None:
+def test_sweeps_started_together_have_separate_folders(told: list[str]) -> None:
     sweeps = [Sweep("train", ["seed=0,1"], sound) for _ in range(5)]
     assert len({sweep.folder for sweep in sweeps}) == 5
     assert all(sweep.folder.name.endswith("-sweep") for sweep in sweeps)
 
 
-def test_faulty_jobs_are_refused_alone_and_all_of_them_at_once(told: list[str]) -> None:
-    def check(overrides: list[str]) -> list[Fault]:
-        return [Fault("seed", "1", "is wrong")] if "seed=1" in overrides else []
+def test_invalid_jobs_are_refused_singly_or_all_together(told: list[str]) -> None:
+    def check(overrides: list[str]) -> list[ConfigIssue]:
+        return [ConfigIssue("seed", "1", "is wrong")] if "seed=1" in overrides else []
 
     sweep = Sweep("train", ["seed=0,1,2", "hydra.sweep.dir=sweep"], check)
     assert sweep.run(lambda folder, state: told.append(state)) == 2 and told == ["FAILED"]
@@ -239,7 +239,7 @@ def test_faulty_jobs_are_refused_alone_and_all_of_them_at_once(told: list[str]) 
     assert not Path("other").exists()
 
 
-def test_a_sweep_whose_job_still_runs_is_left_as_it_was(told: list[str]) -> None:
+def test_a_sweep_with_a_running_job_is_not_changed(told: list[str]) -> None:
     Path("sweep").mkdir()
     Path("sweep/wish-0").write_text("fail")
     assert run(["seed=0", "hydra.sweep.dir=sweep"], told) == 1
@@ -261,7 +261,7 @@ def test_a_sweep_whose_job_still_runs_is_left_as_it_was(told: list[str]) -> None
 
 
 @pytest.mark.parametrize("error", [PendingError("the server is away"), RuntimeError("out of luck")])
-def test_a_sweep_ends_with_its_jobs_whatever_the_tracker_says(told: list[str], error: Exception) -> None:
+def test_a_tracker_error_does_not_change_the_end_of_a_sweep(told: list[str], error: Exception) -> None:
     def tell(folder: Path, state: str) -> None:
         raise error
 
@@ -276,7 +276,7 @@ def test_a_sweep_ends_with_its_jobs_whatever_the_tracker_says(told: list[str], e
     assert read_status(Path("sweep"))["state"] == "FAILED"
 
 
-def test_a_job_without_a_summary_has_failed_and_the_others_go_on(told: list[str]) -> None:
+def test_a_job_without_a_summary_failed_and_the_others_continue(told: list[str]) -> None:
     Path("sweep").mkdir()
     Path("sweep/wish-0").write_text("forget")
     assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 1
@@ -287,7 +287,7 @@ def test_a_job_without_a_summary_has_failed_and_the_others_go_on(told: list[str]
 # Processes
 
 
-def test_as_many_run_at_once_as_were_wished(tmp_path: Path) -> None:
+def test_the_requested_number_of_jobs_runs_at_once(tmp_path: Path) -> None:
     note = "open(sys.argv[1], 'a').write(f'{time.time()} %s\\n'); "
     code = SHELL + note % "+" + "time.sleep(0.4); " + note % "-"
 
@@ -295,41 +295,41 @@ def test_as_many_run_at_once_as_were_wished(tmp_path: Path) -> None:
         path = tmp_path / f"times-{wished}"
         commands = {n: [sys.executable, "-S", "-c", code, str(path)] for n in range(4)}
         consoles = {n: tmp_path / str(n) for n in commands}
-        run_here(commands, consoles, wished, lambda n: None, lambda n, code, words: None)
+        run_local(commands, consoles, wished, lambda n: None, lambda n, code, words: None)
         steps = [line.split()[1] for line in sorted(path.read_text().splitlines())]
         return max(steps[:i].count("+") - steps[:i].count("-") for i in range(len(steps) + 1))
 
     assert most_at_once(1) == 1 and most_at_once(2) == 2
 
 
-def test_a_processes_last_words_are_kept(tmp_path: Path) -> None:
+def test_the_last_stderr_lines_of_a_process_are_kept(tmp_path: Path) -> None:
     code = SHELL + "print('on the screen'); print('some words', file=sys.stderr); os.kill(os.getpid(), signal.SIGTERM)"
     ends: list[tuple[int, int, str]] = []
-    run_here({3: [sys.executable, "-c", code]}, {3: tmp_path / "c"}, 1, lambda n: None, lambda *end: ends.append(end))
+    run_local({3: [sys.executable, "-c", code]}, {3: tmp_path / "c"}, 1, lambda n: None, lambda *end: ends.append(end))
     assert ends == [(3, 143, "some words\n")]
 
 
-def test_a_process_that_cannot_be_started_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_process_that_cannot_start_failed_and_the_others_continue(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     commands = {n: [sys.executable, "-S", "-c", "pass"] for n in range(3)}
     consoles = {0: tmp_path / "0", 1: tmp_path / "taken" / "console", 2: tmp_path / "2"}
     ends: dict[int, tuple[int, str]] = {}
-    run_here(commands, consoles, 2, lambda n: None, lambda n, code, words: ends.update({n: (code, words)}))
+    run_local(commands, consoles, 2, lambda n: None, lambda n, code, words: ends.update({n: (code, words)}))
     assert {n: code for n, (code, _) in ends.items()} == {0: 0, 1: 1, 2: 0} and "cannot be started" in ends[1][1]
 
 
 def test_a_jobs_processes_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(SHARE, "4")
+    monkeypatch.setenv(CORES_VARIABLE, "4")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     try:
-        keep_to_share()
+        limit_threads()
         assert (num_cores(), torch.get_num_threads()) == (4, 4)
-        with _environment(tmp_path, size=2):
+        with _worker_environment(tmp_path, size=2):
             assert os.environ["OMP_NUM_THREADS"] == "2"
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         torch.set_num_threads(3)
-        keep_to_share()
+        limit_threads()
         assert torch.get_num_threads() == 3, "the user has said how many"
     finally:
         torch.set_num_threads(before)
@@ -340,33 +340,33 @@ def test_a_jobs_processes_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    grid = grid_of(
+    grid = parse_grid(
         "train",
         ["seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=4",
          "hydra.launcher.timeout_min=600", "hydra.launcher.mem_gb=64", "hardware=cpu"],
     )  # fmt: skip
     assert slurm.is_submitted(grid.launcher) and grid.jobs == [["seed=0", "hardware=cpu"], ["seed=1", "hardware=cpu"]]
-    text = slurm.described(grid.launcher, tmp_path, ["python", "-m", "wmtp.train", "seed=0"], 2)
+    text = slurm.batch_script(grid.launcher, tmp_path, ["python", "-m", "wmtp.train", "seed=0"], 2)
     wanted = "--partition=gpu", "--gpus-per-node=4", "--time=600", "--mem=64GB", "--array=0-1", "python -m wmtp.train"
     assert [each for each in wanted if each not in text] == []
 
 
-def test_hardware_that_only_the_cluster_has_is_no_fault(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_hardware_of_the_cluster_only_is_not_an_error(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit")
 
-    def check(overrides: list[str]) -> list[Fault]:
-        return [Fault("hardware.device", "cuda", "this machine has no cuda device")]
+    def check(overrides: list[str]) -> list[ConfigIssue]:
+        return [ConfigIssue("hardware.device", "cuda", "this machine has no cuda device")]
 
     arguments = ["seed=0,1", "hardware=a100x4", "dry_run=true"]
     submitted = Sweep("train", [*arguments, "hydra/launcher=submitit_slurm"], check)
-    assert submitted.rehearse() == 0 and "#SBATCH --array=0-1" in capsys.readouterr().out
-    assert Sweep("train", arguments, check).rehearse() == 2, "the control: here it is one"
+    assert submitted.dry_run() == 0 and "#SBATCH --array=0-1" in capsys.readouterr().out
+    assert Sweep("train", arguments, check).dry_run() == 2, "the control: here it is one"
     assert not list(Path().iterdir()), "a rehearsal keeps nothing"
 
 
 @pytest.mark.slow
-def test_jobs_are_submitted_as_hydras_launcher_would(told: list[str]) -> None:
-    """By submitit's own kind of cluster that is this machine."""
+def test_jobs_are_submitted_like_hydras_launcher(told: list[str]) -> None:
+    """Uses the local executor of submitit."""
     pytest.importorskip("submitit")
     Path("sweep").mkdir()
     Path("sweep/wish-1").write_text("fail")
@@ -381,10 +381,10 @@ def test_jobs_are_submitted_as_hydras_launcher_would(told: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_trainings_that_were_killed_go_on_from_their_checkpoints(
+def test_killed_trainings_resume_from_their_checkpoints(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL reaches the second job after its first checkpoint; the sweep goes on, and resumes it to the same end."""
+    """The second job is killed after its first checkpoint; the resumed sweep gives the same result."""
     overrides = [*TINY, "tracking=none", f"cache_dir={cache}", "report=false", "num_samples=0", "save_interval=5",
                  "max_steps=40", "num_epochs=100", "log_interval=1", "early_stopping=none"]  # fmt: skip
     process = start_training(tmp_path, "-m", *overrides, "seed=0,1", "hydra.sweep.dir=sweep", "sweep.jobs=2")

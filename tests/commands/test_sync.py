@@ -6,47 +6,49 @@ import pytest
 
 from tests.conftest import composed
 from wmtp.runtime.atomic_files import replace_atomically
-from wmtp.runtime.run_dir import SWEEP, Ending, FolderLock, RunStatus, read_status
-from wmtp.sync import main, runs_below
-from wmtp.training.provenance import identify
+from wmtp.runtime.run_dir import SWEEP, FolderLock, JobProgress, RunStatus, read_status
+from wmtp.sync import find_run_folders, main
+from wmtp.training.provenance import write_run_id
 
 
 def make_run(folder: Path, state: str = "FINISHED") -> Path:
-    """A run's folder, without anything that could be sent."""
+    """Create the folder of a run without data to upload."""
     from omegaconf import OmegaConf
 
     folder.mkdir(parents=True)
-    identify(folder, None)
+    write_run_id(folder, None)
     replace_atomically(folder / "config.yaml", OmegaConf.to_yaml(composed("tracking=none"), resolve=True).encode())
     status = RunStatus(folder)
     if state == "RUNNING":
         status._lock.release()
     else:
-        status.end(state, 0, Ending())
+        status.end(state, 0, JobProgress())
     return folder
 
 
-def test_runs_are_found_at_any_depth_and_evaluations_are_none(tmp_path: Path) -> None:
+def test_runs_are_found_at_any_depth_but_evaluations_are_not(tmp_path: Path) -> None:
     day = tmp_path / "outputs" / "2026-11-21"
     runs = [make_run(day / name) for name in ("09-30-00-abcd", "08-00-00-efgh", "10-00-00-ijkl-sweep/0")]
-    RunStatus(runs[0] / "evaluations" / "tasks-1234").end("FINISHED", 0, Ending())
+    RunStatus(runs[0] / "evaluations" / "tasks-1234").end("FINISHED", 0, JobProgress())
     sweep = runs[2].parent
     (sweep / SWEEP).touch()
     (sweep / "mlflow.json").write_text("{}")
-    RunStatus(sweep).end("FINISHED", 0, Ending())
+    RunStatus(sweep).end("FINISHED", 0, JobProgress())
 
-    assert runs_below([tmp_path / "outputs"]) == [runs[1], runs[0], runs[2], sweep], "a sweep comes after its jobs"
-    assert runs_below([runs[0], runs[0]]) == [runs[0]]
+    assert find_run_folders([tmp_path / "outputs"]) == [runs[1], runs[0], runs[2], sweep], (
+        "a sweep comes after its jobs"
+    )
+    assert find_run_folders([runs[0], runs[0]]) == [runs[0]]
 
 
 @pytest.mark.parametrize("name", ["empty", "missing"])
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / name)]) == 2
-    assert "name a run's folder" in capsys.readouterr().err
+    assert "give the folder of a run" in capsys.readouterr().err
 
 
-def test_what_is_running_is_left_alone_and_what_died_is_recorded(
+def test_running_runs_are_not_changed_and_dead_ones_are_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -54,15 +56,15 @@ def test_what_is_running_is_left_alone_and_what_died_is_recorded(
     lock = FolderLock(going)
     lock._file.seek(0)
     lock._file.truncate()
-    lock._file.write("process 1 on another machine")  # for a process sees its own lock as no reason to wait
+    lock._file.write("process 1 on another machine")  # a process ignores its own lock
     lock._file.flush()
 
     assert main(["."]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out == [
         "a: nothing to send",
-        "b: was RUNNING, but nothing runs there: recorded as KILLED",
-        "c: is running, and sends by itself",
+        "b: was RUNNING, but no process is running: recorded as KILLED",
+        "c: is running, and uploads its own data",
     ]
     assert [read_status(run)["state"] for run in (ended, dead, going)] == ["FINISHED", "KILLED", "RUNNING"]
     assert main(["."]) == 0
@@ -70,7 +72,7 @@ def test_what_is_running_is_left_alone_and_what_died_is_recorded(
     lock.release()
 
 
-def test_a_damaged_folder_does_not_keep_the_others_from_being_sent(
+def test_a_damaged_folder_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -84,7 +86,7 @@ def test_a_damaged_folder_does_not_keep_the_others_from_being_sent(
     assert "c: was RUNNING" in printed.out and "Traceback" not in printed.err
 
 
-def test_a_run_that_died_before_it_began_is_recorded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_died_at_the_start_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     RunStatus(tmp_path / "early")._lock.release()
     assert main([str(tmp_path)]) == 0 and "recorded as KILLED" in capsys.readouterr().out
     assert read_status(tmp_path / "early")["state"] == "KILLED"

@@ -1,4 +1,4 @@
-"""Checkpoints of two processes: agreement on failures, and any way of sharing tensors loaded in any other."""
+"""Checkpoints of two ranks: failures raised on both, and resharding between one process, DDP and FSDP2."""
 
 import resource
 import shutil
@@ -22,18 +22,18 @@ from tests.support.ranks import Ranks
 from wmtp.checkpoint.state import Snapshot, load_model, restore_optimizer, split_optimizer_state
 from wmtp.checkpoint.store import CheckpointStore, damage, load
 from wmtp.distributed.process_group import OtherProcessFailed, Processes
-from wmtp.distributed.sharded_io import gathered, read_parts
+from wmtp.distributed.sharded_io import gather_full, read_shards
 from wmtp.errors import InputError
 from wmtp.training.optim import parameter_groups
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 Format = Literal["whole", "sharded"]
 Way = Literal["one", "copies", "parts"]
-"""A process alone, or two that each hold a copy of the model (DDP), or parts of it (FSDP2)."""
+"""One process, or two ranks that each hold a copy of the model (DDP) or shards of it (FSDP2)."""
 
 
 def fresh(way: Way) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model whose rows do not divide by two, one of them a single number."""
+    """Return a model with numbers of rows that are odd or one, and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 5), nn.Linear(5, 1))
     if way == "parts":
@@ -43,7 +43,7 @@ def fresh(way: Way) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Updates by the same batch in each process."""
+    """Train with the same batch on each rank."""
     for step in steps:
         model(torch.linspace(0, step + 1, 48).view(3, 16)).square().mean().backward()
         optimizer.step()
@@ -56,7 +56,7 @@ def snapshot_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
 
 
 def straight(num_steps: int) -> Snapshot:
-    """What a process alone has after so many updates."""
+    """Return the snapshot of one process after a number of updates."""
     model, optimizer = fresh("one")
     train(model, optimizer, range(num_steps))
     return snapshot_of(model, optimizer)
@@ -66,7 +66,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def gathered_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in tensors.items()}
 
 
@@ -74,11 +74,11 @@ def save_after_three(folder: Path, way: Way, format_: Format) -> None:
     model, optimizer = fresh(way)
     train(model, optimizer, range(3))
     with torch.no_grad():
-        model(torch.ones(3, 16))  # which leaves FSDP's root whole until something asks for its parts
+        model(torch.ones(3, 16))  # leaves the root module of FSDP gathered until its shards are needed
     CheckpointStore(folder, Processes(), format=format_).save(3, snapshot_of(model, optimizer))
 
 
-def go_on_for_two(folder: Path, way: Way, placed: bool) -> Snapshot:
+def resume_for_two(folder: Path, way: Way, placed: bool) -> Snapshot:
     model, optimizer = fresh(way)
     like = dict(model.named_parameters()) if placed else None
     loaded = load(CheckpointStore(folder, Processes()).latest(), like, verified=True)
@@ -88,12 +88,12 @@ def go_on_for_two(folder: Path, way: Way, placed: bool) -> Snapshot:
                 if not name.endswith(":step"):
                     assert isinstance(tensor, DTensor), name
                     local = tensor.to_local()
-                    assert local.untyped_storage().nbytes() == local.numel() * 4, f"{name} keeps more than its part"
+                    assert local.untyped_storage().nbytes() == local.numel() * 4, f"{name} keeps more than its shard"
     load_model(model, loaded.model)
     restore_optimizer(model, optimizer, loaded.optimizer, loaded.state["optimizer"])
     train(model, optimizer, range(3, 5))
     done = snapshot_of(model, optimizer)
-    return Snapshot(whole(done.model), whole(done.optimizer), {})
+    return Snapshot(gathered_tensors(done.model), gathered_tensors(done.optimizer), {})
 
 
 def save_every_way(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -111,7 +111,7 @@ def save_every_way(folder: Path) -> dict[str, tuple[int, ...]]:
 def load_every_way(folder: Path) -> list[tuple[str, Snapshot]]:
     ways: tuple[Way, ...] = ("copies", "parts")
     return [
-        (f"{path.name} to {way}, placed: {placed}", go_on_for_two(path, way, placed))
+        (f"{path.name} to {way}, placed: {placed}", resume_for_two(path, way, placed))
         for path in sorted(folder.iterdir())
         for way in ways
         for placed in (True, False)
@@ -119,7 +119,7 @@ def load_every_way(folder: Path) -> list[tuple[str, Snapshot]]:
 
 
 @pytest.mark.slow
-def test_what_any_number_of_processes_saved_any_number_loads(ranks: Ranks, tmp_path: Path) -> None:
+def test_any_number_of_ranks_loads_a_checkpoint_of_any_other_number(ranks: Ranks, tmp_path: Path) -> None:
     parts_of_rank_0 = ranks(save_every_way, tmp_path)[0]
     save_after_three(tmp_path / "one-whole", "one", "whole")
     save_after_three(tmp_path / "one-sharded", "one", "sharded")
@@ -132,7 +132,7 @@ def test_what_any_number_of_processes_saved_any_number_loads(ranks: Ranks, tmp_p
         loaded = load(path)
         assert loaded.optimizer["0.weight:exp_avg"].shape == (16, 16)
         assert equal(loaded.model, after_three.model) and equal(loaded.optimizer, after_three.optimizer), folder
-        alone = go_on_for_two(folder, "one", True)
+        alone = resume_for_two(folder, "one", True)
         assert equal(alone.model, after_five.model) and equal(alone.optimizer, after_five.optimizer), folder
         assert len(list(path.glob("*.distcp"))) == {"one-sharded": 1, "copies-sharded": 2, "parts-sharded": 2}.get(
             folder.name, 0
@@ -141,7 +141,7 @@ def test_what_any_number_of_processes_saved_any_number_loads(ranks: Ranks, tmp_p
         assert len(of_rank) == 24
         for how, ended in of_rank:
             assert equal(ended.model, after_five.model) and equal(ended.optimizer, after_five.optimizer), how
-    assert parts_of_rank_0["0.weight:exp_avg"] == (8, 16), "control: what a process has of it is a half"
+    assert parts_of_rank_0["0.weight:exp_avg"] == (8, 16), "control: each rank holds half of it"
 
 
 def gather_on_main_only() -> str:
@@ -157,13 +157,13 @@ def gather_on_main_only() -> str:
     return ""
 
 
-def test_control_gathering_in_the_main_process_alone_waits_in_vain(ranks: Ranks) -> None:
+def test_control_gathering_only_in_the_main_process_times_out(ranks: Ranks) -> None:
     main = ranks.outcomes(gather_on_main_only, timeout=2.0)[0]
     assert main.seconds > 1.9 and (main.error or main.value)
 
 
 def limited(rank: int, action: Callable[[], Any]) -> str:
-    """What an action says in a process whose files may not grow beyond 1000 bytes, if it is that rank."""
+    """Run an action, on one rank with a file size limit of 1000 bytes; return its error, or "saved"."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if Processes().rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -184,7 +184,7 @@ def fail_to_save(folder: Path, way: Way, format_: Format, rank: int) -> tuple[st
     started = time.monotonic()
     said = limited(rank, lambda: store.save(2, snapshot_of(model, optimizer)))
     seconds = time.monotonic() - started
-    left = Processes().from_main(lambda: sorted(path.name for path in store.folder.iterdir()))
+    left = Processes().run_on_main(lambda: sorted(path.name for path in store.folder.iterdir()))
     latest = store.latest().name
     store.save(3, snapshot_of(model, optimizer))
     return said, seconds, f"{latest} {left}", store.latest().name
@@ -192,7 +192,7 @@ def fail_to_save(folder: Path, way: Way, format_: Format, rank: int) -> tuple[st
 
 @pytest.mark.parametrize("way", ["copies", "parts"])
 @pytest.mark.parametrize(("format_", "rank"), [("whole", 0), ("sharded", 0), ("sharded", 1)])
-def test_a_save_that_fails_in_one_process_has_failed_in_all(
+def test_a_save_that_fails_on_one_rank_fails_on_all(
     ranks: Ranks, tmp_path: Path, way: Way, format_: Format, rank: int
 ) -> None:
     outcomes = ranks(fail_to_save, tmp_path, way, format_, rank)
@@ -205,11 +205,11 @@ def test_a_save_that_fails_in_one_process_has_failed_in_all(
 
 
 def gather_with_too_little_memory(folder: Path, problem: bool) -> tuple[str, list[str], float]:
-    """The main process cannot keep what it gathers; the other must not wait for its part of the rest."""
+    """Save while the main process runs out of memory; the other rank must not wait for its shards."""
     processes = Processes()
     model, optimizer = fresh("parts")
     store = CheckpointStore(folder, processes)
-    kept = sorted(gathered(model.state_dict(), keep=processes.is_main))
+    kept = sorted(gather_full(model.state_dict(), keep=processes.is_main))
     original, started = torch.Tensor.to, time.monotonic()
 
     def without_memory(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -230,7 +230,7 @@ def gather_with_too_little_memory(folder: Path, problem: bool) -> tuple[str, lis
 
 
 @pytest.mark.parametrize("problem", [True, False])
-def test_the_main_process_alone_keeps_what_is_gathered(ranks: Ranks, tmp_path: Path, problem: bool) -> None:
+def test_only_the_main_process_keeps_gathered_tensors(ranks: Ranks, tmp_path: Path, problem: bool) -> None:
     main, other = ranks(gather_with_too_little_memory, tmp_path, problem)
     assert (main[0], other[0]) == (
         ("MemoryError: no memory is left", "OtherProcessFailed: process 0: no memory is left")
@@ -250,7 +250,7 @@ def refuse_a_state(folder: Path) -> str:
     return "saved"
 
 
-def test_a_state_that_is_refused_is_refused_in_all(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_state_that_is_refused_is_refused_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     main, other = ranks(refuse_a_state, tmp_path)
     assert main == "TypeError: Object of type set is not JSON serializable"
     assert other == "OtherProcessFailed: process 0: Object of type set is not JSON serializable"
@@ -258,13 +258,13 @@ def test_a_state_that_is_refused_is_refused_in_all(ranks: Ranks, tmp_path: Path)
 
 
 def save_without_agreement(folder: Path) -> str:
-    """Rank 0 writes and meets the other afterwards, as most do."""
+    """Save on rank 0 and synchronize afterwards, as most programs do."""
     group = dist.new_group(timeout=timedelta(seconds=2))
     started = time.monotonic()
     try:
         if dist.get_rank() == 0:
             limited(0, lambda: torch.save(torch.ones(10_000), folder / "model.pt"))
-            time.sleep(3)  # it reports its error, and ends
+            time.sleep(3)  # time in which a program would report its error and end
         else:
             dist.all_reduce(torch.zeros(1), group=group)
     except RuntimeError:
@@ -272,17 +272,17 @@ def save_without_agreement(folder: Path) -> str:
     return "went on"
 
 
-def test_control_without_agreement_the_other_waits_until_its_time_is_up(ranks: Ranks, tmp_path: Path) -> None:
+def test_control_without_agreement_the_other_rank_times_out(ranks: Ranks, tmp_path: Path) -> None:
     main, other = ranks(save_without_agreement, tmp_path)
     assert main == "went on" and other.startswith("waited ")
     assert float(other.split()[1]) > 1.9
 
 
 def latest_of_all(folder: Path) -> dict[str, Any]:
-    """What each process learns, though only the main one has eyes for the folder."""
+    """Return what each rank finds, although only the main process is given the folder."""
     processes = Processes()
     store = CheckpointStore(folder if processes.is_main else Path("/nowhere"), processes)
-    found: dict[str, Any] = {"any": store.any(), "best": store.best() and store.best().name}
+    found: dict[str, Any] = {"any": store.has_any(), "best": store.best() and store.best().name}
     try:
         found["latest"] = store.latest().name
     except (InputError, OtherProcessFailed) as error:
@@ -290,7 +290,7 @@ def latest_of_all(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_all_processes_are_told_what_the_main_one_finds(ranks: Ranks, tmp_path: Path) -> None:
+def test_all_ranks_get_the_result_of_the_main_process(ranks: Ranks, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step in (1, 2):
         store.save(step, straight(step))
@@ -311,23 +311,25 @@ def save_twice(folder: Path) -> None:
         dcp.save({"w": tensor}, checkpoint_id=folder / f"plain_{step}")
 
 
-def test_parts_of_two_saves_are_no_checkpoint(ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shards_of_two_saves_are_not_a_checkpoint(
+    ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ranks(save_twice, tmp_path)
     first, second = (tmp_path / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
     shutil.copy(first / "__1_0.distcp", second / "__1_0.distcp")
     assert damage(second) == "__1_0.distcp does not have the content that was written"
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         load(second)
     assert CheckpointStore(tmp_path).latest() == first and "step_00000002 is damaged" in caplog.text
     assert load(first).model["w"].tolist() == [1.0, 1.0]
 
-    mixture = read_parts(second, lambda name: True, lambda name: None)
-    assert mixture["model.w"].tolist() == [2.0, 1.0], "control: without the hashes it is read"
+    mixture = read_shards(second, lambda name: True, lambda name: None)
+    assert mixture["model.w"].tolist() == [2.0, 1.0], "control: without the hashes it can be read"
     resealed(second)
-    assert load(second).model["w"].tolist() == [2.0, 1.0], "control: a manifest of the mixture lets it pass"
+    assert load(second).model["w"].tolist() == [2.0, 1.0], "control: with a manifest of the mixture it is accepted"
 
 
-def test_control_torch_reads_parts_of_two_saves_as_one(ranks: Ranks, tmp_path: Path) -> None:
+def test_control_torch_reads_shards_of_two_saves_as_one(ranks: Ranks, tmp_path: Path) -> None:
     ranks(save_twice, tmp_path)
     shutil.copy(tmp_path / "plain_2" / "__1_0.distcp", tmp_path / "plain_1" / "__1_0.distcp")
     tensors = {"w": torch.empty(2)}

@@ -1,4 +1,4 @@
-"""Several processes that do one job: started together, told what happens, and ended together."""
+"""The launcher: start of several processes, signals, failures and the exit of all processes."""
 
 import json
 import signal
@@ -11,9 +11,9 @@ import pytest
 from tests.conftest import TINY
 from tests.support.launching import ONE, TWO, Started
 from wmtp.checkpoint.store import damage
-from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, SUFFERED, Outcome, cause
+from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, PEER_FAILED, ExitReport, root_cause
 from wmtp.errors import InputError
-from wmtp.runtime.run_dir import Ending, FolderLock, RunStatus, is_running
+from wmtp.runtime.run_dir import FolderLock, JobProgress, RunStatus, is_running
 
 Start = Callable[..., Started]
 BEGUN = "step-0", "step-1"
@@ -21,7 +21,7 @@ BEGUN = "step-0", "step-1"
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts commands, and ends those that a test left."""
+    """Start commands, and kill those that still run at the end of a test."""
     started: list[Started] = []
 
     def begin(*overrides: str, **how: object) -> Started:
@@ -52,26 +52,26 @@ def test_two_processes_train_in_one_folder_and_a_signal_in_the_middle_saves_once
     status = endless.status()
     assert (code, status["state"], status["exit_code"]) == (143, "KILLED", 143), out
     assert damage(endless.run / "checkpoints" / f"step_{status['step']:08d}") is None
-    assert "Go on with resume=" in out and "Traceback" not in out
+    assert "Resume with resume=" in out and "Traceback" not in out
 
 
 @pytest.mark.slow
-def test_the_others_stay_with_the_first_while_it_delivers(start: Start) -> None:
-    """The control's patience is over before that."""
+def test_the_other_ranks_wait_while_rank_0_uploads(start: Start) -> None:
+    """The exit barrier of the control is shorter than the upload."""
     two = (*TWO, "tags.act=deliver")
-    run, control = start(*two), start(*two, without="patience")
+    run, control = start(*two), start(*two, without="upload_barrier")
     code, out, _ = run.end(60)
     assert (code, run.status()["state"]) == (0, "FINISHED"), out
     assert control.end(60)[0] != 0
 
 
 @pytest.mark.slow
-def test_a_killed_process_takes_the_others_along(start: Start) -> None:
-    worker, launcher, control = start(*TWO), start(*TWO), start(*TWO, without="die_with")
+def test_a_killed_process_ends_the_others(start: Start) -> None:
+    worker, launcher, control = start(*TWO), start(*TWO), start(*TWO, without="kill_on_parent_death")
     for run in (worker, launcher, control):
         run.wait_for(*BEGUN)
         run.send(signal.SIGKILL, rank=1 if run is worker else None)
-    assert len(control.survivors(1)) == 2, "without the parent-death signal they live on"
+    assert len(control.survivors(1)) == 2, "without the parent-death signal they survive"
     assert launcher.survivors(1) == []
     code, out, seconds = worker.end()
     assert code == 1 and seconds < 5 and worker.survivors() == []
@@ -81,19 +81,19 @@ def test_a_killed_process_takes_the_others_along(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_is_everyones_and_has_its_traceback_in_the_log(start: Start) -> None:
+def test_an_error_in_one_process_fails_the_run_and_its_traceback_is_logged(start: Start) -> None:
     run = start(*TWO, "tags.act=close")
     code, out, _ = run.end()
     assert (code, run.status()["state"], run.status()["exit_code"], run.status()["step"]) == (2, "FAILED", 2, 4)
     assert "process 1: out of luck" in out and "Traceback" not in out
     assert "InputError: out of luck" in run.log() and "in steps" in run.log(), "the traceback of process 1"
-    assert all((run.run / f"closed-{rank}").exists() for rank in (0, 1)), "both had the time to close what they opened"
+    assert all((run.run / f"closed-{rank}").exists() for rank in (0, 1)), "both had time to close their files"
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_ended_when_another_is_gone(start: Start) -> None:
+def test_a_process_that_hangs_is_ended_when_another_dies(start: Start) -> None:
     stopped, hanging = start(*TWO), start(*TWO, "tags.act=hang")
-    control = start(*TWO, "tags.act=hang", without="peers,last_words")
+    control = start(*TWO, "tags.act=hang", without="watchdog,launcher")
     stopped.wait_for(*BEGUN)
     stopped.send(signal.SIGSTOP, rank=0)
     hanging.wait_for("hangs")
@@ -104,7 +104,7 @@ def test_a_process_that_hangs_is_ended_when_another_is_gone(start: Start) -> Non
         code, out, seconds = run.end()
         assert code == 1 and seconds < limit
         assert "process 1: was ended by SIGKILL" in out and run.survivors() == []
-        assert control.survivors(), "without the watches it would hang"
+        assert control.survivors(), "without watchdog and launcher it hangs"
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_signal_lets_all_processes_save_and_a_second_one_does_not(start: Start
     ):
         found, out, seconds = run.end()
         assert (found, run.status()["state"]) == (code, "KILLED"), out
-        assert run.status()["error"].startswith(message) and "start anew" in out and "Traceback" not in out
+        assert run.status()["error"].startswith(message) and "start again" in out and "Traceback" not in out
         assert seconds < 8 and run.survivors() == []
 
 
@@ -141,7 +141,7 @@ def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> Non
 
 
 @pytest.mark.slow
-def test_under_torchrun_all_share_one_folder_and_one_end(start: Start) -> None:
+def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) -> None:
     failing, endless = start(*TWO, "tags.act=value", torchrun=True), start(*TWO, torchrun=True)
     wrong, helped = start(*TWO, "model=mikro", torchrun=True), start("--help", torchrun=True)
     endless.wait_for(*BEGUN)
@@ -154,31 +154,33 @@ def test_under_torchrun_all_share_one_folder_and_one_end(start: Start) -> None:
     assert failing.status()["state"] == "FAILED" and "ValueError: out of luck" in failing.log()
     assert [path.parent.name for path in failing.folder.rglob("status.json")] == ["run"]
     code, out, _ = wrong.end(20)
-    assert code == 1 and "did you mean micro?" in out and not wrong.run.exists(), "nobody waits for what never begins"
+    assert code == 1 and "did you mean micro?" in out and not wrong.run.exists(), (
+        "no rank waits for a job that never starts"
+    )
     code, out, _ = helped.end(20)
     assert code == 0 and out.count("wmtp.train num_epochs=1") == 1
     code, out, _ = start("-m", *TWO, "seed=0,1", torchrun=True).end(20)
-    assert code == 1 and "a sweep starts outside" in out
+    assert code == 1 and "a sweep starts its own processes" in out
 
 
-def outcome(rank: int, end: str, when: float, message: str = "") -> Outcome:
-    return Outcome(rank, end, {FAILED: 1, SUFFERED: 1, INTERRUPTED: 143, FINISHED: 0}[end], message, time=when)
+def report(rank: int, end: str, when: float, message: str = "") -> ExitReport:
+    return ExitReport(rank, end, {FAILED: 1, PEER_FAILED: 1, INTERRUPTED: 143, FINISHED: 0}[end], message, time=when)
 
 
-def test_the_cause_is_told_from_its_consequences() -> None:
-    ends = [outcome(0, SUFFERED, 1.0), outcome(1, FAILED, 2.0), outcome(2, INTERRUPTED, 0.5), outcome(3, FAILED, 3.0)]
-    found = cause({end.rank: end for end in ends}, {0: 1, 1: 1, 2: 143, 3: 1}, None)
-    assert found is not None and found.rank == 1, "the earliest of those that failed by themselves"
-    assert cause({0: ends[0]}, {0: 1, 1: -9}, None).message == "was ended by SIGKILL"  # type: ignore[union-attr]
-    assert cause({0: ends[0]}, {0: 1, 1: -15}, None).rank == 1  # type: ignore[union-attr]
-    assert cause({1: ends[1]}, {0: -15, 1: 1}, None).rank == 1, "torch ends the others by SIGTERM"  # type: ignore[union-attr]
-    assert cause({0: outcome(0, FINISHED, 1.0)}, {}, None) is None
-    assert cause({0: ends[0]}, {1: -9}, 15).end == INTERRUPTED, "after a signal, deaths are its consequence"  # type: ignore[union-attr]
+def test_the_root_cause_is_distinguished_from_its_consequences() -> None:
+    ends = [report(0, PEER_FAILED, 1.0), report(1, FAILED, 2.0), report(2, INTERRUPTED, 0.5), report(3, FAILED, 3.0)]
+    found = root_cause({end.rank: end for end in ends}, {0: 1, 1: 1, 2: 143, 3: 1}, None)
+    assert found is not None and found.rank == 1, "the earliest rank that failed with its own error"
+    assert root_cause({0: ends[0]}, {0: 1, 1: -9}, None).message == "was ended by SIGKILL"  # type: ignore[union-attr]
+    assert root_cause({0: ends[0]}, {0: 1, 1: -15}, None).rank == 1  # type: ignore[union-attr]
+    assert root_cause({1: ends[1]}, {0: -15, 1: 1}, None).rank == 1, "torch ends the other ranks with SIGTERM"  # type: ignore[union-attr]
+    assert root_cause({0: report(0, FINISHED, 1.0)}, {}, None) is None
+    assert root_cause({0: ends[0]}, {1: -9}, 15).end == INTERRUPTED, "after a signal, deaths are consequences"  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
-def test_only_a_living_command_holds_its_folder(start: Start) -> None:
-    """It is ended by a second signal that is left to the system, so that its status stays what it was."""
+def test_only_a_running_command_locks_its_folder(start: Start) -> None:
+    """A second signal without a handler kills the command, so its status stays RUNNING."""
     run = start(*ONE, "+tags.saving=30.0", without="second")
     run.wait_for("step-0")
     assert is_running(run.run)
@@ -189,8 +191,8 @@ def test_only_a_living_command_holds_its_folder(start: Start) -> None:
     run.wait_for("saving-0")
     run.send(signal.SIGINT)
     assert run.end()[0] == -signal.SIGINT
-    assert run.status()["state"] == "RUNNING" and not is_running(run.run), "whoever may have its process number now"
+    assert run.status()["state"] == "RUNNING" and not is_running(run.run), "even if another process has its pid"
     status = RunStatus(run.run)
-    assert not is_running(run.run), "to itself, a command is nobody else"
-    status.end("FINISHED", 0, Ending())
+    assert not is_running(run.run), "a command does not count itself"
+    status.end("FINISHED", 0, JobProgress())
     FolderLock(run.run).release()

@@ -1,4 +1,4 @@
-"""The same training in one process and in two: what each algorithm computes must not depend on it."""
+"""Training in one process and in two: the results of each algorithm must be equal."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from tests.conftest import composed
 from tests.support.ranks import Ranks
 from tests.support.training import BOTH, COMMON, metrics_of, trained, trainer_in
 from wmtp.data.collate import Batch
-from wmtp.distributed.parallelize import synchronise_gradients
+from wmtp.distributed.parallelize import synchronize_gradients
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import Sums
 from wmtp.training import trainer as trainer_module
-from wmtp.training.dry_run import rehearse
+from wmtp.training.dry_run import dry_run
 from wmtp.training.trainer import Trainer
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
@@ -33,13 +33,13 @@ ALGORITHMS = {
     "shuffled": ["algo=shuffled", "algo/of=rho1", "max_steps=7", *STAGE],
     "random": ["algo=random", "max_steps=7", *STAGE],
 }
-"""The first three for twenty updates."""
+"""Overrides by algorithm; the first three train for twenty updates."""
 UNEVEN = "data.num_train=43"
-"""Five updates of four micro-batches, and one of three samples in two: one has two samples, the other one."""
+"""Five updates of four micro-batches, then an update of three samples: micro-batches of two samples and of one."""
 
 
 def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
-    """The largest relative difference of each metric."""
+    """Return the largest relative difference of each metric."""
     assert len(one) == len(other)
     found: dict[str, float] = {}
     for mine, theirs in zip(one, other, strict=True):
@@ -51,14 +51,14 @@ def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[
 
 
 def worst_loss(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
-    """The largest relative difference of a loss."""
+    """Return the largest relative difference of a loss."""
     return max(value for name, value in differences(one, other).items() if name.endswith("loss"))
 
 
 def train_twice(
     ranks: Ranks, folder: Path, overrides: Sequence[str], *options: str, strategies: Sequence[str] = tuple(BOTH)
 ) -> list[float]:
-    """The worst loss of two processes beside one; those have the options too."""
+    """Return the largest loss difference between one process and two, per strategy; `options` are for two only."""
     alone, found = trained(folder / "alone", *overrides), []
     for strategy in strategies:
         first, second = ranks(trained, folder / strategy, *overrides, *BOTH[strategy], *options, timeout=60)
@@ -67,8 +67,8 @@ def train_twice(
     return found
 
 
-def agree_on_the_rest(alone: Path, together: Path) -> None:
-    """The other metrics agree too, and what the summary says of tokens and of the weights."""
+def check_other_metrics(alone: Path, together: Path) -> None:
+    """Check that the other metrics agree, and the tokens and weights in the summary."""
     rest = differences(metrics_of(alone), metrics_of(together))
     assert max(rest.values()) <= 1e-3, rest
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (alone, together))
@@ -79,15 +79,15 @@ def agree_on_the_rest(alone: Path, together: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_losses_are_those_of_one_process(ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str) -> None:
+def test_losses_equal_those_of_one_process(ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, *ALGORITHMS[algorithm]]
     assert max(train_twice(ranks, tmp_path, overrides)) <= 1e-6
     for strategy in BOTH:
-        agree_on_the_rest(tmp_path / "alone", tmp_path / strategy)
+        check_other_metrics(tmp_path / "alone", tmp_path / strategy)
 
 
 @pytest.mark.parametrize("samples", [40, 41])
-def test_groups_that_are_full_or_leave_a_process_nothing_make_no_difference(
+def test_a_full_or_an_empty_last_micro_batch_changes_nothing(
     ranks: Ranks, tmp_path: Path, cache: Path, samples: int
 ) -> None:
     overrides = [f"cache_dir={cache}", f"data.num_train={samples}", "max_steps=7"]
@@ -95,24 +95,24 @@ def test_groups_that_are_full_or_leave_a_process_nothing_make_no_difference(
 
 
 def trained_with_means_of_means(folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train as a rank that divides by its own number of targets."""
-    gradients, loss = Trainer._gradients, MtpObjective.loss
+    """Train with a loss that each rank divides by its own number of targets."""
+    gradients, loss = Trainer._accumulate_gradients, MtpObjective.loss
     own: list[torch.Tensor] = []
 
     def remembered(self: Trainer, batches: list[Batch]) -> Sums:
-        own[:] = [torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)]
+        own[:] = [torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)]
         return gradients(self, batches)
 
     def divided(self: MtpObjective, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         return loss(self, model, batch, own[0].clamp(min=1) * 2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_gradients", remembered)
+        patch.setattr(Trainer, "_accumulate_gradients", remembered)
         patch.setattr(MtpObjective, "loss", divided)
         return trained(folder, *overrides)
 
 
-def test_the_control_a_division_in_each_process_is_another_training(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_control_a_division_on_each_rank_gives_other_losses(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
     alone = trained(tmp_path / "alone", *overrides)
     for strategy, hardware in BOTH.items():
@@ -121,12 +121,14 @@ def test_the_control_a_division_in_each_process_is_another_training(ranks: Ranks
 
 
 @pytest.mark.parametrize("option", ["reduce_each_micro_batch", "activation_checkpointing"])
-def test_less_memory_is_the_same_training(ranks: Ranks, tmp_path: Path, cache: Path, option: str) -> None:
+def test_options_that_save_memory_do_not_change_the_training(
+    ranks: Ranks, tmp_path: Path, cache: Path, option: str
+) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
     assert max(train_twice(ranks, tmp_path, overrides, f"hardware.{option}=true")) <= 1e-6
 
 
-def test_activations_are_computed_again_with_the_same_dropout(tmp_path: Path, cache: Path) -> None:
+def test_activations_are_recomputed_with_the_same_dropout(tmp_path: Path, cache: Path) -> None:
     metrics, runs = {}, {}
     for again in ("false", "true"):
         options = ["model.dropout=0.3", f"hardware.activation_checkpointing={again}"]
@@ -139,7 +141,7 @@ def test_activations_are_computed_again_with_the_same_dropout(tmp_path: Path, ca
     assert metrics["true"] == metrics["false"]
 
 
-def test_the_first_process_answers_for_all(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_rank_0_samples_for_all(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "max_steps=3", "eval_interval=2", "num_validation_samples=2", "num_samples=3"]
     train_twice(ranks, tmp_path, overrides)
     alone, *together = [(tmp_path / name / "samples.jsonl").read_text() for name in ("alone", *BOTH)]
@@ -151,46 +153,46 @@ def test_the_first_process_answers_for_all(ranks: Ranks, tmp_path: Path, cache: 
 
 
 def collectives(folder: Path, overrides: Sequence[str]) -> dict[str, int]:
-    """How often an update of four micro-batches in each process reduces gradients: as it is, if asked to, naively."""
+    """Return the number of reductions in an update of four micro-batches: by default, with the option, naively."""
     counts = {}
     for name, options in {"once": [], "asked": ["hardware.reduce_each_micro_batch=true"], "naive": []}.items():
         trainer = trainer_in(folder, "batch_size=16", "model.num_heads=1", *overrides, *options)
         batches = trainer._next_micro_batches()
         assert len(batches) == 4
-        trainer._gradients(batches[:1])
+        trainer._accumulate_gradients(batches[:1])
         trainer.optimizer.zero_grad()
         with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU]) as profiled:
             if name == "naive":
-                patch.setattr(trainer_module, "synchronise_gradients", lambda model, now: None)
-                synchronise_gradients(trainer.model, True)
-            trainer._gradients(batches)
+                patch.setattr(trainer_module, "synchronize_gradients", lambda model, now: None)
+                synchronize_gradients(trainer.model, True)
+            trainer._accumulate_gradients(batches)
         kinds = ("c10d::allreduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
         counts[name] = sum(event.count for event in profiled.key_averages() if event.key in kinds)
     return counts
 
 
 @pytest.mark.parametrize("strategy", BOTH)
-def test_gradients_travel_once_an_update(ranks: Ranks, tmp_path: Path, cache: Path, strategy: str) -> None:
+def test_gradients_are_reduced_once_per_update(ranks: Ranks, tmp_path: Path, cache: Path, strategy: str) -> None:
     first, second = ranks(collectives, tmp_path, [f"cache_dir={cache}", *BOTH[strategy]], timeout=30)
     assert first == second
     totals = 1  # of the targets, by which the loss is divided
     gradients = first["once"] - totals
     assert gradients >= 1
-    assert first["naive"] - totals == 4 * gradients, "the control: as torch does unless it is told to wait"
+    assert first["naive"] - totals == 4 * gradients, "the control: the default of torch"
     assert first["asked"] == first["naive"]
 
 
 # Precision and compiler
 
 
-def test_half_precision_trains_in_parts(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_bf16_trains_under_fsdp(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "max_steps=10"]
     (worst,) = train_twice(ranks, tmp_path, overrides, "hardware.precision=bf16", strategies=["fsdp"])
-    assert 1e-6 < worst < 0.02, "it is another precision, and not another training"
+    assert 1e-6 < worst < 0.02, "another precision, but the same training"
 
 
 def one_update(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, float], int]:
-    """The metrics of an update of a model of one block, and how many graphs were compiled for it."""
+    """Return the metrics of one update of a model with one block, and the number of compiled graphs."""
     torch._dynamo.utils.counters.clear()
     trainer = trainer_in(folder, "model.num_layers=1", "model.num_heads=1", "batch_size=4", *overrides)
     metrics = trainer.train_update()
@@ -198,7 +200,7 @@ def one_update(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, float]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
-def test_compiled_blocks_are_the_same_training(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_compiled_blocks_do_not_change_the_training(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}"]
     alone, graphs = one_update(tmp_path, overrides)
     assert graphs == 0
@@ -209,14 +211,12 @@ def test_compiled_blocks_are_the_same_training(ranks: Ranks, tmp_path: Path, cac
         assert metrics["train/grad_norm"] == pytest.approx(alone["train/grad_norm"], rel=1e-4)
 
 
-def rehearsed(folder: Path, *overrides: str) -> list[Path]:
-    rehearse(composed(*COMMON, *overrides, f"cache_dir={folder}"), folder)
+def checkpoints_of_dry_run(folder: Path, *overrides: str) -> list[Path]:
+    dry_run(composed(*COMMON, *overrides, f"cache_dir={folder}"), folder)
     return list(folder.glob("**/step_*"))
 
 
 @pytest.mark.parametrize("strategy", BOTH)
-def test_a_dry_run_tries_the_stage_and_the_training_in_all_processes(
-    ranks: Ranks, tmp_path: Path, strategy: str
-) -> None:
-    """A model may be shared once only, so the training's is none that the stage's trial has shared already."""
-    assert ranks(rehearsed, tmp_path, "algo=critic", *BOTH[strategy], timeout=60) == [[], []]
+def test_a_dry_run_tries_both_stages_on_all_ranks(ranks: Ranks, tmp_path: Path, strategy: str) -> None:
+    """A model can be parallelized only once, so stage 2 needs a new one."""
+    assert ranks(checkpoints_of_dry_run, tmp_path, "algo=critic", *BOTH[strategy], timeout=60) == [[], []]

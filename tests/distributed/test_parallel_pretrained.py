@@ -1,4 +1,4 @@
-"""Pretrained models in two processes: the same training as in one."""
+"""Training of pretrained models in two processes equals that in one."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_two_processes_train_as_one(case: str, ranks: Ranks, tokenizer: Tokenize
     path = write_family(tmp_path / "model", family, tokenizer)
     dropouts = ["attn_pdrop", "embd_pdrop", "resid_pdrop"] if family == "gpt2" else []
     config = path / "config.json"
-    for name in dropouts:  # which each process draws for itself
+    for name in dropouts:  # disabled, because each rank draws its own dropout masks
         config.write_text(config.read_text().replace(f'"{name}": 0.1', f'"{name}": 0.0'))
     overrides = ["model=huggingface", f"model.path={path}", "model.num_heads=2", "max_steps=4", *options]
     overrides += ["num_validation_samples=2", "optimizer.lr=1e-3"]

@@ -1,4 +1,4 @@
-"""The objective's gradients under torch's data-parallel wrappers, in one process: what they hook must still fire."""
+"""Gradients of the objective under torch's data-parallel wrappers, in one process: their hooks must still fire."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from wmtp.objectives.mtp import MtpObjective
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """Create a process group that contains only this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -35,9 +35,9 @@ def batch(tiny_data: Dataset) -> Batch:
 
 
 def gradients(model: MtpModel, algorithm: Algorithm, batch: Batch, forward: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradient of every parameter when the forward goes through a wrapper."""
+    """Return the gradient of every parameter, computed through the wrapper `forward`."""
     objective = MtpObjective(algorithm)
-    loss, _ = objective.loss_of(forward(batch.tokens), model, batch, objective.totals(model, batch))
+    loss, _ = objective.loss_from_outputs(forward(batch.tokens), model, batch, objective.denominators(model, batch))
     loss.backward()
     found = {}
     for name, parameter in model.named_parameters():
@@ -48,7 +48,7 @@ def gradients(model: MtpModel, algorithm: Algorithm, batch: Batch, forward: torc
 
 @pytest.mark.parametrize("algorithm", [Uniform(), ExcessLoss(), TokenSkip()], ids=lambda algorithm: algorithm.name)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_gradients_are_those_without_a_wrapper(
+def test_gradients_are_equal_with_and_without_a_wrapper(
     process_group: None, batch: Batch, algorithm: Algorithm, wrapper: str
 ) -> None:
     plain = tiny_model()
@@ -61,7 +61,7 @@ def test_gradients_are_those_without_a_wrapper(
     else:
         fully_shard(model, reshard_after_forward=True)
         forward = model
-        with pytest.raises(RuntimeError, match="DTensor"):  # the control: a part of the matrix is no matrix
+        with pytest.raises(RuntimeError, match="DTensor"):  # the control: a sharded matrix cannot be multiplied
             model.unembedding.weight @ torch.randn(64)
     for name, gradient in gradients(model, algorithm, batch, forward).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7)

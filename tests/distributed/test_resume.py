@@ -1,4 +1,4 @@
-"""Runs of one and of two processes that are interrupted and go on: the same as if nothing had happened, or refused."""
+"""Interrupted runs of one and of two ranks: the resumed run equals an uninterrupted one, or it is refused."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.distributed.rng import generator_states, restore_generators
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.runtime.run_dir import Ending
+from wmtp.runtime.run_dir import JobProgress
 from wmtp.training import trainer as trainer_module
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.run import Run
@@ -37,17 +37,17 @@ HARDWARE = {"alone": ["hardware=cpu"], **BOTH}
 
 
 class Signal(NamedTuple):
-    """SIGTERM to one rank, in the middle of the micro-batches of an update."""
+    """A SIGTERM to one rank, in the middle of the micro-batches of an update."""
 
     rank: int
     update: int
 
 
 class Session(NamedTuple):
-    """What one rank saw of one start of a run."""
+    """The record of one rank, from one start of a run to its end."""
 
     end: str
-    """How it ended: "finished", "interrupted", or "refused: …"."""
+    """The end: "finished", "interrupted …" or "refused: …"."""
     seen: list[tuple[int, tuple[str, ...]]]
     """The epoch and the records of each micro-batch."""
 
@@ -58,11 +58,11 @@ Breaker = Callable[[pytest.MonkeyPatch], None]
 def session(
     folder: Path, overrides: Sequence[str], signalled: Signal | None = None, broken: str | None = None
 ) -> Session:
-    """Start a run, or go on with it, here or as a rank."""
+    """Start or resume a run, in this process or as a rank."""
     (folder / ".hydra").mkdir(exist_ok=True, parents=True)
     again = [f"resume={folder}"] if (folder / "checkpoints").exists() else []
     rank, seen = Processes().rank, []
-    give, gradients = Dataset.micro_batches, Trainer._gradients
+    give, gradients = Dataset.micro_batches, Trainer._accumulate_gradients
 
     def recorded(self: Dataset, epoch: int, *arguments: Any) -> list[Batch]:
         batches = give(self, epoch, *arguments)
@@ -89,11 +89,11 @@ def session(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dataset, "micro_batches", recorded)
-        patch.setattr(Trainer, "_gradients", disturbed)
+        patch.setattr(Trainer, "_accumulate_gradients", disturbed)
         if broken is not None:
             BREAKERS[broken](patch)
         try:
-            Run(composed(*COMMON, *overrides, *again), folder, Ending(), []).train()
+            Run(composed(*COMMON, *overrides, *again), folder, JobProgress(), []).train()
         except InterruptedRun as interrupted:
             return Session(f"interrupted {interrupted.exit_code}", seen)
         except InputError as error:
@@ -102,7 +102,7 @@ def session(
 
 
 def sessions(ranks: Ranks, where: str, *arguments: Any) -> list[Session]:
-    """A session here, or one of each rank."""
+    """Return the session of this process, or those of all ranks."""
     if where == "alone":
         return [session(*arguments)]
     return ranks(session, *arguments, timeout=60)
@@ -115,7 +115,7 @@ DROPS_OUT = [
     "early_stopping=stability", "early_stopping.patience=99", "early_stopping.window=15",
     "early_stopping.threshold=1e9", "early_stopping.variance_max=1e9", "on_nonfinite=skip", "model.value_head_dim=8",
 ]  # fmt: skip
-"""A critic that drops out, with all that a run can remember; its third update is not finite and is left out."""
+"""A critic with dropout and every kind of saved state; its third update is not finite and is skipped."""
 
 
 def _generators_of_the_first(patch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ BREAKERS = MUTANTS | {
 
 
 @pytest.mark.parametrize("where", HARDWARE)
-def test_a_run_interrupted_twice_ends_as_the_straight_one(
+def test_a_run_interrupted_twice_equals_an_uninterrupted_one(
     ranks: Ranks, tmp_path: Path, cache: Path, where: str
 ) -> None:
     overrides = [f"cache_dir={cache}", *DROPS_OUT, *HARDWARE[where]]
@@ -195,7 +195,7 @@ def test_a_run_interrupted_twice_ends_as_the_straight_one(
 
 
 def checkpoint(run: Path, update: int) -> dict[str, bytes]:
-    """The files of the checkpoint of an update, which was finished first."""
+    """Return the contents of the checkpoint files of an update."""
     return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step_{update:08d}").iterdir()}
 
 
@@ -203,11 +203,11 @@ def checkpoint(run: Path, update: int) -> dict[str, bytes]:
 
 SAMPLES = 103
 ONCE = [f"data.num_train={SAMPLES}", "max_steps=28", "model.dropout=0", "num_validation_samples=0"]
-"""Thirteen updates of an epoch, the last of seven samples: the second epoch ends with update 26."""
+"""Thirteen updates per epoch, the last with seven samples: the second epoch ends with update 26."""
 
 
 def epochs(given: Sequence[Session]) -> dict[int, list[str]]:
-    """The records that all processes got in each epoch, those of each process in order."""
+    """Return the records of all ranks in each epoch, in order for each rank."""
     found: dict[int, list[str]] = {}
     for one in [*given[::2], *given[1::2]]:
         for epoch, records in one.seen:
@@ -227,16 +227,14 @@ def check_every_sample_comes_once(given: Sequence[Session]) -> None:
 def started_four_times(
     ranks: Ranks, folder: Path, overrides: Sequence[str], broken: str | None = None
 ) -> list[Session]:
-    """Three interruptions, one of them by the last update of the first epoch."""
+    """Start a run four times, with three interruptions, one of them in the last update of the first epoch."""
     given = []
     for signalled in (Signal(1, 5), Signal(0, 13), Signal(1, 20), None):
         given += ranks(session, folder, overrides, signalled, broken, timeout=60)
     return given
 
 
-def test_every_sample_comes_once_however_often_the_run_was_interrupted(
-    ranks: Ranks, tmp_path: Path, cache: Path
-) -> None:
+def test_every_sample_is_used_once_despite_interruptions(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", *ONCE, *BOTH["ddp"]]
     given = started_four_times(ranks, tmp_path / "run", overrides)
     assert [one.end for one in given] == ["interrupted 143"] * 6 + ["finished"] * 2
@@ -256,7 +254,7 @@ def test_every_sample_comes_once_however_often_the_run_was_interrupted(
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "alone"), ("alone", "fsdp"), ("fsdp", "ddp")])
-def test_another_number_of_processes_goes_on_with_the_same_samples(
+def test_another_number_of_ranks_resumes_with_the_same_samples(
     ranks: Ranks, tmp_path: Path, cache: Path, before: str, after: str
 ) -> None:
     overrides = [f"cache_dir={cache}", *ONCE]
@@ -273,27 +271,27 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(
 
 
 def drawn_after(states: list[dict[str, str]], seed: int) -> list[float]:
-    """What a rank draws after it took up the generators of another number of processes; its own were at `seed`."""
+    """Return numbers drawn after restoring states of another number of ranks; `seed` is the previous seed."""
     torch.manual_seed(seed)
     restore_generators(states, Processes())
     return torch.rand(3).tolist()
 
 
-def test_other_processes_draw_dropout_anew_and_each_its_own(ranks: Ranks) -> None:
+def test_another_number_of_ranks_draws_new_dropout_on_each_rank(ranks: Ranks) -> None:
     torch.manual_seed(7)
     state = generator_states()
     first, second = ranks(drawn_after, [state], 1)
-    assert ranks(drawn_after, [state], 2) == [first, second], "it follows from what was saved"
+    assert ranks(drawn_after, [state], 2) == [first, second], "it depends only on the saved state"
     assert first != second
     torch.manual_seed(8)
     assert ranks(drawn_after, [generator_states()], 1)[0] != first
     alone = drawn_after([state, state], 1)
     assert drawn_after([state, state], 2) == alone != torch.rand(3).tolist()
     control = drawn_after([state], 1), drawn_after([state], 2)
-    assert control[0] == control[1] != first, "one goes on where one was"
+    assert control[0] == control[1] != first, "the same number of ranks continues the generator"
 
 
-def test_a_declared_size_of_micro_batches_goes_on_with_the_same_samples(tmp_path: Path, cache: Path) -> None:
+def test_a_declared_change_of_the_micro_batch_size_keeps_the_samples(tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", *ONCE]
     first = session(tmp_path, overrides, Signal(0, 9))
     second = session(tmp_path, [*overrides, "micro_batch_size=4", "resume_override=[micro_batch_size]"])
@@ -303,7 +301,7 @@ def test_a_declared_size_of_micro_batches_goes_on_with_the_same_samples(tmp_path
     assert resume["declared_changes"] == {"micro_batch_size": "was 2, is now 4"}
 
 
-def test_what_decides_the_samples_must_stay_the_same_or_be_declared(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_changes_that_affect_the_samples_must_be_declared(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "model.dropout=0", "eval_interval=99"]
     run = tmp_path / "run"
     ranks(session, run, [*overrides, *BOTH["ddp"]], Signal(0, 3), timeout=60)
@@ -317,12 +315,12 @@ def test_what_decides_the_samples_must_stay_the_same_or_be_declared(ranks: Ranks
             assert one.end.startswith("refused: ") and f"\n  {name}: " in one.end and one.seen == []
             declarable = name not in ("batch_size", "model")
             assert (f"resume_override=[{name}]" in one.end) is declarable
-    # the samples of a forward follow from the number of processes, if nobody says them; a resumed run keeps them
+    # without a setting, micro_batch_size depends on the number of ranks; a resumed run keeps its value
     fewer, more, unsaid = tmp_path / "fewer", tmp_path / "more", [*overrides, "micro_batch_size=null"]
     ranks(session, fewer, [*unsaid, *BOTH["ddp"]], Signal(0, 3), timeout=60)
     alone = session(fewer, [*unsaid, *HARDWARE["alone"]])
     assert alone.seen and max(len(records) for _, records in alone.seen) == 4
-    session(more, [*unsaid, *HARDWARE["alone"]], Signal(0, 3))  # unless one of the processes would have nothing to do
+    session(more, [*unsaid, *HARDWARE["alone"]], Signal(0, 3))  # refused if a rank would have no samples
     for one in ranks(session, more, [*unsaid, *BOTH["ddp"]], timeout=60):
         assert "\n  micro_batch_size: was 8, is now 4" in one.end and one.seen == []
     assert metrics_of(run) == lines and not (run / "resumes.jsonl").exists()
@@ -333,10 +331,10 @@ def test_what_decides_the_samples_must_stay_the_same_or_be_declared(ranks: Ranks
     assert resume["declared_changes"] == {"seed": "was 0, is now 1"}
     assert resume["checkpoint"] == "checkpoints/step_00000003" and resume["processes"] == 2
     (again,) = {one.end for one in ranks(session, run, [*overrides, *BOTH["ddp"]], timeout=60)}
-    assert "\n  seed: was 1, is now 0" in again, "from now on the new seed is the run's"
+    assert "\n  seed: was 1, is now 0" in again, "the declared seed is now the seed of the run"
 
 
-def test_what_gives_a_checkpoint_its_meaning_cannot_be_declared(invoke: Invoke) -> None:
+def test_keys_that_a_checkpoint_depends_on_cannot_be_declared(invoke: Invoke) -> None:
     assert invoke("max_steps=1", "num_samples=0", "hydra.run.dir=run").code == 0
     lines = Path("run/metrics.jsonl").read_text()
     for name in ("batch_size", "tokenizer", "model"):

@@ -1,4 +1,4 @@
-"""A save that is killed, or that the disk refuses, at each of its steps: what was whole before stays so."""
+"""Tests of saves that are killed, or fail on the disk, at each step: earlier checkpoints stay complete."""
 
 import os
 import resource
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.checkpoint.test_store import FORMATS, snapshot
-from wmtp.checkpoint import formats as whole
+from wmtp.checkpoint import formats
 from wmtp.checkpoint.state import Snapshot
 from wmtp.checkpoint.store import CheckpointStore, damage, load
 from wmtp.distributed.process_group import Processes
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.slow
 
 
 def name_of(path: Any, dir_fd: int | None = None) -> str:
-    """The last part of a path, or of what a descriptor stands for; without the process number in it."""
+    """Return the name of a path or of an open file, without the process id in it."""
     if isinstance(path, int):
         path = Path(f"/proc/self/fd/{path}").readlink()
     return Path(path).name.replace(f".{os.getpid()}.", ".")
 
 
 def watch_calls(before: Callable[[str], None]) -> Callable[[], None]:
-    """Have `before` told of every call that changes names or syncs; returns what ends that."""
+    """Call `before` before each call that syncs or changes names. Return a function that undoes this."""
     originals = {name: getattr(os, name) for name in CALLS}
 
     def watched(name: str) -> Callable[..., Any]:
@@ -52,7 +52,7 @@ def watch_calls(before: Callable[[str], None]) -> Callable[[], None]:
 
 
 def in_child(action: Callable[[], object]) -> int:
-    """Run something in a process of its own; its exit code, or minus the signal that killed it."""
+    """Run a function in a child process. Return its exit code, or minus the signal that killed it."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -65,7 +65,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 
 def killed_at(number: int) -> Callable[[str], None]:
-    """Kills this process before its call of that number."""
+    """Return a function that kills this process before the call with a given number."""
     made = 0
 
     def before(call: str) -> None:
@@ -102,11 +102,11 @@ TENSOR_CALLS = {
     "whole": ["fsync model.safetensors", "fsync optimizer.safetensors"],
     "sharded": ["mkdir .staging-step_00000030", "fsync shards.json", "fsync __0_0.distcp", "fsync shards.json"],
 }
-"""Torch makes the folder of its own accord, although it is there."""
+"""Torch creates the folder again, although it exists."""
 
 
 @FORMATS
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, format_: Format) -> None:
+def test_files_are_synced_before_the_rename(tmp_path: Path, format_: Format) -> None:
     calls = calls_of_saving_thirty(ten_and_twenty(tmp_path, format_), format_)
     assert calls[:-5] == [
         "mkdir .staging-step_00000030",
@@ -126,7 +126,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, forma
 
 
 @FORMATS
-def test_killed_at_any_instant_the_next_start_finds_a_whole_checkpoint(
+def test_complete_checkpoint_is_found_after_a_kill_at_any_call(
     tmp_path: Path, format_: Format, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = ten_and_twenty(tmp_path / "base", format_)
@@ -143,7 +143,7 @@ def test_killed_at_any_instant_the_next_start_finds_a_whole_checkpoint(
 
         assert in_child(save_and_die) == -signal.SIGKILL
         visible = list((folder / "checkpoints").glob("step_*"))
-        assert [damage(path) for path in visible] == [None] * len(visible), "nothing that can be seen is half"
+        assert [damage(path) for path in visible] == [None] * len(visible), "every visible checkpoint is complete"
         caplog.clear()
         store = owner(folder, format_)
         latest = store.latest()
@@ -151,12 +151,12 @@ def test_killed_at_any_instant_the_next_start_finds_a_whole_checkpoint(
         assert load(latest, verified=True).state["value"] == int(latest.name[-2:])
         assert not list(store.folder.glob(".*")), f"left over at {calls[number - 1]}"
         if 1 < number <= renamed:
-            assert ".staging-step_00000030 was left by a save that was interrupted" in caplog.text
+            assert ".staging-step_00000030 was left by an interrupted save" in caplog.text
         store.save(40, snapshot(40))
         assert damage(store.latest()) is None and store.latest().name == "step_00000040"
 
 
-def test_killed_amid_a_file_the_one_before_is_used(tmp_path: Path) -> None:
+def test_previous_checkpoint_is_used_after_a_kill_within_a_file(tmp_path: Path) -> None:
     ten_and_twenty(tmp_path, "whole")
 
     def half(tensors: Any, path: Path) -> None:
@@ -165,14 +165,14 @@ def test_killed_amid_a_file_the_one_before_is_used(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def save_and_die() -> None:
-        whole.save_file = half
+        formats.save_file = half
         owner(tmp_path, "whole").save(30, snapshot(30))
 
     assert in_child(save_and_die) == -signal.SIGKILL
     assert owner(tmp_path, "whole").latest().name == "step_00000020"
 
 
-def test_control_a_save_in_place_leaves_a_half_one_as_the_newest(tmp_path: Path) -> None:
+def test_control_save_in_place_leaves_an_incomplete_checkpoint(tmp_path: Path) -> None:
     def save(step: int) -> None:
         folder = tmp_path / f"step_{step}"
         os.mkdir(folder)  # noqa: PTH102 - the call that is watched
@@ -191,7 +191,7 @@ def test_control_a_save_in_place_leaves_a_half_one_as_the_newest(tmp_path: Path)
 
 
 @FORMATS
-def test_a_step_that_is_saved_again_is_never_missing(tmp_path: Path, format_: Format) -> None:
+def test_step_that_is_saved_again_is_never_missing(tmp_path: Path, format_: Format) -> None:
     owner(tmp_path / "base", format_, keep_last=1).save(30, snapshot(1))
     shutil.copytree(tmp_path / "base", tmp_path / "dry")
     calls = calls_of_saving_thirty(tmp_path / "dry", format_)
@@ -204,7 +204,7 @@ def test_a_step_that_is_saved_again_is_never_missing(tmp_path: Path, format_: Fo
             owner(folder, format_, keep_last=1).save(30, snapshot(30))
 
         assert in_child(save_and_die) == -signal.SIGKILL
-        assert CheckpointStore(folder).any()
+        assert CheckpointStore(folder).has_any()
         onlooker = load(CheckpointStore(folder).latest()).state["value"]
         latest = owner(folder, format_).latest()
         assert latest.name == "step_00000030" and load(latest).state["value"] == onlooker
@@ -215,7 +215,7 @@ def test_a_step_that_is_saved_again_is_never_missing(tmp_path: Path, format_: Fo
     assert load(CheckpointStore(tmp_path / "dry").latest()).state["value"] == 31
 
 
-def test_control_to_remove_the_old_one_first_leaves_none(tmp_path: Path) -> None:
+def test_control_removing_the_old_one_first_leaves_none(tmp_path: Path) -> None:
     store = owner(tmp_path, "whole")
     store.save(30, snapshot(1))
 
@@ -225,12 +225,12 @@ def test_control_to_remove_the_old_one_first_leaves_none(tmp_path: Path) -> None
         store.save(30, snapshot(30))
 
     assert in_child(save_and_die) == -signal.SIGKILL
-    assert not CheckpointStore(tmp_path).any()
+    assert not CheckpointStore(tmp_path).has_any()
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one megabyte."""
+    """Mount a disk of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
@@ -245,7 +245,7 @@ def large(value: float) -> Snapshot:
 
 
 def refused(store: CheckpointStore) -> int:
-    """The number of the error with which a large save fails."""
+    """Return the errno with which a large save fails."""
     try:
         store.save(2, large(2))
     except OSError as error:
@@ -254,7 +254,7 @@ def refused(store: CheckpointStore) -> int:
 
 
 @FORMATS
-def test_a_file_that_may_not_grow_is_reported_and_the_old_checkpoint_loads(tmp_path: Path, format_: Format) -> None:
+def test_file_size_limit_is_reported_and_the_old_checkpoint_loads(tmp_path: Path, format_: Format) -> None:
     store = owner(tmp_path, format_)
     store.save(1, snapshot(1))
 
@@ -263,12 +263,12 @@ def test_a_file_that_may_not_grow_is_reported_and_the_old_checkpoint_loads(tmp_p
         os._exit(refused(store))
 
     assert in_child(save) == 27
-    assert not list(store.folder.glob(".*")), "the half one does not fill the disk"
+    assert not list(store.folder.glob(".*")), "the incomplete checkpoint is removed"
     assert load(store.latest()).state["value"] == 1
 
 
 @FORMATS
-def test_a_full_disk_is_reported_and_the_old_checkpoint_loads(small_disk: Path, format_: Format) -> None:
+def test_full_disk_is_reported_and_the_old_checkpoint_loads(small_disk: Path, format_: Format) -> None:
     store = owner(small_disk, format_)
     store.save(1, snapshot(1))
     assert refused(store) == 28
@@ -277,7 +277,7 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_loads(small_disk: Path, 
     assert load(store.latest()).state["value"] == 3
 
 
-def test_control_a_file_that_is_written_over_is_lost(tmp_path: Path) -> None:
+def test_control_overwritten_file_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(large(1).model, path)
     whole_size = path.stat().st_size
@@ -297,7 +297,7 @@ RENAMES = "?rename,?renameat,?renameat2"
 
 
 def save_under_strace(folder: Path, format_: Format, *options: str) -> tuple[int, list[str]]:
-    """Save step 30 in a process that strace watches: its exit code, and the calls that the kernel saw."""
+    """Save step 30 in a process under strace. Return its exit code and its system calls."""
     ready, go = os.pipe()
 
     def save() -> None:
@@ -333,7 +333,7 @@ def save_under_strace(folder: Path, format_: Format, *options: str) -> tuple[int
 
 
 def shape_of(lines: list[str]) -> str:
-    """One letter for each call: f a file's fsync, m the manifest's, d a folder's, r a rename, x a removal."""
+    """Return one letter for each call: f fsync of a file, m of the manifest, d of a folder, r rename, x removal."""
     letters = ""
     for line in lines:
         call = line.partition("(")[0]
@@ -351,11 +351,11 @@ def shape_of(lines: list[str]) -> str:
 
 
 SEEN = {"whole": "frfrfm" + "drd" + "frd" + "rxxxxx", "sharded": "ffffm" + "drd" + "frd" + "rxxxxx"}
-"""The library of whole tensors itself renames each of its two files."""
+"""safetensors itself renames each of its two files."""
 
 
 def faults(lines: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Of every call that was seen: what makes the kernel refuse it or die of it, the exit code, the latest step."""
+    """Yield, for each system call, the fault that is injected, the exit code and the latest step afterwards."""
     made: dict[str, int] = {}
     calls = shape_of(lines).rstrip("x")
     renamed = calls.index("dr") + 1
@@ -364,13 +364,13 @@ def faults(lines: list[str]) -> Iterator[tuple[str, int, int]]:
         made[call] = made.get(call, 0) + 1
         step = 20 if number <= renamed else 30
         problem = "EIO" if call == "fsync" else "ENOSPC"
-        last = number == len(calls) - 1  # the old one cannot be removed: that ends no training
+        last = number == len(calls) - 1  # a failed removal of the old one does not end training
         yield f"{call}:error={problem}:when={made[call]}", 0 if last else 5, step
         yield f"{call}:signal=SIGKILL:when={made[call]}", -signal.SIGKILL, step
 
 
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed; the order is also tested without it")
-def test_the_kernel_sees_the_same_order_and_its_errors_leave_the_one_before(tmp_path: Path) -> None:
+def test_order_of_system_calls_and_their_errors_keep_the_previous_checkpoint(tmp_path: Path) -> None:
     formats: tuple[Format, ...] = ("sharded", "whole")
     for format_ in formats:
         base = ten_and_twenty(tmp_path / format_, format_)
@@ -384,7 +384,7 @@ def test_the_kernel_sees_the_same_order_and_its_errors_leave_the_one_before(tmp_
             assert damage(latest) is None
 
 
-def test_control_without_syncs_the_order_shows_none(tmp_path: Path) -> None:
+def test_control_without_fsync_no_sync_is_traced(tmp_path: Path) -> None:
     calls: list[str] = []
     stop = watch_calls(calls.append)
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints that are not what was written, or were written to do harm: refused before anything reads them."""
+"""Tests of damaged and malicious checkpoints: they are rejected before any file is parsed."""
 
 import ast
 import pickle
@@ -25,7 +25,7 @@ TENSORS = {"whole": "model.safetensors", "sharded": "__0_0.distcp"}
 
 
 def flipped(content: bytes, random_: random.Random, start: float = 0.0) -> bytes:
-    """The content with one bit changed, in the part that begins at this share of it."""
+    """Return the content with one random bit flipped after a given fraction of it."""
     position = random_.randrange(int(start * len(content)), len(content))
     return content[:position] + bytes([content[position] ^ 1 << random_.randrange(8)]) + content[position + 1 :]
 
@@ -35,7 +35,7 @@ def cuts(content: bytes) -> list[bytes]:
 
 
 @FORMATS
-def test_every_cut_and_every_flipped_bit_is_found(
+def test_truncations_and_flipped_bits_are_detected(
     tmp_path: Path, format_: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(tmp_path, format=format_)
@@ -50,8 +50,8 @@ def test_every_cut_and_every_flipped_bit_is_found(
             rejected += damage(path) is not None
         caplog.clear()
         assert store.latest() == before
-        assert re.search(r"step_00000002 is damaged \(.*\); the one before is used", caplog.text)
-        with pytest.raises(InputError, match="no whole checkpoint"):
+        assert re.search(r"step_00000002 is damaged \(.*\); the previous one is used", caplog.text)
+        with pytest.raises(InputError, match="no complete checkpoint"):
             load(path)
         file.write_bytes(whole)
     assert rejected == 105 * len(list(path.iterdir()))
@@ -59,13 +59,13 @@ def test_every_cut_and_every_flipped_bit_is_found(
 
 
 def values(folder: Path) -> torch.Tensor:
-    """What torch's own reader makes of a folder that it wrote."""
+    """Return the tensors that torch's own reader reads from a folder."""
     tensors = {"w": torch.empty(100)}
     dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors["w"]
 
 
-def test_control_readers_take_a_flipped_bit_for_data(tmp_path: Path) -> None:
+def test_control_readers_accept_a_flipped_bit(tmp_path: Path) -> None:
     written = torch.linspace(1, 2, 100)
     path = CheckpointStore(tmp_path).save(1, snapshot(0)) / "model.safetensors"
     dcp.save({"w": written}, checkpoint_id=tmp_path / "dcp", no_dist=True)
@@ -90,7 +90,7 @@ def test_control_readers_take_a_flipped_bit_for_data(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -100,15 +100,15 @@ class Payload:
 
 
 def resealed(folder: Path) -> None:
-    """Make a changed checkpoint one with a manifest that agrees."""
+    """Write a matching manifest for a changed checkpoint."""
     (folder / "manifest.json").unlink()
-    manifest.seal(folder, 1, manifest.entries(list(folder.iterdir())))
+    manifest.write(folder, 1, manifest.entries(list(folder.iterdir())))
     assert damage(folder) is None
 
 
 @FORMATS
 @pytest.mark.parametrize("with_its_hash", [False, True])
-def test_a_pickle_in_place_of_any_file_is_never_run(tmp_path: Path, format_: Any, with_its_hash: bool) -> None:
+def test_pickle_instead_of_any_file_is_not_executed(tmp_path: Path, format_: Any, with_its_hash: bool) -> None:
     marker = tmp_path / "marker"
     files = [path.name for path in CheckpointStore(tmp_path / "dry", format=format_).save(1, snapshot(1)).iterdir()]
     refused = 0
@@ -125,10 +125,10 @@ def test_a_pickle_in_place_of_any_file_is_never_run(tmp_path: Path, format_: Any
         except Exception as error:
             refused += with_its_hash or isinstance(error, InputError)
         assert not marker.exists(), name
-    assert refused == len(files) - 1, "a file that none of ours is, is not read"
+    assert refused == len(files) - 1, "an unknown file is not read"
 
 
-def test_control_torchs_own_index_and_an_unchecked_load_run_it(tmp_path: Path) -> None:
+def test_control_torch_executes_it_from_its_own_index_or_without_a_check(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     dcp.save({"w": torch.ones(100)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
@@ -145,7 +145,7 @@ PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "she
 
 
 def unpickling(source: str) -> Iterator[str]:
-    """What in a program reads pickles."""
+    """Return the calls in a program that read pickles."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in PICKLES)
@@ -164,10 +164,10 @@ METAS_FORMAT = {
     "wmtp/models/meta.py": ["torch.save"],
     "wmtp/models/meta_format.py": ["pickle", "torch.load"],  # the name of an error, and tensors alone
 }
-"""Meta's checkpoints are pickles; their own tests show that no code in one runs."""
+"""Meta's checkpoints are pickles; tests of their reader show that it executes no code."""
 
 
-def test_nothing_in_the_package_reads_pickles_but_metas_tensors() -> None:
+def test_only_the_reader_of_meta_checkpoints_reads_pickles() -> None:
     sources = sorted((ROOT / "wmtp").glob("**/*.py"))
     assert len(sources) > 50
     found = {path.relative_to(ROOT).as_posix(): list(unpickling(path.read_text())) for path in sources}
@@ -177,7 +177,9 @@ def test_nothing_in_the_package_reads_pickles_but_metas_tensors() -> None:
     assert ["weights_only=True" in [ast.unparse(k) for k in load.keywords] for load in loads] == [True]
     assert "from pickle import UnpicklingError\n" in layout and layout.count("pickle") == 1
     requires = re.search(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
-    assert requires and (int(requires[1]), int(requires[2])) >= (2, 10), "older ones run what weights_only lets through"
+    assert requires and (int(requires[1]), int(requires[2])) >= (2, 10), (
+        "older versions execute code despite weights_only"
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,11 +187,11 @@ def test_nothing_in_the_package_reads_pickles_but_metas_tensors() -> None:
     ["import pickle", "from pickle import loads", "import torch\ntorch.load(path)", "from torch import load",
      "read(path, weights_only=False)", "numpy.load(path, allow_pickle=True)", "import os, marshal"],
 )  # fmt: skip
-def test_control_a_reader_of_pickles_is_seen(source: str) -> None:
+def test_control_pickle_reader_is_detected(source: str) -> None:
     assert len(list(unpickling(source))) == 1
 
 
-def test_a_damaged_checkpoint_is_set_aside_by_its_run(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_renamed_by_its_run(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, Processes())
     for step in (1, 2, 3):
         store.save(step, snapshot(step))

@@ -1,4 +1,4 @@
-"""SIGKILL at random instants of a run that saves every five updates."""
+"""Test of SIGKILL at random times of a run that saves every five updates."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_every_kill_leaves_a_run_that_ends_as_if_undisturbed() -> None:
+def test_killed_runs_resume_to_the_same_result() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.killing", "12"], capture_output=True, text=True, timeout=600
     )

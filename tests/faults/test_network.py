@@ -1,4 +1,4 @@
-"""What users of an MLflow server and an S3 store see, through the commands that they type, with real servers."""
+"""Tests of the commands with a real MLflow server and a real S3 store."""
 
 import math
 from base64 import b64encode
@@ -14,19 +14,19 @@ pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("se
 
 
 def secrets_of(world: World) -> list[bytes]:
-    """What must be nowhere, in every form in which it is used."""
+    """Return the secrets that must not be written anywhere, in every form in which they are used."""
     pair = f"{world.server.username}:{world.server.password}".encode()
     return [world.server.password.encode(), world.store.secret_key.encode(), b64encode(pair)]
 
 
 def traces(world: World, *places: Path) -> list[Path]:
-    """The files below some places that hold a secret."""
+    """Return the files below some folders that hold a secret."""
     files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file()]
     return [file for file in files if any(secret in file.read_bytes() for secret in secrets_of(world))]
 
 
 def leaves(node: object, key: str = "") -> dict[str, object]:
-    """A config as dotted names; empty groups and lists are values."""
+    """Return a config with dotted names; empty groups and lists are values."""
     if isinstance(node, dict) and node:
         return {name: value for part in node for name, value in leaves(node[part], f"{key}.{part}").items()}
     return {key.removeprefix("."): node}
@@ -77,7 +77,7 @@ def test_a_run_is_read_back_from_both_servers(world: World) -> None:
     environment.unlink()
     assert traces(world, world.home, world.server.database) == []
     (world.home / "planted").write_text(f"password={world.server.password}")
-    assert traces(world, world.home) == [world.home / "planted"], "the search finds what is there"
+    assert traces(world, world.home) == [world.home / "planted"], "control: the search finds a secret"
 
 
 def test_the_model_in_the_bucket_is_the_model_on_disk(world: World, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_the_model_in_the_bucket_is_the_model_on_disk(world: World, tmp_path: Pa
     assert world.start("generate", f"checkpoint={world.url(folder)}", "prompt=print", home=tmp_path / "third").wait()
 
 
-def test_a_model_that_is_only_used_rolls_no_run_back(world: World, tmp_path: Path) -> None:
-    """What is fetched to be used lacks the newer records: beside the training it would pass for a newer one."""
+def test_downloaded_model_does_not_replace_newer_records(world: World, tmp_path: Path) -> None:
+    """A run downloaded to use its model lacks newer records, and must not be mistaken for a newer copy of the run."""
     assert world.train("tracking=none", *world.stored, "max_steps=10").wait() == 0
     (folder,) = world.folders()
     elsewhere = world.start("train", f"resume={world.url(folder)}", "max_steps=15", home=tmp_path / "elsewhere")
@@ -105,12 +105,12 @@ def test_a_model_that_is_only_used_rolls_no_run_back(world: World, tmp_path: Pat
     assert used.wait() == 0, used.text
     assert not (folder / "checkpoints" / "step_00000015").exists()
     synced = world.sync()
-    assert synced.wait() == 0 and "nothing to send" in synced.out and "gone on with elsewhere" in synced.out
+    assert synced.wait() == 0 and "nothing to send" in synced.out and "resumed elsewhere" in synced.out
     assert world.written(folder) == before
-    assert world.start("train", f"resume={folder}", "max_steps=20").wait() == 2, "two histories are none"
+    assert world.start("train", f"resume={folder}", "max_steps=20").wait() == 2, "the run was resumed elsewhere"
 
 
-def test_a_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
+def test_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
     child = world.train(*world.tracked, *world.stored, "-m", "max_grad_norm=1.0,0.5", "sweep.jobs=2")
     assert child.wait() == 0, child.text
     runs = world.runs()
@@ -122,8 +122,8 @@ def test_a_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
     assert all(len(world.history(run)) == 20 for run in children) and world.history(parent) == []
 
 
-def test_ten_launches_at_once_are_ten_runs_in_ten_folders(world: World) -> None:
-    """In one store that none of them finds made, as a laptop has it."""
+def test_ten_simultaneous_launches_are_ten_runs_in_ten_folders(world: World) -> None:
+    """All use one SQLite store that does not exist yet."""
     local = ["tracking.uri=null", "tracking.experiment=together", "tracking.system_seconds=null", "max_steps=2"]
     nowhere = dict.fromkeys(world.server.environment(), "")
     children = [world.train(*local, f"seed={seed}", variables=nowhere) for seed in range(10)]
@@ -140,7 +140,7 @@ def test_ten_launches_at_once_are_ten_runs_in_ten_folders(world: World) -> None:
 
 
 @pytest.mark.parametrize("end", ["fails", "interrupted"])
-def test_other_ends_are_recorded_too(world: World, end: str) -> None:
+def test_failures_and_interruptions_are_recorded(world: World, end: str) -> None:
     overrides = ["optimizer.lr=1e30"] if end == "fails" else ["max_steps=2000"]
     child = world.train(*world.tracked, *world.stored, *overrides)
     if end == "interrupted":

@@ -1,4 +1,4 @@
-"""Servers that are gone, killed or faulty, and trainings that are killed, through the commands that users type."""
+"""Tests of the commands with missing, killed or faulty servers, and with killed training runs."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("se
 
 @pytest.fixture
 def s3_proxy(world: World) -> Iterator[FaultyProxy]:
-    """The network between the user and the store."""
+    """Proxy between the commands and the store."""
     with FaultyProxy(world.store.endpoint_url) as proxy:
         world.variables["AWS_ENDPOINT_URL_S3"] = proxy.url
         yield proxy
@@ -26,37 +26,37 @@ def s3_proxy(world: World) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def mlflow_proxy(world: World) -> Iterator[FaultyProxy]:
-    """The network between the user and the MLflow server."""
+    """Proxy between the commands and the MLflow server."""
     with FaultyProxy(world.server.uri) as proxy:
         world.variables["MLFLOW_TRACKING_URI"] = proxy.url
         yield proxy
 
 
 def begun(world: World, child: Child, steps: int) -> Path:
-    """The folder of a training, once its file has so many lines."""
+    """Wait until a file of a training run has a number of lines, and return the run's folder."""
     wait_until(lambda: world.folders() and len(lines_of(world.folders()[-1])) >= steps, child)
     return world.folders()[-1]
 
 
 def saved(folder: Path) -> list[Path]:
-    """The whole checkpoints on this disk."""
+    """Return the complete checkpoints on this disk."""
     return sorted(path.parent for path in folder.glob("checkpoints/step_*/manifest.json"))
 
 
 def resumed_from(child: Child) -> int:
-    """The step that a training says it goes on from."""
+    """Return the step from which a training run was resumed, by its output."""
     found = re.search(r"resuming from .*step_0*(\d+)", child.text)
     assert found is not None, child.text
     return int(found[1])
 
 
 def step_seconds(folder: Path) -> float:
-    """How long the fastest step takes: whoever asked the server in each step would be slower in all of them."""
+    """Return the time of the fastest step; requests to the server in each step would slow down all of them."""
     times = [float(line["time"]) for line in lines_of(folder)]
     return min(after - before for before, after in itertools.pairwise(times))
 
 
-def test_without_the_mlflow_server_training_goes_on_and_nothing_is_lost(
+def test_training_continues_without_the_mlflow_server_and_loses_nothing(
     world: World, mlflow_proxy: FaultyProxy
 ) -> None:
     mlflow_proxy.dead = True
@@ -68,7 +68,7 @@ def test_without_the_mlflow_server_training_goes_on_and_nothing_is_lost(
     assert step_seconds(folder) < step_seconds(alone) + 0.01
     assert read_json(folder / "status.json")["state"] == "FINISHED"
     assert f"python -m wmtp.sync outputs/{folder.parent.name}/{folder.name}" in child.err
-    assert mlflow_proxy.done["dead"] < 40, "a dead server is not asked again and again"
+    assert mlflow_proxy.done["dead"] < 40, "a dead server gets few requests"
 
     child = world.sync()
     assert child.wait() == 3, child.text
@@ -79,11 +79,11 @@ def test_without_the_mlflow_server_training_goes_on_and_nothing_is_lost(
     assert "status FINISHED" in child.out
     (run,) = world.runs()
     assert run.info.status == "FINISHED" and world.history(run) == points_of(folder)
-    assert run.data.params["tracking.stall_seconds"] == "8", "what sync does in its own way is not the run's"
+    assert run.data.params["tracking.stall_seconds"] == "8", "settings of sync do not replace those of the run"
     assert not any(name.startswith("resumed.") for name in run.data.tags)
 
 
-def test_server_and_trainer_are_killed_and_every_step_is_there_once(world: World) -> None:
+def test_every_step_is_sent_once_after_kills_of_server_and_training(world: World) -> None:
     long = ["data.num_train=400", "max_steps=150", "save_interval=50", "eval_interval=1000"]
     child = world.train(*world.tracked, *long)
     folder = begun(world, child, 40)
@@ -100,7 +100,7 @@ def test_server_and_trainer_are_killed_and_every_step_is_there_once(world: World
 
     child = world.start("train", f"resume={folder}", "save_interval=40")
     assert child.wait() == 0, child.text
-    assert resumed_from(child) < len(seen), "steps that MLflow had were made again"
+    assert resumed_from(child) < len(seen), "steps that MLflow had were computed again"
     (run,) = world.runs()
     assert [step for step, _ in points_of(folder)] == list(range(1, 151))
     assert world.history(run) == points_of(folder) and len(world.history(run)) == 150
@@ -108,7 +108,7 @@ def test_server_and_trainer_are_killed_and_every_step_is_there_once(world: World
     assert run.data.params["save_interval"] == "50" and run.data.tags["resumed.save_interval"] == "40"
 
 
-def test_a_killed_training_goes_on_elsewhere_from_the_bucket_bit_for_bit(world: World, tmp_path: Path) -> None:
+def test_killed_training_resumes_elsewhere_from_s3_bit_for_bit(world: World, tmp_path: Path) -> None:
     steps = 60
     settings = [f"max_steps={steps}", "eval_interval=30"]
     assert world.train("tracking=none", *settings).wait() == 0
@@ -138,11 +138,11 @@ def test_a_killed_training_goes_on_elsewhere_from_the_bucket_bit_for_bit(world: 
         (run,) = world.runs()
         assert run.info.status == "FINISHED"
         assert world.history(run) == points_of(undisturbed) and len(world.history(run)) == steps
-    assert repeated, "no step that MLflow had was made again: this shows nothing"
+    assert repeated, "no step that MLflow had was computed again: the test shows nothing"
 
 
 @pytest.mark.parametrize("sender", ["sync", "resume"])
-def test_what_a_dead_store_did_not_take_is_sent_later(world: World, s3_proxy: FaultyProxy, sender: str) -> None:
+def test_checkpoints_are_sent_after_an_outage_of_the_store(world: World, s3_proxy: FaultyProxy, sender: str) -> None:
     s3_proxy.dead = True
     child = world.train("tracking=none", *world.stored)
     assert child.wait() == 3, child.text
@@ -170,11 +170,11 @@ def test_what_a_dead_store_did_not_take_is_sent_later(world: World, s3_proxy: Fa
     assert world.written(folder) == before, "nothing is sent twice"
 
 
-def test_sync_beside_a_training_and_after_its_death(world: World) -> None:
+def test_sync_during_training_and_after_a_kill(world: World) -> None:
     child = world.train(*world.tracked, *world.stored, "max_steps=2000")
     folder = begun(world, child, 10)
     beside = world.sync()
-    assert beside.wait() == 0 and "is running, and sends by itself" in beside.out, beside.text
+    assert beside.wait() == 0 and "is running, and uploads its own data" in beside.out, beside.text
     begun(world, child, len(lines_of(folder)) + 5)
     child.kill()
     (run,) = world.runs()
@@ -189,7 +189,7 @@ def test_sync_beside_a_training_and_after_its_death(world: World) -> None:
     assert world.content(folder, f"checkpoints/step_{newest:08d}/model.safetensors") == last_model(folder, newest)
 
 
-def test_faults_on_the_way_to_the_store_are_overcome(world: World, s3_proxy: FaultyProxy) -> None:
+def test_uploads_survive_network_faults(world: World, s3_proxy: FaultyProxy) -> None:
     child = world.train("tracking=none", *world.stored, "checkpoint.checksums=when_required", "max_steps=60",
                         "checkpoint.stall_seconds=30")  # fmt: skip
     folder = begun(world, child, 1)

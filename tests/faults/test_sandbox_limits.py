@@ -1,4 +1,4 @@
-"""Untrusted programs that try to take or reach more than they may. Each does so where nothing stands in its way."""
+"""Untrusted programs that try to exceed their limits or to escape. Each succeeds without a sandbox (the control)."""
 
 import os
 import re
@@ -19,13 +19,13 @@ from tests.support.sandboxes import ANSWER, SHORT, growth, inside, outside, pyte
 from wmtp.data.records import StdioTest
 from wmtp.errors import SandboxUnavailable
 from wmtp.sandbox.grader import Verdict
-from wmtp.sandbox.isolation import Choice, NoIsolation, Unshare, _problem, find_isolation
+from wmtp.sandbox.isolation import Choice, NoIsolation, Unshare, _self_test_error, find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import ENVIRONMENT
 
 
 def processes_with(marker: str) -> list[int]:
-    """Numbers of the processes that carry a marker on their command line."""
+    """Return the pids of processes with a marker in their command line."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -44,7 +44,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def daemon(marker: str) -> str:
-    """Lines that leave a process behind, in a session of its own, and wait until it is there."""
+    """Return code that starts a daemon in its own session and waits until it runs."""
     return (
         "import os, sys\n"
         "reading, writing = os.pipe()\n"
@@ -72,7 +72,7 @@ def test_a_fork_bomb_stays_small(isolation: Choice) -> None:
     assert int(control.stdout) == 40
 
 
-def test_sandboxes_at_the_same_time_have_limits_of_their_own(isolation: Choice) -> None:
+def test_concurrent_sandboxes_have_separate_limits(isolation: Choice) -> None:
     hoard = (
         "import threading, time\nstarted = 0\nfor _ in range(12):\n"
         "  threading.Thread(target=time.sleep, args=(1.0,), daemon=True).start()\n  started += 1\n"
@@ -118,7 +118,7 @@ def test_endless_output_is_cut(stream: str, isolation: Choice) -> None:
     assert growth(lambda: subprocess.run([sys.executable, "-c", bounded], capture_output=True, check=True)) > 20
 
 
-def test_output_that_is_no_text_is_wrong(isolation: Choice) -> None:
+def test_output_that_is_not_text_is_wrong(isolation: Choice) -> None:
     source = "import os\nos.write(1, b'\\xff\\xfe 1')"
     verdict = verdict_of(source, isolation, StdioTest(stdin="", stdout="1"))
     assert (verdict.outcome, verdict.reason) == ("fail", "wrong")
@@ -126,7 +126,7 @@ def test_output_that_is_no_text_is_wrong(isolation: Choice) -> None:
         outside(source)
 
 
-def test_no_network_not_even_this_machine_s(isolation: Choice) -> None:
+def test_no_network_not_even_the_loopback_of_the_machine(isolation: Choice) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         connect = (
@@ -142,7 +142,7 @@ def test_no_network_not_even_this_machine_s(isolation: Choice) -> None:
     assert inside(isolation, interfaces) == "['lo']"
 
 
-def test_no_file_of_the_user_is_there(isolation: Choice, tmp_path: Path) -> None:
+def test_no_file_of_the_user_is_visible(isolation: Choice, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("4711")
     paths = [
@@ -169,7 +169,7 @@ def test_the_environment_holds_no_secrets(isolation: Choice, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_what_a_program_writes_vanishes_and_the_rest_is_read_only(isolation: Choice) -> None:
+def test_written_files_are_removed_and_all_other_folders_are_read_only(isolation: Choice) -> None:
     name = f"/tmp/{uuid.uuid4()}"
     write = (
         f"import os\nprint(os.path.exists({name!r}))\nopen({name!r}, 'w').write('x')\nprint(os.path.exists({name!r}))"
@@ -202,7 +202,7 @@ def test_a_program_has_no_rights_and_cannot_get_any(isolation: Choice) -> None:
 
 
 def test_extended_attributes_cannot_be_set(isolation: Choice) -> None:
-    """Those of files in memory are themselves in memory, which nothing bounds."""
+    """Extended attributes of files in a tmpfs are stored in memory without a limit."""
     attempt = (
         "import errno, os\nopen('/tmp/a', 'w').close()\nfor place in ('/tmp/a', os.open('/tmp/a', 0)):\n"
         "  try: os.setxattr(place, 'user.x', b'x' * 60_000)\n"
@@ -218,7 +218,7 @@ def test_a_program_sees_only_its_own_processes(isolation: Choice) -> None:
 
 
 @pytest.mark.parametrize("target", ["os.getppid()", "-1", "1", "0"])
-def test_signals_reach_nobody_outside(target: str, isolation: Choice) -> None:
+def test_signals_reach_no_process_outside(target: str, isolation: Choice) -> None:
     marker = f"bystander-{uuid.uuid4()}"
     bystander = subprocess.Popen(
         [sys.executable, "-c", f"import time; time.sleep(60)  # {marker}"], start_new_session=True
@@ -281,9 +281,9 @@ def test_nothing_survives_a_parent_that_is_killed(isolation: Choice) -> None:
     marker = f"orphan-{uuid.uuid4()}"
     script = (
         "import sys\nfrom wmtp.sandbox.isolation import find_isolation\n"
-        "from wmtp.sandbox.grader import Program, judge\n"
+        "from wmtp.sandbox.grader import Program, grade\n"
         "from wmtp.sandbox.limits import Limits\nprogram = Program(sys.stdin.read(), ('f()',))\n"
-        f"print(judge(program, find_isolation({isolation!r}), Limits(wall_seconds=30.0, cpu_seconds=30)))"
+        f"print(grade(program, find_isolation({isolation!r}), Limits(wall_seconds=30.0, cpu_seconds=30)))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     with subprocess.Popen(
@@ -301,7 +301,7 @@ def test_nothing_survives_a_parent_that_is_killed(isolation: Choice) -> None:
 
 
 def test_without_bubblewrap_or_namespaces_nothing_runs() -> None:
-    """The filter of the sandbox itself makes a machine on which there are no new namespaces."""
+    """The system call filter of the sandbox simulates a machine without namespaces."""
     script = (
         "from wmtp.sandbox.seccomp import system_call_filter\nfrom wmtp.sandbox.init import filter_system_calls\n"
         "from wmtp.sandbox.isolation import find_isolation\nimport sys\nfilter_system_calls(system_call_filter())\n"
@@ -322,7 +322,7 @@ def test_without_bubblewrap_or_namespaces_nothing_runs() -> None:
         assert bool(re.search(r"^  unshare .*not permitted", ended.stdout, re.MULTILINE)) == (choice != "bubblewrap")
 
 
-def test_a_bubblewrap_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     find_isolation.cache_clear()
     try:
@@ -339,10 +339,10 @@ class Unfiltered(Unshare):
     is_filtered = False
 
 
-def test_an_isolation_that_keeps_not_all_promises_is_found_out() -> None:
-    problem = _problem(Unfiltered(as_root=os.geteuid() == 0))
-    assert problem == "sockets can be made"
-    problem = _problem(NoIsolation())
+def test_the_self_test_finds_incomplete_isolation() -> None:
+    problem = _self_test_error(Unfiltered(as_root=os.geteuid() == 0))
+    assert problem == "sockets can be created"
+    problem = _self_test_error(NoIsolation())
     assert problem is not None
-    for part in ("isolation.py is visible", "sockets can be made", "may start more than 16"):
+    for part in ("isolation.py is visible", "sockets can be created", "can start more than 16"):
         assert part in problem

@@ -1,4 +1,4 @@
-"""A headless Chromium, and what it finds wrong with a page."""
+"""A headless Chromium that checks pages for faults."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ FIND_FAULTS = (Path(__file__).parent / "page_faults.js").read_text()
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator["Browser"]:
-    """One browser for all tests of a session."""
+    """Yield one browser for all tests of a session."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
@@ -29,10 +29,10 @@ def browser() -> Iterator["Browser"]:
 
 
 def faults(browser: "Browser", path: Path, width: int, scheme: Any, *, choose: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with a page: what it says to the console, asks for, cuts off, covers or makes hard to read.
+    """Return the faults of a page: console messages, requests, and text that is cut off, covered or hard to read.
 
-    Everything that can be folded out is; `choose` are switches that are pressed one after the other, each time to
-    look again.
+    All `<details>` are opened first. `choose` are switches that are pressed one after the other; the page is checked
+    again after each.
     """
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, found = context.new_page(), []

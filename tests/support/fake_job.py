@@ -1,4 +1,4 @@
-"""A training without torch: does what its overrides say in a moment; fails or dies where a file beside it says so."""
+"""A fast training job without torch. A file `wish-<job>` next to its folder makes it fail, die, forget or wait."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wmtp.runtime.run_dir import ACCEPTED, Ending, FolderLock, RunStatus  # noqa: F401 - one is for a test
-from wmtp.sweep.state import RESULTS
+from wmtp.runtime.run_dir import SAVED_OVERRIDES, FolderLock, JobProgress, RunStatus  # noqa: F401 - a test uses FolderLock
+from wmtp.sweep.state import RESULT_KEYS
 
 LOG = "it began\nTraceback (most recent call last)\n  somewhere\nValueError: no luck\n"
 
@@ -27,13 +27,13 @@ def main(arguments: list[str]) -> None:
     with (folder.parent / "calls").open("a") as file:
         file.write(json.dumps({"job": folder.name, "resume": resumed, "cores": cores, "time": time.time()}) + "\n")
     status, wish = RunStatus(folder), folder.parent / f"wish-{folder.name}"
-    (folder / ACCEPTED).parent.mkdir(exist_ok=True)
-    (folder / ACCEPTED).write_text(json.dumps(arguments))
+    (folder / SAVED_OVERRIDES).parent.mkdir(exist_ok=True)
+    (folder / SAVED_OVERRIDES).write_text(json.dumps(arguments))
     seed, beta = int(value_of(arguments, "seed") or 0), float(value_of(arguments, "algo.beta") or 0)
     match wish.read_text() if wish.exists() else "":
         case "fail":
             (folder / "train.log").write_text(LOG)
-            status.end("FAILED", 1, Ending(), error="ValueError: no luck")
+            status.end("FAILED", 1, JobProgress(), error="ValueError: no luck")
             print("ValueError: no luck", file=sys.stderr)
             sys.exit(1)
         case "die":
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
             (saved / "manifest.json").write_text("{}")
             os.kill(os.getpid(), signal.SIGKILL)
         case "forget":
-            status.end("FINISHED", 0, Ending())
+            status.end("FINISHED", 0, JobProgress())
             return
         case "wait":
             signal.signal(signal.SIGINT, lambda *_: end(status))
@@ -51,14 +51,14 @@ def main(arguments: list[str]) -> None:
     config: dict[str, Any] = {"seed": seed, "algo": {"beta": beta}}
     (folder / "config.yaml").write_text(json.dumps(config))  # which YAML reads
     line = {"step": 1, "val/loss": beta + seed / 100}
-    summary = dict.fromkeys(RESULTS) | {"final_loss": line["val/loss"], "best": line, "last": line}
+    summary = dict.fromkeys(RESULT_KEYS) | {"final_loss": line["val/loss"], "best": line, "last": line}
     (folder / "summary.json").write_text(json.dumps(summary))
-    status.end("FINISHED", 0, Ending())
+    status.end("FINISHED", 0, JobProgress())
     print("done")
 
 
 def end(status: RunStatus) -> None:
-    status.end("KILLED", 130, Ending(), error="interrupted")
+    status.end("KILLED", 130, JobProgress(), error="interrupted")
     sys.exit(130)
 
 

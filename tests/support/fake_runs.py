@@ -1,4 +1,4 @@
-"""Run folders as `wmtp.train` leaves them, made of a few numbers: for tests of what reads them."""
+"""Small artificial run folders in the format of `wmtp.train`, for tests of code that reads them."""
 
 import json
 from collections.abc import Sequence
@@ -39,22 +39,22 @@ def fake_run(
     started: str = "2026-11-21T09:30:00+00:00",
     **config: Any,
 ) -> Path:
-    """Write a run's folder, with its parents, and return it.
+    """Write the folder of a run, with its parents, and return it.
 
     Args:
-        folder: where to; it must not hold a run.
-        algo: the chosen option, which `.hydra/hydra.yaml` names; `config` holds `algo: {"name": algo}`.
-        seed: the run's seed.
-        val_losses: val/loss of each validation; they come every 10 steps, of 1,000 tokens each, from step 10 on.
-        passes: of each test problem (`task_id` "test/0" …), whether the answer passed; None: nothing was answered.
-        state: of status.json; without FINISHED there is no summary.json.
-        tokens: whether the lines of metrics.jsonl say how many tokens were trained on.
-        stage_tokens: tokens of a stage before the training; None: there was none.
-        metrics: further metrics by name, a value for each validation.
-        provenance: what provenance.json says of the data, over the defaults (`train_fingerprint`, …).
-        choices: chosen options besides `algo`, by config group.
-        started: when, for status.json.
-        config: values over those of the config, by dotted key: `**{"optimizer.lr": 0.01}`.
+        folder: the folder to write; it must not contain a run.
+        algo: the chosen option in `.hydra/hydra.yaml`; the config contains `algo: {"name": algo}`.
+        seed: the seed of the run.
+        val_losses: val/loss of each validation; validations are 10 steps of 1,000 tokens apart, from step 10 on.
+        passes: for each test problem (`task_id` "test/0" …), whether its sample passed; None: no samples.
+        state: the state in status.json; summary.json is only written for FINISHED.
+        tokens: whether the lines of metrics.jsonl contain the number of tokens trained on.
+        stage_tokens: tokens of stage 1; None: there was no stage 1.
+        metrics: additional metrics by name, with one value for each validation.
+        provenance: entries of `data` in provenance.json that replace the defaults (`train_fingerprint`, …).
+        choices: other chosen options, by config group.
+        started: the start time in status.json.
+        config: values that replace those of the config, by dotted key: `**{"optimizer.lr": 0.01}`.
     """
     (folder / ".hydra").mkdir(parents=True)
     resolved = json.loads(json.dumps(BASE)) | {"seed": seed, "algo": {"name": algo}}
@@ -78,11 +78,11 @@ def fake_run(
         for number, step in enumerate(steps)
     ]
     write_lines(folder / "metrics.jsonl", lines)
-    described = {
+    data = {
         "name": "tasks", "fingerprint": "all", "tokenizer": "bpe", "train_fingerprint": "train",
         "validation_fingerprint": "validation", "train": 40, "validation": 8,
     } | (provenance or {})  # fmt: skip
-    write_json(folder / "provenance.json", {"command": [f"algo={algo}"], "data": described})
+    write_json(folder / "provenance.json", {"command": [f"algo={algo}"], "data": data})
     if state != "FINISHED":
         return folder
     passed = None if passes is None else {"value": sum(passes) / len(passes), "low": None, "high": None}
@@ -104,9 +104,10 @@ def fake_run(
 
 
 def fake_evaluation(run: Path, name: str, passes: Sequence[Sequence[bool]], k: int = 1, **identity: Any) -> Path:
-    """Write an evaluation of a run into `evaluations/<name>`: for each problem, whether each of its samples passed.
+    """Write an evaluation of a run to `evaluations/<name>`, and return its folder.
 
-    `identity` goes into its evaluation.json over what says which data were evaluated, and how.
+    `passes` holds, for each problem, whether each of its samples passed. `identity` replaces entries of its
+    evaluation.json.
     """
     from wmtp.evaluation.pass_at_k import pass_at_k
 
@@ -125,15 +126,15 @@ def fake_evaluation(run: Path, name: str, passes: Sequence[Sequence[bool]], k: i
 
 
 def problem(number: int) -> dict[str, Any]:
-    """What a line says of its problem."""
+    """Return the fields of a line that describe its problem."""
     return {"task_id": f"test/{number}", "difficulty": 1 + number % 4, "prompt": f"problem {number}"}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON."""
+    """Write a JSON file."""
     path.write_text(json.dumps(content))
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a file with an object on each line."""
+    """Write a JSON Lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, as `save_pretrained` writes them, with the tasks' tokenizer."""
+"""Tiny models of every supported family, written by `save_pretrained`, with the tokenizer of the tasks."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def write_family(path: Path, family: str, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> Path:
-    """A model of a family in a folder of its own; returns the folder."""
+    """Write a tiny model of a family and its tokenizer to a folder, and return the folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).save_pretrained(path)
     write_tokenizer(path, tokenizer)
@@ -37,7 +37,7 @@ def write_family(path: Path, family: str, tokenizer: Tokenizer, dtype: torch.dty
 
 
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """The tasks' tokenizer as transformers saves one."""
+    """Write the tokenizer of the tasks in the format of transformers."""
     tokenizer.backend.save(str(path / "tokenizer.json"))
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>"}
     (path / "tokenizer_config.json").write_text(json.dumps(named))

@@ -1,6 +1,6 @@
-"""The commands as processes of their own that start in a moment: forked from one that has imported everything.
+"""Commands as separate processes that start quickly, forked from a server that has imported everything.
 
-python -m tests.support.forking        reads requests, a JSON object a line, and answers each with a line
+python -m tests.support.forking        reads requests, one JSON object per line, and answers each with one line
 """
 
 import json
@@ -14,14 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
-from wmtp.runtime.processes import die_with
+from wmtp.runtime.processes import kill_on_parent_death
 
 LONGEST = 120.0
-"""Seconds in which every command must have ended."""
+"""Time limit of a command in seconds."""
 
 
-class Nursery:
-    """The process that the commands are forked from. Use it in a `with` block, which leaves none of them alive."""
+class ForkServer:
+    """The process from which commands are forked. Use it in a `with` block; all commands are killed at its end."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -35,53 +35,53 @@ class Nursery:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
 
-    def ask(self, **request: Any) -> Any:
-        """What the process answers to a request."""
+    def request(self, **request: Any) -> Any:
+        """Send a request to the server, and return its answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
     def start(self, command: str, *arguments: str, folder: Path, variables: dict[str, str]) -> "Child":
-        """`python -m wmtp.<command> …` in a folder, with these variables besides those of the tests."""
+        """Start `python -m wmtp.<command> …` in a folder, with additional environment variables."""
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"output-{time.monotonic_ns()}"
         request = {"command": command, "arguments": arguments, "folder": str(folder), "variables": variables}
-        return Child(self, self.ask(**request, log=str(log)), log)
+        return Child(self, self.request(**request, log=str(log)), log)
 
 
 @dataclass
 class Child:
-    """A command that was started."""
+    """A started command."""
 
-    nursery: Nursery
+    fork_server: ForkServer
     pid: int
     log: Path
     _code: int | None = None
 
     @property
     def out(self) -> str:
-        """What it wrote to standard output until now."""
+        """Standard output so far."""
         return self.log.with_suffix(".out").read_text()
 
     @property
     def err(self) -> str:
-        """What it wrote to standard error until now."""
+        """Standard error so far."""
         return self.log.with_suffix(".err").read_text()
 
     @property
     def text(self) -> str:
-        """All that it wrote until now."""
+        """Standard output and standard error so far."""
         return self.out + self.err
 
     def poll(self) -> int | None:
-        """Its exit code, negative if a signal ended it; None while it runs."""
+        """Return the exit code, negative after a signal; None while the command runs."""
         if self._code is None:
-            self._code = self.nursery.ask(poll=self.pid)
+            self._code = self.fork_server.request(poll=self.pid)
         return self._code
 
     def wait(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait for the end of the command, and return its exit code."""
         deadline = time.monotonic() + LONGEST
         while (code := self.poll()) is None:
             assert time.monotonic() < deadline, self.text
@@ -89,19 +89,19 @@ class Child:
         return code
 
     def kill(self, number: int = signal.SIGKILL) -> int:
-        """End it by a signal; its exit code."""
+        """Send a signal, wait for the end of the command, and return its exit code."""
         os.kill(self.pid, number)
         return self.wait()
 
 
 def fork(request: dict[str, Any]) -> int:
-    """Start a command; its process id. It does not outlive this process."""
+    """Start a command that is killed when this process ends, and return its process id."""
     parent = os.getpid()
     if pid := os.fork():
         return pid
     code = 1
     try:
-        die_with(parent)
+        kill_on_parent_death(parent)
         os.chdir(request["folder"])
         os.environ.update(request["variables"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -111,7 +111,7 @@ def fork(request: dict[str, Any]) -> int:
         sys.argv = [f"wmtp.{request['command']}", *request["arguments"]]
         module = import_module(f"wmtp.{request['command']}")
         if hasattr(module, "COMMAND"):
-            import_module("wmtp.cli.runner").main(module.COMMAND)
+            import_module("wmtp.cli.runner").run(module.COMMAND)
             code = 0
         else:
             code = module.main()
@@ -124,7 +124,7 @@ def fork(request: dict[str, Any]) -> int:
 
 
 def serve() -> None:
-    """Answer requests until there are no more, then end what was started."""
+    """Answer requests until the input ends, then kill all commands that still run."""
     for name in (
         "torch",
         "boto3",

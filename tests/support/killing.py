@@ -1,8 +1,8 @@
-"""Kills a training at random instants, resumes it each time, and looks at what it leaves in the end.
+"""Kill a training at random times, resume it each time, and check its final state.
 
     python -m tests.support.killing [kills] [seed]
 
-One process imports everything once and forks the trainings, so that a start takes a second and not ten.
+One process imports everything once and forks the trainings, so that a start takes one second instead of ten.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 
-import wmtp.training.run  # noqa: F401 - so that the forked processes need not
+import wmtp.training.run  # noqa: F401 - imported once for all forked processes
 from tests.conftest import TINY
 from wmtp.checkpoint.store import damage
 from wmtp.cli.runner import run as main
@@ -30,7 +30,7 @@ RUN = [
 
 
 def start(folder: Path, log: Path, *overrides: str) -> int:
-    """Fork a process that runs the command in a folder; its output goes to a file."""
+    """Fork a process that runs the command with its output in `log`, and return its process id."""
     if pid := os.fork():
         return pid
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -48,20 +48,22 @@ def start(folder: Path, log: Path, *overrides: str) -> int:
 
 
 def wait(pid: int) -> int:
-    """The exit code of a process; negative if a signal ended it."""
+    """Wait for a process, and return its exit code; negative after a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def last_model(run: Path) -> bytes:
-    """The parameters after the last update."""
+    """Return the content of the model file after the last update."""
     return (run / "checkpoints" / f"step_{UPDATES:08d}" / "model.safetensors").read_bytes()
 
 
 def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
-    """Kill a training so many times: every start must go on from a whole checkpoint, every end be the undisturbed.
+    """Kill a training at least `kills` times, and return counts of what happened.
 
-    A kill comes within half the time that the undisturbed run took, so that a slow machine is hit at the same places as
-    a fast one; there are more of them until half as many as asked for met a run that went on from a checkpoint.
+    Checks that every start resumes from a complete checkpoint, and that every completed run ends with the same model
+    as an undisturbed run. Each kill comes within half the duration of the undisturbed run, so that slow and fast
+    machines are tested at the same points. Kills continue until at least `kills` / 2 runs were resumed from a
+    checkpoint.
     """
     chance, log = random.Random(seed), folder / "log"
     new = [*RUN, f"cache_dir={folder / 'cache'}"]
@@ -92,7 +94,7 @@ def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
         for path in checkpoints:
             assert not path.exists() or damage(path) is None, path
         if code == 0:
-            assert last_model(run) == last_model(undisturbed), "it ended elsewhere than the undisturbed run"
+            assert last_model(run) == last_model(undisturbed), "the final model differs from the undisturbed run's"
             counts["ended"] += 1
             shutil.rmtree(run)
     return counts | {"steps found": len(found)}

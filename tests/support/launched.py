@@ -1,4 +1,4 @@
-"""A command for the tests of launching: `python -m tests.support.launched tags.act=…`, a job in several processes."""
+"""A command with several processes for the launcher's tests: `python -m tests.support.launched tags.act=…`."""
 
 import ctypes
 import os
@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package's own commands do
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # same as in the commands of wmtp
 
 import torch
 from omegaconf import DictConfig
 
-from wmtp.cli import job as tasks
+from wmtp.cli import job as job_module
 from wmtp.cli.command import Command
-from wmtp.cli.job import Task
+from wmtp.cli.job import JobContext
 from wmtp.cli.runner import run as main
-from wmtp.config.overrides import named_folder
-from wmtp.distributed import launcher as launch
-from wmtp.distributed import watchdog as peers
-from wmtp.distributed import worker
+from wmtp.config.overrides import chosen_run_dir
+from wmtp.distributed import launcher, watchdog, worker
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.runtime import signals
@@ -27,63 +25,63 @@ from wmtp.runtime.signals import DeferredSignals
 
 ERRORS = {"value": ValueError, "close": InputError}
 WITHOUT = os.environ.get("WITHOUT", "")
-"""What is left out, to show what it is for."""
-if "die_with" in WITHOUT:
-    worker.die_with = lambda launcher: None
-if "peers" in WITHOUT:
-    peers.GRACE = peers.GRACE_TO_CLOSE = 1e9
-if "last_words" in WITHOUT:
-    launch.LAST_WORDS = 1e9
-if "farewell" in WITHOUT:
-    peers.Peers.part = lambda self, patience: None  # type: ignore[method-assign]
-if "patience" in WITHOUT:
-    tasks.DELIVERY = 1
+"""Mechanisms to disable, for tests that show their effect."""
+if "kill_on_parent_death" in WITHOUT:
+    worker.kill_on_parent_death = lambda launcher: None
+if "watchdog" in WITHOUT:
+    watchdog.ABORT_GRACE_S = watchdog.CLOSE_GRACE_S = 1e9
+if "launcher" in WITHOUT:
+    launcher.EXIT_GRACE_S = 1e9
+if "exit_barrier" in WITHOUT:
+    watchdog.Watchdog.exit_barrier = lambda self, timeout: None  # type: ignore[method-assign]
+if "upload_barrier" in WITHOUT:
+    job_module.UPLOAD_BARRIER_S = 1
 if "second" in WITHOUT:
-    signals.interruption = lambda number: os.kill(os.getpid(), number)  # type: ignore[assignment,return-value]
+    signals.interrupt_error = lambda number: os.kill(os.getpid(), number)  # type: ignore[assignment,return-value]
 
 
-def job(task: Task) -> float:
-    """Steps, and then what comes after them."""
-    processes, act = Processes(), task.config.tags.get("act")
-    Path(task.folder / f"pid-{processes.rank}").write_text(str(os.getpid()))
+def job(context: JobContext) -> float:
+    """Run the steps, then the action in `tags.act`; return the last sum."""
+    processes, act = Processes(), context.config.tags.get("act")
+    Path(context.folder / f"pid-{processes.rank}").write_text(str(os.getpid()))
     try:
-        total = steps(task, processes, act)
+        total = steps(context, processes, act)
     finally:
         if act == "close":
             time.sleep(2)
-            Path(task.folder / f"closed-{processes.rank}").touch()
-    task.ending.stop_reason = "all done"
+            Path(context.folder / f"closed-{processes.rank}").touch()
+    context.progress.stop_reason = "all done"
     if act == "deliver" and processes.is_main:
         time.sleep(6)
     print(f"process {processes.rank} says {total}", flush=True)
     return total
 
 
-def steps(task: Task, processes: Processes, act: str | None) -> float:
-    """Steps of one all-reduce each, until `tags.act` happens at step 5."""
+def steps(context: JobContext, processes: Processes, act: str | None) -> float:
+    """Run steps of one all-reduce each, with the action in `tags.act` at step 5; return the last sum."""
     with DeferredSignals() as received:
         for step in range(1, 10**6 if act in (None, "hang") else 11):
             if step == 5 and act in ERRORS and processes.rank == 1:
                 raise ERRORS[act]("out of luck")
             if step == 5 and act == "hang" and processes.rank == 0:
-                Path(task.folder / "hangs").touch()
+                Path(context.folder / "hangs").touch()
                 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-                ctypes.CDLL(None).sleep(60)  # as a collective of NCCL, it is not interrupted and knows of nobody
+                ctypes.CDLL(None).sleep(60)  # like a collective of NCCL, it cannot be interrupted
             total = processes.sum(torch.ones(1)).item()
-            number = int(processes.largest(received.received or 0)[0])
-            task.ending.step = step
-            Path(task.folder / f"step-{processes.rank}").write_text(str(step))
+            number = int(processes.max(received.received or 0)[0])
+            context.progress.step = step
+            Path(context.folder / f"step-{processes.rank}").write_text(str(step))
             if number:
-                (task.folder / f"saving-{processes.rank}").touch()
-                time.sleep(task.config.tags.get("saving", 0.0) if processes.rank == 0 else 0)
+                (context.folder / f"saving-{processes.rank}").touch()
+                time.sleep(context.config.tags.get("saving", 0.0) if processes.rank == 0 else 0)
                 raise InterruptedRun(number, f"interrupted after update {step}, which is saved in there")
             time.sleep(0.02)
     return total
 
 
 def folder(config: DictConfig, overrides: list[str]) -> Path | None:
-    """What the user named."""
-    return named_folder(overrides)
+    """Return the run folder that the user has chosen."""
+    return chosen_run_dir(overrides)
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""Commands as processes of their own, with the workers that they start; for tests of launching and of signals."""
+"""Commands as separate processes with their workers, for tests of the launcher and of signals."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ONE = ["hardware=cpu"]
 
 
 class Started:
-    """A command that was started in a folder; its run's folder is `run` in there."""
+    """A command started in a folder; its run's folder is the subfolder `run`."""
 
     def __init__(
         self,
@@ -41,16 +41,16 @@ class Started:
         self.children: list[int] = []
 
     def wait_for(self, *names: str, timeout: float = 60) -> None:
-        """Until these files are in the run's folder."""
+        """Wait until these files exist in the run's folder."""
         deadline = time.monotonic() + timeout
         while not all((self.run / name).exists() for name in names):
-            assert time.monotonic() < deadline, f"{names} did not come"
+            assert time.monotonic() < deadline, f"{names} were not written"
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.02)
         self.children = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
     def worker(self, rank: int) -> int:
-        """The process number of a rank."""
+        """Return the process id of a rank."""
         return int((self.run / f"pid-{rank}").read_text())
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
@@ -58,29 +58,29 @@ class Started:
         os.kill(self.process.pid if rank is None else self.worker(rank), number)
 
     def end(self, timeout: float = 40) -> tuple[int, str, float]:
-        """Wait for the end: the exit code, what was printed, and the seconds it took."""
+        """Wait for the end; return the exit code, the output and the seconds waited."""
         started = time.monotonic()
         out, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, time.monotonic() - started
 
     def survivors(self, seconds: float = 0) -> list[int]:
-        """Workers that still live after so many seconds."""
+        """Return the process ids of workers that are still alive after `seconds`."""
         deadline = time.monotonic() + seconds
         while (alive := [pid for pid in self.children if is_alive(pid)]) and time.monotonic() < deadline:
             time.sleep(0.02)
         return alive
 
     def status(self) -> dict[str, Any]:
-        """status.json."""
+        """Return the content of status.json."""
         status: dict[str, Any] = json.loads((self.run / "status.json").read_text())
         return status
 
     def log(self) -> str:
-        """train.log."""
+        """Return the content of train.log."""
         return (self.run / "train.log").read_text()
 
     def kill(self) -> None:
-        """End what still lives of it."""
+        """Kill the command and its workers if they are still alive."""
         for pid in [self.process.pid, *self.children]:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Runs and comparisons with something for every part of their pages."""
+"""Runs and comparisons with data for every part of their pages."""
 
 import json
 import math
@@ -9,7 +9,16 @@ from statistics import mean, stdev
 from typing import Any
 
 from tests.support.fake_runs import fake_run, write_json, write_lines
-from wmtp.report.results import Comparison, Difference, GroupValues, Lost, McNemar, MetricComparison, Reach, ReachPair
+from wmtp.report.results import (
+    Comparison,
+    Difference,
+    FailedRuns,
+    GroupValues,
+    McNemar,
+    MetricComparison,
+    TokensToTarget,
+    TokensToTargetPair,
+)
 from wmtp.report.run_record import RunRecord
 
 HOSTILE = "</script><img src=x onerror=alert(1)>$x_1$&amp;"
@@ -17,7 +26,7 @@ TOKENS = ["def", " f", "(x", "):", "\n    ", "return", " x", " +", " 1", "\n", "
 
 
 def rich_run(folder: Path, *, updates: int = 400, name: str | None = HOSTILE) -> Path:
-    """A run of critic that has everything a page shows, and text that would break a page which takes it as markup."""
+    """Write a critic run with data for every part of its page, and with text that must be escaped in HTML."""
     numbers = random.Random(0)
     fake_run(folder, algo="critic", val_losses=[1.0], passes=[True, False] * 8, run_name=name)
     config = RunRecord(folder).config | {
@@ -63,7 +72,7 @@ def rich_run(folder: Path, *, updates: int = 400, name: str | None = HOSTILE) ->
 
 
 def tokens(numbers: random.Random, *, weighted: bool = True) -> dict[str, Any]:
-    """A tokens.json; without weights all of them are one, and there are no values."""
+    """Return the content of tokens.json; unless `weighted`, all weights are 1 and there are no values."""
     samples = [
         {"task_id": f"validation/{number}", "is_correct": number % 2 == 0, "prompt": f"Add one. {HOSTILE}", "tokens": [
             {"text": text, "loss": numbers.expovariate(1),
@@ -80,7 +89,7 @@ def tokens(numbers: random.Random, *, weighted: bool = True) -> dict[str, Any]:
 
 
 def example_comparison(parent: Path) -> Comparison:
-    """Three groups of five seeds, one of them with a hostile name, two metrics, and all that can be said of them."""
+    """Return a comparison of three groups of five seeds with two metrics; one group's name must be escaped in HTML."""
     numbers = random.Random(1)
     effects = {"baseline": 0.0, "critic": -0.08, f"rho1, optimizer.lr=0.003, tags.note={HOSTILE}": 0.01}
     groups: dict[str, list[RunRecord]] = {}
@@ -96,10 +105,10 @@ def example_comparison(parent: Path) -> Comparison:
             groups.setdefault(label, []).append(RunRecord(folder))
     metrics = [_metric("val/loss", True, groups, numbers), _metric("pass@1", False, groups, numbers)]
     critic, other = list(groups)[1:]
-    pairs = [ReachPair(seed, 0.7, 150_000.0, 100_000.0 + 5_000 * seed, 0, 3_000) for seed in range(5)]
+    pairs = [TokensToTargetPair(seed, 0.7, 150_000.0, 100_000.0 + 5_000 * seed, 0, 3_000) for seed in range(5)]
     reach = [
-        Reach(critic, "val/loss", pairs, 0, 0.75, True, 0.68, 0.8),
-        Reach(other, "val/loss", [*pairs[:4], replace(pairs[4], tokens=None)], 1, 0.73, True, 0.7, None),
+        TokensToTarget(critic, "val/loss", pairs, 0, 0.75, True, 0.68, 0.8),
+        TokensToTarget(other, "val/loss", [*pairs[:4], replace(pairs[4], tokens=None)], 1, 0.73, True, 0.7, None),
     ]
     notes = ["Seed 7 of critic has no partner and is left out.", f"Note: {HOSTILE}"]
     return Comparison("baseline", metrics, groups, "val/loss", reach, notes)
@@ -113,14 +122,16 @@ def _metric(
         for place, (label, runs) in enumerate(groups.items())
     }
     each = [
-        GroupValues(label, own, mean(own.values()), stdev(own.values()), Lost(0, 5)) for label, own in values.items()
+        GroupValues(label, own, mean(own.values()), stdev(own.values()), FailedRuns(0, 5))
+        for label, own in values.items()
     ]
     base, *others = each
     shown = "better" if lower_is_better else "worse"
     differences = [
         Difference(
             group.label, pairs, mean(pairs.values()), mean(pairs.values()) - spread, mean(pairs.values()) + spread,
-            p, 2 * p, 0.0625, 0.125, 0.0625, McNemar(9, 3, 88, 0.15), 0.3, verdict, needed, Lost(0, 5), Lost(0, 5),
+            p, 2 * p, 0.0625, 0.125, 0.0625, McNemar(9, 3, 88, 0.15), 0.3, verdict, needed,
+            FailedRuns(0, 5), FailedRuns(0, 5),
         )
         for group, spread, p, verdict, needed in zip(
             others, (0.01, 0.09), (0.004, 0.31), (shown, "no difference shown"), (5, 23), strict=True

@@ -1,4 +1,4 @@
-"""A faulty network on the loopback: an HTTP proxy in front of a real server, with faults that a test orders."""
+"""A faulty network on the loopback: an HTTP proxy in front of a real server, which injects faults for a test."""
 
 import contextlib
 import socket
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 BLOCK = 65536
 SMALL = 1024
-"""Bodies up to here are never flipped."""
+"""Largest size of bodies, in bytes, that are never flipped."""
 
 
 class BrokenError(Exception):
@@ -21,7 +21,7 @@ class BrokenError(Exception):
 
 @dataclass
 class Head:
-    """What comes before the body of a request or an answer, as it was sent."""
+    """The head of a request or an answer: everything before the body."""
 
     raw: bytes
     method: str
@@ -30,7 +30,7 @@ class Head:
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body; None where it comes in chunks or ends with the connection."""
+        """Length of the body in bytes; None if it is chunked or ends with the connection."""
         if self.status and (self.method == "HEAD" or self.status in (204, 304) or self.status < 200):
             return 0
         if "content-length" in self.fields:
@@ -39,7 +39,7 @@ class Head:
 
 
 class Stream:
-    """What comes over a connection, read as HTTP needs it."""
+    """A reader of HTTP messages from a connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self._rest = connection, b""
@@ -51,14 +51,14 @@ class Stream:
         self._rest += block
 
     def until(self, mark: bytes) -> bytes:
-        """The bytes up to and with a mark. Raises BrokenError at the end of the connection."""
+        """Return the bytes up to and including `mark`. Raises BrokenError at the end of the connection."""
         while mark not in self._rest:
             self._fill()
         found, _, self._rest = self._rest.partition(mark)
         return found + mark
 
     def head(self, asked: str = "") -> Head:
-        """The head of a request, or of the answer to a request with the method `asked`."""
+        """Return the head of a request, or of the answer to a request with the method `asked`."""
         raw = self.until(b"\r\n\r\n")
         first, *lines = raw.decode("latin-1").rstrip().split("\r\n")
         fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -66,7 +66,7 @@ class Stream:
         return Head(raw, asked or words[0], fields, int(words[1]) if asked else 0)
 
     def body(self, head: Head) -> Iterator[tuple[bytes, bool]]:
-        """A body's bytes as they come, and whether they are data (or what frames chunks)."""
+        """Yield the bytes of a body as they arrive, and whether they are data or the framing of chunks."""
         if head.length is not None:
             yield from self._data(head.length)
         elif "chunked" in head.fields.get("transfer-encoding", ""):
@@ -96,9 +96,9 @@ class Stream:
 
 
 class FaultyProxy:
-    """Hands requests on to the server at a URL and does the faults that were ordered, each so many times.
+    """A proxy that forwards requests to the server at a URL, and injects each requested fault `n` times.
 
-    Requests go on as they came, Host included, so that their signatures hold. Use it in a `with` block.
+    Requests are forwarded unchanged, including Host, so that their signatures stay valid. Use it in a `with` block.
     """
 
     def __init__(self, target: str) -> None:
@@ -108,13 +108,13 @@ class FaultyProxy:
         self._server = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self.dead = False
-        """Whether connections are closed without a word."""
+        """Whether all connections are closed without an answer."""
         self.delay = 0.0
-        """Seconds before each request is handed on."""
+        """Delay in seconds before each request is forwarded."""
         self.requests: Counter[str] = Counter()
-        """Requests that came, by method."""
+        """Number of requests received, by method."""
         self.done: Counter[str] = Counter()
-        """Faults done, by the name of what ordered them; "dead" counts the connections that were refused."""
+        """Number of injected faults, by the name of the method; "dead" counts refused connections."""
         self._orders: Counter[str] = Counter()
         self._methods: dict[str, tuple[str, ...]] = {}
         self._stall_seconds, self._status = 0.0, 503
@@ -130,21 +130,21 @@ class FaultyProxy:
         self._server.close()
 
     def drop(self, n: int = 1, methods: tuple[str, ...] = ()) -> None:
-        """Close the connection in the middle of the next `n` requests, or of the answer to one without a body."""
+        """Close the connection in the middle of the next `n` requests, or of the answer to a request without a body."""
         self._order("drop", n, methods)
 
     def stall(self, seconds: float, n: int = 1, methods: tuple[str, ...] = ()) -> None:
-        """Hand nothing on for so long in the middle of the next `n` requests, or of the answers."""
+        """Pause for `seconds` in the middle of the next `n` requests, or of their answers."""
         self._stall_seconds = seconds
         self._order("stall", n, methods)
 
     def answer(self, status: int = 503, n: int = 1, methods: tuple[str, ...] = ()) -> None:
-        """Answer the next `n` requests with a status instead of handing them on."""
+        """Answer the next `n` requests with `status` instead of forwarding them."""
         self._status = status
         self._order("answer", n, methods)
 
     def flip(self, n: int = 1, methods: tuple[str, ...] = ("PUT",)) -> None:
-        """Flip a bit in the middle of the next `n` bodies of more than 1 KiB; with GET, of the answers' bodies."""
+        """Flip a bit in the middle of the next `n` bodies above 1 KiB; for GET, of the answers' bodies."""
         self._order("flip", n, methods)
 
     def _order(self, fault: str, n: int, methods: tuple[str, ...]) -> None:
@@ -152,7 +152,7 @@ class FaultyProxy:
             self._orders[fault], self._methods[fault] = n, methods
 
     def _is_due(self, fault: str, head: Head) -> bool:
-        """Whether a fault is to be done to this message now; it is counted if so."""
+        """Return whether to inject a fault into this message, and count it if so."""
         with self._lock:
             methods = self._methods.get(fault, ())
             is_due = self._orders[fault] > 0 and (not methods or head.method in methods)
@@ -167,7 +167,7 @@ class FaultyProxy:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        """All requests of one connection."""
+        """Forward all requests of one connection."""
         with client, contextlib.suppress(OSError, BrokenError):
             requests = Stream(client)
             while not self.dead and self._exchange(requests, requests.head()):
@@ -175,14 +175,14 @@ class FaultyProxy:
             self.done["dead"] += self.dead
 
     def _exchange(self, requests: Stream, head: Head) -> bool:
-        """One request and its answer; whether the connection goes on."""
+        """Forward one request and its answer, and return whether the connection stays open."""
         with self._lock:
             self.requests[head.method] += 1
         time.sleep(self.delay)
         waits = head.fields.get("expect", "").lower() == "100-continue"
         if self._is_due("answer", head):
             for _ in requests.body(head) if not waits else ():
-                pass  # what was sent and not read would take the answer away
+                pass  # unread data would reset the connection before the answer is read
             answer = f"HTTP/1.1 {self._status} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
             requests.connection.sendall(answer.encode())
             return False
@@ -193,16 +193,16 @@ class FaultyProxy:
             if reply:
                 requests.connection.sendall(reply.raw)
             if reply is None or reply.status == 100:
-                if not self._hand_on(head, requests, server):
+                if not self._forward(head, requests, server):
                     return False
                 reply = answers.head(head.method)
             requests.connection.sendall(reply.raw)
             has_bodies = head.length != 0
-            is_whole = self._hand_on(reply, answers, requests.connection, spared=has_bodies)
+            is_whole = self._forward(reply, answers, requests.connection, spared=has_bodies)
         return is_whole and reply.length is not None and reply.fields.get("connection", "").lower() != "close"
 
-    def _hand_on(self, head: Head, source: Stream, target: socket.socket, spared: bool = False) -> bool:
-        """Hand a body on, with the faults that are due unless it is spared; whether all of it went on."""
+    def _forward(self, head: Head, source: Stream, target: socket.socket, spared: bool = False) -> bool:
+        """Forward a body, with faults unless `spared`, and return whether all of it was forwarded."""
         length, passed, is_open = head.length, 0, head.length != 0 and not spared
         for block, is_data in source.body(head):
             middle = max((length or 0) // 2 - passed, 0)

@@ -1,4 +1,4 @@
-"""Two processes that tests run functions in, as the ranks of one gloo group; started once, since torch takes long."""
+"""Two processes that run test functions as the ranks of a gloo group; started once, because importing torch is slow."""
 
 import faulthandler
 import gc
@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 SIZE = 2
 START = 60
-"""Seconds for both to start, and to import what the function is made of."""
+"""Seconds for both processes to start and to import the function's module."""
 
 
 class Outcome(NamedTuple):
-    """What a function gave in one rank: its value, or the traceback of its error; and after how many seconds."""
+    """The result of a function in one rank: its value or the traceback of its error, and its duration in seconds."""
 
     value: Any
     error: str | None
@@ -30,49 +30,49 @@ class Outcome(NamedTuple):
 
 
 class Ranks:
-    """Runs functions of test modules in both ranks at once."""
+    """A pair of ranks that run functions of test modules at the same time."""
 
     def __init__(self) -> None:
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 10.0) -> list[Any]:
-        """What the function returns in each rank; an error in one of them is an error here."""
+        """Return the function's value in each rank; fail if it raises in one of them."""
         outcomes = self.outcomes(function, *arguments, timeout=timeout)
         for rank, outcome in enumerate(outcomes):
             assert outcome.error is None, f"in rank {rank}:\n{outcome.error}"
         return [outcome.value for outcome in outcomes]
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout: float = 10.0) -> list[Outcome]:
-        """What happened in each rank. A collective that waits longer than `timeout` seconds fails."""
+        """Return the outcome in each rank. A collective that waits longer than `timeout` seconds fails."""
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes:
                 pipe.send((function, arguments, Path(folder) / "rendezvous", timeout))
             for pipe in self.pipes:
                 if not pipe.poll(START + 6 * timeout):
-                    self._tell_where_they_are()
+                    self._dump_stacks()
                     self.stop()
                     raise TimeoutError(f"{function.__name__} did not end in a rank")
             try:
                 return [pipe.recv() for pipe in self.pipes]
-            except EOFError:  # gloo ends a process in which two different collectives met
+            except EOFError:  # gloo ends the process when the ranks call different collectives
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        """End both processes."""
+        """Kill both processes."""
         for process in self.processes:
             process.kill()
             process.join()
         self.pipes, self.processes = [], []
 
-    def _tell_where_they_are(self) -> None:
-        """Have each process write the stacks of its threads to standard error."""
+    def _dump_stacks(self) -> None:
+        """Make each process write the stacks of its threads to standard error."""
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGUSR1)
-                time.sleep(1)  # one after the other, not line by line
+                time.sleep(1)  # keeps the outputs of the processes apart
 
     def _start(self) -> None:
         if self.processes:
@@ -87,22 +87,22 @@ class Ranks:
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    faulthandler.enable()  # a process that crashes says where
+    faulthandler.enable()  # a crash prints its location
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     while True:
         function, arguments, rendezvous, timeout = pipe.recv()
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=timeout)
         )
-        dist.barrier()  # one that left before the other had joined would take it along
+        dist.barrier()  # if a rank left before the other has joined, the other one would fail too
         value, error, started = None, None, time.monotonic()
         try:
             value = function(*arguments)
         except BaseException:
             error = traceback.format_exc()
         seconds = time.monotonic() - started
-        # A group must not go with the last model of DDP that refers to it: that one's end waits for the group's threads
-        # and lets none of them have the interpreter, which they may be waiting for.
+        # Free DDP models first: if the last model that refers to the group destroys it, this waits for the group's
+        # threads without releasing the GIL, which these threads may need.
         gc.collect()
         dist.destroy_process_group()
         pipe.send(Outcome(value, error, seconds))

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are small, for the tests of what copies them to a store and back."""
+"""Runs with small checkpoints, for tests of uploads and downloads."""
 
 import json
 import random
@@ -14,13 +14,13 @@ from wmtp.distributed.process_group import Processes
 from wmtp.errors import PendingError
 from wmtp.s3.client import S3Folder, S3Options
 from wmtp.s3.store import RemoteCheckpointStore
-from wmtp.s3.uploader import Mirror
+from wmtp.s3.uploader import CheckpointUploader
 
 ID = "0123456789abcdef0123456789abcdef"
 
 
-class QuickMirror(Mirror):
-    """Looks often."""
+class QuickUploader(CheckpointUploader):
+    """An uploader that polls often."""
 
     poll_seconds = 0.05
 
@@ -40,13 +40,13 @@ class RunInS3:
         self.store = self.checkpoints()
 
     def checkpoints(self, stage: str = "") -> RemoteCheckpointStore:
-        """The store of a stage's checkpoints."""
+        """Return the checkpoint store of a stage."""
         return RemoteCheckpointStore(
             self.folder / stage, Processes.alone(), remote=self.url.rpartition("/")[0], keep_last=self.keep_last
         )
 
     def save(self, step: int, *, best: float | None = None, numbers: int = 1000, stage: str = "") -> Path:
-        """Log a step and write its checkpoint."""
+        """Log a step, write its checkpoint, and return the checkpoint's folder."""
         (self.folder / stage).mkdir(exist_ok=True)
         with (self.folder / stage / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "epoch": 0, "time": 0.0, "train/loss": 1.0}) + "\n")
@@ -57,41 +57,41 @@ class RunInS3:
             store.mark_best(step, best)
         return path
 
-    def mirror(self, **options: Any) -> Mirror:
-        """A mirror of it, begun."""
+    def start_uploader(self, **options: Any) -> CheckpointUploader:
+        """Return an uploader of the run that has been started."""
         settings: dict[str, Any] = {"keep_last": self.keep_last, "stall_seconds": 30.0, "close_seconds": 90.0}
-        return QuickMirror(self.folder, self.remote, **(settings | options))
+        return QuickUploader(self.folder, self.remote, **(settings | options))
 
-    def mirrored(self, **options: Any) -> Mirror:
-        """A mirror of it, that has sent everything. Raises PendingError."""
-        mirror = self.mirror(**options)
-        mirror.close("FINISHED")
-        return mirror
+    def upload_all(self, **options: Any) -> CheckpointUploader:
+        """Upload everything, and return the closed uploader. Raises PendingError."""
+        uploader = self.start_uploader(**options)
+        uploader.close("FINISHED")
+        return uploader
 
     def pending(self, **options: Any) -> str:
-        """What a mirror says that cannot send everything."""
+        """Return the error message of an uploader that cannot upload everything."""
         try:
-            self.mirrored(**({"stall_seconds": 1.0} | options))
+            self.upload_all(**({"stall_seconds": 1.0} | options))
         except PendingError as error:
             return str(error)
         raise AssertionError("everything was sent")
 
-    def here(self, stage: str = "") -> list[str]:
-        """The names of the checkpoints in the folder."""
+    def local_steps(self, stage: str = "") -> list[str]:
+        """Return the names of the checkpoints in the folder."""
         return sorted(path.name for path in (self.folder / stage / "checkpoints").glob("step_*"))
 
-    def there(self, stage: str = "") -> list[str]:
-        """The names of the checkpoints in the bucket that have a manifest."""
-        keys = [key for key, _ in self.remote.listed(f"{stage}checkpoints/")]
+    def remote_steps(self, stage: str = "") -> list[str]:
+        """Return the names of the checkpoints in the bucket that have a manifest."""
+        keys = [key for key, _ in self.remote.list_objects(f"{stage}checkpoints/")]
         return sorted(key.split("/")[-2] for key in keys if key.endswith("/manifest.json"))
 
-    def partial(self) -> set[str]:
-        """The names of the checkpoints in the bucket that have none."""
-        names = {key.split("/")[1] for key, _ in self.remote.listed("checkpoints/") if key.count("/") == 2}
-        return names - set(self.there())
+    def incomplete_steps(self) -> set[str]:
+        """Return the names of the checkpoints in the bucket that have no manifest."""
+        names = {key.split("/")[1] for key, _ in self.remote.list_objects("checkpoints/") if key.count("/") == 2}
+        return names - set(self.remote_steps())
 
-    def lose(self) -> None:
-        """The machine is gone."""
+    def delete_folder(self) -> None:
+        """Delete the run's folder, as if the machine were lost."""
         shutil.rmtree(self.folder)
 
 
@@ -99,5 +99,5 @@ Make = Callable[..., RunInS3]
 
 
 def step(number: int) -> str:
-    """The name of a checkpoint."""
+    """Return the name of a checkpoint."""
     return f"step_{number:08d}"

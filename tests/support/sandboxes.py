@@ -1,4 +1,4 @@
-"""What the tests of the sandbox share."""
+"""Helpers for tests of the sandbox."""
 
 import ctypes
 import gc
@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from wmtp.data.records import StdioTest
-from wmtp.sandbox.grader import Program, Verdict, judge
+from wmtp.sandbox.grader import Program, Verdict, grade
 from wmtp.sandbox.isolation import Choice, Isolation, find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import python
-from wmtp.sandbox.process import Exchange
+from wmtp.sandbox.process import PipeLoop
 
 SHORT = Limits(wall_seconds=2.0, cpu_seconds=2)
 ANSWER = "assert f(3) == 4711"
@@ -26,9 +26,10 @@ NO_BUBBLEWRAP = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes `isolation` under each of them. Modules import this.
+    """Run tests that take `isolation` with every isolation method. Test modules import this function.
 
-    Where the judge matters more than what isolates, a module says `ONE_IS_ENOUGH`: the second isolation is slow then.
+    If a module defines `ONE_IS_ENOUGH`, because it tests the grader and not the isolation, the second method is
+    marked slow.
     """
     if "isolation" in metafunc.fixturenames:
         marks = [pytest.mark.slow] if hasattr(metafunc.module, "ONE_IS_ENOUGH") else []
@@ -37,24 +38,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def judged(program: Program, isolation: Choice | Isolation, limits: Limits = SHORT) -> Verdict:
-    """The verdict on a program."""
-    return judge(program, isolation if isinstance(isolation, Isolation) else find_isolation(isolation), limits)
+    """Return the verdict on a program."""
+    return grade(program, isolation if isinstance(isolation, Isolation) else find_isolation(isolation), limits)
 
 
 def inside(isolation: Choice, script: str, limits: Limits = SHORT) -> str:
-    """What a script prints in a sandbox."""
-    with find_isolation(isolation).start(python("-c", script), limits) as process, Exchange(process) as exchange:
+    """Return the output of a script in a sandbox."""
+    with find_isolation(isolation).start(python("-c", script), limits) as process, PipeLoop(process) as pipe_loop:
         process.wait_until_ready()
         process.close_input()
-        for _ in exchange.turns(time.monotonic() + 20):
-            if process.ended:
+        for _ in pipe_loop.steps(time.monotonic() + 20):
+            if process.output_ended:
                 break
-        assert process.exit_code(5) == 0, bytes(process.noise)
-        return bytes(process.inbox).decode().strip()
+        assert process.exit_code(5) == 0, bytes(process.stderr_data)
+        return bytes(process.stdout_data).decode().strip()
 
 
 def outside(script: str) -> str:
-    """What a script prints without any isolation."""
+    """Return the output of a script without isolation."""
     command = [sys.executable, "-c", script]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
 
@@ -62,20 +63,20 @@ def outside(script: str) -> str:
 def verdict_of(
     source: str, isolation: Choice | Isolation, test: str | StdioTest = ANSWER, limits: Limits = SHORT
 ) -> Verdict:
-    """The verdict on a program with one test."""
+    """Return the verdict on a program with one test."""
     return judged(Program(source, (test,)), isolation, limits)
 
 
 def resident(field: str) -> float:
-    """MB of memory that a line of this process's status tells."""
+    """Return the value in MB of a field of this process's status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def growth(work: Callable[[], object]) -> float:
-    """MB by which the work raises the peak of this process's memory."""
+    """Return the MB by which `work` raises the peak memory of this process."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not serve the work unseen
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed by earlier tests would be reused without being counted
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     work()

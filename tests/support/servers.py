@@ -1,4 +1,4 @@
-"""Real servers on the loopback, once per test session: an S3 store and an MLflow server that asks for a password.
+"""Real servers on the loopback, started once per test session: an S3 store and an MLflow server with a password.
 
 Tests that use them share one worker: mark them `servers`, `slow` and `xdist_group("servers")`.
 """
@@ -24,19 +24,19 @@ import pytest
 
 from tests.support.proxy import FaultyProxy
 
-if TYPE_CHECKING:  # importing mlflow and boto3 takes seconds, which tests without servers need not wait
+if TYPE_CHECKING:  # importing mlflow and boto3 takes seconds, and tests without servers do not need them
     from mlflow import MlflowClient
 
 REGION = "us-east-1"
 FIRST_BUCKET = "first"
 PATIENCE = 60.0
-"""Seconds in which a server must have started."""
+"""Time limit in seconds for the start of a server."""
 GUARD = 'cat > /dev/null; kill -s KILL -- "-$1"'
-"""Ends a server's processes when the pipe to its input breaks: also when the tests were killed."""
+"""Shell command that kills a server's processes when its input is closed, even if the tests were killed."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on."""
+    """Return unused ports of the loopback."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
@@ -45,12 +45,12 @@ def free_ports(count: int) -> list[int]:
 
 
 class ServerError(Exception):
-    """A server did not start; the message ends with the end of its log."""
+    """A server did not start; the message contains the last lines of its log."""
 
 
 @dataclass
 class Server:
-    """Processes of one server, in a group of their own that does not outlive the tests."""
+    """The processes of one server, in their own process group that is killed at the end of the tests."""
 
     command: list[str]
     variables: dict[str, str]
@@ -61,11 +61,11 @@ class Server:
 
     @property
     def log(self) -> Path:
-        """What the server wrote."""
+        """The server's log file."""
         return self.folder / "server.log"
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises ServerError."""
+        """Start the server and wait until it answers. Raises ServerError."""
         assert self.process is None
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -85,7 +85,7 @@ class Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL for all its processes; does nothing if it does not run."""
+        """Kill all processes of the server with SIGKILL, if it runs."""
         if self.guard is not None:
             self.guard.kill()
             self.guard.wait()
@@ -99,7 +99,7 @@ class Server:
 
 @dataclass
 class ObjectStore:
-    """An S3 store. It knows one pair of keys and refuses all others."""
+    """An S3 store that accepts one pair of keys."""
 
     endpoint_url: str
     access_key: str
@@ -108,7 +108,7 @@ class ObjectStore:
     server: Server = field(repr=False)
 
     def client(self, endpoint_url: str | None = None, **settings: Any) -> Any:
-        """A boto3 client; `endpoint_url` may be a proxy's, `settings` are botocore's Config."""
+        """Return a boto3 client; `endpoint_url` may be that of a proxy, `settings` are for botocore's Config."""
         import boto3
         from botocore.config import Config
 
@@ -118,7 +118,7 @@ class ObjectStore:
         )  # fmt: skip
 
     def environment(self, endpoint_url: str | None = None) -> dict[str, str]:
-        """The variables by which a process finds the store and nothing else."""
+        """Return the environment variables with which a process can access only this store."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key, "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION, "AWS_ENDPOINT_URL_S3": endpoint_url or self.endpoint_url,
@@ -127,18 +127,18 @@ class ObjectStore:
         }  # fmt: skip
 
     def new_bucket(self) -> str:
-        """The name of a new, empty bucket."""
+        """Create an empty bucket, and return its name."""
         name = f"test-{uuid.uuid4().hex[:12]}"
         self.client().create_bucket(Bucket=name)
         return name
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
-        """All keys of a bucket."""
+        """Return all keys of a bucket that begin with `prefix`."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def stop(self) -> None:
-        """SIGKILL. Its port refuses connections until `start`."""
+        """Kill the store. Its port refuses connections until `start`."""
         self.server.kill()
 
     def start(self) -> None:
@@ -148,7 +148,7 @@ class ObjectStore:
 
 @dataclass
 class TrackingServer:
-    """An MLflow server that asks for a user and a password and keeps its artifacts in the S3 store."""
+    """An MLflow server with authentication, whose artifacts are in the S3 store."""
 
     uri: str
     username: str
@@ -157,13 +157,13 @@ class TrackingServer:
     server: Server = field(repr=False)
 
     def client(self) -> "MlflowClient":
-        """MLflow's own client, of the administrator; independent of the environment."""
+        """Return an MLflow client with the administrator's password, independent of the environment."""
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.uri.replace("://", f"://{self.username}:{self.password}@"))
 
     def environment(self, uri: str | None = None) -> dict[str, str]:
-        """The variables by which a process finds the server and may write to it."""
+        """Return the environment variables with which a process can write to the server."""
         return {
             "MLFLOW_TRACKING_URI": uri or self.uri,
             "MLFLOW_TRACKING_USERNAME": self.username,
@@ -171,7 +171,7 @@ class TrackingServer:
         }
 
     def call(self, path: str, body: dict[str, object] | None = None) -> int:
-        """The HTTP status of a call of the administrator, such as `/api/2.0/mlflow/users/create`."""
+        """Send a request as administrator to a path such as `/api/2.0/mlflow/users/create`; return the HTTP status."""
         secret = b64encode(f"{self.username}:{self.password}".encode()).decode()
         headers = {"Authorization": f"Basic {secret}", "Content-Type": "application/json"}
         data = None if body is None else dumps(body).encode()
@@ -182,16 +182,16 @@ class TrackingServer:
             return error.code
 
     def add_user(self, username: str, password: str) -> None:
-        """A user who may read all experiments and write to those that are their own."""
+        """Add a user who can read all experiments and write to their own."""
         assert self.call("/api/2.0/mlflow/users/create", {"username": username, "password": password}) == 200
 
     @property
     def database(self) -> Path:
-        """The SQLite file."""
+        """The server's SQLite file."""
         return self.folder / "mlflow.db"
 
     def kill(self) -> None:
-        """SIGKILL for all its processes."""
+        """Kill all processes of the server with SIGKILL."""
         self.server.kill()
 
     def start(self) -> None:
@@ -200,7 +200,7 @@ class TrackingServer:
 
 
 def started_store(folder: Path) -> ObjectStore:
-    """A new S3 store that keeps everything in an empty folder. Raises ServerError."""
+    """Start an S3 store with its data in an empty folder. Raises ServerError."""
     access_key, secret_key = "TEST" + secrets.token_hex(8).upper(), secrets.token_hex(20)
     credentials = [{"accessKey": access_key, "secretKey": secret_key}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -209,7 +209,7 @@ def started_store(folder: Path) -> ObjectStore:
     (folder / "data").mkdir()
     ports = free_ports(8)
     command = seaweedfs(ports)
-    # one volume for each bucket, not seven, and a small heap
+    # one volume per bucket instead of seven, and a small heap
     variables = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "GOMEMLIMIT": "200MiB"}
     server = Server(command, variables, folder, lambda: is_stored(store))
     store = ObjectStore(f"http://127.0.0.1:{ports[0]}", access_key, secret_key, FIRST_BUCKET, server)
@@ -218,14 +218,14 @@ def started_store(folder: Path) -> ObjectStore:
 
 
 def seaweedfs(ports: list[int]) -> list[str]:
-    """The command of an S3 store that takes its identities and keeps its data in the current folder."""
+    """Return the command of an S3 store with its identities and its data in the current folder."""
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
         str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", "-dir=data",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=64",
-        # this kind of election restarts in two seconds, the default one in fifteen
+        # with this election a restart takes 2 seconds, with the default one 15
         "-master.raftHashicorp", "-master.raftBootstrap", "-master.electionTimeout=1s",
         f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=2000",
         "-volume.preStopSeconds=0", "-volume.minFreeSpace=1",
@@ -236,7 +236,7 @@ def seaweedfs(ports: list[int]) -> list[str]:
 
 
 def is_stored(store: ObjectStore) -> bool:
-    """Whether the store takes objects and gives those that it held before."""
+    """Return whether the store accepts objects and returns earlier ones."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = store.client(retries={"max_attempts": 0}, connect_timeout=5, read_timeout=5)
@@ -252,14 +252,14 @@ def is_stored(store: ObjectStore) -> bool:
 
 
 def started_tracking(folder: Path, store: ObjectStore) -> TrackingServer:
-    """A new MLflow server with its database in an empty folder, its artifacts in a store. Raises ServerError."""
+    """Start an MLflow server with its database in an empty folder and its artifacts in a store. Raises ServerError."""
     username, password, port = "admin", secrets.token_hex(12), free_ports(1)[0]
     (folder / "basic_auth.ini").write_text(
         "[mlflow]\ndefault_permission = READ\n"
         f"database_uri = sqlite:///{folder}/basic_auth.db\nadmin_username = {username}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         "grant_default_workspace_access = false\n"
-        # else each request hashes the password, which takes longer than what it asks for
+        # without this cache each request hashes the password, which takes longer than the request itself
         "auth_cache_ttl_seconds = 600\n"
     )
     variables = {
@@ -289,7 +289,7 @@ def started_tracking(folder: Path, store: ObjectStore) -> TrackingServer:
 
 @pytest.fixture(scope="session")
 def object_store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """The one S3 store; use `object_store`."""
+    """Yield the S3 store of the session; tests use `object_store`."""
     store = started_store(tmp_path_factory.mktemp("s3"))
     yield store
     store.stop()
@@ -299,7 +299,7 @@ def object_store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
 def tracking_server_process(
     object_store_server: ObjectStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TrackingServer]:
-    """The one MLflow server; use `tracking_server`."""
+    """Yield the MLflow server of the session; tests use `tracking_server`."""
     server = started_tracking(tmp_path_factory.mktemp("mlflow"), object_store_server)
     yield server
     server.kill()
@@ -307,7 +307,7 @@ def tracking_server_process(
 
 @pytest.fixture
 def object_store(object_store_server: ObjectStore) -> Iterator[ObjectStore]:
-    """The S3 store with an empty bucket; running again after the test, whatever the test did to it."""
+    """Yield the S3 store with an empty bucket; it is restarted after the test if necessary."""
     if object_store_server.server.process is None:
         object_store_server.start()
     object_store_server.bucket = object_store_server.new_bucket()
@@ -318,7 +318,7 @@ def object_store(object_store_server: ObjectStore) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def tracking_server(tracking_server_process: TrackingServer, object_store: ObjectStore) -> Iterator[TrackingServer]:
-    """The MLflow server; running again after the test, whatever the test did to it."""
+    """Yield the MLflow server; it is restarted after the test if necessary."""
     if tracking_server_process.server.process is None:
         tracking_server_process.start()
     yield tracking_server_process
@@ -328,13 +328,13 @@ def tracking_server(tracking_server_process: TrackingServer, object_store: Objec
 
 @pytest.fixture
 def keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store's address and keys, in the environment of the test."""
+    """Set the store's URL and keys in the environment of the test."""
     for name, value in object_store.environment().items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
 def proxy(object_store: ObjectStore) -> Iterator[FaultyProxy]:
-    """A network between the test and the store, in which things go wrong."""
+    """Yield a proxy in front of the store that can inject faults."""
     with FaultyProxy(object_store.endpoint_url) as between:
         yield between

@@ -1,4 +1,4 @@
-"""What end-to-end tests of the network share: commands that know both servers, and what lies on these afterwards."""
+"""Helpers for end-to-end tests with both servers: start commands, and read what they stored on the servers."""
 
 import json
 import time
@@ -12,30 +12,30 @@ from typing import Any
 from mlflow.entities import Run
 
 from tests.conftest import TINY
-from tests.support.forking import Child, Nursery
+from tests.support.forking import Child, ForkServer
 from tests.support.servers import ObjectStore, TrackingServer
 
 SMALL = [
     *TINY, "max_steps=20", "num_epochs=99", "batch_size=4", "log_interval=1", "save_interval=5", "eval_interval=10",
     "early_stopping=none", "model.dropout=0.1", "num_samples=0", "hardware=cpu",
 ]  # fmt: skip
-"""A training of a second that saves four times; the order of its samples and its dropout are drawn."""
+"""A training of about one second that saves four times, with random sample order and dropout."""
 QUICK = ["tracking.poll_seconds=0.1", "tracking.stall_seconds=8", "tracking.system_seconds=null"]
 STORED = ["checkpoint=s3", "checkpoint.stall_seconds=8"]
 
 
 @dataclass
 class World:
-    """A user with an empty folder, an empty bucket and an experiment of their own."""
+    """The environment of one test user: an empty folder, an empty bucket and a new experiment."""
 
-    nursery: Nursery
+    fork_server: ForkServer
     store: ObjectStore
     server: TrackingServer
     cache: Path
     home: Path
     experiment: str = field(default_factory=lambda: f"experiment-{uuid.uuid4().hex[:8]}")
     variables: dict[str, str] = field(default_factory=dict)
-    """What the user's environment says."""
+    """Environment variables of the user's commands."""
 
     def __post_init__(self) -> None:
         self.variables = self.store.environment() | self.server.environment()
@@ -43,77 +43,80 @@ class World:
 
     @property
     def remote(self) -> str:
-        """Where runs are uploaded to."""
+        """The URL below which runs are uploaded."""
         return f"s3://{self.store.bucket}/runs"
 
     @property
     def tracked(self) -> list[str]:
-        """Overrides of a training that is told to the server."""
+        """Overrides of a training that is tracked on the MLflow server."""
         return [f"tracking.experiment={self.experiment}", *QUICK]
 
     @property
     def stored(self) -> list[str]:
-        """Overrides of a training that is copied to the store."""
+        """Overrides of a training that is uploaded to the store."""
         return [*STORED, f"checkpoint.remote={self.remote}"]
 
     def start(
         self, command: str, *arguments: str, home: Path | None = None, variables: dict[str, str] | None = None
     ) -> Child:
-        """A command that the user types, in another folder perhaps, with other variables perhaps."""
+        """Start a command of the user, by default in the user's folder with the user's variables."""
         known = self.variables | (variables or {})
-        return self.nursery.start(command, *arguments, folder=home or self.home, variables=known)
+        return self.fork_server.start(command, *arguments, folder=home or self.home, variables=known)
 
     def train(self, *overrides: str, variables: dict[str, str] | None = None) -> Child:
-        """A new small training."""
+        """Start a small training."""
         return self.start("train", *SMALL, f"cache_dir={self.cache}", *overrides, variables=variables)
 
     def sync(self, folder: Path | str = "outputs") -> Child:
-        """`python -m wmtp.sync`, at its end."""
+        """Run `python -m wmtp.sync` to its end."""
         child = self.start("sync", str(folder))
         child.wait()
         return child
 
     def folders(self) -> list[Path]:
-        """The folders of the user's runs."""
+        """Return the folders of the user's runs."""
         return sorted(path.parent for path in (self.home / "outputs").glob("*/*/status.json"))
 
     def url(self, folder: Path) -> str:
-        """Where a run lies in the store."""
+        """Return the URL of a run in the store."""
         return f"{self.remote}/{folder.parent.name}/{folder.name}"
 
     def runs(self) -> list[Run]:
-        """All runs of the experiment, the oldest first."""
+        """Return all runs of the experiment, the oldest first."""
         found = self.client.get_experiment_by_name(self.experiment)
         if found is None:
             return []
         return sorted(self.client.search_runs([found.experiment_id]), key=lambda run: int(run.info.start_time))
 
     def history(self, run: Run, name: str = "train/loss") -> list[tuple[int, float]]:
-        """Every point that the server has of a metric."""
+        """Return all points of a metric on the server."""
         points = self.client.get_metric_history(run.info.run_id, name)
         return sorted((point.step, point.value) for point in points)
 
     def prefix(self, folder: Path) -> str:
-        """What the keys of a run begin with."""
+        """Return the prefix of a run's keys."""
         return self.url(folder).removeprefix(f"s3://{self.store.bucket}/") + "/"
 
     def keys(self, folder: Path) -> list[str]:
-        """What lies in the store of a run, relative to its place."""
+        """Return the keys of a run in the store, relative to its prefix."""
         prefix = self.prefix(folder)
         return [key.removeprefix(prefix) for key in self.store.keys(self.store.bucket, prefix)]
 
     def written(self, folder: Path) -> dict[str, datetime]:
-        """When each object of a run was written."""
+        """Return the modification time of each object of a run."""
         answer = self.store.client().list_objects_v2(Bucket=self.store.bucket, Prefix=self.prefix(folder))
         return {item["Key"]: item["LastModified"] for item in answer["Contents"]}
 
     def content(self, folder: Path, key: str) -> bytes:
-        """An object of a run."""
+        """Return the content of an object of a run."""
         answer = self.store.client().get_object(Bucket=self.store.bucket, Key=self.prefix(folder) + key)
         return bytes(answer["Body"].read())
 
     def has_copy(self, folder: Path, key: str) -> bool:
-        """Whether an object is the file here. The notice that the end is slow may come after the log was sent."""
+        """Return whether an object equals the local file.
+
+        The local log may have one more line, the notice of slow uploads, which is written after the log was sent.
+        """
         there, here = self.content(folder, key), (folder / key).read_bytes()
         later = here.removeprefix(there) if key == "train.log" and here.startswith(there) else b""
         is_notice = b"; Ctrl-C leaves the rest to wmtp.sync" in later and later.count(b"\n") == 1
@@ -121,29 +124,29 @@ class World:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text())
 
 
 def lines_of(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The whole lines of a run's file; none if it is not there yet."""
+    """Return the complete lines of a run's file; none if it does not exist yet."""
     path = folder / name
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def points_of(folder: Path, name: str = "train/loss") -> list[tuple[int, float]]:
-    """What a run's file says of a metric."""
+    """Return the points of a metric in a run's metrics.jsonl."""
     return [(line["step"], line[name]) for line in lines_of(folder) if name in line]
 
 
 def last_model(folder: Path, step: int) -> bytes:
-    """The parameters after an update."""
+    """Return the content of the model file after an update."""
     return (folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors").read_bytes()
 
 
 def wait_until(condition: Callable[[], object], child: Child | None = None, seconds: float = 60.0) -> None:
-    """Wait for something that a command that goes on is to bring about."""
+    """Wait until `condition` holds; fail if `child` ends first, or after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert child is None or child.poll() is None, child.text

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.cli.runner import checked_overrides
-from wmtp.config.schema import CONFIG_FOLDER, PACKAGE, nodes
-from wmtp.sweep.grid import grid_of
+from wmtp.cli.runner import check_overrides
+from wmtp.config.schema import CONFIG_FOLDER, PACKAGE, iter_nodes
+from wmtp.sweep.grid import parse_grid
 from wmtp.train import COMMAND as TRAIN
-from wmtp.training.validate import config_faults
+from wmtp.training.validate import config_issues
 
 ROOT = CONFIG_FOLDER.parent
 EXPERIMENTS = sorted((CONFIG_FOLDER / "experiment").glob("**/*.yaml"))
@@ -42,7 +42,7 @@ def wanting(override: str) -> list[str]:
 def test_every_option_composes_and_is_sound_but_for_what_only_a_user_can_say(
     compose: Callable[..., DictConfig], override: str
 ) -> None:
-    faults = config_faults(compose(*wanting(override)))
+    faults = config_issues(compose(*wanting(override)))
     expected = {"checkpoint.remote", "data.path", "hardware.device", "hardware.num_processes", "model.path"}
     assert [fault for fault in faults if fault.key not in expected] == []
 
@@ -60,11 +60,11 @@ def test_an_experiment_opens_with_the_command_that_runs_it(path: Path, compose: 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_job_of_a_named_sweep_is_sound(path: Path) -> None:
     named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()
-    jobs = grid_of("train", [f"experiment={named}"]).jobs
+    jobs = parse_grid("train", [f"experiment={named}"]).jobs
     assert (len(jobs) > 1) == named.startswith("sweep/")
     arms = {tuple(override for override in job if not override.startswith("seed=")): job for job in jobs}
     for job in arms.values() if len(jobs) > 1 else []:
-        checked_overrides(TRAIN, job)
+        check_overrides(TRAIN, job)
 
 
 def test_a_preset_may_be_overridden(compose: Callable[..., DictConfig]) -> None:
@@ -89,7 +89,7 @@ def test_variants_stay_small() -> None:
 
 
 def test_every_object_of_the_tree_is_wmtps_or_torchs(compose: Callable[..., DictConfig]) -> None:
-    targets = [compose()["_target_"], *(node["_target_"] for _, node in nodes(compose()))]
+    targets = [compose()["_target_"], *(node["_target_"] for _, node in iter_nodes(compose()))]
     assert targets[0] == "wmtp.training.trainer.Trainer"
     assert all(target.startswith(("wmtp.", "torch.optim.")) for target in targets)
 

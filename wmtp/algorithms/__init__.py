@@ -1,1 +1,1 @@
-"""How much each target counts."""
+"""Algorithms: the weight of each target."""

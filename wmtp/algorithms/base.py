@@ -1,4 +1,4 @@
-"""What an algorithm is: a map from what was observed of a micro-batch to a weight for each target."""
+"""The interface of algorithms: they map observations of a micro-batch to a weight for each target."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -14,38 +14,38 @@ from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath
 
 INITIAL = "initial"
-"""The name of the policy before its training, where it is to be the reference."""
+"""The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What is known of a micro-batch when its targets are weighted. What was not asked for is None.
+    """The inputs of a weighting for one micro-batch, all detached. Inputs that the algorithm does not use are None.
 
-    All are detached. Targets are [head, batch, position], where head k at position t predicts the token at
-    t + k; or some of them in a row, for an algorithm that weighs each by its own loss.
+    Targets have the shape [head, batch, position], where head k at position t predicts the token at t + k. For an
+    algorithm with `uses_losses = "own"` they are a flat selection of these.
     """
 
     valid: Bool[Tensor, "*target"]
-    """Where there is a target."""
+    """True where there is a target."""
     response: Bool[Tensor, "batch position"]
-    """The tokens of the solution."""
+    """True at the tokens of the solution."""
     losses: Float[Tensor, "*target"] | None = None
-    """The policy's cross-entropy of each target."""
+    """Cross-entropy of the policy for each target, in nats."""
     reference_losses: Float[Tensor, "*target"] | None = None
-    """The reference's next-token cross-entropy of the same token."""
+    """Next-token cross-entropy of the reference for the same token, in nats."""
     values: Float[Tensor, "batch position"] | None = None
-    """The value head's output after reading each token."""
+    """Output of the value head after each token."""
     rewards: Float[Tensor, " batch"] | None = None
-    """How good each solution is."""
-    misleading: Bool[Tensor, "batch position"] | None = None
-    """The tokens that are noise, or make a wrong solution wrong, where that is known."""
+    """Reward of each solution."""
+    harmful: Bool[Tensor, "batch position"] | None = None
+    """True at tokens that are noise or that make a wrong solution wrong; None if unknown."""
     number: int = 0
-    """Which micro-batch of the run this is."""
+    """Index of the micro-batch within the run."""
 
 
 class Algorithm(ABC):
-    """Weights targets. Knows nothing of the config, the optimizer or the trackers.
+    """A weighting of targets, independent of the config, the optimizer and the trackers.
 
     Raw weights are clipped to [`weight_min`, `weight_max`], then scaled to mean 1.
     """
@@ -53,71 +53,75 @@ class Algorithm(ABC):
     weight_min: float
     weight_max: float
     uses_losses: Literal["none", "own", "all"] = "none"
-    """Whether a target's weight depends on no loss, on its own, or on those of other targets too. "own"
-    weights are computed chunk by chunk beside the losses; "all" costs a pass over the losses before."""
+    """Losses that the weight of a target depends on: none, its own, or those of all targets. "own" weights are
+    computed chunk by chunk together with the losses; "all" needs an extra pass over the losses first."""
     min_heads = 1
-    """With fewer heads it would do the same as the baseline."""
+    """Minimum number of heads; with fewer, the algorithm is equal to the baseline."""
     needs_values = False
     needs_reference = False
     needs_truth = False
-    """Whether it is told which tokens mislead: a bound, no method."""
+    """Needs ground truth about harmful tokens, so it is an upper bound only, not a method."""
     value_coef = 0.0
-    """How much the value head's loss counts beside the policy's."""
+    """Coefficient of the value loss, relative to the policy loss."""
     reference: Path | Literal["initial"] | None = None
-    """A run, checkpoint or pretrained model to be the reference, or the policy's own before training; None: the
-    stage before has trained one."""
+    """Reference model: a run, a checkpoint, a pretrained model, or "initial" for the policy before training. None for
+    the model that stage 1 trained."""
 
     @property
     def name(self) -> str:
-        """The kind of weighting."""
+        """The name of the weighting; by default the class name."""
         return type(self).__name__
 
     @abstractmethod
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
-        """Raw weights; those of invalid targets are ignored.
+        """Return the raw weights; those of invalid targets are ignored.
 
-        With `uses_losses` "own", must work elementwise on losses of any shape.
+        With `uses_losses = "own"` the computation must be elementwise and accept losses of any shape.
         """
 
-    def finish_update(self, processes: Processes) -> None:  # noqa: B027 - most keep nothing
-        """An optimizer update was made of the micro-batches weighted since the last one, in all processes."""
+    def finish_update(self, processes: Processes) -> None:  # noqa: B027 - most algorithms have no state
+        """Update the state after an optimizer update; all ranks call it together."""
 
-    def forget_update(self) -> None:  # noqa: B027
-        """The micro-batches weighted since the last update made none."""
+    def discard_update(self) -> None:  # noqa: B027
+        """Discard the statistics of the micro-batches since the last update, because their update was skipped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, as plain JSON."""
+        """Return the state that a resumed run needs, as plain JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Put back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 def require_range(weight_min: float, weight_max: float) -> None:
-    """Raises `InputError` if no weight can lie in the range."""
+    """Check that the range of weights is not empty.
+
+    Raises:
+        InputError: `weight_min` is not below `weight_max`.
+    """
     if weight_min >= weight_max:
         raise InputError(f"weight_min={weight_min:g} must be below weight_max={weight_max:g}")
 
 
-def clipped(
+def clip_weights(
     weights: Float[Tensor, "*target"], valid: Bool[Tensor, "*target"], weight_min: float, weight_max: float
 ) -> Float[Tensor, "*target"]:
-    """Weights inside their range, and 0 where there is no target.
+    """Return the weights clipped to their range, detached, and 0 where there is no target.
 
-    NaN where an algorithm gave one that is not finite or negative. The loss is then NaN too, in every process: an
-    error raised here, in one of them, would leave the others waiting.
+    A raw weight that is negative or not finite becomes NaN. This makes the loss NaN on every rank. An error raised
+    here on one rank would make the other ranks wait for it.
     """
     weights = weights.detach().float()
     sound = torch.isfinite(weights) & (weights >= 0)
     return weights.clamp(weight_min, weight_max).where(sound, torch.nan).where(valid, 0.0)
 
 
-def mean_one(
+def mean_one_scale(
     weights: Float[Tensor, "head batch position"], shares: Float[Tensor, "head batch position"]
 ) -> Float[Tensor, ""]:
-    """The factor that brings clipped weights to Σ share·weight / Σ share = 1; 0 where nothing has a share.
+    """Return the factor that scales clipped weights so that Σ share·weight / Σ share = 1.
 
-    Infinite where every target has weight 0, so that their loss is NaN.
+    The factor is 0 if there is no target. It is infinite if every target has weight 0, which makes their loss NaN.
     """
     total = shares.sum()
     return torch.where(total > 0, total / (shares * weights).sum(), 0.0)

@@ -1,7 +1,7 @@
-"""Controls: weights that look like another algorithm's and carry none of its information.
+"""Controls: weights with the distribution of another algorithm's weights, but without their information.
 
-A weighting that beats uniform training but not its own control has won by something other than
-knowing which tokens matter.
+If a weighting is better than uniform training but not better than its own control, the reason is not that it
+finds the tokens that matter.
 """
 
 import hashlib
@@ -13,15 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, clipped
+from wmtp.algorithms.base import Algorithm, Observations, clip_weights
 from wmtp.distributed.process_group import Processes
 
 
 class Control(Algorithm):
-    """Wraps another algorithm and takes everything but the weights' meaning from it."""
+    """A wrapper of another algorithm that removes the information from its weights."""
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
-        """`seed` decides the control's own randomness."""
+        """Wrap the algorithm `of`. `seed` is the seed of the control's random numbers."""
         self.of = of
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
@@ -31,69 +31,73 @@ class Control(Algorithm):
 
     @property
     def name(self) -> str:
-        """The kind of control, and of what."""
+        """The kind of control and the name of the wrapped algorithm."""
         return f"{type(self).__name__} of {self.of.name}"
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """The wrapped algorithm's weights without their meaning."""
-        weights = clipped(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
-        # one generator for each micro-batch, so that the draws are the same however processes share them; of its seed
-        # torch takes 32 bits, and the epoch stands above them in the number
+        """Return weights like those of the wrapped algorithm, without their information."""
+        weights = clip_weights(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
+        # One generator per micro-batch: the draws do not depend on the number of processes. The seed is hashed
+        # because torch uses only 32 bits of it, and the epoch is above these bits in the number.
         digest = hashlib.sha256(f"{self.seed} {observed.number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        return self.emptied(weights, observed, generator)
+        return self.uninformative(weights, observed, generator)
 
     @abstractmethod
-    def emptied(
+    def uninformative(
         self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
-        """Weights of like distribution that say nothing of their targets."""
+        """Return weights with a similar distribution that are independent of their targets."""
 
     def finish_update(self, processes: Processes) -> None:
-        """Tell the wrapped algorithm."""
+        """Update the state of the wrapped algorithm."""
         self.of.finish_update(processes)
 
-    def forget_update(self) -> None:
-        """Tell the wrapped algorithm."""
-        self.of.forget_update()
+    def discard_update(self) -> None:
+        """Discard the statistics that the wrapped algorithm collected since the last update."""
+        self.of.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped algorithm's state."""
+        """Return the state of the wrapped algorithm."""
         return {"of": self.of.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on weighting."""
+        """Restore the state of the wrapped algorithm."""
         self.of.load_state_dict(state["of"])
 
 
 class Shuffled(Control):
-    """Another algorithm's weights, permuted among the valid targets of each sequence."""
+    """A control that permutes the weights among the valid targets of each sequence."""
 
-    def emptied(
+    def uninformative(
         self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
-        """The same weights at other targets of the same sequence."""
+        """Return the same weights, permuted within each sequence."""
         by_sample = weights.transpose(0, 1).flatten(1)
         valid = observed.valid.transpose(0, 1).flatten(1)
         keys = torch.rand(valid.shape, generator=generator).to(weights.device)
-        ordered = torch.argsort(~valid, stable=True, dim=1)  # the valid targets first, as they stand …
+        ordered = torch.argsort(~valid, stable=True, dim=1)  # valid targets first, in their order …
         drawn = torch.argsort(keys.masked_fill(~valid, 2.0), dim=1)  # … and in random order
         shuffled = torch.zeros_like(by_sample).scatter(1, ordered, by_sample.gather(1, drawn))
         return shuffled.view(weights.shape[1], weights.shape[0], weights.shape[2]).transpose(0, 1)
 
 
 class Random(Control):
-    """Log-normal weights with the mean and the deviation of another algorithm's."""
+    """A control that draws log-normal weights with the mean and the standard deviation of the wrapped algorithm's."""
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
-        """`seed` decides the draws. Their own range is wide: clipped to the wrapped one, they would vary less."""
+        """Wrap the algorithm `of`. `seed` is the seed of the draws.
+
+        The range of weights is [0, ∞): if the draws were clipped to the wrapped algorithm's range, they would vary
+        less than its weights.
+        """
         super().__init__(of=of, seed=seed)
         self.weight_min, self.weight_max = 0.0, math.inf
 
-    def emptied(
+    def uninformative(
         self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
-        """exp of a normal draw whose parameters give the wanted moments."""
+        """Return exp(x) for normal draws x, whose parameters give the mean and the variance of `weights`."""
         chosen = weights[observed.valid]
         if not len(chosen):
             return weights

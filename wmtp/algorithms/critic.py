@@ -1,8 +1,8 @@
-"""The critic: a token counts by how much better the solution looks once it was written.
+"""Critic: weight each token by how much it improves the predicted reward of the solution.
 
-w_i = exp(Â_i / beta), where A_i is the advantage that a value head sees in token i (generalised
-advantage estimation, Schulman et al. 2016, arXiv 1506.02438; its TD error with trace_decay = 0) and
-Â_i the same, whitened.
+w_i = exp(Â_i / beta), where A_i is the advantage of token i, computed from a value head by generalized advantage
+estimation (Schulman et al. 2016, arXiv 1506.02438; with trace_decay = 0 it is the TD error), and Â_i is the
+whitened advantage.
 """
 
 import math
@@ -17,14 +17,15 @@ from wmtp.algorithms.base import Algorithm, Observations, require_range
 from wmtp.distributed.process_group import Processes
 from wmtp.field_types import PositiveFloat, Ratio
 from wmtp.ops.metric_sums import deviation
-from wmtp.ops.returns import advantages, rewards_at
-from wmtp.ops.targets import spread
+from wmtp.ops.returns import advantages, token_rewards
+from wmtp.ops.targets import shift_to_heads
 
 
 class Whitening:
-    """Brings advantages to mean 0 and deviation 1 by moments that are averaged over updates.
+    """Normalization of advantages to mean 0 and standard deviation 1 with running moments.
 
-    The first `WARMUP` updates use the micro-batch's own moments, since an average of few says little.
+    The moments are averaged over updates with `MOMENTUM`. The first `WARMUP` updates use the moments of the
+    micro-batch instead, because the average of a few updates is not reliable.
     """
 
     MOMENTUM = 0.1
@@ -38,7 +39,7 @@ class Whitening:
     def __call__(
         self, values: Float[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
     ) -> Float[Tensor, "batch position"]:
-        """Whitened values; what the mask leaves out may be anything."""
+        """Return the whitened values; entries outside the mask are undefined."""
         chosen = values[mask].cpu().double()
         sums = torch.stack([torch.tensor(float(len(chosen)), dtype=torch.float64), chosen.sum(), chosen.square().sum()])
         self._sums += sums
@@ -46,7 +47,7 @@ class Whitening:
         return (values - mean) / max(math.sqrt(variance), 1e-8)
 
     def finish_update(self, processes: Processes) -> None:
-        """Take the moments of all values whitened since the last update into the average."""
+        """Add the moments of all values since the last update, over all ranks, to the running average."""
         sums = processes.sum(self._sums)
         if not sums[0]:
             return
@@ -55,15 +56,15 @@ class Whitening:
         self.mean += share * (mean - self.mean)
         self.variance += share * (variance - self.variance)
         self.num_updates += 1
-        self.forget_update()
+        self.discard_update()
 
-    def forget_update(self) -> None:
-        """Leave out what was whitened since the last update."""
+    def discard_update(self) -> None:
+        """Discard the moments of the values since the last update."""
         self._sums.zero_()
 
 
 def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
-    """Mean and variance from count, sum and sum of squares; of nothing: 0 and 1."""
+    """Return mean and variance, given count, sum and sum of squares; 0 and 1 if the count is 0."""
     count, total, squares = sums.tolist()
     if not count:
         return 0.0, 1.0
@@ -71,7 +72,7 @@ def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
 
 
 class Critic(Algorithm):
-    """Weights exp(Â / beta) from the advantages of a value head that trains beside the policy."""
+    """The weighting exp(Â / beta), with advantages from a value head that is trained together with the policy."""
 
     needs_values = True
 
@@ -85,38 +86,47 @@ class Critic(Algorithm):
         weight_max: PositiveFloat = 5.0,
         value_coef: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
-        """γ is `discount`, λ is `trace_decay`. A small `beta` makes weights differ more."""
+        """Create the weighting.
+
+        Args:
+            beta: temperature; a smaller value makes the weights differ more.
+            discount: γ.
+            trace_decay: λ of generalized advantage estimation.
+            weight_min: lower limit of a weight, before the scaling to mean 1.
+            weight_max: upper limit of a weight, before the scaling to mean 1.
+            value_coef: coefficient of the value loss.
+        """
         require_range(weight_min, weight_max)
         self.beta, self.discount, self.trace_decay = beta, discount, trace_decay
         self.weight_min, self.weight_max, self.value_coef = weight_min, weight_max, value_coef
         self.whitening = Whitening()
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """A weight per token, handed to every head that predicts it."""
+        """Return one weight per token, the same for every head that predicts the token."""
         assert observed.values is not None and observed.rewards is not None
-        rewards = rewards_at(observed.rewards, observed.response)
+        rewards = token_rewards(observed.rewards, observed.response)
         advantage = advantages(
             observed.values, rewards, observed.response, discount=self.discount, trace_decay=self.trace_decay
         )
         exponent = self.whitening(advantage, observed.response) / self.beta
-        # clipped as an exponent, so that no weight overflows
+        # the exponent is clipped instead of the weight, to avoid overflow
         token_weights = exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
-        return spread(token_weights, len(observed.valid), 1.0)
+        return shift_to_heads(token_weights, len(observed.valid), 1.0)
 
     def finish_update(self, processes: Processes) -> None:
-        """Average the advantages' moments."""
+        """Update the running moments of the advantages."""
         self.whitening.finish_update(processes)
 
-    def forget_update(self) -> None:
-        """Leave the update's advantages out of the average."""
-        self.whitening.forget_update()
+    def discard_update(self) -> None:
+        """Discard the advantages since the last update."""
+        self.whitening.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged moments."""
+        """Return the running moments."""
         whitening = self.whitening
         return {"updates": whitening.num_updates, "mean": whitening.mean, "variance": whitening.variance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on averaging."""
+        """Restore the running moments."""
         whitening = self.whitening
         whitening.num_updates, whitening.mean, whitening.variance = state["updates"], state["mean"], state["variance"]

@@ -1,7 +1,7 @@
-"""Excess loss: a target counts by how much harder the policy finds it than a reference model does.
+"""Excess loss: weight each target by the policy's loss minus the loss of a reference model.
 
-Source: Lin et al. 2024, Rho-1: Not All Tokens Are What You Need (arXiv 2404.07965), section 2.2. The
-excess is signed: what the reference finds harder than the policy (noise) counts least.
+Source: Lin et al. 2024, Rho-1: Not All Tokens Are What You Need (arXiv 2404.07965), section 2.2. The excess is
+signed: targets with a higher loss under the reference than under the policy (noise) get the smallest weights.
 """
 
 import math
@@ -17,7 +17,7 @@ from wmtp.field_types import PositiveFloat
 
 
 class ExcessLoss(Algorithm):
-    """Weights exp((CE_policy − CE_reference) / temperature)."""
+    """The weighting exp((CE_policy − CE_reference) / temperature)."""
 
     uses_losses = "own"
     needs_reference = True
@@ -30,20 +30,27 @@ class ExcessLoss(Algorithm):
         weight_max: PositiveFloat = 5.0,
         reference: Reference | None = None,
     ) -> None:
-        """A low `temperature` makes weights differ more."""
+        """Create the weighting.
+
+        Args:
+            temperature: divisor of the excess loss; a lower value makes the weights differ more.
+            weight_min: lower limit of a weight, before the scaling to mean 1.
+            weight_max: upper limit of a weight, before the scaling to mean 1.
+            reference: see `Algorithm.reference`.
+        """
         require_range(weight_min, weight_max)
         self.temperature = temperature
         self.weight_min, self.weight_max, self.reference = weight_min, weight_max, reference
 
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
-        """Elementwise in the losses."""
+        """Return the raw weights; the computation is elementwise in the losses."""
         exponent = excess(observed) / self.temperature
-        # clipped as an exponent, so that no weight overflows
+        # the exponent is clipped instead of the weight, to avoid overflow
         return exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
 
 
 class TokenSkip(Algorithm):
-    """Trains each head on the fraction of its targets with the largest excess; head 1 trains on all."""
+    """A selection of targets: each head trains on those with the largest excess loss; head 1 trains on all."""
 
     uses_losses = "all"
     needs_reference = True
@@ -54,11 +61,16 @@ class TokenSkip(Algorithm):
     def __init__(
         self, *, keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6, reference: Reference | None = None
     ) -> None:
-        """`keep_fraction` of a micro-batch's targets stay, counted for each head by itself and rounded up."""
+        """Create the selection.
+
+        Args:
+            keep_fraction: share of a micro-batch's targets that train, for each head separately, rounded up.
+            reference: see `Algorithm.reference`.
+        """
         self.keep_fraction, self.reference = keep_fraction, reference
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """1 for the targets that train, 0 for those that are skipped."""
+        """Return 1 for targets that train and 0 for targets that are skipped."""
         ranked = excess(observed).masked_fill(~observed.valid, -torch.inf)
         kept = torch.zeros_like(ranked)
         kept[0] = 1.0
@@ -69,6 +81,6 @@ class TokenSkip(Algorithm):
 
 
 def excess(observed: Observations) -> Float[Tensor, "*target"]:
-    """e = CE_policy − CE_reference, in nats."""
+    """Return the excess loss e = CE_policy − CE_reference, in nats."""
     assert observed.losses is not None and observed.reference_losses is not None
     return observed.losses - observed.reference_losses

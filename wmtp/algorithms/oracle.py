@@ -1,6 +1,6 @@
-"""The oracle: what a weighting could reach that knew which tokens mislead.
+"""Oracle: a weighting that uses ground truth about harmful tokens.
 
-It is told what no other algorithm knows, so it is a bound to hold others against, and no method.
+It is an upper bound to compare other algorithms with, not a method: real data has no such ground truth.
 """
 
 from typing import Annotated
@@ -11,21 +11,24 @@ from pydantic import Field
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations
-from wmtp.ops.targets import spread
+from wmtp.ops.targets import shift_to_heads
 
 
 class Oracle(Algorithm):
-    """Weight 1 for every token, but `misleading_weight` for noise and for what makes a wrong solution wrong."""
+    """The weighting that gives harmful tokens `misleading_weight` and all other tokens weight 1.
+
+    A token is harmful if it is noise or if it makes a wrong solution wrong.
+    """
 
     needs_truth = True
     weight_max = 1.0
 
     def __init__(self, *, misleading_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> None:
-        """With 0, misleading tokens do not train."""
+        """Create the weighting. With `misleading_weight` 0, harmful tokens do not train."""
         self.weight_min = misleading_weight
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """A weight per token, handed to every head that predicts it."""
-        assert observed.misleading is not None
-        token_weights = torch.where(observed.misleading, self.weight_min, 1.0)
-        return spread(token_weights, len(observed.valid), 1.0)
+        """Return one weight per token, the same for every head that predicts the token."""
+        assert observed.harmful is not None
+        token_weights = torch.where(observed.harmful, self.weight_min, 1.0)
+        return shift_to_heads(token_weights, len(observed.valid), 1.0)

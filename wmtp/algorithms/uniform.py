@@ -1,4 +1,4 @@
-"""The baseline: every target counts the same."""
+"""The baseline: every target has the same weight."""
 
 import torch
 from jaxtyping import Float
@@ -8,11 +8,11 @@ from wmtp.algorithms.base import Algorithm, Observations
 
 
 class Uniform(Algorithm):
-    """Weight 1 for every target."""
+    """The weighting that gives every target weight 1."""
 
     weight_min = 1.0
     weight_max = 1.0
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Ones, whatever was observed."""
+        """Return ones."""
         return torch.ones_like(observed.valid, dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""Training states on disk."""
+"""Checkpoints: training states on disk."""

@@ -1,4 +1,4 @@
-"""The two formats of a checkpoint's tensors: full, written by the main process, or sharded, each process its own."""
+"""The two tensor formats of a checkpoint: full, written by rank 0, or sharded, written by every rank."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,72 +10,69 @@ from torch import Tensor
 from wmtp.checkpoint.manifest import Entries, entries
 from wmtp.checkpoint.state import Snapshot, Tensors, live_counterpart
 from wmtp.distributed.process_group import Processes
-from wmtp.distributed.sharded_io import cut_like, gathered, read_parts, write_parts
-from wmtp.runtime.atomic_files import sync
+from wmtp.distributed.sharded_io import gather_full, read_shards, shard_like, write_shards
+from wmtp.runtime.atomic_files import fsync_path
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
 
 
 def write_full(folder: Path, snapshot: Snapshot, processes: Processes) -> Entries:
-    """Gather a snapshot's tensors in the main process, which writes them; returns the files' manifest entries."""
+    """Gather a snapshot's tensors on rank 0, write them there, and return the manifest entries of the files."""
     return _write(folder / MODEL, snapshot.model, processes) | _write(folder / OPTIMIZER, snapshot.optimizer, processes)
 
 
 def read_full(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -> tuple[Tensors, Tensors]:
-    """The model's tensors, and the optimizer's if they are asked for, mapped into memory rather than read."""
+    """Return the tensors of the model and, with `optimizer`, of the optimizer. Files are mapped into memory."""
     return _read(folder / MODEL, like), _read(folder / OPTIMIZER, like) if optimizer else {}
 
 
 def _write(path: Path, tensors: Tensors, processes: Processes) -> Entries:
-    whole = processes.together(lambda: gathered(tensors, keep=processes.is_main))
+    full = processes.run_on_all(lambda: gather_full(tensors, keep=processes.is_main))
 
-    def written() -> Entries:
+    def _write_file() -> Entries:
         try:
-            save_file(whole, path)
+            save_file(full, path)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from error
-        sync(path)
+        fsync_path(path)
         return entries([path])
 
-    return processes.from_main(written)
+    return processes.run_on_main(_write_file)
 
 
 def _read(path: Path, like: Mapping[str, Tensor]) -> Tensors:
     with safe_open(path, framework="pt") as file:
-        return {name: cut_like(file.get_tensor(name), live_counterpart(name, like)) for name in file.keys()}  # noqa: SIM118
-
-
-MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
+        return {name: shard_like(file.get_tensor(name), live_counterpart(name, like)) for name in file.keys()}  # noqa: SIM118
 
 
 def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Entries:
-    """Write every process's parts of a snapshot's tensors; returns the manifest entries of all files."""
+    """Write each rank's shards of a snapshot's tensors, and return the manifest entries of all files."""
     tensors = {MODEL_PREFIX + name: tensor for name, tensor in snapshot.model.items()}
     tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in snapshot.optimizer.items()}
-    own = write_parts(tensors, folder)
+    paths = write_shards(tensors, folder)
 
-    def synced() -> Entries:
-        for path in own:
-            sync(path)
-        return entries(own)
+    def _sync() -> Entries:
+        for path in paths:
+            fsync_path(path)
+        return entries(paths)
 
-    of_all: Entries = {}
-    for of_one in processes.gather(processes.together(synced)):
-        of_all |= of_one
-    return of_all
+    merged: Entries = {}
+    for rank_entries in processes.gather(processes.run_on_all(_sync)):
+        merged |= rank_entries
+    return merged
 
 
 def read_sharded(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -> tuple[Tensors, Tensors]:
-    """The model's tensors, and the optimizer's if they are asked for."""
+    """Return the tensors of the model and, with `optimizer`, of the optimizer."""
 
-    def live(name: str) -> Tensor | None:
-        return live_counterpart(
-            name.removeprefix(MODEL_PREFIX if name.startswith(MODEL_PREFIX) else OPTIMIZER_PREFIX), like
-        )
+    def _live(name: str) -> Tensor | None:
+        prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else OPTIMIZER_PREFIX
+        return live_counterpart(name.removeprefix(prefix), like)
 
-    tensors = read_parts(folder, lambda name: optimizer or name.startswith(MODEL_PREFIX), live)
+    tensors = read_shards(folder, lambda name: optimizer or name.startswith(MODEL_PREFIX), _live)
 
-    def of(prefix: str) -> Tensors:
+    def _select(prefix: str) -> Tensors:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    return of(MODEL_PREFIX), of(OPTIMIZER_PREFIX)
+    return _select(MODEL_PREFIX), _select(OPTIMIZER_PREFIX)

@@ -1,4 +1,4 @@
-"""The checkpoints in a stage's folder, and the files that name the best and the latest."""
+"""The checkpoints in a stage's folder, and the pointer files best.json and latest.json."""
 
 import hashlib
 import json
@@ -10,29 +10,29 @@ from wmtp.checkpoint import manifest
 STEP = re.compile(r"step_\d{8,}")
 
 
-def identity(checkpoint: Path) -> str:
-    """The SHA-256 of a checkpoint's manifest, and with it of all that it holds."""
+def manifest_hash(checkpoint: Path) -> str:
+    """Return the SHA-256 of a checkpoint's manifest, which identifies the checkpoint's content."""
     return hashlib.sha256((checkpoint / manifest.NAME).read_bytes()).hexdigest()
 
 
-def whole_checkpoints(stage: Path) -> list[Path]:
-    """The checkpoints in a stage's folder that have a manifest, the oldest first."""
+def complete_checkpoints(stage: Path) -> list[Path]:
+    """Return the checkpoints in a stage's folder that have a manifest, oldest first. Hashes are not checked."""
     found = (path.parent for path in (stage / "checkpoints").glob(f"step_*/{manifest.NAME}"))
     return sorted((path for path in found if STEP.fullmatch(path.name)), key=lambda path: step_of(path.name))
 
 
 def step_of(name: str) -> int:
-    """The update after which the checkpoint of this name was made."""
+    """Return the step of a checkpoint by its name."""
     return int(name.removeprefix("step_"))
 
 
-def noted(note: Path) -> str | None:
-    """The name of the checkpoint in best.json or latest.json; None if that is not there.
+def read_pointer(path: Path) -> str | None:
+    """Return the checkpoint name in best.json or latest.json, or None if the file does not exist.
 
     Raises:
-        ValueError, KeyError, TypeError: it is damaged.
+        ValueError, KeyError, TypeError: the file is damaged.
     """
     try:
-        return str(json.loads(note.read_bytes())["folder"])
+        return str(json.loads(path.read_bytes())["folder"])
     except FileNotFoundError:
         return None

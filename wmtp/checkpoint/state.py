@@ -1,4 +1,4 @@
-"""What a checkpoint holds of each object: tensors for safetensors, the rest as plain JSON."""
+"""Conversion of models and optimizers to tensors and plain JSON, and back."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmtp.distributed.sharded_io import cut_like
+from wmtp.distributed.sharded_io import shard_like
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass
 class Snapshot:
-    """A whole training state: two sets of named tensors and plain JSON.
+    """A complete training state: two sets of named tensors, and plain JSON.
 
-    Tensors that are spread over processes (DTensor) stand for whole ones.
+    A sharded tensor (DTensor) represents the full tensor.
     """
 
     model: Tensors
@@ -26,15 +26,15 @@ class Snapshot:
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The model's name of each parameter, in the optimizer's order."""
+    """Return the names that the model gives to the optimizer's parameters, in the optimizer's order."""
     names: dict[int, str] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items():  # which brings gathered parameters back to parts
+    for name, parameter in model.state_dict(keep_vars=True).items():  # state_dict also reshards gathered parameters
         names.setdefault(id(parameter), name)
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """The optimizer's tensors as `<parameter>:<key>`, and its options and plain values as JSON."""
+    """Return the optimizer's tensors as `<parameter>:<key>`, and its options and plain values as JSON."""
     names = parameter_names(model, optimizer)
     state = optimizer.state_dict()
     tensors: Tensors = {}
@@ -47,10 +47,10 @@ def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tenso
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
-    """Put back what `split_optimizer_state` gave; whole tensors of parameters that are spread are cut."""
+    """Load the result of `split_optimizer_state`. Full tensors of sharded parameters are sharded."""
     indices = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     live = model.state_dict()
-    tensors = {name: cut_like(tensor, live_counterpart(name, live)) for name, tensor in tensors.items()}
+    tensors = {name: shard_like(tensor, live_counterpart(name, live)) for name, tensor in tensors.items()}
     entries: dict[int, dict[str, Any]] = {}
     for full_name, value in (tensors | state["plain"]).items():
         name, _, key = full_name.rpartition(":")
@@ -61,17 +61,17 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, 
 
 
 def load_model(model: nn.Module, tensors: Tensors, known: Collection[str] = ()) -> None:
-    """Fill a model; every name and shape must agree. Whole tensors of parameters that are spread are cut.
+    """Load tensors into a model; all names and shapes must agree. Full tensors of sharded parameters are sharded.
 
-    Tensors that are `known` already need not be among those given.
+    Parameters named in `known` keep their values and may be missing from `tensors`.
     """
     live = model.state_dict()
-    there = {name: live[name] for name in known}
-    filled = {name: cut_like(tensor, live.get(name)) for name, tensor in tensors.items()}
+    kept = {name: live[name] for name in known}
+    loaded = {name: shard_like(tensor, live.get(name)) for name, tensor in tensors.items()}
     with torch.no_grad():
-        model.load_state_dict(there | filled, strict=True)
+        model.load_state_dict(kept | loaded, strict=True)
 
 
 def live_counterpart(name: str, live: Mapping[str, Tensor]) -> Tensor | None:
-    """The parameter that a stored tensor is, or in `<parameter>:<key>` belongs to."""
+    """Return the live parameter of a stored tensor, whose name is `<parameter>` or `<parameter>:<key>`."""
     return live.get(name, live.get(name.rpartition(":")[0]))

@@ -1,9 +1,10 @@
-"""Checkpoints on disk: atomic, hashed, and never unpickled before they are verified.
+"""Checkpoints on disk: written atomically, hashed, and verified before they are read.
 
-A checkpoint is staged in a hidden folder, put on the disk file by file, sealed by a manifest with the
-SHA-256 of each file, and renamed into place. Whoever finds `step_…/manifest.json` finds a whole one.
-Of several processes the main one alone touches names and folders, and all learn what came of it; their
-folder must be the same one.
+A checkpoint is written into a hidden folder, each file is synced to disk, the manifest with the SHA-256 of each file is
+written last, and the folder is renamed. So every folder `step_…` with a `manifest.json` is complete.
+
+With several ranks, only rank 0 creates, renames and removes folders, and all ranks get its result or its error. All
+ranks must use the same folder on a shared file system.
 """
 
 import json
@@ -16,28 +17,28 @@ from typing import Any, Literal
 from torch import Tensor
 
 from wmtp.checkpoint import formats, manifest
-from wmtp.checkpoint.listing import noted
+from wmtp.checkpoint.listing import read_pointer
 from wmtp.checkpoint.manifest import Entries, damage
 from wmtp.checkpoint.state import Snapshot
 from wmtp.distributed.process_group import Processes
 from wmtp.distributed.sharded_io import INDEX
 from wmtp.errors import InputError
 from wmtp.field_types import Positive
-from wmtp.runtime.atomic_files import encode_json, replace_atomically, sync, write_synced
+from wmtp.runtime.atomic_files import encode_json, fsync_path, replace_atomically, write_synced
 
 __all__ = ["CheckpointStore", "damage", "load"]
 log = logging.getLogger(__name__)
 STAGING, REMOVED = ".staging-", ".removed-"
 REPLACED = ".replaced"
-"""Ends the name of a checkpoint while a new one of the same step takes its place. It is as good as any other."""
+"""Name suffix of a checkpoint while a new one of the same step replaces it. Still a valid checkpoint."""
 STATE = "state.json"
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the last `keep_last`, and the best.
+    """Checkpoints of one run on disk: the newest `keep_last`, and the best.
 
-    Every method must be called by all of the processes. Without any, this one is alone and looks on: it changes
-    nothing but by saving, since a training may be using the same folder.
+    All ranks must call every method. Without `processes`, the store belongs to this process alone and is read-only
+    except `save`, since a training run may be using the same folder.
     """
 
     def __init__(
@@ -48,60 +49,69 @@ class CheckpointStore:
         keep_last: Positive = 2,
         format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - the config's word
     ) -> None:
-        """`format` is how tensors are written: `whole` by the main process, or `sharded`, by each its parts."""
+        """Create the store.
+
+        Args:
+            folder: folder of the run or of stage 1; checkpoints are in its subfolder `checkpoints`.
+            processes: the ranks that call the methods.
+            keep_last: number of newest checkpoints to keep.
+            format: `whole` for full tensors written by rank 0, `sharded` for shards written by every rank.
+        """
         self.folder = folder / "checkpoints"
-        self.owns = processes is not None
+        self.is_read_only = processes is None
         self.processes = processes or Processes.alone()
         self.keep_last, self.format = keep_last, format
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Write the checkpoint of a step, note it as the latest, and prune.
+        """Write the checkpoint of a step, update latest.json, delete old checkpoints, and return the new folder.
 
-        The tensors may be live, and parts of what the processes hold together. If anything fails in any process it
-        has failed in all; the checkpoints before are as they were.
+        Tensors may be live, and sharded over the ranks. If one rank fails, all ranks raise, and the earlier checkpoints
+        are unchanged.
 
         Raises:
-            TypeError: the state holds something that is not plain JSON; nothing was written then.
-            OtherProcessFailed: in the processes that did their part when another could not.
+            TypeError: the state is not plain JSON; nothing was written.
+            OtherProcessFailed: another rank failed.
         """
         final = self._path(step)
         staged = final.with_name(STAGING + final.name)
         try:
-            self.processes.from_main(lambda: self._stage(staged, snapshot.state))
+            self.processes.run_on_main(lambda: self._create_staged(staged, snapshot.state))
             write = formats.write_sharded if self.format == "sharded" else formats.write_full
             files = write(staged, snapshot, self.processes)
-            self.processes.from_main(lambda: self._publish(staged, final, step, files))
+            self.processes.run_on_main(lambda: self._publish(staged, final, step, files))
         except BaseException:
             if self.processes.is_main:
-                shutil.rmtree(staged, ignore_errors=True)  # what stays is removed at the next start
+                shutil.rmtree(staged, ignore_errors=True)  # if this fails, the next start removes it
             raise
         return final
 
     def mark_best(self, step: int, value: float) -> None:
-        """Note the checkpoint of a step as the best, if it is there; it is never pruned."""
-        self.processes.from_main(lambda: self._mark_best(step, value))
+        """Mark the checkpoint of a step as the best, if it exists; it is never deleted."""
+        self.processes.run_on_main(lambda: self._mark_best(step, value))
 
     def best(self) -> Path | None:
-        """The checkpoint that was marked as the best, if it is there."""
-        return self._path_of(self.processes.from_main(self._best))
+        """Return the checkpoint that is marked as the best, if it exists."""
+        return self._path_of(self.processes.run_on_main(self._best))
 
-    def any(self) -> bool:
-        """Whether there is a checkpoint at all, whole or not."""
-        return self.processes.from_main(lambda: any(self.folder.glob(f"step_*/{manifest.NAME}")))
+    def has_any(self) -> bool:
+        """Return whether there is a checkpoint, damaged or not."""
+        return self.processes.run_on_main(lambda: any(self.folder.glob(f"step_*/{manifest.NAME}")))
 
     def latest(self) -> Path:
-        """The newest checkpoint that is whole, which is verified; damaged ones are named in a warning and passed over.
+        """Verify checkpoints, newest first, and return the first undamaged one.
+
+        Damaged ones are renamed with a warning. A read-only store renames nothing.
 
         Raises:
             InputError: there is none.
-            OtherProcessFailed: the same, in the processes that are not the main one.
+            OtherProcessFailed: the same, on ranks other than 0.
         """
-        path = self._path_of(self.processes.from_main(self._latest))
+        path = self._path_of(self.processes.run_on_main(self._latest))
         assert path is not None
         return path
 
     def prune(self) -> None:
-        """Remove the checkpoints that need not stay any longer; the main process does, and the others do not wait."""
+        """Delete superseded checkpoints on rank 0; the other ranks do not wait."""
         if self.processes.is_main:
             self._prune()
 
@@ -111,105 +121,106 @@ class CheckpointStore:
     def _path_of(self, name: str | None) -> Path | None:
         return None if name is None else self.folder / name
 
-    def _found(self) -> list[Path]:
-        """The folders of all checkpoints, the oldest first; of one step that is being replaced, the new one last."""
+    def _list(self) -> list[Path]:
+        """Return all checkpoint folders, oldest first; a checkpoint that is being replaced precedes the new one."""
         return sorted(
             self.folder.glob("step_*"), key=lambda path: (path.name.removesuffix(REPLACED), path.suffix != REPLACED)
         )
 
-    def _stage(self, staged: Path, state: dict[str, Any]) -> None:
+    def _create_staged(self, staged: Path, state: dict[str, Any]) -> None:
         encoded = encode_json(state)
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
-            sync(self.folder.parent)
-        self._clear()
+            fsync_path(self.folder.parent)
+        self._clean_up()
         staged.mkdir()
         write_synced(staged / STATE, encoded)
 
     def _publish(self, staged: Path, final: Path, step: int, files: Entries) -> None:
-        manifest.seal(staged, step, files | manifest.entries([staged / STATE]))
-        sync(staged)
+        manifest.write(staged, step, files | manifest.entries([staged / STATE]))
+        fsync_path(staged)
         replaced = final.with_name(final.name + REPLACED)
         if final.exists():
             final.rename(replaced)
         staged.rename(final)
-        sync(self.folder)
-        self._note("latest", {"folder": final.name, "step": step})
-        self._discard(replaced)
+        fsync_path(self.folder)
+        self._write_pointer("latest", {"folder": final.name, "step": step})
+        self._remove(replaced)
         self._prune()
 
     def _mark_best(self, step: int, value: float) -> None:
         name = self._path(step).name
         if (self.folder / name).exists():
-            self._note("best", {"folder": name, "step": step, "val/loss": value})
+            self._write_pointer("best", {"folder": name, "step": step, "val/loss": value})
             self._prune()
 
     def _best(self) -> str | None:
         try:
-            name = noted(self.folder / "best.json")
+            name = read_pointer(self.folder / "best.json")
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s/best.json is damaged (%s); which checkpoint is the best is not known", self.folder, error)
+            log.warning("%s/best.json is damaged (%s); the best checkpoint is unknown", self.folder, error)
             return None
         return name if name is not None and (self.folder / name).exists() else None
 
     def _latest(self) -> str:
-        if self.owns:
-            self._clear()
-        for path in reversed(self._found()):
+        if not self.is_read_only:
+            self._clean_up()
+        for path in reversed(self._list()):
             problem = damage(path)
             if problem is None:
                 return path.name
-            if self.owns:
-                aside = path.with_name(f"damaged-{path.name}")
-                log.warning("%s is damaged (%s); set aside as %s, the one before is used", path, problem, aside.name)
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+            if self.is_read_only:
+                log.warning("%s is damaged (%s); the previous one is used", path, problem)
             else:
-                log.warning("%s is damaged (%s); the one before is used", path, problem)
-        raise InputError(f"{self.folder}: no whole checkpoint is there")
+                renamed = path.with_name(f"damaged-{path.name}")
+                log.warning("%s is damaged (%s); renamed to %s, the previous one is used", path, problem, renamed.name)
+                shutil.rmtree(renamed, ignore_errors=True)
+                path.rename(renamed)
+        raise InputError(f"{self.folder}: there is no complete checkpoint")
 
-    def _note(self, name: str, content: dict[str, Any]) -> None:
+    def _write_pointer(self, name: str, content: dict[str, Any]) -> None:
         replace_atomically(self.folder / f"{name}.json", encode_json(content))
 
-    def _clear(self) -> None:
-        """Remove what a save or a clean-up left when it was interrupted, and finish putting one in another's place."""
+    def _clean_up(self) -> None:
+        """Remove the files of interrupted saves and removals, and finish interrupted replacements."""
         for path in self.folder.glob(f"{STAGING}*"):
-            log.warning("%s was left by a save that was interrupted; it is removed", path)
-            self._discard(path)
+            log.warning("%s was left by an interrupted save; it is removed", path)
+            self._remove(path)
         for path in self.folder.glob(f"{REMOVED}*"):
-            log.info("%s was left by a removal that was interrupted; it is removed", path)
-            self._discard(path)
+            log.info("%s was left by an interrupted removal; it is removed", path)
+            self._remove(path)
         for path in self.folder.glob(".*.json.*.tmp"):
             path.unlink()
         for path in self.folder.glob(f"step_*{REPLACED}"):
             final = path.with_name(path.name.removesuffix(REPLACED))
             if final.exists():
-                self._discard(path)
+                self._remove(path)
             else:
                 path.rename(final)
 
     def _prune(self) -> None:
         try:
-            best = noted(self.folder / "best.json")
+            best = read_pointer(self.folder / "best.json")
         except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s/best.json is damaged (%s); no checkpoint is removed, as any may be it", self.folder, error)
+            log.warning("%s/best.json is damaged (%s); no checkpoint is removed, since it may be the best",
+                        self.folder, error)  # fmt: skip
             return
         for path in [*self.folder.glob(f"{REMOVED}*"), *self._superseded(best)]:
-            self._discard(path)
+            self._remove(path)
 
     def _superseded(self, best: str | None) -> list[Path]:
-        """The checkpoints that may go, the oldest first."""
-        return [path for path in self._found()[: -self.keep_last] if path.name != best]
+        """Return the checkpoints that may be deleted, oldest first."""
+        return [path for path in self._list()[: -self.keep_last] if path.name != best]
 
-    def _discard(self, path: Path) -> None:
-        """Remove a folder, if it is there: first from sight, so that no one takes half of it for a checkpoint."""
+    def _remove(self, path: Path) -> None:
+        """Remove a folder if it exists. It is renamed first, so that a half-removed folder is no valid checkpoint."""
         hidden = path if path.name.startswith(".") else path.with_name(REMOVED + path.name)
         try:
             if path.exists():
                 path.rename(hidden)
                 shutil.rmtree(hidden)
         except OSError as error:
-            log.warning("%s cannot be removed: %s; it is tried again after the next save", path, error)
+            log.warning("%s cannot be removed: %s; this is tried again after the next save", path, error)
 
 
 def load(
@@ -220,24 +231,28 @@ def load(
     optimizer: bool = True,
     processes: Processes | None = None,
 ) -> Snapshot:
-    """Read a checkpoint; to be called by all processes, by default those of the whole group.
+    """Read a checkpoint. All ranks must call this function.
 
-    Where `like` has a live parameter that is spread over the processes, what is stored of it comes as this process's
-    part; all else comes whole, on the CPU. A checkpoint that `latest` has just given is `verified`; any other is
-    verified here, by the main process, before anything parses it. Without `optimizer`, its tensors are left out.
+    Args:
+        path: folder of the checkpoint.
+        like: live parameters. The stored tensor of a sharded parameter is returned as this rank's shard, every other
+            tensor as a full tensor on the CPU.
+        verified: skip the verification, for a checkpoint that `latest` has just returned.
+        optimizer: read the optimizer's tensors, too.
+        processes: the ranks that call this function; by default all ranks of the process group.
 
     Raises:
-        InputError: it is damaged or not there.
-        OtherProcessFailed: the same, in the processes that are not the main one.
+        InputError: the checkpoint is damaged or does not exist.
+        OtherProcessFailed: the same, on ranks other than 0.
     """
     processes = processes or Processes()
     if not verified:
-        problem = processes.from_main(lambda: damage(path))
+        problem = processes.run_on_main(lambda: damage(path))
         if problem is not None:
-            raise InputError(f"{path}: no whole checkpoint: {problem}")
-    return processes.together(lambda: _read(path, like or {}, optimizer))
+            raise InputError(f"{path}: no complete checkpoint: {problem}")
+    return processes.run_on_all(lambda: _read(path, like or {}, optimizer))
 
 
 def _read(path: Path, like: Mapping[str, Tensor], optimizer: bool) -> Snapshot:
-    read = formats.read_sharded if INDEX in manifest.files(path) else formats.read_full
+    read = formats.read_sharded if INDEX in manifest.file_names(path) else formats.read_full
     return Snapshot(*read(path, like, optimizer=optimizer), json.loads((path / STATE).read_bytes()))

@@ -1,1 +1,1 @@
-"""The command line: from arguments to a job and its exit code."""
+"""Command line: from the arguments of a process to a job and its exit code."""

@@ -1,4 +1,4 @@
-"""The description of a command, and how its file runs it. Imports nothing slow: command files begin with it."""
+"""The definition of a command. Imports nothing slow, because every command module imports it first."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import Job
-    from wmtp.config.schema import Fault
+    from wmtp.config.schema import ConfigIssue
 
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
-"""A short key, since Hydra takes `checkpoint` itself for the group of that name."""
+"""Alias for `checkpoint.path`, because Hydra reserves `checkpoint` for the config group of that name."""
 
 
 def unchanged(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config as it was composed."""
+    """Return the config as Hydra composed it."""
     return config
 
 
 @dataclass(frozen=True)
 class Command:
-    """One door of the package: what it does, and what is its own about its config and its folder."""
+    """A command of the package: its job, its config checks, and its run folder."""
 
     name: str
-    """Of its config in conf/, and of its log file."""
+    """Name of its config file in conf/ and of its log file."""
     job: Job
-    faults: Callable[[DictConfig], list[Fault]]
-    """Everything that is wrong with a config."""
+    find_issues: Callable[[DictConfig], list[ConfigIssue]]
+    """Function that returns all errors of a config."""
     folder: Callable[[DictConfig, list[str]], Path | None]
-    """Where it writes; None: a folder that goes when the command ends."""
+    """Function that returns the output folder; None means a temporary folder, removed when the command ends."""
     complete: Callable[[DictConfig, list[str]], DictConfig] = unchanged
-    """What the config becomes, given the overrides that were typed."""
-    advice: Callable[[Path], str] = lambda folder: "Nothing was saved; start anew."
-    """What to do after an interruption."""
+    """Function that completes the composed config, given the overrides of the user."""
+    resume_hint: Callable[[Path], str] = lambda folder: "Nothing was saved; start again."
+    """Function that returns advice for the user after an interruption."""
     num_processes: Callable[[DictConfig], int] | None = None
-    """How many processes do the job together; None: always one."""
-    texts: frozenset[str] = frozenset()
-    """Keys whose values are text, whatever characters they hold."""
-    in_full: Callable[[list[str]], list[str]] = lambda arguments: arguments
-    """The arguments with keys for those that may be typed without."""
-    short: Mapping[str, str] = field(default_factory=dict)
-    """Keys that users may type for longer ones."""
-    problems: Callable[[DictConfig, Path], list[str]] = lambda config, folder: []
-    """What may keep a sound config from being done, short of making it impossible."""
-    fetches: Mapping[str, Literal["latest", "best"]] = field(default_factory=dict)
-    """Keys that may name an address in S3, and which checkpoints of the run there are then brought."""
+    """Function that returns the number of processes of the job; None if the command always uses one."""
+    raw_keys: frozenset[str] = frozenset()
+    """Keys whose values are plain text that Hydra must not parse."""
+    positional_args: Callable[[list[str]], list[str]] = lambda arguments: arguments
+    """Function that turns positional arguments into `key=value`."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Short keys, mapped to full keys."""
+    preflight: Callable[[DictConfig, Path], list[str]] = lambda config, folder: []
+    """Function that returns warnings about a valid config, such as unreachable servers."""
+    remote_keys: Mapping[str, Literal["latest", "best"]] = field(default_factory=dict)
+    """Keys that accept an S3 address, and which checkpoint of that run is downloaded."""
     end_sweep: Callable[[Path, str], None] | None = None
-    """What else is to be told that a sweep in this folder ended in this state; None: it is not swept."""
+    """Function that receives the folder and final state of a sweep; None if the command does not support sweeps."""
 
 
 def run_command(command: Command) -> NoReturn:
-    """Run a command with the arguments of this process, and exit with its code."""
+    """Run a command with the arguments of this process, and exit with its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the runner handles signals, Ctrl-C ends the process silently
     from wmtp.cli.runner import run  # imports Hydra, which takes a second
 

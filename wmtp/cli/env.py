@@ -1,30 +1,34 @@
-"""Settings that belong to a machine or a person, not to a run: the environment's variables, and those of `.env`."""
+"""Settings of a machine or a user instead of a run: environment variables, also from `.env` files."""
 
 import os
 from pathlib import Path
 
 from dotenv import load_dotenv
 
-from wmtp.config.schema import CONFIG_FOLDER, CREDENTIALS, ConfigError, Fault
+from wmtp.config.schema import CONFIG_FOLDER, CREDENTIALS, ConfigError, ConfigIssue
 
 
 def load_environment() -> None:
-    """Take what `.env` says, here and beside the source, where the environment does not say it itself.
+    """Load `.env` from the working directory and from the source folder; existing variables take precedence.
 
     Raises:
-        InputError: a user and password in MLFLOW_TRACKING_URI are not understood.
+        InputError: MLFLOW_TRACKING_URI contains a user and password that cannot be parsed.
     """
     for folder in (Path.cwd(), CONFIG_FOLDER.parent):
         load_dotenv(folder / ".env", override=False)
     if "@" in os.environ.get("MLFLOW_TRACKING_URI", ""):
-        from wmtp.tracking.mlflow import take_credentials
+        from wmtp.tracking.mlflow import move_credentials
 
-        take_credentials()
+        move_credentials()
 
 
 def refuse_credentials(arguments: list[str]) -> None:
-    """Raises `ConfigError` where an argument has a user or a password in an address: arguments are written down."""
-    problem = "names a user in an address; users and passwords belong into the environment or .env (see .env.example)"
-    faults = [Fault(argument.partition("=")[0], "", problem) for argument in arguments if CREDENTIALS.search(argument)]
-    if faults:
-        raise ConfigError(faults)
+    """Refuse user names and passwords in URLs of the arguments, because the arguments of a run are stored.
+
+    Raises:
+        ConfigError: an argument contains a URL with a user name or a password.
+    """
+    problem = "contains a user name in a URL; put users and passwords into the environment or .env (see .env.example)"
+    issues = [ConfigIssue(arg.partition("=")[0], "", problem) for arg in arguments if CREDENTIALS.search(arg)]
+    if issues:
+        raise ConfigError(issues)

@@ -1,4 +1,4 @@
-"""A job of a command with its config and folder, done by this process alone or by several together."""
+"""Run the job of a command in one process or in a process group."""
 
 import logging
 import os
@@ -13,216 +13,223 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.distributed.worker import receive_task, set_up_output, tell_ready
+from wmtp.distributed.worker import mark_ready, receive_context, set_up_output
 from wmtp.errors import InterruptedAtOnce, InterruptedRun, PendingError, TrainingError
 from wmtp.runtime.processes import module_arguments
-from wmtp.runtime.run_dir import Ending
-from wmtp.runtime.signals import ignored_signals, raised_signals
+from wmtp.runtime.run_dir import JobProgress
+from wmtp.runtime.signals import ignore_signals, raise_on_signals
 
-if TYPE_CHECKING:  # what knows torch is imported where it is needed, for --help needs none of it
-    from wmtp.distributed.exit_reports import Board
+if TYPE_CHECKING:  # modules that import torch are imported inside functions, because --help must stay fast
+    from wmtp.distributed.exit_reports import ExitReportStore
 
 log = logging.getLogger(__name__)
-FAREWELL = 90.0
-"""Seconds in which all processes of a run that they end together have closed what they opened, and say so."""
-DELIVERY = 24 * 3600.0
-"""Seconds that the others stay with the first process while it delivers what the run leaves."""
-TOGETHER = (InterruptedRun, PendingError, TrainingError)
-"""Errors that all processes raise, or none."""
+EXIT_BARRIER_S = 90.0
+"""Seconds that all ranks have to close their files and connections after an error that all of them raise."""
+UPLOAD_BARRIER_S = 24 * 3600.0
+"""Seconds that the other ranks wait while rank 0 uploads the rest of the run."""
+COLLECTIVE_ERRORS = (InterruptedRun, PendingError, TrainingError)
+"""Errors that are raised on all ranks or on none."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a job is given."""
+class JobContext:
+    """The input of a job: its config, its folder and the overrides, and the object that receives its progress."""
 
     config: DictConfig
     folder: Path
     overrides: list[str]
-    """As the user typed them."""
-    ending: Ending = field(default_factory=Ending)
-    """Where the job reports how far it came."""
+    """Overrides as the user wrote them."""
+    progress: JobProgress = field(default_factory=JobProgress)
+    """Last step and stop reason, set by the job."""
 
 
-Job = Callable[[Task], float | None]
+Job = Callable[[JobContext], float | None]
 
 
-def encoded(task: Task) -> dict[str, Any]:
-    """A task as plain values for another process. The config keeps its references, which a stage's may redirect."""
+def encode_context(context: JobContext) -> dict[str, Any]:
+    """Return a job context as plain values for another process.
+
+    Interpolations in the config stay unresolved, because a stage may change the keys that they refer to.
+    """
     job_logging = HydraConfig.get().job_logging
     return {
-        "config": OmegaConf.to_yaml(task.config),
-        "folder": str(task.folder),
-        "overrides": task.overrides,
+        "config": OmegaConf.to_yaml(context.config),
+        "folder": str(context.folder),
+        "overrides": context.overrides,
         "logging": OmegaConf.to_container(job_logging, resolve=True),
     }
 
 
-def decoded(values: Mapping[str, Any]) -> Task:
-    """The task of these values."""
+def decode_context(values: Mapping[str, Any]) -> JobContext:
+    """Return the job context from the values of `encode_context`."""
     setup_globals()
     config = OmegaConf.create(values["config"])
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)
-    return Task(config, Path(values["folder"]), list(values["overrides"]))
+    return JobContext(config, Path(values["folder"]), list(values["overrides"]))
 
 
-def launch(job: Job, task: Task, size: int) -> float | None:
-    """Do a job in `size` new processes of this machine."""
+def launch(job: Job, context: JobContext, size: int) -> float | None:
+    """Run a job in `size` new processes on this machine, and return the value of rank 0."""
     from wmtp.distributed.launcher import launch as launch_workers
 
     name = job.__module__ if job.__module__ != "__main__" else sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
-    outcome = launch_workers(module_arguments(name), size, encoded(task), task.ending)
-    return outcome.value
+    report = launch_workers(module_arguments(name), size, encode_context(context), context.progress)
+    return report.value
 
 
-def lead(job: Job, task: Task, last_act: Callable[[BaseException], None]) -> float | None:
-    """Do a job together with the processes that torchrun started besides this one, the first.
+def run_rank0(job: Job, context: JobContext, on_hang: Callable[[BaseException], None]) -> float | None:
+    """Run a job on rank 0 of a process group that torchrun started.
 
-    `last_act` is told what failed if this process hangs because of it, and must be ended.
+    Args:
+        job: the job of all ranks.
+        context: input of the job; it is sent to the other ranks.
+        on_hang: receives the root cause if another rank failed and this process must end because it hangs.
     """
-    from wmtp.distributed.exit_reports import FAILED, SUFFERED
+    from wmtp.distributed.exit_reports import FAILED, PEER_FAILED
     from wmtp.distributed.process_group import OtherProcessFailed
-    from wmtp.distributed.rendezvous import StoreBoard, share_task
+    from wmtp.distributed.rendezvous import RendezvousReportStore, share_context
 
-    share_task(encoded(task))
-    board = StoreBoard()
+    share_context(encode_context(context))
+    report_store = RendezvousReportStore()
 
-    def end(lost: int) -> int:
-        found = _cause(board) or OtherProcessFailed(lost, "is gone", 1)
-        last_act(found)
-        return getattr(found, "exit_code", 1)
+    def _report_hang(dead_rank: int) -> int:
+        error = _find_root_cause(report_store) or OtherProcessFailed(dead_rank, "died", 1)
+        on_hang(error)
+        return getattr(error, "exit_code", 1)
 
     try:
-        return take_part(job, task, board, end)
+        return run_in_group(job, context, report_store, _report_hang)
     except BaseException:
-        with ignored_signals():  # the launcher ends this process soon, too
-            outcome = board.read().get(0)
-            if outcome is not None and outcome.end == SUFFERED:
-                time.sleep(1)  # what failed first may still be about to say so
-            if outcome is not None and outcome.end != FAILED and (found := _cause(board)) is not None:
-                raise found from None
+        with ignore_signals():  # torchrun also sends SIGTERM to this process soon
+            report = report_store.read().get(0)
+            if report is not None and report.end == PEER_FAILED:
+                time.sleep(1)  # time for the rank that failed first to write its report
+            if report is not None and report.end != FAILED and (error := _find_root_cause(report_store)) is not None:
+                raise error from None
         raise
 
 
-def dismiss(exit_code: int) -> None:
-    """Let the processes that torchrun started besides this one end: there is no job."""
-    from wmtp.distributed.rendezvous import dismiss as dismiss_others
+def shutdown_workers(exit_code: int) -> None:
+    """End the other ranks that torchrun started, because there is no job to run."""
+    from wmtp.distributed.rendezvous import shutdown_workers as send_shutdown
 
-    dismiss_others(exit_code)
-
-
-def _cause(board: "Board") -> BaseException | None:
-    """What the others say ended the run."""
-    from wmtp.distributed.exit_reports import cause
-
-    outcomes = board.read()
-    for outcome in outcomes.values():
-        if outcome.rank and outcome.traceback:
-            log.info("process %d ended with exit code %d:\n%s", outcome.rank, outcome.exit_code, outcome.traceback)
-    found = cause(outcomes, {}, None)
-    return None if found is None else found.error(alone=found.rank == 0)
+    send_shutdown(exit_code)
 
 
-def follow(job: Job) -> NoReturn:
-    """What a process does that torchrun started besides the first: wait for the task, and take part."""
-    from wmtp.distributed.rendezvous import StoreBoard, wait_for_task
+def _find_root_cause(report_store: "ExitReportStore") -> BaseException | None:
+    """Return the error that ended the run according to the reports of all ranks, and log their tracebacks."""
+    from wmtp.distributed.exit_reports import root_cause
 
-    def do() -> int:
-        values = wait_for_task()
+    reports = report_store.read()
+    for report in reports.values():
+        if report.rank and report.traceback:
+            log.info("process %d ended with exit code %d:\n%s", report.rank, report.exit_code, report.traceback)
+    first = root_cause(reports, {}, None)
+    return None if first is None else first.error(omit_rank=first.rank == 0)
+
+
+def run_worker(job: Job) -> NoReturn:
+    """Run a job on a rank other than 0 of a process group that torchrun started: wait for its context, then run."""
+    from wmtp.distributed.rendezvous import RendezvousReportStore, wait_for_context
+
+    def _run() -> int:
+        values = wait_for_context()
         if "exit_code" in values:
             return int(values["exit_code"])
-        _help(job, values, StoreBoard())
+        _run_received(job, values, RendezvousReportStore())
         return 0
 
-    _end_with(do)
+    _run_and_exit(_run)
 
 
-def work(job: Job) -> NoReturn:
-    """What a process does that `launch` started."""
-    values, folder = receive_task()
-    from wmtp.distributed.exit_reports import (
-        FolderBoard,
-    )  # imports torch, while a signal still ends this process quietly
+def run_launched_worker(job: Job) -> NoReturn:
+    """Run a job in a process that `launch` started."""
+    values, folder = receive_context()
+    # imported here, because it imports torch, and until the signal handlers are set a signal ends this process quietly
+    from wmtp.distributed.exit_reports import FolderReportStore
 
-    def do() -> int:
-        tell_ready(folder)
-        _help(job, values, FolderBoard(folder))
+    def _run() -> int:
+        mark_ready(folder)
+        _run_received(job, values, FolderReportStore(folder))
         return 0
 
-    _end_with(do)
+    _run_and_exit(_run)
 
 
-def _help(job: Job, values: Mapping[str, Any], board: "Board") -> None:
-    """Take part in another process's task, that of these values."""
-    from wmtp.distributed.exit_reports import Outcome
+def _run_received(job: Job, values: Mapping[str, Any], report_store: "ExitReportStore") -> None:
+    """Run a job with a context that another process sent."""
+    from wmtp.distributed.exit_reports import ExitReport
 
     try:
         set_up_output(values["logging"])
-        task = decoded(values)
+        context = decode_context(values)
     except BaseException as error:
-        board.put(Outcome.of(error, int(os.environ["RANK"]), Ending()))
+        report_store.put(ExitReport.from_error(error, int(os.environ["RANK"]), JobProgress()))
         raise
-    take_part(job, task, board)
+    run_in_group(job, context, report_store)
 
 
-def _end_with(do: Callable[[], int]) -> NoReturn:
-    """Do something that signals interrupt, and end this process with its exit code; its error was recorded."""
-    with raised_signals():
+def _run_and_exit(run: Callable[[], int]) -> NoReturn:
+    """Call `run`, which signals may interrupt, and exit with its code. Its error is already in an exit report."""
+    with raise_on_signals():
         try:
-            code = do()
-        except BaseException as error:  # noqa: BLE001 - take_part has recorded it, and the first process reports it
+            code = run()
+        except BaseException as error:  # noqa: BLE001 - run_in_group stored it, and rank 0 reports it
             code = getattr(error, "exit_code", 1)
         if code:
             logging.shutdown()
             sys.stdout.flush()
-            os._exit(code)  # after a failure, an ordinary end may wait for the other processes for ever
+            os._exit(code)  # after a failure, a normal interpreter exit may wait for the other ranks forever
     sys.exit()
 
 
-def take_part(job: Job, task: Task, board: "Board", last_act: Callable[[int], int] | None = None) -> float | None:
-    """Do a job together with the other processes, and leave on the board how it ended here.
+def run_in_group(
+    job: Job, context: JobContext, report_store: "ExitReportStore", on_hang: Callable[[int], int] | None = None
+) -> float | None:
+    """Run a job on this rank of a process group, and store the exit report of this rank.
 
     Args:
-        job: what all processes do.
-        task: with what.
-        board: where each leaves its outcome.
-        last_act: what to do if this process hangs since another is gone, whose rank it is told; gives the exit code.
+        job: the job of all ranks.
+        context: input of the job.
+        report_store: store of the exit reports of all ranks.
+        on_hang: called with the rank of a dead process if this process hangs because of it; returns the exit code.
     """
-    from wmtp.distributed.device import device_of
-    from wmtp.distributed.exit_reports import FINISHED, Outcome
-    from wmtp.distributed.process_group import OtherProcessFailed, Processes, join, leave
+    from wmtp.distributed.device import resolve_device
+    from wmtp.distributed.exit_reports import FINISHED, ExitReport
+    from wmtp.distributed.process_group import OtherProcessFailed, Processes, join_group, leave_group
     from wmtp.distributed.rendezvous import common_store
-    from wmtp.distributed.watchdog import Peers
+    from wmtp.distributed.watchdog import Watchdog
 
-    rank, hardware = int(os.environ["RANK"]), task.config.hardware
+    rank, hardware = int(os.environ["RANK"]), context.config.hardware
 
-    def give_up(lost: int) -> int:
-        if rank not in board.read():
-            board.put(Outcome.of(OtherProcessFailed(lost, "is gone", 1), rank, task.ending))
+    def _report_hang(dead_rank: int) -> int:
+        if rank not in report_store.read():
+            report_store.put(ExitReport.from_error(OtherProcessFailed(dead_rank, "died", 1), rank, context.progress))
         return 1
 
-    peers: Peers | None = None
+    watchdog: Watchdog | None = None
     timeout = float(hardware.get("timeout", 1800))
     try:
-        join(device_of(hardware.device), timeout)
-        peers = Peers(Processes(), common_store(), last_act or give_up)
-        value = job(task)
-        step, reason = task.ending.step, task.ending.stop_reason
-        board.put(Outcome(rank, FINISHED, step=step, stop_reason=reason, value=value, time=time.time()))
-        peers.part(DELIVERY)
+        join_group(resolve_device(hardware.device), timeout)
+        watchdog = Watchdog(Processes(), common_store(), on_hang or _report_hang)
+        value = job(context)
+        step, reason = context.progress.step, context.progress.stop_reason
+        report_store.put(ExitReport(rank, FINISHED, step=step, stop_reason=reason, value=value, time=time.time()))
+        watchdog.exit_barrier(UPLOAD_BARRIER_S)
     except BaseException as error:
-        with ignored_signals():
-            outcome = Outcome.of(error, rank, task.ending)
-            board.put(outcome if peers is None else peers.blamed(outcome))
-        agreed = isinstance(error, TOGETHER) and not isinstance(error, InterruptedAtOnce)
-        if peers is not None and not agreed:
-            peers.tell_failed()
-        if peers is not None and agreed:
+        with ignore_signals():
+            report = ExitReport.from_error(error, rank, context.progress)
+            report_store.put(report if watchdog is None else watchdog.attribute_failure(report))
+        is_collective = isinstance(error, COLLECTIVE_ERRORS) and not isinstance(error, InterruptedAtOnce)
+        if watchdog is not None and not is_collective:
+            watchdog.report_failure()
+        if watchdog is not None and is_collective:
             try:
-                peers.part(FAREWELL)
-            except OtherProcessFailed as lost:
-                log.info("%s", lost)
-            leave()
+                watchdog.exit_barrier(EXIT_BARRIER_S)
+            except OtherProcessFailed as peer_error:
+                log.info("%s", peer_error)
+            leave_group()
         raise
-    leave()
+    leave_group()
     return value

@@ -1,4 +1,4 @@
-"""From a command line to a job in a run's folder: overrides, checks, Hydra, status and exit code."""
+"""From a command line to a job in a run folder: overrides, checks, Hydra, status and exit code."""
 
 import logging
 import os
@@ -19,248 +19,254 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.cli.command import Command
 from wmtp.cli.env import load_environment, refuse_credentials
-from wmtp.cli.job import Task, dismiss, follow, launch, lead, work
-from wmtp.config.groups import is_group, options_of
-from wmtp.config.overrides import forced, parsed, plain, quoted, saved_overrides
-from wmtp.config.schema import CONFIG_FOLDER, ConfigError, Fault, did_you_mean
-from wmtp.distributed.worker import TASK
+from wmtp.cli.job import JobContext, launch, run_launched_worker, run_rank0, run_worker, shutdown_workers
+from wmtp.config.groups import group_options, is_group
+from wmtp.config.overrides import expand_argument, load_saved_overrides, parse_overrides, quote, to_hydra_override
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, did_you_mean
+from wmtp.distributed.worker import CONTEXT_VARIABLE
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst
-from wmtp.runtime.processes import die_with, keep_to_share, started_together
-from wmtp.runtime.run_dir import Ending, RunStatus
-from wmtp.runtime.signals import ignored_signals, raised_signals
-from wmtp.sweep.local_launcher import PARENT
+from wmtp.runtime.processes import kill_on_parent_death, limit_threads, started_together
+from wmtp.runtime.run_dir import JobProgress, RunStatus
+from wmtp.runtime.signals import ignore_signals, raise_on_signals
+from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE
 
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
-"""Hydra's options that install Tab completion in a shell and answer it."""
+"""Options of Hydra that install Tab completion in a shell, or answer a completion request of the shell."""
 
 
 def run(command: Command) -> NoReturn:
-    """Run a command: check its overrides, choose its folder, hand over to Hydra, exit with the job's code.
+    """Run a command: check its overrides, choose its folder, call Hydra, and exit with the exit code of the job.
 
-    A process that was started to help with a job does only that. A sweep's job dies with its sweep.
+    In a worker process of a job, only run the job. A job of a sweep is killed when the sweep process dies.
     """
-    if (sweep := os.environ.pop(PARENT, None)) is not None:
-        die_with(int(sweep))
-    if TASK in os.environ:
-        work(command.job)
+    if (sweep := os.environ.pop(SWEEP_PID_VARIABLE, None)) is not None:
+        kill_on_parent_death(int(sweep))
+    if CONTEXT_VARIABLE in os.environ:
+        run_launched_worker(command.job)
     if started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())
+        kill_on_parent_death(os.getppid())
     if started_together() and os.environ["RANK"] != "0":
-        follow(command.job)
-    session = Session(command)
+        run_worker(command.job)
+    runner = CommandRunner(command)
     try:
         load_environment()
-        with raised_signals():
-            arguments = command.in_full(sys.argv[1:])
-            session.run([plain(argument, command.texts, command.short) for argument in arguments])
+        with raise_on_signals():
+            arguments = command.positional_args(sys.argv[1:])
+            runner.run([expand_argument(argument, command.raw_keys, command.aliases) for argument in arguments])
     except WmtpError as error:
-        session.end(error.exit_code, str(error))
-    except BrokenPipeError:  # `… --help | head`: nobody reads on, and the interpreter must not flush at its end
+        runner.end(error.exit_code, str(error))
+    except BrokenPipeError:  # `… --help | head`: the reader closed the pipe, and the exit must not flush into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InterruptedRun, KeyboardInterrupt) as error:
-        session.interrupted(ending(error)[0])
+        runner.interrupted(exit_state(error)[0])
     finally:
-        session.close()
-    sys.exit(worst(session.codes))
+        runner.close()
+    sys.exit(worst(runner.codes))
 
 
-class Session:
-    """One call of a command, from what was typed to its exit code."""
+class CommandRunner:
+    """One call of a command, from its arguments to its exit code."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
         self.codes: list[int] = []
-        """The exit codes of its jobs."""
+        """Exit codes of the jobs."""
         self.folder: Path | None = None
-        """The folder of its only job."""
+        """Folder of the job; None for a sweep."""
         self.is_temporary = False
         self.scratch: Path | None = None
-        """A folder for what is only looked at."""
-        self.has_shared = False
-        """Whether the processes that torchrun started besides this one know what to do."""
+        """Temporary folder for the downloads of a dry run."""
+        self.has_shared_job = False
+        """True after the other ranks that torchrun started received the job."""
 
     def run(self, arguments: list[str]) -> None:
-        """Do the sweep; or check, choose the folder, and do the job.
+        """Run the sweep; or check the arguments, choose the folder, and run the job.
 
         Raises:
-            ConfigError: something is wrong with the overrides, the config or the folder.
+            ConfigError: the overrides, the config or the folder are not valid.
         """
         options = [argument for argument in arguments if argument.startswith("-")]
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
-        overrides = self._choose(arguments)
+        overrides = self._prepare(arguments)
         sys.argv = [sys.argv[0], *overrides]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        main(self._do)()
+        main(self._run_job)()
 
     def _sweep(self, arguments: list[str]) -> None:
-        """Do a job for each combination of the values that were named."""
+        """Run a job for each combination of the given values."""
         from wmtp.sweep.sweep import run_sweep
 
         command = self.command
         if started_together():
-            problem = "a sweep starts outside, and each of its jobs starts its processes; leave torchrun out"
-            raise ConfigError([Fault("-m", "", problem)])
+            problem = "a sweep starts its own processes for each job; run it without torchrun"
+            raise ConfigError([ConfigIssue("-m", "", problem)])
         if command.end_sweep is None:
-            raise ConfigError([Fault("-m", "", f"only trainings are swept; call {command.name} for each by itself")])
+            problem = f"only train supports sweeps; run {command.name} once per combination"
+            raise ConfigError([ConfigIssue("-m", "", problem)])
         if resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]:
-            problem = "a sweep begins new runs; sweep.resume=DIR goes on with one that was begun"
-            raise ConfigError([Fault(resumed[0], "", problem)])
+            problem = "a sweep starts new runs; resume an earlier sweep with sweep.resume=DIR"
+            raise ConfigError([ConfigIssue(resumed[0], "", problem)])
         refuse_credentials(arguments)
 
-        def check(overrides: list[str]) -> list[Fault]:
+        def _check(overrides: list[str]) -> list[ConfigIssue]:
             try:
-                checked_overrides(command, overrides)
+                check_overrides(command, overrides)
             except ConfigError as error:
-                return error.faults
+                return error.issues
             return []
 
-        self.codes.append(run_sweep(command.name, self._with_copies(arguments), check, command.end_sweep))
+        self.codes.append(run_sweep(command.name, self._download_remote(arguments), _check, command.end_sweep))
 
-    def _choose(self, arguments: list[str]) -> list[str]:
+    def _prepare(self, arguments: list[str]) -> list[str]:
+        """Check the arguments, choose the run folder, and return the overrides for Hydra."""
         command = self.command
         if started_together() and command.num_processes is None:
-            raise ConfigError([Fault("torchrun", "", f"{command.name} works in one process; leave torchrun out")])
+            problem = f"{command.name} runs in one process; run it without torchrun"
+            raise ConfigError([ConfigIssue("torchrun", "", problem)])
         if any(argument in COMPLETION for argument in arguments):
             return arguments
         refuse_credentials(arguments)
-        arguments = self._with_copies(arguments)
+        arguments = self._download_remote(arguments)
         if any(argument.startswith("-") for argument in arguments):  # --help, --cfg: Hydra's own
-            return [forced(argument) for argument in arguments if argument not in MULTIRUN]
-        overrides, config = checked_overrides(command, arguments)
+            return [to_hydra_override(argument) for argument in arguments if argument not in MULTIRUN]
+        overrides, config = check_overrides(command, arguments)
         folder = command.folder(config, overrides)
         if folder is None:
             folder, self.is_temporary = Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")), True
         self.folder = folder
-        self._warn(config, folder)
+        for warning in command.preflight(config, folder):
+            print(f"WARNING: {warning}", file=sys.stderr)
         if config.get("dry_run"):
-            overrides.append(f"++cache_dir={quoted(folder / 'cache')}")
-        return [*overrides, f"hydra.run.dir={quoted(folder)}"]
+            overrides.append(f"++cache_dir={quote(folder / 'cache')}")
+        return [*overrides, f"hydra.run.dir={quote(folder)}"]
 
-    def _with_copies(self, arguments: list[str]) -> list[str]:
-        """The arguments with local copies in the place of addresses in S3; a rehearsal's go when the command ends."""
+    def _download_remote(self, arguments: list[str]) -> list[str]:
+        """Download the S3 addresses in the arguments, and return the arguments with the paths of the local copies.
+
+        The copies of a dry run are removed when the command ends.
+        """
         options = {argument for argument in arguments if argument.startswith("-")}
-        if not any("s3://" in argument for argument in arguments) or options - {"-m", "--multirun"}:
+        if not any("s3://" in argument for argument in arguments) or options - set(MULTIRUN):
             return arguments
-        from wmtp.cli.s3_paths import fetched
+        from wmtp.cli.s3_paths import replace_remote_args
 
         if "dry_run=true" in (argument.lstrip("+").lower() for argument in arguments):
             self.scratch = Path(tempfile.mkdtemp(prefix=f"wmtp-{self.command.name}-"))
         try:
-            return fetched(arguments, self.command.fetches, self.scratch)
+            return replace_remote_args(arguments, self.command.remote_keys, self.scratch)
         except OSError as error:
             raise InputError(f"{error}; nothing was done") from error
 
-    def _do(self, config: DictConfig) -> float | None:
-        """One job: its outcome goes to status.json and the exit codes, its traceback to the log file."""
+    def _run_job(self, config: DictConfig) -> float | None:
+        """Run one job, and record its end in status.json, the exit codes and (with traceback) the log file."""
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
         try:
-            status, progress = RunStatus(folder), Ending()
+            status, progress = RunStatus(folder), JobProgress()
         except InputError as error:
             self.end(error.exit_code, str(error))
             return None
 
-        def record(error: BaseException) -> None:
-            code, state = ending(error)
+        def _record(error: BaseException) -> None:
+            code, state = exit_state(error)
             if not (isinstance(error, InputError) and status.withdraw()):
                 status.end(state, code, progress, error=str(error) or type(error).__name__)
             if progress.logged is not error:
-                log.info("it ended: %s", state, exc_info=error)
-            self.end(code, farewell(error, None if self.is_temporary else folder, self.command))
+                log.info("the job ended: %s", state, exc_info=error)
+            self.end(code, final_message(error, None if self.is_temporary else folder, self.command))
 
         try:
-            config = self.command.complete(config, list(hydra_config.overrides.task))
-            if faults := self.command.faults(config):
-                raise ConfigError(faults)
-            task = Task(config, folder, list(hydra_config.overrides.task), progress)
-            value = self._perform(task, record)
+            overrides = list(hydra_config.overrides.task)
+            config = self.command.complete(config, overrides)
+            if issues := self.command.find_issues(config):
+                raise ConfigError(issues)
+            value = self._dispatch(JobContext(config, folder, overrides, progress), _record)
             status.end("FINISHED", 0, progress)
-        except BaseException as error:  # noqa: BLE001 - whatever ends the job is recorded
-            with ignored_signals():
-                record(error)
+        except BaseException as error:  # noqa: BLE001 - every end of the job is recorded
+            with ignore_signals():
+                _record(error)
             if isinstance(error, InterruptedRun):
                 sys.exit(self.codes[-1])
             return None
         return value
 
-    def _perform(self, task: Task, record: Callable[[BaseException], None]) -> float | None:
-        """Do the job, in as many processes as it asks for."""
+    def _dispatch(self, context: JobContext, record: Callable[[BaseException], None]) -> float | None:
+        """Run the job in as many processes as its config requires."""
         command = self.command
         if started_together():
-            self.has_shared = True
-            return lead(command.job, task, record)
-        size = command.num_processes(task.config) if command.num_processes else 1
+            self.has_shared_job = True
+            return run_rank0(command.job, context, record)
+        size = command.num_processes(context.config) if command.num_processes else 1
         if size > 1:
-            return launch(command.job, task, size)
-        keep_to_share()
-        return command.job(task)
-
-    def _warn(self, config: DictConfig, folder: Path) -> None:
-        for problem in self.command.problems(config, folder):
-            print(f"WARNING: {problem}", file=sys.stderr)
+            return launch(command.job, context, size)
+        limit_threads()
+        return command.job(context)
 
     def end(self, code: int, message: str) -> None:
-        """Say how a job ended, and note its exit code."""
+        """Print how a job ended, and record its exit code."""
         print(message, file=sys.stderr)
         self.codes.append(code)
 
     def interrupted(self, code: int) -> None:
-        """A signal came when no job was going on; a folder that was chosen for one says so, if it holds anything."""
-        self.end(code, "interrupted before anything began")
+        """Record a signal that arrived while no job was running; write status.json if the run folder has content."""
+        self.end(code, "interrupted before the job started")
         folder = None if self.is_temporary else self.folder
         if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "status.json").exists():
-            RunStatus(folder).end("KILLED", code, Ending(), error="interrupted before anything began")
+            RunStatus(folder).end("KILLED", code, JobProgress(), error="interrupted before the job started")
 
     def close(self) -> None:
-        """Remove what is not to stay, and let nobody wait."""
+        """Remove temporary folders and an empty run folder, and end the waiting ranks of torchrun."""
         for folder in (self.scratch, self.folder if self.is_temporary else None):
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
         if self.folder is not None and self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()  # it was chosen, and nothing came of it
-        if started_together() and not self.has_shared:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as one of the others has ended
-            dismiss(worst(self.codes))
+            self.folder.rmdir()
+        if started_together() and not self.has_shared_job:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one of the other ranks ends
+            shutdown_workers(worst(self.codes))
 
 
-def checked_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:
-    """The overrides to run with, those of the run to be resumed included, and the config they compose.
+def check_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:
+    """Return the overrides of a run, including those of the run to resume, and the config that they compose.
 
     Raises:
-        ConfigError: with every fault of the syntax, the groups, the keys and their values.
+        ConfigError: with all errors in the syntax, the groups, the keys and their values.
     """
-    faults: list[Fault] = []
+    issues: list[ConfigIssue] = []
     overrides: dict[tuple[str, str | None], str] = {}
-    for override in parsed(saved_overrides(arguments) + arguments, faults):
+    for override in parse_overrides(load_saved_overrides(arguments) + arguments, issues):
         key, text = override.key_or_group, override.input_line or ""
-        options = options_of(key) if is_group(key) else None
+        options = group_options(key) if is_group(key) else None
         if options is not None and str(override.value()) not in options:
             choice = str(override.value())
-            faults.append(Fault(key, choice, f"no such option; {did_you_mean(choice, options)}"))
+            issues.append(ConfigIssue(key, choice, f"no such option; {did_you_mean(choice, options)}"))
         else:
-            overrides[key, override.package] = forced(text)
+            overrides[key, override.package] = to_hydra_override(text)
     chosen = list(overrides.values())
     config = DictConfig({})
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             config = command.complete(hydra.compose(command.name, chosen), chosen)
     except (HydraException, OmegaConfBaseException) as error:
-        faults.append(Fault("config", "", " ".join(str(error).split())))
+        issues.append(ConfigIssue("config", "", " ".join(str(error).split())))
     else:
-        faults += command.faults(config)
-    if faults:
-        raise ConfigError(faults)
+        issues += command.find_issues(config)
+    if issues:
+        raise ConfigError(issues)
     return chosen, config
 
 
-def farewell(error: BaseException, folder: Path | None, command: Command) -> str:
-    """What an end is said to be, and what can be done about it; without a folder, the traceback of a crash."""
+def final_message(error: BaseException, folder: Path | None, command: Command) -> str:
+    """Return the message for the user about a failed or interrupted job, with the remedy.
+
+    Without a folder, there is no log file, so the message of a crash contains the traceback.
+    """
     if isinstance(error, InterruptedRun):
-        return f"{error}\n{command.advice(folder)}" if folder else str(error)
+        return f"{error}\n{command.resume_hint(folder)}" if folder else str(error)
     if isinstance(error, PendingError):
         return str(error)
     if folder is None:
@@ -269,8 +275,8 @@ def farewell(error: BaseException, folder: Path | None, command: Command) -> str
     return f"{kind}{error}\nThe traceback is in {folder / command.name}.log."
 
 
-def ending(error: BaseException) -> tuple[int, str]:
-    """The exit code and the recorded state of a run that an exception ended."""
+def exit_state(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the recorded state of a run that an exception ended."""
     if isinstance(error, InterruptedRun):
         return error.exit_code, "KILLED"
     if isinstance(error, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""S3 addresses on the command line: a local copy is brought, and its folder takes the address's place."""
+"""S3 addresses on the command line: download the run, and use the local copy instead."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,64 +7,63 @@ from typing import Literal
 from pydantic import ValidationError
 from rich.console import Console
 
-from wmtp.config.overrides import named_folder, quoted
-from wmtp.config.schema import ConfigError, Fault, problem_of, validated
+from wmtp.config.overrides import chosen_run_dir, quote
+from wmtp.config.schema import ConfigError, ConfigIssue, format_problem, validate_value
 from wmtp.runtime.run_dir import OUTPUTS
 from wmtp.s3.client import S3Options
 from wmtp.s3.fetch import fetch_run, find_run, local_folder
 
 Which = Literal["latest", "best"]
 COPIES = OUTPUTS / "copies"
-"""Where models of S3 are kept that are used here."""
-STORE = "checkpoint."
-"""Keys of the group that says how the store is reached begin with it."""
+"""Folder of models that were downloaded for evaluation, generation or export."""
+STORE_PREFIX = "checkpoint."
+"""Prefix of the keys that configure the S3 store."""
 
 
-def fetched(arguments: list[str], keys: Mapping[str, Which], scratch: Path | None) -> list[str]:
-    """The arguments with the folders of local copies in the place of S3 addresses.
+def replace_remote_args(arguments: list[str], keys: Mapping[str, Which], scratch: Path | None) -> list[str]:
+    """Download the runs at S3 addresses, and return the arguments with local folders instead of the addresses.
 
-    A run that is to be gone on with lies under outputs/ as it did where it was made, or where `hydra.run.dir` says,
-    which is then used up. A model that is to be used lies in a folder of its own, which no training goes on in; both
-    lie in `scratch`, if that is given.
+    A run to resume ("latest") is copied to the same path below outputs/ that it had on its first machine, or to
+    `hydra.run.dir`, which is then removed from the arguments. A model to use ("best") is copied to a separate folder
+    below outputs/copies, in which no training is resumed. With `scratch`, all copies are below that folder instead.
 
     Raises:
-        ConfigError: something is wrong with how the store is to be reached.
-        InputError: the store refuses it, or there is no run.
+        ConfigError: the settings of the store are not valid.
+        InputError: the store refuses access, or contains no such run.
         OSError: the store does not answer.
     """
-    options, named = store_options(arguments), named_folder(arguments)
+    options, run_dir = store_options(arguments), chosen_run_dir(arguments)
     console = Console(markup=False, stderr=True)
     result: list[str] = []
-    used = False
+    used_run_dir = False
     for argument in arguments:
         key, _, url = (part.strip("'\"") for part in argument.lstrip("+").partition("="))
         if key not in keys or not url.startswith("s3://"):
             result.append(argument)
             continue
-        goes_on, run = keys[key] == "latest", find_run(url, options)
-        url = url if url.startswith(f"{run}/") else run  # one of its checkpoints, or it was the only run below
-        own = (named or local_folder(url)) if goes_on else COPIES / local_folder(url).relative_to(OUTPUTS)
-        target = scratch or own
-        folder = fetch_run(url, target, options, checkpoints=keys[key], console=console)
-        result.append(f"{key}={quoted(folder)}")
-        used = used or goes_on
-    return [argument for argument in result if not (used and argument.startswith("hydra.run.dir="))]
+        resumes, run = keys[key] == "latest", find_run(url, options)
+        url = url if url.startswith(f"{run}/") else run  # one of its checkpoints, or the only run below the address
+        default = (run_dir or local_folder(url)) if resumes else COPIES / local_folder(url).relative_to(OUTPUTS)
+        folder = fetch_run(url, scratch or default, options, checkpoints=keys[key], console=console)
+        result.append(f"{key}={quote(folder)}")
+        used_run_dir = used_run_dir or resumes
+    return [argument for argument in result if not (used_run_dir and argument.startswith("hydra.run.dir="))]
 
 
 def store_options(arguments: list[str]) -> S3Options:
-    """How the store is reached, as far as the arguments say it; the environment says the rest.
+    """Return the S3 options in the arguments; the environment provides those that are missing.
 
     Raises:
-        ConfigError: they say it wrongly.
+        ConfigError: an option is not valid.
     """
-    typed = {}
+    values = {}
     for argument in arguments:
         key, equals, value = argument.lstrip("+").partition("=")
-        name = key.removeprefix(STORE)
-        if equals and key.startswith(STORE) and name in S3Options.__annotations__ and value != "null":
-            typed[name] = value.strip("'\"")
+        name = key.removeprefix(STORE_PREFIX)
+        if equals and key.startswith(STORE_PREFIX) and name in S3Options.__annotations__ and value != "null":
+            values[name] = value.strip("'\"")
     try:
-        options: S3Options = validated(S3Options, typed)
+        options: S3Options = validate_value(S3Options, values)
     except ValidationError as error:
-        raise ConfigError([Fault("checkpoint", str(typed), problem_of(error))]) from error
+        raise ConfigError([ConfigIssue("checkpoint", str(values), format_problem(error))]) from error
     return options

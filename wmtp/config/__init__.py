@@ -1,1 +1,1 @@
-"""Composing a config, checking it against signatures, and building objects from it."""
+"""Config: composition, checks against constructor signatures, and the objects built from it."""

@@ -1,4 +1,4 @@
-"""What a config changes of what the command would compose by itself."""
+"""Differences between a config and the default config of its command."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from wmtp.config.flatten import flat
-from wmtp.config.schema import CONFIG_FOLDER, plain
+from wmtp.config.flatten import flatten
+from wmtp.config.schema import CONFIG_FOLDER, to_plain
 
 
-def changes(config: DictConfig, command: str) -> dict[str, list[Any]]:
-    """By dotted key, the default and the value of whatever differs; None where a key is not there."""
-    before, now = (flat(plain(each)) for each in (default_config(command), config))
+def changed_keys(config: DictConfig, command: str) -> dict[str, list[Any]]:
+    """Return `[default, value]` for each dotted key whose value differs; None stands for a missing key."""
+    before, now = (flatten(to_plain(each)) for each in (default_config(command), config))
     keys = [*now, *(key for key in before if key not in now)]
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
 
 
 def default_config(command: str) -> DictConfig:
-    """A command's config without any override; also inside one of Hydra's jobs."""
+    """Compose the config of a command without overrides. May be called inside a Hydra job."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
     try:

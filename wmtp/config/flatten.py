@@ -1,13 +1,13 @@
-"""Nested settings as one level of dotted keys."""
+"""Nested mappings as one level of dotted keys."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def flat(settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Every value that is no mapping under its dotted key; an empty mapping counts as a value.
+def flatten(settings: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return every value that is not a mapping under its dotted key; an empty mapping counts as a value.
 
-    >>> flat({"algo": {"beta": 0.9, "of": {}}, "seed": 1})
+    >>> flatten({"algo": {"beta": 0.9, "of": {}}, "seed": 1})
     {'algo.beta': 0.9, 'algo.of': {}, 'seed': 1}
     """
     return dict(_leaves(settings, ""))

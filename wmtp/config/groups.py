@@ -1,4 +1,4 @@
-"""The groups of conf/: which of them a command has, their options, and what is said of them."""
+"""The config groups in conf/: their options, and their description in `--help`."""
 
 import re
 import textwrap
@@ -8,43 +8,45 @@ from omegaconf import OmegaConf
 from wmtp.config.schema import CONFIG_FOLDER
 
 WIDTH = 80
-"""Columns of a terminal."""
+"""Columns of the help text."""
 STAGE_GROUPS = ("model", "data", "optimizer", "scheduler", "early_stopping", "checkpoint")
-"""Groups that the stage before the training may change."""
+"""Groups that stage 1 may change."""
 DEFAULT = re.compile(r"  - (?:optional )?([\w/]+)(?:@\S+)?: \S+ +# (.*)")
-"""A line of a command's defaults list: a group, and what its comment says of it."""
+"""One line of a defaults list: the group and its comment."""
 
 
 def is_group(key: str) -> bool:
-    """Whether a key chooses a config group's option rather than setting a value."""
+    """Return whether a key is the name of a config group."""
     return bool(key) and (CONFIG_FOLDER / key).is_dir()
 
 
-def options_of(group: str) -> list[str]:
-    """The options of a group; experiments may lie in folders."""
+def group_options(group: str) -> list[str]:
+    """Return the options of a group. Experiments may be in subfolders."""
     folder = CONFIG_FOLDER / group
     found = folder.glob("**/*.yaml" if group == "experiment" else "*.yaml")
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
-def offered(group: str) -> list[str]:
-    """The options that users choose from: a base is there for others to build on."""
-    return [option for option in options_of(group) if option.rpartition("/")[2] != "base"]
+def selectable_options(group: str) -> list[str]:
+    """Return the options for users, without base files, which only other options use."""
+    return [option for option in group_options(group) if option.rpartition("/")[2] != "base"]
 
 
-def groups_of(command: str) -> dict[str, str]:
-    """The groups of a command, and what each is for."""
+def command_groups(command: str) -> dict[str, str]:
+    """Return the groups of a command, each with its purpose."""
     lines = (CONFIG_FOLDER / f"{command}.yaml").read_text().splitlines()
     return {found[1]: found[2] for line in lines if (found := DEFAULT.fullmatch(line))}
 
 
-def described(command: str) -> str:
-    """What `--help` says of a command's groups."""
+def describe_groups(command: str) -> str:
+    """Return the section of `--help` about the groups of a command."""
     lines: list[str] = []
-    for group, purpose in groups_of(command).items():
+    for group, purpose in command_groups(command).items():
         lines += textwrap.wrap(f"{group}: {purpose}", WIDTH, subsequent_indent="  ")
-        lines += textwrap.wrap(", ".join(offered(group)), WIDTH, initial_indent="    ", subsequent_indent="    ")
+        lines += textwrap.wrap(
+            ", ".join(selectable_options(group)), WIDTH, initial_indent="    ", subsequent_indent="    "
+        )
     return "\n".join(["== Groups: choose with group=option ==", "", *lines, "", ""]) if lines else ""
 
 
-OmegaConf.register_new_resolver("groups", described, replace=True)
+OmegaConf.register_new_resolver("groups", describe_groups, replace=True)

@@ -1,9 +1,6 @@
-"""Targets in the configs of runs that earlier versions made, and where the same objects are now."""
+"""`_target_` paths in the configs of runs from earlier versions, and their current paths."""
 
-from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 MOVED = {
     "wmtp.checkpoint.store.RemoteCheckpointStore": "wmtp.s3.store.RemoteCheckpointStore",
@@ -23,22 +20,15 @@ MOVED = {
 
 
 def current_target(target: str) -> str:
-    """Return the present path of a target."""
+    """Return the current path of a target."""
     return MOVED.get(target, target)
 
 
 def update_targets(value: Any) -> Any:
-    """Return a copy of nested dictionaries and lists in which every `_target_` has its present path."""
+    """Return a copy of nested dictionaries and lists in which every `_target_` has its current path."""
     if isinstance(value, dict):
         return {
             key: current_target(item) if key == "_target_" and isinstance(item, str) else update_targets(item)
             for key, item in value.items()
         }
     return [update_targets(item) for item in value] if isinstance(value, list) else value
-
-
-def load_run_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run, whichever version made it."""
-    config = OmegaConf.create(update_targets(OmegaConf.to_container(OmegaConf.load(path))))
-    assert isinstance(config, DictConfig)
-    return config

@@ -1,1 +1,1 @@
-"""From records to batches."""
+"""Data sets: records, their tokens, and batches."""

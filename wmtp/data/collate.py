@@ -1,4 +1,4 @@
-"""Samples to a batch: padded tokens, and labels that leave out prompts and padding."""
+"""Batches of samples: padded tokens, and labels without prompts and padding."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,16 +11,16 @@ from torch import Tensor
 from wmtp.data.split import TokenizedSplit
 
 IGNORED = -100
-"""The label of a position that nothing is to be learned from."""
-COLUMNS = ("reference_losses", "hidden_states", "misleading")
-"""What a split may know of each of its tokens."""
+"""The label of a position without a training target."""
+TOKEN_COLUMNS = ("reference_losses", "hidden_states", "harmful")
+"""Optional arrays of a split, with one entry per token."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples, right-padded to the longest. Labels are −100 at prompt and padding positions.
+    """A batch of samples, right-padded to the longest. Labels are −100 at prompt and padding positions.
 
-    `tasks` are equal for solutions to the same task. The optional arrays are there if the data set has them.
+    `tasks` are equal for solutions to the same task. The optional arrays are None if the data set does not have them.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -31,18 +31,18 @@ class Batch:
     record_ids: tuple[str, ...]
     num_tokens: int
     number: int = 0
-    """Which micro-batch of the run this is, however many processes there are."""
+    """The number of the micro-batch in the run; it does not depend on the number of processes."""
     reference_losses: Float[Tensor, "batch position"] | None = None
     hidden_states: Float[Tensor, "batch position dim"] | None = None
-    misleading: Bool[Tensor, "batch position"] | None = None
+    harmful: Bool[Tensor, "batch position"] | None = None
 
     @property
     def response(self) -> Bool[Tensor, "batch position"]:
-        """The tokens of the solutions."""
+        """True for the tokens of the solutions."""
         return self.labels != IGNORED
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -50,9 +50,10 @@ class Batch:
 
 
 def collate(split: TokenizedSplit, indices: list[int] | None, padding: int, number: int = 0) -> Batch:
-    """The batch of some samples. `num_tokens` counts their tokens, without padding.
+    """Return the batch of the samples `indices`. Its `num_tokens` counts their tokens without padding.
 
-    None gives a padding token from which nothing is learned: the work of a process that has none while others have.
+    With `indices` None the batch is empty: one padding token without a target, for a process that has no samples left
+    while others do.
     """
     if indices is None:
         empty = collate(split, [0], padding, number)
@@ -64,7 +65,7 @@ def collate(split: TokenizedSplit, indices: list[int] | None, padding: int, numb
     size = (len(indices), int(lengths.max()))
     tokens, labels = np.full(size, padding, np.int64), np.full(size, IGNORED, np.int64)
     columns: dict[str, np.ndarray] = {}
-    for name in COLUMNS:
+    for name in TOKEN_COLUMNS:
         column = getattr(split, name)
         if column is not None:
             columns[name] = np.zeros((*size, *column.shape[1:]), column.dtype)

@@ -1,6 +1,6 @@
-"""Readers: files of plain JSONL, MBPP, HumanEval and CodeContests become records; what is faulty is named by its place.
+"""Readers of plain JSONL, MBPP, HumanEval and CodeContests files; errors name the file and row.
 
-A fault met while decoding stands in the value as a `Rejected`: a bad number in an array costs its own row only.
+An error during decoding is stored in the value as a `Rejected`, so a bad number in a JSON array rejects only its row.
 """
 
 import gzip
@@ -22,7 +22,7 @@ T = TypeVar("T")
 Row = dict[str, object]
 OnError = Literal["stop", "skip"]
 
-# Own limits, because Python's depend on its version, its settings and the depth of the call.
+# Python's own limits depend on its version, its settings and the depth of the call.
 MAX_DEPTH = 100
 MAX_DIGITS = 4_300
 MAX_SHOWN = 20
@@ -35,7 +35,7 @@ EXPECTED = f"Expected one file, or a folder with train, validation (or valid) an
 
 
 class Rejected(ValueError):
-    """A row that cannot be used: `reason` is the kind of fault, always in the same words, `detail` what varies."""
+    """A row that cannot be used. `reason` is the kind of error, from a fixed set; `detail` describes this case."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -44,7 +44,7 @@ class Rejected(ValueError):
 
 
 class Rejection(NamedTuple):
-    """A rejected row and its place: `line` counts the lines of a file, or the rows of a JSON array, from 1."""
+    """A rejected row and its location: `line` counts the lines of a file, or the rows of a JSON array, from 1."""
 
     file: str
     line: int
@@ -59,8 +59,9 @@ class Rejection(NamedTuple):
 def parse_json(text: str) -> object:
     """Parse strict JSON.
 
-    Raises `Rejected` for what is no JSON or over `MAX_DIGITS` or `MAX_DEPTH`, for a byte order mark, and for
-    what Python's parser lets pass: a number that is not finite, a duplicate key, a lone surrogate.
+    Raises:
+        Rejected: the text is not JSON, exceeds `MAX_DIGITS` or `MAX_DEPTH`, begins with a byte order mark, or
+            contains a number that is not finite, a duplicate key or a lone surrogate, which Python's parser accepts.
     """
     value = _decode(text)
     _verify(value)
@@ -68,17 +69,19 @@ def parse_json(text: str) -> object:
 
 
 def plain_records(row: Row) -> list[Record]:
-    """Read a row of plain JSONL: the fields of a record, and no others.
+    """Read a row of plain JSONL, which has exactly the fields of a record.
 
-    Raises `Rejected` for a field that is missing, unknown, null, or of another type or range.
+    Raises:
+        Rejected: a field is missing, unknown, null, or has the wrong type or range.
     """
     return [_record(json.dumps(row))]
 
 
 def mbpp_records(row: Row) -> list[Record]:
-    """Read a problem of MBPP, full or sanitized. The tests end the prompt, since they name the function.
+    """Read a problem of MBPP, full or sanitized. The prompt ends with the tests, which contain the function's name.
 
-    Raises `Rejected` for a field that is missing, null or of another type, and for an empty solution.
+    Raises:
+        Rejected: a field is missing, null or has the wrong type, or the solution is empty.
     """
     text = _field(row, "text" if "text" in row else "prompt", str)
     tests = tuple(_unix_lines(test) for test in _items(row, "test_list", str))
@@ -95,9 +98,10 @@ def mbpp_records(row: Row) -> list[Record]:
 
 
 def humaneval_records(row: Row) -> list[Record]:
-    """Read a problem of HumanEval: a prompt that the solution continues, and a test that calls what is checked.
+    """Read a problem of HumanEval: a prompt that the solution continues, and a test that calls the function.
 
-    Raises `Rejected` for a field that is missing, null or of another type, and for an empty solution.
+    Raises:
+        Rejected: a field is missing, null or has the wrong type, or the solution is empty.
     """
     prompt = _field(row, "prompt", str)
     fields: Row = {
@@ -111,9 +115,10 @@ def humaneval_records(row: Row) -> list[Record]:
 
 
 def codecontests_records(row: Row) -> list[Record]:
-    """Read a problem of CodeContests: a record for each solution in Python 3, right or wrong. There may be none.
+    """Read a problem of CodeContests: one record for each correct or incorrect solution in Python 3, possibly none.
 
-    Raises `Rejected` as `mbpp_records` does, and for lists that belong together but differ in length.
+    Raises:
+        Rejected: as for `mbpp_records`, or parallel lists have different lengths.
     """
     task: Row = {
         "task_id": _field(row, "name", str),
@@ -142,25 +147,29 @@ SHAPES: dict[str, Callable[[Row], list[Record]]] = {
 
 
 def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[list[Record], list[Rejection]]:
-    """Read the records of one file: an object per line, or in `.json` an array of objects; `.gz` is unpacked.
+    """Read the records of one file: an object per line, or in `.json` an array of objects; `.gz` is decompressed.
 
-    Raises `InputError` for an unreadable file, with `stop` for any faulty row, with `skip` for over `max_errors`.
+    Raises:
+        InputError: the file cannot be read; or rows are faulty: any with `stop`, more than `max_errors` with `skip`.
     """
-    records, rejections = _collect(path, shape)
-    _judge(rejections, on_error, max_errors)
+    records, rejections = _read_rows(path, shape)
+    _check_rejections(rejections, on_error, max_errors)
     return records, rejections
 
 
 def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[Splits, list[Rejection]]:
     """Read a data set: a folder with a file per split, or one file, split by task into 90, 5 and 5 percent.
 
-    `max_errors` counts over all the files. Raises `InputError` as `read_file` does, and for a path that
-    is neither, for a task that stands in two splits, and for a training split without records.
+    `max_errors` is for all files together.
+
+    Raises:
+        InputError: as for `read_file`; or the path is neither a file nor a folder with a training file; or a task is in
+            two splits; or the training split has no records.
     """
-    collected = [_collect(file, shape) if file else ([], []) for file in _split_files(path)]
-    rejections = [fault for _, faults in collected for fault in faults]
-    _judge(rejections, on_error, max_errors)
-    splits = Splits(*(records for records, _ in collected)) if path.is_dir() else _by_task(collected[0][0])
+    collected = [_read_rows(file, shape) if file else ([], []) for file in _split_files(path)]
+    rejections = [rejection for _, rejected in collected for rejection in rejected]
+    _check_rejections(rejections, on_error, max_errors)
+    splits = Splits(*(records for records, _ in collected)) if path.is_dir() else _split_by_task(collected[0][0])
     counts = Counter(task for records in splits for task in {record.task_id for record in records})
     shared = sorted(task for task, count in counts.items() if count > 1)
     if shared:
@@ -171,7 +180,7 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
 
 
 def _decode(text: str | bytes) -> object:
-    """Parse JSON, leaving a `Rejected` for the whole, a value or an object that is faulty."""
+    """Parse JSON; return a `Rejected` in place of the whole text, or of each value or object, that is faulty."""
     try:
         text = text if isinstance(text, str) else text.decode()
         if text.startswith("\ufeff"):
@@ -192,7 +201,7 @@ def _integer(token: str) -> int | Rejected:
 
 
 def _float(token: str) -> float | Rejected:
-    return float(token) if math.isfinite(float(token)) else Rejected("number is not finite", _short(token))
+    return float(token) if math.isfinite(float(token)) else Rejected("number is not finite", _truncate(token))
 
 
 def _object(pairs: list[tuple[str, object]]) -> Row | Rejected:
@@ -200,14 +209,14 @@ def _object(pairs: list[tuple[str, object]]) -> Row | Rejected:
     if len(row) == len(pairs):
         return row
     repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-    return Rejected("duplicate key", _short(repr(repeated)))
+    return Rejected("duplicate key", _truncate(repr(repeated)))
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_float)
 
 
 def _verify(root: object) -> None:
-    """Raise the first fault found in a decoded value."""
+    """Raise the first error in a decoded value."""
     pending = [(root, 0)]
     while pending:
         value, depth = pending.pop()
@@ -222,28 +231,28 @@ def _verify(root: object) -> None:
             pending += [(child, depth + 1) for child in reversed(children)]
 
 
-def _typed(value: object, kind: type[T], what: str) -> T:
+def _check_type(value: object, kind: type[T], name: str) -> T:
     if value is None:
-        raise Rejected("null", what)
-    # In Python a bool is an int; in JSON `true` is no number.
+        raise Rejected("null", name)
+    # In Python a bool is an int; in JSON `true` is not a number.
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise Rejected("wrong type", f"{what}: expected {kind.__name__}, found {type(value).__name__}")
+        raise Rejected("wrong type", f"{name}: expected {kind.__name__}, found {type(value).__name__}")
     return value
 
 
 def _field(row: Row, name: str, kind: type[T]) -> T:
     if name not in row:
         raise Rejected("missing field", f"'{name}'")
-    return _typed(row[name], kind, f"'{name}'")
+    return _check_type(row[name], kind, f"'{name}'")
 
 
 def _items(row: Row, name: str, kind: type[T]) -> list[T]:
     values: list[object] = _field(row, name, list)
-    return [_typed(value, kind, f"'{name}' item {number}") for number, value in enumerate(values, 1)]
+    return [_check_type(value, kind, f"'{name}' item {number}") for number, value in enumerate(values, 1)]
 
 
 def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[tuple[T, str]]:
-    """Read two lists of one field that belong together item by item."""
+    """Read two parallel lists of one field."""
     columns: Row = _field(row, group, dict)
     lefts, rights = _items(columns, left, kind), _items(columns, right, str)
     if len(lefts) != len(rights):
@@ -252,51 +261,51 @@ def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[t
 
 
 def _record(fields: Row | str) -> Record:
-    """Build a record; what its schema refuses becomes a rejection."""
+    """Build a record; convert a schema error to a `Rejected`."""
     try:
-        # Lists pass for tuples, in pydantic's strict mode, only when it reads the JSON itself.
+        # In strict mode, pydantic accepts lists as tuples only if it parses the JSON itself.
         return Record.model_validate_json(fields) if isinstance(fields, str) else Record.model_validate(fields)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        kind, place = fault["type"], ".".join(map(str, fault["loc"]))
+        details = error.errors(include_url=False)[0]
+        kind, place = details["type"], ".".join(map(str, details["loc"]))
         reason = REASONS.get(kind, "wrong type" if kind.endswith("_type") else "wrong value")
-        if fault["input"] is None:
+        if details["input"] is None:
             reason = "null"
         elif kind == "string_too_short" and place == "solution":
             reason = "no solution"
-        raise Rejected(reason, f"{_short(repr(place))}: {fault['msg']}" if place else fault["msg"]) from error
+        raise Rejected(reason, f"{_truncate(repr(place))}: {details['msg']}" if place else details["msg"]) from error
 
 
 def _unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _short(text: str) -> str:
+def _truncate(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _collect(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
+def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
     if shape not in SHAPES:
         raise InputError(f"{path}: unknown shape '{shape}'. Expected one of {', '.join(SHAPES)}.")
     records: list[Record] = []
     rejections: list[Rejection] = []
-    for number, value in _values(path):
+    for number, value in _decode_rows(path):
         try:
             _verify(value)
-            records += SHAPES[shape](_typed(value, dict, "the row"))
-        except Rejected as fault:
-            rejections.append(Rejection(str(path), number, fault.reason, fault.detail))
+            records += SHAPES[shape](_check_type(value, dict, "the row"))
+        except Rejected as error:
+            rejections.append(Rejection(str(path), number, error.reason, error.detail))
     return records, rejections
 
 
-def _values(path: Path) -> Iterator[tuple[int, object]]:
-    """Number the decoded rows of a file; one that cannot be decoded is a `Rejected`."""
+def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the number and the decoded value of each row of a file; a `Rejected` if it cannot be decoded."""
     if not path.name.endswith((*SUFFIXES, ".gz")):
-        raise InputError(f"{path}: unknown kind of file. Its name must end in one of {', '.join(SUFFIXES)}, .gz.")
+        raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             if path.name.endswith(ARRAYS):
-                yield from enumerate(_array(path, stream.read()), 1)
+                yield from enumerate(_decode_array(path, stream.read()), 1)
             else:
                 yield from (
                     (number, _decode(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, 1) if line.strip()
@@ -305,17 +314,17 @@ def _values(path: Path) -> Iterator[tuple[int, object]]:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _array(path: Path, content: bytes) -> list[object]:
-    """Decode a JSON array. A fault of its syntax loses all the rows that follow, so it cannot be skipped."""
+def _decode_array(path: Path, content: bytes) -> list[object]:
+    """Decode a JSON array. After a syntax error no row can be read, so such an error cannot be skipped."""
     rows = _decode(content)
     if isinstance(rows, list):
         return rows
     found = rows if isinstance(rows, Rejected) else f"found {type(rows).__name__}"
-    raise InputError(f"{path}: {found}. Expected an array; a file with one object per line needs the name .jsonl.")
+    raise InputError(f"{path}: {found}. Expected an array; a file with one object per line must be named .jsonl.")
 
 
-def _judge(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:
-    """Raise `InputError` unless the rejected rows may be left out."""
+def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:
+    """Raise `InputError` unless the rejected rows may be skipped."""
     number = len(rejections)
     if on_error == "stop" and rejections:
         shown = "\n  ".join(map(str, rejections[:MAX_SHOWN]))
@@ -324,12 +333,12 @@ def _judge(rejections: list[Rejection], on_error: OnError, max_errors: int) -> N
     if number > max_errors:
         counts = Counter(rejection.reason for rejection in rejections).most_common()
         reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)
-        head = f"faulty rows: {number}, more than data.max_errors={max_errors}; the first is {rejections[0]}"
+        head = f"faulty rows: {number}, more than data.max_errors={max_errors}; the first: {rejections[0]}"
         raise InputError(f"{head}\n  {reasons}\nCorrect them, or raise data.max_errors.")
 
 
 def _split_files(path: Path) -> list[Path | None]:
-    """Find the file of each split in a folder; a path to a file is the only one."""
+    """Return the file of each split in a folder, None if it has none; for a file, only the file itself."""
     if path.is_file():
         return [path]
     files: list[Path | None] = []
@@ -343,8 +352,8 @@ def _split_files(path: Path) -> list[Path | None]:
     return files
 
 
-def _by_task(records: list[Record]) -> Splits:
-    """Split by a hash that never changes, so that a task's solutions stay together and new tasks move no others."""
+def _split_by_task(records: list[Record]) -> Splits:
+    """Split by a fixed hash of the task, so a task's solutions stay together and new tasks do not move others."""
     splits = Splits([], [], [])
     for record in records:
         share = zlib.crc32(record.task_id.encode()) % 100

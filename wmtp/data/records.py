@@ -1,15 +1,15 @@
-"""The record: one solution, right or wrong, to one programming task."""
+"""The record: one correct or incorrect solution to one programming task."""
 
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Span = tuple[int, int]
-"""Characters [start, end) of a solution."""
+"""A range of characters [start, end) in a solution."""
 
 
 class StdioTest(BaseModel):
-    """A test of a whole program: what it must write to standard output, given this standard input."""
+    """A test of a whole program: its standard input and the expected standard output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -20,12 +20,11 @@ class StdioTest(BaseModel):
 class Record(BaseModel):
     """One solution to a task. Also the schema of a line of plain JSONL.
 
-    `prompt` and `solution` are tokenised separately, so their boundary is exact. `decisive` and
-    `noise` are spans of the solution's characters known to matter or to be unpredictable: ground
-    truth by which weightings are judged. They are empty where nobody knows. A test is an assertion,
-    or for whole programs an input and the output it must give; `setup` is code that runs after the
-    solution and before its tests; `preamble` is code that the solution continues, before which it is no
-    program.
+    `prompt` and `solution` are tokenized separately, so their boundary is exact. `decisive` and `noise` are spans of
+    the solution's characters that decide its correctness or are unpredictable: the ground truth for the comparison of
+    weightings, empty if unknown. A test is an assertion, or for a whole program an input and its expected output.
+    `setup` is code that runs after the solution and before its tests. `preamble` is code that the solution continues,
+    and without which it is not a program.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -42,16 +41,16 @@ class Record(BaseModel):
     noise: tuple[Span, ...] = ()
 
     @model_validator(mode="after")
-    def _spans_lie_in_the_solution(self) -> "Record":
+    def _check_spans(self) -> "Record":
         for start, end in (*self.decisive, *self.noise):
             if not 0 <= start < end <= len(self.solution):
                 length = len(self.solution)
-                raise ValueError(f"span [{start}, {end}) outside a solution of {length} characters")
+                raise ValueError(f"span [{start}, {end}) is outside the solution of {length} characters")
         return self
 
 
 class Splits(NamedTuple):
-    """The records of a data set, by what they are used for."""
+    """The records of the three splits of a data set."""
 
     train: list[Record]
     validation: list[Record]

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch), so that a position is two integers."""
+"""The order of samples: a pure function of (seed, epoch), so two integers are enough to store a position."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -6,15 +6,15 @@ from typing import TypeVar
 import numpy as np
 
 WINDOW = 64
-"""Batches that are sorted by length together: little padding, yet every epoch mixes anew."""
+"""Number of batches whose samples are sorted by length together: little padding, but a new mix in every epoch."""
 
 
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int, groups: np.ndarray | None = None
 ) -> list[list[int]]:
-    """Every sample once, shuffled, in batches of like length; the last one may be smaller.
+    """Return batches of indices, shuffled, with samples of similar length in a batch; the last one may be smaller.
 
-    Samples of one group stay together, but for those at the edge of a batch.
+    Every sample occurs once. Samples of one group are adjacent; only a batch's boundary can separate them.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     shuffled = generator.permutation(len(lengths))
@@ -36,17 +36,17 @@ def epoch_batches(
 T = TypeVar("T")
 
 
-def share(items: Sequence[T], rank: int, size: int) -> list[T | None]:
-    """Every `size`-th item from `rank` on; None where this process has nothing to do while others have.
+def items_for_rank(items: Sequence[T], rank: int, size: int) -> list[T | None]:
+    """Return every `size`-th item, starting at `rank`; the last is None if other ranks have one item more.
 
-    >>> share("abc", 0, 2), share("abc", 1, 2)
+    >>> items_for_rank("abc", 0, 2), items_for_rank("abc", 1, 2)
     (['a', 'c'], ['b', None])
     """
     rounds = -(-len(items) // size)
     return [items[i] if i < len(items) else None for i in range(rank, rounds * size, size)]
 
 
-def by_length(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Every sample once, the shortest first: the order of validation."""
+def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Return batches of indices, ordered by length, shortest first; every sample occurs once."""
     ordered = np.argsort(lengths, kind="stable")
     return [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered), batch_size)]

@@ -1,4 +1,4 @@
-"""Where records come from, which of them are used, and how they become tokens."""
+"""Sources of records, with the settings of their selection and tokenization."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from wmtp.data import readers, tasks
 from wmtp.data.records import Splits
-from wmtp.data.selection import DifficultyBins, Sampling
+from wmtp.data.selection import DifficultyBins, Selection
 from wmtp.data.token_cache import LongSamples
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.field_types import ExistingPath, Positive, Ratio
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(ABC):
-    """Where records come from, which of them are used, and how they become tokens."""
+    """A source of records, with the settings of their selection and tokenization."""
 
     tokenizer: Tokenizer = field(kw_only=False)
     template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}\n"
@@ -38,24 +38,24 @@ class DataSource(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the data set is called, in a word."""
+        """The name of the data set."""
 
     @property
     def origin(self) -> str:
-        """Where its records come from."""
+        """The location of the records."""
         return f"wmtp:{self.name}"
 
     @property
     def is_test_set(self) -> bool:
-        """Whether all of it was made to measure models by."""
+        """True if the whole data set is a benchmark."""
         return False
 
     @abstractmethod
     def read(self) -> Splits:
-        """All records, before any are chosen."""
+        """Return all records, before the selection."""
 
-    def whole(self) -> Self:
-        """The same source without any wish which records to choose."""
+    def without_selection(self) -> Self:
+        """Return the source without any selection of records."""
         return replace(
             self,
             n_samples=None,
@@ -66,10 +66,10 @@ class DataSource(ABC):
             curated=False,
         )
 
-    def sampling(self, n_samples: int | None) -> Sampling:
-        """The wished composition; `balance_correct` is a `correct_ratio` of one half."""
+    def selection(self, n_samples: int | None) -> Selection:
+        """Return the composition to select; `balance_correct` is a `correct_ratio` of one half."""
         ratio = 0.5 if self.balance_correct else self.correct_ratio
-        return Sampling(n_samples, ratio, self.difficulty_bins, self.seed)
+        return Selection(n_samples, ratio, self.difficulty_bins, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +84,11 @@ class TaskSource(DataSource):
 
     @property
     def name(self) -> str:
-        """That of the config's option."""
+        """The name of the data set."""
         return "tasks"
 
     def read(self) -> Splits:
-        """Generate the three splits; each task has a right and a wrong solution."""
+        """Generate the three splits; each task has a correct and an incorrect solution."""
         sizes = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return Splits(
             *(tasks.generate(split, size, self.difficulties, self.noise, self.seed) for split, size in sizes.items())
@@ -97,7 +97,7 @@ class TaskSource(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(DataSource):
-    """Records from files of one of the public shapes."""
+    """Records from files in one of the public formats."""
 
     path: ExistingPath
     shape: Literal["jsonl", "mbpp", "humaneval", "codecontests"]
@@ -106,26 +106,30 @@ class FileSource(DataSource):
 
     @property
     def name(self) -> str:
-        """The public data set of that shape, or jsonl."""
+        """The name of the public data set, or jsonl."""
         return self.shape
 
     @property
     def origin(self) -> str:
-        """Where its files are."""
+        """The absolute path of the files."""
         return str(self.path.absolute())
 
     @property
     def is_test_set(self) -> bool:
-        """HumanEval is one."""
+        """True for HumanEval."""
         return self.shape == "humaneval"
 
     def read(self) -> Splits:
-        """Read the files; rejected lines are counted by reason and reported."""
+        """Read the files; log the number of rejected rows for each reason.
+
+        Raises:
+            InputError: see `readers.read_splits`.
+        """
         splits, rejections = readers.read_splits(self.path, self.shape, self.on_error, self.max_errors)
         counts: dict[str, int] = {}
         for rejection in rejections:
             counts[rejection.reason] = counts.get(rejection.reason, 0) + 1
         if rejections:
-            listed = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
-            log.warning("%s: skipped %d of the lines: %s", self.path, len(rejections), listed)
+            reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
+            log.warning("%s: skipped %d rows: %s", self.path, len(rejections), reasons)
         return splits

@@ -1,4 +1,4 @@
-"""The chosen records of one split as tokens, and whatever is known of each of those."""
+"""The selected records of one split as tokens, with optional values per token."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.records import Record
-from wmtp.data.selection import select, with_mismatched
+from wmtp.data.selection import add_mismatched, select
 from wmtp.data.sources import DataSource
 from wmtp.data.token_cache import TokenizedRecords, cached_tokens
 
@@ -15,22 +15,22 @@ log = logging.getLogger(__name__)
 
 
 class TokenizedSplit:
-    """The chosen records of one split, as tokens.
+    """The selected records of one split, as tokens.
 
-    `rewards` has one number per sample: 1 for a right solution and 0 for a wrong one, unless a reward
-    model says otherwise. `reference_losses`, `hidden_states` and `misleading` are arrays with one entry per
-    token of `samples.tokens`, where something has computed them.
+    `rewards` has one number per sample: 1 for a correct and 0 for an incorrect solution, or the score of a reward
+    model. `reference_losses`, `hidden_states` and `harmful` are arrays with one entry per token of `samples.tokens`,
+    or None until they are computed.
     """
 
     def __init__(
         self, name: str, records: list[Record], source: DataSource, n_samples: int | None, cache: Path
     ) -> None:
         if source.mismatched and records:
-            records = with_mismatched(records, source.seed)
+            records = add_mismatched(records, source.seed)
         if source.curated:
             records = [record for record in records if record.is_correct and not record.noise]
         self.name = name
-        self.records = select(records, source.sampling(n_samples)) if records else []
+        self.records = select(records, source.selection(n_samples)) if records else []
         self.record_ids = [f"{record.task_id}#{i}" for i, record in enumerate(self.records)]
         self.samples: TokenizedRecords = cached_tokens(
             self.records, source.tokenizer, source.template, source.max_length, source.long_samples, cache
@@ -42,12 +42,12 @@ class TokenizedSplit:
         self.rewards = self.is_correct.astype(np.float32)
         self.reference_losses: np.ndarray | None = None
         self.hidden_states: np.ndarray | None = None
-        self.misleading: np.ndarray | None = None
+        self.harmful: np.ndarray | None = None
         if self.samples.num_long:
-            what = "dropped" if source.long_samples == "drop" else "cut at the end of the solution"
+            action = "dropped" if source.long_samples == "drop" else "cut at the end of the solution"
             log.warning(
                 "%s: %d of %d samples are longer than data.max_length=%d and were %s",
-                name, self.samples.num_long, len(self.records), source.max_length, what,
+                name, self.samples.num_long, len(self.records), source.max_length, action,
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class TokenizedSplit:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every token, where each sample and its solution begin, and which are right."""
+        """A hash of all tokens, the boundaries of samples and solutions, and their correctness."""
         samples = self.samples
         digest = hashlib.sha256()
         for array in (samples.tokens, samples.offsets, samples.prompt_lengths, self.is_correct):

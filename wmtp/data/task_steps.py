@@ -1,11 +1,11 @@
-"""The vocabulary of the embedded tasks: what a step says, what it does, and how it goes wrong.
+"""The steps of the embedded tasks: their wordings, their code, and the errors of incorrect solutions.
 
-A step turns a value of one kind into a value of another. Its code is one expression in which
+A step maps a value of one kind to a value of another kind. Its code is one expression in which
 
 - `{v}` is the current value and `{e}` the name of an element of it,
-- `{c}` is a constant, drawn from `constants` and named in the wording,
-- `«…»` marks a decisive token: changing it changes what the program does. What it may wrongly become
-  stands in `CONFUSIONS`; a decisive constant becomes another constant of the same step.
+- `{c}` is a constant, drawn from `constants`, that also occurs in the wording,
+- `«…»` marks a decisive token, which determines the program's result. `CONFUSIONS` lists its replacements in
+  incorrect solutions; a decisive constant is replaced by another constant of the same step.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ INTEGER, NUMBERS, TEXT = "an integer", "a list of integers", "a string"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a task, from a value of kind `source` to one of kind `result`."""
+    """One step of a task: it maps a value of kind `source` to one of kind `result`."""
 
     source: str
     result: str

@@ -1,4 +1,4 @@
-"""Records as tokens, kept on disk under a key of everything that decides them."""
+"""Tokenization of records, cached on disk under a hash of everything that determines the tokens."""
 
 import hashlib
 import json
@@ -21,11 +21,10 @@ LongSamples = Literal["drop", "cut"]
 
 @dataclass(frozen=True)
 class TokenizedRecords:
-    """The tokens of the records that fit, one after the other in one array.
+    """The tokens of the records that fit, concatenated in one array.
 
-    Sample i is record `kept[i]` and has the tokens `tokens[offsets[i] : offsets[i + 1]]`, of which the
-    first `prompt_lengths[i]` are its prompt's. `num_long` counts records longer than `max_length`,
-    which were dropped or, where asked, cut.
+    Sample i is record `kept[i]`, with the tokens `tokens[offsets[i] : offsets[i + 1]]`; the first `prompt_lengths[i]`
+    of them are the prompt. `num_long` counts records longer than `max_length`, which were dropped or cut.
     """
 
     tokens: np.ndarray
@@ -44,7 +43,7 @@ class TokenizedRecords:
 
 
 def records_fingerprint(records: list[Record]) -> str:
-    """A hash of everything in the records."""
+    """Return a hash of all fields of the records."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(record.model_dump_json().encode() + b"\n")
@@ -54,10 +53,10 @@ def records_fingerprint(records: list[Record]) -> str:
 def tokenize(
     records: list[Record], tokenizer: Tokenizer, template: str, max_length: int, long_samples: LongSamples
 ) -> TokenizedRecords:
-    """Tokenise prompt and solution separately; the solution ends with the tokenizer's end token.
+    """Tokenize prompts and solutions separately; each solution ends with the tokenizer's end token.
 
-    A record of more than `max_length` tokens is dropped, or loses the end of its solution if
-    `long_samples` is "cut" (a prompt that leaves no room for a solution drops it all the same).
+    A record of more than `max_length` tokens is dropped. With `long_samples` "cut" it loses the end of its solution
+    instead, unless its prompt leaves no room for a solution.
     """
     prompts = tokenizer.encode([template.replace("{prompt}", record.prompt) for record in records])
     solutions = tokenizer.encode([record.solution for record in records])
@@ -88,14 +87,18 @@ def cached_tokens(
     long_samples: LongSamples,
     cache_dir: Path,
 ) -> TokenizedRecords:
-    """`tokenize`, or what an earlier call with equal arguments left on disk."""
+    """Return the result of `tokenize`, from the cache on disk if it contains one for equal arguments.
+
+    Raises:
+        InputError: the cached file cannot be read.
+    """
     parts = [FORMAT, records_fingerprint(records), tokenizer.fingerprint, template, max_length, long_samples]
     path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:
             arrays = load_file(path)
         except SafetensorError as error:
-            raise InputError(f"{path}: the token cache cannot be read ({error}); delete this file") from error
+            raise InputError(f"{path}: cannot read the token cache ({error}); delete this file") from error
         num_long = int(arrays.pop("num_long")[0])
         return TokenizedRecords(**arrays, num_long=num_long)
     result = tokenize(records, tokenizer, template, max_length, long_samples)

@@ -1,4 +1,4 @@
-"""What is known of tokens for certain: which make a solution what it is, and which are noise."""
+"""Ground truth for tokens: those that decide a solution's correctness, and those that are noise."""
 
 import numpy as np
 
@@ -6,29 +6,29 @@ from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenizer import Tokenizer
 
 
-def token_truth(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every token of a split: does it overlap a decisive span, does it overlap noise, is it of a solution."""
+def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return three boolean arrays over the tokens of a split: decisive, noise, and part of a solution."""
     decisive, noise, response = (np.zeros(len(split.samples.tokens), bool) for _ in range(3))
     records = [split.records[index] for index in split.samples.kept]
-    places = tokenizer.character_spans([record.solution for record in records])
-    for index, (record, spans) in enumerate(zip(records, places, strict=True)):
+    token_spans = tokenizer.character_spans([record.solution for record in records])
+    for index, (record, spans) in enumerate(zip(records, token_spans, strict=True)):
         first = split.samples.offsets[index] + split.samples.prompt_lengths[index]
         end = split.samples.offsets[index + 1]
         response[first:end] = True
-        for place, (start, stop) in zip(range(first, end), spans, strict=False):  # the end token has no place
-            decisive[place] = any(start < b and a < stop for a, b in record.decisive)
-            noise[place] = any(start < b and a < stop for a, b in record.noise)
+        for position, (start, stop) in zip(range(first, end), spans, strict=False):  # the end token has no span
+            decisive[position] = any(start < b and a < stop for a, b in record.decisive)
+            noise[position] = any(start < b and a < stop for a, b in record.noise)
     return decisive, noise, response
 
 
-def misleading_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
-    """For every token of a split: is it noise, or what makes a wrong solution wrong."""
-    decisive, noise, _ = token_truth(split, tokenizer)
+def harmful_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
+    """Return a boolean array over the tokens of a split: noise, or a decisive token of an incorrect solution."""
+    decisive, noise, _ = label_tokens(split, tokenizer)
     wrong = np.repeat(~split.is_correct, split.samples.lengths)
-    misleading: np.ndarray = noise | (decisive & wrong)
-    return misleading
+    harmful: np.ndarray = noise | (decisive & wrong)
+    return harmful
 
 
-def has_truth(split: TokenizedSplit) -> bool:
-    """Whether anything is known of the split's tokens."""
+def has_token_labels(split: TokenizedSplit) -> bool:
+    """Return whether any record of the split has ground truth for its tokens."""
     return any(record.decisive or record.noise for record in split.records)

@@ -1,4 +1,4 @@
-"""Tokenizers: the small byte-level BPE of the embedded tasks, or one from a tokenizer.json."""
+"""Tokenizers: a small byte-level BPE for the embedded tasks, or one from a tokenizer.json."""
 
 import hashlib
 import inspect
@@ -16,7 +16,7 @@ from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.locks import one_at_a_time
+from wmtp.runtime.locks import file_lock
 
 PADDING, END = "<pad>", "<end>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -26,46 +26,48 @@ PROBE = (
     "def naïve(x):\n    return x ** 2 - 10_345.678  # don't  stop\t日本語 🙂\r\n\n\n"
     " CamelCase HTTP2 “½ ﬁ” A\u030a Å \u00a0\u200b 1234567890 "
 )
-"""Text on which tokenizers with one vocabulary differ if they normalise, split or merge differently."""
+"""Text that tokenizers with the same vocabulary encode differently if they normalize, split or merge differently."""
 
 
 class Tokenizer:
-    """Text to token ids and back. `end` closes a solution; `padding` fills a batch."""
+    """A tokenizer. `end` is the id of the token after a solution, `padding` the id that fills a batch."""
 
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab().values())  # ids may have gaps
-        self.end, self.padding = special_id(backend, end), special_id(backend, padding)
+        self.end, self.padding = special_token_id(backend, end), special_token_id(backend, padding)
         self.fingerprint = content_fingerprint(backend)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without special tokens."""
+        """Return the ids of each text, without special tokens."""
         return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def character_spans(self, texts: list[str]) -> list[list[tuple[int, int]]]:
-        """The characters [start, end) that each token of each text stands for."""
+        """Return the range of characters [start, end) of each token of each text."""
         return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of some ids; special tokens are left out."""
+        """Return the text of some ids, without special tokens."""
         text: str = self.backend.decode(tokens, skip_special_tokens=True)
         return text
 
 
-def special_id(backend: BackendTokenizer, token: str) -> int:
-    """The id of a special token.
+def special_token_id(backend: BackendTokenizer, token: str) -> int:
+    """Return the id of a special token.
 
     Raises:
-        InputError: the tokenizer has none of that name.
+        InputError: the tokenizer has no token of that name.
     """
     found = backend.token_to_id(token)
     if found is None:
-        raise InputError(f"model.tokenizer: there is no special token {token}; name those it has as end and padding")
+        raise InputError(
+            f"model.tokenizer: there is no special token {token}; set end and padding to tokens that exist"
+        )
     return int(found)
 
 
-def train_byte_pairs(records: list[Record], vocab_size: int) -> BackendTokenizer:
-    """A byte-level BPE learned from prompts and solutions: every text can be encoded."""
+def train_bpe(records: list[Record], vocab_size: int) -> BackendTokenizer:
+    """Train a byte-level BPE, which can encode every text, on prompts and solutions."""
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -78,26 +80,26 @@ def train_byte_pairs(records: list[Record], vocab_size: int) -> BackendTokenizer
 
 
 def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)] = 512) -> Tokenizer:
-    """The tokenizer of the embedded tasks: always the same for one `vocab_size`, kept on disk."""
+    """Return the tokenizer of the embedded tasks, a function of `vocab_size` only; it is cached on disk."""
     sources = "".join(inspect.getsource(module) for module in (tasks, task_steps)).encode()
     key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
     path = cache_dir / f"tokenizer-{key[:16]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(path.with_suffix(".lock")):
+    with file_lock(path.with_suffix(".lock")):
         if not path.exists():
             records = tasks.generate("train", TRAINING_TASKS, DIFFICULTIES, noise=0.2, seed=0)
-            replace_atomically(path, train_byte_pairs(records, vocab_size).to_str().encode())
+            replace_atomically(path, train_bpe(records, vocab_size).to_str().encode())
     return Tokenizer(BackendTokenizer.from_file(str(path)))
 
 
 def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder that `save_pretrained` wrote, or of a tokenizer.json by itself.
+    """Return the tokenizer of a folder that `save_pretrained` wrote, or of a single tokenizer.json.
 
-    `end` closes a solution (None: what the folder calls eos_token), `padding` fills batches (None: its pad_token,
-    else the end token).
+    `end` is the token after a solution (default: the folder's eos_token), `padding` the token that fills batches
+    (default: the folder's pad_token, else the end token).
 
     Raises:
-        InputError: there is no usable tokenizer.json, or no end token is named.
+        InputError: there is no usable tokenizer.json, or it has no end token.
     """
     file = path if path.is_file() else path / "tokenizer.json"
     if not file.is_file():
@@ -105,25 +107,30 @@ def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | N
             f"model.tokenizer.path={path}: there is no tokenizer.json; save one there (a SentencePiece model is "
             "converted by transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
         )
-    end = end or _named_token(file.parent, "eos_token")
+    end = end or _special_token_name(file.parent, "eos_token")
     if end is None:
-        raise InputError(f"model.tokenizer.end: {file.parent} names no eos_token; name the token that ends a solution")
-    padding = padding or _named_token(file.parent, "pad_token") or end
+        raise InputError(
+            f"model.tokenizer.end: {file.parent} has no eos_token; set this to the token that ends a solution"
+        )
+    padding = padding or _special_token_name(file.parent, "pad_token") or end
     return Tokenizer(read_backend(file), end, padding)
 
 
-def kept_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """The files of a model's tokenizer: those of its folder, or its own where the folder has another or none."""
-    there = folder / TOKENIZER_FILES[0]
-    if tokenizer is None or (there.is_file() and content_fingerprint(read_backend(there)) == tokenizer.fingerprint):
+def tokenizer_files(folder: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """Return the tokenizer files to save with a model, by name.
+
+    These are the files in `folder` if they contain the same tokenizer (or if `tokenizer` is None), else new files.
+    """
+    file = folder / TOKENIZER_FILES[0]
+    if tokenizer is None or (file.is_file() and content_fingerprint(read_backend(file)) == tokenizer.fingerprint):
         return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     backend = tokenizer.backend
     special = {"eos_token": backend.id_to_token(tokenizer.end), "pad_token": backend.id_to_token(tokenizer.padding)}
     return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": encode_json(special)}
 
 
-def _named_token(folder: Path, name: str) -> str | None:
-    """A special token that the files beside a tokenizer.json name."""
+def _special_token_name(folder: Path, name: str) -> str | None:
+    """Return a special token from the files next to a tokenizer.json, or None."""
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if not file.is_file():
             continue
@@ -137,30 +144,30 @@ def _named_token(folder: Path, name: str) -> str | None:
 
 
 def read_backend(path: Path) -> BackendTokenizer:
-    """What a tokenizer.json describes, without the padding and truncation that some ask for.
+    """Return the tokenizer of a tokenizer.json, without its padding and truncation settings.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises no class of its own
-        raise InputError(f"{path}: is no tokenizer.json that can be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
     backend.no_padding()
     backend.no_truncation()
     return backend
 
 
-def content(backend: BackendTokenizer) -> dict[str, Any]:
-    """Everything that decides which ids a text becomes, however the tokenizer was made and stored.
+def tokenizer_content(backend: BackendTokenizer) -> dict[str, Any]:
+    """Return everything that determines the ids of a text, independent of how the tokenizer was made and stored.
 
-    What it adds around a text, pads with or truncates to is left aside.
+    Special tokens around a text, padding and truncation are not included.
     """
     described = json.loads(backend.to_str())
     vocabulary = {number: token for token, number in backend.get_vocab().items()}
     model = described["model"]
     scores = model["vocab"] if isinstance(model.get("vocab"), list) else None  # of a unigram model
-    return {
+    return {  # the keys are part of fingerprints stored in checkpoints
         "vocabulary": [[number, vocabulary[number]] for number in sorted(vocabulary)],
         "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []],
         "special tokens": sorted(described["added_tokens"], key=lambda token: token["id"]),
@@ -172,15 +179,15 @@ def content(backend: BackendTokenizer) -> dict[str, Any]:
 
 
 def content_fingerprint(backend: BackendTokenizer) -> str:
-    """A hash of a tokenizer's content: equal for tokenizers that give every text the same ids."""
-    return hashlib.sha256(json.dumps(content(backend), sort_keys=True).encode()).hexdigest()
+    """Return a hash of a tokenizer's content, equal for tokenizers that give every text the same ids."""
+    return hashlib.sha256(json.dumps(tokenizer_content(backend), sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | None:
-    """Where another tokenizer gives other ids than ours, with a hash of each; None if it is the same.
+    """Return the first difference of another tokenizer from ours, with a hash of each; None if they are the same.
 
-    Compared are the token of every id, merges, special tokens, the normaliser, and how `PROBE` and the special
-    tokens are split.
+    The comparison covers the token of every id, the merges, the special tokens, the normalizer, and the encoding of
+    `PROBE` and of the special tokens.
     """
     difference = next(_differences(ours, theirs), None)
     if difference is None:
@@ -194,7 +201,7 @@ def _differences(ours: Tokenizer, theirs: BackendTokenizer) -> Iterator[str]:
     sizes = [backend.get_vocab_size() for backend in backends]
     if sizes[0] != sizes[1]:
         yield f"it has {sizes[0]} tokens, ours has {sizes[1]}"
-    other, own = (content(backend) for backend in backends)
+    other, own = (tokenizer_content(backend) for backend in backends)
     tokens = [dict(part["vocabulary"]) for part in (other, own)]
     for number in sorted(tokens[0].keys() | tokens[1].keys()):
         if tokens[0].get(number) != tokens[1].get(number):
@@ -206,7 +213,7 @@ def _differences(ours: Tokenizer, theirs: BackendTokenizer) -> Iterator[str]:
     pieces = [backend.encode(text, add_special_tokens=False).tokens for backend in backends]
     for one, another in zip_longest(*pieces):
         if one != another:
-            yield f"it splits text otherwise: {one!r} where ours has {another!r}"
+            yield f"it splits text differently: {one!r} where ours has {another!r}"
     for name in ("special tokens", "normaliser", "splitting", "model"):
         if other[name] != own[name]:
-            yield f"it has other {name}: {json.dumps(other[name])[:200]}, ours has {json.dumps(own[name])[:200]}"
+            yield f"different {name}: {json.dumps(other[name])[:200]}, ours has {json.dumps(own[name])[:200]}"

@@ -1,4 +1,4 @@
-"""The machine and the precision that a process computes with, alone or with others."""
+"""Device, precision and parallelism of a run."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Hardware:
-    """Where and how to compute. `auto` takes a CUDA GPU, else Apple's MPS, else the CPU."""
+    """The hardware options of a run. `device=auto` selects a CUDA GPU, else Apple's MPS, else the CPU."""
 
     def __init__(
         self,
@@ -30,13 +30,20 @@ class Hardware:
         compile: bool = False,  # noqa: A002 - torch's word
         timeout: PositiveFloat = 1800.0,
     ) -> None:
-        """Find the device of this process.
+        """Select the device of this process.
 
-        With `reduce_each_micro_batch` gradients are summed over processes after every micro-batch instead of once
-        an update: more traffic, but under fsdp a process never holds all of the gradients. `timeout` is how many
-        seconds a process waits for another one. A process alone shares its model with none, whatever the `strategy`.
+        Args:
+            device: kind of device.
+            precision: precision of matrix products; parameters stay fp32.
+            num_processes: number of ranks.
+            strategy: "ddp" or "fsdp" with several ranks; ignored with one.
+            reduce_each_micro_batch: reduce gradients over the ranks after every micro-batch instead of once per
+                update: more traffic, but under fsdp no rank stores full gradients.
+            activation_checkpointing: recompute activations in the backward pass instead of storing them.
+            compile: compile the blocks with torch.compile.
+            timeout: seconds after which a collective fails.
         """
-        self.device = device_of(device)
+        self.device = resolve_device(device)
         self.processes = Processes()
         self.precision = precision
         self.strategy: Strategy = strategy if self.processes.size > 1 else "single"
@@ -44,27 +51,27 @@ class Hardware:
         self.activation_checkpointing, self.compile = activation_checkpointing, compile
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Inside, matrix products run in the chosen precision; parameters stay fp32."""
+        """Return the autocast context of the chosen precision."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def peak_memory(self) -> int:
-        """Bytes: the most that tensors took on the GPU, or that the process took elsewhere."""
+        """Return the peak memory in bytes: of tensors on a CUDA GPU, otherwise of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def device_of(wish: Device) -> torch.device:
-    """The device of this process: of several GPUs the one that has its number."""
-    kind = found_devices()[0] if wish == "auto" else wish
+def resolve_device(device: Device) -> torch.device:
+    """Return the device of this process; the local rank selects one of several GPUs."""
+    kind = found_devices()[0] if device == "auto" else device
     return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
 
 
 def found_devices() -> list[str]:
-    """The kinds of device this machine has, the fastest first."""
+    """Return the kinds of device of this machine, fastest first."""
     devices = []
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -73,8 +80,8 @@ def found_devices() -> list[str]:
     return [*devices, "cpu"]
 
 
-def hardware_problems(device: str, num_processes: int, strategy: str) -> list[tuple[str, str]]:
-    """What of the asked-for hardware is not there, or makes no sense: (key, problem) pairs."""
+def hardware_issues(device: str, num_processes: int, strategy: str) -> list[tuple[str, str]]:
+    """Return (key, problem) pairs for options that this machine cannot satisfy or that contradict each other."""
     found = found_devices()
     there = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
     outer, here = os.environ.get("WORLD_SIZE"), int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
@@ -86,9 +93,9 @@ def hardware_problems(device: str, num_processes: int, strategy: str) -> list[tu
         remedy = "; more machines need torchrun on each" if outer is None else ""
         problems.append(("num_processes", f"needs one GPU each; found: {there}{remedy}"))
     if outer is not None and int(outer) != num_processes:
-        problems.append(("num_processes", f"torchrun has started {outer}; both must agree"))
+        problems.append(("num_processes", f"torchrun started {outer} processes; set hardware.num_processes={outer}"))
     if num_processes > 1 and kind == "mps":
-        problems.append(("num_processes", "an MPS device serves one process"))
+        problems.append(("num_processes", "must be 1 on an MPS device"))
     if num_processes > 1 and strategy == "single":
-        problems.append(("strategy", "is of one process; several need ddp or fsdp"))
+        problems.append(("strategy", "single is for one process; several processes need ddp or fsdp"))
     return problems

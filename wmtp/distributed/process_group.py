@@ -1,4 +1,4 @@
-"""The processes that train together: who this one is, and what they tell each other."""
+"""The process group of a run: this process's rank, and collectives."""
 
 import json
 import os
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class OtherProcessFailed(WmtpError):
-    """Another process could not do its part; its own error says why."""
+    """A failure of another rank; that rank raises its own error."""
 
     def __init__(self, rank: int, message: str, exit_code: int) -> None:
         super().__init__(f"process {rank}: {message}")
@@ -27,9 +27,9 @@ class OtherProcessFailed(WmtpError):
 
 
 class Processes:
-    """This process, number `rank` of `size`. What it is told by the others is plain JSON, or tensors of one shape.
+    """Collectives of the process group, from rank `rank` of `size`, on plain JSON values or tensors of equal shape.
 
-    Every method here must be called by all processes, in the same order. A process alone waits for nobody.
+    All ranks must call the same methods in the same order. Without a process group, `size` is 1 and no method waits.
     """
 
     def __init__(self) -> None:
@@ -37,26 +37,26 @@ class Processes:
 
     @classmethod
     def alone(cls) -> "Processes":
-        """This process without the others, if there are any."""
+        """Return a group of size 1 that contains this process only, whatever the real process group."""
         processes = cls()
         processes.rank, processes.size = 0, 1
         return processes
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints, tracks and writes."""
+        """True for rank 0, the main process, which prints, tracks and writes."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every process's tensor; the same bits on all."""
+        """Return the sum of all ranks' tensors, bitwise equal on all ranks."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
         dist.all_reduce(total)
         return total
 
-    def largest(self, *numbers: float) -> list[float]:
-        """The largest of every process's numbers, one by one."""
+    def max(self, *numbers: float) -> list[float]:
+        """Return the maximum over all ranks of each number."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64)
@@ -65,7 +65,7 @@ class Processes:
         return result
 
     def broadcast(self, tensor: Tensor, rank: int) -> Tensor:
-        """The tensor of one process; the others give one of the same shape and type."""
+        """Return the tensor of one rank; the other ranks pass a tensor of the same shape and type."""
         if self.size == 1:
             return tensor
         received = tensor.clone()
@@ -73,27 +73,27 @@ class Processes:
         return received
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process has to say, by rank."""
+        """Return the values of all ranks, in order of rank. A value must be plain JSON."""
         if self.size == 1:
             return [value]
         written = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = int(self.largest(len(written))[0])
+        length = int(self.max(len(written))[0])
         padded = torch.full((length,), ord(" "), dtype=torch.uint8)
         padded[: len(written)] = written
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded)
         return [json.loads(bytes(part.tolist())) for part in gathered]
 
-    def together(self, action: Callable[[], T]) -> T:
-        """What this process's action returns; if it failed in one of them, it has failed in all.
+    def run_on_all(self, action: Callable[[], T]) -> T:
+        """Run an action on every rank and return this rank's result; raise on all ranks if it failed on one.
 
         Raises:
-            OtherProcessFailed: in the processes that did their part, naming the first that did not.
+            OtherProcessFailed: the action succeeded on this rank and failed on another one; names the lowest such rank.
         """
         result, error = None, None
         try:
             result = action()
-        except Exception as problem:  # noqa: BLE001 - it is raised again below, once the others know of it
+        except Exception as problem:  # noqa: BLE001 - raised again below, after the other ranks have received it
             error = problem
         failures = self.gather(error and [str(error) or type(error).__name__, getattr(error, "exit_code", 1)])
         if error is not None:
@@ -103,35 +103,35 @@ class Processes:
                 raise OtherProcessFailed(rank, *failure)
         return result  # type: ignore[return-value]
 
-    def from_main(self, action: Callable[[], T]) -> T:
-        """What the main process's action returns, as JSON to the others, which wait for it.
+    def run_on_main(self, action: Callable[[], T]) -> T:
+        """Run an action in the main process and return its result on all ranks, which receive it as JSON.
 
         Raises:
-            OtherProcessFailed: in the others, if the action failed.
+            OtherProcessFailed: the action failed in the main process; raised on the other ranks.
         """
-        result = self.together(lambda: action() if self.is_main else None)
-        told: list[T] = [result] if self.size == 1 else self.gather(result)  # type: ignore[list-item]
-        return told[0]
+        result = self.run_on_all(lambda: action() if self.is_main else None)
+        results: list[T] = [result] if self.size == 1 else self.gather(result)  # type: ignore[list-item]
+        return results[0]
 
-    def wait(self) -> None:
-        """Until all are here."""
-        self.largest(0)
+    def barrier(self) -> None:
+        """Wait until all ranks have called this method."""
+        self.max(0)
 
 
-def join(device: torch.device, timeout: float) -> None:
-    """Meet the processes that the launcher's environment names. A wait for one of them ends after `timeout` seconds."""
+def join_group(device: torch.device, timeout: float) -> None:
+    """Join the process group of the launcher's environment. Collectives fail after `timeout` seconds."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
-def leave() -> None:
-    """Part from the other processes, if there are any."""
+def leave_group() -> None:
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine."""
+    """Return the rank of this process among the processes of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""Where randomness comes from, and how it is written down."""
+"""Seeds and saved states of torch's random generators."""
 
 import base64
 import hashlib
@@ -12,12 +12,12 @@ log = logging.getLogger(__name__)
 
 
 def seed_torch(seed: int, rank: int = 0) -> None:
-    """Seed torch's generators, which initialise parameters and draw dropout; for each process others."""
+    """Seed torch's generators, used for initial parameters and dropout, differently on each rank."""
     torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def generator_states() -> dict[str, str]:
-    """The state of torch's generators on every device, as text."""
+    """Return the states of torch's generators by kind of device, as base64 text."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -26,26 +26,33 @@ def generator_states() -> dict[str, str]:
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
 
-def restore_generators(of_processes: list[dict[str, str]], processes: Processes) -> None:
-    """Continue the generators where each process's `generator_states` were; devices that are not here are left out.
+def restore_generators(states_by_rank: list[dict[str, str]], processes: Processes) -> None:
+    """Restore the generators of this rank; states of devices that this machine lacks are ignored.
 
-    Another number of processes draws from new generators, seeded by the state of the first.
+    If the number of ranks has changed, the generators are seeded instead, from a hash of the state of rank 0.
+
+    Args:
+        states_by_rank: the `generator_states` of every rank at the time of the checkpoint.
+        processes: the current process group.
     """
-    if len(of_processes) != processes.size:
-        digest = hashlib.sha256(of_processes[0]["cpu"].encode()).digest()
+    if len(states_by_rank) != processes.size:
+        digest = hashlib.sha256(states_by_rank[0]["cpu"].encode()).digest()
         seed_torch(int.from_bytes(digest[:7], "big"), processes.rank)
         if processes.is_main:
             log.warning(
-                "saved by %d processes, resumed by %d: dropout is drawn anew", len(of_processes), processes.size
+                "saved with %d processes, resumed with %d: dropout masks are drawn from new seeds",
+                len(states_by_rank),
+                processes.size,
             )
         return
-    states = of_processes[processes.rank]
+    states = states_by_rank[processes.rank]
 
-    def decoded(device: str) -> torch.Tensor:
+    def decode(device: str) -> torch.Tensor:
+        """Return the saved state of a device."""
         return torch.frombuffer(bytearray(base64.b64decode(states[device])), dtype=torch.uint8)
 
-    torch.set_rng_state(decoded("cpu"))
+    torch.set_rng_state(decode("cpu"))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(decoded("cuda"))
+        torch.cuda.set_rng_state(decode("cuda"))
     if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(decoded("mps"))
+        torch.mps.set_rng_state(decode("mps"))

@@ -1,7 +1,7 @@
-"""Tensors of which every process holds a part: gathering them, cutting them out, writing and reading the parts.
+"""Gather, shard, write and read tensors that are sharded over the ranks (DTensor).
 
-The parts are written by torch's distributed checkpoint. Its own index of them is a pickle, which runs what it
-holds when it is read; here the index is JSON, so that nothing on disk is ever unpickled but tensors.
+Torch's distributed checkpoint writes the shards. Its own index of the shards is a pickle, which can execute code when
+it is loaded; this module writes the index as JSON instead, so that only tensors are unpickled.
 """
 
 import json
@@ -37,46 +37,47 @@ from wmtp.runtime.atomic_files import encode_json, write_synced
 INDEX = "shards.json"
 
 
-def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole copies on the CPU of tensors that may be spread over the processes; none where they are not to be kept.
+def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Return full copies on the CPU of tensors that may be sharded, or an empty dict on ranks without `keep`.
 
-    Must be called by all processes with tensors of the same names. One tensor at a time is whole on the device.
+    All ranks must call this with tensors of the same names. The tensors are gathered one at a time, so the device
+    never holds more than one full copy.
     """
     kept: dict[str, Tensor] = {}
     problem: Exception | None = None
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         try:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep and problem is None:
-                kept[name] = whole.to("cpu", copy=True).contiguous()
-        except Exception as error:  # noqa: BLE001 - raised below: the others wait for this process's part of the rest
+                kept[name] = full.to("cpu", copy=True).contiguous()
+        except Exception as error:  # noqa: BLE001 - raised below, because the other ranks still need this rank's shards
             problem = error
     if problem is not None:
         raise problem
     return kept
 
 
-def is_part_of(tensor: Tensor | None, shape: torch.Size) -> bool:
-    """Whether a live tensor is spread over the processes and has this shape when it is whole."""
+def is_shard_of(tensor: Tensor | None, shape: torch.Size) -> bool:
+    """Return whether a tensor is sharded and its full shape is `shape`."""
     return isinstance(tensor, DTensor) and tensor.shape == shape
 
 
-def cut_like(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """This process's part of a whole tensor, where `like` is spread over the processes; else the tensor itself."""
+def shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """Return this rank's shard of a full tensor if `like` is sharded and has its shape, else the tensor itself."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     (chunk,) = like.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    part = tensor.detach()[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
-    local = torch.empty(part.shape, dtype=tensor.dtype, device=like.to_local().device).copy_(part)
+    shard = tensor.detach()[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
+    local = torch.empty(shard.shape, dtype=tensor.dtype, device=like.to_local().device).copy_(shard)
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where a piece of a tensor lies in its whole, and its bytes in a file."""
+class ShardEntry:
+    """The position of a shard in its full tensor, and the position of its bytes in a file."""
 
     offsets: list[int]
     sizes: list[int]
@@ -85,13 +86,13 @@ class Part:
     length: int
 
 
-def write_parts(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
-    """Write this process's parts of the tensors into one file, and as the main process their index; returns the files.
+def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
+    """Write this rank's shards into one file, and in the main process the index; return the written files.
 
-    Must be called by all processes. The parts are not synced to the disk yet.
+    All ranks must call this. The shards are not synced to the disk.
 
     Raises:
-        OtherProcessFailed: another process could not write its parts.
+        OtherProcessFailed: another rank could not write its shards.
     """
     writer = _Writer(folder, sync_files=False)
     alone = not dist.is_initialized()
@@ -101,24 +102,27 @@ def write_parts(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
         try:
             save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer, no_dist=alone)
         except CheckpointException as error:
-            raise _failure_of(error, rank) from error
+            raise _original_error(error, rank) from error
     return [*folder.glob(f"__{rank}_*.distcp"), *([folder / INDEX] if rank == 0 else [])]
 
 
-def read_parts(folder: Path, wanted: Callable[[str], bool], like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-    """The wanted tensors by name, from any number of processes' parts.
+def read_shards(folder: Path, wanted: Callable[[str], bool], like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    """Read tensors from the shards of any number of ranks, without communication between the ranks.
 
-    A tensor comes spread over the processes like the one that `like` names for it, if that has its shape; else
-    whole, on the CPU. No process waits for another. The files must be verified.
+    Args:
+        folder: folder with the shards; its files must have been verified.
+        wanted: returns whether to read the tensor of a name.
+        like: returns the live tensor of a name. If it is sharded and has the same full shape, the returned tensor is
+            sharded in the same way. Otherwise the full tensor is returned, on the CPU.
     """
     tensors: dict[str, Tensor] = {}
     for name, stored in _read_index(folder).state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
         if wanted(name):
-            model, dtype = like(name), stored.properties.dtype
-            if is_part_of(model, stored.size):
-                assert model is not None
-                tensors[name] = torch.empty_like(model.detach(), dtype=dtype, requires_grad=False)
+            live, dtype = like(name), stored.properties.dtype
+            if is_shard_of(live, stored.size):
+                assert live is not None
+                tensors[name] = torch.empty_like(live.detach(), dtype=dtype, requires_grad=False)
             else:
                 tensors[name] = torch.empty(stored.size, dtype=dtype)
     with warnings.catch_warnings():
@@ -126,34 +130,36 @@ def read_parts(folder: Path, wanted: Callable[[str], bool], like: Callable[[str]
         try:
             load(tensors, storage_reader=_Reader(folder), no_dist=True)
         except CheckpointException as error:
-            raise _failure_of(error, 0) from error
+            raise _original_error(error, 0) from error
     return tensors
 
 
 class _Writer(FileSystemWriter):
-    """Writes the index as JSON, and says what the disk said."""
+    """A writer whose index is JSON, and whose errors are those of the file system."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's shards; raise the OSError that torch's error hides."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
             cause: BaseException | None = error
-            while cause is not None:  # torch's archive only says that a position is unexpected
+            while cause is not None:  # the message of torch's archive is only "unexpected pos"
                 if isinstance(cause, OSError):
                     raise OSError(cause.errno, cause.strerror, str(self.path)) from error
                 cause = cause.__context__
             raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        where = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        """Write the index, with the locations of all ranks' shards."""
+        locations = {result.index: result.storage_data for of_rank in results for result in of_rank}
         index: dict[str, Any] = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
             parts = []
             for chunk in stored.chunks:
-                info = where[MetadataIndex(name, chunk.offsets)]
+                info = locations[MetadataIndex(name, chunk.offsets)]
                 parts.append(
-                    asdict(Part([*chunk.offsets], [*chunk.sizes], info.relative_path, info.offset, info.length))
+                    asdict(ShardEntry([*chunk.offsets], [*chunk.sizes], info.relative_path, info.offset, info.length))
                 )
             dtype = str(stored.properties.dtype).removeprefix("torch.")
             index[name] = {"dtype": dtype, "shape": list(stored.size), "parts": parts}
@@ -161,27 +167,28 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """Reads the index as JSON."""
+    """A reader whose index is JSON."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index as torch's metadata."""
         return _read_index(Path(self.path))
 
 
 def _read_index(folder: Path) -> Metadata:
     tensors: dict[str, Any] = {}
-    where: dict[MetadataIndex, _StorageInfo] = {}
+    locations: dict[MetadataIndex, _StorageInfo] = {}
     for name, entry in json.loads((folder / INDEX).read_bytes()).items():
         chunks = []
-        for part in (Part(**part) for part in entry["parts"]):
-            chunks.append(ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)))
-            where[MetadataIndex(name, part.offsets)] = _StorageInfo(part.file, part.start, part.length)
+        for shard in (ShardEntry(**part) for part in entry["parts"]):
+            chunks.append(ChunkStorageMetadata(torch.Size(shard.offsets), torch.Size(shard.sizes)))
+            locations[MetadataIndex(name, shard.offsets)] = _StorageInfo(shard.file, shard.start, shard.length)
         dtype = getattr(torch, entry["dtype"])
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
-    return Metadata(tensors, storage_data=where, storage_meta=StorageMeta())
+    return Metadata(tensors, storage_data=locations, storage_meta=StorageMeta())
 
 
-def _failure_of(error: CheckpointException, rank: int) -> BaseException:
-    """What went wrong in this process or, if nothing did, in another one."""
+def _original_error(error: CheckpointException, rank: int) -> BaseException:
+    """Return the error of this rank, or if it had none, the error of the lowest rank that failed."""
     if rank in error.failures:
         return error.failures[rank][0]
     other, (problem, _) = min(error.failures.items(), key=lambda item: item[0])

@@ -1,4 +1,4 @@
-"""The other processes of a run, as long as one works with them."""
+"""A watchdog that ends this rank if another rank of the run dies."""
 
 import os
 import socket
@@ -12,104 +12,120 @@ from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
-from wmtp.distributed.exit_reports import SUFFERED, Outcome
+from wmtp.distributed.exit_reports import PEER_FAILED, ExitReport
 from wmtp.distributed.process_group import OtherProcessFailed, Processes
 from wmtp.runtime.processes import is_alive
-from wmtp.runtime.signals import closes_in_peace
+from wmtp.runtime.signals import is_sigterm_ignored
 
-LOOK_EVERY = 0.5
-"""Seconds between looks at the other processes."""
-FAILED = "failed"
-"""The key in the store that holds the rank of a process that failed."""
-GRACE, GRACE_TO_CLOSE = 3.0, 20.0
-"""Seconds that a process has to fail by itself when another is gone; and while it closes what it opened."""
+POLL_INTERVAL_S = 0.5
+"""Seconds between checks of the other ranks."""
+FAILED_KEY = "failed"
+"""Key in the store for the rank of a process that failed."""
+ABORT_GRACE_S, CLOSE_GRACE_S = 3.0, 20.0
+"""Seconds until this process is ended after another rank died: normally, and while it closes files and uploads."""
+SETTLE_S = 0.2
+"""Seconds between a broken connection and the end of its process."""
 
 
-class Peers:
-    """The other processes of a run, seen by one of them, from the time they met until they part.
+class Watchdog:
+    """A thread that checks the other ranks from the start of the process group until the exit barrier.
 
-    When one of them fails, or is gone on this machine without a farewell, this process has a few seconds to fail by
-    itself; if it does not, because it waits in a call that nothing interrupts, it is ended with the exit code that
-    `last_act` returns, which is told who is gone.
+    If another rank reports a failure, or dies on this machine before it is done, this process has a few seconds to
+    fail by itself. If it does not, because it waits in a call that cannot be interrupted (a collective of NCCL), the
+    watchdog calls `on_hang` with the dead rank and ends the process with the exit code that `on_hang` returns.
     """
 
-    def __init__(self, processes: Processes, store: Store, last_act: Callable[[int], int]) -> None:
+    def __init__(self, processes: Processes, store: Store, on_hang: Callable[[int], int]) -> None:
         self.rank, self.size = processes.rank, processes.size
-        self.store, self.last_act = store, last_act
+        self.store, self.on_hang = store, on_hang
         everyone = processes.gather([_machine(), os.getpid()])
         self.pids = {
             rank: pid for rank, (machine, pid) in enumerate(everyone) if machine == _machine() and rank != self.rank
         }
-        self._parted = threading.Event()
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def part(self, patience: float) -> None:
-        """Say farewell and wait until all others have done so; then this process may end, and none will miss it.
+    def exit_barrier(self, timeout: float) -> None:
+        """Mark this rank as done, wait until all ranks are done, and stop the watchdog.
 
         Raises:
-            OtherProcessFailed: one is gone without a farewell, or has not said it after `patience` seconds.
+            OtherProcessFailed: a rank died before it was done, or is not done after `timeout` seconds.
         """
-        self.store.set(f"farewell/{self.rank}", "")
-        self._wait("farewell", patience)
-        self._parted.set()
-        self.store.set(f"parted/{self.rank}", "")
-        if self.rank == 0:  # the store may live in this process, and the others still ask it
-            self._wait("parted", GRACE)
+        self.store.set(_done_key(self.rank), "")
+        self._wait_until_done(timeout)
+        self._stopped.set()
+        self.store.set(_stopped_key(self.rank), "")
+        if self.rank == 0:  # rank 0 may host the store, which the other ranks still read
+            self._wait_until_stopped()
 
-    def lost(self) -> int | None:
-        """The rank of a process of this machine that is gone without a farewell, or of any that said it failed."""
+    def dead_rank(self) -> int | None:
+        """Return a rank of this machine that died before it was done, or a rank that reported a failure, or None."""
         for rank, pid in self.pids.items():
-            if not is_alive(pid) and not self._has(f"farewell/{rank}"):
+            if not is_alive(pid) and not self._has(_done_key(rank)):
                 return rank
-        with suppress(RuntimeError):  # the store may go between two calls
-            if self._has(FAILED) and (failed := int(self.store.get(FAILED))) != self.rank:
+        with suppress(RuntimeError):  # the store may disappear between two calls
+            if self._has(FAILED_KEY) and (failed := int(self.store.get(FAILED_KEY))) != self.rank:
                 return failed
         return None
 
-    def tell_failed(self) -> None:
-        """Let the processes of other machines know, too."""
-        with suppress(RuntimeError):  # the store may be gone with the process that held it
-            self.store.set(FAILED, str(self.rank))
+    def report_failure(self) -> None:
+        """Announce in the store that this rank failed, because other machines cannot see its process."""
+        with suppress(RuntimeError):  # the process that hosts the store may be dead
+            self.store.set(FAILED_KEY, str(self.rank))
 
-    def blamed(self, outcome: Outcome) -> Outcome:
-        """How this process ended, naming the process whose death took it along, if one did."""
-        if outcome.end != SUFFERED:
-            return outcome
-        time.sleep(0.2)  # a connection breaks a little before its process is gone
-        lost = self.lost()
-        return outcome if lost is None else replace(outcome, message=f"process {lost} is gone: {outcome.message}")
+    def attribute_failure(self, report: ExitReport) -> ExitReport:
+        """Return this rank's exit report with the dead rank in its message, if a dead rank caused the failure."""
+        if report.end != PEER_FAILED:
+            return report
+        time.sleep(SETTLE_S)
+        dead = self.dead_rank()
+        return report if dead is None else replace(report, message=f"process {dead} died: {report.message}")
 
-    def _wait(self, word: str, patience: float) -> None:
-        deadline = time.monotonic() + patience
-        while missing := [rank for rank in range(self.size) if not self._has(f"{word}/{rank}")]:
-            if word == "farewell" and (lost := self.lost()) is not None:
-                raise OtherProcessFailed(lost, "ended before the others were done", 1)
+    def _wait_until_done(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while missing := self._ranks_without(_done_key):
+            if (dead := self.dead_rank()) is not None:
+                raise OtherProcessFailed(dead, "ended before the other processes were done", 1)
             if time.monotonic() > deadline:
-                if word == "parted":
-                    return
-                raise OtherProcessFailed(missing[0], f"was not done {patience:g} s after this one", 1)
+                raise OtherProcessFailed(missing[0], f"was not done {timeout:g} s after this process", 1)
             time.sleep(0.02)
 
+    def _wait_until_stopped(self) -> None:
+        deadline = time.monotonic() + ABORT_GRACE_S
+        while self._ranks_without(_stopped_key) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _ranks_without(self, key: Callable[[int], str]) -> list[int]:
+        return [rank for rank in range(self.size) if not self._has(key(rank))]
+
     def _has(self, key: str) -> bool:
-        """Whether something is in the store; a store that is gone, as its process is, holds nothing."""
+        """Return whether the store has a key; False if the process that hosts the store is dead."""
         try:
             return bool(self.store.check([key]))
         except RuntimeError:
             return False
 
     def _watch(self) -> None:
-        while not self._parted.wait(LOOK_EVERY):
-            if (lost := self.lost()) is not None:
+        while not self._stopped.wait(POLL_INTERVAL_S):
+            if (dead := self.dead_rank()) is not None:
                 break
         else:
             return
         started = time.monotonic()
-        while not self._parted.wait(0.1):
+        while not self._stopped.wait(0.1):
             waited = time.monotonic() - started
-            if waited > (GRACE_TO_CLOSE if closes_in_peace() else GRACE):
-                os._exit(self.last_act(lost))
+            if waited > (CLOSE_GRACE_S if is_sigterm_ignored() else ABORT_GRACE_S):
+                os._exit(self.on_hang(dead))
+
+
+def _done_key(rank: int) -> str:
+    return f"done/{rank}"
+
+
+def _stopped_key(rank: int) -> str:
+    return f"stopped/{rank}"
 
 
 def _machine() -> str:
-    """The machine, and in it the part whose process numbers this process sees."""
+    """Return the host name and the namespace of process ids: a pid is valid only within both."""
     return socket.gethostname() + (str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else "")

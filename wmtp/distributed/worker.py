@@ -1,4 +1,4 @@
-"""What a worker process finds in its environment, and what its launcher needs of it."""
+"""Set up a worker process that the launcher started."""
 
 import json
 import logging
@@ -10,41 +10,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wmtp.runtime.processes import die_with
+from wmtp.runtime.processes import kill_on_parent_death
 
-TASK = "WMTP_TASK"
-"""The environment's variable that names the file of a worker's task."""
-TASK_FILE = "task.json"
+CONTEXT_VARIABLE = "WMTP_TASK"
+"""Environment variable with the path of the file that contains the context of a worker's job."""
+CONTEXT_FILE = "task.json"
 
 
-def receive_task() -> tuple[dict[str, Any], Path]:
-    """Bind this worker to its launcher; its task, and the private folder where both leave word for each other."""
-    path = Path(os.environ.pop(TASK))  # what this worker starts is no worker
+def receive_context() -> tuple[dict[str, Any], Path]:
+    """Make this worker end with its launcher; return the job's context and the folder shared with the launcher."""
+    path = Path(os.environ.pop(CONTEXT_VARIABLE))  # so that a subprocess of this worker is not taken for a worker
     try:
-        task: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:  # the launcher has cleaned up: it was interrupted while it started this worker
+        context: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:  # the launcher was interrupted while it started this worker, and removed the folder
         os._exit(1)
-    die_with(task["launcher"])
-    return task, path.parent
+    kill_on_parent_death(context["launcher"])
+    return context, path.parent
 
 
-def tell_ready(folder: Path) -> None:
-    """Let the launcher know that this worker handles signals from now on."""
+def mark_ready(folder: Path) -> None:
+    """Write the file by which the launcher recognizes that this worker handles signals."""
     staged = folder / f"{os.getpid()}.tmp"
     staged.write_text(str(os.getpid()))
     staged.rename(folder / f"ready-{os.environ['RANK']}")
 
 
-def ready_marks(folder: Path) -> Iterator[Path]:
-    """The files that hold the process numbers of the workers that are ready."""
+def ready_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of `mark_ready`; each contains the process id of a worker."""
     return folder.glob("ready-*")
 
 
 def set_up_output(job_logging: dict[str, Any]) -> None:
-    """Log as the command does in the first process of a run, and print nothing in the others."""
+    """Configure logging as in the command on rank 0; discard all output on the other ranks."""
     if os.environ["RANK"] == "0":
         logging.config.dictConfig(job_logging)
         return
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for the rest of this process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - used until this process ends

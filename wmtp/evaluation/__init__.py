@@ -1,1 +1,1 @@
-"""How good a trained model is: programs that pass their tests, and losses."""
+"""Evaluation of a trained model: pass@k of its programs, losses and accuracies."""

@@ -1,4 +1,4 @@
-"""One evaluation from its config to its end: answers, verdicts, losses, summary, tracker."""
+"""One evaluation: samples, verdicts, losses, summary.json and the metrics for the tracker."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from wmtp.config.flatten import flat
+from wmtp.config.flatten import flatten
 from wmtp.config.schema import build
 from wmtp.data.records import Record
 from wmtp.data.sources import DataSource
@@ -22,19 +22,19 @@ from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.perplexity import prediction_metrics
-from wmtp.evaluation.results_log import Journal
-from wmtp.evaluation.sampling import Answer, answers, encode_prompts, first_records
+from wmtp.evaluation.results_log import ResultsLog
+from wmtp.evaluation.sampling import Sample, encode_prompts, generate_samples, unique_problems
 from wmtp.evaluation.settings import Evaluation
 from wmtp.evaluation.summary import decoding_summary, pass_summary, print_report
-from wmtp.evaluation.validate import deciding
+from wmtp.evaluation.validate import evaluation_identity
 from wmtp.generation.settings import Decoding
-from wmtp.models.loading import find_checkpoint, load_trained, position_of, read_config, require_room
+from wmtp.models.loading import check_max_positions, checkpoint_position, find_checkpoint, load_trained, read_run_config
 from wmtp.models.mtp import MtpModel
-from wmtp.report.run_report import redraw
+from wmtp.report.run_report import rewrite_report
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.run_dir import EVALUATIONS, RUN, is_running, typed
+from wmtp.runtime.run_dir import EVALUATIONS, RUN, display_path, is_running
 from wmtp.runtime.versions import versions
-from wmtp.sandbox.grader import judge
+from wmtp.sandbox.grader import grade
 from wmtp.sandbox.isolation import Isolation, find_isolation
 from wmtp.tracking.jsonl import FILE_NAME as METRICS
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """An evaluation in its folder; what the folder holds already is not done again."""
+    """An evaluation and its folder; samples that are already in the folder are not generated again."""
 
     def __init__(self, config: DictConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -54,35 +54,40 @@ class Evaluator:
         self.checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
         self.run_folder = config_path.parent
         self.cache_dir = Path(config.cache_dir)
-        trained = read_config(config_path)
+        trained = read_run_config(config_path)
         tokenizer: Tokenizer = build(trained.model.tokenizer, cache_dir=self.cache_dir)
         self.source: DataSource = build(config.data, tokenizer=tokenizer)
         self.split = self.settings.split or ("all" if self.source.is_test_set else "test")
         self.hardware: Hardware = build(config.hardware)
 
     def evaluate(self) -> float | None:
-        """Answer and judge what is missing, measure the losses, and write summary.json; returns the first pass@k.
+        """Generate and grade the missing samples, measure the losses, and write summary.json.
+
+        Returns:
+            pass@k for the first k, or None if nothing was graded.
 
         Raises:
-            InputError: the checkpoint is damaged or of another tokenizer, or there is nothing to evaluate.
-            SandboxUnavailable: programs cannot be run safely here, or some could not be judged.
-            PendingError: the tracker was not told; everything is on disk.
+            InputError: the checkpoint is damaged or has another tokenizer, or there is nothing to evaluate.
+            SandboxUnavailable: programs cannot be run safely here, or some could not be graded.
+            PendingError: the metrics could not be sent to the tracker; they are on disk.
         """
         started = time.monotonic()
-        records = self._records()
-        problems = self._problems(records)
+        records = self._read_records()
+        problems = self._select_problems(records)
         model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware, self.cache_dir)
-        require_room(model, self.source.max_length, "data.max_length")
-        step, epoch = position_of(self.checkpoint)  # now: a run that is still going may replace its best
+        check_max_positions(model, self.source.max_length, "data.max_length")
+        step, epoch = checkpoint_position(self.checkpoint)  # read now: an active run may replace its best checkpoint
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":
-            log.warning("evaluation.sandbox=none: the model's programs run unprotected, with your files and network")
-        identity = {**deciding(self.config, self.checkpoint), "records": records_fingerprint(records)}
-        journal = Journal(self.folder, flat(identity))
+            log.warning(
+                "evaluation.sandbox=none: the model's programs run unprotected, with access to your files and network"
+            )
+        identity = {**evaluation_identity(self.config, self.checkpoint), "records": records_fingerprint(records)}
+        results_log = ResultsLog(self.folder, flatten(identity))
         replace_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(self.config, resolve=True).encode())
-        errors = self._judge_missing(journal, problems, model, isolation)
+        errors = self._grade_missing(results_log, problems, model, isolation)
         keys = [(problem.task_id, index) for problem in problems for index in range(self.settings.n)]
-        rows = [journal.results[key] for key in keys if key in journal.results]
+        rows = [results_log.results[key] for key in keys if key in results_log.results]
         summary = {
             "checkpoint": str(self.checkpoint),
             "step": step,
@@ -92,135 +97,138 @@ class Evaluator:
             **pass_summary(rows, self.settings.k),
             "sandbox_errors": errors,
             "decoding": decoding_summary(rows),
-            "prediction": self._prediction(records, model),
+            "prediction": self._prediction_metrics(records, model),
             "sandbox": isolation.name,
             "seconds": round(time.monotonic() - started, 1),
             **versions(),
         }
         replace_atomically(self.folder / "summary.json", encode_json(summary))
         print_report(self.console, summary)
-        redraw(self.run_folder)
-        self._say(f"The results are in {typed(self.folder)}")
-        self._track(summary)
+        rewrite_report(self.run_folder)
+        self._print(f"The results are in {display_path(self.folder)}")
+        self._log_metrics(summary)
         if errors:
             raise SandboxUnavailable(
-                f"{errors} programs could not be judged, for reasons that are not theirs (see the log); they count "
-                "neither as passed nor as failed. The same command tries them again."
+                f"{errors} programs could not be graded because the sandbox failed (see the log); they count neither "
+                "as passed nor as failed. Run the same command again to grade them."
             )
         return next((entry["value"] for entry in summary["pass_at_k"].values()), None)
 
-    def _records(self) -> list[Record]:
-        """The records of the chosen split."""
+    def _read_records(self) -> list[Record]:
+        """Return the records of the chosen split."""
         splits, name = self.source.read(), self.split
         records = [r for part in splits for r in part] if name == "all" else list(getattr(splits, name))
         if not any(record.tests for record in records):
-            what = "has no problem with tests" if records else "is empty"
-            raise InputError(f"data: the split {name!r} {what}; choose evaluation.split=train, validation, test or all")
+            problem = "has no problem with tests" if records else "is empty"
+            raise InputError(
+                f"data: the split {name!r} {problem}; choose evaluation.split=train, validation, test or all"
+            )
         return records
 
-    def _problems(self, records: Sequence[Record]) -> list[Record]:
-        """The problems to be solved: those with tests, at most `limit`."""
+    def _select_problems(self, records: Sequence[Record]) -> list[Record]:
+        """Return the problems with tests, at most `limit`."""
         source = self.source
-        problems = [p for p in first_records(records) if p.tests][: self.settings.limit]
+        problems = [p for p in unique_problems(records) if p.tests][: self.settings.limit]
         prompts = encode_prompts(source.tokenizer, source.template, [p.prompt for p in problems])
         sizes = [(len(prompt), p.task_id) for p, prompt in zip(problems, prompts, strict=True)]
         if long := [size for size in sizes if size[0] >= source.max_length]:
             most, task = max(long)
             raise InputError(
                 f"data: {len(long)} of {len(problems)} prompts leave no room for an answer in a context of "
-                f"{source.max_length} tokens, the longest, {task}, has {most}; set data.max_length={2 * most}, "
-                "beyond what the model was trained on"
+                f"{source.max_length} tokens; the longest, {task}, has {most}; set data.max_length={2 * most}, "
+                "which is more than in training"
             )
         return problems
 
-    def _prediction(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
-        """Losses and accuracies on the right solutions."""
-        right = [record for record in records if record.is_correct]
-        split = TokenizedSplit("evaluation", right, self.source.whole(), None, self.cache_dir)
+    def _prediction_metrics(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
+        """Return the losses and accuracies on the correct solutions."""
+        correct = [record for record in records if record.is_correct]
+        split = TokenizedSplit("evaluation", correct, self.source.without_selection(), None, self.cache_dir)
         return prediction_metrics(model, split, self.source.tokenizer, self.hardware, self.config.batch_size)
 
-    def _judge_missing(
-        self, journal: Journal, problems: Sequence[Record], model: MtpModel, isolation: Isolation
+    def _grade_missing(
+        self, results_log: ResultsLog, problems: Sequence[Record], model: MtpModel, isolation: Isolation
     ) -> int:
-        """Answer and judge what the journal lacks; how many programs could not be judged."""
-        wanted = journal.missing(problems, self.settings.n)
+        """Generate and grade the missing samples; return the number of programs that could not be graded."""
+        missing = results_log.missing(problems, self.settings.n)
         source, total = self.source, len(problems) * self.settings.n
-        answers_each = f"{self.settings.n} answer{'s' if self.settings.n > 1 else ''} to each"
-        self._say(f"{len(problems)} problems of {self.source.name}, {answers_each}; programs run in: {isolation.name}")
-        if len(wanted) < total:
-            self._say(f"{total - len(wanted)} of {total} answers are there already")
+        samples_each = f"{self.settings.n} sample{'s' if self.settings.n > 1 else ''} for each"
+        self._print(f"{len(problems)} problems of {self.source.name}, {samples_each}; sandbox: {isolation.name}")
+        if len(missing) < total:
+            self._print(f"{total - len(missing)} of {total} samples are already graded")
         errors = 0
-        with self.hardware.autocast(), progress(self.console, total, total - len(wanted)) as advance:
-            for answer in answers(
-                model, source.tokenizer, source.template, wanted, self.decoding, context=source.max_length,
+        with self.hardware.autocast(), show_progress(self.console, total, total - len(missing)) as advance:
+            for sample in generate_samples(
+                model, source.tokenizer, source.template, missing, self.decoding, context=source.max_length,
                 seed=self.settings.seed, workers=self.settings.num_workers,
-                judge=partial(judge, isolation=isolation, limits=self.settings.limits),
+                grader=partial(grade, isolation=isolation, limits=self.settings.limits),
             ):  # fmt: skip
-                if self._could_not_judge(answer):
+                if self._is_sandbox_error(sample):
                     errors += 1
                 else:
-                    journal.add(answer)
+                    results_log.add(sample)
                 advance()
-        journal.finish(problems)
+        results_log.close(problems)
         return errors
 
-    def _could_not_judge(self, answer: Answer) -> bool:
-        """Whether the sandbox failed, and not the program; it is said once for each."""
-        assert answer.verdict is not None
-        if answer.verdict.outcome != "sandbox error":
+    def _is_sandbox_error(self, sample: Sample) -> bool:
+        """Return whether the sandbox failed, not the program, and log the error."""
+        assert sample.verdict is not None
+        if sample.verdict.outcome != "sandbox error":
             return False
-        log.warning("%s, answer %d: %s", answer.record.task_id, answer.index + 1, answer.verdict.detail)
+        log.warning("%s, sample %d: %s", sample.record.task_id, sample.index + 1, sample.verdict.detail)
         return True
 
-    def _track(self, summary: dict[str, Any]) -> None:
-        """Tell the MLflow run that the model comes from, through a file that its tracker follows."""
-        if not any((self.run_folder / name).exists() for name in ("status.json", RUN)):  # a checkpoint by itself
+    def _log_metrics(self, summary: dict[str, Any]) -> None:
+        """Write the metrics to a file that the run's MLflow tracker follows, and send them unless the run is active."""
+        if not any((self.run_folder / name).exists() for name in ("status.json", RUN)):  # a checkpoint outside a run
             return
         values = {f"pass_at_{k}": entry["value"] for k, entry in summary["pass_at_k"].items()}
         values |= summary["prediction"] | summary["decoding"]
-        named = {f"evaluation/{self._label()}/{name}": value for name, value in values.items()}
+        named = {f"evaluation/{self._metric_label()}/{name}": value for name, value in values.items()}
         folder = self.run_folder / EVALUATIONS
         try:
             folder.mkdir(exist_ok=True)
-            known = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-            if not any(named.items() <= line.items() for line in known):  # a repeated evaluation says nothing new
+            logged = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+            if not any(named.items() <= line.items() for line in logged):  # not for a repeated evaluation
                 file = MetricsFile(folder)
                 file.log(summary["step"], summary["epoch"], named)
                 file.close("FINISHED")
         except OSError as error:
-            log.warning("the run's folder cannot be written, so its MLflow run is not told: %s", error)
+            log.warning("cannot write to the run's folder, so its MLflow run does not get the metrics: %s", error)
             return
-        if not is_running(self.run_folder):  # a run that is still going sends them itself
+        if not is_running(self.run_folder):  # an active run sends them itself
             send_pending(self.run_folder)
 
-    def _label(self) -> str:
-        """What was asked, and how, in a word for metrics' names."""
+    def _metric_label(self) -> str:
+        """Return the data, split and decoding as a part of metric names."""
         temperature, num = self.decoding.temperature, self.settings.limit
         how = f"temperature_{temperature:g}" if temperature else "greedy"
         return "-".join([self.source.name, self.split, how, *([f"first_{num}"] if num else [])])
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)
 
 
 @contextmanager
-def progress(console: Console, total: int, done: int) -> Iterator[Callable[[], None]]:
-    """Shows how many of the answers are judged: a live bar on a terminal, a line for each tenth elsewhere.
+def show_progress(console: Console, total: int, done: int) -> Iterator[Callable[[], None]]:
+    """Show the number of graded samples: as a bar on a terminal, else as a line for each tenth.
 
-    Gives what is to be called after each.
+    Yields:
+        A function to call after each sample.
     """
     if console.is_terminal:
-        columns = TextColumn("judged"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
+        columns = TextColumn("graded"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("", total=total, completed=done)
             yield lambda: bar.advance(task)
         return
     count = done
 
-    def advance() -> None:
+    def _advance() -> None:
         nonlocal count
         count += 1
         if count == total or count % max(1, total // 10) == 0:
-            console.print(f"judged {count} of {total}", highlight=False)
+            console.print(f"graded {count} of {total}", highlight=False)
 
-    yield advance
+    yield _advance

@@ -1,4 +1,4 @@
-"""samples.jsonl: what a run's model answers to held-out problems while it learns, and how many answers pass."""
+"""Sampling during training: samples.jsonl, and the pass rate on held-out problems."""
 
 import json
 import logging
@@ -12,108 +12,113 @@ from wmtp.data.records import Record
 from wmtp.distributed.process_group import Processes
 from wmtp.evaluation.pass_at_k import estimate
 from wmtp.evaluation.results_log import SAMPLES
-from wmtp.evaluation.sampling import Answer, Judge, answers, encode_prompts, first_records
+from wmtp.evaluation.sampling import Grader, Sample, encode_prompts, generate_samples, unique_problems
 from wmtp.generation.settings import Decoding
 from wmtp.generation.speculation_stats import speculation_metrics
-from wmtp.models.mtp import MtpModel, undivided
+from wmtp.models.mtp import MtpModel, unsharded_copy
 from wmtp.runtime.atomic_files import drop_lines_after
 from wmtp.runtime.processes import num_cores
 
 log = logging.getLogger(__name__)
 
 
-class HeldOutProblems:
-    """Problems that nothing was trained on: some of the validation split, and at the end of the test split.
+class SampleEvaluation:
+    """Greedy samples for validation problems at every validation, and for test problems at the end of training.
 
-    The model answers greedily, in the first process; `judge`, where there is one, says which answers pass their tests.
+    The main process generates them. With a `grader`, samples of problems with tests are graded.
     """
 
     def __init__(
         self,
         folder: Path,
         data: Dataset,
-        judge: Judge | None,
+        grader: Grader | None,
         processes: Processes,
         *,
         num_validation: int,
         num_test: int,
     ) -> None:
-        self.path, self.data, self.judge, self.processes = folder / SAMPLES, data, judge, processes
-        self.validation = self._fitting("validation", data.validation.records, num_validation)
-        self.test = self._fitting("test", data.test or data.validation.records, num_test)
+        self.path, self.data, self.grader, self.processes = folder / SAMPLES, data, grader, processes
+        self.validation_problems = self._select_problems("validation", data.validation.records, num_validation)
+        self.test_problems = self._select_problems("test", data.test or data.validation.records, num_test)
 
-    def forget_after(self, step: int) -> None:
-        """Drop what was answered after a step, from which a run goes on."""
+    def drop_after(self, step: int) -> None:
+        """Drop the samples written after the step from which a run resumes."""
         if self.processes.is_main:
             drop_lines_after(self.path, step)
 
     def validate(self, model: MtpModel, step: int) -> dict[str, float]:
-        """Have the validation problems answered; `pass_rate` where they have tests, and `tokens_per_forward`."""
-        if not self.validation:
+        """Sample the validation problems; return `pass_rate` if any were graded, and the speculation metrics."""
+        if not self.validation_problems:
             return {}
-        alone = undivided(model, self.processes.is_main)
-        return self.processes.from_main(lambda: measured(self._answered(self.validation, alone, step, "validation")))
+        full = unsharded_copy(model, self.processes.is_main)
+        return self.processes.run_on_main(
+            lambda: sample_metrics(self._generate(self.validation_problems, full, step, "validation"))
+        )
 
-    def conclude(self, model: MtpModel, step: int) -> dict[str, Any] | None:
-        """Have the test problems answered; pass@1 with its interval, None where nothing was judged."""
-        if not self.test:
+    def evaluate_test(self, model: MtpModel, step: int) -> dict[str, Any] | None:
+        """Sample the test problems; return pass@1 with its interval, or None if no sample was graded."""
+        if not self.test_problems:
             return None
-        alone = undivided(model, self.processes.is_main)
+        full = unsharded_copy(model, self.processes.is_main)
 
-        def passed() -> dict[str, Any] | None:
-            outcomes = [outcome == "pass" for outcome in judged(self._answered(self.test, alone, step, "test"))]
+        def _pass_at_1() -> dict[str, Any] | None:
+            outcomes = graded_outcomes(self._generate(self.test_problems, full, step, "test"))
             if not outcomes:
                 return None
-            return {**asdict(estimate([(1, passed) for passed in outcomes], 1)), "problems": len(outcomes)}
+            return {**asdict(estimate([(1, o == "pass") for o in outcomes], 1)), "problems": len(outcomes)}
 
-        return self.processes.from_main(passed)
+        return self.processes.run_on_main(_pass_at_1)
 
-    def _answered(self, problems: Sequence[Record], model: MtpModel | None, step: int, split: str) -> list[Answer]:
+    def _generate(self, problems: Sequence[Record], model: MtpModel | None, step: int, split: str) -> list[Sample]:
+        """Generate one sample for each problem and append them to samples.jsonl."""
         assert model is not None
         data = self.data
         decoding = Decoding(max_new_tokens=data.max_new_tokens)
-        given = answers(
+        generated = generate_samples(
             model, data.tokenizer, data.template, [(problem, 0) for problem in problems], decoding,
-            context=data.max_length, seed=0, judge=self.judge, workers=num_cores(),
+            context=data.max_length, seed=0, grader=self.grader, workers=num_cores(),
         )  # fmt: skip
         order = {problem.task_id: number for number, problem in enumerate(problems)}
-        ready = sorted(given, key=lambda answer: order[answer.record.task_id])
-        lines = [json.dumps({"step": step, "split": split, **line_of(answer)}) + "\n" for answer in ready]
+        samples = sorted(generated, key=lambda sample: order[sample.record.task_id])
+        lines = [json.dumps({"step": step, "split": split, **sample_row(sample)}) + "\n" for sample in samples]
         with self.path.open("a") as file:
             file.write("".join(lines))
-        if errors := sum(a.verdict is not None and a.verdict.outcome == "sandbox error" for a in ready):
-            log.warning("%d of %d programs could not be judged, and are left out of the pass rate", errors, len(ready))
-        return ready
+        if errors := sum(s.verdict is not None and s.verdict.outcome == "sandbox error" for s in samples):
+            log.warning(
+                "%d of %d programs could not be graded; they are left out of the pass rate", errors, len(samples)
+            )
+        return samples
 
-    def _fitting(self, split: str, records: Sequence[Record], count: int) -> list[Record]:
-        """The first problems whose prompts leave room for an answer."""
+    def _select_problems(self, split: str, records: Sequence[Record], count: int) -> list[Record]:
+        """Return the first `count` problems whose prompts leave room for a completion."""
         if not count:
             return []
-        problems = first_records(records)
+        problems = unique_problems(records)
         prompts = encode_prompts(self.data.tokenizer, self.data.template, [p.prompt for p in problems])
-        fitting = [p for p, prompt in zip(problems, prompts, strict=True) if len(prompt) < self.data.max_length]
-        if long := len(problems) - len(fitting):
-            log.warning("%s: %d prompts are as long as data.max_length and are not answered", split, long)
-        return fitting[:count]
+        selected = [p for p, prompt in zip(problems, prompts, strict=True) if len(prompt) < self.data.max_length]
+        if long := len(problems) - len(selected):
+            log.warning("%s: %d prompts have data.max_length or more tokens and are not sampled", split, long)
+        return selected[:count]
 
 
-def line_of(answer: Answer) -> dict[str, Any]:
-    """A line of samples.jsonl, but for when and where it was made."""
-    record, verdict = answer.record, answer.verdict
-    line = {"task_id": record.task_id, "difficulty": record.difficulty, "prompt": record.prompt}
-    line |= {"completion": answer.completion.text}
+def sample_row(sample: Sample) -> dict[str, Any]:
+    """Return a line of samples.jsonl without its step and split."""
+    record, verdict = sample.record, sample.verdict
+    row = {"task_id": record.task_id, "difficulty": record.difficulty, "prompt": record.prompt}
+    row |= {"completion": sample.completion.text}
     if verdict is not None:
-        line |= {"outcome": verdict.outcome, "reason": verdict.reason, "detail": verdict.detail}
-    return line
+        row |= {"outcome": verdict.outcome, "reason": verdict.reason, "detail": verdict.detail}
+    return row
 
 
-def judged(given: Sequence[Answer]) -> list[str]:
-    """The outcomes of what was judged; a sandbox that failed says nothing of the answer."""
-    return [a.verdict.outcome for a in given if a.verdict is not None and a.verdict.outcome != "sandbox error"]
+def graded_outcomes(samples: Sequence[Sample]) -> list[str]:
+    """Return the outcomes of the graded samples, without those for which the sandbox failed."""
+    return [s.verdict.outcome for s in samples if s.verdict is not None and s.verdict.outcome != "sandbox error"]
 
 
-def measured(given: Sequence[Answer]) -> dict[str, float]:
-    """`pass_rate` of the answers that were judged, and what their drafts gave; what cannot be said is left out."""
-    outcomes = judged(given)
-    passes = {"pass_rate": outcomes.count("pass") / len(outcomes)} if outcomes else {}
-    return passes | speculation_metrics([answer.completion.cost for answer in given])
+def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return `pass_rate` if any samples were graded, and the speculation metrics."""
+    outcomes = graded_outcomes(samples)
+    pass_rate = {"pass_rate": outcomes.count("pass") / len(outcomes)} if outcomes else {}
+    return pass_rate | speculation_metrics([sample.completion.stats for sample in samples])

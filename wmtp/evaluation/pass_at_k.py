@@ -1,4 +1,4 @@
-"""pass@k: how likely one of k samples passes, estimated without bias from n samples of each problem."""
+"""pass@k: the probability that at least one of k samples passes, estimated without bias from n samples per problem."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """pass@k averaged over problems, and a 95 % interval; None where the problems leave nothing to resample."""
+    """pass@k averaged over problems, with a 95 % interval; None if all problems have the same value."""
 
     value: float
     low: float | None
@@ -21,9 +21,10 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k samples drawn from n, of which c pass, passes: 1 − C(n−c, k) / C(n, k).
+    """Return the probability that k samples, drawn from n of which c pass, contain one that passes.
 
-    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code (arXiv 2107.03374), equation 1.
+    It is 1 − C(n−c, k) / C(n, k). Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code
+    (arXiv 2107.03374), equation 1.
 
     >>> pass_at_k(10, 3, 1), round(pass_at_k(10, 3, 5), 6)
     (0.3, 0.916667)
@@ -37,12 +38,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
-    """pass@k over problems with `(n, c)` samples each, and a bootstrap percentile interval over the problems.
+    """Return pass@k over problems with `(n, c)` samples each, and a bootstrap percentile interval over the problems.
 
-    Problems are resampled, not samples: the question is what another set of such problems would give.
+    Problems are resampled, not samples: the interval is for another set of such problems.
     """
     values = np.asarray([pass_at_k(n, c, k) for n, c in counts])
-    if len(set(values.tolist())) < 2:  # every resample would be the same, which is no sign of certainty
+    if len(set(values.tolist())) < 2:  # all resamples would be equal, which would look like certainty
         return Estimate(float(values.mean()), None, None)
     interval = bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",

@@ -1,4 +1,4 @@
-"""How well a model predicts the solutions: loss, perplexity, and how often each head's first choice is right."""
+"""Prediction of the solutions' tokens: loss, perplexity, and the accuracy of each head."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, collate
-from wmtp.data.sampler import by_length
+from wmtp.data.sampler import batches_by_length
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
@@ -18,24 +18,25 @@ from wmtp.ops.metric_sums import Sums
 from wmtp.ops.targets import targets
 
 ROWS_AT_ONCE = 2_048
-"""Bounds the memory of the logits."""
+"""Positions per chunk, which bounds the memory of the logits."""
 
 
 @torch.inference_mode()
 def prediction_metrics(
     model: MtpModel, split: TokenizedSplit, tokenizer: Tokenizer, hardware: Hardware, batch_size: int
 ) -> dict[str, float]:
-    """`loss`, `mtp_loss`, each `head_k_loss` and `head_k_accuracy`, and `perplexity` = exp(head 1's loss).
+    """Return `loss`, `mtp_loss`, `head_k_loss` and `head_k_accuracy` for each head, and `perplexity`.
 
-    Measured over the tokens of the solutions, weights 1; without samples there is nothing.
+    All are measured over the tokens of the solutions with weights 1; `perplexity` is exp(head 1's loss). Without
+    samples the result is empty.
     """
     objective, sums = MtpObjective(Uniform()), Sums()
     model.eval()
-    for chosen in by_length(split.samples.lengths, batch_size):
-        batch = collate(split, chosen, tokenizer.padding).to(hardware.device)
+    for indices in batches_by_length(split.samples.lengths, batch_size):
+        batch = collate(split, indices, tokenizer.padding).to(hardware.device)
         with hardware.autocast():
             outputs = model(batch.tokens)
-            sums.add(objective.evaluation_of(outputs, model, batch))
+            sums.add(objective.evaluate_outputs(outputs, model, batch))
             sums.add(accuracy_sums(outputs.states, model.unembedding_weight, targets(batch.labels, model.num_heads)))
     if not sums.means:
         return {}
@@ -49,14 +50,14 @@ def accuracy_sums(
     unembedding: Float[Tensor, "vocabulary dim"],
     target: Int[Tensor, "head batch position"],
 ) -> Sums:
-    """How many targets are each head's most likely token, and how many there are: `head_1_accuracy`, …"""
+    """Return sums for `head_1_accuracy` …: the targets that are the head's most likely token, and all targets."""
     sums = Sums()
     for k, (head_states, head_target) in enumerate(zip(states, target, strict=True), 1):
         valid = head_target != IGNORED
-        rows, wanted = head_states[valid], head_target[valid]
+        rows, labels = head_states[valid], head_target[valid]
         hits = torch.zeros((), device=states.device)
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            chosen = (rows[start : start + ROWS_AT_ONCE] @ unembedding.to(rows.dtype).T).argmax(dim=-1)
-            hits += (chosen == wanted[start : start + ROWS_AT_ONCE]).sum()
+            predicted = (rows[start : start + ROWS_AT_ONCE] @ unembedding.to(rows.dtype).T).argmax(dim=-1)
+            hits += (predicted == labels[start : start + ROWS_AT_ONCE]).sum()
         sums.means[f"head_{k}_accuracy"] = (hits, valid.sum())
     return sums

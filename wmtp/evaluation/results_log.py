@@ -1,4 +1,4 @@
-"""The files of an evaluation, which grow answer by answer, so that an interrupted one goes on where it was."""
+"""The result files of an evaluation, which grow sample by sample, so that an interrupted evaluation can continue."""
 
 import json
 from collections.abc import Sequence
@@ -7,31 +7,31 @@ from typing import Any
 
 from wmtp.data.records import Record
 from wmtp.errors import InputError
-from wmtp.evaluation.sampling import Answer
+from wmtp.evaluation.sampling import Sample
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.run_dir import typed
+from wmtp.runtime.run_dir import display_path
 
 SAMPLES, RESULTS, IDENTITY = "samples.jsonl", "results.jsonl", "evaluation.json"
 Row = dict[str, Any]
 Key = tuple[str, int]
 
 
-class Journal:
-    """samples.jsonl, which public harnesses read, and results.jsonl: a line for each judged sample.
+class ResultsLog:
+    """Writer of samples.jsonl, which public harnesses read, and results.jsonl: one line for each graded sample.
 
-    `identity` is all that decides what the samples are; it must agree with what the folder holds already.
+    `identity` holds all settings that determine the samples; it must equal the identity stored in the folder.
 
     Raises:
-        InputError: the folder holds another evaluation.
+        InputError: the folder contains another evaluation, or a damaged file.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
         path = folder / IDENTITY
-        if path.exists() and (there := _read_identity(path)) != identity:
-            changed = ", ".join(sorted(key for key in identity | there if there.get(key) != identity.get(key)))
+        if path.exists() and (stored := _read_identity(path)) != identity:
+            changed = ", ".join(sorted(key for key in identity | stored if stored.get(key) != identity.get(key)))
             raise InputError(
-                f"{folder}: holds another evaluation ({changed} differ); name another folder: hydra.run.dir=…"
+                f"{folder}: contains another evaluation ({changed} differ); choose another folder: hydra.run.dir=…"
             )
         replace_atomically(path, encode_json(identity))
         samples, results = (_read(folder / name) for name in (SAMPLES, RESULTS))
@@ -40,34 +40,34 @@ class Journal:
         self._write(list(self.results))
         self._files = [(folder / name).open("a") for name in (SAMPLES, RESULTS)]
 
-    def add(self, answer: Answer) -> None:
-        """Write down an answer that was judged."""
-        assert answer.verdict is not None
-        completion, record = answer.completion, answer.record
-        key = {"task_id": record.task_id, "index": answer.index}
-        sample = {**key, "completion": completion.text, "solution": record.preamble + completion.text}
-        result = {
+    def add(self, sample: Sample) -> None:
+        """Append a graded sample to both files."""
+        assert sample.verdict is not None
+        completion, record = sample.completion, sample.record
+        key = {"task_id": record.task_id, "index": sample.index}
+        sample_row = {**key, "completion": completion.text, "solution": record.preamble + completion.text}
+        result_row = {
             **key,
             "difficulty": record.difficulty,
-            "outcome": answer.verdict.outcome,
-            "reason": answer.verdict.reason,
-            "detail": answer.verdict.detail,
-            "seconds": round(answer.verdict.seconds, 3),
+            "outcome": sample.verdict.outcome,
+            "reason": sample.verdict.reason,
+            "detail": sample.verdict.detail,
+            "seconds": round(sample.verdict.seconds, 3),
             "finish": completion.finish,
-            **completion.cost._asdict(),
+            **completion.stats._asdict(),
         }
-        self._samples[record.task_id, answer.index] = sample
-        self.results[record.task_id, answer.index] = result
-        for file, row in zip(self._files, (sample, result), strict=True):
+        self._samples[record.task_id, sample.index] = sample_row
+        self.results[record.task_id, sample.index] = result_row
+        for file, row in zip(self._files, (sample_row, result_row), strict=True):
             file.write(json.dumps(row) + "\n")
             file.flush()
 
     def missing(self, problems: Sequence[Record], n: int) -> list[tuple[Record, int]]:
-        """The samples that are still to be made."""
+        """Return the (problem, index) pairs of `n` samples per problem that are not in the files."""
         return [(p, index) for p in problems for index in range(n) if (p.task_id, index) not in self.results]
 
-    def finish(self, problems: Sequence[Record]) -> None:
-        """Close the files, with their lines in the order of the problems and not of the workers."""
+    def close(self, problems: Sequence[Record]) -> None:
+        """Close the files and sort their lines by problem, whatever the order of grading was."""
         for file in self._files:
             file.close()
         order = {problem.task_id: number for number, problem in enumerate(problems)}
@@ -82,24 +82,26 @@ def _read_identity(path: Path) -> dict[str, Any]:
     try:
         identity: dict[str, Any] = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{typed(path)}: is damaged ({error}); delete its folder to begin anew") from error
+        raise InputError(f"{display_path(path)}: is damaged ({error}); delete its folder to start again") from error
     return identity
 
 
 def _read(path: Path) -> dict[Key, Row]:
-    """The whole lines of a file; one that was cut off by a crash is left out.
+    """Read the complete lines of a file; a last line that a crash cut off is dropped.
 
     Raises:
-        InputError: a whole line is damaged.
+        InputError: a complete line is damaged.
     """
     if not path.exists():
         return {}
-    whole, _, _ = path.read_text().rpartition("\n")
+    complete, _, _ = path.read_text().rpartition("\n")
     rows: dict[Key, Row] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(complete.splitlines(), 1):
         try:
             row = json.loads(line)
             rows[row["task_id"], row["index"]] = row
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{typed(path)}:{number}: is damaged ({error}); delete the file to begin anew") from error
+            raise InputError(
+                f"{display_path(path)}:{number}: is damaged ({error}); delete the file to start again"
+            ) from error
     return rows

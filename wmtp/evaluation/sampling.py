@@ -1,4 +1,4 @@
-"""A model's answers to problems, judged while it writes the next ones."""
+"""Samples of a model for programming problems, graded while the next ones are generated."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +12,12 @@ from wmtp.generation.settings import Decoding
 from wmtp.models.mtp import MtpModel
 from wmtp.sandbox.grader import Program, Verdict
 
-Judge = Callable[[Program], Verdict]
+Grader = Callable[[Program], Verdict]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Sample `index` of a problem, and what its tests say of it; None where it was not judged."""
+class Sample:
+    """Sample `index` of a problem, and the verdict of its tests; None if it was not graded."""
 
     record: Record
     index: int
@@ -25,64 +25,64 @@ class Answer:
     verdict: Verdict | None
 
 
-def first_records(records: Sequence[Record]) -> list[Record]:
-    """One record for each problem: its prompt and tests are the same in all of them."""
+def unique_problems(records: Sequence[Record]) -> list[Record]:
+    """Return the first record of each problem; all records of a problem have the same prompt and tests."""
     return list({record.task_id: record for record in reversed(records)}.values())[::-1]
 
 
-def program_of(record: Record, text: str) -> Program:
-    """The program that an answer makes, with the problem's tests."""
+def build_program(record: Record, text: str) -> Program:
+    """Return the program of a completion, with the problem's tests."""
     return Program(record.preamble + text, record.tests, setup=record.setup, preamble=record.preamble)
 
 
 def sample_seed(seed: int, name: str, index: int) -> int:
-    """The seed of one sample's noise, whatever else is sampled: 63 bits of a hash."""
+    """Return the seed of one sample's noise: 63 bits of a hash, independent of all other samples."""
     digest = hashlib.sha256(f"{seed}\n{index}\n{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def encode_prompts(tokenizer: Tokenizer, template: str, prompts: Sequence[str]) -> list[list[int]]:
-    """The tokens that a model reads before it answers."""
+    """Return the tokens of each prompt in the template."""
     return tokenizer.encode([template.replace("{prompt}", prompt) for prompt in prompts])
 
 
-def answers(
+def generate_samples(
     model: MtpModel,
     tokenizer: Tokenizer,
     template: str,
-    wanted: Sequence[tuple[Record, int]],
+    keys: Sequence[tuple[Record, int]],
     decoding: Decoding,
     *,
     context: int,
     seed: int,
-    judge: Judge | None,
+    grader: Grader | None,
     workers: int,
-) -> Iterator[Answer]:
-    """Answer problems, and judge the answers that have tests, in the order in which they are ready.
+) -> Iterator[Sample]:
+    """Generate the samples (problem, index) in `keys`; grade those with tests; yield each as soon as it is ready.
 
-    `wanted` names samples as (problem, index); what a sample is depends on these two and the seed alone.
+    A sample is a function of its problem, its index and the seed only. `workers` programs are graded at the same time.
     """
-    prompts = encode_prompts(tokenizer, template, [record.prompt for record, _ in wanted])
+    prompts = encode_prompts(tokenizer, template, [record.prompt for record, _ in keys])
     requests = [
         Request(prompt, sample_seed(seed, record.task_id, index))
-        for prompt, (record, index) in zip(prompts, wanted, strict=True)
+        for prompt, (record, index) in zip(prompts, keys, strict=True)
     ]
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
-    waiting: dict[Future[Verdict], tuple[int, Completion]] = {}
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="grader")
+    pending: dict[Future[Verdict], tuple[int, Completion]] = {}
 
-    def judged(future: Future[Verdict]) -> Answer:
-        number, completion = waiting.pop(future)
-        return Answer(*wanted[number], completion, future.result())
+    def _graded(future: Future[Verdict]) -> Sample:
+        number, completion = pending.pop(future)
+        return Sample(*keys[number], completion, future.result())
 
     try:
         for number, completion in generate(model, tokenizer, requests, decoding, context):
-            record, index = wanted[number]
-            if judge is None or not record.tests:
-                yield Answer(record, index, completion, None)
+            record, index = keys[number]
+            if grader is None or not record.tests:
+                yield Sample(record, index, completion, None)
                 continue
-            waiting[pool.submit(judge, program_of(record, completion.text))] = (number, completion)
-            yield from [judged(future) for future in list(waiting) if future.done()]
-        for future in as_completed(list(waiting)):
-            yield judged(future)
+            pending[pool.submit(grader, build_program(record, completion.text))] = (number, completion)
+            yield from [_graded(future) for future in list(pending) if future.done()]
+        for future in as_completed(list(pending)):
+            yield _graded(future)
     finally:
         pool.shutdown(cancel_futures=True)

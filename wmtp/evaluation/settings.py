@@ -1,4 +1,4 @@
-"""What the commands `evaluate` and `generate` can be asked for."""
+"""Settings of the commands `evaluate` and `generate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ from wmtp.sandbox.isolation import Choice
 from wmtp.sandbox.limits import Limits
 
 
-def _several(value: object) -> object:
-    """One number stands for a list of it."""
+def _as_list(value: object) -> object:
+    """Return a list of one number for a number, else the value."""
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -22,13 +22,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How many answers are judged, to which problems, and where they run.
+    """The problems of an evaluation, the number of samples for each, and the isolation of their programs.
 
-    `split` None: the test split, or everything where the data set was made to measure by.
+    With `split` None it is the test split, or all splits of a data set that is a benchmark.
     """
 
     n: Positive = 1
-    k: Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_several)] = (1,)
+    k: Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_as_list)] = (1,)
     split: Literal["train", "validation", "test", "all"] | None = None
     limit: Positive | None = None
     seed: Seed = 0
@@ -38,7 +38,7 @@ class Evaluation:
 
     @property
     def num_workers(self) -> int:
-        """Programs that run at once: as many as there are cores, unless the user says otherwise."""
+        """Programs that run at the same time: `workers`, by default the number of cores."""
         return self.workers or num_cores()
 
 

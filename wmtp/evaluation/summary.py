@@ -1,4 +1,4 @@
-"""What the answers say: pass@k with intervals, by difficulty, and why programs failed."""
+"""Summary of graded samples: pass@k with intervals, by difficulty, and the reasons of failures."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from rich.table import Column, Table
 
 from wmtp.evaluation.pass_at_k import estimate
 from wmtp.evaluation.results_log import Row
-from wmtp.generation.speculation_stats import Cost, speculation_metrics
+from wmtp.generation.speculation_stats import SpeculationStats, speculation_metrics
 
-TOTALS = ("loss", "mtp_loss", "perplexity", "tokens_per_forward")
+PRINTED_METRICS = ("loss", "mtp_loss", "perplexity", "tokens_per_forward")
 
 
-def counts_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """For each problem, how many samples were judged and how many passed."""
+def problem_counts(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
+    """Return the numbers of graded and of passed samples for each problem."""
     counts: dict[str, tuple[int, int]] = {}
     for row in rows:
         n, c = counts.get(row["task_id"], (0, 0))
@@ -24,15 +24,15 @@ def counts_of(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def estimates(rows: Sequence[Row], ks: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """pass@k by k, over the problems of the rows; left out where a problem has fewer than k judged samples."""
-    counts = list(counts_of(rows).values())
+def pass_at_k_estimates(rows: Sequence[Row], ks: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """Return pass@k for each k, without those k for which any problem has fewer than k graded samples."""
+    counts = list(problem_counts(rows).values())
     fewest = min((n for n, _ in counts), default=0)
     return {str(k): asdict(estimate(counts, k)) for k in sorted(set(ks)) if k <= fewest}
 
 
 def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k in all and by difficulty, and how often each reason was given."""
+    """Return pass@k in total and by difficulty, and the number of samples for each outcome."""
     by_difficulty: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         if row["difficulty"] is not None:
@@ -40,32 +40,32 @@ def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
     return {
         "problems": len({row["task_id"] for row in rows}),
         "samples": len(rows),
-        "pass_at_k": estimates(rows, ks),
+        "pass_at_k": pass_at_k_estimates(rows, ks),
         "by_difficulty": {
             str(difficulty): {
-                "problems": len({row["task_id"] for row in chosen}),
-                "pass_at_k": estimates(chosen, ks),
+                "problems": len({row["task_id"] for row in members}),
+                "pass_at_k": pass_at_k_estimates(members, ks),
             }
-            for difficulty, chosen in sorted(by_difficulty.items())
+            for difficulty, members in sorted(by_difficulty.items())
         },
         "outcomes": dict(Counter(row["reason"] or row["outcome"] for row in rows).most_common()),
     }
 
 
 def decoding_summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Tokens per forward, and for each head that drafts the share of its drafts that were accepted."""
-    return speculation_metrics([Cost(**{name: row[name] for name in Cost._fields}) for row in rows])
+    """Return the tokens per forward and the acceptance rate of each head's drafts."""
+    return speculation_metrics([SpeculationStats(*(row[name] for name in SpeculationStats._fields)) for row in rows])
 
 
-def shown(estimate: dict[str, Any]) -> tuple[str, str]:
-    """An estimate and its interval as text."""
+def format_estimate(estimate: dict[str, Any]) -> tuple[str, str]:
+    """Return an estimate and its interval as text."""
     low, high = estimate["low"], estimate["high"]
-    return f"{estimate['value']:.3f}", "all problems alike" if low is None else f"{low:.3f} to {high:.3f}"
+    return f"{estimate['value']:.3f}", "all problems equal" if low is None else f"{low:.3f} to {high:.3f}"
 
 
 def print_report(console: Console, summary: dict[str, Any]) -> None:
-    """The tables at the end of an evaluation."""
-    console.print(f"{summary['data']}: {summary['problems']} problems, {summary['samples']} programs judged")
+    """Print the tables at the end of an evaluation."""
+    console.print(f"{summary['data']}: {summary['problems']} problems, {summary['samples']} programs graded")
     for table in (pass_table(summary), difficulty_table(summary), head_table(summary)):
         if table.row_count:
             console.print(table)
@@ -73,32 +73,32 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     if failures:
         console.print(f"not passed: {failures}", soft_wrap=True, highlight=False)
     totals = summary["prediction"] | summary["decoding"]
-    said = [f"{name.replace('_', ' ')} {totals[name]:.4g}" for name in TOTALS if name in totals]
-    console.print(", ".join(said), soft_wrap=True, highlight=False)
+    texts = [f"{name.replace('_', ' ')} {totals[name]:.4g}" for name in PRINTED_METRICS if name in totals]
+    console.print(", ".join(texts), soft_wrap=True, highlight=False)
 
 
 def pass_table(summary: dict[str, Any]) -> Table:
-    """pass@k with intervals."""
-    table = Table("", right("pass"), right("95 % interval over problems"))
+    """Return the table of pass@k with intervals."""
+    table = Table("", number_column("pass"), number_column("95 % interval over problems"))
     for k, entry in summary["pass_at_k"].items():
-        table.add_row(f"pass@{k}", *shown(entry))
+        table.add_row(f"pass@{k}", *format_estimate(entry))
     return table
 
 
 def difficulty_table(summary: dict[str, Any]) -> Table:
-    """pass@k by difficulty."""
+    """Return the table of pass@k by difficulty."""
     ks = list(summary["pass_at_k"])
-    table = Table("difficulty", right("problems"), *(right(f"pass@{k}") for k in ks))
+    table = Table("difficulty", number_column("problems"), *(number_column(f"pass@{k}") for k in ks))
     for difficulty, entry in summary["by_difficulty"].items():
-        values = [shown(entry["pass_at_k"][k])[0] if k in entry["pass_at_k"] else "-" for k in ks]
+        values = [format_estimate(entry["pass_at_k"][k])[0] if k in entry["pass_at_k"] else "-" for k in ks]
         table.add_row(difficulty, str(entry["problems"]), *values)
     return table
 
 
 def head_table(summary: dict[str, Any]) -> Table:
-    """What each head predicts of right solutions, and how many of its drafts were accepted."""
+    """Return the table of each head's loss and accuracy on correct solutions, and of its accepted drafts."""
     values = summary["prediction"] | summary["decoding"]
-    table = Table("head", right("loss"), right("accuracy"), right("drafts accepted"))
+    table = Table("head", number_column("loss"), number_column("accuracy"), number_column("drafts accepted"))
     head = 1
     while f"head_{head}_loss" in values:
         names = (f"head_{head}_{name}" for name in ("loss", "accuracy", "acceptance"))
@@ -107,6 +107,6 @@ def head_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def right(name: str) -> Column:
-    """A column of numbers."""
+def number_column(name: str) -> Column:
+    """Return a right-aligned column of numbers."""
     return Column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the configs of evaluate and generate, and what they take from the run."""
+"""Completion and checks of the configs of evaluate and generate."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,36 +7,36 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config.schema import ConfigError, Fault, node_faults, nodes, plain
-from wmtp.distributed.device import hardware_problems
+from wmtp.config.schema import ConfigError, ConfigIssue, iter_nodes, node_issues, to_plain
+from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
-from wmtp.models.loading import find_checkpoint, identity_of, read_config
+from wmtp.models.loading import checkpoint_hash, find_checkpoint, read_run_config
 
 SAMPLING_TEMPERATURE = 0.8
-SAME_SOURCE = ("_target_", "shape", "path")
-NOT_DECIDING: dict[str, tuple[str, ...]] = {
+SOURCE_KEYS = ("_target_", "shape", "path")
+NON_IDENTITY_KEYS: dict[str, tuple[str, ...]] = {
     "data": (),
     "evaluation": ("n", "k", "limit", "workers", "sandbox"),
     "generation": ("batch_size",),
 }
-"""Settings that change which samples there are, or how fast they come, but none of the samples."""
+"""Settings that change the number of samples or the speed, but not any sample or verdict."""
 
 
-def with_temperature(config: DictConfig, n: object) -> DictConfig:
-    """The config with a temperature where it leaves that open: greedy for one answer, else 0.8."""
+def fill_temperature(config: DictConfig, n: object) -> DictConfig:
+    """Return the config with a temperature if it has none: 0 (greedy) for one sample, else 0.8."""
     if OmegaConf.select(config, "generation.temperature", default=0.0) is None:
         config = config.copy()
         config.generation.temperature = 0.0 if n == 1 else SAMPLING_TEMPERATURE
     return config
 
 
-def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config with the run's context, and with all of its data where no others were chosen.
+def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """Return the config with data settings from the run: all of them for the run's own data, else its `max_length`.
 
-    What was typed wins. A checkpoint that is not there is left to the checks.
+    Overrides on the command line take precedence. A missing checkpoint is left to `checkpoint_issues`.
     """
     try:
-        trained = read_config(find_checkpoint(Path(config.checkpoint.path))[1])
+        trained = read_run_config(find_checkpoint(Path(config.checkpoint.path))[1])
     except (InputError, OmegaConfBaseException):
         return config
     config = config.copy()
@@ -46,7 +46,7 @@ def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig
         if chosen is None:
             config.data = trained.data
         return config
-    same = "_target_" not in chosen or all(chosen.get(key) == trained.data.get(key) for key in SAME_SOURCE)
+    same = "_target_" not in chosen or all(chosen.get(key) == trained.data.get(key) for key in SOURCE_KEYS)
     inherited = trained.data if same else OmegaConf.masked_copy(trained.data, ["max_length"])
     typed = OmegaConf.create()
     for override in overrides:
@@ -57,72 +57,76 @@ def with_data_of_the_run(config: DictConfig, overrides: list[str]) -> DictConfig
     return config
 
 
-def deciding(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
-    """All of a config that decides what samples, their costs and their verdicts are, as plain JSON."""
-    content = plain(config)
+def evaluation_identity(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
+    """Return all settings that determine the samples, their statistics and their verdicts, as plain JSON."""
+    content = to_plain(config)
     parts: dict[str, Any] = {
-        name: {key: value for key, value in content[name].items() if key not in left_out}
-        for name, left_out in NOT_DECIDING.items()
+        name: {key: value for key, value in content[name].items() if key not in excluded}
+        for name, excluded in NON_IDENTITY_KEYS.items()
     }
-    return {"checkpoint": identity_of(checkpoint), "is_protected": config.evaluation.sandbox != "none", **parts}
+    return {"checkpoint": checkpoint_hash(checkpoint), "is_protected": config.evaluation.sandbox != "none", **parts}
 
 
-def evaluation_faults(config: DictConfig) -> list[Fault]:
-    """All faults of a config of evaluate."""
-    faults = _faults(config)
-    unsound = {fault.key.split(".")[0] for fault in faults}
-    if not unsound & {"evaluation", "generation"}:
-        faults += sampling_faults(config)
-    return faults
+def evaluation_issues(config: DictConfig) -> list[ConfigIssue]:
+    """Return all issues of a config of evaluate."""
+    issues = _common_issues(config)
+    invalid = {issue.key.split(".")[0] for issue in issues}
+    if not invalid & {"evaluation", "generation"}:
+        issues += sampling_issues(config)
+    return issues
 
 
-def sampling_faults(config: DictConfig) -> Iterator[Fault]:
-    """Numbers of samples that make no sense together."""
+def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield the issues of numbers of samples that do not fit together."""
     n, k = config.evaluation.n, config.evaluation.k
     ks = [k] if isinstance(k, int) else list(k)
     if too_large := [k for k in ks if k > n]:
-        problem = f"pass@{max(too_large)} needs as many samples: evaluation.n={max(too_large)}, or a smaller k"
-        yield Fault("evaluation.k", str(ks), f"is above evaluation.n={n}; {problem}")
+        problem = f"set evaluation.n={max(too_large)}, or a smaller k"
+        yield ConfigIssue("evaluation.k", str(ks), f"is above evaluation.n={n}; {problem}")
     if n > 1 and config.generation.temperature == 0:
-        yield Fault("evaluation.n", str(n), "greedy samples are all the same; set generation.temperature above 0")
+        yield ConfigIssue("evaluation.n", str(n), "greedy samples are all the same; set generation.temperature above 0")
 
 
-def generation_faults(config: DictConfig) -> list[Fault]:
-    """All faults of a config of generate."""
-    faults = _faults(config)
-    if not faults and config.n > 1 and config.generation.temperature == 0:
-        faults.append(Fault("n", str(config.n), "greedy answers are all the same; set generation.temperature above 0"))
-    return faults
+def generation_issues(config: DictConfig) -> list[ConfigIssue]:
+    """Return all issues of a config of generate."""
+    issues = _common_issues(config)
+    if not issues and config.n > 1 and config.generation.temperature == 0:
+        issues.append(
+            ConfigIssue("n", str(config.n), "greedy answers are all the same; set generation.temperature above 0")
+        )
+    return issues
 
 
-def _faults(config: DictConfig) -> list[Fault]:
-    """Faults node by node, of the hardware, and of the checkpoint as far as files and config say it."""
-    faults = list(node_faults(config, ""))
-    for key, node in nodes(config):
-        faults += node_faults(node, key)
-    unsound = {fault.key.split(".")[0] for fault in faults}
-    if "hardware" not in unsound:
+def _common_issues(config: DictConfig) -> list[ConfigIssue]:
+    """Return the issues of all config nodes, of the hardware, and of the checkpoint."""
+    issues = list(node_issues(config, ""))
+    for key, node in iter_nodes(config):
+        issues += node_issues(node, key)
+    invalid = {issue.key.split(".")[0] for issue in issues}
+    if "hardware" not in invalid:
         hardware = config.hardware
-        for name, problem in hardware_problems(hardware.device, 1, "single"):
-            faults.append(Fault(f"hardware.{name}", str(hardware[name]), problem))
+        for name, problem in hardware_issues(hardware.device, 1, "single"):
+            issues.append(ConfigIssue(f"hardware.{name}", str(hardware[name]), problem))
         if hardware.num_processes > 1:
-            problem = "only training has several processes; choose another hardware, such as auto"
-            faults.append(Fault("hardware.num_processes", str(hardware.num_processes), problem))
-    return [*faults, *checkpoint_faults(config)]
+            problem = "only training can use several processes; choose another hardware, such as auto"
+            issues.append(ConfigIssue("hardware.num_processes", str(hardware.num_processes), problem))
+    return [*issues, *checkpoint_issues(config)]
 
 
-def checkpoint_faults(config: DictConfig) -> Iterator[Fault]:
-    """No checkpoint, or none that says how its model is made."""
+def checkpoint_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue if there is no checkpoint, or if its run has no valid config."""
     if OmegaConf.is_missing(config.checkpoint, "path"):
-        yield Fault("checkpoint", "", "missing; name a run's folder or a checkpoint's: checkpoint=outputs/…")
+        yield ConfigIssue(
+            "checkpoint", "", "missing; set it to the folder of a run or of a checkpoint: checkpoint=outputs/…"
+        )
         return
     path = Path(config.checkpoint.path)
     if not path.exists():
-        yield Fault("checkpoint", str(path), f"nothing is there; the path is read from {Path.cwd()}")
+        yield ConfigIssue("checkpoint", str(path), f"does not exist; relative paths are relative to {Path.cwd()}")
         return
     try:
-        read_config(find_checkpoint(path)[1])
+        read_run_config(find_checkpoint(path)[1])
     except ConfigError as error:
-        yield from error.faults
+        yield from error.issues
     except InputError as error:
-        yield Fault("checkpoint", str(path), str(error))
+        yield ConfigIssue("checkpoint", str(path), str(error))

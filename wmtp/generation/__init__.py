@@ -1,1 +1,1 @@
-"""From a model to text."""
+"""Text generation: decoding with a key-value cache, sampling, self-speculation."""

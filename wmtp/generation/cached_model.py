@@ -1,4 +1,4 @@
-"""A model that reads sequences piece by piece, remembering keys and values."""
+"""A model that computes sequences piece by piece with a key-value cache."""
 
 import copy
 from collections.abc import Sequence
@@ -8,146 +8,153 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from wmtp.generation.fused_block import StackedBlock, table_of_turns
-from wmtp.generation.kv_cache import Cache, Memory, Reader, Reading, evaluating
-from wmtp.models.huggingface.adapters import DecoderBlock, within_window
+from wmtp.generation.fused_block import FusedBlock, signed_rotary_table
+from wmtp.generation.kv_cache import CachedBlock, CachedForward, KVBlock, KVCache, eval_mode
+from wmtp.models.huggingface.adapters import DecoderBlock, window_mask
 from wmtp.models.mtp import MtpModel
 from wmtp.models.transformer import Block
 
 
 class CachedModel:
-    """A model made ready for reading: the trunk, head 1, and the drafting heads.
+    """A model prepared for decoding: the trunk, head 1, and the heads that draft.
 
-    A forward begins with `read` and goes on with `next_logits` and `draft_logits`. There is no dropout, so it
-    does not matter whether the model is training. `num_slots` is the number of positions that are ever read.
+    A forward is one call of `forward_trunk`, then `next_logits`, then `draft_logits`. Dropout is never applied, so the
+    model's training mode has no effect. `num_slots` is the largest number of positions of a sequence.
     """
 
     def __init__(self, model: MtpModel, num_heads: int, num_slots: int, dtype: torch.dtype) -> None:
         self.num_heads, self.num_slots, self.dtype = num_heads, num_slots, dtype
         self._embedding, self._unembedding = model.embedding.weight.to(dtype), model.unembedding_weight.to(dtype)
         self._positions, self._norm = model.positions, model.norm
-        drafting = [*model.heads[1:num_heads]]
+        draft_heads = [*model.heads[1:num_heads]]
         is_medusa = model.architecture.head_kind == "medusa"
-        *self._trunk, self._first = _readers([*model.trunk, model.heads[0]], dtype)
-        self._drafting = [] if is_medusa else _side_by_side(drafting, dtype)
-        self._on_first = drafting if is_medusa else []
-        self.readers: list[Reader] = [*self._trunk, self._first, *self._drafting]
-        self._turns: Tensor | None = None
-        if isinstance(self._first, StackedBlock):
+        *self._trunk, self._head_1 = _cached_blocks([*model.trunk, model.heads[0]], dtype)
+        self._draft_blocks = [] if is_medusa else _fused_blocks(draft_heads, dtype)
+        self._medusa_heads = draft_heads if is_medusa else []
+        self.blocks: list[CachedBlock] = [*self._trunk, self._head_1, *self._draft_blocks]
+        self._rotary_table: Tensor | None = None
+        if isinstance(self._head_1, FusedBlock):
             slots = torch.arange(num_slots, device=self.device)[None]
-            self._turns = table_of_turns(model.positions(slots, self._embedding[None, :1]), dtype)
+            self._rotary_table = signed_rotary_table(model.positions(slots, self._embedding[None, :1]), dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the model."""
         return self._unembedding.device
 
-    def new_cache(self, num_rows: int, num_slots: int) -> Cache:
-        """An empty cache."""
-        return Cache(self.readers, num_rows, num_slots)
+    def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
+        """Return an empty cache."""
+        return KVCache(self.blocks, num_rows, num_slots)
 
-    def read(
-        self, tokens: Int[Tensor, "row position"], starts: Int[Tensor, " row"], length: int, cache: Cache
-    ) -> tuple[Float[Tensor, "row position dim"], Reading]:
-        """Let the trunk read tokens that continue the first rows of a cache: its states, and where they are."""
-        reading = Reading(starts, tokens.shape[1], length, cache.num_slots)
+    def forward_trunk(
+        self, tokens: Int[Tensor, "row position"], starts: Int[Tensor, " row"], length: int, cache: KVCache
+    ) -> tuple[Float[Tensor, "row position dim"], CachedForward]:
+        """Run the trunk on tokens that continue the first rows of a cache; return its states and their positions."""
+        forward = CachedForward(starts, tokens.shape[1], length, cache.num_slots)
         x = F.embedding(tokens, self._embedding)
-        if self._turns is not None:
-            reading.context = tuple(self._turns[:, reading.positions, None])
+        if self._rotary_table is not None:
+            forward.context = tuple(self._rotary_table[:, forward.positions, None])
         else:
-            x = self._embedded(x, reading.positions)
-            reading.context = self._positions(reading.positions, x)
-        for reader, memory in zip(self._trunk, cache.blocks, strict=False):
-            x = reader(x, reading, memory)[0]
-        return x, reading
+            x = self._embed(x, forward.positions)
+            forward.context = self._positions(forward.positions, x)
+        for block, kv_block in zip(self._trunk, cache.kv_blocks, strict=False):
+            x = block(x, forward, kv_block)[0]
+        return x, forward
 
     def next_logits(
-        self, x: Float[Tensor, "row position dim"], reading: Reading, cache: Cache, at: Int[Tensor, " row"] | None
+        self,
+        x: Float[Tensor, "row position dim"],
+        forward: CachedForward,
+        cache: KVCache,
+        at: Int[Tensor, " row"] | None,
     ) -> Float[Tensor, "row position_or_1 token"]:
-        """Head 1's logits behind every position read, or behind one of each row."""
-        reading.first = self._normed(self._first(x, reading, cache.blocks[len(self._trunk)], at)[0])
-        return self._logits(reading.first)
+        """Return head 1's logits at every position, or only at position `at[row]` of each row."""
+        states = self._head_1(x, forward, cache.kv_blocks[len(self._trunk)], at)[0]
+        forward.head_1_states = self._normalize(states)
+        return self._logits(forward.head_1_states)
 
     def draft_logits(
-        self, x: Float[Tensor, "row position dim"], reading: Reading, cache: Cache, at: Int[Tensor, " row"]
+        self, x: Float[Tensor, "row position dim"], forward: CachedForward, cache: KVCache, at: Int[Tensor, " row"]
     ) -> Float[Tensor, "row draft token"]:
-        """The logits of heads 2 … H behind one position of each row; `next_logits` comes before."""
-        if self._on_first:
-            first = reading.first
-            first = first[:, 0] if first.shape[1] == 1 else first[reading.rows, at]
-            return self._logits(torch.stack([head(first.to(self._norm_dtype)) for head in self._on_first], dim=1))
-        memories = cache.blocks[len(self._trunk) + 1 :]
-        states = [reader(x, reading, memory, at) for reader, memory in zip(self._drafting, memories, strict=True)]
-        if not states:
+        """Return the logits of heads 2 … H at position `at[row]` of each row; call `next_logits` before."""
+        if self._medusa_heads:
+            states = forward.head_1_states
+            states = states[:, 0] if states.shape[1] == 1 else states[forward.rows, at]
+            return self._logits(torch.stack([head(states.to(self._norm_dtype)) for head in self._medusa_heads], dim=1))
+        kv_blocks = cache.kv_blocks[len(self._trunk) + 1 :]
+        outputs = [
+            block(x, forward, kv_block, at) for block, kv_block in zip(self._draft_blocks, kv_blocks, strict=True)
+        ]
+        if not outputs:
             return x.new_empty(len(x), 0, len(self._unembedding))
-        return self._logits(self._normed(torch.cat(states)[:, :, 0].transpose(0, 1)))
+        return self._logits(self._normalize(torch.cat(outputs)[:, :, 0].transpose(0, 1)))
 
     @property
     def _norm_dtype(self) -> torch.dtype:
         return next(self._norm.parameters()).dtype
 
-    def _embedded(self, x: Tensor, positions: Tensor) -> Tensor:
-        with evaluating(self._positions):
+    def _embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        with eval_mode(self._positions):
             return self._positions.embed(x, positions).to(self.dtype)
 
-    def _normed(self, states: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        normed: Tensor = self._norm(states.to(self._norm_dtype))
-        return normed
+    def _normalize(self, states: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+        normalized: Tensor = self._norm(states.to(self._norm_dtype))
+        return normalized
 
-    def _logits(self, normed: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any token"]:
-        return F.linear(normed.to(self.dtype), self._unembedding)
+    def _logits(self, normalized: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any token"]:
+        return F.linear(normalized.to(self.dtype), self._unembedding)
 
 
-def _readers(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[Reader]:
-    """Each block by itself."""
+def _cached_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
+    """Wrap each block separately."""
     if isinstance(blocks[0], Block):
-        return [StackedBlock([block], dtype) for block in blocks]  # type: ignore[list-item]
-    return [Layer(block, dtype) for block in blocks]  # type: ignore[arg-type]
+        return [FusedBlock([block], dtype) for block in blocks]  # type: ignore[list-item]
+    return [HuggingFaceBlock(block, dtype) for block in blocks]  # type: ignore[arg-type]
 
 
-def _side_by_side(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[Reader]:
-    """Blocks that read the same stream, together where they can be."""
+def _fused_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
+    """Wrap blocks that have the same input; blocks of our own transformer are fused into one."""
     if not blocks:
         return []
-    return [StackedBlock(blocks, dtype)] if isinstance(blocks[0], Block) else _readers(blocks, dtype)  # type: ignore[arg-type]
+    return [FusedBlock(blocks, dtype)] if isinstance(blocks[0], Block) else _cached_blocks(blocks, dtype)  # type: ignore[arg-type]
 
 
-class Layer:
-    """One block of a model of transformers."""
+class HuggingFaceBlock:
+    """One block of a transformers model."""
 
     def __init__(self, block: DecoderBlock, dtype: torch.dtype) -> None:
         self.weight = next(block.parameters())
         self.block = block if self.weight.dtype == dtype else copy.deepcopy(block).to(dtype)
         self.dtype = dtype
 
-    def new_memory(self, num_rows: int, num_slots: int) -> Memory:
-        """Of the block's heads."""
+    def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
+        """Return an empty cache for the block's kv heads."""
         shape = num_rows, 2 * self.block.num_kv_heads, num_slots, self.block.head_dim
         return self.weight.new_zeros(shape, dtype=self.dtype)
 
     def __call__(
         self,
         x: Float[Tensor, "row position dim"],
-        reading: Reading,
-        memory: Memory,
+        forward: CachedForward,
+        kv_block: KVBlock,
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
-        """The block's stream behind every position, or behind the one that `at` names in each row."""
+        """Return the block's output at every position, or only at position `at[row]` of each row."""
         window = self.block.window
         mask = None
-        if not reading.is_causal or (window is not None and window < reading.length):
-            mask = reading.shared(window, lambda: within_window(reading.positions, reading.length, window))
-        with evaluating(self.block):
-            stream = self.block.read(x, reading.context, mask, _Slots(reading, memory))
-        return stream[None] if at is None else stream[reading.rows, at, None][None]
+        if not forward.is_causal or (window is not None and window < forward.length):
+            mask = forward.shared_tensor(window, lambda: window_mask(forward.positions, forward.length, window))
+        with eval_mode(self.block):
+            output = self.block.forward_cached(x, forward.context, mask, _HuggingFaceCache(forward, kv_block))
+        return output[None] if at is None else output[forward.rows, at, None][None]
 
 
-class _Slots:
-    """Memory as an attention of transformers expects it."""
+class _HuggingFaceCache:
+    """An adapter from a `KVBlock` to the cache interface that the attention layers of transformers call."""
 
-    def __init__(self, reading: Reading, memory: Memory) -> None:
-        self._reading, self._memory = reading, memory
+    def __init__(self, forward: CachedForward, kv_block: KVBlock) -> None:
+        self._forward, self._kv_block = forward, kv_block
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Add keys and values of the tokens that are read; those of all that is known."""
-        return self._reading.remember(torch.cat([keys, values], dim=1).transpose(1, 2), self._memory)
+        """Write new keys and values to the cache; return those of all positions so far."""
+        return self._forward.update(torch.cat([keys, values], dim=1).transpose(1, 2), self._kv_block)

@@ -1,21 +1,21 @@
-"""From prompts to completions: cached, batched, greedy or sampled, and self-speculative.
+"""Batched, cached decoding: greedy or sampled, with optional self-speculation.
 
-Every forward reads, for each sequence, the last token chosen and the drafts for those behind it. Head 1's
-choices verify the drafts: what it chose behind the last accepted one is new as well. The other heads, at that
-position, draft for the next forward. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv
-1811.03115); Gloeckle et al. 2024 (arXiv 2404.19737), section 3.2 and appendix B.
+Every forward computes, for each sequence, the last chosen token and the drafts that follow it. Head 1's choices verify
+the drafts, and its choice after the last accepted draft is one more new token. At that position the other heads draft
+the tokens for the next forward. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv 1811.03115);
+Gloeckle et al. 2024 (arXiv 2404.19737), section 3.2 and appendix B.
 
-Choices are functions of the logits, the sample's seed and the position (see `choice.choose`), and a draft
-is accepted if it is the choice. So the output is the plain sample itself, whatever the drafts were: it does
-not depend on speculation, on the batch or on other sequences. Drafts are chosen with the noise of their
-position, so that they often agree: with a probability of at least (1 − d) / (1 + d), d being the total variation
-distance of the two heads' distributions (Daliri, Musco, Suresh 2025, Coupling without Communication,
-arXiv 2408.07978). The rejection rule of Leviathan et al. 2023 (arXiv 2211.17192) accepts more, 1 − d, but its
-output, while equal in distribution, depends on the drafts.
+A choice is a function of the logits, the sample's seed and the position (see `sampling.sample_tokens`), and a draft is
+accepted if it equals the choice. The output is therefore that of plain sampling, whatever the drafts were: it does
+not depend on speculation, on the batch or on other sequences. Drafts are sampled with the noise of their position, so
+they often agree: with a probability of at least (1 − d) / (1 + d), where d is the total variation distance of the two
+heads' distributions (Daliri, Musco, Suresh 2025, Coupling without Communication, arXiv 2408.07978). The rejection
+rule of Leviathan et al. 2023 (arXiv 2211.17192) accepts more, 1 − d; its output has the same distribution, but
+depends on the drafts.
 
-That holds up to rounding: logits from forwards of another shape differ in their last digits, in fp32 by a few
-1e-5, and where the scores of two tokens are as close as that, completions can part. `scripts/benchmark_decoding.py`
-counts such tokens and shows the smallest margin; in bf16, whose digits are fewer, they are to be expected.
+This holds up to rounding: logits from forwards of different shapes differ in their last digits, in fp32 by a few 1e-5.
+Where the scores of two tokens are that close, completions can differ. `scripts/benchmark_decoding.py` counts such
+tokens and shows the smallest margin; in bf16, which has fewer digits, they must be expected.
 """
 
 from collections import deque
@@ -29,11 +29,11 @@ from torch import Tensor
 
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.generation.cached_model import CachedModel
-from wmtp.generation.kv_cache import Cache
-from wmtp.generation.sampling import choose
+from wmtp.generation.kv_cache import KVCache
+from wmtp.generation.sampling import sample_tokens
 from wmtp.generation.settings import Decoding
-from wmtp.generation.speculation_stats import Cost
-from wmtp.generation.stop_strings import Transcript
+from wmtp.generation.speculation_stats import SpeculationStats
+from wmtp.generation.stop_strings import StopStrings
 from wmtp.models.mtp import MtpModel
 
 OnText = Callable[[int, str], None]
@@ -41,7 +41,7 @@ OnText = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, never empty, and the seed of one sample's noise. Equal prompts are read once."""
+    """A nonempty prompt, and the seed of one sample's noise. Equal prompts are computed once."""
 
     prompt: list[int]
     seed: int = 0
@@ -49,11 +49,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What follows a prompt.
+    """The completion of a prompt.
 
-    `tokens` are without the end token, but with all of the stop string's tokens; `text` ends before the stop
-    string. `forwards` counts those of the model that this sequence took part in, the prompt's included.
-    `accepted` and `drafted` count, for each head 2 … H, the drafts for positions up to the completion's end.
+    `tokens` exclude the end token and include the tokens of the stop string; `text` ends before the stop string.
+    `finish` is the reason for the end. `forwards` counts the forwards for this sequence, including the prompt's.
+    `accepted` and `drafted` count, for each head 2 … H, the drafts for positions up to the end of the completion.
     """
 
     tokens: list[int]
@@ -64,10 +64,10 @@ class Completion:
     drafted: tuple[int, ...]
 
     @property
-    def cost(self) -> Cost:
-        """What it took."""
+    def stats(self) -> SpeculationStats:
+        """The counts of tokens, forwards and drafts."""
         num_chosen = len(self.tokens) + (self.finish == "end")
-        return Cost(num_chosen, self.forwards, self.accepted, self.drafted)
+        return SpeculationStats(num_chosen, self.forwards, self.accepted, self.drafted)
 
 
 def generate(
@@ -78,13 +78,14 @@ def generate(
     context: int,
     on_text: OnText | None = None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Each request's index and completion, as soon as it is finished.
+    """Yield the index and the completion of each request as soon as it is finished.
 
-    Prompt and completion together never exceed `context` tokens. `on_text` is given a request's index and new
-    text once that is certain. The model must not change meanwhile; whether it is in training mode is no matter.
+    Prompt and completion together never exceed `context` tokens. `on_text` is called with a request's index and its
+    new text as soon as that text is final. The model must not change during the iteration; its training mode has no
+    effect.
 
     Raises:
-        ValueError: a prompt is empty or leaves no room in the context.
+        ValueError: a prompt is empty or fills the whole context.
     """
     for index, request in enumerate(requests):
         if not 0 < len(request.prompt) < context:
@@ -105,12 +106,12 @@ def _generate(
     num_heads = model.num_heads if settings.speculative else 1
     order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt), requests[index].prompt))
     waiting = deque(_Sequence(index, requests[index], tokenizer, settings, context, num_heads - 1) for index in order)
-    cached = CachedModel(model, num_heads, context + num_heads, computing_dtype(model))
+    cached = CachedModel(model, num_heads, context + num_heads, compute_dtype(model))
     batch = _Batch(cached, settings, min(settings.batch_size, len(requests)))
     while waiting or batch.sequences:
         with torch.autocast(cached.device.type, enabled=False):
-            if waiting and batch.is_worth_filling:
-                batch.admit([waiting.popleft() for _ in range(min(batch.room, len(waiting)))])
+            if waiting and batch.should_refill:
+                batch.add([waiting.popleft() for _ in range(min(batch.num_free, len(waiting)))])
             else:
                 batch.step()
         if on_text is not None:
@@ -121,11 +122,11 @@ def _generate(
             yield sequence.index, sequence.completion()
 
 
-def computing_dtype(model: MtpModel) -> torch.dtype:
-    """The type that autocast asks for around the call, if it does, else that of the model's weights."""
+def compute_dtype(model: MtpModel) -> torch.dtype:
+    """Return the dtype of autocast if it is enabled, else the dtype of the model's weights."""
     weight = model.embedding.weight
-    is_asked = torch.is_autocast_enabled(weight.device.type)
-    return torch.get_autocast_dtype(weight.device.type) if is_asked else weight.dtype
+    is_autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if is_autocast else weight.dtype
 
 
 class _Sequence:
@@ -138,7 +139,7 @@ class _Sequence:
         room = context - len(request.prompt)
         self._limit = min(room, settings.max_new_tokens or room)
         self._end = tokenizer.end
-        self._transcript = Transcript(tokenizer.decode, settings.stop)
+        self._stop_strings = StopStrings(tokenizer.decode, settings.stop)
         self._tokens: list[int] = []
         self.drafts: list[int] = []
         self.finish: Literal["end", "stop", "length"] | None = None
@@ -147,7 +148,7 @@ class _Sequence:
 
     @property
     def last_token(self) -> int:
-        """The one token that was chosen and not read."""
+        """The last chosen token, the only one that is not in the cache."""
         return self._tokens[-1]
 
     @property
@@ -155,8 +156,8 @@ class _Sequence:
         """The position of the last token."""
         return len(self.prompt) + len(self._tokens) - 1
 
-    def take(self, chosen: list[int], drafts: list[int]) -> None:
-        """What head 1 chose behind the last token and behind each draft, and what the other heads draft now."""
+    def update(self, chosen: list[int], drafts: list[int]) -> None:
+        """Append head 1's choices after the last token and after each accepted draft; store the next drafts."""
         self._forwards += 1
         num_accepted = 0
         while num_accepted < len(self.drafts) and self.drafts[num_accepted] == chosen[num_accepted]:
@@ -169,7 +170,7 @@ class _Sequence:
         self.drafts = drafts
 
     def _append(self, tokens: list[int]) -> int:
-        """Add tokens up to where the completion ends; how many they are, the end token included."""
+        """Append tokens up to the end of the completion; return their number, including the end token."""
         num_before = len(self._tokens)
         for token in tokens:
             if token == self._end:
@@ -179,78 +180,78 @@ class _Sequence:
             if len(self._tokens) == self._limit:
                 self.finish = "length"
                 break
-        if (count := self._transcript.stop_count(self._tokens)) is not None:
+        if (count := self._stop_strings.stop_count(self._tokens)) is not None:
             self.finish = "stop"
             del self._tokens[count:]
         return len(self._tokens) - num_before + (self.finish == "end")
 
     def new_text(self) -> str:
-        """Text that has become certain since the last call."""
-        return self._transcript.new_text(self._tokens, is_finished=self.finish is not None)
+        """Return the text that has become final since the last call."""
+        return self._stop_strings.new_text(self._tokens, is_finished=self.finish is not None)
 
     def completion(self) -> Completion:
-        """What became of the request."""
+        """Return the completion of the finished request."""
         assert self.finish is not None
         return Completion(
-            self._tokens, self._transcript.text(self._tokens), self.finish, self._forwards,
+            self._tokens, self._stop_strings.text(self._tokens), self.finish, self._forwards,
             tuple(self._accepted), tuple(self._drafted),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Prompts:
-    """Prompts that were read: their rows in a cache of their own, and the logits behind them."""
+class _PromptCache:
+    """Computed prompts: their rows in a separate cache, and the logits at their last positions."""
 
     rows: dict[tuple[int, ...], int]
-    cache: Cache
+    cache: KVCache
     next_logits: Float[Tensor, "prompt token"]
     draft_logits: Float[Tensor, "prompt draft token"]
 
 
 class _Batch:
-    """The sequences that are decoded at once. Sequence i has row i of the cache."""
+    """The sequences that are decoded together. Sequence i has row i of the cache."""
 
     def __init__(self, model: CachedModel, settings: Decoding, num_rows: int) -> None:
         self.sequences: list[_Sequence] = []
         self._model, self._settings, self._num_rows = model, settings, num_rows
         self._cache = model.new_cache(num_rows, num_slots=1)
-        self._prompts: _Prompts | None = None
+        self._prompts: _PromptCache | None = None
 
     @property
-    def room(self) -> int:
-        """How many more sequences fit."""
+    def num_free(self) -> int:
+        """The number of free rows."""
         return self._num_rows - len(self.sequences)
 
     @property
-    def is_worth_filling(self) -> bool:
-        """Whether the other sequences should wait while prompts are read: not for a few only."""
-        return self.room >= max(1, self._num_rows // 4)
+    def should_refill(self) -> bool:
+        """True if enough rows are free that the running sequences should wait for the prefill of new prompts."""
+        return self.num_free >= max(1, self._num_rows // 4)
 
-    def admit(self, sequences: list[_Sequence]) -> None:
-        """Add sequences, with their prompt read and their first token chosen; equal prompts come in a row."""
-        known = self._prompts.rows if self._prompts is not None else {}
-        old = [sequence for sequence in sequences if tuple(sequence.prompt) in known]
-        new = [sequence for sequence in sequences if tuple(sequence.prompt) not in known]
+    def add(self, sequences: list[_Sequence]) -> None:
+        """Add sequences: prefill their prompts and choose their first tokens; equal prompts must be adjacent."""
+        computed = self._prompts.rows if self._prompts is not None else {}
+        old = [sequence for sequence in sequences if tuple(sequence.prompt) in computed]
+        new = [sequence for sequence in sequences if tuple(sequence.prompt) not in computed]
         if old and self._prompts is not None:
-            self._start(old, self._prompts)
+            self._start_sequences(old, self._prompts)
         if new:
-            self._prompts = self._read([sequence.prompt for sequence in new])
-            self._start(new, self._prompts)
+            self._prompts = self._prefill([sequence.prompt for sequence in new])
+            self._start_sequences(new, self._prompts)
 
-    def _read(self, prompts: list[list[int]]) -> _Prompts:
-        """Read each different prompt once; shorter ones are padded on the right."""
+    def _prefill(self, prompts: list[list[int]]) -> _PromptCache:
+        """Compute each distinct prompt once; shorter prompts are padded on the right."""
         rows = {tokens: row for row, tokens in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, rows))
         padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in rows]
         tokens, device = torch.tensor(padded, device=self._model.device), self._model.device
         last = torch.tensor([len(prompt) - 1 for prompt in rows], device=device)
         cache = self._model.new_cache(len(rows), width)
-        x, reading = self._model.read(tokens, torch.zeros_like(last), width, cache)
-        next_logits = self._model.next_logits(x, reading, cache, last)[:, 0]
-        return _Prompts(rows, cache, next_logits, self._model.draft_logits(x, reading, cache, last))
+        x, forward = self._model.forward_trunk(tokens, torch.zeros_like(last), width, cache)
+        next_logits = self._model.next_logits(x, forward, cache, last)[:, 0]
+        return _PromptCache(rows, cache, next_logits, self._model.draft_logits(x, forward, cache, last))
 
-    def _start(self, sequences: list[_Sequence], prompts: _Prompts) -> None:
-        """Give each sequence a copy of its prompt's row, and its first token."""
+    def _start_sequences(self, sequences: list[_Sequence], prompts: _PromptCache) -> None:
+        """Copy the cache row of each sequence's prompt, and choose its first token."""
         sources = [prompts.rows[tuple(sequence.prompt)] for sequence in sequences]
         rows = [len(self.sequences) + number for number in range(len(sequences))]
         length = max(len(sequence.prompt) for sequence in sequences)
@@ -258,44 +259,46 @@ class _Batch:
         self._cache.copy(prompts.cache, sources, rows, length)
         numbers = [[sequence.seed, len(sequence.prompt)] for sequence in sequences]
         seeds, positions = torch.tensor(numbers, device=self._model.device).T
-        chosen = choose(prompts.next_logits[sources], seeds, positions, self._settings)[:, None]
+        chosen = sample_tokens(prompts.next_logits[sources], seeds, positions, self._settings)[:, None]
         drafts = self._drafts(prompts.draft_logits[sources], seeds, positions + 1)
         self.sequences += sequences
-        self._hand_out(sequences, chosen, drafts)
+        self._update_sequences(sequences, chosen, drafts)
 
     def step(self) -> None:
-        """One forward: verify the drafts of every sequence and make new ones."""
+        """Run one forward: verify the drafts of every sequence and make new ones."""
         numbers = [[s.seed, s.last_position, s.last_token, *s.drafts] for s in self.sequences]
         columns = torch.tensor(numbers, device=self._model.device)
         seeds, starts, tokens = columns[:, 0], columns[:, 1], columns[:, 2:]
         length = max(sequence.last_position for sequence in self.sequences) + tokens.shape[1]
         self._cache.reserve(length, self._model.num_slots)
-        x, reading = self._model.read(tokens, starts, length, self._cache)
-        logits = self._model.next_logits(x, reading, self._cache, at=None)
-        chosen = choose(logits, seeds[:, None].expand_as(tokens), reading.positions + 1, self._settings)
+        x, forward = self._model.forward_trunk(tokens, starts, length, self._cache)
+        logits = self._model.next_logits(x, forward, self._cache, at=None)
+        chosen = sample_tokens(logits, seeds[:, None].expand_as(tokens), forward.positions + 1, self._settings)
         num_accepted = (chosen[:, :-1] == tokens[:, 1:]).cumprod(dim=1).sum(dim=1)
-        draft_logits = self._model.draft_logits(x, reading, self._cache, num_accepted)
-        self._hand_out(self.sequences, chosen, self._drafts(draft_logits, seeds, starts + num_accepted + 2))
+        draft_logits = self._model.draft_logits(x, forward, self._cache, num_accepted)
+        self._update_sequences(self.sequences, chosen, self._drafts(draft_logits, seeds, starts + num_accepted + 2))
 
     def _drafts(
         self, logits: Float[Tensor, "row draft token"], seeds: Int[Tensor, " row"], positions: Int[Tensor, " row"]
     ) -> Int[Tensor, "row draft"]:
-        """Drafts for the positions from `positions` on."""
+        """Return drafts for `positions` and the positions that follow."""
         if not logits.shape[1]:
             return seeds.new_empty(len(seeds), 0)
         offsets = torch.arange(logits.shape[1], device=logits.device)
-        return choose(logits, seeds[:, None].expand(logits.shape[:2]), positions[:, None] + offsets, self._settings)
+        return sample_tokens(
+            logits, seeds[:, None].expand(logits.shape[:2]), positions[:, None] + offsets, self._settings
+        )
 
-    def _hand_out(
+    def _update_sequences(
         self, sequences: list[_Sequence], chosen: Int[Tensor, "row position"], drafts: Int[Tensor, "row draft"]
     ) -> None:
-        """The only place where the host waits for the device."""
+        """Copy the choices to the host and update each sequence. Only here the host waits for the device."""
         width = chosen.shape[1]
         for sequence, tokens in zip(sequences, torch.cat([chosen, drafts], dim=1).tolist(), strict=True):
-            sequence.take(tokens[:width], tokens[width:])
+            sequence.update(tokens[:width], tokens[width:])
 
     def remove_finished(self) -> list[_Sequence]:
-        """Take the finished sequences out; those behind the new end move into their places."""
+        """Remove and return the finished sequences; sequences from the end move into their rows."""
         finished = [sequence for sequence in self.sequences if sequence.finish]
         num_left = len(self.sequences) - len(finished)
         free = [row for row in range(num_left) if self.sequences[row].finish]

@@ -1,4 +1,4 @@
-"""Blocks of our own transformer, made ready for reading with as few products as possible."""
+"""Blocks of our own transformer for decoding, with as few matrix products as possible."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wmtp.generation.kv_cache import Memory, Reading
+from wmtp.generation.kv_cache import CachedForward, KVBlock
 from wmtp.models.lora import effective_weight
-from wmtp.models.transformer import Block, Rotation
+from wmtp.models.transformer import Block, RotaryTable
 
 
-class StackedBlock:
-    """Blocks that read the same stream, evaluated side by side; `Block` is the same for one at a time.
+class FusedBlock:
+    """Several `Block`s with the same input, computed together; also used for a single `Block`.
 
-    Their heads of attention stand beside each other as if they were one block's, and the weights of the
-    norms are folded into the matrices behind them.
+    Their attention heads are concatenated as if they were one block's, and the weights of the norms are folded into
+    the matrices that follow them.
     """
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype) -> None:
@@ -38,61 +38,63 @@ class StackedBlock:
         self.gates_and_ups = torch.stack([weight.T for weight in gates_and_ups]).to(dtype)
         self.feed_forward_outputs = torch.stack([effective_weight(b.feed_forward.output).T for b in blocks]).to(dtype)
 
-    def new_memory(self, num_rows: int, num_slots: int) -> Memory:
-        """Of the heads of all blocks, one after the other."""
+    def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
+        """Return an empty cache for the kv heads of all blocks."""
         return self.projections.new_zeros(num_rows, 2 * self.num_kv_heads, num_slots, self.head_dim)
 
     def __call__(
         self,
         x: Float[Tensor, "row position dim"],
-        reading: Reading,
-        memory: Memory,
+        forward: CachedForward,
+        kv_block: KVBlock,
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
-        """Each block's stream behind every position, or behind the one that `at` names in each row."""
-        projected = F.linear(self._normed(x), self.projections).view(*x.shape[:2], -1, self.head_dim)
-        turn(projected[..., : self.num_heads + self.num_kv_heads, :], reading.context)
-        keys, values = reading.remember(projected[:, :, self.num_heads :], memory)
-        queries, mask = projected[:, :, : self.num_heads], self._mask(reading, reading.positions)
+        """Return each block's output at every position, or only at position `at[row]` of each row."""
+        projected = F.linear(self._normalize(x), self.projections).view(*x.shape[:2], -1, self.head_dim)
+        rotate_in_place(projected[..., : self.num_heads + self.num_kv_heads, :], forward.context)
+        keys, values = forward.update(projected[:, :, self.num_heads :], kv_block)
+        queries, mask = projected[:, :, : self.num_heads], self._mask(forward, forward.positions)
         if at is not None:
-            x, queries = x[reading.rows, at, None], queries[reading.rows, at, None]
-            mask = hidden_behind(reading.positions[reading.rows, at, None], reading.length, x.dtype)
+            x, queries = x[forward.rows, at, None], queries[forward.rows, at, None]
+            mask = causal_mask(forward.positions[forward.rows, at, None], forward.length, x.dtype)
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         attended = attended.transpose(1, 2).reshape(len(x) * x.shape[1], len(self.attention_outputs), -1)
         stream = torch.baddbmm(x.reshape(1, -1, x.shape[-1]), attended.transpose(0, 1), self.attention_outputs)
-        gates, ups = torch.bmm(self._normed(stream), self.gates_and_ups).chunk(2, dim=-1)
+        gates, ups = torch.bmm(self._normalize(stream), self.gates_and_ups).chunk(2, dim=-1)
         stream = torch.baddbmm(stream, F.silu(gates).mul_(ups), self.feed_forward_outputs)
         return stream.view(-1, *x.shape)
 
-    def _mask(self, reading: Reading, positions: Int[Tensor, "row query"]) -> Tensor | None:
-        if reading.is_causal:
+    def _mask(self, forward: CachedForward, positions: Int[Tensor, "row query"]) -> Tensor | None:
+        if forward.is_causal:
             return None
-        mask: Tensor = reading.shared("mask", lambda: hidden_behind(positions, reading.length, self.projections.dtype))
+        mask: Tensor = forward.shared_tensor(
+            "mask", lambda: causal_mask(positions, forward.length, self.projections.dtype)
+        )
         return mask
 
-    def _normed(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+    def _normalize(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-def hidden_behind(
+def causal_mask(
     positions: Int[Tensor, "row query"], length: int, dtype: torch.dtype
 ) -> Float[Tensor, "row 1 query slot"]:
-    """−∞ in the slots that lie behind each query, else 0."""
+    """Return −∞ for the slots after each query's position, else 0."""
     hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def turn(x: Float[Tensor, "row position head head_dim"], turns: tuple[Tensor, Tensor]) -> None:
-    """Turn queries and keys in place, as `transformer.rotate` does."""
-    cos, sin = turns
+def rotate_in_place(x: Float[Tensor, "row position head head_dim"], table: tuple[Tensor, Tensor]) -> None:
+    """Apply rotary positions to queries and keys in place; the result equals that of `transformer.rotate`."""
+    cos, sin = table
     pairs = x.view(*x.shape[:-1], -1, 2)
     swapped = pairs.flip(-1)
     pairs.mul_(cos).addcmul_(swapped, sin)
 
 
-def table_of_turns(rotation: Rotation, dtype: torch.dtype) -> Float[Tensor, "2 slot pair 2"]:
-    """Cosines, and sines with the signs of both halves of a pair, for every slot."""
-    cos, sin = (part[0] for part in rotation)
+def signed_rotary_table(table: RotaryTable, dtype: torch.dtype) -> Float[Tensor, "2 slot pair 2"]:
+    """Return the cosines for every slot, and the sines with the signs for both halves of a pair."""
+    cos, sin = (part[0] for part in table)
     return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).to(dtype)

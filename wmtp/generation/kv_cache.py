@@ -1,4 +1,4 @@
-"""What a model remembers of the sequences that it reads piece by piece, and where the next pieces go."""
+"""The key-value cache of a model, and the positions of one forward in it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,30 +11,30 @@ from torch import Tensor, nn
 
 from wmtp.models.architecture import Context
 
-Memory = Float[Tensor, "any_row part_head slot head_dim"]
-"""Keys of one block's kv heads and then its values, for every row and slot."""
+KVBlock = Float[Tensor, "any_row part_head slot head_dim"]
+"""Keys, then values, of one block's kv heads, for every row and slot."""
 
 
 @runtime_checkable
-class Reader(Protocol):
-    """A block, or several side by side, made ready for reading."""
+class CachedBlock(Protocol):
+    """One block, or several blocks with the same input, that read and extend a key-value cache."""
 
-    def new_memory(self, num_rows: int, num_slots: int) -> Memory:
-        """Memory for keys and values, empty."""
+    def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
+        """Return an empty cache for the keys and values."""
 
     def __call__(
         self,
         x: Float[Tensor, "row position dim"],
-        reading: "Reading",
-        memory: Memory,
+        forward: "CachedForward",
+        kv_block: KVBlock,
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
-        """Each block's stream behind every position, or behind the one that `at` names in each row."""
+        """Return each block's output at every position, or only at position `at[row]` of each row."""
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within it, a module is not training."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode inside the context."""
     was_training = module.training
     if was_training:
         module.eval()
@@ -45,40 +45,43 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             module.train()
 
 
-class Cache:
-    """Keys and values of every block for every position read so far; rows are used again.
+class KVCache:
+    """Keys and values of every block for every position computed so far; rows are reused.
 
-    A position's slot is its number. What lies behind a row's last position was padding or a rejected draft: it is
-    overwritten before any query may see it.
+    A position's slot is its number. The slots after a row's last position may hold padding or rejected drafts. They
+    are overwritten before any query can attend to them.
     """
 
-    def __init__(self, readers: Sequence[Reader], num_rows: int, num_slots: int) -> None:
+    def __init__(self, blocks: Sequence[CachedBlock], num_rows: int, num_slots: int) -> None:
         self.num_slots = num_slots
-        self.blocks = [reader.new_memory(num_rows, num_slots) for reader in readers]
+        self.kv_blocks = [block.new_kv_block(num_rows, num_slots) for block in blocks]
 
-    def reserve(self, num_slots: int, most: int) -> None:
-        """Make room for so many positions; for twice as many, up to `most`, so that this is rarely done."""
+    def reserve(self, num_slots: int, maximum: int) -> None:
+        """Make room for `num_slots` positions.
+
+        Twice as many slots are allocated, up to `maximum`, so that reallocation is rare.
+        """
         if num_slots > self.num_slots:
-            more = min(2 * num_slots, most) - self.num_slots
+            more = min(2 * num_slots, maximum) - self.num_slots
             self.num_slots += more
-            self.blocks = [F.pad(block, (0, 0, 0, more)) for block in self.blocks]
+            self.kv_blocks = [F.pad(kv_block, (0, 0, 0, more)) for kv_block in self.kv_blocks]
 
-    def copy(self, source: "Cache", source_rows: list[int], rows: list[int], num_slots: int) -> None:
-        """Copy the first slots of some rows."""
-        for target, block in zip(self.blocks, source.blocks, strict=True):
-            target[rows, :, :num_slots] = block[source_rows, :, :num_slots]
+    def copy(self, source: "KVCache", source_rows: list[int], rows: list[int], num_slots: int) -> None:
+        """Copy the first `num_slots` slots of some rows of another cache."""
+        for target, kv_block in zip(self.kv_blocks, source.kv_blocks, strict=True):
+            target[rows, :, :num_slots] = kv_block[source_rows, :, :num_slots]
 
 
-class Reading:
-    """Where in a cache the tokens of one forward go, and what they may see.
+class CachedForward:
+    """The positions of one forward in a cache, and what is shared by its blocks.
 
-    Row i reads `width` tokens from position `starts[i]` on; `length` positions are then known of the longest.
+    Row i processes `width` tokens from position `starts[i]`. Afterwards the longest row has `length` cached positions.
     """
 
     context: Context = None
-    """What the blocks must know of the positions."""
-    first: Tensor
-    """The normed states of head 1, where it has read."""
+    """Position information for the blocks, such as the rotary table."""
+    head_1_states: Tensor
+    """Normalized states of head 1; set by `CachedModel.next_logits`."""
 
     def __init__(self, starts: Int[Tensor, " row"], width: int, length: int, num_slots: int) -> None:
         self.length, self.num_slots = length, num_slots
@@ -87,23 +90,23 @@ class Reading:
         self._slots: dict[int, Tensor] = {}
         self._shared: dict[object, Tensor] = {}
         self.is_causal = length == width
-        """Every row begins at 0, so that attention is plainly causal."""
+        """True if every row begins at position 0, so that plain causal attention is enough."""
 
-    def shared(self, name: object, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that every block needs, made once."""
+    def shared_tensor(self, name: object, make: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor that all blocks use; it is computed on the first call."""
         if name not in self._shared:
             self._shared[name] = make()
         return self._shared[name]
 
-    def remember(self, new: Float[Tensor, "row position part_head head_dim"], memory: Memory) -> tuple[Tensor, Tensor]:
-        """Put keys and values into their slots; those of all positions known so far, keys and values apart."""
-        memory.flatten(0, 2).index_copy_(0, self._lines(new.shape[2]), new.reshape(-1, new.shape[3]))
-        keys, values = memory[: len(new), :, : self.length].chunk(2, dim=1)
+    def update(self, new: Float[Tensor, "row position part_head head_dim"], kv_block: KVBlock) -> tuple[Tensor, Tensor]:
+        """Write new keys and values to the cache; return the keys and the values of all positions so far."""
+        kv_block.flatten(0, 2).index_copy_(0, self._flat_indices(new.shape[2]), new.reshape(-1, new.shape[3]))
+        keys, values = kv_block[: len(new), :, : self.length].chunk(2, dim=1)
         return keys, values
 
-    def _lines(self, num_heads: int) -> Int[Tensor, " row_position_head"]:
-        """Which vectors of a block's memory are those of the tokens read, with `num_heads` for each slot."""
+    def _flat_indices(self, num_heads: int) -> Int[Tensor, " row_position_head"]:
+        """Return the indices of the new tokens' vectors in a flattened cache block with `num_heads` heads."""
         if num_heads not in self._slots:
-            lines = self.rows[:, None, None] * num_heads + torch.arange(num_heads, device=self.rows.device)
-            self._slots[num_heads] = (lines * self.num_slots + self.positions[..., None]).flatten()
+            first_slots = self.rows[:, None, None] * num_heads + torch.arange(num_heads, device=self.rows.device)
+            self._slots[num_heads] = (first_slots * self.num_slots + self.positions[..., None]).flatten()
         return self._slots[num_heads]

@@ -1,4 +1,4 @@
-"""How completions are chosen."""
+"""Settings of decoding."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,13 +14,13 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How completions are chosen.
+    """Settings of decoding.
 
-    `temperature` 0 takes the most likely token; above it, tokens are drawn from the smallest set that has
-    at least the probability `top_p`. A completion ends before the first of the strings in `stop`, with the
-    end token, after `max_new_tokens`, or where the context is full (None: only there). With `speculative`,
-    heads 2 … H draft what head 1 then verifies; the completions are the same. `batch_size` sequences are
-    decoded at once.
+    With `temperature` 0 the most likely token is taken. Above 0, tokens are sampled from the smallest set with a
+    probability of at least `top_p`. A completion ends before the first of the strings in `stop`, at the end token,
+    after `max_new_tokens` tokens (None: no such limit), or where the context is full. With `speculative`, heads
+    2 … H draft tokens that head 1 verifies; the completions are the same. `batch_size` is the number of sequences
+    that are decoded at the same time.
     """
 
     temperature: NonNegativeFloat = 0.0

@@ -1,11 +1,11 @@
-"""What completions took: forwards of the model, and drafts that were accepted or not."""
+"""Statistics of speculative decoding: forwards of the model, and accepted drafts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Cost(NamedTuple):
-    """What a completion took: the tokens that were chosen for it, the end token included, and see `Completion`."""
+class SpeculationStats(NamedTuple):
+    """Counts of one completion; `num_chosen` includes the end token, for the others see `Completion`."""
 
     num_chosen: int
     forwards: int
@@ -13,14 +13,14 @@ class Cost(NamedTuple):
     drafted: tuple[int, ...]
 
 
-def speculation_metrics(costs: Sequence[Cost]) -> dict[str, float]:
-    """Tokens chosen per forward, and the share of each head's drafts that was accepted; nothing of nothing."""
-    num_forwards = sum(cost.forwards for cost in costs)
+def speculation_metrics(stats: Sequence[SpeculationStats]) -> dict[str, float]:
+    """Return the tokens per forward and the acceptance rate of each head's drafts; empty without any forward."""
+    num_forwards = sum(one.forwards for one in stats)
     if not num_forwards:
         return {}
-    metrics = {"tokens_per_forward": sum(cost.num_chosen for cost in costs) / num_forwards}
-    accepted = [sum(counts) for counts in zip(*(cost.accepted for cost in costs), strict=True)]
-    drafted = [sum(counts) for counts in zip(*(cost.drafted for cost in costs), strict=True)]
+    metrics = {"tokens_per_forward": sum(one.num_chosen for one in stats) / num_forwards}
+    accepted = [sum(counts) for counts in zip(*(one.accepted for one in stats), strict=True)]
+    drafted = [sum(counts) for counts in zip(*(one.drafted for one in stats), strict=True)]
     for head, (num_accepted, num_drafted) in enumerate(zip(accepted, drafted, strict=True), start=2):
         if num_drafted:
             metrics[f"head_{head}_acceptance"] = num_accepted / num_drafted

@@ -1,1 +1,1 @@
-"""The networks."""
+"""Multi-token models: architectures, sources of weights, loading and export."""

@@ -1,4 +1,4 @@
-"""What a multi-token model is made of, whatever its blocks are."""
+"""Interfaces between a multi-token model and the architecture of its blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,31 +8,31 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 HeadKind = Literal["transformer", "medusa"]
-"""What heads 2 … H are: blocks beside head 1 on the trunk's states, or residual layers on head 1's state."""
+"""The kind of heads 2 … H: blocks on the trunk's states, like head 1, or residual layers on head 1's state."""
 Context = Any
-"""What the blocks of one architecture must know of the positions that they read."""
+"""Position-dependent input of every block, such as cosines and sines; the type depends on the architecture."""
 
 
 class Positions(nn.Module):
-    """How positions come into a model: added to the embeddings, told to every block, or both."""
+    """Position encoding of a model: added to the embeddings, passed to every block, or both."""
 
     def embed(
         self, x: Float[Tensor, "batch position dim"], positions: Int[Tensor, "#batch position"]
     ) -> Float[Tensor, "batch position dim"]:
-        """The embedded tokens with what depends on their positions."""
+        """Return the token embeddings, with the position encoding added where the architecture does so."""
         return x
 
     def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> Context:
-        """What the blocks are told of these positions, for a stream of the type of `x`."""
+        """Return the context that blocks receive for these positions, in the dtype of the residual stream `x`."""
         raise NotImplementedError
 
 
 @dataclass
-class Parts:
-    """The modules of a model, each of which holds parameters of its own.
+class Modules:
+    """The top-level modules of a model; no two of them share parameters.
 
-    A block is called with the stream and the context of its positions. Without an `unembedding` the embedding
-    serves as one.
+    A block is called with the residual stream and the context of its positions. If `unembedding` is None, the
+    embedding is used for it too (tied weights).
     """
 
     embedding: nn.Embedding
@@ -45,26 +45,26 @@ class Parts:
 
 @runtime_checkable
 class Architecture(Protocol):
-    """All of a model but its parameters."""
+    """The complete description of a model without its parameters."""
 
     @property
     def head_kind(self) -> HeadKind:
-        """What heads 2 … H are."""
+        """The kind of heads 2 … H."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Plain values that, with the parameters, decide what a forward gives."""
+        """Plain values that, together with the parameters, determine the result of a forward pass."""
 
     @property
     def max_positions(self) -> int | None:
-        """The longest text that can be read at all; None: there is no limit."""
+        """Maximum sequence length in tokens; None: no limit."""
 
     @property
     def dim(self) -> int:
-        """The width of the stream."""
+        """Width of the residual stream."""
 
-    def parts(self) -> Parts:
-        """New modules, on torch's current default device."""
+    def build_modules(self) -> Modules:
+        """Build new modules on torch's current default device."""
 
-    def positions(self) -> Positions:
-        """The module for positions alone, never on the meta device: it may hold numbers that no checkpoint has."""
+    def build_positions(self) -> Positions:
+        """Build only the position module, never on the meta device: it may hold buffers that no checkpoint contains."""

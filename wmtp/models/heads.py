@@ -1,4 +1,4 @@
-"""The value head: how good a solution will turn out, judged after each of its tokens."""
+"""The value head, which predicts the reward of a solution after each token, and residual (Medusa) heads."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,10 @@ from wmtp.field_types import Positive
 
 
 class ValueHead(nn.Module):
-    """A linear map, or two layers, from the trunk's hidden states to one value per position."""
+    """A linear layer, or two layers, from the trunk's hidden states to one value per position."""
 
     def __init__(self, dim: int, *, hidden_dim: Positive | None = None) -> None:
-        """Start from value 0 everywhere. `hidden_dim` is the width between two layers; None: one layer."""
+        """Initialize all values to 0. `hidden_dim` is the width between the two layers; None: one layer."""
         super().__init__()
         self.norm = nn.RMSNorm(dim)  # the residual stream grows with depth and training
         self.hidden = None if hidden_dim is None else nn.Linear(dim, hidden_dim)
@@ -21,17 +21,17 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_states: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any"]:
-        """The values, computed in fp32: TD errors are often smaller than what bf16 resolves (0.004 below 1)."""
+        """Return values in fp32: TD errors are often smaller than the resolution of bf16 (0.004 below 1)."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             x = self.norm(hidden_states.float())
             if self.hidden is not None:
                 x = F.silu(self.hidden(x))
-            values: Tensor = self.output(x).squeeze(-1).clone()  # no view: what a forward returns is hooked under FSDP2
+            values: Tensor = self.output(x).squeeze(-1).clone()  # FSDP2 hooks outputs, which must not be views
         return values
 
 
 class ResidualHead(nn.Module):
-    """h + SiLU(W·h); it starts as h."""
+    """A residual layer h + SiLU(W·h); W is initialized to 0, so the layer starts as the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -39,6 +39,6 @@ class ResidualHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, state: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        """The state that predicts a later token than head 1's does."""
+        """Return the state that predicts a later token, from head 1's state."""
         out: Tensor = state + F.silu(self.linear(state))
         return out

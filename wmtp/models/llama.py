@@ -1,4 +1,4 @@
-"""A Llama-style model in the layout of Meta's multi-token models, with new parameters."""
+"""Llama-style models with the architecture of Meta's multi-token models, and random initialization."""
 
 import math
 from collections.abc import Iterator
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.field_types import Positive, PositiveFloat
-from wmtp.models.architecture import HeadKind, Parts, Positions
+from wmtp.models.architecture import HeadKind, Modules, Positions
 from wmtp.models.mtp import MtpModel
-from wmtp.models.source import ModelSource, Problem
-from wmtp.models.transformer import Block, Rotation, rotation
+from wmtp.models.source import ModelIssue, ModelSource
+from wmtp.models.transformer import Block, RotaryTable, rotary_table
 
 
 class Rotary(Positions):
-    """Positions that every block's attention turns queries and keys by."""
+    """Rotary position encoding, applied to queries and keys in every attention layer."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
 
-    def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> Rotation:
-        """Cosines and sines."""
-        return rotation(positions, self.head_dim, self.theta)
+    def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> RotaryTable:
+        """Return the table of cosines and sines."""
+        return rotary_table(positions, self.head_dim, self.theta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaArchitecture:
-    """RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+    """A Llama-style architecture: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 
     `num_layers` is the depth of the one-head model: `num_layers − 1` trunk blocks and one head; every further head
-    adds one block. `num_heads` is H, not the heads of the attention.
+    adds one block. `num_heads` is H, the number of prediction heads, not of attention heads.
     """
 
     vocab_size: int
@@ -53,38 +53,38 @@ class LlamaArchitecture:
 
     @property
     def max_positions(self) -> None:
-        """Positions are relative."""
+        """None, because positions are relative."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of them."""
+        """All fields."""
         return asdict(self)
 
-    def parts(self) -> Parts:
-        """New modules, initialised as torch does."""
+    def build_modules(self) -> Modules:
+        """Build new modules with torch's default initialization."""
 
-        def block() -> Block:
+        def _block() -> Block:
             return Block(
                 self.dim, self.num_attention_heads, self.num_kv_heads, self.hidden_dim, self.norm_eps, self.dropout
             )
 
         dtype = torch.bfloat16 if self.dtype == "bf16" else torch.float32
-        return Parts(
+        return Modules(
             embedding=nn.Embedding(self.vocab_size, self.dim).to(dtype),
-            positions=self.positions(),
-            trunk=[block().to(dtype) for _ in range(self.num_layers - 1)],
-            heads=[block().to(dtype) for _ in range(self.num_heads)],
+            positions=self.build_positions(),
+            trunk=[_block().to(dtype) for _ in range(self.num_layers - 1)],
+            heads=[_block().to(dtype) for _ in range(self.num_heads)],
             norm=nn.RMSNorm(self.dim, eps=self.norm_eps).to(dtype),
             unembedding=nn.Linear(self.dim, self.vocab_size, bias=False).to(dtype),
         )
 
-    def positions(self) -> Rotary:
-        """The rotation."""
+    def build_positions(self) -> Rotary:
+        """Build the rotary position module."""
         return Rotary(self.dim // self.num_attention_heads, self.rope_theta)
 
 
 class Llama(ModelSource):
-    """A new model: its parameters are drawn."""
+    """The source of a new model with random parameters."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Llama(ModelSource):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """The sizes are those of `LlamaArchitecture`; the vocabulary is the tokenizer's."""
+        """Take the sizes of `LlamaArchitecture`, except the vocabulary size, which is the tokenizer's."""
         self.tokenizer, self.value_head_dim = tokenizer, value_head_dim
         self._sizes = {
             "dim": dim, "num_layers": num_layers, "num_heads": num_heads, "num_attention_heads": num_attention_heads,
@@ -111,34 +111,33 @@ class Llama(ModelSource):
 
     @property
     def num_heads(self) -> int:
-        """As it was asked for."""
+        """H, as configured."""
         return int(self._sizes["num_heads"])
 
     def architecture(self) -> LlamaArchitecture:
-        """Of these sizes."""
+        """Return the architecture with these sizes."""
         assert self.tokenizer is not None
         return LlamaArchitecture(vocab_size=self.tokenizer.vocab_size, **self._sizes)  # type: ignore[arg-type]
 
-    def problems(self) -> Iterator[Problem]:
-        """Widths that do not divide."""
+    def issues(self) -> Iterator[ModelIssue]:
+        """Yield issues of sizes that are not divisible as required."""
         dim, heads, kv_heads = (int(self._sizes[key]) for key in ("dim", "num_attention_heads", "num_kv_heads"))
         if dim % (2 * heads):
             yield "dim", str(dim), f"must be a multiple of 2 · model.num_attention_heads = {2 * heads}"
         if heads % kv_heads:
             yield "num_kv_heads", str(kv_heads), f"must divide model.num_attention_heads = {heads}"
 
-    def begin(self) -> MtpModel:
-        """Draw all parameters."""
-        return drawn(self.architecture(), self.value_head_dim)
+    def load_base(self) -> MtpModel:
+        """Create the model with random parameters."""
+        return create_llama(self.architecture(), self.value_head_dim)
 
 
-def drawn(architecture: LlamaArchitecture, value_head_dim: int | None = None) -> MtpModel:
-    """A model whose parameters torch's generator draws.
+def create_llama(architecture: LlamaArchitecture, value_head_dim: int | None = None) -> MtpModel:
+    """Create a model with random parameters from torch's global generator.
 
-    Deviation 1 for embeddings, 1/√inputs for matrices, 1/√(2·depth) of that where they write to the stream.
-
-    A fixed small deviation (0.02) suits wide models only: in narrow ones attention then learns to
-    copy names and numbers far later.
+    The standard deviation is 1 for embeddings, 1/√inputs for matrices, and 1/√(2·depth) times that for matrices
+    that write to the residual stream. A fixed small deviation (0.02) suits wide models only: with it, attention in
+    narrow models learns to copy names and numbers far later.
     """
     model = MtpModel(architecture, value_head_dim=value_head_dim)
     for name, parameter in model.named_parameters():

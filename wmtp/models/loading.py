@@ -1,4 +1,4 @@
-"""Trained models: from a run's folder or a checkpoint to a model, its tokenizer and the config it was made with."""
+"""Load trained models from the folder of a run, a checkpoint or a pretrained model."""
 
 import hashlib
 import json
@@ -8,8 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp.checkpoint.state import load_model
 from wmtp.checkpoint.store import CheckpointStore, load
-from wmtp.config.moved_targets import load_run_config
-from wmtp.config.schema import ConfigError, Fault, build, node_faults
+from wmtp.config.schema import ConfigError, ConfigIssue, build, load_run_config, node_issues
 from wmtp.data.tokenizer import Tokenizer, read_backend, tokenizer_difference
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError
@@ -17,95 +16,99 @@ from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelSource
 
-FROM_CONFIG = {"model": ("wmtp.models.",), "model.tokenizer": ("wmtp.data.tokenizer.", "wmtp.models.")}
-"""What is made as a run's config.yaml says, and where it must come from: the file is input like any other."""
+ALLOWED_TARGETS = {"model": ("wmtp.models.",), "model.tokenizer": ("wmtp.data.tokenizer.", "wmtp.models.")}
+"""Config nodes that are built, and allowed prefixes of their `_target_`: a run's config.yaml is untrusted input."""
 MODEL_FOLDER = "model"
-"""The part of a run's folder that keeps what describes a pretrained model, and its tokenizer."""
+"""Subfolder of a run with the config and tokenizer of its pretrained model."""
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """The checkpoint that a path means, and the config it was made with.
+    """Return the path of a checkpoint and of the config.yaml of its run.
 
-    A run's folder means its best checkpoint, or its last where nothing was validated.
+    `path` is a checkpoint or the folder of a run. For a run it is the best checkpoint, or the latest if the run
+    did not validate.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
     if (path / "manifest.json").exists():
         return path, path.parent.parent / "config.yaml"
     if not (path / "checkpoints").is_dir():
-        what = "neither a run's folder nor a checkpoint nor a pretrained model"
-        raise InputError(f"{path}: {what}: it has no checkpoints, manifest.json or config.json")
+        problem = "neither a run's folder nor a checkpoint nor a pretrained model"
+        raise InputError(f"{path}: {problem}: it has no checkpoints, manifest.json or config.json")
     store = CheckpointStore(path)
     return store.best() or store.latest(), path / "config.yaml"
 
 
-def read_config(path: Path) -> DictConfig:
-    """The config.yaml of a run, whose model is described by what the run keeps of it.
+def read_run_config(path: Path) -> DictConfig:
+    """Load the config.yaml of a run; paths of a pretrained model are replaced by the copies in the run's folder.
 
     Raises:
-        InputError: it is missing, or its model or tokenizer is none of wmtp's or has faults.
+        InputError: the file is missing, or its model or tokenizer is not a class of wmtp or has invalid values.
     """
     if not path.exists():
-        raise InputError(f"{path}: is missing; it says how the checkpoint's model is made")
+        raise InputError(f"{path}: is missing; it is needed to build the model of the checkpoint")
     config = load_run_config(path)
     if (kept := path.parent / MODEL_FOLDER).is_dir():
         config.model.tokenizer.path = str(kept)
-        if not OmegaConf.select(config, "model.lora.rank"):  # adapters need the weights that they stand beside
+        if not OmegaConf.select(config, "model.lora.rank"):  # adapters need the original base weights
             config.model.path = str(kept)
-    faults: list[Fault] = []
-    for key, origins in FROM_CONFIG.items():
+    issues: list[ConfigIssue] = []
+    for key, origins in ALLOWED_TARGETS.items():
         node = OmegaConf.select(config, key)
         if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(origins):
-            raise InputError(f"{path}: its {key} is none of wmtp's")
-        faults += node_faults(node, key)
-    if faults:
-        raise ConfigError([Fault(f"{path}: {fault.key}", fault.value, fault.problem) for fault in faults])
+            raise InputError(f"{path}: its {key} is not a class of wmtp")
+        issues += node_issues(node, key)
+    if issues:
+        raise ConfigError([ConfigIssue(f"{path}: {issue.key}", issue.value, issue.problem) for issue in issues])
     return config
 
 
-def compose_source(node: DictConfig, tokenizer: Tokenizer | None, cache_dir: Path) -> ModelSource:
-    """The source of a model with this tokenizer, which the node describes too."""
-    described = OmegaConf.masked_copy(node, [str(key) for key in node if key != "tokenizer"])
-    source: ModelSource = build(described, tokenizer=tokenizer, cache_dir=cache_dir)
+def build_source(node: DictConfig, tokenizer: Tokenizer | None, cache_dir: Path) -> ModelSource:
+    """Build the source of a model from its config node, with this tokenizer instead of the one in the node."""
+    model_node = OmegaConf.masked_copy(node, [str(key) for key in node if key != "tokenizer"])
+    source: ModelSource = build(model_node, tokenizer=tokenizer, cache_dir=cache_dir)
     return source
 
 
 def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardware: Hardware) -> MtpModel:
-    """The model with the weights of a checkpoint.
+    """Load the weights of a checkpoint into a model, and return the model on the device of `hardware`.
 
     Raises:
-        InputError: it is damaged, was trained with another tokenizer, or does not fit the model.
+        InputError: the checkpoint is damaged, was trained with another tokenizer or base model, or does not fit the
+            model.
     """
     snapshot = load(checkpoint, optimizer=False)
-    theirs, ours = snapshot.state["identity"]["tokenizer"], tokenizer.fingerprint
-    if theirs != ours:
-        raise InputError(f"{checkpoint}: was trained with another tokenizer: {theirs[:16]}…, here it is {ours[:16]}…")
+    stored, current = snapshot.state["identity"]["tokenizer"], tokenizer.fingerprint
+    if stored != current:
+        raise InputError(f"{checkpoint}: was trained with another tokenizer: {stored[:16]}…, current: {current[:16]}…")
     if model.value_head is None:
         snapshot.model = {name: x for name, x in snapshot.model.items() if not name.startswith("value_head.")}
     if (base := snapshot.state["identity"].get("base")) != model.base_fingerprint:
-        theirs, ours = ("none" if each is None else f"{each[:16]}…" for each in (base, model.base_fingerprint))
-        raise InputError(f"{checkpoint}: its adapters belong to another base model: {theirs}, here it is {ours}")
+        stored, current = ("none" if each is None else f"{each[:16]}…" for each in (base, model.base_fingerprint))
+        raise InputError(f"{checkpoint}: its adapters belong to another base model: {stored}, current: {current}")
     try:
-        load_model(model, snapshot.model, model.base)
+        load_model(model, snapshot.model, model.base_names)
     except RuntimeError as error:
         raise InputError(f"{checkpoint}: does not fit the model: {' '.join(str(error).split())}") from error
     return model.to(hardware.device)
 
 
 def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir: Path) -> MtpModel:
-    """The model of a run or checkpoint, made as the config.yaml beside it says, without its value head; or a
-    pretrained one, with one head.
+    """Load the model of a run, of a checkpoint, or of a folder written by `save_pretrained`.
+
+    The model of a run or checkpoint is built from the run's config.yaml and has no value head. A pretrained model
+    has one head.
 
     Raises:
-        InputError: its files are missing or damaged, or the tokenizer is another.
+        InputError: files are missing or damaged, or the tokenizer is a different one.
     """
     if (path / "config.json").is_file():
         return _load_pretrained(path, tokenizer).to(hardware.device)
-    found = hardware.processes.from_main(lambda: [str(each) for each in find_checkpoint(path)])
+    found = hardware.processes.run_on_main(lambda: [str(each) for each in find_checkpoint(path)])
     checkpoint, config_path = map(Path, found)
-    source = compose_source(read_config(config_path).model, tokenizer, cache_dir)
-    return load_weights(checkpoint, source.blank(), tokenizer, hardware)
+    source = build_source(read_run_config(config_path).model, tokenizer, cache_dir)
+    return load_weights(checkpoint, source.empty(), tokenizer, hardware)
 
 
 def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
@@ -113,29 +116,33 @@ def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
 
     source = Pretrained(tokenizer=tokenizer, path=path, num_heads=1, lora=Lora())
     source.key = "algo.reference"
-    if problems := list(source.problems()):
+    if problems := list(source.issues()):
         raise source.error("; ".join(problem for _, _, problem in problems))
     difference = tokenizer_difference(tokenizer, read_backend(path / "tokenizer.json"))
     if difference is not None:
         raise InputError(
             f"{path}: its tokenizer is not that of the policy: {difference}; use a model with the same one"
         )
-    return source.new()
+    return source.create()
 
 
-def require_room(model: MtpModel, length: int, key: str) -> None:
-    """Raises `InputError` where a model cannot read texts of this many tokens, which `key` asks for."""
+def check_max_positions(model: MtpModel, length: int, key: str) -> None:
+    """Check that a model can read sequences of `length` tokens, the value of the config key `key`.
+
+    Raises:
+        InputError: `length` is greater than the model's maximum number of positions.
+    """
     limit = model.architecture.max_positions
     if limit is not None and length > limit:
         raise InputError(f"{key}={length}: the model reads {limit} tokens at most")
 
 
-def identity_of(checkpoint: Path) -> str:
-    """A hash of all that a checkpoint says it holds; whether it does, `load` finds out."""
+def checkpoint_hash(checkpoint: Path) -> str:
+    """Return a hash of the manifest of a checkpoint; the files are verified by `load`, not here."""
     return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
-def position_of(checkpoint: Path) -> tuple[int, int]:
-    """The step and the epoch after which a sound checkpoint was made."""
+def checkpoint_position(checkpoint: Path) -> tuple[int, int]:
+    """Return the step and the epoch of an intact checkpoint."""
     position = json.loads((checkpoint / "state.json").read_text())["position"]
     return int(position["step"]), int(position["epoch"])

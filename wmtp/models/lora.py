@@ -1,4 +1,4 @@
-"""Low-rank adapters of the trunk, by peft; the only module that knows it.
+"""Low-rank adapters of the trunk, by peft; the only module that imports peft.
 
 Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.
 """
@@ -12,35 +12,35 @@ from torch import Tensor, nn
 from wmtp.errors import InputError
 from wmtp.field_types import Positive
 
-ADAPTER = "lora_"
-"""Is in the name of every tensor of an adapter."""
+ADAPTER_MARK = "lora_"
+"""Substring of the name of every adapter tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Adapters ΔW = alpha / rank · B·A beside the matrices of the trunk, whose own numbers stay as they are."""
+    """Low-rank adapters ΔW = alpha / rank · B·A, added to the frozen matrices of the trunk."""
 
     rank: Positive | None = None
-    """Columns of B; None: no adapters, everything is trained."""
+    """Number of columns of B; None: no adapters, all parameters are trained."""
     alpha: Positive | None = None
-    """None: twice the rank."""
+    """Numerator of the scale; None: twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] | None = None
-    """The last part of the names of the modules that get one; None: all matrices of the trunk."""
+    """Last component of the names of adapted modules; None: all matrices of the trunk."""
 
     def inject(self, trunk: nn.ModuleList) -> None:
-        """Put adapters into the blocks, in place.
+        """Add adapters to the blocks in place.
 
         Raises:
             InputError: a target names no matrix of the trunk.
         """
         from peft import LoraConfig, inject_adapter_in_model  # imports transformers, which takes seconds
 
-        there = matrices(trunk)
+        available = matrix_names(trunk)
         if unknown := self.unknown_targets(trunk):
-            listed = ", ".join(there)
+            listed = ", ".join(available)
             raise InputError(f"model.lora.targets={','.join(unknown)}: the trunk has no such matrix; it has {listed}")
-        targets = self.targets or there
+        targets = self.targets or available
         assert self.rank is not None
         inject_adapter_in_model(
             LoraConfig(
@@ -52,27 +52,27 @@ class Lora:
         )  # fmt: skip
 
     def unknown_targets(self, trunk: nn.ModuleList) -> list[str]:
-        """The targets that name no matrix of the trunk."""
-        return sorted(set(self.targets or ()) - set(matrices(trunk)))
+        """Return the targets that name no matrix of the trunk."""
+        return sorted(set(self.targets or ()) - set(matrix_names(trunk)))
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a matrix has its inputs as rows, as GPT-2's do."""
+    """Return whether the weight is stored as (inputs, outputs), as in GPT-2."""
     return type(layer).__name__ == "Conv1D"
 
 
 def named_matrices(trunk: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that multiply by a matrix, with their names."""
+    """Return names and modules of all linear layers."""
     return [(name, m) for name, m in trunk.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)]
 
 
-def matrices(trunk: nn.Module) -> list[str]:
-    """The last parts of the names of the layers that multiply by a matrix."""
+def matrix_names(trunk: nn.Module) -> list[str]:
+    """Return the distinct last components of the names of linear layers, sorted."""
     return sorted({name.rpartition(".")[2] for name, _ in named_matrices(trunk)})
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """The matrix that a linear layer multiplies by, its adapter included."""
+    """Return the weight of a linear layer, with its adapters added."""
     if not hasattr(layer, "get_base_layer"):
         plain: Tensor = layer.weight
         return plain
@@ -82,12 +82,12 @@ def effective_weight(layer: Any) -> Tensor:
     return weight
 
 
-def merge(module: nn.Module) -> None:
-    """Add every adapter to the matrix that it stands beside, in place, and take it out."""
+def merge_adapters(module: nn.Module) -> None:
+    """Merge every adapter into the weight of its layer in place, and remove the adapter."""
     for name, child in list(module.named_children()):
         adapted: Any = child
         if hasattr(adapted, "get_base_layer"):
             adapted.merge(safe_merge=True)
             setattr(module, name, adapted.get_base_layer())
         else:
-            merge(child)
+            merge_adapters(child)

@@ -1,7 +1,7 @@
 """Meta's multi-token checkpoints: params.json with consolidated.pth, or metadata.json with safetensors.
 
-Source: Gloeckle et al. 2024 (arXiv 2404.19737) and the files of `facebook/multi-token-prediction`. There `layers` are
-the trunk's blocks and then head 1, `extra_heads` are heads 2 … H, and n_layers counts the blocks of both.
+Source: Gloeckle et al. 2024 (arXiv 2404.19737) and the files of `facebook/multi-token-prediction`. In them,
+`layers` are the blocks of the trunk followed by head 1, `extra_heads` are heads 2 … H, and n_layers counts all blocks.
 """
 
 import hashlib
@@ -30,15 +30,18 @@ BLOCK = {
     "attention.output": "attention.wo", "feed_forward.gate": "feed_forward.w1", "feed_forward.up": "feed_forward.w3",
     "feed_forward.output": "feed_forward.w2", "attention_norm": "attention_norm", "feed_forward_norm": "ffn_norm",
 }  # fmt: skip
-"""Our name and Meta's of each module of a block that has a weight."""
+"""Names of the modules of a block that have a weight: ours, mapped to Meta's."""
 OTHER_ROTATIONS = ("use_scaled_rope", "rope_scaling", "rope_parameters")
-"""Keys of later Llamas, with which the same tensors are another model."""
+"""Keys of later Llama versions, which compute something else from the same tensors."""
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 
 class MetaParams(BaseModel):
-    """What params.json says; Hugging Face's names serve too. A `vocab_size` of −1 leaves that to the embedding."""
+    """The content of params.json, with Meta's or Hugging Face's key names.
+
+    A `vocab_size` of −1 means the number of rows of the embedding.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
     dim: Size = Field(validation_alias=AliasChoices("dim", "hidden_size"))
@@ -52,10 +55,10 @@ class MetaParams(BaseModel):
     multiple_of: Size = 256
     ffn_dim_multiplier: Annotated[float, Field(gt=0, le=1024)] | None = None
     intermediate_size: Size | None = None
-    """The width of the feed-forward layers where it is not by Meta's formula."""
+    """Width of the feed-forward layers; None: computed by Meta's formula."""
 
     def architecture(self, vocab_size: int) -> LlamaArchitecture:
-        """The model with all heads; `vocab_size` stands in for one of −1."""
+        """Return the architecture with all heads; `vocab_size` is used if params.json has −1."""
         return LlamaArchitecture(
             vocab_size=vocab_size if self.vocab_size == -1 else self.vocab_size, dim=self.dim,
             num_layers=self.n_layers - self.n_future_tokens + 1, num_heads=self.n_future_tokens,
@@ -66,7 +69,7 @@ class MetaParams(BaseModel):
 
 
 def hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
-    """The width of the feed-forward layers, by the formula of Meta's model.py."""
+    """Return the width of the feed-forward layers by the formula of Meta's model.py."""
     width = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
@@ -74,17 +77,17 @@ def hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | Non
 
 
 def formula_keys(dim: int, width: int) -> dict[str, int | float]:
-    """The multiple_of, and where it takes one the ffn_dim_multiplier, with which the formula gives this width."""
+    """Return `multiple_of`, and if needed `ffn_dim_multiplier`, for which `hidden_dim` returns `width`."""
     base = hidden_dim(dim, multiple_of=1)
     if hidden_dim(dim) == width:
         return {"multiple_of": 256}
     if base > width:
-        return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / base}  # half a unit outweighs any rounding
+        return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / base}  # 0.5 exceeds any rounding error
     return {"multiple_of": next(m for m in range(width - base + 1, width + 1) if width % m == 0)}
 
 
-def params_of(architecture: LlamaArchitecture) -> dict[str, Any]:
-    """The params.json of a model."""
+def params_json(architecture: LlamaArchitecture) -> dict[str, Any]:
+    """Return the content of params.json for an architecture."""
     return {
         "dim": architecture.dim,
         "n_layers": architecture.num_layers - 1 + architecture.num_heads,
@@ -99,28 +102,28 @@ def params_of(architecture: LlamaArchitecture) -> dict[str, Any]:
 
 
 def read_params(content: Mapping[str, Any], place: str) -> MetaParams:
-    """The sizes of a params.json, which lies at `place`.
+    """Validate the content of a params.json; `place` is its name in messages.
 
     Raises:
-        InputError: some are missing, of a wrong type, or do not go together; each has a line.
+        InputError: values are missing, invalid or inconsistent; the message has one line for each.
     """
     given = {key: value for key, value in content.items() if value is not None}
-    faults = [f"{key}: is of another kind of model" for key in OTHER_ROTATIONS if given.get(key)]
+    issues = [f"{key}: belongs to an unsupported kind of model" for key in OTHER_ROTATIONS if given.get(key)]
     try:
         params = MetaParams.model_validate(given)
     except ValidationError as error:
         for each in error.errors():
             value = "" if each["type"] == "missing" else f"={each['input']!r}"
             problem = each["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
-            faults.append(f"{each['loc'][0]}{value}: {problem}")
+            issues.append(f"{each['loc'][0]}{value}: {problem}")
     else:
-        faults += _contradictions(params)
-    if faults:
-        raise InputError("\n".join(f"{place}: {fault}" for fault in faults))
+        issues += _inconsistencies(params)
+    if issues:
+        raise InputError("\n".join(f"{place}: {issue}" for issue in issues))
     return params
 
 
-def _contradictions(params: MetaParams) -> Iterator[str]:
+def _inconsistencies(params: MetaParams) -> Iterator[str]:
     if params.vocab_size == 0:
         yield "vocab_size=0: must be at least 1, or -1"
     if params.n_layers < params.n_future_tokens:
@@ -132,62 +135,67 @@ def _contradictions(params: MetaParams) -> Iterator[str]:
 
 
 def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
-    """Our name and Meta's of every tensor, in the order of Meta's files."""
+    """Return the names of all tensors, ours mapped to Meta's, in the order of Meta's files."""
 
-    def weights(blocks: dict[str, str]) -> dict[str, str]:
+    def _weights(blocks: dict[str, str]) -> dict[str, str]:
         named = [(f"{ours}.{{}}.weight", f"{theirs}.{{}}.weight") for ours, theirs in blocks.items()]
         return {ours.format(own): theirs.format(other) for ours, theirs in named for own, other in BLOCK.items()}
 
     layers = {f"trunk.{i}": f"layers.{i}" for i in range(num_trunk_blocks)} | {"heads.0": f"layers.{num_trunk_blocks}"}
     further = {f"heads.{i}": f"extra_heads.{i - 1}" for i in range(1, num_heads)}
     ends = {"norm.weight": "norm.weight", "unembedding.weight": "output.weight"}
-    return {"embedding.weight": EMBEDDING} | weights(layers) | ends | weights(further)
+    return {"embedding.weight": EMBEDDING} | _weights(layers) | ends | _weights(further)
 
 
 @dataclass(frozen=True)
 class MetaFolder:
-    """A folder in Meta's layout. What its methods raise is an `InputError`, whose problems do not name the folder."""
+    """A folder in Meta's layout.
+
+    Methods raise `InputError` for invalid files; the messages do not contain the path of the folder.
+    """
 
     path: Path
     metadata: dict[str, Any] | None
-    """The content of metadata.json, if there is one."""
-    said_in: str
-    """The file that says what the model is."""
+    """Content of metadata.json; None: there is no such file."""
+    config_file: str
+    """Name of the file with the sizes of the model, relative to the folder."""
     content: dict[str, Any]
     params: MetaParams
 
     def architecture(self) -> LlamaArchitecture:
-        """The model that lies there; of the tensors no more is read than the embedding's shape, and only if needed."""
+        """Return the architecture; the embedding's shape is read from the weights only if `vocab_size` is −1."""
         if self.params.vocab_size != -1:
             return self.params.architecture(self.params.vocab_size)
-        return self.params.architecture(_rows(self._mapped()))
+        return self.params.architecture(_num_embeddings(self._map_files()))
 
     def weight_files(self) -> list[str]:
-        """The files with the tensors."""
+        """Return the names of the files that contain tensors."""
         places = [TORCH] if self.metadata is None else [SAFETENSORS, f"safetensors/{SAFETENSORS}"]
         named = named_file(self.path, self.metadata or {}, "weights", "checkpoint")
         found = [named] if named else [place for place in places if (self.path / place).is_file()][:1]
         if not found and self.metadata is not None:
             found = sorted(f"safetensors/{path.name}" for path in self.path.glob("safetensors/*.safetensors"))
         if not found:
-            other = f"no {METADATA} beside safetensors" if self.metadata is None else f"its {METADATA} names no weights"
-            raise InputError(f"has no {' or '.join(places)}, and {other}")
+            metadata_problem = (
+                f"no {METADATA} beside safetensors" if self.metadata is None else f"its {METADATA} names no weights"
+            )
+            raise InputError(f"has no {' or '.join(places)}, and {metadata_problem}")
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by Meta's names, mapped into memory: their numbers are not read yet."""
-        found = self._mapped()
-        stored = self.params.architecture(_rows(found))
+        """Return all tensors by Meta's names, memory-mapped: their values are not read yet."""
+        found = self._map_files()
+        stored = self.params.architecture(_num_embeddings(found))
         state = empty_model(stored).state_dict()
         names = meta_names(stored.num_layers - 1, stored.num_heads)
         expected = {theirs: tuple(state[ours].shape) for ours, theirs in names.items()}
-        if faults := _faults(self, found, expected):
-            listed = "".join(f"\n    {fault}" for fault in faults)
-            raise InputError(f"{', '.join(self.weight_files())}: holds another model than {self.said_in} says:{listed}")
+        if issues := _tensor_issues(self, found, expected):
+            listed = "".join(f"\n    {issue}" for issue in issues)
+            raise InputError(f"{', '.join(self.weight_files())}: does not match {self.config_file}:{listed}")
         return {name: found[name] for name in expected}
 
     def check_hashes(self) -> None:
-        """Compare the files with the sha256 of metadata.json, if it has one: of the file, or one for each."""
+        """Compare the files with the sha256 of metadata.json, if it has one: a single hash, or one for each file."""
         given, files = (self.metadata or {}).get("sha256"), self.weight_files()
         if given is None:
             return
@@ -198,49 +206,50 @@ class MetaFolder:
             with (self.path / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected.lower():
-                raise InputError(f"{name}: its sha256 is {found}, {METADATA} says {expected}; get the file again")
+                raise InputError(f"{name}: its sha256 is {found}, {METADATA} has {expected}; get the file again")
 
-    def _mapped(self) -> dict[str, Any]:
+    def _map_files(self) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for name in self.weight_files():
-            more = mapped(self.path / name)
-            if twice := sorted(content.keys() & more.keys()):
-                raise InputError(f"{name}: has tensors that another file has too: {', '.join(twice)}")
-            content |= more
+            tensors = map_tensors(self.path / name)
+            if duplicates := sorted(content.keys() & tensors.keys()):
+                raise InputError(f"{name}: contains tensors that another file contains too: {', '.join(duplicates)}")
+            content |= tensors
         return {name: tensor for name, tensor in content.items() if not f".{name}".endswith(".rope.freqs")}
 
 
 def read_meta(path: Path) -> MetaFolder:
-    """What a folder says; its tensors are not looked at.
+    """Read the description of the model in a folder, without its tensors.
 
     Raises:
-        InputError: it says nothing, or nothing that can be; each problem has a line.
+        InputError: files or values are missing or invalid; the message has one line for each problem.
     """
     metadata = _read_json(path, METADATA) if (path / METADATA).is_file() else None
     places = [PARAMS] if metadata is None else [PARAMS, f"configs/{PARAMS}"]
-    said_in = named_file(path, metadata or {}, "config", "params")
-    said_in = said_in or next((place for place in places if (path / place).is_file()), METADATA)
-    if said_in == METADATA and metadata is None:
+    config_file = named_file(path, metadata or {}, "config", "params")
+    config_file = config_file or next((place for place in places if (path / place).is_file()), METADATA)
+    if config_file == METADATA and metadata is None:
         below = [each.parent for each in sorted(path.glob(f"*/{PARAMS}"))]
         hint = f", such as {below[0]}" if below else ""
-        raise InputError(f"has no {PARAMS} and no {METADATA}; name the folder that Meta's files lie in{hint}")
-    content = _read_json(path, said_in)
-    return MetaFolder(path, metadata, said_in, content, read_params(content, said_in))
+        raise InputError(f"has no {PARAMS} and no {METADATA}; name the folder that contains Meta's files{hint}")
+    content = _read_json(path, config_file)
+    return MetaFolder(path, metadata, config_file, content, read_params(content, config_file))
 
 
 def named_file(path: Path, metadata: Mapping[str, Any], *keys: str) -> str | None:
-    """The file that metadata.json names by one of these keys; None if it names none.
+    """Return the file that metadata.json names under one of these keys; None if it names none.
 
     Raises:
-        InputError: the file is not there, or not inside the folder.
+        InputError: the file does not exist or is outside the folder.
     """
     files = metadata.get("files") or {}
     if not isinstance(files, dict):
-        raise InputError(f"{METADATA}: files={files!r}: must be an object with names")
+        raise InputError(f"{METADATA}: files={files!r}: must be an object with file names")
     for key in keys:
         if (name := files.get(key)) is None:
             continue
-        # A link may lead outside, as in Hugging Face's cache: who owns the folder made it. The name was downloaded.
+        # A symbolic link may point outside, as in Hugging Face's cache: the owner of the folder created it. The name,
+        # however, was downloaded and is not trusted.
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{METADATA}: files.{key}={name}: must be a path inside the folder")
         if not (path / name).is_file():
@@ -249,11 +258,11 @@ def named_file(path: Path, metadata: Mapping[str, Any], *keys: str) -> str | Non
     return None
 
 
-def mapped(path: Path) -> dict[str, Any]:
-    """The content of a file of tensors, mapped into memory. Nothing in it is run.
+def map_tensors(path: Path) -> dict[str, Any]:
+    """Map the tensors of a file into memory, without running any code that the file contains.
 
     Raises:
-        InputError: the file is damaged, or refers to more than tensors.
+        InputError: the file is damaged, or contains objects other than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -261,8 +270,8 @@ def mapped(path: Path) -> dict[str, Any]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"holds more than tensors ({what[1] if what else 'or is damaged'}), and nothing of it was run"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"holds more than tensors ({match[1] if match else 'or is damaged'}), and nothing of it was run"
         raise InputError(f"{path.name}: {problem}; get it again, or save its state dict alone") from error
     except Exception as error:  # a damaged file can raise anything
         why = f"{path.stat().st_size:,} bytes; {' '.join(str(error).split())[:100]} …"
@@ -282,32 +291,32 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _rows(tensors: Mapping[str, Any]) -> int:
-    """The tokens of the embedding; 1 where there is none, which is told later."""
+def _num_embeddings(tensors: Mapping[str, Any]) -> int:
+    """Return the number of rows of the embedding; 1 if it is missing, which is reported later."""
     embedding = tensors.get(EMBEDDING)
     return len(embedding) if isinstance(embedding, Tensor) and embedding.ndim == 2 and len(embedding) else 1
 
 
-def _faults(folder: MetaFolder, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with the tensors found: each name, after the counts that may explain them all."""
+def _tensor_issues(folder: MetaFolder, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return issues of the tensors: first wrong counts, which may explain the others, then one line per name."""
     layers, further = (len({n.split(".")[1] for n in found if n.startswith(k)}) for k in ("layers.", "extra_heads."))
     counts = {"n_future_tokens": (further + min(layers, 1), "heads"), "n_layers": (layers + further, "blocks")}
-    faults = [
-        f"{folder.said_in} says {key}={said}, the file has {count} {what}"
-        for key, (count, what) in counts.items()
-        if count != (said := getattr(folder.params, key))
+    issues = [
+        f"{folder.config_file} has {key}={declared}, the file has {count} {unit}"
+        for key, (count, unit) in counts.items()
+        if count != (declared := getattr(folder.params, key))
     ]
-    faults += [f"missing: {name}" for name in expected if name not in found]
-    faults += [f"unexpected: {name}" for name in found if name not in expected]
+    issues += [f"missing: {name}" for name in expected if name not in found]
+    issues += [f"unexpected: {name}" for name in found if name not in expected]
     for name, shape in expected.items():
         if name not in found:
             continue
         tensor = found[name]
         if not _holds_floats(tensor):
-            faults.append(f"mis-typed: {name} is {getattr(tensor, 'dtype', type(tensor).__name__)}, not dense floats")
+            issues.append(f"mis-typed: {name} is {getattr(tensor, 'dtype', type(tensor).__name__)}, not dense floats")
         elif tuple(tensor.shape) != shape:
-            faults.append(f"mis-shaped: {name} is {[*tensor.shape]}, {folder.said_in} says {[*shape]}")
-    return faults
+            issues.append(f"mis-shaped: {name} is {[*tensor.shape]}, {folder.config_file} needs {[*shape]}")
+    return issues
 
 
 def _holds_floats(value: object) -> bool:

@@ -1,8 +1,8 @@
 """The multi-token model: one trunk, H parallel heads, one unembedding for all.
 
 Source: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction
-(arXiv 2404.19737), section 2. Head 1 is the last block of the one-head model, whose weights are therefore a
-subset of those of a model with more heads.
+(arXiv 2404.19737), section 2. Head 1 is the last block of the one-head model, so the weights of the
+one-head model are a subset of the weights of a model with more heads.
 """
 
 from typing import NamedTuple
@@ -12,59 +12,59 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wmtp.distributed.parallelize import whole
-from wmtp.models.architecture import Architecture, Context, Parts
+from wmtp.distributed.parallelize import full_tensor
+from wmtp.models.architecture import Architecture, Context, Modules
 from wmtp.models.heads import ValueHead
-from wmtp.models.lora import ADAPTER, Lora
+from wmtp.models.lora import ADAPTER_MARK, Lora
 
 
 class Outputs(NamedTuple):
-    """What a forward gives: the heads' normed hidden states, and the values if the model has a value head."""
+    """The result of a forward pass: normalized hidden states of the heads, and values if there is a value head."""
 
     states: Float[Tensor, "head batch position dim"]
     values: Float[Tensor, "batch position"] | None
 
 
 class MtpModel(nn.Module):
-    """A decoder whose head k = 1 … H predicts, at position t, the token at t + k."""
+    """A decoder with heads k = 1 … H; head k predicts, at position t, the token at t + k."""
 
     def __init__(
         self,
         architecture: Architecture,
-        parts: Parts | None = None,
+        modules: Modules | None = None,
         *,
         lora: Lora | None = None,
         value_head_dim: int | None = None,
     ) -> None:
-        """Build a model of new parts, or of those given, which must be of this architecture.
+        """Build a model from `modules`, which must match the architecture, or from new ones.
 
-        `lora` adds adapters to the trunk, beside which only heads and value head train. `value_head_dim` is the
-        width inside the value head, if `add_value_head` makes one; None: it is linear.
+        `lora` adds adapters to the trunk; then only adapters, heads and value head are trained. `value_head_dim` is
+        the hidden width of the value head that `add_value_head` creates; None: the value head is linear.
 
         Raises:
-            InputError: the adapters name modules that the trunk does not have.
+            InputError: the adapter targets name modules that the trunk does not have.
         """
         super().__init__()
-        parts = parts or architecture.parts()
+        modules = modules or architecture.build_modules()
         self.architecture, self.lora, self.value_head_dim = architecture, lora, value_head_dim
-        self.embedding = parts.embedding
-        self.positions = parts.positions
-        self.trunk = nn.ModuleList(parts.trunk)
-        self.heads = nn.ModuleList(parts.heads)
-        self.norm = parts.norm
-        self.unembedding = parts.unembedding
+        self.embedding = modules.embedding
+        self.positions = modules.positions
+        self.trunk = nn.ModuleList(modules.trunk)
+        self.heads = nn.ModuleList(modules.heads)
+        self.norm = modules.norm
+        self.unembedding = modules.unembedding
         self.value_head: ValueHead | None = None
         self.activation_checkpointing = False
         self.base_fingerprint: str | None = None
-        """A hash of the parameters that adapters leave as they are, where a source has set it."""
+        """Hash of the frozen base parameters, set by the model source; None if not set."""
         if lora is not None:
             lora.inject(self.trunk)
-            self.train_all()
+            self.set_trainable()
 
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary dim"]:
-        """The whole matrix from states to logits, with gradient, also where processes hold parts of it."""
-        return whole((self.embedding if self.unembedding is None else self.unembedding).weight)
+        """The full matrix from states to logits, with gradient; gathered if it is sharded over ranks."""
+        return full_tensor((self.embedding if self.unembedding is None else self.unembedding).weight)
 
     @property
     def num_heads(self) -> int:
@@ -73,40 +73,40 @@ class MtpModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the model has."""
+        """Total number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
-    def base(self) -> frozenset[str]:
-        """Names of the tensors that come with a pretrained model and stay as they are; none without adapters."""
+    def base_names(self) -> frozenset[str]:
+        """Names of the pretrained tensors that are frozen beside adapters; empty without adapters."""
         if self.lora is None:
             return frozenset()
         trained = ("heads.", "value_head.")
-        return frozenset(n for n in self.state_dict() if not n.startswith(trained) and ADAPTER not in n)
+        return frozenset(n for n in self.state_dict() if not n.startswith(trained) and ADAPTER_MARK not in n)
 
-    def parts(self) -> Parts:
-        """The modules that it is made of."""
-        return Parts(self.embedding, self.positions, [*self.trunk], [*self.heads], self.norm, self.unembedding)
+    def top_modules(self) -> Modules:
+        """Return the top-level modules of the model."""
+        return Modules(self.embedding, self.positions, [*self.trunk], [*self.heads], self.norm, self.unembedding)
 
-    def train_all(self) -> None:
-        """Let everything have gradients that is to be trained."""
-        base = self.base
+    def set_trainable(self) -> None:
+        """Enable gradients of all parameters except the frozen base."""
+        base_names = self.base_names
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name not in base)
+            parameter.requires_grad_(name not in base_names)
 
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint holds: all but the `base`."""
-        base = self.base
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in base}
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint contains: all except `base_names`."""
+        base_names = self.base_names
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in base_names}
 
     def add_value_head(self) -> None:
-        """Give the model a new value head on the trunk's hidden states."""
+        """Add a new value head on the trunk's hidden states."""
         self.value_head = ValueHead(self.architecture.dim, hidden_dim=self.value_head_dim).to(
             self.embedding.weight.device
         )
 
     def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
-        """The trunk's hidden states, which every head and the value head start from."""
+        """Return the trunk's hidden states, the input of every head and of the value head."""
         positions = _positions(tokens)
         x: Tensor = self.positions.embed(self.embedding(tokens), positions)
         context = self.positions(positions, x)
@@ -120,9 +120,10 @@ class MtpModel(nn.Module):
         num_heads: int | None = None,
         hidden_states: Float[Tensor, "batch position dim"] | None = None,
     ) -> Outputs:
-        """States of the first `num_heads` heads (None: all; 0: the trunk alone runs), and the values.
+        """Return the states of the first `num_heads` heads (None: all; 0: only the trunk runs), and the values.
 
-        `hidden_states` are the trunk's, where they are known already. `unembedding_weight` turns states into logits.
+        `hidden_states` are the trunk's hidden states, if they were already computed. Multiply the states by
+        `unembedding_weight` to get logits.
         """
         x = self.trunk_states(tokens) if hidden_states is None else hidden_states
         values = None if self.value_head is None else self.value_head(x)
@@ -148,23 +149,24 @@ def _positions(tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "1 position
 
 
 def empty_model(architecture: Architecture, lora: Lora | None = None, value_head_dim: int | None = None) -> MtpModel:
-    """A model on the meta device, where nothing is drawn and no memory taken, but for what no checkpoint has."""
+    """Build a model on the meta device: no initialization, no memory, except for buffers that no checkpoint has."""
     with torch.device("meta"):
         model = MtpModel(architecture, lora=lora, value_head_dim=value_head_dim)
-    model.positions = architecture.positions()
+    model.positions = architecture.build_positions()
     return model
 
 
-def undivided(model: MtpModel, keep: bool) -> MtpModel | None:
-    """The model as one process can use it by itself; None for those that do not `keep` it.
+def unsharded_copy(model: MtpModel, keep: bool) -> MtpModel | None:
+    """Return a model that one rank can use alone; None on ranks with `keep` false.
 
-    Where processes hold parts of it, all of them must ask, and it is a copy.
+    If the parameters are sharded, this is a collective call that every rank must make, and the result is a copy;
+    otherwise it is the model itself.
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model if keep else None
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.state_dict().items():
-        tensor = whole(parameter.detach())
+        tensor = full_tensor(parameter.detach())
         if keep:
             tensors[name] = tensor
     if not keep:

@@ -1,4 +1,4 @@
-"""Where a model comes from: its tokenizer, its architecture, and the parameters that training starts from."""
+"""Sources of models: tokenizer, architecture and the parameters at the start of training."""
 
 import hashlib
 import logging
@@ -12,146 +12,152 @@ from torch import Tensor, nn
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 from wmtp.models.architecture import Architecture
-from wmtp.models.lora import Lora, matrices
+from wmtp.models.lora import Lora, matrix_names
 from wmtp.models.mtp import MtpModel, empty_model
 
 log = logging.getLogger(__name__)
-Problem = tuple[str, str, str]
-"""A key below `model`, its value, and what is wrong with it."""
+ModelIssue = tuple[str, str, str]
+"""A config key below `model`, its value, and a description of the problem."""
 
 
 class ModelSource(ABC):
-    """A model that can be made."""
+    """A source from which a model can be created."""
 
     tokenizer: Tokenizer | None
-    """None where the source is only looked at: no model is made of it then."""
+    """Tokenizer of the model; None if the source is only validated and no model is created."""
     is_pretrained = False
-    """Whether its parameters have learned something."""
+    """Whether the parameters are trained, not random."""
     lora: Lora | None = None
     value_head_dim: int | None = None
 
     @property
     @abstractmethod
     def num_heads(self) -> int:
-        """H, as it will be."""
+        """H, the number of heads of the created model."""
 
     @property
     def max_positions(self) -> int | None:
-        """The longest text that the model can read at all; None: there is no limit, or none is known yet."""
+        """Maximum sequence length in tokens; None: no limit, or not known yet."""
         return None
 
     @abstractmethod
     def architecture(self) -> Architecture:
-        """All but the parameters.
+        """Return the architecture, the description of the model without its parameters.
 
         Raises:
-            InputError: what describes it is missing or wrong.
+            InputError: the description is missing or invalid.
         """
 
     @abstractmethod
-    def begin(self) -> MtpModel:
-        """The model as training begins, without adapters, in main memory; what is drawn, torch's generator draws.
+    def load_base(self) -> MtpModel:
+        """Load or initialize the model without adapters, in main memory; random numbers are from torch's generator.
 
         Raises:
-            InputError: its files are missing, damaged, or of another shape.
+            InputError: files are missing or damaged, or tensors have the wrong shape.
         """
 
-    def problems(self) -> Iterator[Problem]:
-        """What is wrong with it, as far as that can be told before weights are loaded."""
+    def issues(self) -> Iterator[ModelIssue]:
+        """Yield all issues of the source that can be found without loading weights."""
         yield from ()
 
-    def files(self) -> dict[str, bytes]:
-        """What a run keeps of the source, so that its checkpoints can be used without it."""
+    def kept_files(self) -> dict[str, bytes]:
+        """Return the files, by name, that a run keeps so that its checkpoints can be used without the source."""
         return {}
 
-    def new(self) -> MtpModel:
-        """The model as training begins, with its adapters.
+    def create(self) -> MtpModel:
+        """Create the model for the start of training, with adapters.
 
         Raises:
-            InputError: as `begin`, or the adapters name modules that are not there.
+            InputError: as in `load_base`, or the adapter targets name modules that do not exist.
         """
         if self.lora is None:
-            return self.begin()
-        empty_model(self.architecture(), self.lora)  # wrong names are told before anything is loaded
-        begun = self.begin()
-        model = MtpModel(begun.architecture, begun.parts(), lora=self.lora, value_head_dim=self.value_head_dim)
+            return self.load_base()
+        empty_model(self.architecture(), self.lora)  # reports wrong names before weights are loaded
+        base = self.load_base()
+        model = MtpModel(base.architecture, base.top_modules(), lora=self.lora, value_head_dim=self.value_head_dim)
         state = model.state_dict()
-        model.base_fingerprint = tensors_fingerprint({name: state[name] for name in model.base})
+        model.base_fingerprint = tensors_fingerprint({name: state[name] for name in model.base_names})
         return model
 
-    def blank(self) -> MtpModel:
-        """The model with memory for all parameters, to be filled from a checkpoint; what that lacks is there."""
+    def empty(self) -> MtpModel:
+        """Create a model to load a checkpoint into: parameters are uninitialized unless checkpoints lack them."""
         if self.lora is not None:
-            return self.new()
+            return self.create()
         model = empty_model(self.architecture(), value_head_dim=self.value_head_dim)
         model.to_empty(device=torch.get_default_device())
-        model.positions = model.architecture.positions()
+        model.positions = model.architecture.build_positions()
         return model
 
 
 class PretrainedSource(ModelSource):
-    """A model whose parameters lie in a folder, and which may get more heads than it has there."""
+    """The source of a model with parameters in a folder; the model can get more heads than the folder has."""
 
     is_pretrained = True
     key = "model.path"
-    """Where the user named the folder."""
+    """Config key of the folder, for messages."""
     path: Path
-    wanted_heads: int | None
-    """None: as many as there are."""
+    requested_heads: int | None
+    """Configured number of heads; None: as many as the folder has."""
     create_heads: bool
 
     @property
     @abstractmethod
     def stored_heads(self) -> int:
-        """How many heads the folder has, of the kind that is asked for."""
+        """Number of heads in the folder that are of the configured kind."""
 
     @property
     def num_heads(self) -> int:
-        """As it was asked for, or as many as there are."""
-        wanted = self.wanted_heads or self.stored_heads
-        return wanted if self.create_heads else min(wanted, self.stored_heads)
+        """H, limited to the stored heads if no heads are to be created."""
+        requested = self.requested_heads or self.stored_heads
+        return requested if self.create_heads else min(requested, self.stored_heads)
 
     def error(self, problem: str) -> InputError:
-        """What is wrong with the folder."""
+        """Return an error about the folder."""
         return InputError(f"{self.key}={self.path}: {problem}")
 
-    def adapter_problems(self) -> Iterator[Problem]:
-        """Adapters that the trunk has no place for."""
+    def adapter_issues(self) -> Iterator[ModelIssue]:
+        """Yield issues of adapters that do not fit the trunk."""
         if self.lora is None:
             return
         with torch.device("meta"):
-            trunk = nn.ModuleList(self.architecture().parts().trunk)
+            trunk = nn.ModuleList(self.architecture().build_modules().trunk)
         if not trunk:
             yield "lora.rank", str(self.lora.rank), "the trunk has no blocks that could have adapters"
         elif unknown := self.lora.unknown_targets(trunk):
-            there = ", ".join(matrices(trunk))
-            yield "lora.targets", ",".join(unknown), f"the trunk has no such matrix; it has {there}"
+            available = ", ".join(matrix_names(trunk))
+            yield "lora.targets", ",".join(unknown), f"the trunk has no such matrix; it has {available}"
 
-    def announce_heads(self) -> None:
-        """Say that the model has other heads than its folder, or than were asked for."""
-        stored, made = self.stored_heads, self.num_heads
-        if made < (self.wanted_heads or made):
+    def log_head_counts(self) -> None:
+        """Log a warning if the number of heads differs from that of the folder or of the config."""
+        stored, created = self.stored_heads, self.num_heads
+        if created < (self.requested_heads or created):
             log.warning(
                 "model.num_heads=%s, but %s has %d, and model.create_heads=false: the model has %d",
-                self.wanted_heads, self.path, stored, made,
+                self.requested_heads, self.path, stored, created,
             )  # fmt: skip
-        elif made > stored:
-            log.warning("%s has %d of %d heads; the others are new, and begin as head 1", self.path, stored, made)
+        elif created > stored:
+            log.warning(
+                "%s has %d of %d heads; the other heads are new and start as head 1", self.path, stored, created
+            )
 
-    def require_embeddings(self, size: int) -> None:
-        """Raises `InputError` where the model has fewer embeddings than its tokenizer has tokens."""
+    def check_embeddings(self, size: int) -> None:
+        """Check that the model has an embedding for every token.
+
+        Raises:
+            InputError: the model has fewer embeddings than its tokenizer has tokens.
+        """
         assert self.tokenizer is not None
         if size < self.tokenizer.vocab_size:
             raise self.error(f"has embeddings for {size} tokens, its tokenizer has {self.tokenizer.vocab_size}")
 
 
 def weights_fingerprint(model: nn.Module, without: str = "-") -> str:
-    """A hash of every tensor of a network by name, except those whose name begins with `without`."""
+    """Return a hash of names and values of all tensors of a network, except names that start with `without`."""
     return tensors_fingerprint({n: tensor for n, tensor in model.state_dict().items() if not n.startswith(without)})
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of some tensors by name."""
+    """Return a hash of the names and values of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

@@ -1,15 +1,15 @@
-"""The parts of a Llama-style transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+"""Modules of a Llama-style transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Rotation = tuple[Float[Tensor, "#batch position pair"], Float[Tensor, "#batch position pair"]]
+RotaryTable = tuple[Float[Tensor, "#batch position pair"], Float[Tensor, "#batch position pair"]]
 
 
-def rotation(positions: Int[Tensor, "#batch position"], head_dim: int, theta: float) -> Rotation:
-    """Cosines and sines that turn each pair of dimensions by position · theta^(−2·pair/head_dim).
+def rotary_table(positions: Int[Tensor, "#batch position"], head_dim: int, theta: float) -> RotaryTable:
+    """Return cosines and sines of the rotation of each pair of dimensions by position · theta^(−2·pair/head_dim).
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
     """
@@ -19,10 +19,10 @@ def rotation(positions: Int[Tensor, "#batch position"], head_dim: int, theta: fl
 
 
 def rotate(
-    x: Float[Tensor, "batch position head head_dim"], rotation: Rotation
+    x: Float[Tensor, "batch position head head_dim"], table: RotaryTable
 ) -> Float[Tensor, "batch position head head_dim"]:
-    """Turn the interleaved pairs (0, 1), (2, 3), … of every head, as Meta's Llama code does."""
-    cos, sin = (part[:, :, None].to(x.dtype) for part in rotation)
+    """Rotate the interleaved pairs (0, 1), (2, 3), … of every head, as Meta's Llama code does."""
+    cos, sin = (part[:, :, None].to(x.dtype) for part in table)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
@@ -44,13 +44,13 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch position dim"],
-        rotation: Rotation,
+        table: RotaryTable,
     ) -> Float[Tensor, "batch position dim"]:
-        """Attend to this and earlier positions."""
+        """Attend to the same and earlier positions."""
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
         )
-        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        queries, keys = rotate(queries, table), rotate(keys, table)
         keys, values = (part.transpose(1, 2).repeat_interleave(self.groups, dim=1) for part in (keys, values))
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2), keys, values,
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: output(silu(gate(x)) · up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
+    """A SwiGLU layer: output(silu(gate(x)) · up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        """Apply the gated layer at every position by itself."""
+        """Apply the gated layer to every position independently."""
         result: Tensor = self.output(F.silu(self.gate(x)) * self.up(x))
         return result
 
@@ -91,9 +91,9 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch position dim"],
-        rotation: Rotation,
+        table: RotaryTable,
     ) -> Float[Tensor, "batch position dim"]:
         """Add attention, then the feed-forward layer, to the residual stream."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+        x = x + self.dropout(self.attention(self.attention_norm(x), table))
         result: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return result

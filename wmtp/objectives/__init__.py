@@ -1,1 +1,1 @@
-"""What a batch means."""
+"""Objectives: the loss and the metrics of a batch."""

@@ -1,4 +1,4 @@
-"""What one batch means: the loss that is trained and what is measured on the way."""
+"""The interface of objectives: the loss of a batch and its metrics."""
 
 from typing import Any, Protocol
 
@@ -12,44 +12,58 @@ from wmtp.ops.metric_sums import Sums
 
 
 class Objective(Protocol):
-    """The meaning of a batch. The trainer's loop is the same for all of them."""
+    """The loss and the metrics of a batch. The trainer's loop is the same for every objective."""
 
     @property
     def name(self) -> str:
-        """What is trained, in a word; a resumed run must agree."""
+        """A short name of the training target; it must be the same when a run is resumed."""
 
-    def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """What each part of the loss is divided by, summed over an update; known from the labels alone."""
+    def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
+        """Return the denominator of each part of the loss.
 
-    def check(self, totals: Float[Tensor, " part"]) -> None:
-        """Raises `TrainingError` where an update, with these totals over all processes, has nothing to learn from."""
+        The trainer sums them over all micro-batches and ranks of an update. They depend on the labels only, so
+        they are known before any forward pass.
+        """
 
-    def loss(self, model: MtpModel, batch: Batch, totals: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
-        """The batch's contribution to the update's loss, with gradient, and its measurements."""
+    def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
+        """Check that an update has at least one target.
+
+        Args:
+            denominators: summed over all micro-batches and ranks of the update.
+
+        Raises:
+            TrainingError: the update has no target.
+        """
+
+    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
+        """Return the batch's part of the update's loss, with gradient, and its metric sums."""
 
     def evaluate(self, model: MtpModel, batch: Batch) -> Sums:
-        """The measurements of a validation batch."""
+        """Return the metric sums of a validation batch."""
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Named values of summed measurements; always one named `loss`."""
+        """Return the metrics of summed batches by name; `loss` is always among them."""
 
     def finish_update(self, processes: Processes) -> None:
-        """An optimizer update was made of the batches since the last one, in all processes."""
+        """Update the state after an optimizer update; all ranks call it together."""
 
-    def forget_update(self) -> None:
-        """The batches since the last update made none."""
+    def discard_update(self) -> None:
+        """Discard the statistics of the batches since the last update, because their update was skipped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, as plain JSON."""
+        """Return the state that a resumed run needs, as plain JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
 
 def metric_names(num_heads: int, *, values: bool, language_model_loss: bool = False) -> list[str]:
-    """The metrics that a run has, any of which can be monitored.
+    """Return the names of all metrics of a run; early stopping can monitor any of them.
 
-    Those of `num_heads` heads, of a value head if there are `values`, and of a language model beside it.
+    Args:
+        num_heads: number of prediction heads; 0 if none is trained.
+        values: the model has a value head.
+        language_model_loss: the value head trains together with the language model.
     """
     measured, training = ["loss"], ["grad_norm", "lr"]
     if num_heads:

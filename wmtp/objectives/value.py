@@ -1,4 +1,4 @@
-"""Stage 1 of the critic: the value head learns alone, or with the trunk and the language model."""
+"""Stage 1 of critic: train the value head alone, or together with the trunk and the language model."""
 
 from typing import Any
 
@@ -15,9 +15,10 @@ from wmtp.ops.metric_sums import Sums
 
 
 class ValueObjective:
-    """L = value loss + `language_model_coef` · the language model's loss, if there is one beside it.
+    """The objective L = value loss + `language_model_coef` · language-model loss.
 
-    Without a language model only the trunk runs, and not even that where the batch brings its states.
+    Without a language model the second term is 0 and only the trunk runs. If the batch has cached hidden states,
+    the trunk does not run either.
     """
 
     def __init__(
@@ -28,46 +29,48 @@ class ValueObjective:
 
     @property
     def name(self) -> str:
-        """What the value head learns, and whether the language model learns beside it."""
-        beside = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
-        return f"value of {self.value_loss.kind}{beside}"
+        """The kind of value loss, and the coefficient of the language model if it is trained too."""
+        suffix = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
+        return f"value of {self.value_loss.kind}{suffix}"
 
-    def totals(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """The number of values or pairs, then what the language model's loss is divided by."""
-        own = self.value_loss.total(batch).float()[None]
+    def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
+        """Return the number of values or pairs, then the denominators of the language model."""
+        own = self.value_loss.denominator(batch).float()[None]
         if self.language_model is None:
             return own
-        return torch.cat([own, self.language_model.totals(model, batch)])
+        return torch.cat([own, self.language_model.denominators(model, batch)])
 
-    def check(self, totals: Float[Tensor, " part"]) -> None:
-        """Asks the language model beside; an update without a value is no error."""
+    def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
+        """Check the denominators of the language model; an update without values is allowed."""
         if self.language_model is not None:
-            self.language_model.check(totals[1:])
+            self.language_model.check_denominators(denominators[1:])
 
-    def loss(self, model: MtpModel, batch: Batch, totals: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
-        """Both losses from one forward."""
+    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
+        """Return the sum of both losses, computed from one forward pass, and the metric sums."""
         if self.language_model is None:
             total, sums = self.value_loss.sum(self._values(model, batch), batch)
-            return total / totals[0].clamp(min=1), sums
+            return total / denominators[0].clamp(min=1), sums
         outputs = model(batch.tokens)
         assert outputs.values is not None
         total, sums = self.value_loss.sum(outputs.values, batch)
-        beside, beside_sums = self.language_model.loss_of(outputs, model, batch, totals[1:])
-        sums.add(beside_sums)
-        return total / totals[0].clamp(min=1) + self.language_model_coef * beside, sums
+        language_model_loss, language_model_sums = self.language_model.loss_from_outputs(
+            outputs, model, batch, denominators[1:]
+        )
+        sums.add(language_model_sums)
+        return total / denominators[0].clamp(min=1) + self.language_model_coef * language_model_loss, sums
 
     def evaluate(self, model: MtpModel, batch: Batch) -> Sums:
-        """The value loss, and every head's loss where they train."""
+        """Return the value loss and, if the language model is trained, the loss of each head."""
         if self.language_model is None:
             return self.value_loss.sum(self._values(model, batch), batch)[1]
         outputs = model(batch.tokens)
         assert outputs.values is not None
         _, sums = self.value_loss.sum(outputs.values, batch)
-        sums.add(self.language_model.evaluation_of(outputs, model, batch))
+        sums.add(self.language_model.evaluate_outputs(outputs, model, batch))
         return sums
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """`loss` is the sum that is trained."""
+        """Return the value metrics and those of the language model; `loss` is the trained sum of both losses."""
         if self.language_model is None:
             values = value_metrics(sums.results())
             return {"loss": values.get("value_loss", 0.0)} | values
@@ -77,17 +80,17 @@ class ValueObjective:
         return values | {"language_model_loss": language_model_loss}
 
     def finish_update(self, processes: Processes) -> None:
-        """Nothing is kept from update to update."""
+        """Do nothing: this objective has no state between updates."""
 
-    def forget_update(self) -> None:
-        """Nothing is kept."""
+    def discard_update(self) -> None:
+        """Do nothing: this objective has no state between updates."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing: the state is empty."""
 
     def _values(self, model: MtpModel, batch: Batch) -> Tensor:
         outputs: Outputs = model(batch.tokens, num_heads=0, hidden_states=batch.hidden_states)

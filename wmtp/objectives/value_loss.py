@@ -1,4 +1,4 @@
-"""How a value head is taught and measured; used before the training and beside it."""
+"""The loss and the metrics of a value head, in stage 1 and in stage 2."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from wmtp.ops.returns import (
     explained_variance,
     last_of_response,
     ranking_loss,
-    rewards_at,
+    token_rewards,
     value_positions,
     value_targets,
 )
@@ -20,24 +20,25 @@ Kind = Literal["reward", "lambda_return", "ranking"]
 
 
 class ValueLoss:
-    """Squared error to the reward or to the λ-return after every token, or ranking by the last value.
+    """A loss for value heads: squared error after every token, or ranking of the last values.
 
-    Ranking asks that of a task's right and wrong solutions the right one ends with the higher value.
+    The target of the squared error is the reward (`kind="reward"`) or the λ-return (`"lambda_return"`). `"ranking"`
+    trains the last value of a correct solution to be higher than that of an incorrect solution to the same task.
     """
 
     def __init__(self, kind: Kind = "reward", discount: float = 1.0, trace_decay: float = 0.95) -> None:
-        """γ is `discount`, λ is `trace_decay`; both matter to the λ-return alone."""
+        """Create the loss. `discount` is γ and `trace_decay` is λ; only the λ-return uses them."""
         self.kind, self.discount, self.trace_decay = kind, discount, trace_decay
 
-    def total(self, batch: Batch) -> Tensor:
-        """The number of positions, or of pairs, that are summed over."""
+    def denominator(self, batch: Batch) -> Tensor:
+        """Return the number of terms of the sum: positions, or pairs for ranking."""
         if self.kind == "ranking":
             return ranking_loss(batch.rewards, batch.tasks, batch.is_correct)[1]
         return value_positions(batch.response).sum()
 
     def sum(self, values: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], Sums]:
-        """The summed loss, with gradient, and the measurements of the values against the rewards."""
-        rewards = rewards_at(batch.rewards, batch.response)
+        """Return the summed loss, with gradient, and the metric sums that compare values with rewards."""
+        rewards = token_rewards(batch.rewards, batch.response)
         mask = value_positions(batch.response)
         if self.kind == "ranking":
             ends = last_of_response(batch.response)
@@ -59,7 +60,7 @@ class ValueLoss:
 
 
 def value_metrics(values: dict[str, float]) -> dict[str, float]:
-    """Summed measurements with the values' moments replaced by their mean, variance and explained variance."""
+    """Return `values` with the moments of the value head replaced by mean, variance and explained variance."""
     if "value_mean" not in values:
         return values
     moments = {

@@ -1,7 +1,7 @@
 """Weighted cross-entropy of every head at every position that has a target.
 
-The unembedding and the cross-entropy of all heads are one step, taken over chunks of rows; a row is one
-(head, batch, position) with a target. Only one chunk's logits exist at a time.
+The unembedding and the cross-entropy of all heads are computed together, in chunks of rows. A row is one
+(head, batch, position) with a target. Only the logits of one chunk exist at a time.
 """
 
 import math
@@ -16,15 +16,14 @@ from torch import Tensor
 from wmtp.data.collate import IGNORED
 
 CHUNK_BYTES, GPU_CHUNK_BYTES = 56 * 2**20, 256 * 2**20
-"""Size of one chunk's logits where the caller names none: small beside the rest, large enough for fast products."""
+"""Default size of the logits of one chunk on CPU and on GPU: small relative to the rest of the memory, but large
+enough for fast matrix products."""
 
 LOG2_E = 1 / math.log(2)
 
 Coefficients: TypeAlias = Callable[[Float[Tensor, " row"], Int[Tensor, " row"]], Float[Tensor, " row"]]
-"""From the losses of a chunk's rows, and the rows' flat indices into head·batch·position, to each loss's factor.
-
-It is called once for every chunk, without gradient.
-"""
+"""A function that maps the losses of a chunk's rows, and the rows' flat indices into head·batch·position, to the factor
+of each loss. It is called once per chunk, without gradient."""
 
 
 Parameters = ParamSpec("Parameters")
@@ -32,9 +31,9 @@ Result = TypeVar("Result")
 
 
 def uncompiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that `torch.compile` leaves as it is: what it would trace here differs from batch to batch."""
-    left: Callable[Parameters, Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return left
+    """Exclude a function from `torch.compile`, because its graph would differ from batch to batch."""
+    excluded: Callable[Parameters, Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return excluded
 
 
 @uncompiled
@@ -44,9 +43,9 @@ def cross_entropy(
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None = None,
 ) -> Float[Tensor, "head batch position"]:
-    """−log p(target) in nats, fp32, 0 where there is no target. Without gradient.
+    """Return −log p(target) in nats and fp32, without gradient; 0 where there is no target.
 
-    At most `chunk_rows` × vocabulary logits exist at a time; None chooses.
+    At most `chunk_rows` × vocabulary logits exist at a time; None selects the default size.
     """
     dtype = product_dtype(states, unembedding)
     with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
@@ -64,15 +63,17 @@ def weighted_cross_entropy(
     coefficients: Coefficients,
     chunk_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]]:
-    """Σ c·CE with its gradient, the losses CE in nats, and the coefficients c; the last two detached.
+    """Return Σ c·CE with gradient, the losses CE in nats and the coefficients c, the last two detached.
 
-    The gradients are taken together with the losses and wait for `backward`, which can run once only. A
-    factor common to all rows, such as 1/Σ c, is applied to the sum that is returned. Without a target,
-    loss, coefficient and gradient are 0.
+    The gradients are computed together with the losses and stored until `backward`, which can run only once. Apply
+    a factor common to all rows, such as 1/Σ c, to the returned sum. Where there is no target, loss, coefficient and
+    gradient are 0.
 
-    At most `chunk_rows` × vocabulary logits exist at a time; None chooses. Products are made in the dtype
-    of autocast where that is on, everything else of the softmax in fp32. `torch.compile` leaves this
-    function as it is.
+    At most `chunk_rows` × vocabulary logits exist at a time; None selects the default size. Matrix products use the
+    dtype of autocast if it is on, the rest of the softmax uses fp32. This function is excluded from `torch.compile`.
+
+    Raises:
+        RuntimeError: in `backward`, if it runs a second time or with `create_graph=True`.
     """
     needs_gradient = tuple(torch.is_grad_enabled() and x.requires_grad for x in (states, unembedding))
     out: tuple[Tensor, Tensor, Tensor] = WeightedCrossEntropy.apply(
@@ -82,7 +83,7 @@ def weighted_cross_entropy(
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """`weighted_cross_entropy` as one node of the graph, so that the unembedding gets its gradient at once."""
+    """The autograd node of `weighted_cross_entropy`; the unembedding receives one gradient for all chunks."""
 
     @staticmethod
     def forward(
@@ -94,7 +95,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         chunk_rows: int | None,
         needs_gradient: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum, the losses and the coefficients; leaves the gradients of the sum in `ctx`."""
+        """Return the sum, the losses and the coefficients; store the gradients of the sum in `ctx`."""
         dtype = product_dtype(states, unembedding)
         weight = unembedding.to(dtype)
         # not zeros_like, which would keep the strides of an expanded or transposed input
@@ -129,12 +130,12 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Hand over the gradients, times that of the sum."""
+        """Return the stored gradients, multiplied by the gradient of the sum."""
         if torch.is_grad_enabled():
-            raise RuntimeError("weighted_cross_entropy has no second derivative: leave out create_graph=True")
+            raise RuntimeError("weighted_cross_entropy has no second derivative: remove create_graph=True")
         if ctx.gradients is None:
-            raise RuntimeError("weighted_cross_entropy was differentiated before: backward can run once only")
-        # scaled in place, and no longer held here, so that nothing has to be copied
+            raise RuntimeError("weighted_cross_entropy was already differentiated: backward can run only once")
+        # scale in place and drop the reference, to avoid a copy
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
@@ -144,7 +145,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
 @dataclass
 class Chunk:
-    """Some rows, their losses, and what their gradients are made of."""
+    """A chunk of rows, their losses, and the tensors from which their gradients are computed."""
 
     rows: Int[Tensor, " row"]
     targets: Int[Tensor, " row"]
@@ -154,13 +155,13 @@ class Chunk:
     sums: Float[Tensor, " row"]
     losses: Float[Tensor, " row"]
     products: Float[Tensor, "row vocabulary"]
-    """A buffer of the dtype in which matrix products are made; for fp32 this is `exponentials`."""
+    """Buffer in the dtype of the matrix products; for fp32 this is `exponentials`."""
 
     def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
-        """Two tensors whose product is the gradient of Σ factor·loss by the logits: in place of the exponentials."""
+        """Return two tensors whose product is the gradient of Σ factor·loss by the logits; overwrite `exponentials`."""
         self.exponentials.scatter_add_(1, self.targets.unsqueeze(1), -self.sums.unsqueeze(1))
         if self.products is self.exponentials:
-            # the division by the sum is left to the small operand of each product
+            # the small operand of each product includes the division by the sum
             return self.products, (factors / self.sums).unsqueeze(1)
         torch.div(self.exponentials, self.sums.unsqueeze(1), out=self.products)
         return self.products, factors.unsqueeze(1)
@@ -172,7 +173,7 @@ def chunks(
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None,
 ) -> Iterator[Chunk]:
-    """The rows with a target, in chunks of equal size; each chunk is overwritten by the next."""
+    """Yield the rows with a target in chunks of equal size; each chunk reuses the buffers of the previous one."""
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
     if not len(rows):
         return
@@ -188,21 +189,21 @@ def chunks(
     for piece in pieces:
         chunk_states = flat_states[piece].to(unembedding.dtype)
         target = flat_targets[piece]
-        # logits to the base 2, whose powers some processors take several times faster than those of e
+        # logits to the base 2, because some processors compute powers of 2 several times faster than powers of e
         if products is exponentials:
             logits = buffer = torch.mm(chunk_states * LOG2_E, unembedding.T, out=products[: len(piece)])
         else:
             logits = torch.mm(chunk_states, unembedding.T, out=products[: len(piece)])
             buffer = torch.mul(logits, LOG2_E, out=exponentials[: len(piece)])
-        of_target = buffer.gather(1, target.unsqueeze(1))
+        target_logits = buffer.gather(1, target.unsqueeze(1))
         largest = buffer.amax(dim=1, keepdim=True)
         sums = buffer.sub_(largest).exp2_().sum(dim=1)
-        losses = (sums.log2() + (largest - of_target).squeeze(1)) / LOG2_E
+        losses = (sums.log2() + (largest - target_logits).squeeze(1)) / LOG2_E
         yield Chunk(piece, target, chunk_states, buffer, sums, losses, logits)
 
 
 def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:
-    """The dtype in which `states @ unembedding.T` is made here."""
+    """Return the dtype of the product `states @ unembedding.T` under the current autocast setting."""
     device = states.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -210,5 +211,5 @@ def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and softmax sums: fp32, or finer where the inputs are."""
+    """Return the dtype of losses and softmax sums: fp32, or that of the inputs if it is more precise."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Sums that batches, micro-batches and ranks add to; the division comes last, once."""
+"""Sums of metrics over batches, micro-batches and ranks, divided once at the end."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from wmtp.distributed.process_group import Processes
 
 @dataclass
 class Sums:
-    """Named means as pairs (sum, count), and named extremes. Tensors stay where they were computed."""
+    """Means by name, as pairs (sum, count), and extremes by name. Tensors stay on the device that computed them."""
 
     means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     minima: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, other: "Sums") -> None:
-        """Take in what another batch summed."""
+        """Add the sums of another batch."""
         for name, (total, count) in other.means.items():
             old_total, old_count = self.means.get(name, (0.0, 0.0))
             self.means[name] = (old_total + total, old_count + count)
@@ -29,43 +29,46 @@ class Sums:
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
     def reduced(self, processes: Processes) -> "Sums":
-        """What all processes summed; the same bits in each."""
+        """Return the sums over all ranks, bitwise equal on each rank."""
         if processes.size == 1:
             return self
         total = processes.sum(self.row())
         reduced = Sums(dict(zip(self.means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
         if extremes := [*(-x for x in self.minima.values()), *self.maxima.values()]:
-            found = torch.tensor(processes.largest(*torch.stack(extremes).tolist()))
+            found = torch.tensor(processes.max(*torch.stack(extremes).tolist()))
             reduced.minima = dict(zip(self.minima, -found, strict=False))
             reduced.maxima = dict(zip(self.maxima, found[len(self.minima) :], strict=True))
         return reduced
 
     def row(self) -> Tensor:
-        """Sum, count, sum, count, … of the means, in fp64 on the CPU."""
+        """Return sum, count, sum, count, … of the means as one vector, in fp64 on the CPU."""
         numbers = [torch.as_tensor(x) for pair in self.means.values() for x in pair]
         device = next((x.device for x in numbers if x.device.type != "cpu"), "cpu")
-        # one copy for all of them: each would wait for the GPU
+        # copy all of them at once, because each copy waits for the GPU
         return torch.stack([x.to(device) for x in numbers]).cpu().double()
 
     def results(self) -> dict[str, float]:
-        """The means and extremes; a mean of nothing is left out."""
+        """Return the means and extremes; leave out means with count 0."""
         pairs = self.row().view(-1, 2).tolist() if self.means else []
         out = {name: total / count for name, (total, count) in zip(self.means, pairs, strict=True) if count > 0}
         out |= {name: float(value) for name, value in (self.minima | self.maxima).items()}
         return out
 
 
-def in_order(batches: Sequence[Sums], num_batches: int, processes: Processes) -> Sums:
-    """The means over batches of which each process measured every `size`-th; the same for any number of processes.
+def sum_in_order(batches: Sequence[Sums], num_batches: int, processes: Processes) -> Sums:
+    """Sum over batches in their order, so that the result is bitwise equal for any number of ranks.
 
-    Each has measured equally many. What comes after the first `num_batches` counts for nothing.
+    Args:
+        batches: sums of this rank's batches: every `size`-th one; all ranks have equally many.
+        num_batches: number of batches over all ranks; later ones are padding and are ignored.
+        processes: the process group.
     """
     table = torch.zeros(len(batches) * processes.size, 2 * len(batches[0].means), dtype=torch.float64)
     table[processes.rank :: processes.size] = torch.stack([sums.row() for sums in batches])
-    total = processes.sum(table)[:num_batches].sum(dim=0)  # summed alike, wherever its rows come from
+    total = processes.sum(table)[:num_batches].sum(dim=0)  # same order of summation for any number of ranks
     return Sums(dict(zip(batches[0].means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
 
 
 def deviation(mean: float, mean_of_squares: float) -> float:
-    """Standard deviation from the first two moments; rounding below zero counts as zero."""
+    """Return the standard deviation, given the first two moments; 0 if rounding makes the variance negative."""
     return math.sqrt(max(mean_of_squares - mean * mean, 0.0))

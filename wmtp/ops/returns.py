@@ -1,8 +1,9 @@
-"""How good a state is: values, and what a response's reward says about them.
+"""TD errors, advantages, λ-returns and losses of a value head.
 
-V_t is the value after reading token t. A response is a run of consecutive tokens a … b of one document; its
-reward R is written at each of its tokens and counts once, at b. With `documents`, several documents share a row:
-nothing of one then reaches another. Symbols: δ is the TD error, A the advantage, G the λ-return.
+V_t is the value after token t. A response is a sequence of consecutive tokens a … b of one document. Its reward R is
+given at each of its tokens and counts once, at b. If several documents are packed into a row, `documents` holds the
+document of each position, and the results of one document do not depend on another. Symbols: δ is the TD error, A the
+advantage, G the λ-return.
 """
 
 from typing import Literal
@@ -18,25 +19,27 @@ from wmtp.ops.metric_sums import deviation
 def last_of_response(
     response: Bool[Tensor, "batch position"], documents: Int[Tensor, "batch position"] | None = None
 ) -> Bool[Tensor, "batch position"]:
-    """True at each b, the last token of a response."""
-    return response & ~_neighbour(response, +1, documents)
+    """Return True at each b, the last token of a response."""
+    return response & ~_neighbor(response, +1, documents)
 
 
 def value_positions(
     response: Bool[Tensor, "batch position"], documents: Int[Tensor, "batch position"] | None = None
 ) -> Bool[Tensor, "batch position"]:
-    """True at a−1 … b, the states whose value is learned: the prompt's last token and every response token.
+    """Return True at a−1 … b: the last token of the prompt and all tokens of the response.
+
+    These are the positions whose value is trained.
 
     >>> value_positions(torch.tensor([[False, False, True, True, False]])).int().tolist()
     [[0, 1, 1, 1, 0]]
     """
-    return response | _neighbour(response, +1, documents)
+    return response | _neighbor(response, +1, documents)
 
 
-def rewards_at(
+def token_rewards(
     rewards: Float[Tensor, " batch"], response: Bool[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position"]:
-    """The reward of each sample at every token of its response, 0 elsewhere."""
+    """Return the reward of each sample at all tokens of its response, 0 elsewhere."""
     return rewards[:, None].expand(response.shape).where(response, 0.0)
 
 
@@ -48,13 +51,13 @@ def td_errors(
     *,
     discount: float,
 ) -> Float[Tensor, "batch position"]:
-    """δ_i = r_i + γ·V_i·[i<b] − V_{i−1} at the tokens of responses, 0 elsewhere.
+    """Return δ_i = r_i + γ·V_i·[i<b] − V_{i−1} at the tokens of responses, 0 elsewhere.
 
-    r_b = R and r_i = 0 before. V_{i−1} is 0 where the document begins at i. `discount` is γ.
+    r_b = R, and r_i = 0 for i < b. V_{i−1} is 0 if the document begins at i. `discount` is γ.
     """
     last = last_of_response(response, documents)
     gained = rewards.where(last, discount * values)
-    return (gained - _neighbour(values, -1, documents)).where(response, 0.0)
+    return (gained - _neighbor(values, -1, documents)).where(response, 0.0)
 
 
 def advantages(
@@ -66,15 +69,15 @@ def advantages(
     discount: float,
     trace_decay: float,
 ) -> Float[Tensor, "batch position"]:
-    """A_i = Σ_l (γλ)^l·δ_{i+l} over the rest of the response, 0 outside responses.
+    """Return A_i = Σ_l (γλ)^l·δ_{i+l} over the rest of the response, 0 outside responses.
 
-    `discount` is γ, `trace_decay` λ; with λ = 0 this is the TD error.
+    `discount` is γ and `trace_decay` is λ; with λ = 0 this is the TD error.
     Source: Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation
     (arXiv 1506.02438), eq. 16.
     """
     errors = td_errors(values, rewards, response, documents, discount=discount)
-    goes_on = response & ~last_of_response(response, documents)
-    decays = (discount * trace_decay) * goes_on.to(errors.dtype)
+    continues = response & ~last_of_response(response, documents)
+    decays = (discount * trace_decay) * continues.to(errors.dtype)
     following, backwards = torch.zeros_like(errors[:, 0]), []
     for error, decay in zip(reversed(errors.unbind(1)), reversed(decays.unbind(1)), strict=True):
         following = torch.addcmul(error, decay, following)
@@ -91,14 +94,14 @@ def lambda_returns(
     discount: float,
     trace_decay: float,
 ) -> Float[Tensor, "batch position"]:
-    """G of the states a−1 … b−1, each at the state's own position t: A_{t+1} + V_t. R at b, 0 elsewhere.
+    """Return the λ-return G_t = A_{t+1} + V_t at positions a−1 … b−1, R at b, and 0 elsewhere.
 
-    `discount` is γ, `trace_decay` λ. At b nothing follows, so that state is worth R.
+    `discount` is γ and `trace_decay` is λ. No token follows b, so the target there is R.
     Source: Sutton & Barto 2018, Reinforcement Learning: An Introduction, eq. 12.2 and 12.3.
     """
     estimates = advantages(values, rewards, response, documents, discount=discount, trace_decay=trace_decay)
-    token_follows = _neighbour(response, +1, documents)
-    returns = _neighbour(estimates, +1, documents) + values
+    token_follows = _neighbor(response, +1, documents)
+    returns = _neighbor(estimates, +1, documents) + values
     return returns.where(token_follows, rewards)
 
 
@@ -112,18 +115,18 @@ def value_targets(
     discount: float,
     trace_decay: float,
 ) -> Float[Tensor, "batch position"]:
-    """What V is trained toward at `value_positions`, detached; 0 elsewhere: R, or the λ-return."""
+    """Return the training target of V at `value_positions`, detached: R or the λ-return; 0 elsewhere."""
     values, rewards = values.detach(), rewards.detach()
     if kind == "lambda_return":
         return lambda_returns(values, rewards, response, documents, discount=discount, trace_decay=trace_decay)
-    return rewards.where(response, _neighbour(rewards, +1, documents))
+    return rewards.where(response, _neighbor(rewards, +1, documents))
 
 
 def explained_variance(target_mean: float, target_square: float, error_mean: float, error_square: float) -> float:
-    """1 − Var(error) / Var(target), from the means of both and of their squares; error = target − value.
+    """Return 1 − Var(error) / Var(target), given the means of both and of their squares; error = target − value.
 
-    Where the targets do not vary it is 0.0. Their deviation has to exceed a thousandth of their root mean
-    square to count as varying: in fp32 sums, anything below is rounding.
+    The result is 0.0 if the targets do not vary, that is, if their standard deviation is at most a thousandth of
+    their root mean square: in fp32 sums, such differences are rounding errors.
     """
     target_deviation = deviation(target_mean, target_square)
     if target_deviation**2 <= 1e-6 * target_square:
@@ -134,7 +137,7 @@ def explained_variance(target_mean: float, target_square: float, error_mean: flo
 def ranking_loss(
     scores: Float[Tensor, " batch"], tasks: Int[Tensor, " batch"], is_correct: Bool[Tensor, " batch"]
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """−log σ(score of the correct − score of the incorrect), summed over pairs, and the number of pairs.
+    """Return Σ −log σ(score of the correct − score of the incorrect sample) over pairs, and the number of pairs.
 
     A pair is a correct and an incorrect sample of the same task. Without pairs both are 0.
     Source: Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs: I.
@@ -144,10 +147,10 @@ def ranking_loss(
     return losses.where(pairs, 0.0).sum(), pairs.sum()
 
 
-def _neighbour(
+def _neighbor(
     x: Shaped[Tensor, "batch position"], offset: Literal[-1, 1], documents: Int[Tensor, "batch position"] | None
 ) -> Shaped[Tensor, "batch position"]:
-    """x[t + offset] at position t; 0 where that is no position or one of another document."""
+    """Return x[t + offset] at position t; 0 if t + offset is outside the row or in another document."""
     same = torch.ones_like(x, dtype=torch.bool) if documents is None else documents.roll(-offset, 1) == documents
     same[:, -1 if offset > 0 else 0] = False
     return x.roll(-offset, 1).masked_fill(~same, 0)

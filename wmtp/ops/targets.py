@@ -1,4 +1,4 @@
-"""Which token each head predicts at each position, and how much each prediction counts."""
+"""Targets of each head at each position, and the weight of a position's heads."""
 
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -6,15 +6,15 @@ from torch import Tensor
 from wmtp.data.collate import IGNORED
 
 
-def spread(
+def shift_to_heads(
     values: Shaped[Tensor, "batch position"], num_heads: int, fill: int | float
 ) -> Shaped[Tensor, "head batch position"]:
-    """What belongs to a token, handed to every head that predicts it: out[k−1, :, t] = values[:, t + k].
+    """Shift one entry per token to the positions from which each head predicts it.
 
-    Labels and token weights travel through this same function. Past the end stands `fill`.
+    out[k−1, :, t] = values[:, t + k], and `fill` past the end. Labels and token weights use this same function.
 
     >>> import torch
-    >>> spread(torch.tensor([[5, 6, 7]]), num_heads=2, fill=-100).tolist()
+    >>> shift_to_heads(torch.tensor([[5, 6, 7]]), num_heads=2, fill=-100).tolist()
     [[[6, 7, -100]], [[7, -100, -100]]]
     """
     out = values.new_full((num_heads, *values.shape), fill)
@@ -28,17 +28,17 @@ def targets(
     num_heads: int,
     documents: Int[Tensor, "batch position"] | None = None,
 ) -> Int[Tensor, "head batch position"]:
-    """The token that head k predicts at position t, or −100 where there is none.
+    """Return the token that head k predicts at position t, or −100 if there is none.
 
-    There is none past the end, at a masked label, and where `documents` says that the token belongs
-    to another document than position t.
+    There is no target past the end, at a masked label, and where the token and position t belong to different
+    `documents`.
     """
-    out = spread(labels, num_heads, IGNORED)
+    out = shift_to_heads(labels, num_heads, IGNORED)
     if documents is not None:
-        out = out.masked_fill(spread(documents, num_heads, -1) != documents, IGNORED)
+        out = out.masked_fill(shift_to_heads(documents, num_heads, -1) != documents, IGNORED)
     return out
 
 
-def head_shares(valid: Bool[Tensor, "head batch position"]) -> Float[Tensor, "head batch position"]:
-    """v[k, t] = 1/|K(t)| at the valid heads K(t) of a position, 0 at the others: each position counts once."""
+def position_weights(valid: Bool[Tensor, "head batch position"]) -> Float[Tensor, "head batch position"]:
+    """Return v[k, t] = 1/|K(t)| for the valid heads K(t) of a position, else 0, so that each position counts once."""
     return valid / valid.sum(dim=0).clamp(min=1)

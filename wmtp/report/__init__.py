@@ -1,1 +1,1 @@
-"""From runs' folders to what can be read: tables, tests, pages."""
+"""Tables, statistical tests and HTML pages, made from the folders of runs."""

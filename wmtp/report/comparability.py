@@ -1,80 +1,89 @@
-"""What runs must share for a difference between them to say anything of what sets them apart."""
+"""Checks that runs can be compared: same data and tokenizer, and a metric with the same meaning."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from wmtp.config.flatten import flat
+from wmtp.config.flatten import flatten
 from wmtp.errors import InputError
 from wmtp.report.metrics import is_lower_better
 from wmtp.report.run_record import RunRecord
 
-SHARED = {
+SHARED_DATA = {
     "train_fingerprint": ("training data", "data."),
     "validation_fingerprint": ("validation set", "data."),
     "tokenizer": ("tokenizer", "model.tokenizer."),
 }
-"""What provenance.json says of a run's data, what that is called, and where in the config it is decided."""
+"""Key of the data in provenance.json: its name in messages, and the prefix of its config keys."""
 MEANS_OVER_HEADS = ("val/loss", "val/mtp_loss")
 SINGLE_HEAD = "val/head_1_loss"
 ABSENT = "-"
 
 
 def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
-    """Notes on runs that do not say what they were trained on, of which nothing can be checked.
+    """Check that all runs use the same data and tokenizer, and return notes on runs that do not record them.
 
     Raises:
-        InputError: training data, validation set or tokenizer of two runs differ.
+        InputError: The training data, validation set or tokenizer of two runs differ.
     """
-    described = {run: dict(run.provenance.get("data", {})) for run in runs}
+    data_by_run = {run: dict(run.provenance.get("data", {})) for run in runs}
     problems, notes = [], []
-    for key, (name, prefix) in SHARED.items():
-        known = [run for run in runs if described[run].get(key) is not None]
-        if silent := [run for run in runs if run not in known]:
-            notes.append(f"whether the {name} is the same cannot be checked: {silent[0].folder} does not record it")
+    for key, (name, prefix) in SHARED_DATA.items():
+        known = [run for run in runs if data_by_run[run].get(key) is not None]
+        if unrecorded := [run for run in runs if run not in known]:
+            notes.append(f"cannot check that all runs use the same {name}: {unrecorded[0].folder} does not record it")
         first = known[0] if known else None
-        other = next((run for run in known if described[run][key] != described[known[0]][key]), None)
+        other = next((run for run in known if data_by_run[run][key] != data_by_run[known[0]][key]), None)
         if first is not None and other is not None:
-            problems.append(f"  {name} of {first.folder} and {other.folder}:")
-            problems += difference(first, other, prefix)
+            problems.append(f"  {name} differs between {first.folder} and {other.folder}:")
+            problems += config_differences(first, other, prefix)
     if problems:
         raise InputError("\n".join([
-            "These runs did not learn and validate on the same, so a difference between them says nothing of a method.",
+            "The runs use different data, so a difference between them does not measure the method.",
             *problems,
-            "  Name only runs that share them, or train again with the values above alike for all runs.",
+            "  Compare only runs that use the same data, or train again with equal values for the keys above.",
         ]))  # fmt: skip
     return notes
 
 
-def difference(one: RunRecord, other: RunRecord, prefix: str) -> list[str]:
-    """Lines on the config's keys below a prefix in which two runs differ."""
+def config_differences(one: RunRecord, other: RunRecord, prefix: str) -> list[str]:
+    """Return a line for each config key below `prefix` in which two runs differ."""
     before, after = (
-        {key: value for key, value in flat(run.config).items() if key.startswith(prefix)} for run in (one, other)
+        {key: value for key, value in flatten(run.config).items() if key.startswith(prefix)} for run in (one, other)
     )
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     lines = [f"    {key}: {before.get(key, ABSENT)} and {after.get(key, ABSENT)}" for key in keys]
-    return lines or [f"    their configs agree below {prefix[:-1]}; the files that they name must have changed"]
+    return lines or [
+        f"    the configs are equal below {prefix[:-1]}, so the files that they refer to must have changed"
+    ]
 
 
 def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:
-    """Raises `InputError` where a metric is a mean over heads, and runs have different numbers of them."""
-    heads = num_heads(runs)
+    """Check that a metric has the same meaning in all runs.
+
+    Raises:
+        InputError: The metric is a mean over heads, and the runs have different numbers of heads.
+    """
+    heads = runs_by_num_heads(runs)
     if metric in MEANS_OVER_HEADS and len(heads) > 1:
         (one, first), (other, second) = list(heads.items())[:2]
         raise InputError(
-            f"metric={metric}: is a mean over heads, of which {first.folder} has {one} and {second.folder} has {other} "
-            f"(model.num_heads); compare the next token's loss, metric={SINGLE_HEAD}"
+            f"metric={metric}: is a mean over heads, but model.num_heads is {one} in {first.folder} and {other} in "
+            f"{second.folder}; compare the next-token loss instead: metric={SINGLE_HEAD}"
         )
 
 
-def common_loss(runs: Sequence[RunRecord], asked: str) -> str:
-    """The asked metric if it is a loss that all runs' validations have, else a loss that means the same in them."""
-    if asked.startswith("val/") and is_lower_better(asked) and all(run.series(asked) for run in runs):
-        return asked
-    return SINGLE_HEAD if len(num_heads(runs)) > 1 else MEANS_OVER_HEADS[0]
+def common_loss(runs: Sequence[RunRecord], metric: str) -> str:
+    """Return the loss for curves and tokens to target.
+
+    It is the requested metric if that is a validation loss of all runs, else a loss with the same meaning in all runs.
+    """
+    if metric.startswith("val/") and is_lower_better(metric) and all(run.series(metric) for run in runs):
+        return metric
+    return SINGLE_HEAD if len(runs_by_num_heads(runs)) > 1 else MEANS_OVER_HEADS[0]
 
 
-def num_heads(runs: Sequence[RunRecord]) -> dict[Any, RunRecord]:
-    """The numbers of heads that there are, each with the first run that has so many."""
+def runs_by_num_heads(runs: Sequence[RunRecord]) -> dict[Any, RunRecord]:
+    """Return the first run for each number of heads."""
     found: dict[Any, RunRecord] = {}
     for run in runs:
         found.setdefault(run.config.get("model", {}).get("num_heads"), run)

@@ -1,4 +1,4 @@
-"""From runs to a comparison: which runs count, which seeds pair, what the differences show."""
+"""Comparison of runs with a baseline: select runs, pair them by seed, test the differences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,93 +6,99 @@ from statistics import mean, stdev
 
 from wmtp.errors import InputError
 from wmtp.report.comparability import common_loss, require_comparable, require_same_data
-from wmtp.report.grouping import grouped
-from wmtp.report.metrics import Measured, measured, pass_rates
+from wmtp.report.grouping import group_runs
+from wmtp.report.metrics import MetricValues, metric_values, pass_at_k_values
 from wmtp.report.results import (
-    At,
+    BestOrLast,
     Comparison,
     Difference,
+    FailedRuns,
     GroupValues,
-    Lost,
     McNemar,
     MetricComparison,
-    Reach,
+    TokensToTarget,
     Verdict,
 )
 from wmtp.report.run_record import RunRecord
 from wmtp.report.statistics import (
     LEVEL,
     MIN_PAIRS,
-    estimated,
+    estimate_mean_difference,
     holm,
     mcnemar_p,
     seeds_needed,
     smallest_wilcoxon_p,
     wilcoxon_p,
 )
-from wmtp.report.tokens_to_target import reach
+from wmtp.report.tokens_to_target import tokens_to_target
 
-ALSO = "pass@1"
-"""What is compared besides the metric that was asked for, where all runs have it."""
-Seeded = dict[int, RunRecord]
+SECOND_METRIC = "pass@1"
+"""Metric that is compared in addition to the requested one if all runs have it."""
+RunsBySeed = dict[int, RunRecord]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Groups of runs by seed, the baseline's first."""
+    """Groups of runs by seed, the baseline first."""
 
     baseline: str
-    groups: dict[str, Seeded]
+    groups: dict[str, RunsBySeed]
     failed: dict[str, set[int]]
-    """Seeds of which a group has none but failed runs."""
+    """Seeds of each group for which all runs failed."""
 
     @property
     def others(self) -> list[str]:
-        """The groups that are compared with the baseline."""
+        """Labels of the groups that are compared with the baseline."""
         return [label for label in self.groups if label != self.baseline]
 
     def pairs(self, label: str) -> dict[int, tuple[RunRecord, RunRecord]]:
-        """The baseline's run and the group's of each seed that both have."""
+        """Return the pair (baseline run, group run) of each seed that both groups have."""
         base, group = self.groups[self.baseline], self.groups[label]
         return {seed: (base[seed], group[seed]) for seed in sorted(base.keys() & group.keys())}
 
-    def lost(self, label: str, found: Measured) -> Lost:
-        """How many of a group's runs have no value."""
+    def failed_runs(self, label: str, metric: MetricValues) -> FailedRuns:
+        """Return how many runs of a group have no value."""
         group, failed = self.groups[label], len(self.failed.get(label, ()))
-        return Lost(failed + sum(run not in found.values for run in group.values()), failed + len(group))
+        return FailedRuns(failed + sum(run not in metric.values for run in group.values()), failed + len(group))
 
 
-def compare(
-    runs: Sequence[RunRecord], *, baseline: str = "baseline", metric: str = "val/loss", at: At = "best"
+def compare_runs(
+    runs: Sequence[RunRecord], *, baseline: str = "baseline", metric: str = "val/loss", at: BestOrLast = "best"
 ) -> Comparison:
     """Compare groups of runs with the baseline group, seed by seed.
 
+    Args:
+        runs: Runs in any state; only finished ones are compared.
+        baseline: Label of the baseline group, or a part of it that no other label has.
+        metric: `val/…` or `pass@k`.
+        at: "best" for the best checkpoint, "last" for the last model; ignored for `pass@k`.
+
     Raises:
-        InputError: there are no groups with seeds in common, the baseline or the metric is unknown, or the runs'
-            data, tokenizers or heads forbid it.
+        InputError: There are no two groups with common seeds, the baseline or the metric is unknown, or the runs
+            differ in data, tokenizer or (for a mean over heads) number of heads.
     """
     notes: list[str] = []
-    done = finished(runs, notes)
+    done = finished_runs(runs, notes)
     notes += require_same_data(done)
     require_comparable(metric, done)
     failed = [run for run in runs if run.status.get("state") == "FAILED"]
-    study = paired(done, failed, baseline, notes)
+    study = pair_by_seed(done, failed, baseline, notes)
     compared = [run for group in study.groups.values() for run in group.values()]
-    asked = measured(metric, compared, at)
-    also = pass_rates(1, compared) if metric != ALSO else None
-    metrics = [metric_comparison(study, found, notes) for found in (asked, also) if found is not None]
+    requested = metric_values(metric, compared, at)
+    second = pass_at_k_values(1, compared) if metric != SECOND_METRIC else None
+    metrics = [metric_comparison(study, each, notes) for each in (requested, second) if each is not None]
     loss = common_loss(compared, metric)
     return Comparison(
         study.baseline, metrics, {label: list(group.values()) for label, group in study.groups.items()}, loss,
-        reaches(study, loss, notes), list(dict.fromkeys(notes)),
+        all_tokens_to_target(study, loss, notes), list(dict.fromkeys(notes)),
     )  # fmt: skip
 
 
-def finished(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord]:
-    """The runs that ended well; of the others it is noted that they are left out.
+def finished_runs(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord]:
+    """Return the runs that finished, and add a note for each other run.
 
     Raises:
-        InputError: none did.
+        InputError: No run has finished.
     """
     done = [run for run in runs if run.status.get("state") == "FINISHED" and run.summary]
     for run in runs:
@@ -101,162 +107,179 @@ def finished(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord]:
             why = "it has no summary.json" if state == "FINISHED" else f"it is {state}, not FINISHED"
             notes.append(f"{run.folder} is left out: {why}")
     if not done:
-        raise InputError(f"none of the {len(runs)} runs has finished; wait for them, or go on with them: resume=RUN")
+        raise InputError(
+            f"none of the {len(runs)} runs has finished; wait, or resume them: python -m wmtp.train resume=RUN"
+        )
     return done
 
 
-def paired(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
-    """The groups that share seeds with the baseline's; which of their seeds failed is counted.
+def pair_by_seed(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
+    """Return the groups that have seeds in common with the baseline, and their failed seeds.
 
     Raises:
-        InputError: there is one group only, no such baseline, or no common seed.
+        InputError: There is only one group, the baseline is unknown, or no other group has a seed of the baseline.
     """
-    groups = {label: once_per_seed(label, group, notes) for label, group in grouped(runs).items()}
+    groups = {label: latest_run_per_seed(label, group, notes) for label, group in group_runs(runs).items()}
     if len(groups) < 2:
         raise InputError(
-            f"the {len(runs)} finished runs differ in nothing but their seed, if in that, so there is nothing to "
-            "compare; name runs of another method or setting, too"
+            f"the {len(runs)} finished runs form only one group, because their configs differ at most in the seed; "
+            "add runs of another method or setting"
         )
-    label = named(baseline, list(groups))
+    label = find_baseline(baseline, list(groups))
     base = groups.pop(label)
     kept = {label: base}
     for other, group in groups.items():
         if base.keys() & group.keys():
             kept[other] = group
-            note_unpaired(label, base, other, group, notes)
+            add_unpaired_notes(label, base, other, group, notes)
         else:
             notes.append(f"{other} is left out: it has no seed in common with {label}")
     if len(kept) < 2:
-        seeds = [f"{name}: seeds {listed(group)}" for name, group in {label: base, **groups}.items()]
+        seeds = [f"{name}: seeds {format_seeds(group)}" for name, group in {label: base, **groups}.items()]
         raise InputError("\n  ".join([
             f"no group has a seed in common with the baseline {label}; train with the same seeds", *seeds,
         ]))  # fmt: skip
     return Study(label, kept, failed_seeds(kept, failed, notes))
 
 
-def failed_seeds(groups: Mapping[str, Seeded], failed: Sequence[RunRecord], notes: list[str]) -> dict[str, set[int]]:
-    """The seeds of each group whose runs all failed; a group of which nothing is left is noted."""
+def failed_seeds(
+    groups: Mapping[str, RunsBySeed], failed: Sequence[RunRecord], notes: list[str]
+) -> dict[str, set[int]]:
+    """Return the seeds of each group whose runs all failed; add a note for a group without a finished run."""
     labels = {run: label for label, group in groups.items() for run in group.values()}
     found: dict[str, set[int]] = {}
-    for name, together in grouped([*labels, *failed]).items():
+    for name, together in group_runs([*labels, *failed]).items():
         seeds = {run.seed for run in together if run not in labels}
         if label := next((labels[run] for run in together if run in labels), None):
             found[label] = seeds - groups[label].keys()
         else:
-            notes.append(f"{name} is left out: {Lost(len(seeds), len(seeds))}")
+            notes.append(f"{name} is left out: {FailedRuns(len(seeds), len(seeds))}")
     return found
 
 
-def once_per_seed(label: str, runs: Sequence[RunRecord], notes: list[str]) -> Seeded:
-    """A group's runs by their seeds; of several with one seed the one that was started last counts."""
-    found: Seeded = {}
+def latest_run_per_seed(label: str, runs: Sequence[RunRecord], notes: list[str]) -> RunsBySeed:
+    """Return the runs of a group by seed; of several runs with one seed, keep the last started."""
+    found: RunsBySeed = {}
     for run in sorted(runs, key=lambda run: str(run.status.get("started"))):
         if (before := found.get(run.seed)) is not None:
-            notes.append(f"{before.folder} is left out: {run.folder} is of {label} and seed {run.seed}, too, and later")
+            notes.append(
+                f"{before.folder} is left out: {run.folder} is also of {label} with seed {run.seed}, and started later"
+            )
         found[run.seed] = run
     return dict(sorted(found.items()))
 
 
-def named(baseline: str, labels: Sequence[str]) -> str:
-    """The label that a user means: the whole of it, one of its parts, or anything else that only it holds.
+def find_baseline(baseline: str, labels: Sequence[str]) -> str:
+    """Return the label that `baseline` refers to.
+
+    A label matches if it is equal to `baseline`, has it as one of its comma-separated parts, or contains it, in this
+    order of preference.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: No label or more than one matches.
     """
     name = baseline.removeprefix("algo=")
-    for fits in (
+    for matches in (
         lambda label: label == name,
         lambda label: name in label.split(", "),
         lambda label: name in label,
     ):
-        found = [label for label in labels if fits(label)]
+        found = [label for label in labels if matches(label)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise InputError(f"baseline={baseline}: fits several groups; name one of them: {quoted(found)}")
-    raise InputError(f"baseline={baseline}: there is no such group; the groups are {quoted(labels)}")
+            raise InputError(
+                f"baseline={baseline}: matches several groups; choose one of them: {format_baselines(found)}"
+            )
+    raise InputError(f"baseline={baseline}: there is no such group; the groups are {format_baselines(labels)}")
 
 
-def quoted(labels: Sequence[str]) -> str:
-    """Labels in a sentence, as they may be typed."""
+def format_baselines(labels: Sequence[str]) -> str:
+    """Return labels as overrides that a user can type."""
     return ", ".join(f"baseline='{label}'" for label in labels)
 
 
-def note_unpaired(baseline: str, base: Seeded, label: str, group: Seeded, notes: list[str]) -> None:
-    """Note which seeds have no partner."""
+def add_unpaired_notes(baseline: str, base: RunsBySeed, label: str, group: RunsBySeed, notes: list[str]) -> None:
+    """Add a note for the seeds that only one of two groups has."""
     for one, seeds, other in (
         (baseline, base.keys() - group.keys(), label),
         (label, group.keys() - base.keys(), baseline),
     ):
         if seeds:
-            notes.append(f"unpaired: {one} has seed {listed(seeds)}, {other} has not; the difference leaves it out")
+            notes.append(
+                f"unpaired: {one} has seed {format_seeds(seeds)}, {other} does not; it is excluded from the difference"
+            )
 
 
-def listed(seeds: Sequence[int] | Mapping[int, object] | set[int]) -> str:
-    """Seeds in a sentence."""
+def format_seeds(seeds: Sequence[int] | Mapping[int, object] | set[int]) -> str:
+    """Return sorted seeds, separated by commas."""
     return ", ".join(str(seed) for seed in sorted(seeds))
 
 
-def metric_comparison(study: Study, found: Measured, notes: list[str]) -> MetricComparison:
-    """One metric in every group, and what the differences from the baseline show."""
-    notes += found.notes
-    lost = {label: study.lost(label, found) for label in study.groups}
-    values = [group_values(label, group, found, lost[label]) for label, group in study.groups.items()]
-    raw = {label: differences(study, label, found) for label in study.others}
-    estimates = {label: estimated(list(pairs.values())) for label, pairs in raw.items() if pairs}
+def metric_comparison(study: Study, metric: MetricValues, notes: list[str]) -> MetricComparison:
+    """Compare one metric of all groups with the baseline.
+
+    Raises:
+        InputError: No pair of runs has a finite value.
+    """
+    notes += metric.notes
+    lost = {label: study.failed_runs(label, metric) for label in study.groups}
+    values = [group_values(label, group, metric, lost[label]) for label, group in study.groups.items()]
+    raw = {label: differences(study, label, metric) for label in study.others}
+    estimates = {label: estimate_mean_difference(list(pairs.values())) for label, pairs in raw.items() if pairs}
     if not estimates:
-        raise InputError(f"metric={found.metric}: no pair of runs has a finite value; choose another metric")
+        raise InputError(f"metric={metric.name}: no pair of runs has a finite value; choose another metric")
     labels = list(estimates)
     signed_ranks = [wilcoxon_p(list(raw[label].values())) for label in labels]
-    problems = [mcnemar(study, label, found) for label in labels]
+    problems = [mcnemar(study, label, metric) for label in labels]
     corrected = holm([estimates[label].p for label in labels])
     signed_ranks_corrected = holm(signed_ranks)
     problems_corrected = holm([None if test is None else test.p for test in problems])
     result = list[Difference]()
     for number, label in enumerate(labels):
         estimate, pairs = estimates[label], raw[label]
-        middle = round(estimate.mean, 12) + 0.0  # what rounding leaves is no difference, and has no sign
+        mean_difference = round(estimate.mean, 12) + 0.0  # remove rounding errors and the sign of −0.0
         spread = stdev(pairs.values()) if len(pairs) > 1 else 0.0
         result.append(Difference(
-            label, pairs, middle, estimate.low, estimate.high, estimate.p, corrected[number],
+            label, pairs, mean_difference, estimate.low, estimate.high, estimate.p, corrected[number],
             signed_ranks[number], signed_ranks_corrected[number], smallest_wilcoxon_p(len(pairs)), problems[number],
             problems_corrected[number],
-            verdict(raw[label], corrected[number], found.lower_is_better, lost[label], lost[study.baseline]),
-            None if estimate.p is None else seeds_needed(middle, spread, len(labels)), lost[label],
+            verdict(raw[label], corrected[number], metric.lower_is_better, lost[label], lost[study.baseline]),
+            None if estimate.p is None else seeds_needed(mean_difference, spread, len(labels)), lost[label],
             lost[study.baseline],
         ))  # fmt: skip
-        note_limits(found.metric, result[-1], notes)
+        add_limit_notes(metric.name, result[-1], notes)
     notes += [
-        f"{label}: {each}; {found.metric} is of those that are left" for label, each in lost.items() if each.failed
+        f"{label}: {each}; {metric.name} covers only the other runs" for label, each in lost.items() if each.failed
     ]
-    return MetricComparison(found.metric, found.lower_is_better, found.at, values, result)
+    return MetricComparison(metric.name, metric.lower_is_better, metric.at, values, result)
 
 
-def group_values(label: str, group: Seeded, found: Measured, lost: Lost) -> GroupValues:
-    """The values of a group's runs, in the order of their seeds.
+def group_values(label: str, group: RunsBySeed, metric: MetricValues, lost: FailedRuns) -> GroupValues:
+    """Return the values of one group, in the order of the seeds.
 
     Raises:
-        InputError: none of them is finite.
+        InputError: No value is finite.
     """
-    values = {seed: found.values[run] for seed, run in group.items() if run in found.values}
+    values = {seed: metric.values[run] for seed, run in group.items() if run in metric.values}
     if not values:
-        raise InputError(f"metric={found.metric}: is finite in no run of {label}; choose another metric")
+        raise InputError(f"metric={metric.name}: no run of {label} has a finite value; choose another metric")
     deviation = stdev(values.values()) if len(values) > 1 else None
     return GroupValues(label, values, mean(values.values()), deviation, lost)
 
 
-def differences(study: Study, label: str, found: Measured) -> dict[int, float]:
-    """The group's value less the baseline's, for each seed for which both have one."""
+def differences(study: Study, label: str, metric: MetricValues) -> dict[int, float]:
+    """Return group value − baseline value for each seed for which both are finite."""
     return {
-        seed: found.values[run] - found.values[base]
+        seed: metric.values[run] - metric.values[base]
         for seed, (base, run) in study.pairs(label).items()
-        if base in found.values and run in found.values
+        if base in metric.values and run in metric.values
     }
 
 
-def mcnemar(study: Study, label: str, found: Measured) -> McNemar | None:
-    """McNemar's test over the problems that were judged in all paired runs; None where there are none."""
-    pairs = [(found.solved.get(base), found.solved.get(run)) for base, run in study.pairs(label).values()]
+def mcnemar(study: Study, label: str, metric: MetricValues) -> McNemar | None:
+    """Return McNemar's test over the problems graded in all paired runs, or None if there are none."""
+    pairs = [(metric.solved.get(base), metric.solved.get(run)) for base, run in study.pairs(label).values()]
     known = [(base, run) for base, run in pairs if base and run]
     if not known or len(known) < len(pairs):
         return None
@@ -267,9 +290,9 @@ def mcnemar(study: Study, label: str, found: Measured) -> McNemar | None:
 
 
 def verdict(
-    pairs: Mapping[int, float], p_holm: float | None, lower_is_better: bool, lost: Lost, baseline_lost: Lost
+    pairs: Mapping[int, float], p_holm: float | None, lower_is_better: bool, lost: FailedRuns, baseline_lost: FailedRuns
 ) -> Verdict:
-    """What a difference shows at the 5 % level; nothing in favour of a side that lost runs to failure."""
+    """Return the verdict at the 5 % level; a side with failed runs cannot win."""
     if len(pairs) < MIN_PAIRS:
         return "too few seeds"
     if p_holm is None or p_holm >= LEVEL:
@@ -280,26 +303,30 @@ def verdict(
     return "better" if is_better else "worse"
 
 
-def note_limits(metric: str, difference: Difference, notes: list[str]) -> None:
-    """Note what so few pairs, or pairs that are all alike, cannot show."""
+def add_limit_notes(metric: str, difference: Difference, notes: list[str]) -> None:
+    """Add notes on what too few pairs, or pairs with equal differences, cannot show."""
     num = len(difference.pairs)
     if num < MIN_PAIRS:
         pairs = f"{num} pair{'s' if num > 1 else ''}"
-        notes.append(f"{difference.label}: {pairs} of runs say nothing of chance; train at least {MIN_PAIRS} seeds")
+        notes.append(f"{difference.label}: {pairs} of runs cannot rule out chance; train at least {MIN_PAIRS} seeds")
     elif difference.p is None:
-        notes.append(f"{difference.label}: {metric} differs by the same in every seed, so chance cannot be judged")
+        notes.append(
+            f"{difference.label}: the difference in {metric} is the same for every seed, so it cannot be tested"
+        )
     if num >= MIN_PAIRS and difference.wilcoxon_floor > LEVEL:
         floor = f"{difference.wilcoxon_floor:.4g}"
-        notes.append(f"of {num} pairs the signed-rank test gives no p below {floor}: by itself it can show nothing")
+        notes.append(
+            f"with {num} pairs the signed-rank test cannot give a p below {floor}, so it cannot show a difference"
+        )
 
 
-def reaches(study: Study, metric: str, notes: list[str]) -> list[Reach]:
-    """Tokens to the baseline's best loss for each other group; none where they were not recorded."""
-    found = [reach(label, study.pairs(label), metric) for label in study.others]
+def all_tokens_to_target(study: Study, metric: str, notes: list[str]) -> list[TokensToTarget]:
+    """Return the tokens to the baseline's best loss for each other group; empty if not recorded."""
+    found = [tokens_to_target(label, study.pairs(label), metric) for label in study.others]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         notes.append(
-            f"tokens to reach the baseline's best {metric} are left out: some metrics.jsonl does not record them"
+            f"tokens to reach the baseline's best {metric} are left out: not every metrics.jsonl records tokens"
         )
         return []
     return known

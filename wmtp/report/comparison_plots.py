@@ -1,4 +1,4 @@
-"""Drawings of a comparison: what each seed gave, differences with their intervals, and curves of every group."""
+"""Plots of a comparison: values of each seed, differences with intervals, and loss curves of all groups."""
 
 import math
 import textwrap
@@ -17,34 +17,34 @@ from wmtp.report.plots import (
     LINES,
     PAPER,
     QUIET,
-    STEPS,
-    Drawing,
+    TICK_STEPS,
+    Plot,
     Series,
-    finish,
-    legend,
-    logarithmic_across,
-    look,
-    panels,
-    thinned,
+    add_legend,
+    create_panels,
+    downsample_indices,
+    finish_axes,
+    line_style,
+    set_log_x_axis,
 )  # fmt: skip
-from wmtp.report.results import MetricComparison, Reach
+from wmtp.report.results import MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
 
-NAMES, LETTERS, MOST_LINES = 1.75, 21, 4
-"""Inches that the groups' names take, how many letters fit into them, and lines that a name may have."""
-COLOURS = {"better": GOOD, "worse": BAD}
-MARKS = 10
-"""Markers on a curve, so that it is known without its colour and is not hidden by them."""
-MOST_WITH_RUNS = 4
-"""Of more groups the runs' own curves would hide the means."""
+NAME_WIDTH, MAX_NAME_LETTERS, MAX_NAME_LINES = 1.75, 21, 4
+"""Width of group names in inches, maximum number of letters per line, and maximum number of lines."""
+VERDICT_COLORS = {"better": GOOD, "worse": BAD}
+NUM_MARKERS = 10
+"""Markers on a curve: enough to identify it without its color, too few to hide it."""
+MAX_GROUPS_WITH_RUNS = 4
+"""With more groups, curves of single runs would hide the means."""
 
 
-def seeds_drawing(metric: MetricComparison, name: str) -> Drawing | None:
-    """Each run's value, a row for each group; lines join the runs of one seed."""
+def plot_values_by_seed(metric: MetricComparison, name: str) -> Plot | None:
+    """Plot the value of each run in a row for each group; lines join runs of one seed."""
     groups = [group for group in metric.groups if group.values_by_seed]
     if not groups:
         return None
-    figure, axes, places = _rows([group.label for group in groups], metric.metric)
+    figure, axes, places = _create_rows([group.label for group in groups], metric.metric)
     for seed in sorted({seed for group in groups for seed in group.values_by_seed}):
         line = [(group.values_by_seed.get(seed), place) for group, place in zip(groups, places, strict=True)]
         for (start, above), (end, below) in pairwise(line):
@@ -52,45 +52,46 @@ def seeds_drawing(metric: MetricComparison, name: str) -> Drawing | None:
                 axes.plot([start, end], [above, below], color=QUIET, alpha=0.55, linewidth=0.8)
     for number, (group, place) in enumerate(zip(groups, places, strict=True)):
         values = list(group.values_by_seed.values())
-        own = look(number)
-        axes.plot([group.mean, group.mean], [place - 0.3, place + 0.3], color=own.colour, linewidth=2.5, alpha=0.5)
-        axes.plot(values, [place] * len(values), own.marker, color=own.colour, markersize=6, markeredgecolor=PAPER)
+        style = line_style(number)
+        axes.plot([group.mean, group.mean], [place - 0.3, place + 0.3], color=style.color, linewidth=2.5, alpha=0.5)
+        axes.plot(values, [place] * len(values), style.marker, color=style.color, markersize=6, markeredgecolor=PAPER)
     label = "; ".join(f"{group.label}: mean {group.mean:.4g} of {len(group.values_by_seed)}" for group in groups)
     better = "lower" if metric.lower_is_better else "higher"
     caption = f"{metric.metric} of each run, {metric.at}; {better} is better. Bars: means; lines join runs of one seed."
-    return Drawing(figure, name, f"{metric.metric} of each run. {label}", caption)
+    return Plot(figure, name, f"{metric.metric} of each run. {label}", caption)
 
 
-def forest_drawing(metric: MetricComparison, baseline: str, name: str) -> Drawing | None:
-    """The mean difference of each group from the baseline with its interval, over the differences of the seeds."""
+def plot_forest(metric: MetricComparison, baseline: str, name: str) -> Plot | None:
+    """Plot each group's mean difference from the baseline with its interval and the differences of the seeds."""
     differences = [difference for difference in metric.differences if difference.pairs]
     if not differences:
         return None
-    figure, axes, places = _rows([each.label for each in differences], f"difference in {metric.metric}")
+    figure, axes, places = _create_rows([each.label for each in differences], f"difference in {metric.metric}")
     axes.axvline(0, color=INK, linewidth=1.0)
     for each, place in zip(differences, places, strict=True):
-        colour = COLOURS.get(each.verdict, QUIET)
+        color = VERDICT_COLORS.get(each.verdict, QUIET)
         pairs = list(each.pairs.values())
         axes.plot(pairs, [place + 0.27] * len(pairs), "o", color=QUIET, markersize=3, alpha=0.65, markeredgewidth=0)
         if each.low is not None and each.high is not None:
-            axes.plot([each.low, each.high], [place, place], "|-", color=colour, linewidth=2, markersize=7)
-        axes.plot([each.mean], [place], "D", color=colour, markersize=6, markeredgecolor=PAPER)
+            axes.plot([each.low, each.high], [place, place], "|-", color=color, linewidth=2, markersize=7)
+        axes.plot([each.mean], [place], "D", color=color, markersize=6, markeredgecolor=PAPER)
     low, high = axes.get_xlim()
-    reach = max(abs(low), abs(high))
-    axes.set_xlim(min(low, -0.15 * reach), max(high, 0.15 * reach))
+    limit = max(abs(low), abs(high))
+    axes.set_xlim(min(low, -0.15 * limit), max(high, 0.15 * limit))
     side = "left" if metric.lower_is_better else "right"
     caption = (
-        f"Less {baseline}, seed by seed: {side} of the line is better. Diamonds: means; lines: 95 % intervals, each "
-        "group’s alone, grey where no difference is shown after the correction for all groups; dots: seeds."
+        f"Difference from {baseline}, paired by seed; {side} of the line is better. Diamonds: means; lines: 95 % "
+        "intervals, not corrected, gray if no difference is shown after the correction for all groups; dots: seeds."
     )
     label = "; ".join(f"{each.label} {each.mean:+.4g}, {each.verdict}" for each in differences)
-    return Drawing(figure, name, f"Differences in {metric.metric} from {baseline}. {label}", caption)
+    return Plot(figure, name, f"Differences in {metric.metric} from {baseline}. {label}", caption)
 
 
-def curves_drawings(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[Drawing]:
-    """A validation metric of every group: means over seeds, bands of one deviation; the last half larger.
+def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[Plot]:
+    """Plot a validation metric of all groups, and the second half again on a larger scale.
 
-    Of `MOST_WITH_RUNS` groups or fewer each run, too. By tokens, if all runs recorded them, else by updates.
+    Lines are means over seeds with a band of one standard deviation; with at most `MAX_GROUPS_WITH_RUNS` groups, single
+    runs are shown too. The horizontal axis is tokens if all runs recorded them, else updates.
     """
     runs = [run for members in groups.values() for run in members]
     by_tokens = all("tokens" in line for run in runs for line in run.metrics if metric in line)
@@ -104,37 +105,43 @@ def curves_drawings(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> l
         for label, members in curves.items()
     }
     late = {label: kept for label, members in late.items() if (kept := [each for each in members if len(each) > 1])}
-    caption = "Lines: means over seeds, where all of a group were measured; bands: one deviation"
-    caption += "; thin: runs." if len(curves) <= MOST_WITH_RUNS else "."
-    shown = [_curves(curves, by_tokens, "curves", metric, caption)]
+    caption = "Lines: means over seeds, where all runs of a group have values; bands: one standard deviation"
+    caption += "; thin lines: runs." if len(curves) <= MAX_GROUPS_WITH_RUNS else "."
+    shown = [_plot_group_curves(curves, by_tokens, "curves", metric, caption)]
     if late:
-        shown.append(_curves(late, by_tokens, "late-curves", f"{metric}, the last half", "The same, larger."))
+        shown.append(
+            _plot_group_curves(
+                late, by_tokens, "late-curves", f"{metric}, second half", "The second half on a larger scale."
+            )
+        )
     return shown
 
 
-def _curves(curves: Mapping[str, Sequence[Series]], by_tokens: bool, name: str, title: str, caption: str) -> Drawing:
-    columns = 2 if max(map(len, curves)) < LETTERS else 1
-    figure, (axes,) = panels(
+def _plot_group_curves(
+    curves: Mapping[str, Sequence[Series]], by_tokens: bool, name: str, title: str, caption: str
+) -> Plot:
+    columns = 2 if max(map(len, curves)) < MAX_NAME_LETTERS else 1
+    figure, (axes,) = create_panels(
         [title], height=2.6, legend_rows=math.ceil(len(curves) / columns),
-        x_label="tokens, with those of the stage before" if by_tokens else "update",
+        x_label="tokens, including stage 1" if by_tokens else "update",
     )  # fmt: skip
     for number, (label, members) in enumerate(curves.items()):
         short = textwrap.shorten(label, 48, placeholder=" …")
-        _group_curve(axes, members, number, short, with_runs=len(curves) <= MOST_WITH_RUNS)
+        _add_group_curve(axes, members, number, short, with_runs=len(curves) <= MAX_GROUPS_WITH_RUNS)
     if by_tokens:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
-        legend(axes, columns)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_tokens(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
+        add_legend(axes, columns)
     else:
-        finish(axes, columns)
+        finish_axes(axes, columns)
     ends = "; ".join(
         f"{label} ends at {np.mean([each[-1][1] for each in members]):.4g}" for label, members in curves.items()
     )
-    return Drawing(figure, name, f"{title} of every group. {ends}", caption)
+    return Plot(figure, name, f"{title} of every group. {ends}", caption)
 
 
 def validation_curve(run: RunRecord, metric: str, by_tokens: bool) -> Series:
-    """A validation metric by step, or by all tokens that were trained on until then."""
+    """Return a validation metric by step, or by tokens including stage 1; finite values only."""
     before = int((run.summary.get("pretrain") or {}).get("total_tokens") or 0)
     curve = [
         (line["tokens"] + before if by_tokens else line["step"], float(line[metric]))
@@ -142,15 +149,15 @@ def validation_curve(run: RunRecord, metric: str, by_tokens: bool) -> Series:
         if metric in line
     ]
     finite = [pair for pair in curve if math.isfinite(pair[1])]
-    return [finite[place] for place in thinned(np.array([value for _, value in finite]))] if finite else []
+    return [finite[place] for place in downsample_indices(np.array([value for _, value in finite]))] if finite else []
 
 
-def reach_drawing(reach: Sequence[Reach], baseline: str) -> Drawing | None:
-    """Tokens to the baseline's best loss, as ratios."""
-    shown = [each for each in reach if any(pair.tokens is not None for pair in each.pairs)]
+def plot_tokens_to_target(results: Sequence[TokensToTarget], baseline: str) -> Plot | None:
+    """Plot the tokens to the baseline's best loss, as ratios."""
+    shown = [each for each in results if any(pair.tokens is not None for pair in each.pairs)]
     if not shown:
         return None
-    figure, axes, places = _rows([each.label for each in shown], f"tokens, as a multiple of {baseline}’s")
+    figure, axes, places = _create_rows([each.label for each in shown], f"tokens relative to {baseline}")
     axes.axvline(1, color=INK, linewidth=1.0)
     known = [ratio for each in shown for ratio in (each.low, each.high, *_ratios(each)) if ratio is not None]
     start, end = min(0.9, *known) / 1.05, max(1.1, *known) * 1.05
@@ -167,41 +174,41 @@ def reach_drawing(reach: Sequence[Reach], baseline: str) -> Drawing | None:
             axes.plot([end], [place], ">", color=LINES[0], markersize=6, clip_on=False)
         if each.ratio is not None:
             axes.plot([each.ratio], [place], "D", color=LINES[0], markersize=6, markeredgecolor=PAPER)
-    logarithmic_across(axes)
+    set_log_x_axis(axes)
     label = "; ".join(f"{each.label} {'never' if each.ratio is None else f'{each.ratio:.3g}'}" for each in shown)
     caption = (
-        "Left of the line is faster. Diamonds: medians with 95 % intervals; dots: seeds. Arrows go on: a seed that "
-        "never reached it, an interval without end."
+        "Left of the line is faster. Diamonds: medians with 95 % intervals; dots: seeds. Arrows: a seed that never "
+        "reached the loss, or an interval without an upper end."
     )
-    return Drawing(figure, "reach", f"Tokens to {baseline}’s best loss as a multiple of its own: {label}", caption)
+    return Plot(figure, "reach", f"Tokens to {baseline}’s best loss, relative to its own tokens: {label}", caption)
 
 
-def _ratios(reach: Reach) -> list[float]:
-    return [pair.tokens / pair.baseline_tokens for pair in reach.pairs if pair.tokens is not None]
+def _ratios(result: TokensToTarget) -> list[float]:
+    return [pair.tokens / pair.baseline_tokens for pair in result.pairs if pair.tokens is not None]
 
 
-def _rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, list[float]]:
-    """A row for each label, which is broken into lines; the rows' places from the top."""
-    names = [textwrap.fill(label, LETTERS, max_lines=MOST_LINES, placeholder=" …") for label in labels]
+def _create_rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, list[float]]:
+    """Return a figure with a row for each label, broken into lines, and the vertical positions of the rows."""
+    names = [textwrap.fill(label, MAX_NAME_LETTERS, max_lines=MAX_NAME_LINES, placeholder=" …") for label in labels]
     heights = [max(2.2, 1.15 * (name.count("\n") + 1) + 0.6) / 2.2 for name in names]
     edges = np.concatenate([[0], np.cumsum(heights)])
     places = [float(start + end) / 2 for start, end in pairwise(edges)]
-    figure, (axes,) = panels([""], height=0.36 * edges[-1] + 0.1, left=NAMES, x_label=x_label)
+    figure, (axes,) = create_panels([""], height=0.36 * edges[-1] + 0.1, left=NAME_WIDTH, x_label=x_label)
     axes.set_yticks(places, names, horizontalalignment="left")
-    axes.tick_params(axis="y", pad=72 * NAMES - 2)
+    axes.tick_params(axis="y", pad=72 * NAME_WIDTH - 2)
     axes.set_ylim(edges[-1], 0)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", visible=True)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, min_n_ticks=3))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS, min_n_ticks=3))
     axes.margins(x=0.06)
     axes.spines["left"].set_visible(False)
     return figure, axes, places
 
 
-def _group_curve(axes: Axes, members: Sequence[Series], number: int, label: str, with_runs: bool) -> None:
-    own = look(number)
+def _add_group_curve(axes: Axes, members: Sequence[Series], number: int, label: str, with_runs: bool) -> None:
+    style = line_style(number)
     for member in members if with_runs else ():
-        axes.plot(*zip(*member, strict=True), color=own.colour, linewidth=0.5, alpha=0.4)
+        axes.plot(*zip(*member, strict=True), color=style.color, linewidth=0.5, alpha=0.4)
     grid = np.unique([place for member in members for place, _ in member])
     first, last = (pick(member[end][0] for member in members) for pick, end in ((max, 0), (min, -1)))
     grid = grid[(grid >= first) & (grid <= last)]
@@ -210,18 +217,18 @@ def _group_curve(axes: Axes, members: Sequence[Series], number: int, label: str,
     ])  # fmt: skip
     mean = values.mean(axis=0)
     axes.plot(
-        grid, mean, color=own.colour, linestyle=own.dash, marker=own.marker, markevery=math.ceil(len(grid) / MARKS),
-        label=label,
+        grid, mean, color=style.color, linestyle=style.dash, marker=style.marker,
+        markevery=math.ceil(len(grid) / NUM_MARKERS), label=label,
     )  # fmt: skip
     if len(members) > 1:
         deviation = values.std(axis=0, ddof=1)
-        axes.fill_between(grid, mean - deviation, mean + deviation, color=own.colour, alpha=0.12, linewidth=0)
+        axes.fill_between(grid, mean - deviation, mean + deviation, color=style.color, alpha=0.12, linewidth=0)
 
 
-def _tokens(value: float) -> str:
-    """A count of tokens, short enough for an axis.
+def _format_tokens(value: float) -> str:
+    """Return a number of tokens in short form.
 
-    >>> _tokens(1_500_000), _tokens(20_000), _tokens(0)
+    >>> _format_tokens(1_500_000), _format_tokens(20_000), _format_tokens(0)
     ('1.5 M', '20 k', '0')
     """
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):

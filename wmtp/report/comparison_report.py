@@ -1,4 +1,4 @@
-"""The page of a comparison: the question, the answer in words, and what it rests on."""
+"""compare.html: the page of a comparison, with verdicts, plots, tests, and the compared runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,23 +9,23 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from wmtp.report import comparison_plots
-from wmtp.report.grouping import differing
+from wmtp.report.grouping import distinguishing_settings
 from wmtp.report.html import (
     Section,
     breakable,
+    bullet_list,
     card,
     cards,
     code,
     details,
     figures,
-    listed,
+    muted_paragraph,
     paragraph,
-    quiet,
     table,
-    write_page,
+    write_html,
 )  # fmt: skip
-from wmtp.report.plots import page_style
-from wmtp.report.results import Comparison, Difference, MetricComparison, Reach
+from wmtp.report.plots import plot_style
+from wmtp.report.results import Comparison, Difference, MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import FILE_NAME
 from wmtp.report.statistics import SEEDS_CAP
@@ -34,13 +34,13 @@ KINDS = {"better": "good", "worse": "bad"}
 ABSENT = "–"
 
 
-def write_comparison_page(path: Path, comparison: Comparison) -> None:
-    """Write the page in one piece. The runs' own pages are linked from it, where they are, by relative paths."""
-    asked = comparison.metrics[0]
-    title = f"{asked.metric} against {comparison.baseline}"
-    with page_style():
+def write_comparison_report(path: Path, comparison: Comparison) -> None:
+    """Write the page atomically, with relative links to the report.html of the runs."""
+    requested = comparison.metrics[0]
+    title = f"{requested.metric} compared with {comparison.baseline}"
+    with plot_style():
         sections = [section for section in _sections(path, comparison) if section.body]
-        write_page(path, f"{title} – wmtp", _header(comparison, title), sections)
+        write_html(path, f"{title} – wmtp", _header(comparison, title), sections)
 
 
 def _sections(path: Path, comparison: Comparison) -> list[Section]:
@@ -50,93 +50,104 @@ def _sections(path: Path, comparison: Comparison) -> list[Section]:
         for number, metric in enumerate(comparison.metrics, 1)
     ]
     return [
-        Section("answer", "The answer", _answer(comparison)),
+        Section("answer", "Result", _result(comparison)),
         *shown,
-        Section("curves", f"{comparison.loss} at every validation", _curves(comparison)),
-        Section("reach", f"Tokens to {baseline}’s best {comparison.loss}", _reach(comparison.reach, baseline)),
-        Section("notes", "Notes", listed(comparison.notes)),
-        Section("differs", "What differs", _what_differs(comparison)),
+        Section("curves", f"{comparison.loss} over the training", _curves(comparison)),
+        Section(
+            "reach",
+            f"Tokens to reach {baseline}’s best {comparison.loss}",
+            _tokens_to_target(comparison.tokens_to_target, baseline),
+        ),
+        Section("notes", "Notes", bullet_list(comparison.notes)),
+        Section("differs", "Config differences", _config_differences(comparison)),
         Section("runs", "Runs", _runs(path, comparison)),
     ]
 
 
 def _curves(comparison: Comparison) -> Markup:
-    shown, asked = (
-        figures(comparison_plots.curves_drawings(comparison.groups, comparison.loss)),
+    shown, metric = (
+        figures(comparison_plots.plot_curves(comparison.groups, comparison.loss)),
         comparison.metrics[0].metric,
     )
-    if not shown or asked == comparison.loss:
+    if not shown or metric == comparison.loss:
         return shown
-    return quiet(f"{asked} is no loss that every validation measured; the curves are of {comparison.loss}.") + shown
+    return (
+        muted_paragraph(f"{metric} is not a loss that all validations have; the curves show {comparison.loss}.") + shown
+    )
 
 
 def _header(comparison: Comparison, title: str) -> Markup:
     count = sum(map(len, comparison.groups.values()))
-    asked = comparison.metrics[0]
-    better = "lower" if asked.lower_is_better else "higher"
+    requested = comparison.metrics[0]
+    better = "lower" if requested.lower_is_better else "higher"
     question = (
-        f"Is {asked.metric} better than {comparison.baseline}’s? Of the {asked.at}; {better} is better. {count} runs "
-        f"in {len(comparison.groups)} groups; each run is held against the run of {comparison.baseline} with its seed."
+        f"Is {requested.metric} better than {comparison.baseline}’s? Measured: {requested.at}; {better} is better. "
+        f"{count} runs in {len(comparison.groups)} groups; each run is compared with the run of "
+        f"{comparison.baseline} that has the same seed."
     )
     return Markup("<h1>{}</h1>\n").format(title) + paragraph(question, "quiet")
 
 
-def _answer(comparison: Comparison) -> Markup:
-    asked = comparison.metrics[0]
-    if not asked.differences:
-        return quiet("There is one group, and nothing to hold it against.")
+def _result(comparison: Comparison) -> Markup:
+    requested = comparison.metrics[0]
+    if not requested.differences:
+        return muted_paragraph("There is only one group, so nothing can be compared.")
     body = cards(
-        card(each.label, KINDS.get(each.verdict, "quiet"), each.verdict, paragraph(in_words(each)))
-        for each in asked.differences
+        card(each.label, KINDS.get(each.verdict, "quiet"), each.verdict, paragraph(describe_difference(each)))
+        for each in requested.differences
     )
     if len(comparison.metrics) > 1:
         rows = [
-            [metric.metric, *(_verdict(_of(metric, each.label)) for each in asked.differences)]
+            [metric.metric, *(_verdict(_find_difference(metric, each.label)) for each in requested.differences)]
             for metric in comparison.metrics
         ]
-        head = ["metric", *(breakable(each.label) for each in asked.differences)]
-        body += paragraph("The same question of every metric; each is corrected on its own.")
+        head = ["metric", *(breakable(each.label) for each in requested.differences)]
+        body += paragraph("Verdicts for all metrics; p-values are corrected for each metric separately.")
         body += table(head, rows, names=range(1, len(head)))
     return body
 
 
-def in_words(difference: Difference) -> str:
-    """The answer for one group in a sentence or two."""
+def describe_difference(difference: Difference) -> str:
+    """Return the result for one group in one to three sentences."""
     seeds = f"{len(difference.pairs)} {'seed' if len(difference.pairs) == 1 else 'seeds'}"
     if not difference.pairs:
         return "No seed has a run in both groups."
-    return f"{_in_words_of_pairs(difference, seeds)}{_lost(difference)}"
+    return f"{_describe_pairs(difference, seeds)}{_describe_failed_runs(difference)}"
 
 
-def _in_words_of_pairs(difference: Difference, seeds: str) -> str:
-    mean = f"Mean difference {_signed(difference.mean)}"
+def _describe_pairs(difference: Difference, seeds: str) -> str:
+    mean = f"Mean difference {_format_signed(difference.mean)}"
     if difference.low is None or difference.high is None:
-        return f"{mean} of {seeds}. One seed or two show nothing: what differs may be chance."
-    interval = f"{mean}, 95 % interval {_signed(difference.low)} to {_signed(difference.high)}, of {seeds}"
-    holm = "" if difference.p_holm is None else f"; p {_p(difference.p_holm)}, corrected for the groups compared"
-    said = f"{interval}{holm}."
+        return f"{mean} over {seeds}. One or two seeds are too few: the difference may be chance."
+    interval = (
+        f"{mean}, 95 % interval {_format_signed(difference.low)} to {_format_signed(difference.high)}, over {seeds}"
+    )
+    holm = (
+        "" if difference.p_holm is None else f"; p {_format_p(difference.p_holm)}, corrected for the number of groups"
+    )
+    text = f"{interval}{holm}."
     if difference.verdict != "no difference shown":
-        return said
+        return text
     if not difference.low <= 0 <= difference.high:
-        said += " The interval leaves out zero, but is this group’s alone: corrected, it would not."
-    return f"{said} That is not to say that there is no difference: {_needed(difference)}."
+        text += " The interval excludes zero, but without correction; corrected, it would include zero."
+    return f"{text} This does not prove that there is no difference: {_describe_seeds_needed(difference)}."
 
 
-def _lost(difference: Difference) -> str:
-    """Which runs failed, and what that does to the verdict."""
-    sides = (("", difference.lost), (" of the baseline", difference.baseline_lost))
-    said = "".join(f" {lost}{side}." for side, lost in sides if lost.failed)
+def _describe_failed_runs(difference: Difference) -> str:
+    """Return sentences on failed runs and their effect on the verdict."""
+    sides = (("runs", difference.lost), ("baseline runs", difference.baseline_lost))
+    text = "".join(f" {lost.failed} of {lost.runs} {name} failed." for name, lost in sides if lost.failed)
     if difference.verdict == "runs failed":
-        said += " Those that are left may be the lucky ones, so nothing is said in favour of that side."
-    return said
+        text += " The remaining runs may be better than average, so no verdict favors that side."
+    return text
 
 
-def _needed(difference: Difference) -> str:
+def _describe_seeds_needed(difference: Difference) -> str:
     needed = difference.seeds_needed
     if needed is None:
-        return "how many seeds would show one of this size cannot be said"
+        return "the number of seeds that would show one of this size cannot be estimated"
     many = f"more than {SEEDS_CAP:,}" if needed > SEEDS_CAP else f"about {needed:,}"
-    return f"a true one of this size would be shown by {many} seeds, four times in five"
+    return f"{many} seeds would show a true difference of this size with 80 % power"
 
 
 def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:
@@ -148,15 +159,15 @@ def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:
          *([str(group.lost) if group.lost.failed else ABSENT] if with_lost else [])]
         for group in metric.groups
     ]  # fmt: skip
-    drawn = figures(
+    plots = figures(
         [
-            comparison_plots.seeds_drawing(metric, f"{name}-seeds"),
-            comparison_plots.forest_drawing(metric, baseline, f"{name}-forest"),
+            comparison_plots.plot_values_by_seed(metric, f"{name}-seeds"),
+            comparison_plots.plot_forest(metric, baseline, f"{name}-forest"),
         ]
     )
     head = ["group", "seeds", "mean", "deviation", *(["without a value"] if with_lost else [])]
     means = table(head, rows, numbers=range(1, len(head)), names=[0])
-    return paragraph(f"{better}. Measured: {metric.at}.") + means + drawn + _tests(metric)
+    return paragraph(f"{better}. Measured: {metric.at}.") + means + plots + _tests(metric)
 
 
 def _tests(metric: MetricComparison) -> Markup:
@@ -167,92 +178,98 @@ def _tests(metric: MetricComparison) -> Markup:
     head += ["won : lost", "McNemar → Holm"] * with_problems
     rows = [_test_row(each, with_problems) for each in metric.differences]
     body = table(head, rows, numbers=range(2, len(head)), names=[0])
-    said = "Arrows: p-values before and after Holm’s correction for the groups compared."
+    text = "Arrows: p-values before and after Holm’s correction for the number of groups."
     if with_problems:
-        said += " Won and lost: test problems that more seeds of the group, or of the baseline, solved."
-    body += quiet(said)
+        text += " Won and lost: test problems that more seeds of the group, or of the baseline, solved."
+    body += muted_paragraph(text)
     floors = {each.wilcoxon_floor for each in metric.differences if each.wilcoxon_floor >= 0.05}
     if floors:
-        body += quiet(f"With so few pairs, Wilcoxon’s test cannot give a p below {max(floors):.4g}.")
+        body += muted_paragraph(f"With so few pairs, Wilcoxon’s test cannot give a p below {max(floors):.4g}.")
     return body
 
 
 def _test_row(each: Difference, with_problems: bool) -> list[Any]:
-    interval = ABSENT if each.low is None or each.high is None else f"{_signed(each.low)} to {_signed(each.high)}"
+    interval = (
+        ABSENT
+        if each.low is None or each.high is None
+        else f"{_format_signed(each.low)} to {_format_signed(each.high)}"
+    )
     needed, mcnemar = each.seeds_needed, each.mcnemar
     row = [
-        breakable(each.label), _verdict(each), len(each.pairs), _signed(each.mean) if each.pairs else ABSENT, interval,
-        _corrected(each.p, each.p_holm), _corrected(each.wilcoxon, each.wilcoxon_holm),
+        breakable(each.label), _verdict(each), len(each.pairs), _format_signed(each.mean) if each.pairs else ABSENT,
+        interval, _format_corrected(each.p, each.p_holm), _format_corrected(each.wilcoxon, each.wilcoxon_holm),
         ABSENT if needed is None else f"> {SEEDS_CAP}" if needed > SEEDS_CAP else str(needed),
     ]  # fmt: skip
     if with_problems:
         row += [f"{mcnemar.won} : {mcnemar.lost}" if mcnemar else ABSENT]
-        row += [_corrected(mcnemar.p if mcnemar else None, each.mcnemar_holm)]
+        row += [_format_corrected(mcnemar.p if mcnemar else None, each.mcnemar_holm)]
     return row
 
 
-def _reach(reach: list[Reach], baseline: str) -> Markup:
-    if not reach:
+def _tokens_to_target(results: list[TokensToTarget], baseline: str) -> Markup:
+    if not results:
         return Markup()
     rows = [
-        (breakable(each.label), len(each.pairs), _ratio(each.ratio), _ratio_interval(each), each.never)
-        for each in reach
+        (breakable(each.label), len(each.pairs), _format_ratio(each.ratio), _ratio_interval(each), each.never)
+        for each in results
     ]
     pairs = [
         (breakable(each.label), pair.seed, f"{pair.target:.4g}", f"{pair.baseline_tokens:,.0f}",
          "never" if pair.tokens is None else f"{pair.tokens:,.0f}", f"{pair.baseline_stage_tokens:,}",
          f"{pair.stage_tokens:,}")
-        for each in reach for pair in each.pairs
+        for each in results for pair in each.pairs
     ]  # fmt: skip
     each_seed = table(
-        ["group", "seed", "best loss of " + baseline, "its tokens", "the group’s", "its stage before", "the group’s"],
+        ["group", "seed", "best loss of " + baseline, "its tokens", "the group’s", "its stage 1 tokens", "the group’s"],
         pairs, numbers=range(1, 7), names=[0],
     )  # fmt: skip
-    lead = (
-        f"Tokens until {reach[0].metric} was as good as the best of {baseline}’s run with the same seed, as a multiple "
-        "of that run’s; below 1 is faster. Those of the stage before count."
+    introduction = (
+        f"Tokens until {results[0].metric} reached the best value of {baseline}’s run with the same seed, divided by "
+        "the tokens of that run; below 1 is faster. Tokens of stage 1 are included."
     )
     head = ["group", "pairs", "median ratio", "95 % interval", "never reached"]
     return (
-        paragraph(lead)
+        paragraph(introduction)
         + table(head, rows, numbers=range(1, 5), names=[0])
-        + figures([comparison_plots.reach_drawing(reach, baseline)])
+        + figures([comparison_plots.plot_tokens_to_target(results, baseline)])
         + details("Seed by seed", each_seed, printed=True)
     )
 
 
-def _ratio_interval(each: Reach) -> str:
+def _ratio_interval(each: TokensToTarget) -> str:
     if not each.has_interval:
         return ABSENT
-    return _ratio(None) if each.low is None else f"{_ratio(each.low)} to {_ratio(each.high)}"
+    return _format_ratio(None) if each.low is None else f"{_format_ratio(each.low)} to {_format_ratio(each.high)}"
 
 
-def _ratio(value: float | None) -> str:
+def _format_ratio(value: float | None) -> str:
     return "∞" if value is None else f"{value:.3g}"
 
 
-def _what_differs(comparison: Comparison) -> Markup:
-    settings = {label: differing(runs[0]) for label, runs in comparison.groups.items() if runs}
+def _config_differences(comparison: Comparison) -> Markup:
+    settings = {label: distinguishing_settings(runs[0]) for label, runs in comparison.groups.items() if runs}
     keys = dict.fromkeys(key for setting in settings.values() for key in setting)
     varying = [key for key in keys if len({str(setting.get(key)) for setting in settings.values()}) > 1]
     if not varying:
-        return quiet("The configs do not differ.")
-    naming = [key for key in varying if any(_is_named(key, setting, label) for label, setting in settings.items())]
-    others = [key for key in varying if key not in naming and "@" not in key and "_target_" not in key.split(".")]
-    body = _settings(settings, naming) if naming else Markup()
+        return muted_paragraph("The configs are equal.")
+    in_labels = [
+        key for key in varying if any(_is_in_label(key, setting, label) for label, setting in settings.items())
+    ]
+    others = [key for key in varying if key not in in_labels and "@" not in key and "_target_" not in key.split(".")]
+    body = _settings(settings, in_labels) if in_labels else Markup()
     if others:
-        body += details(f"{len(others)} more keys", _settings(settings, others))
+        body += details(f"{len(others)} more key{'s' if len(others) > 1 else ''}", _settings(settings, others))
     return body
 
 
-def _is_named(key: str, setting: Mapping[str, Any], label: str) -> bool:
-    """Whether a label says what a key is in its group."""
+def _is_in_label(key: str, setting: Mapping[str, Any], label: str) -> bool:
+    """Return whether a label contains the value of a key."""
     value, parts = setting.get(key), label.split(", ")
     return f"{key.removesuffix('=')}={value}" in parts or (key.endswith("=") and value in parts)
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Markup:
-    """A row for each key, a column for each group."""
+    """Return a table with a row for each key and a column for each group."""
     rows = [
         [code(breakable(key.removesuffix("="))),
          *(code(breakable(str(setting[key]))) if key in setting else ABSENT for setting in settings.values())]
@@ -284,7 +301,7 @@ def _link(path: Path, run: RunRecord) -> Markup | str:
     return Markup('<a href="{}">{}</a>').format(quote(relative), run.name)
 
 
-def _of(metric: MetricComparison, label: str) -> Difference | None:
+def _find_difference(metric: MetricComparison, label: str) -> Difference | None:
     return next((each for each in metric.differences if each.label == label), None)
 
 
@@ -295,23 +312,23 @@ def _verdict(difference: Difference | None) -> Markup | str:
     return Markup('<span class="{}">{}</span>').format(kind, difference.verdict)
 
 
-def _signed(value: float) -> str:
-    """A difference with its sign.
+def _format_signed(value: float) -> str:
+    """Return a difference with its sign.
 
-    >>> _signed(-0.01234), _signed(0.5)
+    >>> _format_signed(-0.01234), _format_signed(0.5)
     ('−0.0123', '+0.5')
     """
     return f"{value:+.3g}".replace("-", "−")
 
 
-def _corrected(p: float | None, holm: float | None) -> str:
-    return ABSENT if p is None else f"{_p(p)} → {_p(holm)}"
+def _format_corrected(p: float | None, holm: float | None) -> str:
+    return ABSENT if p is None else f"{_format_p(p)} → {_format_p(holm)}"
 
 
-def _p(value: float | None) -> str:
-    """A p-value.
+def _format_p(value: float | None) -> str:
+    """Return a p-value as text.
 
-    >>> _p(0.0312), _p(0.00001), _p(None)
+    >>> _format_p(0.0312), _format_p(0.00001), _format_p(None)
     ('0.031', '< 0.001', '–')
     """
     if value is None:

@@ -1,48 +1,48 @@
-"""Runs that differ in nothing but their seed belong together; a group is called by what sets it apart."""
+"""Groups of runs whose configs differ only in the seed, and their labels."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from wmtp.config.flatten import flat
+from wmtp.config.flatten import flatten
 from wmtp.report.run_record import RunRecord
 
-WITHOUT_EFFECT = (
+IGNORED_KEYS = (
     "seed", "algo.seed", "run_name", "tags", "resume", "resume_override", "dry_run", "cache_dir", "tracking",
     "checkpoint", "sweep", "report", "num_validation_samples", "num_samples", "sandbox", "log_interval",
     "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
-"""Keys that say where a run is, whom it tells, what else is measured, or which of several alike it is."""
+"""Config keys that do not make two runs different: paths, tracking, extra measurements, and the seed."""
 
 
-def grouped(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The runs by the label of their group, in the order of the first of each.
+def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Return the runs by group label, in the order of the first run of each group.
 
-    A label names the keys that tell the groups apart, but for those that follow from the ones before: `algo` first
-    (without its name), then other options of config groups, then values.
+    A label consists of the keys that distinguish the groups, without keys that follow from earlier ones: first `algo`
+    (without its name), then options of other config groups, then values.
     """
-    settings = [differing(run) for run in runs]
-    keys = _candidates(settings)
+    settings = [distinguishing_settings(run) for run in runs]
+    keys = _varying_keys(settings)
     groups: dict[str, list[RunRecord]] = {}
     for run, setting in zip(runs, settings, strict=True):
         groups.setdefault(_label(setting, keys, settings), []).append(run)
     return groups
 
 
-def differing(run: RunRecord) -> dict[str, str]:
-    """What can set a run apart: its chosen options, under `group=`, and its config's values, but for nulls."""
+def distinguishing_settings(run: RunRecord) -> dict[str, str]:
+    """Return all settings that can distinguish a run: chosen options as `group=`, and non-null config values."""
     chosen = {
         f"{group}=": option
         for group, option in run.choices.items()
-        if _counts(group) and "@" not in group and run.config.get(group) is not None
+        if _is_relevant(group) and "@" not in group and run.config.get(group) is not None
     }
-    values = flat(run.config).items()
-    return chosen | {key: _word(value) for key, value in values if _counts(key) and value is not None}
+    values = flatten(run.config).items()
+    return chosen | {key: _format_value(value) for key, value in values if _is_relevant(key) and value is not None}
 
 
-def _word(value: Any) -> str:
-    """A value as it stands in labels; numbers that are equal look alike.
+def _format_value(value: Any) -> str:
+    """Return a value as it appears in labels; equal numbers look the same.
 
-    >>> _word(1), _word(1.0), _word(True), _word(3e-3)
+    >>> _format_value(1), _format_value(1.0), _format_value(True), _format_value(3e-3)
     ('1', '1', 'true', '0.003')
     """
     if isinstance(value, bool):
@@ -50,26 +50,26 @@ def _word(value: Any) -> str:
     return repr(float(value)).removesuffix(".0") if isinstance(value, int | float) else str(value)
 
 
-def _counts(key: str) -> bool:
-    apart = key.startswith(("hydra", "experiment")) or any(
-        key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT
+def _is_relevant(key: str) -> bool:
+    ignored = key.startswith(("hydra", "experiment")) or any(
+        key == name or key.startswith(f"{name}.") for name in IGNORED_KEYS
     )
-    return not apart
+    return not ignored
 
 
-def _candidates(settings: Sequence[dict[str, str]]) -> list[str]:
-    """Keys whose values differ: `algo` first, then other options, then values as the config has them."""
+def _varying_keys(settings: Sequence[dict[str, str]]) -> list[str]:
+    """Return the keys whose values differ: `algo` first, then other options, then config values in their order."""
     keys = dict.fromkeys(key for setting in settings for key in setting)
     varying = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     return sorted(varying, key=lambda key: (key != "algo=", not key.endswith("="), "_target_" in key))
 
 
 def _label(setting: dict[str, str], keys: Sequence[str], settings: Sequence[dict[str, str]]) -> str:
-    parts, missing, alike = [], [], list(settings)
+    parts, missing, matching = [], [], list(settings)
     for key in keys:
         value, name = setting.get(key), key.removesuffix("=")
-        if len({other.get(key) for other in alike}) > 1:
+        if len({other.get(key) for other in matching}) > 1:
             parts += [] if value is None else [f"{name}={value}".removeprefix("algo=")]
             missing += [f"no {name}"] if value is None else []
-        alike = [other for other in alike if other.get(key) == value]
+        matching = [other for other in matching if other.get(key) == value]
     return ", ".join(parts or missing) or "all"

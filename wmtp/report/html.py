@@ -1,4 +1,4 @@
-"""Pages: one HTML file each, that needs nothing else. What comes from a run is escaped wherever it is put in."""
+"""Building blocks of self-contained HTML pages. Text from a run is always escaped."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from wmtp.report.plots import Drawing, inline
+from wmtp.report.plots import Plot, to_svg
 from wmtp.runtime.atomic_files import replace_atomically
 
 _NOTHING = Markup()
@@ -52,50 +52,50 @@ _TABLE = Markup("""<div class="scroll" tabindex="0" role="group" aria-label="Tab
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page under a heading; `name` is its anchor."""
+    """A section of a page; `name` is its anchor."""
 
     name: str
     title: str
     body: Markup
 
 
-def write_page(path: Path, title: str, header: Markup, sections: Sequence[Section], style: str = "") -> None:
-    """Write the page in one piece; `style` is put after the style sheet of all pages."""
+def write_html(path: Path, title: str, header: Markup, sections: Sequence[Section], style: str = "") -> None:
+    """Write a page atomically; `style` is appended to the style sheet of all pages."""
     content = _PAGE.format(
         title=title,
         style=Markup(_STYLE_SHEET.read_text() + style),
         header=header,
-        contents=joined(Markup('<li><a href="#{}">{}</a></li>').format(part.name, part.title) for part in sections),
-        sections=joined(_SECTION.format(name=part.name, title=part.title, body=part.body) for part in sections),
+        contents=join(Markup('<li><a href="#{}">{}</a></li>').format(part.name, part.title) for part in sections),
+        sections=join(_SECTION.format(name=part.name, title=part.title, body=part.body) for part in sections),
     )
     replace_atomically(path, content.encode())
 
 
-def joined(parts: Iterable[str]) -> Markup:
-    """Parts one after the other; what is not markup is escaped."""
+def join(parts: Iterable[str]) -> Markup:
+    """Concatenate parts; parts that are not markup are escaped."""
     return Markup("").join(parts)
 
 
 def paragraph(text: str, kind: str = "") -> Markup:
-    """A sentence or several."""
+    """Return a paragraph with an optional CSS class."""
     return Markup("<p{}>{}</p>\n").format(_class(kind), text)
 
 
-def quiet(text: str) -> Markup:
-    """A sentence for who would miss what is not there."""
+def muted_paragraph(text: str) -> Markup:
+    """Return a paragraph in a muted color, for notes on missing content."""
     return paragraph(text, "quiet")
 
 
-def figures(drawings: Iterable[Drawing | None], beside: Markup = _NOTHING) -> Markup:
-    """Drawings, and what else stands beside them, as far as there is room; None is one that had nothing to draw."""
+def figures(plots: Iterable[Plot | None], beside: Markup = _NOTHING) -> Markup:
+    """Return plots, and optionally other content beside them, in a grid; None in `plots` is skipped."""
     shown = [
-        Markup("<figure>\n{}\n<figcaption>{}</figcaption>\n</figure>\n").format(inline(drawing), drawing.caption)
-        for drawing in drawings
-        if drawing is not None
+        Markup("<figure>\n{}\n<figcaption>{}</figcaption>\n</figure>\n").format(to_svg(plot), plot.caption)
+        for plot in plots
+        if plot is not None
     ]
     if beside:
         shown.append(Markup("<div>{}</div>\n").format(beside))
-    return Markup('<div class="figures">\n{}</div>\n').format(joined(shown)) if shown else Markup()
+    return Markup('<div class="figures">\n{}</div>\n').format(join(shown)) if shown else Markup()
 
 
 def table(
@@ -106,70 +106,75 @@ def table(
     wide: Iterable[int] = (),
     names: Iterable[int] = (),
 ) -> Markup:
-    """A table in a container of its own that scrolls.
+    """Return a table in a scrollable container.
 
-    Columns of `numbers` stand right; those that are `wide` may break anywhere, those of `names` between words.
+    Args:
+        head: Column headings.
+        rows: A cell for each column.
+        numbers: Columns that are right-aligned.
+        wide: Columns that may be broken at any character.
+        names: Columns that are broken only between words.
     """
     kinds = dict.fromkeys(numbers, "number") | dict.fromkeys(wide, "wide") | dict.fromkeys(names, "name")
     classes = [_class(kinds.get(column, "")) for column in range(len(head))]
-    heads = joined(Markup('<th scope="col"{}>{}</th>').format(*pair) for pair in zip(classes, head, strict=True))
-    body = joined(
+    heads = join(Markup('<th scope="col"{}>{}</th>').format(*pair) for pair in zip(classes, head, strict=True))
+    body = join(
         Markup("<tr>{}</tr>\n").format(
-            joined(Markup("<td{}>{}</td>").format(*pair) for pair in zip(classes, row, strict=True))
+            join(Markup("<td{}>{}</td>").format(*pair) for pair in zip(classes, row, strict=True))
         )
         for row in rows
     )
     return _TABLE.format(heads, body)
 
 
-def listed(texts: Iterable[str]) -> Markup:
-    """Sentences as a list; nothing where there are none."""
-    entries = joined(Markup("<li>{}</li>\n").format(text) for text in texts)
+def bullet_list(texts: Iterable[str]) -> Markup:
+    """Return texts as a list; empty markup for no texts."""
+    entries = join(Markup("<li>{}</li>\n").format(text) for text in texts)
     return Markup("<ul>\n{}</ul>\n").format(entries) if entries else Markup()
 
 
 def key_numbers(entries: Iterable[tuple[str, str, str]]) -> Markup:
-    """The few numbers that matter: what, how much, and what more must be known."""
+    """Return a list of key numbers from entries (name, value, remark)."""
     return Markup('<dl class="numbers">\n{}</dl>\n').format(
-        joined(Markup("<div><dt>{}</dt><dd>{}</dd><dd>{}</dd></div>\n").format(*entry) for entry in entries)
+        join(Markup("<div><dt>{}</dt><dd>{}</dd><dd>{}</dd></div>\n").format(*entry) for entry in entries)
     )
 
 
 def facts(entries: Iterable[tuple[str, Any]]) -> Markup:
-    """Names and what they stand for; entries without a value are left out."""
+    """Return a definition list of names and values; entries without a value are left out."""
     return Markup('<dl class="facts">\n{}</dl>\n').format(
-        joined(
+        join(
             Markup("<dt>{}</dt><dd>{}</dd>\n").format(name, value) for name, value in entries if value not in (None, "")
         )
     )
 
 
 def cards(entries: Iterable[Markup]) -> Markup:
-    """Cards beside each other as far as there is room."""
-    return Markup('<div class="cards">\n{}</div>\n').format(joined(entries))
+    """Return cards in a grid."""
+    return Markup('<div class="cards">\n{}</div>\n').format(join(entries))
 
 
 def card(name: str, kind: str, verdict: str, body: Markup) -> Markup:
-    """What is called so, its verdict, which is `good`, `bad` or `quiet`, and what there is to see."""
+    """Return a card with a name, a verdict and a body; `kind` is `good`, `bad` or `quiet`."""
     return Markup(
         '<article class="card"><header><h3>{}</h3><span class="{}">{}</span></header>\n{}</article>\n'
     ).format(name, kind, verdict, body)
 
 
 def details(summary: str, body: Markup, *, printed: bool = False, is_open: bool = False) -> Markup:
-    """What is shown when asked for, or from the start; on paper only if it is to be `printed`."""
+    """Return a collapsible block; it appears in print only if `printed` is true."""
     return Markup("<details{}{}><summary>{}</summary>\n{}</details>\n").format(
         _class("printed" if printed else "screen"), Markup(" open") if is_open else "", summary, body
     )
 
 
 def code(text: Any) -> Markup:
-    """A word of code."""
+    """Return text as inline code."""
     return Markup("<code>{}</code>").format(text)
 
 
 def breakable(name: str) -> Markup:
-    """A key or a label that may be broken before a word after its dots, underscores and equals signs.
+    """Return a key or label with optional line breaks after dots, underscores and equals signs.
 
     >>> breakable("data.group_tasks=0.5")
     Markup('data.<wbr>group_<wbr>tasks=0.5')
@@ -177,8 +182,8 @@ def breakable(name: str) -> Markup:
     return Markup("<wbr>").join(re.split(r"(?<=[._=])(?=[^\W\d])", name))
 
 
-def block(text: str) -> Markup:
-    """Lines of code."""
+def code_block(text: str) -> Markup:
+    """Return lines of code as a block."""
     return Markup('<pre class="block">{}</pre>\n').format(text)
 
 

@@ -1,4 +1,4 @@
-"""What a metric is in each run, which way is better, and which test problems its model solved."""
+"""Values of a metric in each run, its direction, and the test problems that each model solved."""
 
 import json
 import math
@@ -12,79 +12,87 @@ from wmtp.errors import InputError
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.run_dir import EVALUATIONS
 
-PASS = re.compile(r"pass@([1-9]\d*)")
-LOWER = ("loss", "perplexity")
-HIGHER = ("pass_rate", "accuracy", "acceptance", "explained_variance", "tokens_per_forward")
-OF_THE_MODEL = ("checkpoint", "data.")
-"""Keys of an evaluation that say whose it is, or of its data what `records` says."""
-WHERE = {"best": "best checkpoint", "last": "last model"}
+PASS_AT_K = re.compile(r"pass@([1-9]\d*)")
+LOWER_IS_BETTER = ("loss", "perplexity")
+HIGHER_IS_BETTER = ("pass_rate", "accuracy", "acceptance", "explained_variance", "tokens_per_forward")
+CHECKPOINT_KEYS = ("checkpoint", "data.")
+"""Prefixes of keys of evaluation.json that identify the checkpoint, or data that `records` already identifies."""
+MODEL_LABELS = {"best": "best checkpoint", "last": "last model"}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A metric in each run."""
+class MetricValues:
+    """Values of one metric in each run."""
 
-    metric: str
+    name: str
     lower_is_better: bool
     at: str
-    """Which model is measured, in words."""
+    """The measured model, in words."""
     values: dict[RunRecord, float]
-    """Runs whose value is not finite are left out."""
+    """Finite values only."""
     solved: dict[RunRecord, dict[str, float]] = field(default_factory=dict)
-    """Of pass@k, for each test problem that was judged: the share of answers that passed."""
+    """For pass@k: share of passed samples of each graded test problem."""
     notes: list[str] = field(default_factory=list)
 
 
-def measured(metric: str, runs: Sequence[RunRecord], at: str) -> Measured:
-    """A metric's value in each of the runs: `val/…` of the best checkpoint or the last model, or `pass@k`.
+def metric_values(metric: str, runs: Sequence[RunRecord], at: str) -> MetricValues:
+    """Return the values of a metric in all runs.
+
+    Args:
+        metric: `val/…` or `pass@k`.
+        runs: Finished runs.
+        at: "best" for the best checkpoint, "last" for the last model; only for `val/…`.
 
     Raises:
-        InputError: a run has no such value; those that all runs have are named.
+        InputError: A run does not have the metric; the message lists the metrics that all runs have.
     """
-    if (match := PASS.fullmatch(metric)) is not None:
-        found = pass_rates(int(match[1]), runs)
+    if (match := PASS_AT_K.fullmatch(metric)) is not None:
+        found = pass_at_k_values(int(match[1]), runs)
         if found is None:
-            raise InputError(missing(metric, runs, at))
+            raise InputError(missing_metric_message(metric, runs, at))
         return found
     lines = {run: run.summary.get(at, {}) for run in runs}
     if not metric.startswith("val/") or any(metric not in line for line in lines.values()):
-        raise InputError(missing(metric, runs, at))
+        raise InputError(missing_metric_message(metric, runs, at))
     values = {run: float(line[metric]) for run, line in lines.items()}
-    notes = [f"{run.folder} is left out of {metric}, which is {value}: mind that it went wrong"
+    notes = [f"{run.folder} is left out of {metric}: its value is {value}, so check what went wrong"
              for run, value in values.items() if not math.isfinite(value)]  # fmt: skip
     finite = {run: value for run, value in values.items() if math.isfinite(value)}
-    return Measured(metric, is_lower_better(metric), WHERE[at], finite, notes=notes)
+    return MetricValues(metric, is_lower_better(metric), MODEL_LABELS[at], finite, notes=notes)
 
 
 def is_lower_better(metric: str) -> bool:
-    """Which way a metric is better.
+    """Return whether lower values of a metric are better.
 
     Raises:
-        InputError: that is not known of it.
+        InputError: The direction of the metric is unknown.
     """
-    if metric.endswith(LOWER):
+    if metric.endswith(LOWER_IS_BETTER):
         return True
-    if metric.endswith(HIGHER) or PASS.fullmatch(metric):
+    if metric.endswith(HIGHER_IS_BETTER) or PASS_AT_K.fullmatch(metric):
         return False
-    raise InputError(f"metric={metric}: which way it is better is not known; known are …{', …'.join(LOWER + HIGHER)}")
+    raise InputError(
+        f"metric={metric}: cannot tell whether lower or higher is better; the name must end in one of "
+        f"{', '.join(LOWER_IS_BETTER + HIGHER_IS_BETTER)}"
+    )
 
 
-def missing(metric: str, runs: Sequence[RunRecord], at: str) -> str:
-    """What to say of a metric that not all runs have."""
-    known = available(runs, at)
-    said = f"all of them have {', '.join(known)}" if known else "they have none in common"
-    if PASS.fullmatch(metric):
-        remedy = "the same evaluation of each run gives it: python -m wmtp.evaluate checkpoint=RUN"
-        return f"metric={metric}: not all runs have it; {said}; {remedy}"
+def missing_metric_message(metric: str, runs: Sequence[RunRecord], at: str) -> str:
+    """Return the error message for a metric that not all runs have."""
+    known = common_metrics(runs, at)
+    others = f"all of them have {', '.join(known)}" if known else "they have none in common"
+    if PASS_AT_K.fullmatch(metric):
+        remedy = "run the same evaluation for each run: python -m wmtp.evaluate checkpoint=RUN"
+        return f"metric={metric}: not all runs have it; {others}; {remedy}"
     having = [run for run in runs if metric in run.summary.get(at, {})]
     if not metric.startswith("val/") or not having:
-        return f"metric={metric}: is not measured at a validation; {said}"
+        return f"metric={metric}: is not measured at a validation; {others}"
     lacking = next(run for run in runs if run not in having)
-    return f"metric={metric}: {having[0].folder} has it, {lacking.folder} has not; {said}"
+    return f"metric={metric}: {having[0].folder} has it, {lacking.folder} does not; {others}"
 
 
-def available(runs: Sequence[RunRecord], at: str) -> list[str]:
-    """The metrics that all of the runs have."""
+def common_metrics(runs: Sequence[RunRecord], at: str) -> list[str]:
+    """Return the names of the metrics that all runs have."""
     lines = [{name for name in run.summary.get(at, {}) if name.startswith("val/")} for run in runs]
     named = {f"pass@{k}" for evaluation in common_evaluations(runs) for k in evaluation.ks}
     if all(run.summary.get("pass@1") for run in runs):
@@ -92,37 +100,44 @@ def available(runs: Sequence[RunRecord], at: str) -> list[str]:
     return sorted(set.intersection(*lines) | named) if lines else []
 
 
-def pass_rates(k: int, runs: Sequence[RunRecord]) -> Measured | None:
-    """pass@k of each run, over the same problems; None where not all have it.
+def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
+    """Return pass@k of each run over the same problems, or None if not all runs have it.
 
-    pass@1 is that of the run's own test problems at its end, where all runs answered the same of them.
+    pass@1 is taken from the test problems at the end of training if all runs sampled the same ones, else from an
+    evaluation that all runs have.
     """
     if k == 1 and all(run.summary.get("pass@1") for run in runs):
-        asked = {run: answers_at_the_end(run) for run in runs}
-        if len({frozenset(row["task_id"] for row in rows) for rows in asked.values()}) == 1:
+        samples = {run: final_test_samples(run) for run in runs}
+        if len({frozenset(row["task_id"] for row in rows) for rows in samples.values()}) == 1:
             values = {run: float(run.summary["pass@1"]["value"]) for run in runs}
-            return Measured("pass@1", False, WHERE["last"], values, {run: shares(rows) for run, rows in asked.items()})
+            return MetricValues(
+                "pass@1",
+                False,
+                MODEL_LABELS["last"],
+                values,
+                {run: problem_pass_rates(rows) for run, rows in samples.items()},
+            )
     fitting = [evaluation for evaluation in common_evaluations(runs) if k in evaluation.ks]
     if not fitting:
         return None
     chosen = max(fitting, key=lambda evaluation: (evaluation.num_problems, evaluation.name))
-    of_several = f"pass@{k} is that of {chosen.name}, one of {len(fitting)} evaluations that all runs have"
+    several_note = f"pass@{k} is from {chosen.name}, one of {len(fitting)} evaluations that all runs have"
     summaries = {run: _json(folder / "summary.json") for run, folder in chosen.folders.items()}
     values = {run: float(summary["pass_at_k"][str(k)]["value"]) for run, summary in summaries.items()}
-    solved = {run: shares(_lines(folder / "results.jsonl")) for run, folder in chosen.folders.items()}
-    notes = [of_several] if len(fitting) > 1 else []
-    return Measured(f"pass@{k}", False, f"evaluation {chosen.name}", values, solved, notes)
+    solved = {run: problem_pass_rates(_lines(folder / "results.jsonl")) for run, folder in chosen.folders.items()}
+    notes = [several_note] if len(fitting) > 1 else []
+    return MetricValues(f"pass@{k}", False, f"evaluation {chosen.name}", values, solved, notes)
 
 
-def answers_at_the_end(run: RunRecord) -> list[dict[str, Any]]:
-    """The run's answers to test problems at its last step."""
+def final_test_samples(run: RunRecord) -> list[dict[str, Any]]:
+    """Return the run's samples of test problems at its last step."""
     rows = [row for row in run.samples if row.get("split") == "test"]
     last = max((row["step"] for row in rows), default=None)
     return [row for row in rows if row["step"] == last]
 
 
-def shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """For each problem the share of its judged answers that passed."""
+def problem_pass_rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the share of graded samples that passed, for each problem."""
     outcomes: dict[str, list[bool]] = {}
     for row in rows:
         if row.get("outcome") not in (None, "sandbox error"):
@@ -132,7 +147,7 @@ def shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CommonEvaluation:
-    """An evaluation that was made of every run: the same problems, sampled and judged in the same way."""
+    """An evaluation that all runs have, with the same problems, sampling and grading."""
 
     name: str
     folders: dict[RunRecord, Path]
@@ -141,12 +156,12 @@ class CommonEvaluation:
 
 
 def common_evaluations(runs: Sequence[RunRecord]) -> list[CommonEvaluation]:
-    """The evaluations that all runs have."""
+    """Return the evaluations that all runs have."""
     found: dict[str, dict[RunRecord, Path]] = {}
     for run in runs:
         for path in sorted(run.folder.glob(f"{EVALUATIONS}/*/evaluation.json")):
             if (path.parent / "summary.json").exists():
-                fields = {key: value for key, value in _json(path).items() if not key.startswith(OF_THE_MODEL)}
+                fields = {key: value for key, value in _json(path).items() if not key.startswith(CHECKPOINT_KEYS)}
                 found.setdefault(json.dumps(fields, sort_keys=True), {})[run] = path.parent
     result = []
     for folders in found.values():

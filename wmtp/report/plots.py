@@ -1,4 +1,4 @@
-"""Drawings that stand in a page: SVG whose colours and fonts are the page's, in light and in dark."""
+"""Plots as inline SVG with the colors and fonts of the page, for light and dark mode."""
 
 import io
 import math
@@ -19,20 +19,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 WIDTH = 5.0
 """Inches. A narrow screen shows an inch as 72 of its pixels, so that text of 9 points stays legible."""
-RIGHT, HEAD, GAP, LEGEND_ROW = 0.15, 0.3, 0.38, 0.18
-STEPS = [1, 2, 2.5, 5, 10]
-"""Between the marks of an axis."""
-MOST_POINTS = 1_000
-"""A curve is not wider than so many pixels."""
+RIGHT_MARGIN, TITLE_HEIGHT, PANEL_GAP, LEGEND_ROW_HEIGHT = 0.15, 0.3, 0.38, 0.18
+TICK_STEPS = [1, 2, 2.5, 5, 10]
+"""Allowed steps between the ticks of an axis."""
+MAX_POINTS = 1_000
+"""Maximum number of points of a curve; a plot has no more pixels."""
 
 INK, QUIET, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 LINES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
 GOOD, BAD = "#020301", "#020302"
-COLOURS = {
+CSS_VARIABLES = {
     INK: "--ink", QUIET: "--quiet", GRID: "--rule", PAPER: "--paper", GOOD: "--good", BAD: "--bad",
-    **{colour: f"--line-{number}" for number, colour in enumerate(LINES, 1)},
+    **{color: f"--line-{number}" for number, color in enumerate(LINES, 1)},
 }  # fmt: skip
-"""Colours that stand for the page's own, by the names these have there."""
+"""CSS variable of the page that replaces each placeholder color."""
 Dash = str | tuple[int, tuple[float, ...]]
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -53,8 +53,8 @@ _STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A figure with its name in the page, what it shows in words for who cannot see it, and its caption."""
+class Plot:
+    """A figure with its id in the page, a text alternative for screen readers, and its caption."""
 
     figure: Figure
     name: str
@@ -63,102 +63,109 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a curve is told from others."""
+class LineStyle:
+    """Color, dash pattern and marker of a curve."""
 
-    colour: str
+    color: str
     dash: Dash
     marker: str
 
 
-def look(number: int) -> Look:
-    """The look of the curve of that number; any two parts of it tell thirty curves apart."""
-    return Look(LINES[number % len(LINES)], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
+def line_style(number: int) -> LineStyle:
+    """Return the style of the curve with this number; any two of its attributes distinguish thirty curves."""
+    return LineStyle(LINES[number % len(LINES)], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
 
 
 @contextmanager
-def page_style() -> Iterator[None]:
-    """Within, figures are drawn in the page's style; text is taken as it stands, whatever signs it holds."""
+def plot_style() -> Iterator[None]:
+    """Apply the style of the page to figures that are created and saved in this context; math text is off."""
     with mpl.rc_context(_STYLE):
         yield
 
 
-def panels(
+def create_panels(
     titles: Sequence[str], *, height: float = 1.75, legend_rows: int = 0, left: float = 0.55, x_label: str = "update"
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of panels one below the other, each as high and under its title, with one horizontal axis.
+    """Return a figure of panels of equal height, one below the other, with a shared horizontal axis.
 
-    Margins are fixed, so that drawings line up in the page; `legend_rows` leaves room above the first panel.
+    Margins are fixed, so that plots line up in the page; `legend_rows` reserves space above the first panel.
+
+    Args:
+        titles: Title of each panel.
+        height: Height of a panel in inches.
+        legend_rows: Number of rows of the legend.
+        left: Left margin in inches.
+        x_label: Label of the horizontal axis.
     """
-    head = (HEAD if titles[0] else 0.08) + LEGEND_ROW * legend_rows
-    foot, width = 0.4 if x_label else 0.22, WIDTH - left - RIGHT
-    total = head + len(titles) * height + (len(titles) - 1) * GAP + foot
+    head = (TITLE_HEIGHT if titles[0] else 0.08) + LEGEND_ROW_HEIGHT * legend_rows
+    foot, width = 0.4 if x_label else 0.22, WIDTH - left - RIGHT_MARGIN
+    total = head + len(titles) * height + (len(titles) - 1) * PANEL_GAP + foot
     figure = Figure(figsize=(WIDTH, total))
     axes: list[Axes] = []
     for number, title in enumerate(titles):
-        bottom = total - head - (number + 1) * height - number * GAP
+        bottom = total - head - (number + 1) * height - number * PANEL_GAP
         place = (left / WIDTH, bottom / total, width / WIDTH, height / total)
         axes.append(figure.add_axes(place, sharex=axes[0] if axes else None))
-        room = LEGEND_ROW * 72 * legend_rows if number == 0 else 0
+        room = LEGEND_ROW_HEIGHT * 72 * legend_rows if number == 0 else 0
         axes[-1].set_title(title, pad=8 + room, x=-left / width)
         axes[-1].tick_params(labelbottom=number == len(titles) - 1)
         axes[-1].grid(axis="x", visible=False)
-        axes[-1].yaxis.set_major_locator(MaxNLocator(6, steps=STEPS, min_n_ticks=3))
+        axes[-1].yaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS, min_n_ticks=3))
     axes[-1].set_xlabel(x_label)
     return figure, axes
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Mark a horizontal axis that counts."""
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=STEPS))
+def set_integer_x_axis(axes: Axes) -> None:
+    """Set integer ticks on the horizontal axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers, and enough of them where it spans less than a power of ten.
+def set_log_y_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers and enough ticks for less than a power of ten.
 
-    It stays as it is where nothing is above 0.
+    The axis stays linear if no value is above 0.
     """
     if not np.isfinite(axes.dataLim.minposy):
         return
     axes.set_yscale("log", nonpositive="mask")
-    _mark_logarithmic(axes.yaxis, *axes.get_ylim())
+    _set_log_ticks(axes.yaxis, *axes.get_ylim())
 
 
-def logarithmic_across(axes: Axes) -> None:
-    """A logarithmic horizontal axis, alike."""
+def set_log_x_axis(axes: Axes) -> None:
+    """Make the horizontal axis logarithmic, with the same ticks as `set_log_y_axis`."""
     axes.set_xscale("log", nonpositive="mask")
-    _mark_logarithmic(axes.xaxis, *axes.get_xlim())
+    _set_log_ticks(axes.xaxis, *axes.get_xlim())
 
 
-def _mark_logarithmic(axis: Axis, low: float, high: float) -> None:
+def _set_log_ticks(axis: Axis, low: float, high: float) -> None:
     subs = (1.0,) if high > 300 * low else (1.0, 3.0) if high > 12 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     if high < 2.5 * low:
-        axis.set_major_locator(MaxNLocator(5, steps=STEPS, min_n_ticks=3))
+        axis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS, min_n_ticks=3))
     else:
         axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def legend(axes: Axes, columns: int) -> None:
-    """The legend above a panel, in the room that was left for it."""
+def add_legend(axes: Axes, columns: int) -> None:
+    """Add the legend above a panel, in the space reserved by `create_panels`."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3, ncols=columns)
 
 
-def thinned(values: np.ndarray) -> np.ndarray:
-    """Which of a curve's points to draw: of a long one the lowest and highest of each stretch, so that peaks stay."""
-    if len(values) <= MOST_POINTS:
+def downsample_indices(values: np.ndarray) -> np.ndarray:
+    """Return indices of the points to plot: in a long curve the minimum and maximum of each stretch."""
+    if len(values) <= MAX_POINTS:
         return np.arange(len(values))
-    stretches = np.array_split(np.arange(len(values)), MOST_POINTS // 2)
+    stretches = np.array_split(np.arange(len(values)), MAX_POINTS // 2)
     kept = [(part[np.argmin(values[part])], part[np.argmax(values[part])]) for part in stretches]
     return np.unique(np.concatenate([[0], np.ravel(kept), [len(values) - 1]]))
 
 
-def inline(drawing: Drawing) -> Markup:
-    """The figure as SVG to stand in HTML: no ids but those it uses, under the drawing's name; nothing from outside."""
+def to_svg(plot: Plot) -> Markup:
+    """Return the figure as SVG for HTML: only referenced ids, prefixed with the plot's name; nothing external."""
     buffer = io.BytesIO()
-    drawing.figure.savefig(buffer, format="svg")
+    plot.figure.savefig(buffer, format="svg")
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
@@ -168,70 +175,70 @@ def inline(drawing: Drawing) -> Markup:
     for element in root.iter():
         element.tag = element.tag.partition("}")[2]
         element.attrib = {
-            name.rpartition("}")[2]: _rewritten(name, value, drawing.name)
+            name.rpartition("}")[2]: _rewrite_attribute(name, value, plot.name)
             for name, value in element.attrib.items()
             if name != "id" or value in used
         }
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": drawing.label}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": plot.label}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _rewritten(name: str, value: str, figure: str) -> str:
+def _rewrite_attribute(name: str, value: str, figure: str) -> str:
     if name == "id":
         return f"{figure}-{value}"
     if name == "style":
-        value = re.sub(r"#[0-9a-f]{6}", lambda found: _colour(found[0]), value)
+        value = re.sub(r"#[0-9a-f]{6}", lambda found: _css_variable(found[0]), value)
         value = re.sub(r"font: (?:(\d+) )?([\d.]+px)[^;]*", r"font-size: \2", value)
         value = re.sub(r"font-family:[^;]*;?", "", value)
     return re.sub(r"(^|url\()#", rf"\g<1>#{figure}-", value) if name.endswith("href") or "url(#" in value else value
 
 
-def _colour(colour: str) -> str:
-    return f"var({COLOURS[colour]})" if colour in COLOURS else colour
+def _css_variable(color: str) -> str:
+    return f"var({CSS_VARIABLES[color]})" if color in CSS_VARIABLES else color
 
 
 Series = Sequence[tuple[float, float]]
-TRAINING: dict[str, Any] = {"linestyle": "-", "marker": "", "linewidth": 1.0}
-"""How training looks beside validation: each of its points is one batch."""
-FEW = 40
-"""Curves of no more points show each."""
+TRAINING_STYLE: dict[str, Any] = {"linestyle": "-", "marker": "", "linewidth": 1.0}
+"""Style of training curves; each point is one batch."""
+MAX_MARKED_POINTS = 40
+"""Curves with at most this many points show a marker for each."""
 
 
-def curve(axes: Axes, series: Series, style: int, **options: Any) -> None:
-    """A line of the style's colour, dashes and marker; what is not finite is a cross at the upper border."""
-    places, values = (np.array([pair[part] for pair in series], float) for part in (0, 1))
+def plot_curve(axes: Axes, series: Series, number: int, **options: Any) -> None:
+    """Plot a curve in the given style number; non-finite values are crosses at the upper border."""
+    steps, values = (np.array([pair[part] for pair in series], float) for part in (0, 1))
     finite = np.isfinite(values)
-    kept = thinned(values[finite])
-    own = look(style)
-    marker = own.marker if len(kept) <= FEW else ""
-    drawn: dict[str, Any] = {"color": own.colour, "linestyle": own.dash, "marker": marker}
-    axes.plot(places[finite][kept], values[finite][kept], **(drawn | options))
+    kept = downsample_indices(values[finite])
+    style = line_style(number)
+    marker = style.marker if len(kept) <= MAX_MARKED_POINTS else ""
+    defaults: dict[str, Any] = {"color": style.color, "linestyle": style.dash, "marker": marker}
+    axes.plot(steps[finite][kept], values[finite][kept], **(defaults | options))
     if not finite.all():
         axes.plot(
-            places[~finite], np.full((~finite).sum(), 0.96), "x", color=BAD, transform=axes.get_xaxis_transform(),
+            steps[~finite], np.full((~finite).sum(), 0.96), "x", color=BAD, transform=axes.get_xaxis_transform(),
             clip_on=False, markersize=5, markeredgewidth=1.4,
         )  # fmt: skip
 
 
-def training_and_validation(axes: Axes, training: Series, validation: Series) -> None:
-    """A quiet line of training and a strong one of validation."""
-    curve(axes, training, 5, label="training", **TRAINING)
-    curve(axes, validation, 0, label="validation")
+def plot_training_and_validation(axes: Axes, training: Series, validation: Series) -> None:
+    """Plot a thin training curve and a strong validation curve."""
+    plot_curve(axes, training, 5, label="training", **TRAINING_STYLE)
+    plot_curve(axes, validation, 0, label="validation")
 
 
-def finish(axes: Axes, columns: int = 0) -> None:
-    """Count along the horizontal axis, and put the legend above, if there is to be one."""
-    whole_numbers(axes)
+def finish_axes(axes: Axes, columns: int = 0) -> None:
+    """Set integer ticks on the horizontal axis, and add a legend if `columns` is not 0."""
+    set_integer_x_axis(axes)
     if columns:
-        legend(axes, columns)
+        add_legend(axes, columns)
 
 
-def crosses(*every: Series) -> str:
-    """What the crosses in a drawing mean, if there are any."""
-    count = sum(not math.isfinite(value) for series in every for _, value in series)
+def nonfinite_caption(*curves: Series) -> str:
+    """Return a caption for the crosses in a plot; empty if all values are finite."""
+    count = sum(not math.isfinite(value) for series in curves for _, value in series)
     return f" Crosses: not finite ({count})." if count else ""
 
 
-def series_of(lines: Iterable[Mapping[str, Any]], metric: str) -> Series:
-    """A metric's values with their steps."""
+def metric_series(lines: Iterable[Mapping[str, Any]], metric: str) -> Series:
+    """Return the pairs (step, value) of a metric."""
     return [(int(line["step"]), float(line[metric])) for line in lines if line.get(metric) is not None]

@@ -1,4 +1,4 @@
-"""Groups of runs against a baseline: which differences the seeds show, and which they do not."""
+"""Data classes for the results of a comparison."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any, Literal
 from wmtp.report.run_record import RunRecord
 
 Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "runs failed"]
-At = Literal["best", "last"]
+BestOrLast = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Runs of a group, a seed once, that give no value: they failed, or it is not finite."""
+class FailedRuns:
+    """Number of runs of a group without a value, at most one per seed: failed, or the value is not finite."""
 
     failed: int
     runs: int
-    """All that the group has, those included."""
+    """All runs of the group, including the failed ones."""
 
     def __str__(self) -> str:
         return f"{self.failed} of {self.runs} runs failed"
@@ -24,143 +24,143 @@ class Lost:
 
 @dataclass(frozen=True)
 class GroupValues:
-    """A metric in one group."""
+    """Values of one metric in one group."""
 
     label: str
     values_by_seed: dict[int, float]
     mean: float
     deviation: float | None
-    """Standard deviation over seeds (n − 1 below the sum); None for one run."""
-    lost: Lost
+    """Standard deviation over seeds (n − 1 in the denominator); None for one run."""
+    lost: FailedRuns
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """The same test problems solved by two groups: each problem is won by the group in which more seeds passed it."""
+    """McNemar's test on the test problems of two groups; a group wins a problem if more of its seeds passed it."""
 
     won: int
     lost: int
     tied: int
     p: float
-    """Two-sided exact binomial test of won against lost."""
+    """Two-sided exact binomial test of `won` against `lost`."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A group against the baseline: differences of runs with the same seed, the group's less the baseline's."""
+    """Difference of a group from the baseline: group − baseline for runs with the same seed."""
 
     label: str
     pairs: dict[int, float]
-    """The difference of each seed."""
+    """Difference by seed."""
     mean: float
     low: float | None
-    """95 % interval of the mean difference; None where there are too few pairs for one."""
+    """95 % interval of the mean difference; None if there are too few pairs."""
     high: float | None
     p: float | None
-    """The share of confidence that would just not cover 0: the decision's p-value, before Holm's correction."""
+    """p-value of the mean difference before Holm's correction; below 0.05 if the interval excludes 0."""
     p_holm: float | None
-    """Corrected over the groups that are compared; below 0.05 a difference is shown."""
+    """p-value corrected for the number of compared groups; the verdict uses it."""
     wilcoxon: float | None
-    """Signed-rank test, two-sided."""
+    """p-value of the two-sided signed-rank test."""
     wilcoxon_holm: float | None
     wilcoxon_floor: float
-    """The smallest p that this test can give for so many pairs: 0.0625 for five."""
+    """Smallest p-value that the signed-rank test can give for this number of pairs: 0.0625 for five."""
     mcnemar: McNemar | None
-    """Only of pass@k."""
+    """Only for pass@k."""
     mcnemar_holm: float | None
     verdict: Verdict
-    """From `p_holm` and the metric's direction.
+    """Verdict from `p_holm` and the direction of the metric.
 
-    "runs failed": the difference is in favour of a side of which only those are left that did not fail.
+    "runs failed": the difference favors a side that has failed runs.
     """
     seeds_needed: int | None
-    """Seeds with which a true difference of this size is shown with 80 % power at the corrected level.
+    """Number of seeds that show a true difference of this size with 80 % power at the corrected level.
 
-    `SEEDS_CAP` + 1 says more than `SEEDS_CAP`; None: nothing can be said.
+    `SEEDS_CAP` + 1 means more than `SEEDS_CAP`; None if it cannot be estimated.
     """
-    lost: Lost
-    baseline_lost: Lost
+    lost: FailedRuns
+    baseline_lost: FailedRuns
 
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """One metric in every group, and the differences from the baseline."""
+    """One metric in all groups, and the differences from the baseline."""
 
     metric: str
     lower_is_better: bool
     at: str
-    """Which model is measured, in words: "best checkpoint", "last model"."""
+    """The measured model, in words: "best checkpoint" or "last model"."""
     groups: list[GroupValues]
     """The baseline first."""
     differences: list[Difference]
-    """One for each other group."""
+    """One for each group other than the baseline."""
 
 
 @dataclass(frozen=True)
-class ReachPair:
-    """Tokens until two runs of one seed were as good as the baseline's best; those of the stage before count."""
+class TokensToTargetPair:
+    """Tokens until two runs of one seed reached the baseline's best loss, including stage 1."""
 
     seed: int
     target: float
-    """The best loss of the baseline's run."""
+    """Best loss of the baseline run."""
     baseline_tokens: float
     tokens: float | None
-    """Interpolated between validations; None: never reached."""
+    """Interpolated between validations; None if the target was never reached."""
     baseline_stage_tokens: int
-    """Of the tokens above, those of the stage before the training."""
+    """Tokens of the baseline's stage 1, included in `baseline_tokens`."""
     stage_tokens: int
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Tokens to the baseline's best loss, as ratios group / baseline: below 1 is faster."""
+class TokensToTarget:
+    """Tokens to the baseline's best loss, as ratios group / baseline; below 1 is faster."""
 
     label: str
     metric: str
-    """As `Comparison.loss`."""
-    pairs: list[ReachPair]
+    """Name of the loss, equal to `Comparison.loss`."""
+    pairs: list[TokensToTargetPair]
     never: int
-    """Pairs in which the target was never reached; their ratio counts as infinite."""
+    """Number of pairs that never reached the target; their ratio counts as infinite."""
     ratio: float | None
-    """The median over pairs; None: infinite."""
+    """Median over pairs; None if infinite."""
     has_interval: bool
-    """Whether there are pairs enough for an interval."""
+    """Whether there are enough pairs for an interval."""
     low: float | None
-    """95 % interval of the median; None: infinite, if there is an interval."""
+    """95 % interval of the median; None if infinite or if there is no interval."""
     high: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that `wmtp.compare` says."""
+    """Complete result of `wmtp.compare`."""
 
     baseline: str
     metrics: list[MetricComparison]
-    """The asked one first."""
+    """The requested metric first."""
     groups: dict[str, list[RunRecord]]
-    """The runs that were compared, a seed once, by the label of their group; the baseline first."""
+    """Compared runs by group label, one per seed; the baseline first."""
     loss: str
-    """What the curves and `reach` are of: the asked metric if it is a loss of validations, else one that all have."""
-    reach: list[Reach]
-    """Empty where tokens were not recorded; a note then says so."""
+    """Loss of the curves and of `tokens_to_target`, see `common_loss`."""
+    tokens_to_target: list[TokensToTarget]
+    """Empty if tokens were not recorded; `notes` gives the reason."""
     notes: list[str] = field(default_factory=list)
-    """What else must be known: runs left out, seeds without a partner, tests that cannot decide."""
+    """Runs that were left out, seeds without a partner, tests without power."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """The keys of compare.yaml."""
+    """Keys of compare.yaml."""
 
     runs: list[str]
     baseline: str
     metric: str
-    at: At
+    at: BestOrLast
     folder: Path | None
     reports: bool
 
 
-def as_plain(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as plain types, for compare.json; a run is its name, its folder and its seed."""
+def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain types for compare.json; runs become name, folder and seed."""
     groups = {
         label: [{"name": run.name, "folder": str(run.folder), "seed": run.seed} for run in runs]
         for label, runs in comparison.groups.items()
@@ -170,6 +170,6 @@ def as_plain(comparison: Comparison) -> dict[str, Any]:
         "groups": groups,
         "metrics": [asdict(metric) for metric in comparison.metrics],
         "loss": comparison.loss,
-        "reach": [asdict(reach) for reach in comparison.reach],
+        "reach": [asdict(each) for each in comparison.tokens_to_target],
         "notes": comparison.notes,
     }

@@ -1,4 +1,4 @@
-"""Drawings of one run's training: losses, updates, weights and speed."""
+"""Plots of one run: losses, gradient norms, weights, values, speed, pass rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,37 +11,37 @@ from scipy.stats import binomtest
 
 from wmtp.report.plots import (
     BAD,
-    FEW,
     INK,
     LINES,
+    MAX_MARKED_POINTS,
     PAPER,
     QUIET,
-    TRAINING,
-    Drawing,
+    TRAINING_STYLE,
+    Plot,
     Series,
-    crosses,
-    curve,
-    finish,
-    logarithmic,
-    panels,
-    series_of,
-    thinned,
-    training_and_validation,
-    whole_numbers,
+    create_panels,
+    downsample_indices,
+    finish_axes,
+    metric_series,
+    nonfinite_caption,
+    plot_curve,
+    plot_training_and_validation,
+    set_integer_x_axis,
+    set_log_y_axis,
 )
 from wmtp.report.run_record import RunRecord
 
 LEGEND_COLUMNS = 4
 
 
-def loss_drawing(run: RunRecord) -> Drawing | None:
-    """The loss in training and validation, and which validation was the best."""
+def plot_loss(run: RunRecord) -> Plot | None:
+    """Plot the training and validation loss, and mark the best validation."""
     training, validation = run.series("train/loss"), run.series("val/loss")
     if not training and not validation:
         return None
     best = best_validation(run)
-    figure, (axes,) = panels(["loss, nats"], height=2.5, legend_rows=1)
-    training_and_validation(axes, training, validation)
+    figure, (axes,) = create_panels(["loss, nats"], height=2.5, legend_rows=1)
+    plot_training_and_validation(axes, training, validation)
     label = "The loss over the updates"
     if best is not None:
         step, loss = best
@@ -50,59 +50,63 @@ def loss_drawing(run: RunRecord) -> Drawing | None:
             label=f"best: {loss:.4g} at {step:,}",
         )  # fmt: skip
         label += f"; the best validation is {loss:.4g} at update {step:,}"
-    finish(axes, 3)
-    caption = "Training: of the last update before each line of the log, and so of one batch. Lower is better."
-    return Drawing(figure, "loss", label, caption + crosses(training, validation))
+    finish_axes(axes, 3)
+    caption = "Each training value is the loss of one batch, the last before a log line. Lower is better."
+    return Plot(figure, "loss", label, caption + nonfinite_caption(training, validation))
 
 
-def heads_drawing(run: RunRecord) -> Drawing | None:
-    """The loss of every head."""
+def plot_head_losses(run: RunRecord) -> Plot | None:
+    """Plot the loss of each head."""
     pairs = ((run.series(f"train/head_{head}_loss"), run.series(f"val/head_{head}_loss")) for head in count(1))
     heads = dict(enumerate(takewhile(any, pairs), start=1))
     if not heads:
         return None
     rows = math.ceil(len(heads) / LEGEND_COLUMNS)
-    figure, (axes,) = panels(["loss of each head, nats"], height=2.5, legend_rows=rows)
+    figure, (axes,) = create_panels(["loss of each head, nats"], height=2.5, legend_rows=rows)
     for head, (training, validation) in heads.items():
-        curve(axes, training, head - 1, alpha=0.4, **(TRAINING | {"linewidth": 0.8}))
-        curve(axes, validation, head - 1, label=f"head {head}")
-    finish(axes, LEGEND_COLUMNS)
+        plot_curve(axes, training, head - 1, alpha=0.4, **(TRAINING_STYLE | {"linewidth": 0.8}))
+        plot_curve(axes, validation, head - 1, label=f"head {head}")
+    finish_axes(axes, LEGEND_COLUMNS)
     ends = ", ".join(f"head {head} {pair[1][-1][1]:.3g}" for head, pair in heads.items() if pair[1])
     label = f"The loss of each head over the updates{f'; last validation: {ends}' if ends else ''}"
-    caption = "Head k predicts the k-th next token. Strong: validation; faint: training."
-    return Drawing(figure, "heads", label, caption + crosses(*(series for pair in heads.values() for series in pair)))
+    caption = "Head k predicts the k-th next token. Strong lines: validation; faint lines: training."
+    return Plot(
+        figure, "heads", label, caption + nonfinite_caption(*(series for pair in heads.values() for series in pair))
+    )
 
 
-def update_drawing(run: RunRecord) -> Drawing | None:
-    """Gradient norm and learning rate, what early stopping looks at, and where the training stopped."""
+def plot_updates(run: RunRecord) -> Plot | None:
+    """Plot gradient norm and learning rate, with the thresholds and the window of early stopping."""
     rates, norms = run.series("train/lr"), run.series("train/grad_norm")
     if not norms:
         return None
-    levels, times = _levels(run), _times(run)
-    rows = math.ceil((1 + len(levels) + len(times)) / 2)
-    figure, (upper, lower) = panels(["gradient norm before clipping", "learning rate"], height=1.5, legend_rows=rows)
-    curve(upper, norms, 0, linestyle="-", label="gradient norm")
-    curve(lower, rates, 2, linestyle="-")
-    for label, level, colour, dashes in levels:
-        upper.axhline(level, linewidth=1.2, color=colour, linestyle=dashes, label=label)
-    for label, first, last in times:
+    levels, spans = _gradient_norm_levels(run), _early_stopping_spans(run)
+    rows = math.ceil((1 + len(levels) + len(spans)) / 2)
+    figure, (upper, lower) = create_panels(
+        ["gradient norm before clipping", "learning rate"], height=1.5, legend_rows=rows
+    )
+    plot_curve(upper, norms, 0, linestyle="-", label="gradient norm")
+    plot_curve(lower, rates, 2, linestyle="-")
+    for label, level, color, dashes in levels:
+        upper.axhline(level, linewidth=1.2, color=color, linestyle=dashes, label=label)
+    for label, first, last in spans:
         for axes in (upper, lower):
             shown = label if axes is upper else None
             if first == last:
                 axes.axvline(last, color=INK, linewidth=1.2, label=shown)
             else:
                 axes.axvspan(first, last, color=LINES[4], alpha=0.25, linewidth=0, label=shown)
-    logarithmic(upper)
-    finish(upper, 2)
-    whole_numbers(lower)
+    set_log_y_axis(upper)
+    finish_axes(upper, 2)
+    set_integer_x_axis(lower)
     lower.set_ylim(bottom=0)
     label = f"Gradient norm, last {norms[-1][1]:.3g}, and learning rate over the updates"
-    caption = "Of the last update before each line of the log; early stopping sees every update."
-    return Drawing(figure, "updates", label, caption + crosses(norms))
+    caption = "Values of the last update before each log line; early stopping uses every update."
+    return Plot(figure, "updates", label, caption + nonfinite_caption(norms))
 
 
-def _levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
-    """Gradient norms that mean something."""
+def _gradient_norm_levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
+    """Return label, value, color and dashes of horizontal lines for gradient norms."""
     settings, clip = run.config.get("early_stopping") or {}, run.config.get("max_grad_norm")
     levels: list[tuple[str, float, str, str]] = []
     if clip:
@@ -112,104 +116,107 @@ def _levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
     return levels
 
 
-def _times(run: RunRecord) -> list[tuple[str, int, int]]:
-    """From when to when early stopping looked last, and when it stopped the training."""
+def _early_stopping_spans(run: RunRecord) -> list[tuple[str, int, int]]:
+    """Return label, first and last step of the last early stopping window, and of the early stop."""
     window = (run.config.get("early_stopping") or {}).get("window")
     last = int(run.summary.get("total_steps") or run.status.get("step") or 0)
-    times = [(f"the last {window} updates", max(0, last - window), last)] if window and last else []
-    return [*times, (f"stopped early at {last:,}", last, last)] if run.status.get("stop_reason") else times
+    spans = [(f"the last {window} updates", max(0, last - window), last)] if window and last else []
+    return [*spans, (f"stopped early at {last:,}", last, last)] if run.status.get("stop_reason") else spans
 
 
-def weights_drawing(run: RunRecord) -> Drawing | None:
-    """How the weights are distributed over time; None where all are one."""
+def plot_weights(run: RunRecord) -> Plot | None:
+    """Plot the distribution of the weights over the updates; None if all weights are 1."""
     names = ("mean", "std", "min", "max")
     lines = [line for line in run.metrics if all(f"train/weight_{name}" in line for name in names)]
-    if not lines or uniform_weights(run):
+    if not lines or has_uniform_weights(run):
         return None
     columns = [[float(line[f"train/weight_{name}"]) for line in lines] for name in names]
-    kept = thinned(np.array(columns[3]))
+    kept = downsample_indices(np.array(columns[3]))
     steps = np.array([float(line["step"]) for line in lines])[kept]
     mean, deviation, low, high = (np.array(column)[kept] for column in columns)
-    figure, (axes,) = panels(["weight of a target"], height=2.1, legend_rows=1)
-    bands = {"least to greatest": (low, high, 0.16)}
-    bands["± one deviation"] = (np.maximum(mean - deviation, low), np.minimum(mean + deviation, high), 0.34)
+    figure, (axes,) = create_panels(["weight of a target"], height=2.1, legend_rows=1)
+    bands = {"min to max": (low, high, 0.16)}
+    bands["± 1 std"] = (np.maximum(mean - deviation, low), np.minimum(mean + deviation, high), 0.34)
     for label, (lower, upper, alpha) in bands.items():
         axes.fill_between(steps, lower, upper, color=LINES[0], alpha=alpha, linewidth=0, label=label)
-    axes.plot(steps, mean, color=LINES[0], marker="o" if len(kept) <= FEW else "", label="mean")
+    axes.plot(steps, mean, color=LINES[0], marker="o" if len(kept) <= MAX_MARKED_POINTS else "", label="mean")
     axes.set_ylim(bottom=0)
-    finish(axes, 3)
-    label = f"Weights over the updates; at the last from {low[-1]:.3g} to {high[-1]:.3g}, deviation {deviation[-1]:.3g}"
-    return Drawing(figure, "weights", label, "Weights have the mean 1: what one target gains, others lose.")
+    finish_axes(axes, 3)
+    last = f"last from {low[-1]:.3g} to {high[-1]:.3g}, standard deviation {deviation[-1]:.3g}"
+    label = f"Weights over the updates; {last}"
+    return Plot(
+        figure, "weights", label, "The mean weight is 1: a higher weight of one target lowers the weights of others."
+    )
 
 
-def uniform_weights(run: RunRecord) -> bool:
-    """Whether every weight of the training was one."""
+def has_uniform_weights(run: RunRecord) -> bool:
+    """Return whether all weights of the training were 1."""
     extremes = [value for name in ("min", "max") for _, value in run.series(f"train/weight_{name}")]
     return bool(extremes) and all(abs(value - 1) < 1e-6 for value in extremes)
 
 
-def speed_drawing(run: RunRecord) -> Drawing | None:
-    """Tokens per second."""
+def plot_speed(run: RunRecord) -> Plot | None:
+    """Plot the tokens per second."""
     speeds: Series = run.series("train/tokens_per_second")
     if not speeds:
         return None
     median = float(np.median([value for _, value in speeds]))
-    figure, (axes,) = panels(["tokens per second"], height=1.6, legend_rows=1)
-    curve(axes, speeds, 0, linestyle="-")
+    figure, (axes,) = create_panels(["tokens per second"], height=1.6, legend_rows=1)
+    plot_curve(axes, speeds, 0, linestyle="-")
     axes.axhline(median, color=QUIET, linestyle="--", linewidth=1.0, label=f"median {median:,.0f}")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    finish(axes, 1)
+    finish_axes(axes, 1)
     label = f"Tokens per second over the updates, median {median:,.0f}"
-    return Drawing(figure, "speed", label, "Of the training alone, without validation.")
+    return Plot(figure, "speed", label, "Training only, without validation.")
 
 
 def best_validation(run: RunRecord) -> tuple[int, float] | None:
-    """The step and the loss of the best validation."""
+    """Return step and loss of the best validation, or None."""
     finite = [(step, loss) for step, loss in run.series("val/loss") if math.isfinite(loss)]
     return min(finite, key=lambda pair: pair[1], default=None)
 
 
-def values_drawing(lines: Sequence[Mapping[str, Any]], name: str, caption: str) -> Drawing | None:
-    """The value loss, and the share of the rewards' variance that the values explain."""
+def plot_values(lines: Sequence[Mapping[str, Any]], name: str, caption: str) -> Plot | None:
+    """Plot the value loss, and the share of the rewards' variance that the values explain."""
     shown = {
-        metric: (series_of(lines, f"train/{metric}"), series_of(lines, f"val/{metric}"))
+        metric: (metric_series(lines, f"train/{metric}"), metric_series(lines, f"val/{metric}"))
         for metric in ("value_loss", "value_explained_variance")
     }
     if not any(series for pair in shown.values() for series in pair):
         return None
-    figure, axes = panels(["value loss", "explained variance of the rewards"], height=1.4, legend_rows=1)
+    figure, axes = create_panels(["value loss", "explained variance of the rewards"], height=1.4, legend_rows=1)
     for place, pair in zip(axes, shown.values(), strict=True):
-        training_and_validation(place, *pair)
+        plot_training_and_validation(place, *pair)
     axes[1].axhline(0, color=INK, linewidth=1.0, linestyle=":")
-    finish(axes[0], 2)
+    finish_axes(axes[0], 2)
     training, validation = shown["value_explained_variance"]
     last = (validation or training or [(0, math.nan)])[-1][1]
     label = f"Value loss and explained variance over the updates; the last explained variance is {last:.3g}"
-    return Drawing(figure, name, label, caption)
+    return Plot(figure, name, label, caption)
 
 
-def stage_drawing(run: RunRecord) -> Drawing | None:
-    """The loss of the stage before the training."""
-    training, validation = (series_of(run.stage_metrics, name) for name in ("train/loss", "val/loss"))
+def plot_pretrain_loss(run: RunRecord) -> Plot | None:
+    """Plot the loss of stage 1."""
+    training, validation = (metric_series(run.pretrain_metrics, name) for name in ("train/loss", "val/loss"))
     if not training and not validation:
         return None
-    figure, (axes,) = panels(["loss of the stage before"], height=2.1, legend_rows=1)
-    training_and_validation(axes, training, validation)
-    finish(axes, 2)
-    label = "The loss of the stage before over its updates"
-    return Drawing(figure, "stage-loss", label, "What this stage minimises, over its own updates.")
+    figure, (axes,) = create_panels(["loss of stage 1"], height=2.1, legend_rows=1)
+    plot_training_and_validation(axes, training, validation)
+    finish_axes(axes, 2)
+    label = "The loss of stage 1 over its updates"
+    return Plot(figure, "stage-loss", label, "The loss that stage 1 minimizes, over its own updates.")
 
 
-def calibration_drawing(run: RunRecord) -> Drawing | None:
-    """The value head's predictions against the rewards that came."""
+def plot_calibration(run: RunRecord) -> Plot | None:
+    """Plot the observed mean reward against the value predicted by the value head."""
     bins = [entry for entry in run.tokens.get("calibration") or [] if entry["count"]]
     if not bins:
         return None
-    figure, (upper, lower) = panels(["mean reward that came", "tokens"], height=1.4, x_label="predicted value")
-    upper.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1.0, label="as predicted")
-    predicted, came = ([float(entry[name]) for entry in bins] for name in ("value", "reward"))
-    upper.plot(predicted, came, color=LINES[0], marker="o", markersize=5)
+    figure, (upper, lower) = create_panels(["mean observed reward", "tokens"], height=1.4, x_label="predicted value")
+    upper.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1.0, label="perfect calibration")
+    predicted, observed = ([float(entry[name]) for entry in bins] for name in ("value", "reward"))
+    upper.plot(predicted, observed, color=LINES[0], marker="o", markersize=5)
     upper.set_ylim(-0.05, 1.05)
     lower.bar(
         [entry["low"] for entry in bins], [entry["count"] for entry in bins], align="edge", color=LINES[0], alpha=0.55,
@@ -219,36 +226,40 @@ def calibration_drawing(run: RunRecord) -> Drawing | None:
     total = sum(entry["count"] for entry in bins)
     error = sum(entry["count"] * abs(entry["value"] - entry["reward"]) for entry in bins) / total
     caption = (
-        f"A calibrated value head lies on the dashed line; its mean distance from it, by tokens, is {error:.3f}. "
-        "All tokens of a solution share its reward: few solutions make a bumpy line."
+        f"Dashed line: perfect calibration; the mean distance from it over tokens is {error:.3f}. "
+        "All tokens of a solution share one reward, so few solutions give a rough curve."
     )
     label = f"Calibration of the value head: mean distance {error:.3f} from the diagonal"
-    return Drawing(figure, "calibration", label, caption)
+    return Plot(figure, "calibration", label, caption)
 
 
-def pass_rate_drawing(run: RunRecord) -> Drawing | None:
-    """The share of the validation problems that the model solves, over the updates."""
-    rates, asked = run.series("val/pass_rate"), run.config.get("num_validation_samples")
+def plot_pass_rate(run: RunRecord) -> Plot | None:
+    """Plot the share of validation problems that the model solves."""
+    rates, num_problems = run.series("val/pass_rate"), run.config.get("num_validation_samples")
     if not rates:
         return None
-    figure, (axes,) = panels(["share of validation problems solved"], height=1.8)
-    curve(axes, rates, 2, linestyle="-")
+    figure, (axes,) = create_panels(["share of validation problems solved"], height=1.8)
+    plot_curve(axes, rates, 2, linestyle="-")
     caption = ""
-    if asked:
-        bands = [binomtest(round(rate * asked), asked).proportion_ci(method="wilson") for _, rate in rates]
+    if num_problems:
+        bands = [
+            binomtest(round(rate * num_problems), num_problems).proportion_ci(method="wilson") for _, rate in rates
+        ]
         lows, highs = [band.low for band in bands], [band.high for band in bands]
         axes.fill_between([step for step, _ in rates], lows, highs, color=LINES[2], alpha=0.2, linewidth=0)
-        caption = f"Of {asked} problems, answered greedily; shaded: the 95 % interval (Wilson) for so many."
+        caption = f"{num_problems} problems, greedy decoding; shaded: 95 % Wilson interval."
     axes.set_ylim(-0.03, 1.03)
-    finish(axes)
-    return Drawing(figure, "pass-rate", f"Pass rate over the updates, last {rates[-1][1]:.2f}", caption)
+    finish_axes(axes)
+    return Plot(figure, "pass-rate", f"Pass rate over the updates, last {rates[-1][1]:.2f}", caption)
 
 
-def pass_at_k_drawing(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Drawing | None:
-    """Estimates of pass@k with their intervals."""
+def plot_pass_at_k(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Plot | None:
+    """Plot estimates of pass@k with their intervals."""
     if not rows:
         return None
-    figure, (axes,) = panels(["share of test problems solved"], height=0.21 * len(rows) + 0.1, left=1.7, x_label="")
+    figure, (axes,) = create_panels(
+        ["share of test problems solved"], height=0.21 * len(rows) + 0.1, left=1.7, x_label=""
+    )
     for number, (_, estimate) in enumerate(rows):
         if estimate["low"] is not None:
             axes.plot([estimate["low"], estimate["high"]], [number, number], color=LINES[0], linewidth=2)
@@ -261,5 +272,5 @@ def pass_at_k_drawing(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Drawing 
     axes.set_xlim(0, 1)
     axes.grid(axis="x", visible=True)
     label = "; ".join(f"{name} {estimate['value']:.3f}" for name, estimate in rows)
-    caption = "Lines: 95 % intervals over problems; there is none where all problems went alike."
-    return Drawing(figure, "pass-at-k", label, caption)
+    caption = "Lines: 95 % intervals over problems; none if the result is the same for all problems."
+    return Plot(figure, "pass-at-k", label, caption)

@@ -1,4 +1,4 @@
-"""What a run left in its folder, as the reports read it."""
+"""Read access to the files in a run's folder."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,16 +17,16 @@ from wmtp.tracking.jsonl import FILE_NAME, read_metrics
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's folder; files are read when they are asked for, and one that is missing is empty."""
+    """The folder of a run. Files are read on first access; a missing file is empty."""
 
     folder: Path
-    ending: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What status.json is about to say, while the run is still ending."""
+    final_status: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Fields that override status.json, for a report that is written before the final status."""
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """The content of status.json."""
-        return read_status(self.folder) | dict(self.ending)
+        """Content of status.json."""
+        return read_status(self.folder) | dict(self.final_status)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -36,80 +36,80 @@ class RunRecord:
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        """The option that was chosen of each config group; groups without one are left out."""
+        """The chosen option of each config group; groups without an option are left out."""
         saved = _yaml(self.folder / ".hydra" / "hydra.yaml")
         chosen = saved.get("hydra", {}).get("runtime", {}).get("choices", {})
         return {str(group): str(option) for group, option in chosen.items() if option is not None}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """The content of summary.json; empty where the run did not end well."""
+        """Content of summary.json; empty unless the run finished."""
         return _json(self.folder / "summary.json")
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """The content of provenance.json."""
+        """Content of provenance.json."""
         return _json(self.folder / PROVENANCE)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """Lines of metrics.jsonl."""
         return _lines(self.folder / FILE_NAME)
 
     @cached_property
-    def stage_metrics(self) -> list[dict[str, Any]]:
-        """The lines that the stage before the training wrote."""
+    def pretrain_metrics(self) -> list[dict[str, Any]]:
+        """Lines of the metrics.jsonl of stage 1."""
         return _lines(self.folder / PRETRAIN / FILE_NAME)
 
     @cached_property
     def tokens(self) -> dict[str, Any]:
-        """The content of tokens.json: some samples token by token, and how well values are calibrated."""
+        """Content of tokens.json: some samples token by token, and the calibration of the values."""
         return _json(self.folder / TOKENS)
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The lines of samples.jsonl: answers to held-out problems."""
+        """Lines of samples.jsonl: samples for validation and test problems."""
         return _lines(self.folder / "samples.jsonl")
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The summaries of what `wmtp.evaluate` measured of the run's model."""
+        """Summaries written by `wmtp.evaluate` for models of this run."""
         return [_json(path) for path in sorted(self.folder.glob(f"{EVALUATIONS}/*/summary.json"))]
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
+        """Seed of the run."""
         return int(self.config["seed"])
 
     @property
     def name(self) -> str:
-        """What the user called the run, or the name of its folder."""
+        """The configured name of the run, or the name of its folder."""
         return str(self.config.get("run_name") or self.folder.resolve().name)
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """A metric's values with their steps."""
+        """Return the pairs (step, value) of a metric."""
         return [(line["step"], float(line[metric])) for line in self.metrics if line.get(metric) is not None]
 
 
 def find_runs(folders: Iterable[Path]) -> list[RunRecord]:
-    """The runs in these folders or below them, in the order of their paths.
+    """Return the runs in these folders and below them, sorted by path.
 
     Raises:
-        InputError: a folder is not there, or holds no run.
+        InputError: A folder does not exist or contains no run.
     """
     found: dict[Path, RunRecord] = {}
     for folder in folders:
         below = [path.parent for path in folder.rglob("status.json") if EVALUATIONS not in path.parts]
-        runs = sorted((path for path in below if (path / "config.yaml").exists()), key=_in_order)
+        runs = sorted((path for path in below if (path / "config.yaml").exists()), key=_sweep_order)
         if not runs:
-            problem = "holds no run" if folder.exists() else "nothing is there"
-            raise InputError(f"{folder}: {problem}; name a run's folder, a sweep's, or one above several")
+            problem = "contains no run" if folder.exists() else "does not exist"
+            raise InputError(f"{folder}: {problem}; name the folder of a run, of a sweep, or of several runs")
         found |= {path.resolve(): RunRecord(path) for path in runs}
     return list(found.values())
 
 
-def _in_order(path: Path) -> tuple[tuple[int, str], ...]:
-    """Jobs of a sweep by their numbers, anything else by its name."""
+def _sweep_order(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return a sort key: jobs of a sweep by number, other folders by name."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in path.parts)
 
 
@@ -124,5 +124,5 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that a run appends to; a last one that was cut off by a crash is left out."""
+    """Return the lines of a file that a run appends to, without a last line that a crash cut off."""
     return list(read_metrics(path)) if path.exists() else []

@@ -1,4 +1,4 @@
-"""report.html: what a run was, what it reached, and pictures of how."""
+"""report.html: the page of a run, with results, plots, samples and config."""
 
 import logging
 import shlex
@@ -14,38 +14,43 @@ from markupsafe import Markup
 from wmtp.report import run_plots
 from wmtp.report.html import (
     Section,
-    block,
     breakable,
     card,
     cards,
     code,
+    code_block,
     details,
     facts,
     figures,
-    joined,
+    join,
     key_numbers,
+    muted_paragraph,
     paragraph,
-    quiet,
     table,
-    write_page,
+    write_html,
 )  # fmt: skip
-from wmtp.report.plots import page_style
+from wmtp.report.plots import plot_style
 from wmtp.report.run_record import RunRecord
-from wmtp.report.token_heatmap import heat_maps, style_sheet
+from wmtp.report.token_heatmap import style_sheet, token_heatmaps
 
 FILE_NAME = "report.html"
+NUM_SHOWN, MAX_SAMPLES = 8, 200
+"""Samples that are shown, and samples that are shown or collapsed."""
+log = logging.getLogger(__name__)
 STATES = {"FINISHED": "good", "RUNNING": "quiet", "FAILED": "bad", "KILLED": "bad"}
 
 
-def write_run_page(folder: Path, ending: Mapping[str, Any] | None = None) -> Path:
-    """Write the page of the run in a folder, in one piece, and return its path. What is not there is left out.
+def write_run_report(folder: Path, final_status: Mapping[str, Any] | None = None) -> Path:
+    """Write the page of the run in `folder` atomically and return its path. Missing data is left out.
 
-    `ending` is what status.json is about to say, where the run is just ending.
+    Args:
+        folder: The run's folder.
+        final_status: Fields that override status.json, while the run is about to end.
     """
-    run, path = RunRecord(folder, ending or {}), folder / FILE_NAME
-    with page_style():
+    run, path = RunRecord(folder, final_status or {}), folder / FILE_NAME
+    with plot_style():
         sections = [section for section in _sections(run) if section.body]
-        write_page(path, f"{run.name} – wmtp", _header(run), sections, style_sheet() if run.tokens else "")
+        write_html(path, f"{run.name} – wmtp", _header(run), sections, style_sheet() if run.tokens else "")
     return path
 
 
@@ -56,10 +61,10 @@ def _sections(run: RunRecord) -> list[Section]:
         Section("weights", "Weights", _weights(run)),
         Section("tokens", "Tokens", _tokens(run)),
         Section("values", "Value head", _values(run)),
-        Section("stage", "The stage before", _stage(run)),
-        Section("answers", "Answers", _answers(run)),
+        Section("stage", "Stage 1", _pretrain(run)),
+        Section("answers", "Samples", _sampling(run)),
         Section("config", "Config", _config(run)),
-        Section("origin", "Origin", _origin(run)),
+        Section("origin", "Provenance", _origin(run)),
     ]
 
 
@@ -68,21 +73,21 @@ def _header(run: RunRecord) -> Markup:
     state = str(status.get("state", "unknown"))
     title = Markup('<h1>{} <span class="state {}">{}</span></h1>\n').format(run.name, STATES.get(state, "quiet"), state)
     reason = status.get("stop_reason") or summary.get("stop_reason")
-    lines = [paragraph(_what(run), "quiet")]
+    lines = [paragraph(_description(run), "quiet")]
     if reason:
         lines.append(paragraph(f"Stopped early at update {status.get('step', 0):,}. {reason[:1].upper()}{reason[1:]}."))
     if error := status.get("error"):
         exit_code = status.get("exit_code")
         lines.append(paragraph(f"{error}{'' if exit_code is None else f' (exit code {exit_code})'}", "bad"))
-    return title + joined(lines)
+    return title + join(lines)
 
 
-def _what(run: RunRecord) -> str:
-    """The run in a line: its algorithm, model and data, when and how long."""
+def _description(run: RunRecord) -> str:
+    """Return one line on the run: algorithm, model, data, seed, start and duration."""
     chosen = [f"{group} {run.choices[group]}" for group in ("algo", "model", "data") if group in run.choices]
-    started, ended = _moment(run.status.get("started")), _moment(run.status.get("ended"))
+    started, ended = _parse_time(run.status.get("started")), _parse_time(run.status.get("ended"))
     when = [f"{started:%d %B %Y, %H:%M}".lstrip("0")] if started else []
-    took = [f"{_duration(ended - started)}"] if started and ended else []
+    took = [f"{_format_duration(ended - started)}"] if started and ended else []
     return " · ".join([*chosen, f"seed {run.config.get('seed', '–')}", *when, *took])
 
 
@@ -96,91 +101,97 @@ def _result(run: RunRecord) -> Markup:
         )
     if passes := summary.get("pass@1"):
         low, high, count = passes["low"], passes["high"], passes["problems"]
-        interval = "all alike, no interval" if low is None else f"95 %: {low:.2f} to {high:.2f}"
+        interval = "no interval: same result for all problems" if low is None else f"95 %: {low:.2f} to {high:.2f}"
         entries.append(("pass@1, last model", f"{passes['value']:.2f}", f"{interval}; {count} test problems"))
     if "total_steps" in summary:
         skipped = summary.get("skipped_updates") or 0
         entries.append(("updates", f"{summary['total_steps']:,}", f"{skipped} skipped" if skipped else "none skipped"))
-        entries.append(("tokens", _short(summary["total_tokens"]), f"{summary['total_tokens']:,} trained on"))
+        entries.append(("tokens", _format_short(summary["total_tokens"]), f"{summary['total_tokens']:,} trained on"))
     elif run.status.get("step"):
-        until = "so far" if run.status.get("state") == "RUNNING" else "until it ended"
+        until = "so far" if run.status.get("state") == "RUNNING" else "until the run ended"
         entries.append(("updates", f"{run.status['step']:,}", until))
     if speed := summary.get("tokens_per_second"):
         entries.append(("tokens per second", f"{speed:,.0f}", f"median; {_device(summary)}"))
     if memory := summary.get("peak_memory_bytes"):
         entries.append(("peak memory", f"{memory / 2**20:,.0f} MiB", "of one process"))
-    missing = quiet("There is no summary.json: the run did not end well, or goes on.") if not summary else Markup()
+    missing = muted_paragraph("There is no summary.json: the run has not finished.") if not summary else Markup()
     return key_numbers(entries) + missing
 
 
 def _training(run: RunRecord) -> Markup:
     shown = figures(
         [
-            run_plots.loss_drawing(run),
-            run_plots.heads_drawing(run),
-            run_plots.update_drawing(run),
-            run_plots.speed_drawing(run),
+            run_plots.plot_loss(run),
+            run_plots.plot_head_losses(run),
+            run_plots.plot_updates(run),
+            run_plots.plot_speed(run),
         ]
     )
-    return shown or quiet("Nothing was measured yet.")
+    return shown or muted_paragraph("No metrics are recorded yet.")
 
 
 def _weights(run: RunRecord) -> Markup:
-    said = {
-        "decisive_wrong_auc": "Wrong solutions: tokens that make them wrong, against their other tokens",
-        "noise_auc": "All solutions: noise, against their other tokens",
+    names = {
+        "decisive_wrong_auc": "Wrong solutions: decisive tokens against other tokens",
+        "noise_auc": "All solutions: noise tokens against other tokens",
     }
     quality = {name: area for name, area in (run.summary.get("weights") or {}).items() if area is not None}
     beside = Markup()
-    if run_plots.uniform_weights(run):
-        beside += quiet("Every target has the weight 1.")
+    if run_plots.has_uniform_weights(run):
+        beside += muted_paragraph("Every target has the weight 1.")
     if quality:
-        rows = [(said.get(name, name), f"{area:.3f}") for name, area in quality.items()]
+        rows = [(names.get(name, name), f"{area:.3f}") for name, area in quality.items()]
         beside += paragraph(
-            "Do the weights find what is known to mislead? The chance that such a token has less weight than another "
+            "Do the weights identify harmful tokens? Probability that such a token has a lower weight than another "
             "token of its solution: 1 is perfect, 0.5 is chance."
         )
-        beside += table(["what is told apart", "area under ROC"], rows, numbers=[1], wide=[0])
-    return figures([run_plots.weights_drawing(run)], beside)
+        beside += table(["tokens compared", "area under ROC"], rows, numbers=[1], wide=[0])
+    return figures([run_plots.plot_weights(run)], beside)
 
 
 def _tokens(run: RunRecord) -> Markup:
     samples = run.tokens.get("samples")
     if not samples:
-        return quiet("No tokens.json: no solution can be shown token by token.") if run.summary else Markup()
-    lead = f"Validation solutions as the model sees them at update {run.tokens['step']:,}, token by token."
-    return paragraph(lead) + heat_maps(samples)
+        return (
+            muted_paragraph("There is no tokens.json, so solutions cannot be shown token by token.")
+            if run.summary
+            else Markup()
+        )
+    introduction = f"Validation solutions at update {run.tokens['step']:,}, token by token."
+    return paragraph(introduction) + token_heatmaps(samples)
 
 
 def _values(run: RunRecord) -> Markup:
-    caption = "Explained variance 1: values are the rewards; 0, dotted: no better than their mean; below 0: worse."
-    return figures(
-        [run_plots.values_drawing(run.metrics, "value-training", caption), run_plots.calibration_drawing(run)]
+    caption = (
+        "Explained variance 1: values equal the rewards; 0 (dotted): no better than the mean reward; below 0: worse."
     )
+    return figures([run_plots.plot_values(run.metrics, "value-training", caption), run_plots.plot_calibration(run)])
 
 
-def _stage(run: RunRecord) -> Markup:
-    if not run.stage_metrics:
+def _pretrain(run: RunRecord) -> Markup:
+    if not run.pretrain_metrics:
         return Markup()
     stage = run.summary.get("pretrain") or {}
     updates, tokens = stage.get("total_steps"), stage.get("total_tokens")
-    lead = f"{updates:,} updates on {tokens:,} tokens, before those above." if updates and tokens else ""
-    caption = "What the value head had learned before the training began."
+    lead = f"{updates:,} updates on {tokens:,} tokens, before stage 2." if updates and tokens else ""
+    caption = "The value head during stage 1."
     shown = figures(
-        [run_plots.stage_drawing(run), run_plots.values_drawing(run.stage_metrics, "value-before", caption)]
+        [run_plots.plot_pretrain_loss(run), run_plots.plot_values(run.pretrain_metrics, "value-before", caption)]
     )
     return (paragraph(lead) if lead else Markup()) + shown
 
 
-def _answers(run: RunRecord) -> Markup:
+def _sampling(run: RunRecord) -> Markup:
     rows = _pass_rows(run)
-    shown = figures([run_plots.pass_rate_drawing(run), run_plots.pass_at_k_drawing(rows)])
-    body = shown + samples_body(run)
-    return body or quiet("No answers: the data have no tests, or num_samples and num_validation_samples were 0.")
+    shown = figures([run_plots.plot_pass_rate(run), run_plots.plot_pass_at_k(rows)])
+    body = shown + _samples(run)
+    return body or muted_paragraph(
+        "No samples: the data has no tests, or num_samples and num_validation_samples are 0."
+    )
 
 
 def _pass_rows(run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
-    """Estimates of pass@k with what they are of."""
+    """Return the estimates of pass@k with a label for each."""
     rows = []
     if passes := run.summary.get("pass@1"):
         rows.append(("pass@1, end of run", passes))
@@ -195,12 +206,15 @@ def _config(run: RunRecord) -> Markup:
     if not run.config:
         return Markup()
     changed = run.provenance.get("changed")
-    lines = block(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-    whole = details("The whole config", lines, printed=True, is_open=changed is None)
+    lines = code_block(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+    full = details("Full config", lines, printed=True, is_open=changed is None)
     if not changed:
-        return (quiet("Every value is its default.") if changed is not None else Markup()) + whole
-    rows = [(code(breakable(key)), code(_value(before)), code(_value(now))) for key, (before, now) in changed.items()]
-    return table(["what differs", "default", "here"], rows, names=[0], wide=[1, 2]) + whole
+        return (muted_paragraph("Every value is its default.") if changed is not None else Markup()) + full
+    rows = [
+        (code(breakable(key)), code(_format_value(before)), code(_format_value(now)))
+        for key, (before, now) in changed.items()
+    ]
+    return table(["changed key", "default", "this run"], rows, names=[0], wide=[1, 2]) + full
 
 
 def _origin(run: RunRecord) -> Markup:
@@ -209,26 +223,26 @@ def _origin(run: RunRecord) -> Markup:
     versions = provenance.get("versions") or summary.get("versions") or {}
     entries: Sequence[tuple[str, Any]] = [
         ("folder", code(run.folder.resolve())),
-        ("git revision", _code(provenance.get("git_revision"))),
+        ("git revision", _optional_code(provenance.get("git_revision"))),
         ("data", _data(data)),
-        ("data fingerprint", _code(data.get("fingerprint"))),
-        ("config hash", _code(summary.get("config_hash"))),
-        ("parameters", _count(summary.get("parameters"))),
+        ("data fingerprint", _optional_code(data.get("fingerprint"))),
+        ("config hash", _optional_code(summary.get("config_hash"))),
+        ("parameters", _format_count(summary.get("parameters"))),
         ("device", _device(summary)),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("ended", run.status.get("ended")),
     ]
     command = provenance.get("command")
-    typed = [each.lstrip("+").replace("experiment@_global_=", "experiment=") for each in command or []]
-    shown = block(shlex.join(["python", "-m", "wmtp.train", *typed])) if command is not None else Markup()
+    overrides = [each.lstrip("+").replace("experiment@_global_=", "experiment=") for each in command or []]
+    shown = code_block(shlex.join(["python", "-m", "wmtp.train", *overrides])) if command is not None else Markup()
     return shown + facts(entries)
 
 
-def _code(text: str | None) -> Markup | None:
+def _optional_code(text: str | None) -> Markup | None:
     return code(text) if text else None
 
 
-def _count(count: int | None) -> str | None:
+def _format_count(count: int | None) -> str | None:
     return None if count is None else f"{count:,}"
 
 
@@ -244,14 +258,14 @@ def _device(summary: Mapping[str, Any]) -> str | None:
     return f"{summary.get('processes', 1)} × {summary['device']}, {summary.get('strategy', 'single')}"
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _short(count: int) -> str:
-    """A count in three digits.
+def _format_short(count: int) -> str:
+    """Return a count with three digits.
 
-    >>> _short(250_689), _short(12), _short(7_000_000_000)
+    >>> _format_short(250_689), _format_short(12), _format_short(7_000_000_000)
     ('251 k', '12', '7.00 G')
     """
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -260,12 +274,12 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def _moment(text: Any) -> datetime | None:
+def _parse_time(text: Any) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def _duration(length: timedelta) -> str:
-    """A length of time in its two greatest units."""
+def _format_duration(length: timedelta) -> str:
+    """Return a duration in its two largest units."""
     seconds = round(length.total_seconds())
     if seconds < 60:
         return f"{seconds} s"
@@ -273,11 +287,8 @@ def _duration(length: timedelta) -> str:
     return f"{minutes} min {seconds % 60} s" if minutes < 60 else f"{hours} h {minutes % 60} min"
 
 
-SHOWN, MOST = 8, 200
-
-
-def samples_body(run: RunRecord) -> Markup:
-    """Answers of the last step that has any, those that pass and those that do not in turn."""
+def _samples(run: RunRecord) -> Markup:
+    """Return the samples of the last step that has any, alternating between passed and failed."""
     if not run.samples:
         return Markup()
     step = max(sample["step"] for sample in run.samples)
@@ -287,12 +298,12 @@ def samples_body(run: RunRecord) -> Markup:
     others = [sample for sample in chosen if sample.get("outcome") != "pass"]
     mixed = [sample for pair in zip_longest(passed, others) for sample in pair if sample is not None]
     split = chosen[0].get("split", "held-out")
-    judged = f": {len(passed)} of {len(chosen)} pass" if any("outcome" in sample for sample in chosen) else ""
-    lead = f"Answers to {split} problems at update {step:,}{judged}."
-    body = paragraph(lead) + _cards(mixed[:SHOWN])
-    if rest := mixed[SHOWN:MOST]:
-        left = f", of {len(mixed) - SHOWN}" if len(mixed) > MOST else ""
-        body += details(f"{len(rest)} more{left}", _cards(rest))
+    passes = f": {len(passed)} of {len(chosen)} pass" if any("outcome" in sample for sample in chosen) else ""
+    introduction = f"Samples for {split} problems at update {step:,}{passes}."
+    body = paragraph(introduction) + _cards(mixed[:NUM_SHOWN])
+    if rest := mixed[NUM_SHOWN:MAX_SAMPLES]:
+        total = f", of {len(mixed) - NUM_SHOWN}" if len(mixed) > MAX_SAMPLES else ""
+        body += details(f"{len(rest)} more{total}", _cards(rest))
     return body
 
 
@@ -303,34 +314,30 @@ def _cards(samples: Sequence[Mapping[str, Any]]) -> Markup:
 def _card(sample: Mapping[str, Any]) -> Markup:
     outcome, reason = sample.get("outcome"), sample.get("reason")
     kind = "good" if outcome == "pass" else "bad" if outcome else "quiet"
-    said = {"pass": "✓ passes", "fail": f"✗ {reason or 'fails'}", None: "not judged"}.get(outcome, str(outcome))
+    verdict = {"pass": "✓ passes", "fail": f"✗ {reason or 'fails'}", None: "not graded"}.get(outcome, str(outcome))
     difficulty = sample.get("difficulty")
     name = f"{sample['task_id']}{'' if difficulty is None else f' · difficulty {difficulty}'}"
     detail = Markup('<p class="quiet">{}</p>').format(sample["detail"]) if sample.get("detail") else ""
     completion = sample["completion"].rstrip("\n")
-    return card(name, kind, said, Markup("<p>{}</p>\n<pre>{}</pre>{}").format(sample["prompt"], completion, detail))
+    return card(name, kind, verdict, Markup("<p>{}</p>\n<pre>{}</pre>{}").format(sample["prompt"], completion, detail))
 
 
-log = logging.getLogger(__name__)
-FILE_NAME = "report.html"
-
-
-def redraw(folder: Path) -> None:
-    """Draw a run's page again, if it has one."""
+def rewrite_report(folder: Path) -> None:
+    """Write the page of a run again if it exists."""
     if (folder / FILE_NAME).exists():
-        draw(folder)
+        write_report_or_warn(folder)
 
 
-def without_page(runs: Sequence[RunRecord]) -> list[Path]:
-    """The folders of runs that have no page."""
+def folders_without_report(runs: Sequence[RunRecord]) -> list[Path]:
+    """Return the folders of the runs that have no page."""
     return [run.folder for run in runs if not (run.folder / FILE_NAME).exists()]
 
 
-def draw(folder: Path) -> None:
-    """Draw a run's page; a warning where that fails."""
+def write_report_or_warn(folder: Path) -> None:
+    """Write the page of a run; an error is only logged."""
     try:
-        write_run_page(folder)
+        write_run_report(folder)
     except OSError as error:
         log.warning("%s could not be written: %s", folder / FILE_NAME, error)
     except Exception as error:
-        log.warning("%s could not be drawn: %s: %s", folder / FILE_NAME, type(error).__name__, error, exc_info=True)
+        log.warning("%s could not be created: %s: %s", folder / FILE_NAME, type(error).__name__, error, exc_info=True)

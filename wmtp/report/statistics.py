@@ -1,4 +1,4 @@
-"""What paired differences show: intervals, tests, corrections, and how many pairs would show more."""
+"""Statistics of paired differences: intervals, tests, corrections, and the number of pairs needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,31 +11,31 @@ from scipy import special, stats
 LEVEL = 0.05
 POWER = 0.8
 MIN_PAIRS = 3
-"""With fewer, no interval is known to hold what it promises."""
+"""With fewer pairs, no interval is known to have its nominal coverage."""
 MIN_PAIRS_FOR_MEDIAN = 5
-"""With fewer, even from the least to the largest value is no 95 % interval of a median."""
+"""With fewer values, not even the range from minimum to maximum is a 95 % interval of the median."""
 SEEDS_CAP = 1_000
 RESAMPLES = 20_000
-EXACT_UP_TO = 6
-"""Pairs of which every resample is looked at where a median is estimated."""
+MAX_EXACT_VALUES = 6
+"""Up to this number of values, the interval of a median uses all resamples."""
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference with its 95 % interval, and the p-value that belongs to it."""
+    """A mean difference with its 95 % interval and p-value."""
 
     mean: float
     low: float | None
-    """None, as `high` and `p`: there are fewer than `MIN_PAIRS`, or all are the same."""
+    """None, like `high` and `p`, if there are fewer than `MIN_PAIRS` pairs or all are equal."""
     high: float | None
     p: float | None
 
 
-def estimated(differences: Sequence[float]) -> Estimate:
-    """The mean of paired differences, its `bootstrap_t` interval, and the p-value for no difference.
+def estimate_mean_difference(differences: Sequence[float]) -> Estimate:
+    """Return the mean of paired differences with its `bootstrap_t` interval and p-value.
 
-    Differences that are all the same have no spread to judge chance by.
+    Equal differences have no spread, so they have no interval and no p-value.
     """
     values = np.asarray(differences, dtype=np.float64)
     mean = float(values.mean())
@@ -46,36 +46,39 @@ def estimated(differences: Sequence[float]) -> Estimate:
 
 
 def has_spread(values: Floats) -> bool:
-    """Whether values differ by more than rounding."""
+    """Return whether values differ by more than rounding errors."""
     return float(np.ptp(values)) > 1e-12 * float(np.abs(values).max())
 
 
 def bootstrap_t(
     studies: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[Floats, Floats]:
-    """Symmetric studentised bootstrap of means: p-values for mean 0, and half widths of the 1 − level intervals.
+    """Return p-values for mean 0, and half widths of the 1 − level intervals of the means.
 
-    |t| = |mean| / (s / √n) is compared with |t*| of resamples drawn around the mean. p is the share of |t*| that is
-    no smaller, so p < level exactly where the interval leaves out 0. Each resampled value gets normal noise of
-    variance s² / 2n, half of what resampling n values takes from their variance; each noise comes with both signs,
-    so the result is the same when the groups are exchanged.
+    This is a symmetric studentized bootstrap. |t| = |mean| / (s / √n) is compared with |t*| of resamples drawn around
+    the mean. p is the share of |t*| that is at least |t|, so p < level exactly if the interval excludes 0. Each
+    resampled value gets normal noise of variance s² / 2n, half of the variance that resampling n values loses. Each
+    noise value is used with both signs, so exchanging the groups does not change the result.
 
-    Chosen by simulating studies of five pairs. Share of intervals that cover the true mean, of normal, t₃ and
-    exponential differences; power at a difference of two standard deviations, alone and as the hardest of three:
+    Chosen by simulated studies with five pairs. Columns: coverage of the true mean for normal, t₃ and exponential
+    differences; power for a difference of two standard deviations, alone and as the hardest of three comparisons:
 
         percentile bootstrap        0.84  0.85  0.80
         t                           0.95  0.96  0.87    0.92  0.68
         all 5⁵ resamples, no noise  0.98  0.98  0.94    0.61  0.32
         this                        0.97  0.98  0.92    0.77  0.41
 
-    Without noise, the few resamples that are nearly all one value decide: three pairs have no finite interval. Where
-    nothing but chance separates two groups, their differences are symmetric, however skewed the runs are.
+    Without noise, the few resamples with nearly equal values decide the result: three pairs have no finite interval. If
+    there is no effect, differences between two groups are symmetric, even if the values of the runs are skewed.
 
     Args:
-        studies: float[study, pair], at least three pairs, of which not all are the same.
+        studies: float[study, pair], at least three pairs, not all equal.
         level: 1 − the coverage.
-        resamples: how many, an even number.
-        seed: of the resamples, the same for every study.
+        resamples: Number of resamples, even.
+        seed: Seed of the resamples, the same for each study.
+
+    Returns:
+        p-values and half widths, each float[study].
 
     Source: Hall 1988, On Symmetric Bootstrap Confidence Intervals; noise: Hesterberg 2015, What Teachers Should Know
     About the Bootstrap (arXiv 1411.5279).
@@ -87,8 +90,8 @@ def bootstrap_t(
     means, deviations = studies.mean(axis=1), studies.std(axis=1, ddof=1)
     p, widths = np.empty(len(studies)), np.empty(len(studies))
     for number, (values, mean, deviation) in enumerate(zip(studies, means, deviations, strict=True)):
-        drawn = ((values - mean) / deviation)[chosen]
-        found = np.concatenate([absolute_t(drawn + noise), absolute_t(drawn - noise)])
+        resampled = ((values - mean) / deviation)[chosen]
+        found = np.concatenate([absolute_t(resampled + noise), absolute_t(resampled - noise)])
         observed = absolute_t((values / deviation)[None])[0]
         p[number] = (1 + np.count_nonzero(found >= observed)) / (1 + len(found))
         rank = int(np.ceil((1 - level) * (1 + len(found)))) - 1
@@ -97,7 +100,7 @@ def bootstrap_t(
 
 
 def absolute_t(samples: Floats) -> Floats:
-    """|t| of each row for mean 0."""
+    """Return |t| of each row for mean 0: float[row, value] to float[row]."""
     num = samples.shape[1]
     mean = samples.mean(axis=1)
     squares = np.einsum("ij,ij->i", samples, samples) / num - mean**2
@@ -106,12 +109,12 @@ def absolute_t(samples: Floats) -> Floats:
 
 
 def wilcoxon_p(differences: Sequence[float]) -> float | None:
-    """The two-sided p-value of scipy's signed-rank test; None where no pair differs, or there is one only."""
+    """Return the two-sided p-value of scipy's signed-rank test; None for one pair or if no pair differs."""
     return float(stats.wilcoxon(differences).pvalue) if len(differences) > 1 and np.any(differences) else None
 
 
 def smallest_wilcoxon_p(num_pairs: int) -> float:
-    """The smallest two-sided p-value that the signed-rank test gives, when all differences have one sign.
+    """Return the smallest two-sided p-value of the signed-rank test, for differences of one sign.
 
     >>> smallest_wilcoxon_p(5)
     0.0625
@@ -120,7 +123,7 @@ def smallest_wilcoxon_p(num_pairs: int) -> float:
 
 
 def mcnemar_p(won: int, lost: int) -> float:
-    """McNemar's exact test, two-sided: the discordant problems as tosses of a fair coin.
+    """Return the p-value of McNemar's exact two-sided test: a binomial test of the discordant problems.
 
     >>> mcnemar_p(5, 0)
     0.0625
@@ -129,9 +132,10 @@ def mcnemar_p(won: int, lost: int) -> float:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for their number, so that 5 % bound the chance of even one false difference.
+    """Return p-values with Holm's correction, which limits the chance of any false difference to the level.
 
-    None, a comparison without a test, stays None and counts as one of them.
+    None, a comparison without a test, stays None and counts as a comparison.
+
     Source: Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure.
 
     >>> holm([0.01, 0.04, 0.03])
@@ -147,10 +151,18 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def seeds_needed(mean: float, deviation: float, num_comparisons: int = 1) -> int | None:
-    """Pairs with which a paired t test shows a difference of this mean and deviation with 80 % power.
+    """Return the number of pairs for which a paired t test shows this mean difference with 80 % power.
 
-    Its level is 5 % over the number of comparisons, Holm's first step. In simulations `bootstrap_t` needs at most one
-    pair more. `SEEDS_CAP` + 1: more than `SEEDS_CAP`; None: nothing differs, or nothing varies.
+    The level is 5 % divided by the number of comparisons, as in Holm's first step. In simulations `bootstrap_t` needs
+    at most one pair more.
+
+    Args:
+        mean: Mean difference.
+        deviation: Standard deviation of the differences.
+        num_comparisons: Number of groups that are compared with the baseline.
+
+    Returns:
+        The number, `SEEDS_CAP` + 1 if it is larger than `SEEDS_CAP`, or None if `mean` or `deviation` is 0.
 
     >>> seeds_needed(0.5, 1.0)
     34
@@ -159,22 +171,22 @@ def seeds_needed(mean: float, deviation: float, num_comparisons: int = 1) -> int
         return None
     effect, num_pairs = abs(mean) / deviation, np.arange(MIN_PAIRS, SEEDS_CAP + 1)
     bound, shift = stats.t.isf(LEVEL / num_comparisons / 2, num_pairs - 1), effect * np.sqrt(num_pairs)
-    # the other tail adds nothing where the power is near 80 %
+    # The other tail is negligible for a power near 80 %.
     is_enough = 1 - special.nctdtr(num_pairs - 1, np.minimum(shift, 30 + bound), bound) >= POWER
     return int(num_pairs[is_enough.argmax()]) if is_enough.any() else SEEDS_CAP + 1
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """The 95 % percentile bootstrap interval of a median; infinite values are allowed.
+    """Return the 95 % percentile bootstrap interval of a median, or None for fewer than five values.
 
-    With at most `EXACT_UP_TO` values every resample counts, else 20,000 are drawn. Of five values it reaches from the
-    least to the largest, which holds the median in 15 of 16 cases; of fewer values it is None.
+    Infinite values are allowed. All resamples of at most `MAX_EXACT_VALUES` values are used, else 20,000 are drawn. The
+    interval of five values is the range from minimum to maximum, which contains the median in 15 of 16 cases.
     """
     num = len(values)
     if num < MIN_PAIRS_FOR_MEDIAN:
         return None
     ordered = np.sort(np.asarray(values, dtype=np.float64))
-    if num <= EXACT_UP_TO:
+    if num <= MAX_EXACT_VALUES:
         chosen = np.array(list(combinations_with_replacement(range(num), num)))
         counts = np.stack([np.bincount(each, minlength=num) for each in chosen])
         weights = np.exp(special.gammaln(num + 1) - special.gammaln(counts + 1).sum(axis=1))

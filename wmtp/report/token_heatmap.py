@@ -1,4 +1,4 @@
-"""Solutions token by token, coloured by weight, by loss or by value, with the tokens that are known to matter."""
+"""Heatmaps of solutions: each token colored by weight, loss or value, with marks for decisive and noise tokens."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -7,141 +7,141 @@ from typing import Any
 
 from markupsafe import Markup
 
-from wmtp.report.html import card, cards, details, joined, quiet, table
+from wmtp.report.html import card, cards, details, join, muted_paragraph, table
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-TEXT: tuple[Colour, Colour] = (0x14, 0x17, 0x1A), (0xF4, 0xF6, 0xF7)
-_NEUTRAL: tuple[Colour, Colour] = (0xF1, 0xF2, 0xF3), (0x26, 0x2B, 0x30)
-_ORANGE: tuple[Colour, Colour] = (0xEE, 0x7A, 0x1E), (0xB0, 0x54, 0x00)
-_BLUE: tuple[Colour, Colour] = (0x8F, 0xC4, 0xF0), (0x1C, 0x4C, 0x7D)
-_PURPLE: tuple[Colour, Colour] = (0xC9, 0x84, 0xC4), (0x8B, 0x3F, 0x86)
-_GREEN: tuple[Colour, Colour] = (0x3F, 0xB5, 0x8C), (0x00, 0x69, 0x4D)
-"""On light paper and on dark, where text is black and white; each keeps a contrast of 4.5 to it.
+TEXT: tuple[Color, Color] = (0x14, 0x17, 0x1A), (0xF4, 0xF6, 0xF7)
+_NEUTRAL: tuple[Color, Color] = (0xF1, 0xF2, 0xF3), (0x26, 0x2B, 0x30)
+_ORANGE: tuple[Color, Color] = (0xEE, 0x7A, 0x1E), (0xB0, 0x54, 0x00)
+_BLUE: tuple[Color, Color] = (0x8F, 0xC4, 0xF0), (0x1C, 0x4C, 0x7D)
+_PURPLE: tuple[Color, Color] = (0xC9, 0x84, 0xC4), (0x8B, 0x3F, 0x86)
+_GREEN: tuple[Color, Color] = (0x3F, 0xB5, 0x8C), (0x00, 0x69, 0x4D)
+"""Colors for light and dark mode, with black and white text; the contrast to the text is at least 4.5.
 
-Orange stands out more than blue, so that more can be told from less without colours.
+Orange stands out more than blue, so that high and low weights can be distinguished without color vision.
 """
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What tokens are coloured by: steps of a scale, and a colour for each."""
+class TokenMetric:
+    """A metric that tokens are colored by: steps of a scale with a color for each."""
 
     name: str
     edges: tuple[float, ...]
     meaning: str
-    colours: tuple[tuple[Colour, Colour], ...]
+    colors: tuple[tuple[Color, Color], ...]
 
     def step(self, value: float) -> int:
-        """On which step of the scale a value lies."""
+        """Return the step of the scale for a value."""
         return bisect_right(self.edges, value)
 
     def labels(self) -> list[str]:
-        """The steps of the scale in words."""
+        """Return the label of each step."""
         inner = [f"{low:.2g} to {high:.2g}" for low, high in zip(self.edges, self.edges[1:], strict=False)]
         return [f"under {self.edges[0]:.2g}", *inner, f"{self.edges[-1]:.2g} and more"]
 
 
-def _mixed(end: tuple[Colour, Colour], share: float) -> tuple[Colour, Colour]:
-    """Between neutral and a colour, for both papers."""
+def _mix_with_neutral(end: tuple[Color, Color], share: float) -> tuple[Color, Color]:
+    """Return a mixture of the neutral color and another one, for light and dark mode."""
 
-    def mix(paper: int) -> Colour:
+    def _mix(mode: int) -> Color:
         red, green, blue = (
-            round(low + (high - low) * share) for low, high in zip(_NEUTRAL[paper], end[paper], strict=True)
+            round(low + (high - low) * share) for low, high in zip(_NEUTRAL[mode], end[mode], strict=True)
         )
         return red, green, blue
 
-    return mix(0), mix(1)
+    return _mix(0), _mix(1)
 
 
-def _scale(end: tuple[Colour, Colour], steps: int) -> tuple[tuple[Colour, Colour], ...]:
-    return tuple(_mixed(end, number / (steps - 1)) for number in range(steps))
+def _color_scale(end: tuple[Color, Color], steps: int) -> tuple[tuple[Color, Color], ...]:
+    return tuple(_mix_with_neutral(end, number / (steps - 1)) for number in range(steps))
 
 
-MEASURES = (
-    Measure(
+TOKEN_METRICS = (
+    TokenMetric(
         "weight", (0.25, 0.5, 0.75, 0.9, 1.11, 1.33, 2.0, 4.0),
-        "How much the token counts in the loss. Grey: about as much as the mean, which is 1; blue: less; orange: more.",
-        (*reversed(_scale(_BLUE, 5)), *_scale(_ORANGE, 5)[1:]),
+        "Weight of the token in the loss. Gray: about the mean, which is 1; blue: lower; orange: higher.",
+        (*reversed(_color_scale(_BLUE, 5)), *_color_scale(_ORANGE, 5)[1:]),
     ),
-    Measure(
+    TokenMetric(
         "loss", (0.05, 0.2, 0.5, 1.0, 2.0, 4.0),
-        "How unexpected the token was to head 1, in nats.", _scale(_PURPLE, 7),
+        "Cross-entropy of head 1 for the token, in nats.", _color_scale(_PURPLE, 7),
     ),
-    Measure(
+    TokenMetric(
         "value", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        "What reward the value head expects after the token: 1 for a right solution, 0 for a wrong one.",
-        _scale(_GREEN, 10),
+        "Reward that the value head predicts after the token: 1 for a right solution, 0 for a wrong one.",
+        _color_scale(_GREEN, 10),
     ),
 )  # fmt: skip
 
 
-def heat_maps(samples: Sequence[Mapping[str, Any]]) -> Markup:
-    """The samples, with a switch for what colours them, a legend, and the numbers as tables."""
-    shown = [measure for measure in MEASURES if _varies(samples, measure.name)] or [MEASURES[1]]
-    switch = joined(
+def token_heatmaps(samples: Sequence[Mapping[str, Any]]) -> Markup:
+    """Return the samples with a metric switch, a legend, and the values as tables."""
+    shown = [metric for metric in TOKEN_METRICS if _varies(samples, metric.name)] or [TOKEN_METRICS[1]]
+    switch = join(
         Markup('<label><input type="radio" name="measure" id="by-{0}"{1}> {0}</label>\n').format(
-            measure.name, Markup(" checked") if measure is shown[0] else ""
+            metric.name, Markup(" checked") if metric is shown[0] else ""
         )
-        for measure in shown
+        for metric in shown
     )
-    note = "" if MEASURES[0] in shown else quiet("Every token has the weight 1, so that there is nothing to colour by.")
+    note = (
+        ""
+        if TOKEN_METRICS[0] in shown
+        else muted_paragraph("Every token has the weight 1, so tokens are not colored by weight.")
+    )
     return Markup(
-        '<div class="tokens">\n{}<fieldset class="switch"><legend>Colour by</legend>\n{}</fieldset>\n{}{}{}</div>\n'
-    ).format(note, switch, joined(map(_legend, shown)), _MARKS, cards(map(_sample, samples)))
+        '<div class="tokens">\n{}<fieldset class="switch"><legend>Color by</legend>\n{}</fieldset>\n{}{}{}</div>\n'
+    ).format(note, switch, join(map(_legend, shown)), _TRUTH_LEGEND, cards(map(_sample, samples)))
 
 
 def style_sheet() -> str:
-    """The colours of the steps; only those of the chosen measure hold."""
+    """Return the CSS rules for the colors; only those of the selected metric apply."""
     rules = [
-        f".tokens:has(#by-{measure.name}:checked) .{measure.name[0]}{step}"
-        f"{{background:light-dark({_css(light)},{_css(dark)});color:light-dark({_css(TEXT[0])},{_css(TEXT[1])})}}"
-        for measure in MEASURES
-        for step, (light, dark) in enumerate(measure.colours)
+        f".tokens:has(#by-{metric.name}:checked) .{metric.name[0]}{step}"
+        f"{{background:light-dark({_css_color(light)},{_css_color(dark)});color:light-dark({_css_color(TEXT[0])},{_css_color(TEXT[1])})}}"
+        for metric in TOKEN_METRICS
+        for step, (light, dark) in enumerate(metric.colors)
     ]
     others = [
-        f".tokens:not(:has(#by-{measure.name}:checked)) .scale-{measure.name}{{display:none}}" for measure in MEASURES
+        f".tokens:not(:has(#by-{metric.name}:checked)) .scale-{metric.name}{{display:none}}" for metric in TOKEN_METRICS
     ]
     return "\n".join([_STYLE, *rules, *others])
 
 
 def _varies(samples: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether a measure is there, and for weights whether they differ."""
+    """Return whether a metric is recorded and, for weights, whether the weights differ."""
     values = {token[name] for sample in samples for token in sample["tokens"] if token.get(name) is not None}
     return len(values) > 1 if name == "weight" else bool(values)
 
 
-def _legend(measure: Measure) -> Markup:
-    steps = joined(
-        Markup('<li class="{}{}">{}</li>').format(measure.name[0], step, label)
-        for step, label in enumerate(measure.labels())
+def _legend(metric: TokenMetric) -> Markup:
+    steps = join(
+        Markup('<li class="{}{}">{}</li>').format(metric.name[0], step, label)
+        for step, label in enumerate(metric.labels())
     )
-    return Markup('<div class="scale scale-{}"><p>{}</p><ul>{}</ul></div>\n').format(
-        measure.name, measure.meaning, steps
-    )
+    return Markup('<div class="scale scale-{}"><p>{}</p><ul>{}</ul></div>\n').format(metric.name, metric.meaning, steps)
 
 
 def _sample(sample: Mapping[str, Any]) -> Markup:
     kind, verdict = ("good", "right solution") if sample["is_correct"] else ("bad", "wrong solution")
     tokens = sample["tokens"]
-    solution = Markup('<p>{}</p>\n<pre class="solution">{}</pre>\n').format(
-        sample["prompt"], joined(map(_token, tokens))
-    )
-    return card(sample["task_id"], kind, verdict, solution + details("The numbers", _numbers(tokens)))
+    solution = Markup('<p>{}</p>\n<pre class="solution">{}</pre>\n').format(sample["prompt"], join(map(_token, tokens)))
+    return card(sample["task_id"], kind, verdict, solution + details("Values as a table", _numbers(tokens)))
 
 
 def _token(token: Mapping[str, Any]) -> Markup:
-    classes = [f"{m.name[0]}{m.step(token[m.name])}" for m in MEASURES if token.get(m.name) is not None]
-    said = [f"{m.name} {token[m.name]:.3g}" for m in MEASURES if token.get(m.name) is not None]
+    classes = [f"{m.name[0]}{m.step(token[m.name])}" for m in TOKEN_METRICS if token.get(m.name) is not None]
+    values = [f"{m.name} {token[m.name]:.3g}" for m in TOKEN_METRICS if token.get(m.name) is not None]
     if truth := token.get("truth"):
         classes.append(truth)
-        said.append(truth)
+        values.append(truth)
     text = Markup('<i class="break"></i>\n').join(token["text"].split("\n")) or Markup('<i class="end"></i>')
-    return Markup('<span class="{}" title="{}">{}</span>').format(" ".join(classes), ", ".join(said), text)
+    return Markup('<span class="{}" title="{}">{}</span>').format(" ".join(classes), ", ".join(values), text)
 
 
 def _numbers(tokens: Sequence[Mapping[str, Any]]) -> Markup:
-    shown = [m.name for m in MEASURES if any(token.get(m.name) is not None for token in tokens)]
+    shown = [m.name for m in TOKEN_METRICS if any(token.get(m.name) is not None for token in tokens)]
     rows = [
         [
             Markup("<code>{}</code>").format(repr(token["text"])[1:-1].replace(" ", "␣") or "end"),
@@ -150,16 +150,16 @@ def _numbers(tokens: Sequence[Mapping[str, Any]]) -> Markup:
         ]
         for token in tokens
     ]
-    return table(["token", *shown, "known to be"], rows, numbers=range(1, 1 + len(shown)))
+    return table(["token", *shown, "ground truth"], rows, numbers=range(1, 1 + len(shown)))
 
 
-def _css(colour: Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
+def _css_color(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-_MARKS = Markup(
-    '<p class="marks">Known of the data: <span class="decisive">decisive</span> makes the solution right or wrong; '
-    '<span class="noise">noise</span> cannot be predicted.</p>\n'
+_TRUTH_LEGEND = Markup(
+    '<p class="marks">Ground truth: <span class="decisive">decisive</span> tokens make the solution right or wrong; '
+    '<span class="noise">noise</span> tokens cannot be predicted.</p>\n'
 )
 _STYLE = """
 .switch { border: 0; padding: 0; margin: 0.8rem 0 0.4rem; display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; }

@@ -1,20 +1,20 @@
-"""How many tokens a run needs to become as good as the baseline ever was."""
+"""Number of tokens that a run needs to reach the baseline's best loss."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from wmtp.report.results import Reach, ReachPair
+from wmtp.report.results import TokensToTarget, TokensToTargetPair
 from wmtp.report.run_record import RunRecord
 from wmtp.report.statistics import median_interval
 
-Curve = Sequence[tuple[int, float]]
-"""Tokens trained on, and the loss that was then measured."""
+LossCurve = Sequence[tuple[int, float]]
+"""Pairs (tokens trained on, validation loss)."""
 
 
-def curve(run: RunRecord, metric: str) -> Curve | None:
-    """A run's validations that are finite; None where a line does not say after how many tokens, or there are none."""
+def loss_curve(run: RunRecord, metric: str) -> LossCurve | None:
+    """Return the finite validation losses of a run by tokens, or None if these are not recorded."""
     lines = [line for line in run.metrics if line.get(metric) is not None]
     if not lines or any("tokens" not in line for line in lines):
         return None
@@ -22,8 +22,10 @@ def curve(run: RunRecord, metric: str) -> Curve | None:
     return [point for point in points if math.isfinite(point[1])]
 
 
-def first_reached(points: Curve, target: float) -> float | None:
-    """After how many tokens a loss is first at or below a target, on straight lines between validations; None: never.
+def first_reached(points: LossCurve, target: float) -> float | None:
+    """Return the tokens after which a loss is first at or below `target`, or None if it never is.
+
+    The loss is interpolated linearly between validations.
 
     >>> first_reached([(100, 3.0), (200, 1.0)], 2.0)
     150.0
@@ -38,40 +40,51 @@ def first_reached(points: Curve, target: float) -> float | None:
     return None
 
 
-def stage_tokens(run: RunRecord) -> int:
-    """Tokens of the stage before the training."""
+def pretrain_tokens(run: RunRecord) -> int:
+    """Return the number of tokens of stage 1, 0 if there was none."""
     return int((run.summary.get("pretrain") or {}).get("total_tokens") or 0)
 
 
-def reach(label: str, pairs: Mapping[int, tuple[RunRecord, RunRecord]], metric: str) -> Reach | None:
-    """Tokens of pairs (baseline, other) by seed until each is at the baseline's best.
+def tokens_to_target(
+    label: str, pairs: Mapping[int, tuple[RunRecord, RunRecord]], metric: str
+) -> TokensToTarget | None:
+    """Return the tokens that each run of a pair needs to reach the baseline's best loss.
 
-    A pair whose baseline has no finite loss is left out. None: tokens are not recorded, or there is no such pair.
+    A pair whose baseline has no finite loss is left out.
+
+    Args:
+        label: Label of the group.
+        pairs: Pairs (baseline run, group run) by seed.
+        metric: Name of the loss.
+
+    Returns:
+        The result, or None if tokens are not recorded or no pair is left.
     """
     found = []
     for seed, (baseline, other) in sorted(pairs.items()):
-        curves = curve(baseline, metric), curve(other, metric)
+        curves = loss_curve(baseline, metric), loss_curve(other, metric)
         if curves[0] is None or curves[1] is None:
             return None
         if not curves[0]:
             continue
         target = min(loss for _, loss in curves[0])
-        stages, needed = (stage_tokens(baseline), stage_tokens(other)), first_reached(curves[1], target)
-        own = first_reached(curves[0], target)
-        assert own is not None
+        stages, needed = (pretrain_tokens(baseline), pretrain_tokens(other)), first_reached(curves[1], target)
+        baseline_tokens = first_reached(curves[0], target)
+        assert baseline_tokens is not None
         total = None if needed is None else needed + stages[1]
-        found.append(ReachPair(seed, target, own + stages[0], total, *stages))
+        found.append(TokensToTargetPair(seed, target, baseline_tokens + stages[0], total, *stages))
     if not found:
         return None
     ratios = [math.inf if pair.tokens is None else math.log(pair.tokens / pair.baseline_tokens) for pair in found]
     interval = median_interval(ratios)
     low, high = interval or (math.inf, math.inf)
-    return Reach(
-        label, metric, found, never=sum(pair.tokens is None for pair in found), ratio=finite(float(np.median(ratios))),
-        has_interval=interval is not None, low=finite(low), high=finite(high),
+    return TokensToTarget(
+        label, metric, found, never=sum(pair.tokens is None for pair in found),
+        ratio=finite_ratio(float(np.median(ratios))), has_interval=interval is not None,
+        low=finite_ratio(low), high=finite_ratio(high),
     )  # fmt: skip
 
 
-def finite(log_ratio: float) -> float | None:
-    """A ratio from its logarithm; None where it is infinite."""
+def finite_ratio(log_ratio: float) -> float | None:
+    """Return the ratio for a logarithm, or None if it is infinite."""
     return math.exp(log_ratio) if math.isfinite(log_ratio) else None

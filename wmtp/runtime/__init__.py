@@ -1,1 +1,1 @@
-"""The machine: devices, folders, signals, randomness."""
+"""Services of the local machine: files, locks, run folders, processes, signals, and background threads."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one."""
+"""Write files such that readers, and restarts after a crash, never see a partly written file."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def sync(path: Path) -> None:
-    """Put a file's content, or a folder's entries (what was created, renamed or removed in it), on the disk."""
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's entries (after creating, renaming or removing files), to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,7 +17,7 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and put its content on the disk."""
+    """Write a new file and flush its content to the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -25,33 +25,33 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def encode_json(content: Any) -> bytes:
-    """Indented JSON. Plain types only.
+    """Return plain values as indented JSON.
 
     Raises:
-        TypeError: something JSON cannot hold, such as a path, a deque or a NumPy array.
-        ValueError: a number that is not finite.
+        TypeError: the content has a type that JSON does not support, such as a path, a deque or a NumPy array.
+        ValueError: a number is not finite.
     """
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def replace_atomically(path: Path, data: bytes) -> None:
-    """Give a file new content: a reader sees the old or the new one, whole."""
+    """Replace the content of a file; a reader sees either the old or the new content, never a mixture."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_synced(staged, data)
     os.replace(staged, path)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-def content_if_there(path: Path) -> bytes | None:
-    """What a file holds; None if it is not there, or not any more."""
+def read_or_none(path: Path) -> bytes | None:
+    """Return the content of a file, or None if it does not exist."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return None
 
 
-def size_of(folder: Path) -> int:
-    """The bytes of a folder's files; of what goes while it is looked at, none."""
+def folder_size(folder: Path) -> int:
+    """Return the total bytes of the files in a folder; files that are removed meanwhile count as 0."""
     total = 0
     with suppress(FileNotFoundError):
         for path in list(folder.iterdir()):
@@ -61,7 +61,7 @@ def size_of(folder: Path) -> int:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Leave in a JSONL file, if it is there, only the whole lines whose `step` is no later than this one."""
+    """Remove incomplete lines and lines with a larger `step` from a JSONL file, if it exists."""
     if path.exists():
         lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         replace_atomically(path, b"".join(line for line in lines if json.loads(line)["step"] <= step))

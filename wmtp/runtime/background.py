@@ -1,4 +1,4 @@
-"""Delivering to a server, in the background, what a run leaves on disk: retried until it is taken, or given up."""
+"""Send the files and records of a run to a server in a background thread, with retries."""
 
 import logging
 import textwrap
@@ -13,142 +13,144 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
-LONGEST_PAUSE, LONGEST_PAUSE_AT_THE_END = 30.0, 1.0
-"""Seconds between two attempts while the training goes on, and when it waits for the last of them."""
-LAST_CHANCE = 5.0
-"""Seconds that a server which failed before still has at the end."""
-IN_HASTE, GOODBYE = 5.0, 40.0
-"""Patience and limit of a run that failed or was interrupted: whoever did that may not wait long before killing it."""
-LOOK_EVERY = 0.1
+MAX_PAUSE_S, MAX_PAUSE_AT_END_S = 30.0, 1.0
+"""Longest pause in seconds between two attempts, during training and while the run closes."""
+FAILING_SERVER_GRACE_S = 5.0
+"""Seconds to wait for a failing server while the run closes."""
+SHUTDOWN_STALL_S, SHUTDOWN_LIMIT_S = 5.0, 40.0
+"""Upper bounds of `stall_s` and `limit_s` for a failed or interrupted run, because it is often killed soon."""
+POLL_S = 0.1
 
 
-class NobodyWaits(Exception):
-    """What was to be delivered is not wanted now any more: the end has come, and was not waited for."""
+class Cancelled(Exception):
+    """Sending was cancelled before the first attempt of a call."""
 
 
-class Courier:
-    """A thread that delivers something to one server, and its circuit breaker.
+class BackgroundSender:
+    """A thread that sends data to one server, with retries and a circuit breaker.
 
-    While calls fail, one alone is tried again, at growing intervals, and nothing else is asked of the server. At the
-    end, a server that has not answered for long is not waited for.
+    While calls fail, a single call is retried at growing intervals, and no other call is made. While the run closes,
+    a server that has not answered for long is given up.
     """
 
-    def __init__(self, server: str, deliver: Callable[[], None]) -> None:
-        """`deliver` runs in the thread until everything is delivered; it makes every call through `retried`.
+    def __init__(self, server: str, send: Callable[[], None]) -> None:
+        """Prepare the thread.
 
-        `server` says in messages who is failing.
+        Args:
+            server: name of the server in messages.
+            send: runs in the thread until everything is sent; it makes every call to the server through `retry`.
         """
-        self.server, self._do = server, deliver
+        self.server, self._send = server, send
         self.is_done = False
-        """Whether `deliver` has come to its end."""
+        """True after `send` returned without an error."""
         self.last_error: Exception | None = None
-        """Why the last attempt failed; None after one that succeeded."""
-        self._alive_at = self._ending_at = time.monotonic()
-        self._num_asked = 0
-        self._ending, self._abandoned = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name=server, daemon=True)
+        """Error of the last attempt; None after a success."""
+        self._alive_at = self._closing_at = time.monotonic()
+        self._num_pending_calls = 0
+        self._closing, self._cancelled = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=server, daemon=True)
 
     def start(self) -> None:
-        """Begin to deliver."""
+        """Start the thread."""
         self._thread.start()
 
     @property
-    def is_ending(self) -> bool:
-        """Whether there will be nothing new: what is there now is all that is left to deliver."""
-        return self._ending.is_set()
+    def is_closing(self) -> bool:
+        """True once the run is closing and no new data will appear."""
+        return self._closing.is_set()
 
     @property
-    def is_abandoned(self) -> bool:
-        """Whether nobody waits any longer: `deliver` should return soon."""
-        return self._abandoned.is_set()
+    def is_cancelled(self) -> bool:
+        """True once sending was cancelled, so that `send` should return."""
+        return self._cancelled.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Let time pass until there may be something new; True as soon as the end has come."""
-        self.moved()
-        return self._ending.wait(seconds)
+        """Wait before the next look for new data; return True as soon as the run is closing."""
+        self.heartbeat()
+        return self._closing.wait(seconds)
 
-    def moved(self) -> None:
-        """Note that the server is well, as every bit of a large file shows that arrives."""
-        self.expect(0)
+    def heartbeat(self) -> None:
+        """Record that the server works, for example after each part of a large file that it received."""
+        self.extend_deadline(0)
 
-    def expect(self, seconds: float) -> None:
-        """Note that the server is well, and that its next answer may take so long."""
+    def extend_deadline(self, seconds: float) -> None:
+        """Record that the server works and that its next answer may take this many seconds."""
         self._alive_at = time.monotonic() + seconds
 
-    def retried(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """The call's result, tried until it succeeds; its last exception, once nobody waits any longer.
+    def retry(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """Return the result of a call, repeated until it succeeds; raise its last error once sending is cancelled.
 
         Raises:
-            NobodyWaits: that was so before the first attempt.
+            Cancelled: sending was cancelled before the first attempt.
         """
-        if self.is_abandoned:
-            raise NobodyWaits(f"{self.server} was not waited for any longer")
+        if self.is_cancelled:
+            raise Cancelled(f"{self.server} was given up before this call")
         retrying = Retrying(
-            stop=stop_when_event_set(self._abandoned),
-            wait=wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE),
+            stop=stop_when_event_set(self._cancelled),
+            wait=wait_random_exponential(multiplier=0.5, max=MAX_PAUSE_S),
             sleep=self._pause,
             after=self._note_failure,
             reraise=True,
         )
-        self._num_asked += 1
+        self._num_pending_calls += 1
         try:
             result = retrying(call, *args, **kwargs)
         finally:
-            self._num_asked -= 1
+            self._num_pending_calls -= 1
         if self.last_error is not None:
-            log.warning("%s is back", self.server)
+            log.warning("%s works again", self.server)
             self.last_error = None
-        self.moved()
+        self.heartbeat()
         return result
 
-    def finish(self, patience: float, limit: float) -> Iterator[None]:
-        """Have the rest delivered: goes round several times a second until it is, or is given up.
+    def drain(self, stall_s: float, limit_s: float) -> Iterator[None]:
+        """Wait until everything is sent or sending is cancelled; yield several times a second.
 
         Args:
-            patience: seconds since the server was last well after which, if it fails or says nothing, it is given up.
-            limit: seconds after which nothing is waited for.
+            stall_s: seconds since the last sign of life after which a failing or silent server is given up.
+            limit_s: seconds after which waiting ends in any case.
         """
-        self._ending_at = time.monotonic()
-        self._ending.set()
+        self._closing_at = time.monotonic()
+        self._closing.set()
         try:
-            while self._thread.is_alive() and not self._is_hopeless(patience, limit):
+            while self._thread.is_alive() and not self._should_cancel(stall_s, limit_s):
                 yield
-                self._thread.join(LOOK_EVERY)
+                self._thread.join(POLL_S)
         finally:
-            self._abandoned.set()
+            self._cancelled.set()
 
-    def _is_hopeless(self, patience: float, limit: float) -> bool:
+    def _should_cancel(self, stall_s: float, limit_s: float) -> bool:
         now = time.monotonic()
-        waited = now - self._ending_at
-        is_failing = self.last_error is not None or self._num_asked > 0
-        is_hopeless = is_failing and now - self._alive_at > patience
-        return waited > limit or (is_hopeless and waited > min(patience, LAST_CHANCE))
+        waited = now - self._closing_at
+        is_failing = self.last_error is not None or self._num_pending_calls > 0
+        is_stalled = is_failing and now - self._alive_at > stall_s
+        return waited > limit_s or (is_stalled and waited > min(stall_s, FAILING_SERVER_GRACE_S))
 
-    def _deliver(self) -> None:
+    def _run(self) -> None:
         try:
-            self._do()
+            self._send()
             self.is_done = True
-        except Exception as error:  # a thread has nobody to raise to; whoever waits for it reports it
+        except Exception as error:  # an exception would be lost with the thread; the caller of `drain` reports it
             self.last_error = error
-            log.warning("%s did not take everything: %s", self.server, described(error))
-            log.debug("the traceback:", exc_info=error)
+            log.warning("%s did not accept everything: %s", self.server, format_error(error))
+            log.debug("traceback:", exc_info=error)
 
     def _pause(self, seconds: float) -> None:
-        """Wait before the next attempt; the end cuts the pause short, and from then on pauses are short."""
-        if self._ending.is_set():
-            self._abandoned.wait(min(seconds, LONGEST_PAUSE_AT_THE_END))
+        """Wait before the next attempt. Closing the run ends the pause, and later pauses are short."""
+        if self._closing.is_set():
+            self._cancelled.wait(min(seconds, MAX_PAUSE_AT_END_S))
         else:
-            self._ending.wait(seconds)
+            self._closing.wait(seconds)
 
     def _note_failure(self, attempt: RetryCallState) -> None:
-        """Log a failed attempt: a call's first as a warning, which a terminal shows, its others for the log file."""
+        """Log a failed attempt: the first of a call as a warning (terminal), later ones as info (log file)."""
         error = attempt.outcome.exception() if attempt.outcome else None
         if isinstance(error, Exception):
             self.last_error = error
             level = logging.WARNING if attempt.attempt_number == 1 else logging.INFO
-            log.log(level, "%s failed and is tried again: %s", self.server, described(error))
+            log.log(level, "%s failed and is tried again: %s", self.server, format_error(error))
 
 
-def described(error: Exception) -> str:
-    """An exception in one line."""
+def format_error(error: Exception) -> str:
+    """Return an exception as one line of text."""
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 500)}"

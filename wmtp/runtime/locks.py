@@ -1,4 +1,4 @@
-"""Letting one process at a time do something, also where the file system cannot say which."""
+"""File locks between processes, with a fallback for file systems without locks."""
 
 import errno
 import fcntl
@@ -10,34 +10,38 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems without locks answer."""
-LOOK_EVERY = 0.2
+"""Error numbers of file systems without locks."""
+POLL_S = 0.2
 
 
-class HeldByAnother(Exception):
-    """Another process holds a lock, and is not waited for."""
+class LockHeld(Exception):
+    """Another process holds the lock, and waiting for it was given up."""
 
 
 @contextmanager
-def one_at_a_time(path: Path, gives_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Inside, no other process is with the same lock file; the system frees it however a process ends.
+def file_lock(path: Path, should_give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold an exclusive lock on a file. The system releases it even if the process is killed.
+
+    Args:
+        path: the lock file; it is created if necessary.
+        should_give_up: called several times a second while another process holds the lock; True ends the wait.
 
     Raises:
-        HeldByAnother: another one is, and `gives_up`, which is asked several times a second, says so.
+        LockHeld: another process holds the lock, and `should_give_up` returned True.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        while not is_taken(file.fileno(), fcntl.LOCK_EX):
-            if gives_up():
-                raise HeldByAnother(f"another process holds {path}")
-            time.sleep(LOOK_EVERY)
+        while not try_lock(file.fileno(), fcntl.LOCK_EX):
+            if should_give_up():
+                raise LockHeld(f"another process holds {path}")
+            time.sleep(POLL_S)
         yield
 
 
-def is_taken(descriptor: int, kind: int) -> bool:
-    """Take a lock until the file is closed, unless another process has it; whether this process may go on.
+def try_lock(descriptor: int, kind: int) -> bool:
+    """Take a lock on an open file until it is closed; return False if another process holds the lock.
 
-    `kind` is `fcntl.LOCK_EX` or `fcntl.LOCK_SH`. A file system without locks lets everybody go on, and it is said.
+    `kind` is `fcntl.LOCK_EX` or `fcntl.LOCK_SH`. On a file system without locks, log a warning and return True.
     """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -46,5 +50,5 @@ def is_taken(descriptor: int, kind: int) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        log.warning("this file system has no locks, so nothing keeps two processes apart: %s", error)
+        log.warning("this file system has no locks, so two processes may use the same files at once: %s", error)
     return True

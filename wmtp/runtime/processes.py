@@ -1,4 +1,4 @@
-"""Whether processes live, and workers that do not outlive their launcher. Imports little, for workers begin with it."""
+"""Life and CPU cores of processes. Imports little, because worker processes import it first."""
 
 import ctypes
 import os
@@ -14,42 +14,42 @@ import psutil
 PR_SET_PDEATHSIG = 1
 
 
-def die_with(launcher: int) -> None:
-    """From now on this process is killed when its launcher dies. If that is dead already, it ends here."""
+def kill_on_parent_death(launcher: int) -> None:
+    """Make the system kill this process when its launcher dies; exit now if the launcher is already dead."""
     if sys.platform == "linux":
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "the parent-death signal cannot be set")
+            raise OSError(ctypes.get_errno(), "cannot set the parent-death signal")
     else:
-        threading.Thread(target=_follow_to_death, args=(launcher,), daemon=True).start()
+        threading.Thread(target=_exit_with_launcher, args=(launcher,), daemon=True).start()
     if os.getppid() != launcher:
         os._exit(1)
 
 
-def _follow_to_death(launcher: int) -> None:
+def _exit_with_launcher(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(0.5)
     os._exit(1)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def answers_within(seconds: float, question: Callable[[], object]) -> bool:
-    """Whether a call came to an end in time; what it raised is raised here. One that did not goes on in its thread."""
+def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
+    """Return whether a call returned within `seconds`; raise its error. After a timeout, its thread keeps running."""
     failures: list[BaseException] = []
 
-    def ask() -> None:
+    def _run() -> None:
         try:
-            question()
-        except BaseException as error:  # noqa: BLE001 - it is raised below, in the thread that asked
+            call()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the calling thread
             failures.append(error)
 
-    thread = threading.Thread(target=ask, name="question", daemon=True)
+    thread = threading.Thread(target=_run, name="call with timeout", daemon=True)
     thread.start()
     thread.join(seconds)
     if failures:
@@ -57,32 +57,32 @@ def answers_within(seconds: float, question: Callable[[], object]) -> bool:
     return not thread.is_alive()
 
 
-SHARE = "WMTP_CORES"
-"""In the environment of a sweep's job: its share of the machine's cores, where several jobs run at once."""
+CORES_VARIABLE = "WMTP_CORES"
+"""Environment variable of a sweep's job: its number of cores when several jobs run at the same time."""
 
 
 def num_cores() -> int:
-    """The share of a sweep's job, or all cores that the system lets this process use."""
-    if SHARE in os.environ:
-        return int(os.environ[SHARE])
+    """Return the number of cores for this process: its part of the cores in a sweep, otherwise all available cores."""
+    if CORES_VARIABLE in os.environ:
+        return int(os.environ[CORES_VARIABLE])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep_to_share() -> None:
-    """Let torch compute in as many threads as the job has cores, unless the user has said how many."""
-    if SHARE in os.environ and "OMP_NUM_THREADS" not in os.environ:
-        import torch  # was imported before, when OMP_NUM_THREADS could not be known
+def limit_threads() -> None:
+    """Limit torch's threads to the cores of a sweep's job, unless the user set OMP_NUM_THREADS."""
+    if CORES_VARIABLE in os.environ and "OMP_NUM_THREADS" not in os.environ:
+        import torch  # already imported, so setting OMP_NUM_THREADS would have no effect
 
         torch.set_num_threads(num_cores())
 
 
 def module_arguments(name: str) -> list[str]:
-    """What an interpreter is to be told, to run a module that this process would import."""
-    # with -m alone a folder that happens to be named wmtp would win over what is installed
-    searched = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
-    return [*searched, "-m", name]
+    """Return the interpreter arguments that run a module as this process would import it."""
+    # without -P, a folder named wmtp in the working directory would be imported instead of the installed package
+    options = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
+    return [*options, "-m", name]
 
 
 def started_together() -> bool:
-    """Whether a launcher, such as torchrun, started this process together with others."""
+    """Return whether a launcher such as torchrun started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,4 +1,4 @@
-"""A run's folder and its status.json."""
+"""The folder of a run and its status.json."""
 
 import fcntl
 import json
@@ -14,34 +14,34 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.locks import is_taken
+from wmtp.runtime.locks import try_lock
 
 OUTPUTS = Path("outputs")
 EVALUATIONS = "evaluations"
-"""The folder in a run's folder that holds what was measured of its model."""
+"""Subfolder of a run for the evaluations of its model."""
 RESUMES = "resumes.jsonl"
-"""A line for each time that the run was gone on with."""
+"""Name of the file with one line for each time that the run was resumed."""
 RUN = "run.json"
-"""The run's `id`, the same on every machine that it is gone on with, and its place in S3, `remote`, if it has one."""
-RECEIPT = "mlflow.json"
-"""Which MLflow run belongs to a folder, and how far each of its files was sent."""
+"""Name of the file with the run's `id`, which is the same on all machines, and its S3 address `remote`, if any."""
+SYNC_STATE = "mlflow.json"
+"""Name of the file with the MLflow run of a folder, and how much of each file was sent."""
 SWEEP = "sweep.json"
-"""The record of a sweep, in the folder around those of its jobs: each with its overrides, state and result."""
+"""Name of the file, in the parent folder of the jobs, with the overrides, state and result of each job of a sweep."""
 TOKENS = "tokens.json"
-"""Some validation samples token by token, with weights, losses and values, and how well values are calibrated."""
+"""Name of the file with validation samples token by token (weights, losses, values) and the calibration of values."""
 PRETRAIN = "pretrain"
-"""The folder in a run's that the stage before has for itself."""
+"""Subfolder of a run for stage 1."""
 PROVENANCE = "provenance.json"
-"""Which code, command and data a run was last started with."""
-ACCEPTED = Path(".hydra") / "accepted.json"
-"""The overrides a run was made with. Hydra's own record also holds those of a resume that was refused."""
+"""Name of the file with the code, command and data of the last start of a run."""
+SAVED_OVERRIDES = Path(".hydra") / "accepted.json"
+"""File with the overrides of a run. Hydra's own record may also contain those of a refused resume."""
 
 LOCK = Path(".hydra") / "lock"
-"""Locked as long as the command runs that writes this folder; the system unlocks it however that ends."""
+"""Lock file of the command that writes to the folder; the system releases it even if the command is killed."""
 
 
 def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
-    """A new folder `<date>/<time>-<4 random letters>`: never one that another run or sweep uses."""
+    """Create a new folder `<date>/<time>-<4 random letters>` that no other run or sweep uses."""
     letters = random.SystemRandom()
     while True:
         now = datetime.now()
@@ -56,17 +56,17 @@ def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
 
 
 @dataclass
-class Ending:
-    """What a job reports of how far it came."""
+class JobProgress:
+    """Progress of a job, set by the job and stored in status.json."""
 
     step: int = 0
     stop_reason: str | None = None
     logged: BaseException | None = None
-    """The error whose traceback is in the log already."""
+    """Error whose traceback is already in the log."""
 
 
 class RunStatus:
-    """Writes status.json: RUNNING at once, and how, why and after which step the run ended. Locks the folder till then.
+    """Writer of status.json: RUNNING at first, then the final state, reason and step. Locks the folder meanwhile.
 
     Raises:
         InputError: another command is running in this folder.
@@ -89,16 +89,16 @@ class RunStatus:
         }
         self._write()
 
-    def end(self, state: str, exit_code: int, ending: Ending, *, error: str | None = None) -> None:
-        """Record the end of the run."""
+    def end(self, state: str, exit_code: int, progress: JobProgress, *, error: str | None = None) -> None:
+        """Write the final state of the run and release the folder."""
         ended = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": ending.stop_reason, "error": error}
-        self._fields |= {"step": ending.step, "ended": ended}
+        self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": progress.stop_reason, "error": error}
+        self._fields |= {"step": progress.step, "ended": ended}
         self._write()
         self._lock.release()
 
     def withdraw(self) -> bool:
-        """Put back how the run ended before, if it did: going on with it was refused, and nothing happened."""
+        """Restore the status of the previous run after a refused resume; return whether there was one."""
         if self._before is None:
             return False
         replace_atomically(self.folder / "status.json", self._before)
@@ -110,10 +110,10 @@ class RunStatus:
 
 
 class FolderLock:
-    """Says that a command is running in a folder.
+    """The lock of a command that writes to a folder.
 
     Raises:
-        InputError: another one is.
+        InputError: another command holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class FolderLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+")
         deadline = time.monotonic() + 1
-        while not is_taken(self._file.fileno(), fcntl.LOCK_EX):  # who only asks holds it for a moment
+        while not try_lock(self._file.fileno(), fcntl.LOCK_EX):  # `is_running` of another process holds it for a moment
             if time.monotonic() > deadline:
                 raise InputError(f"{folder}: is in use by {_holder(path)}")
             time.sleep(0.02)
@@ -130,17 +130,17 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """The command is done."""
+        """Release the lock."""
         self._file.close()
 
 
 def is_running(folder: Path) -> bool:
-    """Whether another command is running in a folder, on this machine or on another that shares it."""
+    """Return whether another command is running in a folder, on this machine or another with the same file system."""
     path = folder / LOCK
     if not path.exists() or _holder(path) == f"process {os.getpid()} on {socket.gethostname()}":
         return False
     with path.open() as file:
-        return not is_taken(file.fileno(), fcntl.LOCK_SH)
+        return not try_lock(file.fileno(), fcntl.LOCK_SH)
 
 
 def _holder(path: Path) -> str:
@@ -148,13 +148,13 @@ def _holder(path: Path) -> str:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The content of a run's status.json."""
+    """Return the content of a run's status.json."""
     status: dict[str, Any] = json.loads((folder / "status.json").read_text())
     return status
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The content of a folder's run.json; None if it has none."""
+    """Return the content of a folder's run.json, or None if it does not exist."""
     path = folder / RUN
     if not path.exists():
         return None
@@ -162,8 +162,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return run
 
 
-def close_dead(folder: Path) -> str:
-    """The state of a run that is not going on: one that says it is running has died, and is recorded as killed.
+def mark_dead_run(folder: Path) -> str:
+    """Return the final state of a run that is not running; if its status is still RUNNING, record it as KILLED.
 
     Raises:
         InputError: another command is running in this folder.
@@ -172,9 +172,9 @@ def close_dead(folder: Path) -> str:
     if status["state"] == "RUNNING":
         lock = FolderLock(folder)
         try:
-            last_sign = max(path.stat().st_mtime for path in folder.iterdir())
-            ended = datetime.fromtimestamp(last_sign).astimezone().isoformat(timespec="seconds")
-            error = "it ended without a word: its process was killed, or its machine stopped"
+            last_change = max(path.stat().st_mtime for path in folder.iterdir())
+            ended = datetime.fromtimestamp(last_change).astimezone().isoformat(timespec="seconds")
+            error = "ended without a final status: the process was killed, or the machine stopped"
             status |= {"state": "KILLED", "error": error, "ended": ended}
             replace_atomically(folder / "status.json", encode_json(status))
         finally:
@@ -182,7 +182,7 @@ def close_dead(folder: Path) -> str:
     return str(status["state"])
 
 
-def typed(path: Path | str) -> str:
-    """A path as a user would type it from here: relative where it lies below the current folder."""
+def display_path(path: Path | str) -> str:
+    """Return a path for messages: relative if it is below the working directory, otherwise absolute."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: at once while nothing is being trained, after the current update while something is.
+"""Handling of Ctrl-C (SIGINT) and SIGTERM: during training after the current update, otherwise at once.
 
-The first signal ends a run in good order, the second at once, and the third kills the process.
+The first signal ends a run with a checkpoint, the second ends it at once, and the third kills the process.
 """
 
 import signal
@@ -15,18 +15,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def raised_signals() -> Iterator[None]:
-    """Inside, a signal raises `InterruptedAtOnce` wherever the program is. After the second, the next one kills."""
+def raise_on_signals() -> Iterator[None]:
+    """Raise `InterruptedAtOnce` on a signal, anywhere in the block. After the second, the next signal kills."""
     count = 0
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def _interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
         if count > 1:
             _let_signals_kill()
-        raise interruption(number)
+        raise interrupt_error(number)
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     try:
         yield
     finally:
@@ -35,8 +35,8 @@ def raised_signals() -> Iterator[None]:
 
 
 @contextmanager
-def ignored_signals(*numbers: signal.Signals) -> Iterator[None]:
-    """Inside, these signals do nothing: for the few lines that record how a run ended."""
+def ignore_signals(*numbers: signal.Signals) -> Iterator[None]:
+    """Ignore these signals (default: all of `SIGNALS`) in the block, while the end of a run is recorded."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers or SIGNALS}
     try:
         yield
@@ -45,20 +45,20 @@ def ignored_signals(*numbers: signal.Signals) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def closes_in_peace() -> bool:
-    """Whether SIGTERM does nothing here, since this process has failed and closes what it has opened."""
+def is_sigterm_ignored() -> bool:
+    """Return whether SIGTERM is ignored, because this process failed and is closing files and connections."""
     return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
-def interruption(number: int) -> InterruptedAtOnce:
-    """What a signal raises where nothing waits for it."""
+def interrupt_error(number: int) -> InterruptedAtOnce:
+    """Return the exception for a signal that is not deferred."""
     return InterruptedAtOnce(number, f"interrupted by {signal.Signals(number).name}")
 
 
 class DeferredSignals:
-    """Inside, the first signal is only noted in `received`; a second raises `InterruptedAtOnce`, a third kills.
+    """A block in which the first signal only sets `received`; a second raises `InterruptedAtOnce`, a third kills.
 
-    After an error in one of several processes, SIGTERM does nothing.
+    After an error in one of several processes, SIGTERM is ignored.
     """
 
     def __init__(self) -> None:
@@ -70,16 +70,16 @@ class DeferredSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is not None and issubclass(kind, Exception) and started_together():
-            # the launcher ends this process as soon as another one has failed, but what it opened wants closing
+            # the launcher sends SIGTERM once another process failed, but files and connections must be closed first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:  # or else the next one is to kill
+            if signal.getsignal(number) == self._note:  # otherwise the next signal kills
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             _let_signals_kill()
-            raise interruption(number)
+            raise interrupt_error(number)
         self.received = number
 
 

@@ -1,4 +1,4 @@
-"""Versions of the source and of the packages that a run uses."""
+"""Versions of the source code and the packages of a run."""
 
 import importlib.metadata
 import platform
@@ -10,23 +10,23 @@ PACKAGES = ("wmtp", "torch", "hydra-core", "numpy", "tokenizers", "safetensors",
 
 
 def git_revision() -> str | None:
-    """The commit of the source, with `+changes` if it is not clean; None where no repository tracks it."""
+    """Return the commit of the source code, with `+changes` for uncommitted changes; None outside a repository."""
     source = Path(__file__).parent
 
-    def git(*arguments: str) -> str | None:
+    def _git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None  # installed: the repository around it, if there is one, is somebody else's
-    revision = git("rev-parse", "HEAD")
-    return f"{revision}+changes" if revision and git("status", "--porcelain", "--untracked-files=no") else revision
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None  # installed package: a repository around it belongs to another project
+    revision = _git("rev-parse", "HEAD")
+    return f"{revision}+changes" if revision and _git("status", "--porcelain", "--untracked-files=no") else revision
 
 
 def versions() -> dict[str, Any]:
-    """Which code this is, and of which packages."""
+    """Return the git revision and the versions of Python and the most important packages."""
     packages = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"git_revision": git_revision(), "versions": packages}

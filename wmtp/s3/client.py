@@ -1,4 +1,4 @@
-"""A folder in a bucket: what is put there is compared with what the store says that it took."""
+"""A folder in an S3 bucket. Every upload is verified against the ETag that the store returns."""
 
 import hashlib
 import json
@@ -12,69 +12,73 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wmtp.errors import InputError
-from wmtp.runtime.processes import answers_within
-from wmtp.s3.errors import ObjectMissing, StoreError, StoreUnreachable, UploadLost, meaning
+from wmtp.runtime.processes import run_with_timeout
+from wmtp.s3.errors import ObjectMissing, StoreError, StoreUnreachable, UploadNotFound, to_error
 from wmtp.s3.multipart import (
-    PARTS_AT_ONCE,
-    SMALLEST_PART,
-    Attempt,
+    MAX_CONCURRENT_PARTS,
+    MIN_PART_BYTES,
     Body,
-    LocalProblem,
+    LocalFileError,
     Part,
-    ignored,
-    local,
+    Retry,
+    local_errors,
     md5,
-    once,
-    require,
+    no_progress,
+    no_retry,
+    require_sha256,
     send_parts,
 )
-from wmtp.s3.options import KEYS, S3Options, checked_endpoint, shown, split_address
+from wmtp.s3.options import KEYS, S3Options, check_endpoint, redact, split_url
 
-__all__ = ["LocalProblem", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
+__all__ = ["LocalFileError", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
 log = logging.getLogger(__name__)
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 2
 CHECK_SECONDS = 10.0
-TELLING = ("boto3", "botocore", "urllib3")
-"""Loggers that write down every header of a request, tokens among them, when everything is logged."""
-READ_AT_ONCE = 2**20
-DELETED_AT_ONCE = 1000
+VERBOSE_LOGGERS = ("boto3", "botocore", "urllib3")
+"""Loggers that write request headers, including tokens, at level DEBUG."""
+CHUNK_BYTES = 2**20
+MAX_KEYS_PER_DELETE = 1000
 
 
 class S3Folder:
-    """The objects of a bucket below a prefix, by keys relative to it. Threads may share one.
+    """The objects of a bucket below a prefix, by keys relative to the prefix. Safe to share between threads.
 
-    Every method raises, in one line and without keys, `InputError` where the store refuses, `StoreUnreachable` where
-    it does not answer, and `StoreError` where it fails otherwise.
+    Every method raises `InputError` if the store refuses, `StoreUnreachable` if it does not respond, and `StoreError`
+    if it fails otherwise. The messages have one line and hold no keys.
     """
 
     def __init__(self, url: str, options: S3Options | None = None) -> None:
-        """Raises `InputError` for an address that is none, or a profile that is not there."""
+        """Create the client; no request is sent.
+
+        Raises:
+            InputError: the URL or an option is invalid, or the AWS profile does not exist.
+        """
         options = options or S3Options()
         try:
-            self.bucket, self.prefix = split_address(url)
+            self.bucket, self.prefix = split_url(url)
         except ValueError as error:
-            raise InputError(f"{shown(url)}: {error}") from error
+            raise InputError(f"{redact(url)}: {error}") from error
         self.url = self.where = url.rstrip("/")
         if options.endpoint_url is not None:
             try:
-                checked_endpoint(options.endpoint_url)
+                check_endpoint(options.endpoint_url)
             except ValueError as error:
-                raise InputError(f"{shown(options.endpoint_url)}: {error}") from error
-        self._client = self._connected(options)
+                raise InputError(f"{redact(options.endpoint_url)}: {error}") from error
+        self._client = self._create_client(options)
         endpoint = str(self._client.meta.endpoint_url)
         if not endpoint.endswith(".amazonaws.com"):
-            self.where = f"{self.url} at {shown(endpoint)}"
+            self.where = f"{self.url} at {redact(endpoint)}"
 
     def check(self) -> None:
-        """Find out within ten seconds whether objects can be written, listed, read and deleted here."""
-        if not answers_within(CHECK_SECONDS, self._try_everything):
+        """Check within ten seconds that objects can be written, listed, read and deleted here."""
+        if not run_with_timeout(CHECK_SECONDS, self._try_all_actions):
             raise StoreUnreachable(f"{self.where}: did not answer within {CHECK_SECONDS:g} s")
 
-    def _try_everything(self) -> None:
+    def _try_all_actions(self) -> None:
         key = f".wmtp-check-{secrets.token_hex(8)}"
-        self.put_bytes(b"wmtp was here to see whether it may write", key)
+        self.put_bytes(b"Written by wmtp to check its permissions.", key)
         try:
-            next(self.listed(key), None)
+            next(self.list_objects(key), None)
             self.get(key)
         finally:
             problems = self.delete([key])
@@ -87,114 +91,124 @@ class S3Folder:
         key: str,
         *,
         sha256: str | None = None,
-        attempt: Attempt = once,
-        moved: Callable[[int], None] = ignored,
+        retry: Retry = no_retry,
+        on_progress: Callable[[int], None] = no_progress,
     ) -> None:
-        """Upload a file, as long as it is now; what arrived is verified.
+        """Upload a file with its current length, and verify the object.
 
-        A large file goes in parts, a few at once and from several threads, and is seen only when all have arrived.
+        A large file is sent in parts, from several threads; the object becomes visible when all parts have arrived.
 
         Args:
             path: the file.
-            key: its name there.
-            sha256: what its content must be; else it is not uploaded.
-            attempt: makes each call to the store, of which a large file needs many.
-            moved: is told of every so many bytes that arrived, and of 0 whenever some were sent.
+            key: key of the object.
+            sha256: expected SHA-256 of the file; a file with another content is not uploaded.
+            retry: makes each request to the store. A large file needs many.
+            on_progress: called with the number of bytes that arrived, and with 0 whenever some were sent.
 
         Raises:
-            LocalProblem: the file is gone, or unreadable, or of other content.
+            LocalFileError: the file is missing or unreadable, or has another content.
         """
-        with local(path), path.open("rb") as file:
+        with local_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > SMALLEST_PART:
-                self._put_large(file, size, key, sha256, attempt, moved)
+            if size > MIN_PART_BYTES:
+                self._put_large(file, size, key, sha256, retry, on_progress)
                 return
             data = file.read(size)
-            require(sha256, hashlib.sha256(data).hexdigest())
-            attempt(lambda: self.put_bytes(data, key, moved))
-            moved(size)
+            require_sha256(sha256, hashlib.sha256(data).hexdigest())
+            retry(lambda: self.put_bytes(data, key, on_progress))
+            on_progress(size)
 
-    def put_bytes(self, data: bytes, key: str, moved: Callable[[int], None] = ignored) -> None:
-        """Upload a small object; what arrived is verified. `moved` is told of 0 bytes whenever some were sent."""
-        with self._asking("write"):
-            answer = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=Body(data, moved))
-        self._verify(key, _told(answer, "ETag", self.where), md5(data).hex(), hashlib.sha256(data).hexdigest())
+    def put_bytes(self, data: bytes, key: str, on_progress: Callable[[int], None] = no_progress) -> None:
+        """Upload a small object and verify it. Call `on_progress` with 0 whenever some bytes were sent."""
+        with self._translate_errors("write"):
+            response = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=Body(data, on_progress))
+        self._verify(key, _get_field(response, "ETag", self.where), md5(data).hex(), hashlib.sha256(data).hexdigest())
 
     def get(self, key: str) -> bytes | None:
-        """An object's content; None if it is not there."""
-        with self._asking("read"):
-            answer = self._get(key)
-            content: bytes | None = None if answer is None else answer["Body"].read()
+        """Return the content of an object, or None if it does not exist."""
+        with self._translate_errors("read"):
+            response = self._get(key)
+            content: bytes | None = None if response is None else response["Body"].read()
         return content
 
-    def holds(self, path: Path, key: str) -> bool:
-        """Whether an object is known to be what a small file is now; stores that do not tell are taken not to hold it.
+    def has_content_of(self, path: Path, key: str) -> bool:
+        """Return whether an object is known to equal a small file. False if the file is large or the ETag is no MD5.
 
         Raises:
-            LocalProblem: the file is gone or unreadable.
+            LocalFileError: the file is missing or unreadable.
         """
-        with local(path):
-            data = path.read_bytes() if path.stat().st_size <= SMALLEST_PART else None
-        answer = self._get(key) if data is not None else None
-        if answer is None or data is None:
+        with local_errors(path):
+            data = path.read_bytes() if path.stat().st_size <= MIN_PART_BYTES else None
+        response = self._get(key) if data is not None else None
+        if response is None or data is None:
             return False
-        answer["Body"].close()
-        return _is_tag(answer["ETag"], md5(data).hex())
+        response["Body"].close()
+        return _is_tag(response["ETag"], md5(data).hex())
 
     def read_json(self, key: str) -> dict[str, Any] | None:
-        """The content of a JSON object; None if it is not there. Raises `InputError` if it is damaged."""
+        """Return the content of a JSON object, or None if it does not exist.
+
+        Raises:
+            InputError: the content is not a JSON object.
+        """
         data = self.get(key)
         try:
             content = None if data is None else json.loads(data)
         except ValueError as error:
-            raise InputError(f"{self.url}/{key}: is no JSON: {error}") from error
+            raise InputError(f"{self.url}/{key}: is not valid JSON: {error}") from error
         if content is not None and not isinstance(content, dict):
-            raise InputError(f"{self.url}/{key}: is no JSON object")
+            raise InputError(f"{self.url}/{key}: is not a JSON object")
         return content
 
-    def download(self, key: str, path: Path, size: int, moved: Callable[[int], None] = ignored) -> str:
-        """Bring an object of `size` bytes into a file, going on behind what that holds; the SHA-256 of it all."""
+    def download(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
+        """Download an object of `size` bytes, and return the SHA-256 of the file.
+
+        Bytes that the file already has, from an interrupted download, are kept and not requested again.
+
+        Raises:
+            ObjectMissing: the object does not exist.
+        """
         content = hashlib.sha256()
         with path.open("a+b") as file:
             file.seek(0)
-            while chunk := file.read(READ_AT_ONCE):
+            while chunk := file.read(CHUNK_BYTES):
                 content.update(chunk)
             if file.tell() >= size > 0:
                 return content.hexdigest()
-            with self._asking("read"):
-                answer = self._get(key, start=file.tell())
-                if answer is None:
+            with self._translate_errors("read"):
+                response = self._get(key, start=file.tell())
+                if response is None:
                     raise ObjectMissing(f"{self.where}: {key} is not there")
-                for chunk in answer["Body"].iter_chunks(READ_AT_ONCE):
+                for chunk in response["Body"].iter_chunks(CHUNK_BYTES):
                     content.update(chunk)
                     file.write(chunk)
-                    moved(len(chunk))
+                    on_progress(len(chunk))
         return content.hexdigest()
 
-    def listed(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """The keys that begin so, and the length of each object in bytes."""
-        with self._asking("list"):
+    def list_objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Yield key and size in bytes of every object whose key starts with `prefix`."""
+        with self._translate_errors("list"):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
                 for entry in page.get("Contents", []):
                     yield entry["Key"].removeprefix(self.prefix), entry["Size"]
 
     def delete(self, keys: Iterable[str]) -> dict[str, str]:
-        """Delete objects; returns the keys of those that it cannot delete, and why."""
+        """Delete objects, and return the keys that could not be deleted, with the reason."""
         problems: dict[str, str] = {}
-        named = [{"Key": self.prefix + key} for key in keys]
-        for start in range(0, len(named), DELETED_AT_ONCE):
-            batch = {"Objects": named[start : start + DELETED_AT_ONCE], "Quiet": True}
-            with self._asking("delete"):
-                answer = self._client.delete_objects(Bucket=self.bucket, Delete=batch)
-            for error in answer.get("Errors", []):
+        entries = [{"Key": self.prefix + key} for key in keys]
+        for start in range(0, len(entries), MAX_KEYS_PER_DELETE):
+            batch = {"Objects": entries[start : start + MAX_KEYS_PER_DELETE], "Quiet": True}
+            with self._translate_errors("delete"):
+                response = self._client.delete_objects(Bucket=self.bucket, Delete=batch)
+            for error in response.get("Errors", []):
                 problems[error["Key"].removeprefix(self.prefix)] = str(error.get("Code") or error.get("Message"))
         return problems
 
     def abort_uploads(self) -> int:
-        """Give up all uploads in parts that were begun here and never ended; returns how many."""
+        """Abort all unfinished multipart uploads below the prefix, and return their number."""
         count = 0
-        with self._asking("list the unfinished uploads"):
+        with self._translate_errors("list the unfinished uploads"):
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
                 for upload in page.get("Uploads", []):
@@ -208,95 +222,96 @@ class S3Folder:
         size: int,
         key: str,
         sha256: str | None,
-        attempt: Attempt,
-        moved: Callable[[int], None],
+        retry: Retry,
+        on_progress: Callable[[int], None],
     ) -> None:
-        place = {"Bucket": self.bucket, "Key": self.prefix + key}
-        upload = place | {"UploadId": attempt(lambda: self._begin(place))}
+        target = {"Bucket": self.bucket, "Key": self.prefix + key}
+        upload = target | {"UploadId": retry(lambda: self._begin(target))}
         try:
-            sent = send_parts(file, size, lambda part: self._put_part(upload, part, moved), attempt, moved)
-            require(sha256, sent.sha256)
-            tag = attempt(lambda: self._complete(upload, sent.tags))
+            sent = send_parts(file, size, lambda part: self._put_part(upload, part, on_progress), retry, on_progress)
+            require_sha256(sha256, sent.sha256)
+            tag = retry(lambda: self._complete(upload, sent.tags))
         except BaseException:
             self._abort_if_possible(upload)
             raise
         self._verify(key, tag, f"{md5(b''.join(sent.digests)).hex()}-{len(sent.digests)}", sent.sha256)
 
-    def _put_part(self, upload: dict[str, str], part: Part, moved: Callable[[int], None]) -> str:
-        """Send a part, again if it did not arrive as it is; what the store calls it."""
-        for _ in range(2):  # a store that names parts in another way is judged by the whole object
-            with self._asking("write"):
-                answer = self._client.upload_part(**upload, PartNumber=part.number, Body=Body(part.data, moved))
-            if _is_tag(answer["ETag"], part.digest.hex()) or "SSEKMSKeyId" in answer:
+    def _put_part(self, upload: dict[str, str], part: Part, on_progress: Callable[[int], None]) -> str:
+        """Send a part, a second time if it arrived damaged, and return its ETag."""
+        for _ in range(2):  # if the store's ETags are no MD5, only the complete object can be verified
+            with self._translate_errors("write"):
+                body = Body(part.data, on_progress)
+                response = self._client.upload_part(**upload, PartNumber=part.number, Body=body)
+            if _is_tag(response["ETag"], part.digest.hex()) or "SSEKMSKeyId" in response:
                 break
             log.warning("%s: part %d of %s arrived damaged", self.where, part.number, upload["Key"])
-        return str(answer["ETag"])
+        return str(response["ETag"])
 
-    def _begin(self, place: dict[str, str]) -> str:
-        with self._asking("write"):
-            return _told(self._client.create_multipart_upload(**place), "UploadId", self.where)
+    def _begin(self, target: dict[str, str]) -> str:
+        with self._translate_errors("write"):
+            return _get_field(self._client.create_multipart_upload(**target), "UploadId", self.where)
 
     def _complete(self, upload: dict[str, str], tags: list[str]) -> str:
-        """Make an object of its parts; what the store calls it, or nothing if it is not to be found."""
+        """Complete a multipart upload, and return the object's ETag (empty if the object is not found)."""
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
         try:
-            with self._asking("write"):
-                answer = self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
-        except UploadLost:  # the answer that said it is complete may have been lost
-            answer = self._get(upload["Key"].removeprefix(self.prefix)) or {"ETag": ""}
-            if "Body" in answer:
-                answer["Body"].close()
-        return str(answer["ETag"])
+            with self._translate_errors("write"):
+                response = self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+        except UploadNotFound:  # the upload may be complete already, if the response to an earlier request was lost
+            response = self._get(upload["Key"].removeprefix(self.prefix)) or {"ETag": ""}
+            if "Body" in response:
+                response["Body"].close()
+        return str(response["ETag"])
 
     def _abort(self, upload: dict[str, str]) -> None:
-        with suppress(UploadLost), self._asking("give up unfinished uploads"):
+        with suppress(UploadNotFound), self._translate_errors("give up unfinished uploads"):
             self._client.abort_multipart_upload(**upload)
 
     def _abort_if_possible(self, upload: dict[str, str]) -> None:
         try:
             self._abort(upload)
         except (StoreError, InputError) as error:
-            log.info("an upload that failed stays unfinished until the next start: %s", error)
+            log.info("a failed upload stays unfinished in the store until the next start: %s", error)
 
     def _verify(self, key: str, tag: str, expected: str, sha256: str) -> None:
-        """Compare what arrived with what was sent, and delete it if it differs.
+        """Check an uploaded object, and delete it if it differs from the file.
 
-        Most stores name an object by the MD5 of what they received. Of others, such as those that encrypt with keys
-        of a service, it is read back.
+        The ETag of most stores is the MD5 of the received bytes. If it is not, for example because the store encrypts
+        with keys of a service (SSE-KMS), the object is downloaded and compared.
         """
         if _is_tag(tag, expected):
             return
         content = hashlib.sha256()
-        with self._asking("read"):
-            answer = self._get(key)
-            for chunk in answer["Body"].iter_chunks(READ_AT_ONCE) if answer is not None else ():
+        with self._translate_errors("read"):
+            response = self._get(key)
+            for chunk in response["Body"].iter_chunks(CHUNK_BYTES) if response is not None else ():
                 content.update(chunk)
         if content.hexdigest() != sha256:
             self.delete([key])
             raise StoreError(f"{self.where}: {key} arrived damaged; it was deleted there")
 
     def _get(self, key: str, start: int = 0) -> dict[str, Any] | None:
-        """A store's answer with an object from a byte on; None if it is not there."""
-        behind = {"Range": f"bytes={start}-"} if start else {}
+        """Return the response for an object from byte `start` on, or None if the object does not exist."""
+        options = {"Range": f"bytes={start}-"} if start else {}
         try:
-            with self._asking("read"):
-                answer: dict[str, Any] = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **behind)
+            with self._translate_errors("read"):
+                response: dict[str, Any] = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **options)
         except ObjectMissing:
             return None
-        return answer
+        return response
 
-    def _connected(self, options: S3Options) -> Any:
+    def _create_client(self, options: S3Options) -> Any:
         import boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
-        for name in TELLING:
+        for name in VERBOSE_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         config = Config(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
-            max_pool_connections=PARTS_AT_ONCE + 2,
+            max_pool_connections=MAX_CONCURRENT_PARTS + 2,
             tcp_keepalive=True,
             s3={"addressing_style": options.addressing_style},
             request_checksum_calculation=options.checksums,
@@ -307,37 +322,43 @@ class S3Folder:
         except BotoCoreError as error:
             raise InputError(f"{self.where}: {error}; set {KEYS}, or AWS_PROFILE") from error
         except ValueError as error:
-            problem = f"{shown(str(error))}; set endpoint_url, or AWS_ENDPOINT_URL_S3, to one such as https://host:port"
+            problem = (
+                f"{redact(str(error))}; set endpoint_url, or AWS_ENDPOINT_URL_S3, to one such as https://host:port"
+            )
             raise InputError(f"{self.where}: {problem}") from error
 
     @contextmanager
-    def _asking(self, action: str) -> Iterator[None]:
-        """Say in the project's own words what boto3 raises while an action is asked for."""
+    def _translate_errors(self, action: str) -> Iterator[None]:
+        """Raise exceptions of boto3 as those of this package; `action` is a verb for the message."""
         from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError  # noqa: A004
 
         try:
             yield
         except ClientError as error:
-            raise meaning(self.where, action, error.response) from error
+            raise to_error(self.where, action, error.response) from error
         except (ConnectionError, HTTPClientError) as error:
-            raise StoreUnreachable(f"{self.where}: does not answer: {_line(error)}") from error
+            raise StoreUnreachable(f"{self.where}: does not answer: {_to_line(error)}") from error
         except BotoCoreError as error:
             if "Credential" in type(error).__name__ or "Token" in type(error).__name__:
                 raise InputError(f"{self.where}: {error}; set {KEYS}, or AWS_PROFILE") from error
-            raise StoreError(f"{self.where}: {_line(error)}") from error
+            raise StoreError(f"{self.where}: {_to_line(error)}") from error
 
 
-def _told(answer: dict[str, Any], name: str, where: str) -> str:
-    """What a store has to say. Raises `InputError` if it does not, as some web page may answer everything."""
-    if name not in answer:
+def _get_field(response: dict[str, Any], name: str, where: str) -> str:
+    """Return a field of a response.
+
+    Raises:
+        InputError: the field is missing, which happens if the endpoint is some web server and not an S3 store.
+    """
+    if name not in response:
         problem = "does not answer as an S3 store does; see checkpoint.endpoint_url and AWS_ENDPOINT_URL_S3"
         raise InputError(f"{where}: {problem}")
-    return str(answer[name])
+    return str(response[name])
 
 
 def _is_tag(tag: str, expected: str) -> bool:
     return tag.strip('"').lower() == expected
 
 
-def _line(error: Exception) -> str:
-    return shown(textwrap.shorten(f"{type(error).__name__}: {error}", 300))
+def _to_line(error: Exception) -> str:
+    return redact(textwrap.shorten(f"{type(error).__name__}: {error}", 300))

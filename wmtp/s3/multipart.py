@@ -1,4 +1,4 @@
-"""A local file on its way: read and hashed once, in parts, which a few threads send at a time."""
+"""Upload of a local file in parts: read and hashed once, sent by a few threads at a time."""
 
 import hashlib
 import io
@@ -14,64 +14,64 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from wmtp.errors import InputError
-from wmtp.s3.errors import StoreError, UploadLost
+from wmtp.s3.errors import StoreError, UploadNotFound
 
 MIB = 2**20
-SMALLEST_PART, MOST_PARTS = 8 * MIB, 9000
-"""A store takes at most 10,000 parts of one object."""
-PARTS_AT_ONCE = 4
+MIN_PART_BYTES, MAX_PARTS = 8 * MIB, 9000
+"""Limits of a multipart upload. A store accepts at most 10,000 parts of one object."""
+MAX_CONCURRENT_PARTS = 4
 
 
-class LocalProblem(Exception):
-    """A file that was to be sent is gone, cannot be read, or does not have the content that it should have."""
+class LocalFileError(Exception):
+    """A local file to upload is missing, unreadable, or does not have the expected content."""
 
 
-class Attempt(Protocol):
-    """How one call to the store is made: at once, or with patience."""
+class Retry(Protocol):
+    """A function that makes one call to the store, with or without retries."""
 
     def __call__(self, call: Callable[[], Any], /) -> Any:
-        """The call's result."""
+        """Return the result of the call."""
 
 
-def once(call: Callable[[], Any], /) -> Any:
-    """Make a call, and leave what it raises to the caller."""
+def no_retry(call: Callable[[], Any], /) -> Any:
+    """Call once; errors are raised to the caller."""
     return call()
 
 
-def ignored(count: int, /) -> None:
-    """Nobody asks how many bytes have moved."""
+def no_progress(count: int, /) -> None:
+    """Ignore the number of transferred bytes."""
 
 
 class Body(io.BytesIO):
-    """What is sent in one request. As plain bytes it would have to leave within the time for connecting."""
+    """The body of one request, as a file: plain bytes would have to be sent within the connect timeout."""
 
-    def __init__(self, data: bytes, moved: Callable[[int], None]) -> None:
-        """`moved` is told of 0 bytes whenever the next of them are asked for: that they arrive is not known yet."""
+    def __init__(self, data: bytes, on_progress: Callable[[int], None]) -> None:
+        """Call `on_progress` with 0 bytes at each read: whether they arrive is not known yet."""
         super().__init__(data)
-        self._moved = moved
+        self._on_progress = on_progress
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next bytes."""
-        self._moved(0)
+        """Return the next bytes."""
+        self._on_progress(0)
         return super().read(size)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file; the first has number 1."""
+    """A piece of a file. The first part has number 1."""
 
     number: int
     data: bytes
 
     @cached_property
     def digest(self) -> bytes:
-        """Its MD5."""
+        """MD5 of the part."""
         return md5(self.data)
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A file that was sent in parts: the MD5 and the store's name of each, and the SHA-256 of the whole."""
+class SentParts:
+    """The parts of a sent file: MD5 and ETag of each part, and the SHA-256 of the whole file."""
 
     digests: list[bytes]
     tags: list[str]
@@ -82,85 +82,91 @@ def send_parts(
     file: BinaryIO,
     size: int,
     put: Callable[[Part], str],
-    attempt: Attempt = once,
-    moved: Callable[[int], None] = ignored,
-) -> Sent:
-    """Read `size` bytes and `put` them part by part, several at once; what fails is then tried by itself.
+    retry: Retry = no_retry,
+    on_progress: Callable[[int], None] = no_progress,
+) -> SentParts:
+    """Read `size` bytes of a file and send them part by part, several at once.
+
+    A part that fails is sent again alone, through `retry`.
 
     Raises:
-        UploadLost: the store has forgotten the parts before; no patience helps.
+        UploadNotFound: the store has dropped the multipart upload, so that a retry of one part is useless.
     """
     content = hashlib.sha256()
     digests, tags = list[bytes](), list[str]()
     sending: deque[tuple[Part, Future[str]]] = deque()
 
-    def again(part: Part) -> str | UploadLost:
+    def _put_again(part: Part) -> str | UploadNotFound:
         try:
             return put(part)
-        except UploadLost as lost:
-            return lost
+        except UploadNotFound as error:
+            return error
 
-    def settle() -> None:
-        part, sent = sending.popleft()
+    def _finish_oldest() -> None:
+        part, future = sending.popleft()
         try:
-            tag: str | UploadLost = sent.result()
+            tag: str | UploadNotFound = future.result()
         except (StoreError, InputError):
-            tag = attempt(lambda: again(part))
-        if isinstance(tag, UploadLost):
+            tag = retry(lambda: _put_again(part))
+        if isinstance(tag, UploadNotFound):
             raise tag
         digests.append(part.digest)
         tags.append(tag)
-        moved(len(part.data))
+        on_progress(len(part.data))
 
-    for part in _parts(file, size):
+    for part in _read_parts(file, size):
         content.update(part.data)
-        sending.append((part, _in_background(put, part)))
-        if len(sending) == PARTS_AT_ONCE:
-            settle()
+        sending.append((part, _call_in_thread(put, part)))
+        if len(sending) == MAX_CONCURRENT_PARTS:
+            _finish_oldest()
     while sending:
-        settle()
-    return Sent(digests, tags, content.hexdigest())
+        _finish_oldest()
+    return SentParts(digests, tags, content.hexdigest())
 
 
 def md5(data: bytes) -> bytes:
-    """The hash by which stores name what they received."""
+    """Return the MD5 of some bytes, from which most stores build ETags."""
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 @contextmanager
-def local(path: Path) -> Iterator[None]:
-    """Tell failures of this machine's own file from those of the store."""
+def local_errors(path: Path) -> Iterator[None]:
+    """Raise errors of the local file as `LocalFileError`, and errors of the store unchanged."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        raise LocalProblem(f"{path}: {error.strerror or error}") from error
-    except LocalProblem as problem:
-        raise LocalProblem(f"{path}: {problem}") from problem
+        raise LocalFileError(f"{path}: {error.strerror or error}") from error
+    except LocalFileError as error:
+        raise LocalFileError(f"{path}: {error}") from error
 
 
-def require(sha256: str | None, found: str) -> None:
-    """Raises `LocalProblem` if a file is not what it should be."""
-    if sha256 is not None and found != sha256:
-        raise LocalProblem("does not have the content that was written")
+def require_sha256(expected: str | None, found: str) -> None:
+    """Check the SHA-256 of a file; None accepts any.
+
+    Raises:
+        LocalFileError: the hash differs.
+    """
+    if expected is not None and found != expected:
+        raise LocalFileError("does not have the content that was written")
 
 
-def _parts(file: BinaryIO, size: int) -> Iterator[Part]:
-    length = max(SMALLEST_PART, math.ceil(size / MOST_PARTS / MIB) * MIB)
+def _read_parts(file: BinaryIO, size: int) -> Iterator[Part]:
+    length = max(MIN_PART_BYTES, math.ceil(size / MAX_PARTS / MIB) * MIB)
     for number, start in enumerate(range(0, size, length), 1):
         yield Part(number, file.read(min(length, size - start)))
 
 
-def _in_background(call: Callable[[Part], str], part: Part) -> Future[str]:
-    """Make a call in a thread that does not keep the process from ending."""
+def _call_in_thread(call: Callable[[Part], str], part: Part) -> Future[str]:
+    """Make a call in a daemon thread, which does not delay the end of the process."""
     future: Future[str] = Future()
 
-    def run() -> None:
+    def _run() -> None:
         try:
             future.set_result(call(part))
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+        except BaseException as error:  # noqa: BLE001 - raised by future.result()
             future.set_exception(error)
 
-    threading.Thread(target=run, name=f"part {part.number}", daemon=True).start()
+    threading.Thread(target=_run, name=f"part {part.number}", daemon=True).start()
     return future

@@ -1,4 +1,4 @@
-"""Showing how many bytes have moved: a bar on a terminal, a line now and then elsewhere."""
+"""Progress display of a transfer: a bar on a terminal, occasional lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -11,13 +11,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class Transfer:
-    """Some bytes on their way. Without a console nothing is shown."""
+class TransferProgress:
+    """The progress display of one transfer. Without a console, nothing is shown."""
 
     def __init__(self, console: Console | None, title: str) -> None:
         self._console, self._title = console, title
         self._bar: Progress | None = None
-        self._started = self._said_at = time.monotonic()
+        self._started = self._printed_at = time.monotonic()
         self._total = 0
 
     def __enter__(self) -> Self:
@@ -28,28 +28,28 @@ class Transfer:
             self._bar.stop()
         if self._total and self._console is not None and kind is None:
             seconds = time.monotonic() - self._started
-            self._say(f"{self._title}: done after {seconds:.0f} s")
+            self._print(f"{self._title}: done after {seconds:.0f} s")
 
-    def show(self, done: int, total: int, what: str = "") -> None:
-        """So many bytes of so many have moved, of which `what` is on its way."""
+    def update(self, done: int, total: int, name: str = "") -> None:
+        """Show that `done` of `total` bytes were transferred; `name` is the current object."""
         if self._console is None:
             return
         if self._console.is_terminal:
-            self._show_bar(self._console, min(done, total), total, what)
-        elif not self._total or time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
-            self._say(f"{self._title}: {decimal(min(done, total))} of {decimal(total)} {what}".rstrip())
+            self._update_bar(self._console, min(done, total), total, name)
+        elif not self._total or time.monotonic() - self._printed_at > SECONDS_BETWEEN_LINES:
+            self._print(f"{self._title}: {decimal(min(done, total))} of {decimal(total)} {name}".rstrip())
         self._total = total
 
-    def _say(self, text: str) -> None:
-        self._said_at = time.monotonic()
+    def _print(self, text: str) -> None:
+        self._printed_at = time.monotonic()
         if self._console is not None:
             self._console.print(text, soft_wrap=True, highlight=False)
 
-    def _show_bar(self, console: Console, done: int, total: int, what: str) -> None:
+    def _update_bar(self, console: Console, done: int, total: int, name: str) -> None:
         if self._bar is None:
-            self._say(self._title)
+            self._print(self._title)
             columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
             self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=console)
             self._bar.add_task("", total=total)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=what.rpartition("/")[2])
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=name.rpartition("/")[2])

@@ -1,4 +1,4 @@
-"""A checkpoint store that keeps what was not uploaded yet."""
+"""A checkpoint store that keeps checkpoints until they are uploaded."""
 
 import logging
 import shutil
@@ -8,18 +8,19 @@ from typing import Literal
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.distributed.process_group import Processes
 from wmtp.field_types import Positive, PositiveFloat
-from wmtp.runtime.atomic_files import size_of
+from wmtp.runtime.atomic_files import folder_size
 from wmtp.runtime.run_dir import read_run
 from wmtp.s3.layout import is_uploaded
-from wmtp.s3.options import Address, AddressingStyle, Checksums, Endpoint
+from wmtp.s3.options import AddressingStyle, Checksums, Endpoint, S3Url
 
 log = logging.getLogger(__name__)
 
 
 class RemoteCheckpointStore(CheckpointStore):
-    """The checkpoints of a run that a mirror copies to S3: one that waits for that stays until newer ones are there.
+    """Checkpoints on disk that a `CheckpointUploader` copies to S3.
 
-    The disk comes first: before it is full, the oldest that waits has to go.
+    A checkpoint that is not uploaded is kept until `keep_last` newer ones are. If the disk is nearly full, the oldest
+    of them is deleted anyway.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class RemoteCheckpointStore(CheckpointStore):
         folder: Path,
         processes: Processes | None = None,
         *,
-        remote: Address,
+        remote: S3Url,
         keep_last: Positive = 2,
         format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - the config's word
         endpoint_url: Endpoint | None = None,
@@ -36,24 +37,28 @@ class RemoteCheckpointStore(CheckpointStore):
         stall_seconds: PositiveFloat = 30.0,
         close_seconds: PositiveFloat = 1200.0,
     ) -> None:
-        """The keywords that are not a `CheckpointStore`'s are for whoever talks to the bucket."""
+        """Create the store. Keywords that `CheckpointStore` does not have are ignored here; the uploader uses them."""
         super().__init__(folder, processes, keep_last=keep_last, format=format)
         self.run = folder
 
-    def _url(self) -> str | None:
-        """The run's place in S3; its folder is this one, or the one around that of the stage before."""
+    def _remote_url(self) -> str | None:
+        """Return the S3 URL of the run, whose folder is `self.run` or, in stage 1, its parent."""
         run = read_run(self.run) or read_run(self.run.parent)
         return None if run is None else run["remote"]
 
     def _superseded(self, best: str | None) -> list[Path]:
-        url, found, old = self._url(), self._found(), super()._superseded(best)
-        there = [path for path in found if is_uploaded(path, url)]
-        waiting = [p for p in old if p not in there and len([u for u in there if u.name > p.name]) < self.keep_last]
+        url, found, superseded = self._remote_url(), self._list(), super()._superseded(best)
+        uploaded = [path for path in found if is_uploaded(path, url)]
+        waiting = [
+            path
+            for path in superseded
+            if path not in uploaded and sum(newer.name > path.name for newer in uploaded) < self.keep_last
+        ]
         if waiting:
-            sizes = {path: size_of(path) for path in found}
+            sizes = {path: folder_size(path) for path in found}
             free = shutil.disk_usage(self.folder).free
         while waiting and free < 2 * max(sizes.values()):
             path = waiting.pop(0)
             free += sizes[path]
-            log.warning("%s was not uploaded, but goes: the disk is nearly full", path)
-        return [path for path in old if path not in waiting]
+            log.warning("%s is deleted although it was not uploaded: the disk is nearly full", path)
+        return [path for path in superseded if path not in waiting]

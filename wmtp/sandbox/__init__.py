@@ -1,1 +1,1 @@
-"""Judging programs that a language model wrote, without trusting them."""
+"""Grade untrusted programs, written by a language model, in isolated processes."""

@@ -1,11 +1,11 @@
-"""The judge's side: runs the tests, and asks the candidate's process for whatever the program defines.
+"""The assertion worker: run the tests, and request from the solution worker whatever the program defines.
 
-A script that imports the standard library only. It reads its task from standard input, then answers to its questions;
-it writes questions, and at last the verdict, which begins with "=".
+This script imports only the standard library. It reads the job from standard input, then the answers to its requests.
+It writes requests, and at the end the verdict, in a line that starts with "=".
 
-Only exact builtin values come back, and arguments go as copies: a program cannot change what the tests compare with.
-What is no such value is a `Handle`: tests can pass it on, call it and take it apart, but whether it equals something
-is never asked of the program that made it.
+The answers contain only exact builtin values, and arguments are sent as copies, so a program cannot change the values
+that the tests compare. Every other object is a `Handle`. Tests can pass a handle on, call it and access its parts, but
+the program that created the object is never asked whether it equals a value.
 """
 
 import ast
@@ -18,25 +18,26 @@ from typing import Any, BinaryIO, cast
 
 from wmtp.sandbox.wire import CannotSend, Malformed, decode, dumps, encode, loads
 
-SHOWN = 80
-COMPARED = "the tests compare an object of the program, which cannot be judged here"
+MAX_SHOWN = 80
+"""Maximum characters of a value or an exception in a verdict."""
+HANDLE_COMPARED = "the tests compare an object of the program, which cannot be graded"
 
 
-class CandidateError(Exception):
-    """An exception of the program that is none of the builtin ones."""
+class SolutionError(Exception):
+    """An exception of the program that has no builtin type."""
 
 
-class Ended(BaseException):
-    """The program can answer no more, or the tests cannot go on; no `except Exception` may hide it."""
+class VerdictReached(BaseException):
+    """The verdict is final and the tests must stop; not an Exception, so that `except Exception` cannot catch it."""
 
 
 class Handle:
-    """An object in the candidate's process."""
+    """A proxy for an object in the solution worker."""
 
-    __slots__ = ("__number", "__wire")
+    __slots__ = ("__client", "__number")
 
-    def __init__(self, wire: "Wire", number: int) -> None:
-        object.__setattr__(self, "_Handle__wire", wire)
+    def __init__(self, client: "SolutionClient", number: int) -> None:
+        object.__setattr__(self, "_Handle__client", client)
         object.__setattr__(self, "_Handle__number", number)
 
     def __bool__(self) -> bool:
@@ -44,138 +45,151 @@ class Handle:
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Handle):
-            self.__wire.compared = True
+            self.__client.handle_compared = True
         return NotImplemented
 
     __hash__ = object.__hash__
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
-        """Call it there."""
-        return self.__wire.ask("call", self, list(positional), named)
+        """Call the object in the solution worker."""
+        return self.__client.request("call", self, list(positional), named)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self.__wire.ask("get", self, name)
+        return self.__client.request("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__wire.ask("set", self, name, value)
+        self.__client.request("set", self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.__wire.ask("item", self, key)
+        return self.__client.request("item", self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.__wire.ask("put", self, key, value)
+        self.__client.request("put", self, key, value)
 
     def __iter__(self) -> Any:
-        return self.__wire.ask("iterate", self)
+        return self.__client.request("iterate", self)
 
     def __next__(self) -> Any:
-        return self.__wire.ask("next", self)
+        return self.__client.request("next", self)
 
     def __len__(self) -> int:
-        length = self.__wire.ask("length", self)
+        length = self.__client.request("length", self)
         if type(length) is not int:
-            raise TypeError("the program gives a length that is no integer")
+            raise TypeError("the program returns a length that is not an integer")
         return length
 
     def __repr__(self) -> str:
         return "<an object of the program>"
 
 
-class Wire:
-    """Questions to the candidate's process and the answers to them."""
+class SolutionClient:
+    """The client side of the solution worker: requests, and the answers to them."""
 
-    def __init__(self, questions: BinaryIO, answers: BinaryIO) -> None:
-        self._questions = questions
+    def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
+        self._requests = requests
         self._answers = answers
         self._handles: dict[int, Handle] = {}
         self._numbers: dict[Handle, int] = {}
-        self._num_asked = 0
-        self.ended: tuple[str, str, str] | None = None
+        self._num_requests = 0
+        self.verdict: tuple[str, str, str] | None = None
+        """Outcome, reason and detail, once they are final."""
         self.was_used = False
+        """True if the tests have sent a request."""
         self.was_answered = False
-        self.compared = False
+        """True if the tests may have received a value from the program."""
+        self.handle_compared = False
+        """True if the current test compared a handle with another value."""
         self.last = ""
+        """The last answer, as text for the verdict."""
 
     def load(self, source: str) -> None:
-        """Let the program be executed."""
-        self._ask({"do": "load", "source": source})
+        """Make the solution worker execute the program."""
+        self._send({"do": "load", "source": source})
         self.was_used = False
 
     def finish(self) -> None:
-        """Make sure that no answers are left over, and that the program still gives some."""
-        self._ask({"do": "end"})
+        """Check that the program still answers and that no unread answers are left."""
+        self._send({"do": "end"})
 
-    def ask(self, operation: str, *operands: Any) -> Any:
-        """The value that an operation gives; raises what it raised."""
-        sent = [self._encode(operand) for operand in operands]
+    def request(self, operation: str, *operands: Any) -> Any:
+        """Return the value of an operation on objects of the program, or raise its exception."""
+        encoded = [self._encode(operand) for operand in operands]
         self.was_answered = True
-        return self._value(self._ask({"do": operation, "with": sent}))
+        return self._value(self._send({"do": operation, "with": encoded}))
 
-    def name(self, name: str) -> Any:
-        """The program's global variable; raises KeyError where it has none of that name."""
-        answer = self._ask({"do": "name", "name": name})
+    def global_variable(self, name: str) -> Any:
+        """Return a global variable of the program.
+
+        Raises:
+            KeyError: the program does not define the variable.
+        """
+        answer = self._send({"do": "name", "name": name})
         if "missing" in answer:
             raise KeyError(name)
         value = self._value(answer)
         self.was_answered |= not isinstance(value, Handle)
         return value
 
-    def end(self, outcome: str, reason: str, detail: str) -> None:
-        """Settle the verdict, for good."""
-        self.ended = self.ended or (outcome, reason, detail)
-        raise Ended
+    def set_verdict(self, outcome: str, reason: str, detail: str) -> None:
+        """Set the verdict if it is not yet final, and stop the tests.
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        if self.ended:
-            raise Ended
-        self._num_asked += 1
-        self._questions.write(dumps({"id": self._num_asked, **question}))
-        self._questions.flush()
+        Raises:
+            VerdictReached: always.
+        """
+        self.verdict = self.verdict or (outcome, reason, detail)
+        raise VerdictReached
+
+    def _send(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.verdict:
+            raise VerdictReached
+        self._num_requests += 1
+        self._requests.write(dumps({"id": self._num_requests, **request}))
+        self._requests.flush()
         line = self._answers.readline()
         self.was_used = True
         try:
             answer = loads(line)
         except Malformed as error:
-            self.end("fail", "protocol", f"an answer that is none: {error}")
-        if not isinstance(answer, dict) or answer.get("id") != self._num_asked:
-            self.end("fail", "protocol", "an answer to no question")
+            self.set_verdict("fail", "protocol", f"a malformed answer: {error}")
+        if not isinstance(answer, dict) or answer.get("id") != self._num_requests:
+            self.set_verdict("fail", "protocol", "an answer to another request")
         for reason in ("syntax", "exit", "unsendable"):
             if reason in answer:
-                self.end("fail", "output" if reason == "unsendable" else reason, str(answer[reason]))
+                self.set_verdict("fail", "output" if reason == "unsendable" else reason, str(answer[reason]))
         if "error" in answer:
             raise self._exception(answer)
-        if "end" in answer and question["do"] == "next":
+        if "end" in answer and request["do"] == "next":
             raise StopIteration
         return cast(dict[str, Any], answer)
 
     def _value(self, answer: dict[str, Any]) -> Any:
         if "value" not in answer:
-            self.end("fail", "protocol", "an answer without a value")
+            self.set_verdict("fail", "protocol", "an answer without a value")
         value = self._decode(answer["value"])
-        self.last = _shown(value)
+        self.last = _shorten(value)
         return value
 
     def _encode(self, value: Any) -> Any:
         try:
             return encode(value, self._number)
         except CannotSend as error:
-            said = f"the tests hand over what cannot be sent: {error}"
-            if self.was_answered:  # by what the program answered, as far as anyone can tell
-                self.end("fail", "output", said)
-            self.end("sandbox error", "tests", said)
+            detail = f"the tests pass a value that cannot be sent: {error}"
+            if self.was_answered:  # then the value may come from an answer of the program
+                self.set_verdict("fail", "output", detail)
+            self.set_verdict("sandbox error", "tests", detail)
 
     def _decode(self, node: Any) -> Any:
         try:
             return decode(node, self._handle)
         except Malformed as error:
-            self.end("fail", "protocol", f"an answer that is none: {error}")
+            self.set_verdict("fail", "protocol", f"a malformed answer: {error}")
 
     def _exception(self, answer: dict[str, Any]) -> Exception:
-        """The builtin exception nearest to the program's, else a general one."""
+        """Return an exception of the most specific builtin type in the answer, or a `SolutionError`."""
         message = str(answer.get("message"))
-        self.last = f"{answer.get('kind')}: {message}"[:SHOWN]
+        self.last = f"{answer.get('kind')}: {message}"[:MAX_SHOWN]
         known = answer["error"]
         for name in known if isinstance(known, list) else []:
             kind = getattr(builtins, name, None) if isinstance(name, str) else None
@@ -184,15 +198,15 @@ class Wire:
             if issubclass(kind, Exception) and kind is not Exception:
                 try:
                     return kind(message)
-                except TypeError:  # one that takes more than a message
+                except TypeError:  # the constructor needs more than a message
                     continue
-        return CandidateError(self.last)
+        return SolutionError(self.last)
 
     def _number(self, value: Any) -> int:
         if isinstance(value, Handle) and value in self._numbers:
             return self._numbers[value]
-        if isinstance(value, FunctionType):  # no answer becomes one: it is the tests' own
-            self.end("sandbox error", "tests", "the tests hand over a function")
+        if isinstance(value, FunctionType):  # answers never contain functions, so the tests define it
+            self.set_verdict("sandbox error", "tests", "the tests pass a function")
         raise CannotSend(f"a {type(value).__name__}")
 
     def _handle(self, number: Any) -> Handle:
@@ -205,31 +219,32 @@ class Wire:
 
 
 class Namespace(dict[str, Any]):
-    """The tests' global variables. What neither they nor Python define is asked of the program."""
+    """The global variables of the tests. Names that neither the tests nor Python define come from the program."""
 
-    def __init__(self, wire: Wire, setup: str, tests: list[str]) -> None:
+    def __init__(self, client: SolutionClient, setup: str, tests: list[str]) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
-        self._wire = wire
-        self._shadowed = _shadowed(tests)
-        self._modules = _modules([setup, *tests])
+        self._client = client
+        self._shadowed = _shadowed_builtins(tests)
+        self._modules = _used_modules([setup, *tests])
 
     def __missing__(self, name: str) -> Any:
         if name.startswith("__") or (hasattr(builtins, name) and name not in self._shadowed):
             raise KeyError(name)
-        found = self._wire.name(name)
+        found = self._client.global_variable(name)
         return importlib.import_module(name) if name in self._modules else found
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
+    """Return the repr of a value, cut to `MAX_SHOWN` characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python prints
         text = "a large integer"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _parse_preamble(preamble: str) -> ast.Module:
-    """The definitions that a preamble completes: all but a last function or class, which the solution continues."""
+    """Parse the complete definitions of a preamble, without a final function or class, which the solution completes."""
     try:
         tree = ast.parse(preamble)
     except SyntaxError:
@@ -239,16 +254,16 @@ def _parse_preamble(preamble: str) -> ast.Module:
     return tree
 
 
-def _shadowed(tests: list[str]) -> frozenset[str]:
-    """Names of builtin functions that must mean the program's, as the tests use no other name that it could define."""
+def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
+    """Return the builtin names to take from the program: those in every test, if the tests use no other names."""
     mentioned = [{node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)} for test in tests]
     if any(not hasattr(builtins, name) for name in set().union(*mentioned)):
         return frozenset()
     return frozenset.intersection(*map(frozenset, mentioned))
 
 
-def _modules(tests: list[str]) -> frozenset[str]:
-    """Modules of the standard library that the tests use: the judge's own, even where the program imports them."""
+def _used_modules(tests: list[str]) -> frozenset[str]:
+    """Return the standard library modules that the tests use; they are imported here, not taken from the program."""
     return (
         frozenset(
             node.value.id
@@ -260,61 +275,61 @@ def _modules(tests: list[str]) -> frozenset[str]:
     )
 
 
-class Referee:
-    """Runs the tests of one task."""
+class AssertionRunner:
+    """Runs the tests of one program."""
 
-    def __init__(self, task: dict[str, Any], wire: Wire) -> None:
-        self._task = task
-        self._wire = wire
-        self._sources = [task["setup"], *task["tests"]]
+    def __init__(self, job: dict[str, Any], client: SolutionClient) -> None:
+        self._job = job
+        self._client = client
+        self._sources = [job["setup"], *job["tests"]]
         self._tests: list[CodeType] = []
 
     def verdict(self) -> tuple[str, str, str]:
-        """Outcome, reason and detail."""
+        """Run the setup and the tests; return outcome, reason and detail."""
         try:
             self._prepare()
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             return "sandbox error", "tests", f"the tests cannot be compiled: {type(error).__name__}: {error}"
         except BaseException as error:  # noqa: BLE001 - trusted code may fail in any way
             return "sandbox error", "tests", f"the preamble fails: {type(error).__name__}: {error}"
-        place = -1
+        index = -1
         try:
-            self._wire.load(self._task["source"])
-            for place, code in enumerate(self._tests):  # noqa: B007
-                self._wire.compared = False
+            self._client.load(self._job["source"])
+            for index, code in enumerate(self._tests):  # noqa: B007
+                self._client.handle_compared = False
                 exec(code, self._namespace)
-            self._wire.finish()
-        except BaseException as error:  # noqa: BLE001 - whatever the tests raise
-            return self._failure(error, place)
-        return self._wire.ended or ("pass", "", "")
+            self._client.finish()
+        except BaseException as error:  # noqa: BLE001 - tests may raise anything
+            return self._failure(error, index)
+        return self._client.verdict or ("pass", "", "")
 
     def _prepare(self) -> None:
         self._tests = [compile(source, "<tests>", "exec") for source in self._sources]
-        self._namespace = Namespace(self._wire, self._task["setup"], self._task["tests"])
-        exec(compile(_parse_preamble(self._task["preamble"]), "<preamble>", "exec"), self._namespace)
+        self._namespace = Namespace(self._client, self._job["setup"], self._job["tests"])
+        exec(compile(_parse_preamble(self._job["preamble"]), "<preamble>", "exec"), self._namespace)
 
     def _failure(self, error: BaseException, index: int) -> tuple[str, str, str]:
-        """The verdict that an exception leads to, which came up in this part of the tests, or before them."""
+        """Return the verdict for an exception in the source of an index: 0 is the setup, −1 is before all sources."""
         place = "loading" if index < 0 else f"test {index}" if index else "setup"
-        if self._wire.ended:
-            outcome, reason, detail = self._wire.ended
+        if self._client.verdict:
+            outcome, reason, detail = self._client.verdict
             return outcome, reason, f"{place}: {detail}"
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        where = f"{place}: {_line(error, self._sources[index]) if index >= 0 else ''}".rstrip(": ")
-        if index >= 0 and not self._wire.was_used and not isinstance(error, NameError):
-            return "sandbox error", "tests", f"{where}: {said}, before anything was asked of the program"
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        where = f"{place}: {_failing_line(error, self._sources[index]) if index >= 0 else ''}".rstrip(": ")
+        if index >= 0 and not self._client.was_used and not isinstance(error, NameError):
+            return "sandbox error", "tests", f"{where}: {message}, before the tests used the program"
         if isinstance(error, AssertionError):
-            known = COMPARED if self._wire.compared else f"the last answer was {self._wire.last}"
-            return "fail", "wrong", f"{where}; {known}"
-        if isinstance(error, TypeError) and "'Handle'" in said:
-            return "fail", "exception", f"{where}; {COMPARED}: {said}"
+            cause = HANDLE_COMPARED if self._client.handle_compared else f"the last answer was {self._client.last}"
+            return "fail", "wrong", f"{where}; {cause}"
+        if isinstance(error, TypeError) and "'Handle'" in message:
+            return "fail", "exception", f"{where}; {HANDLE_COMPARED}: {message}"
         if isinstance(error, Exception):
-            return "fail", "memory" if isinstance(error, MemoryError) else "exception", f"{where}: {said}"
-        return "sandbox error", "tests", f"{where}: the tests end themselves: {said}"
+            return "fail", "memory" if isinstance(error, MemoryError) else "exception", f"{where}: {message}"
+        return "sandbox error", "tests", f"{where}: the tests end their own process: {message}"
 
 
-def _line(error: BaseException, source: str) -> str:
-    """The line of the tests at which an exception came up."""
+def _failing_line(error: BaseException, source: str) -> str:
+    """Return the line of the tests at which an exception was raised."""
     found, trace = "", error.__traceback__
     lines = source.splitlines()
     while trace:
@@ -325,15 +340,15 @@ def _line(error: BaseException, source: str) -> str:
 
 
 def main() -> None:
-    """Read the task, run its tests, write the verdict. What tests print is of no use."""
+    """Read the job, run its tests and write the verdict. The output of the tests is discarded."""
     answers = os.fdopen(os.dup(0), "rb")
-    questions = os.fdopen(os.dup(1), "wb")
+    requests = os.fdopen(os.dup(1), "wb")
     empty = os.open(os.devnull, os.O_RDWR)
     os.dup2(empty, 0)
     os.dup2(empty, 1)
-    verdict = Referee(loads(answers.readline()), Wire(questions, answers)).verdict()
-    questions.write(b"=" + dumps(verdict))
-    questions.flush()
+    verdict = AssertionRunner(loads(answers.readline()), SolutionClient(requests, answers)).verdict()
+    requests.write(b"=" + dumps(verdict))
+    requests.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Judges one program: by assertions, which its process never sees, or by what it writes for given input."""
+"""Grade a program with assertions, which its process never sees, or by its output for given input."""
 
 import json
 import math
@@ -14,26 +14,30 @@ from wmtp.data.records import StdioTest
 from wmtp.sandbox.isolation import Isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import python
-from wmtp.sandbox.process import END_SECONDS, Exchange, Process, SandboxFailure
+from wmtp.sandbox.process import EXIT_TIMEOUT_S, PipeLoop, Process, SandboxFailure
 
 Outcome = Literal["pass", "fail", "sandbox error"]
 Reason = Literal[
     "",  # passed
     "wrong",  # a test does not hold, or the output differs
-    "exception",  # the program raised, or lacks what the tests use
-    "syntax",  # it does not compile
-    "time",  # it took too long, by the clock or of the processor
-    "memory",  # it ran out of memory
-    "output",  # it wrote or answered too much
-    "exit",  # it ended, by itself or by a signal, where it should not
-    "protocol",  # it sent what is no answer to a question
-    "isolation",  # sandbox error: the sandbox did not come about or broke down
-    "tests",  # sandbox error: the tests themselves are at fault
+    "exception",  # the program raised an exception, or lacks a name that the tests use
+    "syntax",  # the program does not compile
+    "time",  # the program exceeded the limit of elapsed time or processor time
+    "memory",  # the program ran out of memory
+    "output",  # the output or an answer is too large
+    "exit",  # the program exited too early or with an error code, or was killed by a signal
+    "protocol",  # the program wrote something that is not a valid answer
+    "isolation",  # sandbox error: the sandbox could not be created or broke down
+    "tests",  # sandbox error: the tests themselves are wrong
 ]
 MAX_DETAIL = 300
-MAX_QUESTION = 2**24
+"""Maximum characters of a verdict's detail."""
+MAX_REQUEST = 2**24
+"""Maximum bytes of a request of the assertion worker."""
 TOLERANCE = 1e-6
-CPU_SIGNAL_CODE = 128 + 24
+"""Relative and absolute tolerance for numbers in the output."""
+CPU_LIMIT_EXIT_CODE = 128 + 24
+"""Exit code of a process that SIGXCPU killed."""
 LOADER = """
 import sys, types
 for name, source in {sources!r}:
@@ -47,44 +51,46 @@ module.main()
 class Program:
     """An untrusted program and its tests.
 
-    Tests hand over their arguments as copies, so that no test can examine what a function changes in place.
-    `setup` is trusted code that runs once the program is loaded and before the tests, and may use what the program
-    defines. `preamble` is trusted code that the program begins with: what it defines completely, tests take from
-    there; its last function is the program's.
+    Tests pass their arguments as copies, so a test cannot check what a function changes in place.
     """
 
     source: str
     tests: tuple[str | StdioTest, ...]
     setup: str = ""
+    """Trusted code that runs after the program is loaded and before the tests; it may use the program's names."""
     preamble: str = ""
+    """Trusted code at the beginning of the program. Tests use its complete definitions from here, not from the
+    program; its last function is completed by the program."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program. `detail` is one line for people."""
+    """The result of grading a program."""
 
     outcome: Outcome
     reason: Reason
     detail: str
+    """One line of explanation."""
     seconds: float
+    """Elapsed time of grading."""
 
 
-class Failed(Exception):
-    """The program fails, for this reason."""
+class ProgramFailed(Exception):
+    """A failure of the program, with its reason."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
 
-def judge(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
-    """Judge a program. Blocks; any number of threads may do so at once.
+def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
+    """Grade a program and return the verdict. Can be called from several threads at once.
 
     Raises:
         ValueError: there are no tests.
     """
     if not program.tests:
-        raise ValueError("a program without tests cannot be judged")
+        raise ValueError("a program without tests cannot be graded")
     started = time.monotonic()
     outcome: Outcome
     reason: Reason
@@ -92,12 +98,12 @@ def judge(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
     try:
         assertions = [test for test in program.tests if isinstance(test, str)]
         if assertions:
-            outcome, reason, detail = _judge_assertions(program, assertions, isolation, limits)
+            outcome, reason, detail = _grade_assertions(program, assertions, isolation, limits)
         for number, test in enumerate(program.tests, start=1):
             if outcome == "pass" and isinstance(test, StdioTest):
-                with _named(f"test {number}"):
-                    _judge_output(program.source, test, isolation, limits)
-    except Failed as failure:
+                with _failures_at(f"test {number}"):
+                    _grade_stdio(program.source, test, isolation, limits)
+    except ProgramFailed as failure:
         outcome, reason, detail = "fail", failure.reason, str(failure)
     except SandboxFailure as failure:
         outcome, reason, detail = "sandbox error", "isolation", str(failure)
@@ -105,12 +111,12 @@ def judge(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
 
 
 @contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Say in a failure where it happened."""
+def _failures_at(place: str) -> Iterator[None]:
+    """Prefix failures inside this context with a place."""
     try:
         yield
-    except Failed as failure:
-        raise Failed(failure.reason, f"{place}: {failure}") from None
+    except ProgramFailed as failure:
+        raise ProgramFailed(failure.reason, f"{place}: {failure}") from None
 
 
 def _one_line(text: str) -> str:
@@ -120,168 +126,173 @@ def _one_line(text: str) -> str:
 
 @cache
 def _script(*modules: str) -> str:
-    """The last of these modules as a script that brings the others along."""
+    """Return a script that runs the last module and contains the other modules that it imports."""
     package = files("wmtp.sandbox")
     sources = [(f"wmtp.sandbox.{name}", (package / f"{name}.py").read_text(encoding="utf-8")) for name in modules]
     return LOADER.format(sources=sources)
 
 
-class Dialogue:
-    """A judge's process asking a candidate's process, line by line, through this one."""
+class Relay:
+    """Relays requests from an assertion worker to a solution worker, and the answers back, line by line."""
 
-    def __init__(self, referee: Process, candidate: Process, limits: Limits) -> None:
-        self._referee = referee
-        self._candidate = candidate
+    def __init__(self, assertion_worker: Process, solution_worker: Process, limits: Limits) -> None:
+        self._assertion_worker = assertion_worker
+        self._solution_worker = solution_worker
         self._limits = limits
         self._num_answers = 0
 
-    def verdict(self, task: bytes) -> tuple[Outcome, Reason, str]:
-        """Relay until the judge's verdict.
+    def verdict(self, job: bytes) -> tuple[Outcome, Reason, str]:
+        """Send the job to the assertion worker, and relay until its verdict.
 
         Raises:
-            Failed: the program ended, took too long or sent too much.
-            SandboxFailure: the judge's process broke down.
+            ProgramFailed: the program ended, took too long or sent too much.
+            SandboxFailure: the assertion worker broke down.
         """
         deadline = time.monotonic() + self._limits.wall_seconds
-        self._referee.send(task)
-        with Exchange(self._referee, self._candidate) as exchange:
-            while not (line := self._question(exchange, deadline)).startswith(b"="):
-                self._candidate.send(line)
-                self._referee.send(self._answer(exchange, deadline))
+        self._assertion_worker.send(job)
+        with PipeLoop(self._assertion_worker, self._solution_worker) as pipe_loop:
+            while not (line := self._next_request(pipe_loop, deadline)).startswith(b"="):
+                self._solution_worker.send(line)
+                self._assertion_worker.send(self._next_answer(pipe_loop, deadline))
                 self._num_answers += 1
         outcome, reason, detail = json.loads(line[1:])
         return outcome, reason, detail
 
-    def _question(self, exchange: Exchange, deadline: float) -> bytes:
-        inbox = self._referee.inbox
-        for _ in exchange.turns(deadline):
-            self._check_candidate()
-            if self._candidate.inbox:
-                raise Failed("protocol", "an answer to no question")
-            if line := _take_line(inbox):
+    def _next_request(self, pipe_loop: PipeLoop, deadline: float) -> bytes:
+        received = self._assertion_worker.stdout_data
+        for _ in pipe_loop.steps(deadline):
+            self._check_stderr()
+            if self._solution_worker.stdout_data:
+                raise ProgramFailed("protocol", "an answer without a request")
+            if line := _take_line(received):
                 return line
-            if max(len(inbox), len(self._referee.noise)) > MAX_QUESTION:
-                self._refuse_question()
-            if self._referee.ended:
+            if max(len(received), len(self._assertion_worker.stderr_data)) > MAX_REQUEST:
+                self._reject_request()
+            if self._assertion_worker.output_ended:
                 self._explain_breakdown()
         if self._num_answers > 1:
-            raise Failed("time", f"the tests took longer than {self._limits.wall_seconds:g} s")
-        raise SandboxFailure(f"the tests asked nothing of the program in {self._limits.wall_seconds:g} s")
+            raise ProgramFailed("time", f"the tests took longer than {self._limits.wall_seconds:g} s")
+        raise SandboxFailure(f"the tests did not use the program within {self._limits.wall_seconds:g} s")
 
-    def _answer(self, exchange: Exchange, deadline: float) -> bytes:
-        inbox = self._candidate.inbox
-        for _ in exchange.turns(deadline):
-            self._check_candidate()
-            line = _take_line(inbox)
-            if max(len(line), len(inbox)) > self._limits.output_bytes:
-                raise Failed("output", f"an answer of more than {self._limits.output_kib} KiB")
+    def _next_answer(self, pipe_loop: PipeLoop, deadline: float) -> bytes:
+        received = self._solution_worker.stdout_data
+        for _ in pipe_loop.steps(deadline):
+            self._check_stderr()
+            line = _take_line(received)
+            if max(len(line), len(received)) > self._limits.output_bytes:
+                raise ProgramFailed("output", f"an answer of more than {self._limits.output_kib} KiB")
             if line:
                 return line
-            if self._candidate.ended:
-                code = self._candidate.exit_code(max(0.0, deadline - time.monotonic()))
-                if code == CPU_SIGNAL_CODE:
-                    raise Failed("time", f"it took more than {self._limits.cpu_seconds} s of the processor")
-                raise Failed("exit", f"it ended with code {code} instead of answering")
-        raise Failed("time", f"it took longer than {self._limits.wall_seconds:g} s")
+            if self._solution_worker.output_ended:
+                code = self._solution_worker.exit_code(max(0.0, deadline - time.monotonic()))
+                if code == CPU_LIMIT_EXIT_CODE:
+                    raise ProgramFailed("time", f"it took more than {self._limits.cpu_seconds} s of processor time")
+                raise ProgramFailed("exit", f"it ended with code {code} instead of answering")
+        raise ProgramFailed("time", f"it took longer than {self._limits.wall_seconds:g} s")
 
-    def _check_candidate(self) -> None:
-        if len(self._candidate.noise) > self._limits.output_bytes:
-            raise Failed("output", f"it wrote more than {self._limits.output_kib} KiB")
+    def _check_stderr(self) -> None:
+        if len(self._solution_worker.stderr_data) > self._limits.output_bytes:
+            raise ProgramFailed("output", f"it wrote more than {self._limits.output_kib} KiB")
 
-    def _refuse_question(self) -> None:
-        said = f"the tests hand over or say more than {MAX_QUESTION >> 20} MiB"
+    def _reject_request(self) -> None:
+        message = f"the tests pass or print more than {MAX_REQUEST >> 20} MiB"
         if self._num_answers > 1:
-            raise Failed("output", f"by the program's answers {said}")
-        raise SandboxFailure(said)
+            raise ProgramFailed("output", f"because of the program's answers, {message}")
+        raise SandboxFailure(message)
 
     def _explain_breakdown(self) -> None:
-        code = self._referee.exit_code(END_SECONDS)
-        if code == CPU_SIGNAL_CODE and self._num_answers > 1:
-            raise Failed("time", f"the tests took more than {self._limits.cpu_seconds} s of the processor")
-        said = bytes(self._referee.noise[-MAX_DETAIL:]).decode(errors="replace")
-        raise SandboxFailure(f"the judge's process ended with code {code}: {said}")
+        code = self._assertion_worker.exit_code(EXIT_TIMEOUT_S)
+        if code == CPU_LIMIT_EXIT_CODE and self._num_answers > 1:
+            raise ProgramFailed("time", f"the tests took more than {self._limits.cpu_seconds} s of processor time")
+        stderr = bytes(self._assertion_worker.stderr_data[-MAX_DETAIL:]).decode(errors="replace")
+        raise SandboxFailure(f"the assertion worker ended with code {code}: {stderr}")
 
 
-def _take_line(inbox: bytearray) -> bytes:
-    """Remove and return the first line, if there is a whole one."""
-    length = inbox.find(b"\n") + 1
-    line = bytes(inbox[:length])
-    del inbox[:length]
+def _take_line(buffer: bytearray) -> bytes:
+    """Remove and return the first line of a buffer; return nothing if it is not complete."""
+    length = buffer.find(b"\n") + 1
+    line = bytes(buffer[:length])
+    del buffer[:length]
     return line
 
 
-def _judge_assertions(
+def _grade_assertions(
     program: Program, tests: list[str], isolation: Isolation, limits: Limits
 ) -> tuple[Outcome, Reason, str]:
-    task = {"source": program.source, "setup": program.setup, "preamble": program.preamble, "tests": tests}
+    job = {"source": program.source, "setup": program.setup, "preamble": program.preamble, "tests": tests}
     with (
-        isolation.start(python("-c", _script("wire", "assertion_worker")), limits) as referee,
-        isolation.start(python("-c", _script("wire", "solution_worker")), limits) as candidate,
+        isolation.start(python("-c", _script("wire", "assertion_worker")), limits) as assertion_worker,
+        isolation.start(python("-c", _script("wire", "solution_worker")), limits) as solution_worker,
     ):
-        referee.wait_until_ready()
-        candidate.wait_until_ready()
-        return Dialogue(referee, candidate, limits).verdict(json.dumps(task).encode() + b"\n")
+        assertion_worker.wait_until_ready()
+        solution_worker.wait_until_ready()
+        return Relay(assertion_worker, solution_worker, limits).verdict(json.dumps(job).encode() + b"\n")
 
 
-def _judge_output(source: str, test: StdioTest, isolation: Isolation, limits: Limits) -> None:
-    """Run a program once, and compare what it writes.
+def _grade_stdio(source: str, test: StdioTest, isolation: Isolation, limits: Limits) -> None:
+    """Run a program once and compare its output with the expected output.
 
     Raises:
-        Failed: it did not end well, or wrote something else.
+        ProgramFailed: the program failed, or the output differs.
     """
     expected = test.stdout
-    most = limits.output_bytes + 2 * len(expected.encode(errors="replace"))
+    max_bytes = limits.output_bytes + 2 * len(expected.encode(errors="replace"))
     code = source.encode(errors="surrogatepass")
     with (
         isolation.start(python("-c", _script("stdio_worker")), limits) as process,
-        Exchange(process) as exchange,
+        PipeLoop(process) as pipe_loop,
     ):
         process.wait_until_ready()
         process.send(b"%d\n" % len(code) + code + test.stdin.encode(errors="surrogatepass"))
         deadline = time.monotonic() + limits.wall_seconds
-        exit_code = _run(process, exchange, deadline, most)
-        written, noise = bytes(process.inbox).decode(errors="replace"), bytes(process.noise).decode(errors="replace")
+        exit_code = _run(process, pipe_loop, deadline, max_bytes)
+        stdout, stderr = (bytes(data).decode(errors="replace") for data in (process.stdout_data, process.stderr_data))
     if exit_code is None:
-        raise Failed("time", f"it took longer than {limits.wall_seconds:g} s")
-    if exit_code == CPU_SIGNAL_CODE:
-        raise Failed("time", f"it took more than {limits.cpu_seconds} s of the processor")
+        raise ProgramFailed("time", f"it took longer than {limits.wall_seconds:g} s")
+    if exit_code == CPU_LIMIT_EXIT_CODE:
+        raise ProgramFailed("time", f"it took more than {limits.cpu_seconds} s of processor time")
     if exit_code:
-        raise _bad_end(exit_code, noise)
-    _compare(written.split(), expected.split())
+        raise _exit_failure(exit_code, stderr)
+    _compare(stdout.split(), expected.split())
 
 
-def _run(process: Process, exchange: Exchange, deadline: float, most: int) -> int | None:
-    """Take in all that a process writes; its exit code, or None where the time is over first."""
-    for _ in exchange.turns(deadline):
-        if len(process.inbox) + len(process.noise) > most:
-            raise Failed("output", f"it wrote more than {most / 1024:g} KiB")
-        if not process.has_waiting:
+def _run(process: Process, pipe_loop: PipeLoop, deadline: float, max_bytes: int) -> int | None:
+    """Receive all output of a process; return its exit code, or None if the deadline passed first."""
+    for _ in pipe_loop.steps(deadline):
+        if len(process.stdout_data) + len(process.stderr_data) > max_bytes:
+            raise ProgramFailed("output", f"it wrote more than {max_bytes / 1024:g} KiB")
+        if not process.has_pending_input:
             process.close_input()
-        if process.ended:
+        if process.output_ended:
             break
     return process.exit_code(deadline - time.monotonic())
 
 
-def _bad_end(exit_code: int, noise: str) -> Failed:
-    """Why a program ended with an error, by the last line of its traceback."""
-    lines = [line for line in noise.splitlines() if line.strip()]
-    last = lines[-1] if lines and "Traceback" in noise else ""
+def _exit_failure(exit_code: int, stderr: str) -> ProgramFailed:
+    """Return the failure of a program with an error exit code, from the last line of its traceback."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    last = lines[-1] if lines and "Traceback" in stderr else ""
     kind = last.split(":")[0]
     reasons: dict[str, Reason] = {"SyntaxError": "syntax", "IndentationError": "syntax", "TabError": "syntax"}
     reason: Reason = "memory" if kind == "MemoryError" else reasons.get(kind, "exception" if last else "exit")
-    return Failed(reason, last or f"it ended with code {exit_code}")
+    return ProgramFailed(reason, last or f"it ended with code {exit_code}")
 
 
 def _compare(written: list[str], expected: list[str]) -> None:
-    for place, (got, wanted) in enumerate(zip(written, expected, strict=False), start=1):
-        if not _same(got, wanted):
-            raise Failed("wrong", f"word {place} is {got[:80]!r}, not {wanted[:80]!r}")
+    """Compare the words of the output with the expected words.
+
+    Raises:
+        ProgramFailed: a word differs, or the number of words does.
+    """
+    for number, (got, wanted) in enumerate(zip(written, expected, strict=False), start=1):
+        if not _is_equal(got, wanted):
+            raise ProgramFailed("wrong", f"word {number} is {got[:80]!r}, not {wanted[:80]!r}")
     if len(written) != len(expected):
-        raise Failed("wrong", f"{len(written)} words instead of {len(expected)}")
+        raise ProgramFailed("wrong", f"{len(written)} words instead of {len(expected)}")
 
 
-def _same(got: str, wanted: str) -> bool:
-    """Whether two words are equal, or close numbers where the expected one has a decimal point."""
+def _is_equal(got: str, wanted: str) -> bool:
+    """Return whether two words are equal, or close numbers if the expected word has a decimal point."""
     if got == wanted:
         return True
     if "." not in wanted:

@@ -1,9 +1,9 @@
-"""The first process of a sandbox, a script: makes the namespaces if told to, sets the limits, becomes the program.
+"""The first script in a sandbox: create namespaces if required, set the limits, then execute the program.
 
-It gets one argument of JSON: see `isolation.py`. Through the descriptor `status` it says "." when all is set, or
-what went wrong. Everything here happens before the first untrusted instruction.
+Its only argument is JSON, created in `isolation.py`. It writes "." to the file descriptor `status` when the sandbox is
+ready, or an error message. All code here runs before the first untrusted instruction.
 """
-# importing pathlib would take longer than all of this
+# pathlib is not used, because importing it would take longer than the whole script
 # ruff: noqa: PTH102, PTH103, PTH106, PTH112, PTH120, PTH123, PTH211
 
 import contextlib
@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 CLONE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-"""New mount, cgroup, uts, ipc, pid and network namespaces."""
+"""Flags for new mount, cgroup, uts, ipc, pid and network namespaces."""
 CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
@@ -27,13 +27,17 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, MODE_FIL
 NUM_CAPABILITIES, CAPABILITY_VERSION = 64, 0x20080522
 OLD_ROOT = "/.old"
 NUM_FILES = 1024
-"""How many files and folders the writable folder may hold."""
+"""Maximum number of files and folders in the writable folder."""
 
 Setup = dict[str, Any]
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call a function of the C library; raises OSError where it fails."""
+    """Call a function of the C library.
+
+    Raises:
+        OSError: the function returned a negative value.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     converted = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
     if getattr(library, name)(*converted) < 0:
@@ -43,18 +47,18 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount `source` at `target`."""
+    """Mount a file system, or bind-mount a file or folder, with the system call of this name."""
     call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, options.encode())
 
 
 def restrict_mount(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
-    """Add attributes to a mount; those that it has stay."""
+    """Add attributes to a mount; its present attributes stay."""
     structure = struct.pack("QQQQ", attributes, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, structure, len(structure))
 
 
 def make_namespaces(setup: Setup) -> None:
-    """Leave the machine's namespaces; without root's rights, in a user namespace that gives them over the new ones."""
+    """Create new namespaces; without root, also a user namespace, which gives privileges over the new ones."""
     user, group = os.getuid(), os.getgid()
     call("unshare", CLONE_FLAGS | (0 if setup["user"] is not None else CLONE_NEWUSER))
     if setup["user"] is None:
@@ -63,13 +67,16 @@ def make_namespaces(setup: Setup) -> None:
                 file.write(content)
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends."""
+def kill_on_parent_death() -> None:
+    """Make the kernel kill this process when its parent ends."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def stand_by_until_end(child: int) -> None:
-    """Reap children until this one ends, then end as it did. The first process of a pid namespace takes all along."""
+def wait_and_exit_like(child: int) -> None:
+    """Wait for a child, reaping other children, and exit with its code.
+
+    When the first process of a pid namespace exits, the kernel kills all other processes of the namespace.
+    """
     os.closerange(0, 256)
     while True:
         ended, status = os.wait()
@@ -78,11 +85,12 @@ def stand_by_until_end(child: int) -> None:
             os._exit(code if code >= 0 else 128 - code)
 
 
-def fork_and_stand_by(status: int | None = None) -> None:
-    """Go on as a child; the parent stands by. With `status`, the parent first says the child's number.
+def fork_and_wait(status: int | None = None) -> None:
+    """Fork and return only in the child; the parent waits and forwards the child's exit code.
 
-    The child waits for the parent's word, so that nothing is said before the number, and so that it cannot
-    miss a parent that ends before it asks to die with it.
+    If `status` is given, the parent first writes the child's pid to it. The child waits for a byte from the parent, so
+    that the pid is written before any other message, and so that the child notices if the parent ended before
+    `kill_on_parent_death` took effect.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -90,16 +98,16 @@ def fork_and_stand_by(status: int | None = None) -> None:
         if status is not None:
             os.write(status, json.dumps({"child-pid": child}).encode())
         os.write(writing, b".")
-        stand_by_until_end(child)
+        wait_and_exit_like(child)
     os.close(writing)
-    die_with_parent()
+    kill_on_parent_death()
     if os.read(reading, 1) != b".":
         os._exit(1)
     os.close(reading)
 
 
-def show(source: str, target: str, attributes: int) -> None:
-    """Make a file or folder of the old root visible at the same place of the new one."""
+def bind_mount(source: str, target: str, attributes: int) -> None:
+    """Bind-mount a file or folder of the old root into the new root."""
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -110,7 +118,7 @@ def show(source: str, target: str, attributes: int) -> None:
 
 
 def change_root(setup: Setup) -> None:
-    """Give this mount namespace a root of its own, with nothing in it but what the layout names."""
+    """Replace the root of this mount namespace by a new one that contains only the paths of the layout."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     os.mkdir(f"/tmp{OLD_ROOT}")
@@ -118,9 +126,9 @@ def change_root(setup: Setup) -> None:
     os.chdir("/")
     read_only = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV
     for path in setup["binds"]:
-        show(OLD_ROOT + path, path, read_only)
+        bind_mount(OLD_ROOT + path, path, read_only)
     for path in setup["devices"]:
-        show(OLD_ROOT + path, path, ATTR_NOSUID)
+        bind_mount(OLD_ROOT + path, path, ATTR_NOSUID)
     for target, path in setup["links"]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.symlink(target, path)
@@ -128,7 +136,7 @@ def change_root(setup: Setup) -> None:
         mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=4k")
         restrict_mount(path, read_only)
     os.mkdir("/proc")
-    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)  # only while the old one is still there
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)  # possible only while the old /proc is mounted
     restrict_mount("/proc", read_only)
     os.mkdir("/tmp")
     size = f"mode=1777,size={setup['folder_bytes']},nr_inodes={NUM_FILES}"
@@ -138,17 +146,20 @@ def change_root(setup: Setup) -> None:
     restrict_mount("/", read_only, flags=0)
 
 
-def drop_rights(setup: Setup) -> None:
-    """Give up root for a user of this sandbox alone, since limits on processes count by user and do not bind root."""
+def drop_privileges(setup: Setup) -> None:
+    """Change from root to the user of this sandbox, and drop all capabilities.
+
+    Each sandbox has its own user, because the kernel counts processes per user and does not limit root.
+    """
     if setup["user"] is not None:
         if setup["namespaces"]:
             for capability in range(NUM_CAPABILITIES):
                 try:
                     call("prctl", PR_CAPBSET_DROP, capability)
-                except OSError:  # this kernel knows fewer
+                except OSError:  # this kernel has fewer capabilities
                     break
         for descriptor in (0, 1, 2):
-            os.fchmod(descriptor, 0o666)  # or /dev/stdin could not be opened
+            os.fchmod(descriptor, 0o666)  # otherwise /dev/stdin could not be opened
         os.setgroups([])
         os.setresgid(setup["user"], setup["user"], setup["user"])
         os.setresuid(setup["user"], setup["user"], setup["user"])
@@ -157,38 +168,38 @@ def drop_rights(setup: Setup) -> None:
 
 
 def filter_system_calls(program: bytes) -> None:
-    """Install a filter that no process of this sandbox can take off."""
+    """Install a system call filter (see seccomp.py) that no process of this sandbox can remove."""
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     buffer = ctypes.create_string_buffer(program, len(program))
     call("prctl", PR_SET_SECCOMP, MODE_FILTER, struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
 
 
 def main(setup: Setup) -> None:
-    """Do all this in order, then become the program."""
+    """Set up the sandbox and execute the program."""
     status = setup["status"]
     try:
         os.set_inheritable(status, False)
         if setup["namespaces"]:
             make_namespaces(setup)
-            die_with_parent()
-            fork_and_stand_by(status)
+            kill_on_parent_death()
+            fork_and_wait(status)
             change_root(setup)
-            fork_and_stand_by()
+            fork_and_wait()
         os.chdir("/tmp")
         for name, limit in setup["limits"].items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), tuple(limit))
-        drop_rights(setup)
+        drop_privileges(setup)
         if setup["filter"]:
             filter_system_calls(bytes.fromhex(setup["filter"]))
         for descriptor in range(3, 256):
             if descriptor != status:
-                with contextlib.suppress(OSError):  # none of that number
+                with contextlib.suppress(OSError):  # no such descriptor is open
                     os.close(descriptor)
-        with open(setup["command"][0], "rb"):  # what cannot be read could not be run either, too late to say so
+        with open(setup["command"][0], "rb"):  # fails here, while an error can still be reported
             pass
         os.write(status, b".")
         os.execve(setup["command"][0], setup["command"], setup["environment"])
-    except BaseException as error:  # noqa: BLE001 - nobody else could say it
+    except BaseException as error:  # noqa: BLE001 - reported through `status`
         os.write(status, f"{type(error).__name__}: {error}".encode())
         os._exit(1)
 

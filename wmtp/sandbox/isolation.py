@@ -1,4 +1,4 @@
-"""The ways to isolate a program on this machine, and the choice among them."""
+"""Isolation methods for untrusted programs, and the selection of one that works on this machine."""
 
 import json
 import os
@@ -17,42 +17,50 @@ from wmtp.errors import SandboxUnavailable
 from wmtp.sandbox import self_test
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import ENVIRONMENT, layout, python
-from wmtp.sandbox.process import Exchange, Process, SandboxFailure
+from wmtp.sandbox.process import PipeLoop, Process, SandboxFailure
 from wmtp.sandbox.seccomp import system_call_filter
 
 Choice = Literal["auto", "bubblewrap", "unshare", "none"]
 FIRST_USER, NUM_USERS = 1_900_000_000, 200_000_000
-"""Users that no account and no container manager has: each sandbox that root starts draws one."""
+"""User ids outside the ranges of accounts and container managers; as root, each sandbox gets a random one of them."""
 OPEN_FILES = 64
-PROBE_SECONDS = 60.0
-SCRIPT = Path(__file__).with_name("init.py").read_text(encoding="utf-8")
+SELF_TEST_TIMEOUT_S = 60.0
+INIT_SCRIPT = Path(__file__).with_name("init.py").read_text(encoding="utf-8")
+"""Source of the script that runs first in every sandbox."""
 
 
 class Isolation(ABC):
-    """A way to start a program. `as_root`: with root's rights at first, instead of in a user namespace."""
+    """A method to start a program in isolation, with root privileges at first (`as_root`) or in a user namespace."""
 
     name: str
     is_filtered = True
+    """True if system calls are filtered."""
     makes_namespaces = False
+    """True if init.py creates the namespaces."""
 
     def __init__(self, as_root: bool) -> None:
         self.as_root = as_root
 
     @abstractmethod
-    def prefix(self, limits: Limits, maker: int) -> list[str]:
-        """The command line that goes before the launcher's."""
+    def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
+        """Return the command line that runs init.py.
+
+        Args:
+            limits: limits of the program.
+            namespace_fd: file descriptor to which the program that creates the namespaces writes its child's pid.
+        """
 
     def start(self, command: list[str], limits: Limits) -> Process:
-        """Start a command; its `wait_until_ready` says when isolation and limits stand.
+        """Start a command; isolation and limits are in force after `Process.wait_until_ready`.
 
         Raises:
             SandboxFailure: no process could be started.
         """
-        return Process(lambda launcher, maker: self._command(command, limits, launcher, maker))
+        return Process(lambda init_fd, namespace_fd: self._command(command, limits, init_fd, namespace_fd))
 
-    def _command(self, command: list[str], limits: Limits, launcher: int, maker: int) -> list[str]:
+    def _command(self, command: list[str], limits: Limits, init_fd: int, namespace_fd: int) -> list[str]:
         setup = {
-            "status": launcher,
+            "status": init_fd,
             "namespaces": self.makes_namespaces,
             "user": FIRST_USER + secrets.randbelow(NUM_USERS) if self.as_root else None,
             "limits": self._resource_limits(limits),
@@ -62,7 +70,7 @@ class Isolation(ABC):
             "folder_bytes": limits.folder_bytes,
             **(asdict(layout()) if self.makes_namespaces else {}),
         }
-        return [*self.prefix(limits, maker), *python("-c", SCRIPT, json.dumps(setup))]
+        return [*self.prefix(limits, namespace_fd), *python("-c", INIT_SCRIPT, json.dumps(setup))]
 
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
         memory, file = limits.memory_mib * 2**20, limits.file_kib * 1024
@@ -78,22 +86,22 @@ class Isolation(ABC):
 
 
 class Bubblewrap(Isolation):
-    """The program `bwrap`."""
+    """Isolation by the program bubblewrap (`bwrap`)."""
 
     name = "bubblewrap"
 
-    def prefix(self, limits: Limits, maker: int) -> list[str]:
-        """Bubblewrap's own command line."""
+    def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
+        """Return the command line of bubblewrap."""
         visible = layout()
-        rights = (
+        privileges = (
             ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             if self.as_root
             else ["--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL"]
         )
         return [
-            shutil.which("bwrap") or "bwrap", *rights,
+            shutil.which("bwrap") or "bwrap", *privileges,
             "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
-            "--unshare-cgroup-try", "--hostname", "sandbox", "--info-fd", str(maker),
+            "--unshare-cgroup-try", "--hostname", "sandbox", "--info-fd", str(namespace_fd),
             *(word for path in visible.folders for word in ("--perms", "0755", "--dir", path)),
             *(word for path in visible.binds for word in ("--ro-bind", path, path)),
             *(word for path in visible.hidden for word in ("--tmpfs", path, "--remount-ro", path)),
@@ -106,18 +114,18 @@ class Bubblewrap(Isolation):
 
 
 class Unshare(Isolation):
-    """Namespaces that the launcher makes itself, by unshare(2), mount(2) and pivot_root(2)."""
+    """Isolation by namespaces that init.py creates with unshare(2), mount(2) and pivot_root(2)."""
 
     name = "unshare"
     makes_namespaces = True
 
-    def prefix(self, limits: Limits, maker: int) -> list[str]:
-        """Nothing: the launcher does it."""
+    def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
+        """Return nothing: init.py does the work."""
         return []
 
 
 class NoIsolation(Isolation):
-    """No protection: limits on time, memory, file sizes and output only."""
+    """No isolation: only limits of time, memory, file sizes and output."""
 
     name = "none"
     is_filtered = False
@@ -125,25 +133,25 @@ class NoIsolation(Isolation):
     def __init__(self) -> None:
         super().__init__(as_root=False)
 
-    def prefix(self, limits: Limits, maker: int) -> list[str]:
-        """Nothing."""
+    def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
+        """Return nothing."""
         return []
 
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
         kept = super()._resource_limits(limits)
-        del kept["NPROC"]  # it would count all processes of this user
+        del kept["NPROC"]  # the kernel counts all processes of the user
         del kept["MSGQUEUE"]
         if sys.platform == "darwin":
-            del kept["AS"]  # its kernel refuses any
+            del kept["AS"]  # the kernel of macOS does not support it
         return kept
 
 
 @cache
 def find_isolation(choice: Choice = "auto") -> Isolation:
-    """The isolation of that name, or the first that works here, tried by running a program in it.
+    """Return the isolation of a name, or for "auto" the first one whose self-test passes on this machine.
 
     Raises:
-        SandboxUnavailable: none works; says what was tried, why it failed and what helps.
+        SandboxUnavailable: no method works; the message lists the tried methods, their errors and remedies.
     """
     if choice == "none":
         return NoIsolation()
@@ -157,29 +165,29 @@ def find_isolation(choice: Choice = "auto") -> Isolation:
             continue
         for as_root in (True, False) if os.geteuid() == 0 else (False,):
             isolation = kind(as_root)
-            problem = _problem(isolation)
+            problem = _self_test_error(isolation)
             if problem is None:
                 return isolation
-            tried.append(f"{kind.name}{' with the rights of root' if as_root else ' in a user namespace'}: {problem}")
+            tried.append(f"{kind.name}{' with root privileges' if as_root else ' in a user namespace'}: {problem}")
     raise _unavailable(*tried)
 
 
-def _problem(isolation: Isolation) -> str | None:
-    """Why an isolation keeps its promises not, as far as a program in it can tell; None where it does."""
+def _self_test_error(isolation: Isolation) -> str | None:
+    """Run the self-test in an isolation; return its error, or None if it passed."""
     limits = Limits()
     script = Path(self_test.__file__).read_text(encoding="utf-8")
     secret = Path(__file__).resolve()
     try:
         with (
             isolation.start(python("-c", script, str(secret), str(limits.processes)), limits) as process,
-            Exchange(process) as exchange,
+            PipeLoop(process) as pipe_loop,
         ):
             process.wait_until_ready()
-            for _ in exchange.turns(time.monotonic() + PROBE_SECONDS):
-                if process.ended:
+            for _ in pipe_loop.steps(time.monotonic() + SELF_TEST_TIMEOUT_S):
+                if process.output_ended:
                     break
-            said = (bytes(process.inbox) + bytes(process.noise)).decode(errors="replace").strip()
-            return None if said == self_test.GOOD else said or "a program in it says nothing"
+            output = (bytes(process.stdout_data) + bytes(process.stderr_data)).decode(errors="replace").strip()
+            return None if output == self_test.PASSED else output or "the self-test has no output"
     except SandboxFailure as failure:
         return str(failure)
 
@@ -188,13 +196,13 @@ def _unavailable(*tried: str) -> SandboxUnavailable:
     return SandboxUnavailable(
         "\n".join(
             [
-                "Programs that a model wrote cannot be run in isolation on this machine; none was run.",
+                "Programs written by a model cannot be run in isolation on this machine; none was run.",
                 *(f"  {line}" for line in tried),
-                "What helps: install bubblewrap (apt install bubblewrap); where user namespaces are off, let an "
-                "administrator set kernel.unprivileged_userns_clone=1, user.max_user_namespaces=10000 or "
-                "kernel.apparmor_restrict_unprivileged_userns=0; in a container, start it with --privileged, or with "
+                "Remedies: install bubblewrap (apt install bubblewrap); if user namespaces are disabled, ask an "
+                "administrator to set kernel.unprivileged_userns_clone=1, user.max_user_namespaces=10000 or "
+                "kernel.apparmor_restrict_unprivileged_userns=0; start a container with --privileged, or with "
                 "--security-opt seccomp=unconfined and systempaths=unconfined; use Linux 5.14 or newer.",
-                "evaluation.sandbox=none runs the programs without protection: they can do all that you can.",
+                "evaluation.sandbox=none runs the programs unprotected: they can do everything that you can.",
             ]
         )
     )

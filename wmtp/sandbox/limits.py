@@ -1,4 +1,4 @@
-"""What one untrusted program may use."""
+"""Resource limits of an untrusted program."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,27 @@ from wmtp.field_types import Positive, PositiveFloat
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of one program.
-
-    `wall_seconds` holds for all assertion tests together, and for each test by standard input by itself;
-    it runs once the program's process is ready. `cpu_seconds`, `memory_mib` (of address space) and `file_kib`
-    (of one file) hold for each process, `processes` counts processes and threads. `output_kib` bounds what is
-    written to standard output and standard error together, and every single answer to a test's question.
-    """
+    """Resource limits of one program."""
 
     wall_seconds: PositiveFloat = 5.0
+    """Elapsed time from when the process is ready: for all assertion tests in total, and for each stdio test."""
     cpu_seconds: Positive = 5
+    """Processor time of each process."""
     memory_mib: Positive = 512
+    """Address space of each process."""
     processes: Positive = 16
+    """Processes and threads in total."""
     file_kib: Positive = 1024
+    """Size of one file."""
     output_kib: Positive = 64
+    """Size of standard output and standard error in total, and of each answer in assertion tests."""
 
     @property
     def output_bytes(self) -> int:
-        """`output_kib` in bytes."""
+        """The limit `output_kib` in bytes."""
         return self.output_kib * 1024
 
     @property
     def folder_bytes(self) -> int:
-        """What all files in the writable folder may take together."""
+        """Size limit in bytes of the writable folder."""
         return 4 * self.file_kib * 1024

@@ -1,4 +1,4 @@
-"""What a sandboxed program finds: an interpreter, the libraries it is linked with, a few devices, five variables."""
+"""File system and environment of a sandbox: the Python interpreter, its libraries, a few devices, five variables."""
 
 import os
 import sys
@@ -22,41 +22,44 @@ LINKS = (
     ("/proc/self/fd/2", "/dev/stderr"),
 )
 PACKAGES = ("site-packages", "dist-packages")
-"""Folders of installed packages, which lie among the standard library but are none of it."""
+"""Folders of installed packages inside the standard library; they are hidden in the sandbox."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths that exist in a sandbox: files and folders of the machine (read-only), links, folders shown empty."""
+    """The paths that exist in a sandbox."""
 
     binds: tuple[str, ...]
+    """Files and folders of the machine, mounted read-only at the same path."""
     links: tuple[tuple[str, str], ...]
+    """Symbolic links as (target, path)."""
     hidden: tuple[str, ...]
+    """Folders that appear empty."""
     devices: tuple[str, ...] = DEVICES
 
     @property
     def folders(self) -> list[str]:
-        """The folders above all these, from the root down."""
+        """The parent folders of all paths, parents before children."""
         paths = (*self.binds, *self.devices, *(path for _, path in self.links))
         return sorted({str(folder) for path in paths for folder in PurePath(path).parents} - {"/"})
 
 
 def interpreter() -> str:
-    """The interpreter that a virtual environment stands on, by its real path."""
+    """Return the real path of the Python interpreter, the base interpreter if this is a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def python(*arguments: str) -> list[str]:
-    """A command line of the interpreter: without `site`, bytecode files or the current folder among the modules.
+    """Return a command line of the interpreter, without `site`, bytecode files and the current folder in `sys.path`.
 
-    Not isolated (`-I`), which would ignore the fixed seed of the hash function.
+    The option `-I` is not used, because it would ignore PYTHONHASHSEED.
     """
     return [interpreter(), "-B", "-P", "-s", "-S", *arguments]
 
 
 @cache
 def layout() -> Layout:
-    """What this machine's interpreter needs."""
+    """Return the paths that the interpreter of this machine needs."""
     prefix = os.path.realpath(sys.base_prefix)
     binds: list[str] = []
     links = list(LINKS)

@@ -1,4 +1,4 @@
-"""One process in a sandbox: its pipes, its end, and waiting for what comes out of several of them."""
+"""A sandboxed process with pipes, and a loop that transfers data between this process and several of them."""
 
 import contextlib
 import os
@@ -15,50 +15,56 @@ from typing import IO
 from wmtp.sandbox.mounts import ENVIRONMENT
 
 CHUNK = 64 * 1024
-START_SECONDS = 60.0
-"""How long a sandbox may take to be ready: a machine that is busy is no fault of the program's."""
-END_SECONDS = 30.0
-INIT = re.compile(rb'"child-pid": *(\d+)[^}]*}')
+"""Maximum bytes per read or write of a pipe."""
+START_TIMEOUT_S = 60.0
+"""Seconds until a sandbox must be ready; generous, because a busy machine is not the program's fault."""
+EXIT_TIMEOUT_S = 30.0
+CHILD_PID = re.compile(rb'"child-pid": *(\d+)[^}]*}')
 
 
 class SandboxFailure(Exception):
-    """A sandbox did not come about or broke down: not the program's doing."""
+    """A sandbox that could not be created or broke down; not caused by the program."""
 
 
 class Process:
-    """A process with pipes. As a context manager it leaves nothing alive.
+    """A process with pipes. As a context manager, it kills the process and all its descendants at the end.
 
-    `inbox` holds what has come from standard output, `noise` from standard error; whoever reads looks after
-    their sizes after each turn. `ended` says that all has come: standard output is closed, or a turn brought nothing
-    though the process was over before it, and others keep its pipes open.
+    `stdout_data` and `stderr_data` collect the output; the caller must check their sizes after each step of the
+    `PipeLoop`. `output_ended` becomes True when all output has been received: standard output is closed, or the
+    process had exited before a step in which no data arrived, and only other processes keep its pipes open.
     """
 
     def __init__(self, command_for: Callable[[int, int], list[str]]) -> None:
-        """Start the command, told the descriptors by which the launcher and whoever makes the namespaces report.
+        """Start a command.
+
+        Args:
+            command_for: returns the command line, given two file descriptors for status messages: one for init.py and
+                one for the program that creates the namespaces.
 
         Raises:
-            SandboxFailure: the machine starts no more processes, or the command is not there.
+            SandboxFailure: the machine cannot start more processes, or the command does not exist.
         """
-        self.inbox = bytearray()
-        self.noise = bytearray()
-        self.ended = False
+        self.stdout_data = bytearray()
+        self.stderr_data = bytearray()
+        self.output_ended = False
         self.num_received = 0
-        self._outbox = memoryview(b"")
-        self._init: int | None = None
-        reading, launcher = os.pipe()
+        self._pending_input = memoryview(b"")
+        self._init_pidfd: int | None = None
+        reading, init_fd = os.pipe()
         self._status = os.fdopen(reading, "rb", buffering=0)
-        maker = os.dup(launcher)  # two, since bubblewrap closes its own
+        namespace_fd = os.dup(init_fd)  # a second descriptor, because bubblewrap closes its own
         try:
             self._popen = subprocess.Popen(
-                command_for(launcher, maker), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                pass_fds=(launcher, maker), env=ENVIRONMENT, cwd="/", start_new_session=True,
+                command_for(init_fd, namespace_fd),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                pass_fds=(init_fd, namespace_fd), env=ENVIRONMENT, cwd="/", start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             self._status.close()
             raise SandboxFailure(f"no process could be started: {error}") from error
         finally:
-            os.close(launcher)
-            os.close(maker)
+            os.close(init_fd)
+            os.close(namespace_fd)
         for pipe in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(pipe.fileno(), False)
 
@@ -72,53 +78,53 @@ class Process:
 
     @property
     def stdin(self) -> IO[bytes]:
-        """The writing end of its standard input."""
+        """The pipe to the standard input of the process."""
         assert self._popen.stdin
         return self._popen.stdin
 
     @property
     def stdout(self) -> IO[bytes]:
-        """The reading end of its standard output."""
+        """The pipe from the standard output of the process."""
         assert self._popen.stdout
         return self._popen.stdout
 
     @property
     def stderr(self) -> IO[bytes]:
-        """The reading end of its standard error."""
+        """The pipe from the standard error of the process."""
         assert self._popen.stderr
         return self._popen.stderr
 
     def wait_until_ready(self) -> None:
-        """Wait for the launcher's word that isolation and limits stand.
+        """Wait until init.py reports that isolation and limits are in force.
 
         Raises:
-            SandboxFailure: it says otherwise, or nothing in time.
+            SandboxFailure: init.py reports an error, or nothing within `START_TIMEOUT_S`.
         """
         report = b""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_TIMEOUT_S
         with self._status as pipe:
             while not report.endswith(b"."):
                 ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
                 received = pipe.read(CHUNK) if ready else b""
-                if self._init is None and (found := INIT.search(report + received)):
-                    self._init = _open_process(int(found[1]))
+                if self._init_pidfd is None and (found := CHILD_PID.search(report + received)):
+                    self._init_pidfd = _open_process(int(found[1]))
                 if not received:
-                    self._read(self.stderr, self.noise)
-                    said = INIT.sub(b"", report).strip(b"{ \n") or bytes(self.noise).strip() or b"no answer"
-                    raise SandboxFailure(f"not isolated: {said.decode(errors='replace')}")
+                    self._read(self.stderr, self.stderr_data)
+                    message = CHILD_PID.sub(b"", report).strip(b"{ \n") or bytes(self.stderr_data).strip()
+                    raise SandboxFailure(f"not isolated: {(message or b'no answer').decode(errors='replace')}")
                 report += received
 
     def send(self, data: bytes) -> None:
-        """Add to what waits to be written to its standard input."""
-        self._outbox = memoryview(bytes(self._outbox) + data)
+        """Append data to the pending input of the process."""
+        self._pending_input = memoryview(bytes(self._pending_input) + data)
 
     def close_input(self) -> None:
-        """End its standard input."""
+        """Close the standard input of the process."""
         with contextlib.suppress(OSError):
             self.stdin.close()
 
     def exit_code(self, seconds: float) -> int | None:
-        """Its exit code, 128 plus the signal's number where a signal ended it; None if it runs on for so long."""
+        """Wait up to `seconds` and return the exit code (128 + signal if killed), or None if the process still runs."""
         try:
             code = self._popen.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -126,66 +132,66 @@ class Process:
         return code if code >= 0 else 128 - code
 
     @property
-    def is_over(self) -> bool:
-        """Whether the process has ended, even if others keep its pipes open."""
+    def has_exited(self) -> bool:
+        """True if the process has exited, even if other processes keep its pipes open."""
         return self._popen.poll() is not None
 
     def kill(self) -> None:
-        """End it and all that it started, and wait until they are gone."""
-        if self._init is not None:
+        """Kill the process and all its descendants, and wait until they are gone."""
+        if self._init_pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._init, signal.SIGKILL)
-        if self._init is None or not self.is_over:  # a number that is free again may belong to others
+                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
+        if self._init_pidfd is None or not self.has_exited:  # the pid of an exited process may have been reused
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
-        if self._init is not None:
-            select.select([self._init], [], [], END_SECONDS)
-            os.close(self._init)
-            self._init = None
+        if self._init_pidfd is not None:
+            select.select([self._init_pidfd], [], [], EXIT_TIMEOUT_S)
+            os.close(self._init_pidfd)
+            self._init_pidfd = None
         for pipe in (self.stdin, self.stdout, self.stderr, self._status):
             with contextlib.suppress(OSError):
                 pipe.close()
 
     def read(self, pipe: IO[bytes]) -> bool:
-        """Take in at most `CHUNK` of what is in a pipe; whether it is still open."""
-        into = self.inbox if pipe is self.stdout else self.noise
-        held = len(into)
-        is_open = self._read(pipe, into)
-        self.num_received += len(into) - held
+        """Read at most `CHUNK` bytes from a pipe; return whether the pipe is still open."""
+        buffer = self.stdout_data if pipe is self.stdout else self.stderr_data
+        before = len(buffer)
+        is_open = self._read(pipe, buffer)
+        self.num_received += len(buffer) - before
         if pipe is self.stdout and not is_open:
-            self.ended = True
+            self.output_ended = True
         return is_open
 
     def write(self) -> bool:
-        """Write as much of what waits as the pipe takes; whether some is left."""
+        """Write as much pending input as the pipe accepts; return whether input is left."""
         try:
-            self._outbox = self._outbox[os.write(self.stdin.fileno(), self._outbox[:CHUNK]) :]
+            self._pending_input = self._pending_input[os.write(self.stdin.fileno(), self._pending_input[:CHUNK]) :]
         except BlockingIOError:
             pass
-        except OSError:  # it reads no more
-            self._outbox = memoryview(b"")
-        return self.has_waiting
+        except OSError:  # the process has closed its standard input
+            self._pending_input = memoryview(b"")
+        return self.has_pending_input
 
     @property
-    def has_waiting(self) -> bool:
-        """Whether something waits to be written."""
-        return len(self._outbox) > 0
+    def has_pending_input(self) -> bool:
+        """True if input is not yet written."""
+        return len(self._pending_input) > 0
 
     @staticmethod
-    def _read(pipe: IO[bytes], into: bytearray) -> bool:
+    def _read(pipe: IO[bytes], buffer: bytearray) -> bool:
         try:
             received = os.read(pipe.fileno(), CHUNK)
         except BlockingIOError:
             return True
-        into += received
+        buffer += received
         return bool(received)
 
 
-class Exchange:
-    """Moves bytes between this process and several sandboxed ones."""
+class PipeLoop:
+    """An event loop that transfers data between this process and several sandboxed processes."""
 
-    TURN_SECONDS = 0.05
+    STEP_SECONDS = 0.05
 
     def __init__(self, *processes: Process) -> None:
         self._selector = selectors.DefaultSelector()
@@ -194,7 +200,7 @@ class Exchange:
             self._selector.register(process.stdout, selectors.EVENT_READ, process)
             self._selector.register(process.stderr, selectors.EVENT_READ, process)
 
-    def __enter__(self) -> "Exchange":
+    def __enter__(self) -> "PipeLoop":
         return self
 
     def __exit__(
@@ -202,26 +208,26 @@ class Exchange:
     ) -> None:
         self._selector.close()
 
-    def turns(self, deadline: float) -> Iterator[None]:
-        """Write and read what is possible, once for each step, until the deadline."""
+    def steps(self, deadline: float) -> Iterator[None]:
+        """Read and write once per step until the deadline, a value of `time.monotonic`."""
         while (left := deadline - time.monotonic()) > 0:
             for process in self._processes:
-                if process.has_waiting and process.stdin.fileno() not in self._selector.get_map():
+                if process.has_pending_input and process.stdin.fileno() not in self._selector.get_map():
                     self._selector.register(process.stdin, selectors.EVENT_WRITE, process)
-            before = {process: process.num_received for process in self._processes if process.is_over}
-            for key, _ in self._selector.select(min(left, self.TURN_SECONDS)):
+            before = {process: process.num_received for process in self._processes if process.has_exited}
+            for key, _ in self._selector.select(min(left, self.STEP_SECONDS)):
                 process = key.data
-                goes_on = process.write() if key.fileobj is process.stdin else process.read(key.fileobj)
-                if not goes_on:
+                is_active = process.write() if key.fileobj is process.stdin else process.read(key.fileobj)
+                if not is_active:
                     self._selector.unregister(key.fileobj)
             for process, num_received in before.items():
-                process.ended |= process.num_received == num_received
+                process.output_ended |= process.num_received == num_received
             yield
 
 
-def _open_process(number: int) -> int | None:
-    """A descriptor of a process, or None where it has ended already."""
+def _open_process(pid: int) -> int | None:
+    """Return a descriptor of a process, or None if it has ended."""
     try:
-        return os.pidfd_open(number)
+        return os.pidfd_open(pid)
     except ProcessLookupError:
         return None

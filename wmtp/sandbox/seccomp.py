@@ -1,8 +1,9 @@
-"""The filter of system calls: what even a program without rights could use to leave its limits.
+"""Filter of system calls with which even an unprivileged program could bypass its limits.
 
-New namespaces give a program rights over file systems of its own, whose size nothing bounds. Shared memory that
-is not mapped, message queues, memory files and extended attributes count towards no limit. Sockets other than
-local ones are of no use without a network. The rest are doors into the kernel that no Python program needs.
+New namespaces would let a program mount file systems without a size limit. Unmapped shared memory, message queues,
+memory files and extended attributes do not count towards any limit. Sockets other than local ones are useless
+without a network. The other refused calls only enlarge the attack surface of the kernel; Python programs do not need
+them.
 """
 
 import errno
@@ -17,16 +18,17 @@ LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 NEW_NAMESPACES = 0x7E020000
-"""The flags of clone(2) that make a namespace."""
+"""Flags of clone(2) that create a namespace."""
 X32 = 0x40000000
-"""System calls of the x32 interface, which have other numbers."""
-CLONE3 = 435  # its flags lie in memory, where a filter cannot look; libraries then take clone
+"""Bit in the numbers of x32 system calls."""
+CLONE3 = 435  # a filter cannot read its flags, which are in memory; libraries fall back to clone
 SHARED_NUMBERS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447, 463)
-"""io_uring_*, open_tree … fspick, pidfd_getfd, mount_setattr, memfd_secret, setxattrat."""
+"""Refused calls with the same number on both architectures: io_uring_*, open_tree … fspick, pidfd_getfd,
+mount_setattr, memfd_secret, setxattrat."""
 
 
 class Machine(NamedTuple):
-    """The numbers of one architecture."""
+    """The system call numbers of one architecture."""
 
     audit: int
     clone: int
@@ -54,15 +56,15 @@ def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -
 
 
 def system_call_filter() -> bytes:
-    """The filter as a program of the kernel's packet filter.
+    """Return the filter as a classic BPF program for seccomp.
 
     Raises:
-        SandboxUnavailable: the numbers of this machine's system calls are not known here.
+        SandboxUnavailable: the system call numbers of this machine's architecture are unknown.
     """
     machine = MACHINES.get(platform.machine())
     if machine is None:
         known = " and ".join(MACHINES)
-        raise SandboxUnavailable(f"the filter of system calls knows {known}, not {platform.machine()}")
+        raise SandboxUnavailable(f"the filter of system calls supports {known}, not {platform.machine()}")
     refuse = _instruction(RETURN, REFUSE | errno.EPERM)
     unknown = _instruction(RETURN, REFUSE | errno.ENOSYS)
     allow = _instruction(RETURN, ALLOW)

@@ -1,5 +1,7 @@
-"""Tells whether a sandbox keeps its promises, run as a script inside it. It gets a file that must not be visible,
-and how many processes are allowed."""
+"""Self-test of a sandbox: a script that runs inside it and prints the guarantees that do not hold.
+
+Arguments: a file that must not be visible, and the maximum number of processes.
+"""
 
 # ruff: noqa: PTH110, PTH123
 
@@ -8,11 +10,11 @@ import signal
 import socket
 import sys
 
-GOOD = "isolated"
+PASSED = "isolated"
 
 
-def problems(hidden: str, num_processes: int) -> list[str]:
-    """What is not as promised."""
+def find_violations(hidden: str, num_processes: int) -> list[str]:
+    """Return the violated guarantees; empty if the sandbox is isolated."""
     found = []
     if os.path.exists(hidden):
         found.append(f"{hidden} is visible")
@@ -24,7 +26,7 @@ def problems(hidden: str, num_processes: int) -> list[str]:
             found.append(f"network interfaces: {', '.join(interfaces)}")
     try:
         socket.socket().close()
-        found.append("sockets can be made")
+        found.append("sockets can be created")
     except OSError:
         pass
     with open("/proc/self/status") as file:
@@ -39,15 +41,17 @@ def problems(hidden: str, num_processes: int) -> list[str]:
             if not child:
                 signal.pause()
             children.append(child)
-        found.append(f"a program may start more than {num_processes} processes")
+        found.append(f"a program can start more than {num_processes} processes")
     except OSError:
         pass
     if not children:
-        found.append("a program can start no processes, as the limit counts those outside (before Linux 5.14)")
+        found.append(
+            "a program cannot start processes, because the limit counts those outside the sandbox (before Linux 5.14)"
+        )
     for child in children:
         os.kill(child, signal.SIGKILL)
     return found
 
 
 if __name__ == "__main__":
-    print("; ".join(problems(sys.argv[1], int(sys.argv[2]))) or GOOD)
+    print("; ".join(find_violations(sys.argv[1], int(sys.argv[2]))) or PASSED)

@@ -1,7 +1,7 @@
-"""The candidate's side: runs the untrusted program and answers questions about what it defines.
+"""The solution worker: load the untrusted program and execute the requests of the assertion worker.
 
-A script that imports the standard library only. Nothing here is a secret and nothing is trusted: whatever the program
-does to this process, it can send no more than answers, which the judge reads as plain values.
+This script imports only the standard library. Its process contains no secrets and is not trusted: even if the program
+takes control of it, it can only send answers, which the assertion worker decodes as plain values.
 """
 
 import contextlib
@@ -13,32 +13,32 @@ from typing import Any
 from wmtp.sandbox.wire import CannotSend, decode, dumps, encode, loads
 
 
-class Candidate:
-    """A loaded program, and the objects of it that the judge has handles for."""
+class Solution:
+    """A loaded program, and its objects for which the assertion worker has handles."""
 
     def __init__(self) -> None:
         self._namespace: dict[str, Any] = {}
         self._objects: list[Any] = []
         self._numbers: dict[int, int] = {}
 
-    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        """What a question yields: a value, an exception, or why there is neither."""
-        number = question["id"]
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request: a value, an exception, or the reason why there is neither."""
+        number = request["id"]
         try:
-            return {"id": number, **self._answer(question)}
+            return {"id": number, **self._answer(request)}
         except CannotSend as error:
             return {"id": number, "unsendable": str(error)}
         except Exception as error:  # noqa: BLE001 - whatever the program raises
             known = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             return {"id": number, "error": known, "kind": type(error).__name__, "message": _text(error)}
-        except BaseException as error:  # noqa: BLE001 - SystemExit and its like
+        except BaseException as error:  # noqa: BLE001 - such as SystemExit
             return {"id": number, "exit": f"{type(error).__name__}: {_text(error)}"}
 
-    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        operation = question["do"]
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        operation = request["do"]
         if operation == "load":
             try:
-                code = compile(question["source"], "<program>", "exec", dont_inherit=True)
+                code = compile(request["source"], "<program>", "exec", dont_inherit=True)
             except (SyntaxError, ValueError) as error:
                 return {"syntax": f"{type(error).__name__}: {_text(error)}"}
             exec(code, self._namespace)
@@ -46,10 +46,10 @@ class Candidate:
         if operation == "end":
             return {"value": None}
         if operation == "name":
-            if question["name"] not in self._namespace:
-                return {"missing": question["name"]}
-            return {"value": encode(self._namespace[question["name"]], self._number)}
-        operands = [decode(operand, self._objects.__getitem__) for operand in question["with"]]
+            if request["name"] not in self._namespace:
+                return {"missing": request["name"]}
+            return {"value": encode(self._namespace[request["name"]], self._number)}
+        operands = [decode(operand, self._objects.__getitem__) for operand in request["with"]]
         if operation == "next":
             try:
                 return {"value": encode(next(operands[0]), self._number)}
@@ -59,7 +59,7 @@ class Candidate:
         return {"value": encode(result, self._number)}
 
     def _number(self, thing: Any) -> int:
-        """The number of an object, which stays alive from now on."""
+        """Return the handle number of an object, and keep the object alive."""
         if id(thing) not in self._numbers:
             self._numbers[id(thing)] = len(self._objects)
             self._objects.append(thing)
@@ -78,25 +78,28 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def _text(error: BaseException) -> str:
-    """What an exception says, as far as it says something."""
+    """Return the message of an exception, or an empty string if it has none."""
     try:
         return str.__str__(str(error))[:1000]
-    except BaseException:  # noqa: BLE001 - its own method may raise anything
+    except BaseException:  # noqa: BLE001 - the program's __str__ may raise anything
         return ""
 
 
 def main() -> None:
-    """Answer questions until there are no more. Standard input is empty for the program, its output is noise."""
-    questions = os.fdopen(os.dup(0), "rb")
+    """Answer requests until there are no more.
+
+    For the program, standard input is empty, and standard output is redirected to standard error.
+    """
+    requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.dup2(2, 1)
-    candidate = Candidate()
-    for line in questions:
-        answer = candidate.answer(loads(line))
+    solution = Solution()
+    for line in requests:
+        answer = solution.answer(loads(line))
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BaseException):  # the program may have closed or replaced it
+            with contextlib.suppress(BaseException):  # the program may have closed or replaced the stream
                 stream.flush()
         answers.write(dumps(answer))
         answers.flush()

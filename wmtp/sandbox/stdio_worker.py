@@ -1,5 +1,7 @@
-"""Runs a whole program as `__main__`: a script that reads the length of the source, the source, and leaves the rest
-of standard input to it."""
+"""Run a program as `__main__`: a script that reads the program from standard input.
+
+The input is the length of the source in bytes, a newline, the source, and then the program's own standard input.
+"""
 
 import _sitebuiltins
 import builtins
@@ -9,7 +11,7 @@ from typing import Any
 
 
 def _read(length: int) -> bytes:
-    """Exactly so many bytes, and none further."""
+    """Read exactly `length` bytes of standard input, without buffering."""
     parts = b""
     while len(parts) < length:
         part = os.read(0, length - len(parts))
@@ -19,7 +21,7 @@ def _read(length: int) -> bytes:
     return parts
 
 
-def _header() -> int:
+def _read_length() -> int:
     digits = b""
     while (byte := _read(1)) != b"\n":
         digits += byte
@@ -27,9 +29,9 @@ def _header() -> int:
 
 
 def main() -> None:
-    """Become the program."""
-    source = _read(_header()).decode()
-    for name in ("exit", "quit"):  # which Python without `site` lacks
+    """Read the program and execute it in place of this script."""
+    source = _read(_read_length()).decode()
+    for name in ("exit", "quit"):  # missing, because the interpreter runs without `site`
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
     sys.argv = ["program.py"]
     namespace: dict[str, Any] = sys.modules["__main__"].__dict__

@@ -1,8 +1,9 @@
-"""Values as strict JSON, for judge and candidate: exact values, or handles. Imports the standard library only.
+"""Encoding of Python values as strict JSON between the assertion worker and the solution worker.
 
-A JSON object is always a tag with its content; lists, strings, small integers, finite numbers, booleans and null
-stand for themselves. Instances of subclasses of builtin types are sent as the builtin value that they hold. Some
-types of the standard library are values too, but not their subclasses.
+This module imports only the standard library. Lists, strings, small integers, finite floats, booleans and null are
+encoded as themselves; every other value is a JSON object with one key, its tag. An instance of a subclass of a builtin
+type is encoded as the builtin value that it contains. Some types of the standard library are encoded as values too,
+but not their subclasses. All other objects become handles (numbers).
 """
 
 import builtins
@@ -23,7 +24,7 @@ VIEWS: tuple[type[Any], ...] = (type(EMPTY.keys()), type(EMPTY.values()), type(E
 ITERATORS: dict[type[Any], Callable[[Any], Iterator[Any]]] = {
     kind: kind.__iter__ for kind in (list, tuple, set, frozenset)
 } | dict.fromkeys(VIEWS, iter)
-"""Those of the builtin types, which a subclass cannot replace."""
+"""Iteration methods of the builtin types; a subclass cannot override them."""
 LIBRARY: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "Decimal": ("decimal", lambda value: (str(value),)),
     "Fraction": ("fractions", lambda value: (value.numerator, value.denominator)),
@@ -33,20 +34,20 @@ LIBRARY: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "time": ("datetime", lambda value: (value.hour, value.minute, value.second, value.microsecond, value.tzinfo)),
     "timedelta": ("datetime", lambda value: (value.days, value.seconds, value.microseconds)),
 }
-"""Types of the standard library: their module, and what makes an equal value, all of other types here."""
+"""Types of the standard library: module, and a function that returns constructor arguments for an equal value."""
 BUILTIN_TYPES: dict[Any, str] = {thing: name for name, thing in vars(builtins).items() if isinstance(thing, type)}
 
 
 class CannotSend(Exception):
-    """A value that has no form here."""
+    """A value that cannot be encoded."""
 
 
 class Malformed(Exception):
-    """Not what `dumps` writes."""
+    """A message or an encoded value that is not well-formed."""
 
 
 def _library_type(value: Any) -> str:
-    """The name of a value's type if it is one of `LIBRARY`. None is imported for that."""
+    """Return the name of a value's type if it is in `LIBRARY`, else an empty string; imports no module."""
     name = type(value).__name__
     module = sys.modules.get(LIBRARY[name][0]) if name in LIBRARY else None
     return name if type(value) is getattr(module, name, None) else ""
@@ -58,6 +59,7 @@ class _Encoder:
         self._num_items = 0
 
     def encode(self, value: Any, depth: int) -> Any:
+        """Return a value at a nesting depth as plain JSON; see the function `encode`."""
         self._num_items += 1
         if depth > MAX_DEPTH:
             raise CannotSend(f"nested more than {MAX_DEPTH} deep")
@@ -85,8 +87,8 @@ class _Encoder:
 
     def _scalar(self, value: Any) -> Any:
         if isinstance(value, int):
-            exact = int.__index__(value)
-            return exact if -SAFE_INTEGER < exact < SAFE_INTEGER else {"int": hex(exact)}
+            plain = int.__index__(value)
+            return plain if -SAFE_INTEGER < plain < SAFE_INTEGER else {"int": hex(plain)}
         if isinstance(value, float):
             number = float.__float__(value)
             return number if math.isfinite(number) else {"float": repr(number)}
@@ -98,10 +100,14 @@ class _Encoder:
 
 
 def encode(value: Any, handles: Handles) -> Any:
-    """A value as plain JSON. `handles` gives a number to what is no value of a builtin type.
+    """Return a value as plain JSON.
+
+    Args:
+        value: the value.
+        handles: returns the handle number of an object that has no encoding as a value.
 
     Raises:
-        CannotSend: too deep or too large, or what `handles` raises.
+        CannotSend: the value is too deep or too large, or `handles` raised it.
     """
     return _Encoder(handles).encode(value, 0)
 
@@ -134,7 +140,7 @@ COLLECTIONS: dict[str, Callable[[Any], Any]] = {
     "dict_items": lambda items: dict(items).items(),
 }
 PARTS: dict[str, Callable[..., Any]] = {"range": range, "complex": complex}
-"""Those made of scalars, which are no deeper than themselves."""
+"""Types made of scalars; their parts do not add to the depth."""
 
 
 def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
@@ -158,10 +164,14 @@ def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
 
 
 def decode(node: Any, objects: Callable[[int], Any]) -> Any:
-    """The value that plain JSON stands for, all of exact builtin types. `objects` gives what a number stands for.
+    """Return the value of plain JSON; it contains only exact builtin types, types of `LIBRARY`, and handled objects.
+
+    Args:
+        node: the plain JSON.
+        objects: returns the object of a handle number.
 
     Raises:
-        Malformed: nothing that `encode` gives.
+        Malformed: `encode` cannot have produced the JSON.
     """
     try:
         return _decode(node, objects, 0)
@@ -170,15 +180,15 @@ def decode(node: Any, objects: Callable[[int], Any]) -> Any:
 
 
 def dumps(message: Any) -> bytes:
-    """A message as one line."""
+    """Return a message as one line of JSON."""
     return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def loads(line: bytes) -> Any:
-    """The message in one line.
+    """Return the message in a line of JSON.
 
     Raises:
-        Malformed: not strict JSON, or nested too deeply.
+        Malformed: the line is not strict JSON, or is nested too deeply.
     """
     try:
         return json.loads(line, parse_constant=_refuse)
@@ -187,4 +197,4 @@ def loads(line: bytes) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")

@@ -1,4 +1,4 @@
-"""From what was typed to the jobs of a sweep: one for each combination of the values that were named."""
+"""Expand the arguments of a sweep into its jobs: one job per combination of values."""
 
 import shlex
 from collections.abc import Sequence
@@ -16,126 +16,132 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config.overrides import forced, grouped
-from wmtp.config.schema import CONFIG_FOLDER, ConfigError, Fault, build, node_faults, plain
+from wmtp.config.overrides import expand_group_choice, to_hydra_override
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, build, node_issues, to_plain
 from wmtp.field_types import Positive
 
-OWN = ("dry_run", "sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
-"""Overrides that are the sweep's, not its jobs'."""
+SWEEP_KEYS = ("dry_run", "sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
+"""Prefixes of keys that configure the sweep and are not passed to its jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """The keys of `sweep` in train.yaml."""
+    """The options under `sweep` in train.yaml."""
 
     jobs: Positive = 1
-    """How many run at once on this machine, and share its cores."""
+    """Jobs that run at the same time on this machine and share its cores."""
     metric: str = "val/loss"
-    """What the table at the end is sorted by."""
+    """Metric by which the table of results is sorted."""
     at: Literal["best", "last"] = "best"
-    """Of which model: the checkpoint with the least val/loss, or the last one."""
+    """Model whose metric is used: the checkpoint with the lowest val/loss, or the last one."""
     arms: list[str] = field(default_factory=list)
-    """Sets of overrides, each in one line, that are combined with the grid one after the other."""
+    """Sets of overrides, one string each; every set is combined with the grid."""
     resume: Path | None = None
-    """The folder of a sweep whose unfinished jobs are to be tried again."""
+    """Folder of a sweep whose unfinished jobs are run again."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep as it was typed."""
+    """A sweep as the user described it."""
 
     jobs: list[list[str]]
-    """The overrides of each."""
+    """Overrides of each job."""
     options: SweepOptions
     folder: Path | None
-    """Where it is to lie; None: in a new folder."""
+    """Folder that the user chose; None for a new folder."""
     launcher: dict[str, Any]
-    """Hydra's choice of where jobs run, with its settings."""
-    is_rehearsal: bool
-    names_jobs: bool
-    """Whether anything besides `sweep.…` was typed."""
+    """Hydra's launcher config."""
+    is_dry_run: bool
+    has_job_overrides: bool
+    """True if there are other overrides than those of the sweep."""
 
 
-def grid_of(command: str, arguments: Sequence[str]) -> Grid:
-    """The sweep that these arguments of a command describe: a grid for each of `sweep.arms`.
+def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
+    """Return the sweep that the arguments of a command describe: one grid per entry of `sweep.arms`.
 
-    An experiment's `hydra.sweeper.params` come first; an arm's overrides replace them, and what is typed both.
+    If a key occurs several times, an argument replaces an arm's override, which replaces `hydra.sweeper.params` of an
+    experiment.
 
     Raises:
-        ConfigError: an argument is no override, or they compose no config.
+        ConfigError: an argument is not an override, or Hydra cannot compose the config.
     """
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-            typed = _parsed(parser, arguments)
-            fixed = [forced(str(each.input_line)) for each in typed if not each.is_sweep_override()]
+            given = _parse(parser, arguments)
+            fixed = [to_hydra_override(str(each.input_line)) for each in given if not each.is_sweep_override()]
             config = hydra.compose(command, fixed, return_hydra_config=True)
-            named = config.hydra.sweeper.get("params") or {}
-            params = _parsed(parser, [grouped(f"{key}={value}") for key, value in named.items()])
-            options = options_of(config)
-            arms = [_parsed(parser, [grouped(each) for each in shlex.split(arm)]) for arm in options.arms or [""]]
-            grids = [BasicSweeper.split_arguments(_merged(params, arm, typed), None)[0] for arm in arms]
-            beside = [job for row in zip_longest(*grids) for job in row if job is not None]  # arms grow side by side
-            jobs = [[grouped(each) for each in job] for job in beside]  # plain spellings, now of single values
+            sweeper_params = config.hydra.sweeper.get("params") or {}
+            params = _parse(parser, [expand_group_choice(f"{key}={value}") for key, value in sweeper_params.items()])
+            options = read_options(config)
+            arms = [
+                _parse(parser, [expand_group_choice(each) for each in shlex.split(arm)]) for arm in options.arms or [""]
+            ]
+            grids = [BasicSweeper.split_arguments(_merge(params, arm, given), None)[0] for arm in arms]
+            # the arms alternate, so that their results become available at the same rate
+            in_order = [job for row in zip_longest(*grids) for job in row if job is not None]
+            # again, because `pretrain.model=nano,micro` can be expanded only when each job has a single value
+            jobs = [[expand_group_choice(each) for each in job] for job in in_order]
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
         remedy = "; it needs pip install 'wmtp[slurm]'" if "submitit" in text else ""
-        raise ConfigError([Fault("sweep", "", text + remedy)]) from error
-    sweep_folder = [str(each.value()) for each in typed if each.key_or_group == "hydra.sweep.dir"]
+        raise ConfigError([ConfigIssue("sweep", "", text + remedy)]) from error
+    sweep_folder = [str(each.value()) for each in given if each.key_or_group == "hydra.sweep.dir"]
     return Grid(
         jobs,
         options,
         Path(sweep_folder[-1].strip("'\"")) if sweep_folder else None,
-        plain(config.hydra.launcher),
+        to_plain(config.hydra.launcher),
         config.get("dry_run") is True,
-        any(not _is_own(each) for each in typed),
+        any(not _is_sweep_key(each) for each in given),
     )
 
 
-def options_of(config: DictConfig) -> SweepOptions:
-    """The sweep's own settings.
+def read_options(config: DictConfig) -> SweepOptions:
+    """Return the options of the sweep.
 
     Raises:
-        ConfigError: one is unknown, or has a wrong type or value.
+        ConfigError: an option is unknown, or has a wrong type or value.
     """
-    if faults := list(node_faults(config.sweep, "sweep")):
-        raise ConfigError(faults)
+    if issues := list(node_issues(config.sweep, "sweep")):
+        raise ConfigError(issues)
     options: SweepOptions = build(config.sweep)
     return options
 
 
-def swept(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What sets each job apart from the others, in words."""
+def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return a label for each job: its overrides that are not common to all jobs."""
     common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
     return [" ".join(each.lstrip("+") for each in job if each not in common) for job in jobs]
 
 
-def _parsed(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]:
-    overrides, faults = [], []
+def _parse(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]:
+    overrides, issues = [], []
     for argument in arguments:
         try:
             override = parser.parse_override(argument)
         except HydraException:
-            faults.append(Fault(argument, "", "is no override; write key=value, or key=value,value,…"))
+            issues.append(ConfigIssue(argument, "", "is not an override; write key=value, or key=value,value,…"))
             continue
-        if _is_own(override) and override.is_sweep_override():
-            faults.append(Fault(override.key_or_group, "", "has one value for all jobs of a sweep"))
+        if _is_sweep_key(override) and override.is_sweep_override():
+            issues.append(ConfigIssue(override.key_or_group, "", "has one value for all jobs of a sweep"))
         if override.key_or_group == "hydra.sweep.subdir":
-            faults.append(Fault(override.key_or_group, "", "a job lies in the sweep's folder under its number"))
+            problem = "cannot be set: the folder of a job is in the sweep's folder, under its number"
+            issues.append(ConfigIssue(override.key_or_group, "", problem))
         overrides.append(override)
-    if faults:
-        raise ConfigError(faults)
+    if issues:
+        raise ConfigError(issues)
     return overrides
 
 
-def _merged(*sources: Sequence[Override]) -> list[Override]:
-    """The overrides of the jobs: the last of each key, where it first stood."""
+def _merge(*sources: Sequence[Override]) -> list[Override]:
+    """Return the overrides of jobs, with the last value of each key at the position of its first."""
     merged: dict[tuple[str, str | None], Override] = {}
     for each in chain(*sources):
-        if not _is_own(each):
+        if not _is_sweep_key(each):
             merged[each.key_or_group, each.package] = each
     return list(merged.values())
 
 
-def _is_own(override: Override) -> bool:
-    return override.key_or_group.startswith(OWN)
+def _is_sweep_key(override: Override) -> bool:
+    return override.key_or_group.startswith(SWEEP_KEYS)

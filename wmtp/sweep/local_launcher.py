@@ -1,4 +1,4 @@
-"""A sweep's jobs as processes of this machine, some at once."""
+"""Run the jobs of a sweep as processes of this machine, several at a time."""
 
 import os
 import signal
@@ -13,70 +13,73 @@ from pathlib import Path
 from typing import IO
 
 from wmtp.errors import InterruptedRun
-from wmtp.runtime.processes import SHARE, num_cores
+from wmtp.runtime.processes import CORES_VARIABLE, num_cores
 from wmtp.runtime.signals import SIGNALS
 
-LAST_LINES = 60
-"""Of what a job writes to standard error, so many lines are kept."""
-LOOK_EVERY = 0.1
-PARENT = "WMTP_SWEEP"
-"""In the environment of a job: the process of its sweep, with which it dies."""
-Started = Callable[[int], None]
-Ended = Callable[[int, int, str], None]
+STDERR_LINES = 60
+"""Last lines of standard error that are kept per job."""
+POLL_INTERVAL_S = 0.1
+SWEEP_PID_VARIABLE = "WMTP_SWEEP"
+"""Environment variable of a job with the process id of its sweep; the job is killed when that process ends."""
+OnStart = Callable[[int], None]
+"""Callback with the number of a job that starts."""
+OnEnd = Callable[[int, int, str], None]
+"""Callback with a job's number, its exit code (128 + signal if killed) and its last lines of standard error."""
 
 
-def run_here(
-    commands: Mapping[int, list[str]], consoles: Mapping[int, Path], at_once: int, started: Started, ended: Ended
+def run_local(
+    commands: Mapping[int, list[str]], consoles: Mapping[int, Path], num_parallel: int, on_start: OnStart, on_end: OnEnd
 ) -> None:
-    """Run commands, by their numbers, `at_once` of them at a time, each with an equal share of the cores.
+    """Run the commands of jobs, `num_parallel` at a time; each gets an equal share of the cores.
 
-    Where several run at once, what they print goes to their consoles. An interruption is passed on to those that
-    run, and waited for.
+    An interruption is forwarded to the running jobs; the function waits until they have ended.
 
     Args:
-        commands: what to run.
-        consoles: files for what they print.
-        at_once: how many.
-        started: told each number.
-        ended: told number, exit code (128 + signal for a killed one) and last words.
+        commands: command line of each job, by job number.
+        consoles: file for the output of each job; used only if several jobs run at a time.
+        num_parallel: number of jobs that run at a time.
+        on_start: called before a job starts.
+        on_end: called after a job has ended.
 
     Raises:
-        InterruptedRun: a signal came; what ran has ended.
+        InterruptedRun: a signal was received, and all running jobs have ended.
     """
-    cores = max(1, num_cores() // at_once)
-    waiting, running, begun = deque(commands), dict[int, JobProcess](), set[int]()
+    cores = max(1, num_cores() // num_parallel)
+    waiting, running, started = deque(commands), dict[int, JobProcess](), set[int]()
     interruption: InterruptedRun | None = None
     while running or (waiting and interruption is None):
         try:
-            while waiting and len(running) < at_once and interruption is None:
+            while waiting and len(running) < num_parallel and interruption is None:
                 number = waiting.popleft()
-                begun.add(number)
-                started(number)
+                started.add(number)
+                on_start(number)
                 try:
-                    running[number] = JobProcess(commands[number], consoles[number] if at_once > 1 else None, cores)
+                    running[number] = JobProcess(
+                        commands[number], consoles[number] if num_parallel > 1 else None, cores
+                    )
                 except OSError as error:
-                    begun.discard(number)
-                    ended(number, 1, f"cannot be started: {error}")
+                    started.discard(number)
+                    on_end(number, 1, f"cannot be started: {error}")
             for number, process in list(running.items()):
                 if (code := process.poll()) is not None:
-                    with held_signals():  # or else its result could be lost
-                        ended(number, code, process.last_words())
+                    with blocked_signals():  # a signal in between could lose the result
+                        on_end(number, code, process.stderr_tail())
                         del running[number]
-                        begun.discard(number)
-            time.sleep(LOOK_EVERY)
-        except InterruptedRun as error:  # the second one ends the jobs at once, as it would a single one
+                        started.discard(number)
+            time.sleep(POLL_INTERVAL_S)
+        except InterruptedRun as error:  # a second signal is forwarded too, and ends the jobs at once
             interruption = error
             for process in running.values():
                 process.send(error.exit_code - 128)
     if interruption is not None:
-        for number in begun:  # the signal came before its process did
-            ended(number, interruption.exit_code, "interrupted before it began")
+        for number in started:  # the signal arrived before the job's process was created
+            on_end(number, interruption.exit_code, "interrupted before it started")
         raise interruption
 
 
 @contextmanager
-def held_signals() -> Iterator[None]:
-    """Inside, signals wait. No process may be started there: it would wait for ever."""
+def blocked_signals() -> Iterator[None]:
+    """Delay signals inside this context. Start no process inside: it would inherit the blocked signals."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -85,10 +88,10 @@ def held_signals() -> Iterator[None]:
 
 
 class JobProcess:
-    """One command as a process in a session of its own, so that Ctrl-C reaches it from here alone."""
+    """The process of one job, in its own session, so that Ctrl-C reaches it only through `send`."""
 
     def __init__(self, command: list[str], console: Path | None, cores: int) -> None:
-        environment = {**os.environ, SHARE: str(cores), PARENT: str(os.getpid())}
+        environment = {**os.environ, CORES_VARIABLE: str(cores), SWEEP_PID_VARIABLE: str(os.getpid())}
         self._console: IO[str] | None = None
         if console is not None:
             console.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,7 @@ class JobProcess:
             command, env=environment, start_new_session=True, text=True, errors="replace", bufsize=1,
             stdin=subprocess.DEVNULL, stdout=self._console, stderr=subprocess.PIPE,
         )  # fmt: skip
-        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._lines: deque[str] = deque(maxlen=STDERR_LINES)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -108,17 +111,17 @@ class JobProcess:
             print(line, end="", file=self._console or sys.stderr, flush=True)
 
     def poll(self) -> int | None:
-        """The exit code, 128 + signal where one killed it; None while it runs."""
+        """Return the exit code (128 + signal if a signal killed the process), or None while it runs."""
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 
     def send(self, number: int) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal to the process if it still runs."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
-    def last_words(self) -> str:
-        """What an ended process wrote last to standard error."""
+    def stderr_tail(self) -> str:
+        """Return the last lines of standard error of a process that has ended."""
         self._reader.join(timeout=5)
         if self._console is not None:
             self._console.close()

@@ -1,4 +1,4 @@
-"""sweep.json: every job of a sweep with its overrides, its state, and what became of it."""
+"""State of a sweep in sweep.json: overrides, state and result of every job."""
 
 import json
 from collections.abc import Sequence
@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Literal
 
 from wmtp.errors import InputError, PendingError
-from wmtp.report.grouping import grouped
+from wmtp.report.grouping import group_runs
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.run_dir import SWEEP, close_dead, read_status
+from wmtp.runtime.run_dir import SWEEP, mark_dead_run, read_status
 
 State = Literal["PENDING", "RUNNING", "FINISHED", "FAILED", "KILLED"]
-TRACEBACK = "Traceback (most recent call last)"
-LONGEST = 6_000
-"""Characters of a traceback; of a longer one the end is kept."""
+TRACEBACK_START = "Traceback (most recent call last)"
+MAX_TRACEBACK = 6_000
+"""Maximum characters of a stored traceback; the end of a longer one is kept."""
+RESULT_KEYS = ("total_steps", "total_tokens", "final_loss", "best_loss", "best_step", "stop_reason")
+"""Keys of summary.json that are copied to a job's result."""
+SIGKILL_EXIT_CODE = 137
 
 
 @dataclass
 class Job:
-    """One job: its state is that of its last attempt."""
+    """One job of a sweep. The state, exit code and error are those of the last attempt."""
 
     number: int
     overrides: list[str]
@@ -33,112 +36,109 @@ class Job:
     started: str | None = None
     ended: str | None = None
     result: dict[str, float | int | str | None] = field(default_factory=dict)
-    """From its summary.json: how the training ended, and the best and the last loss."""
+    """Values of `RESULT_KEYS` from the job's summary.json."""
 
 
-RESULTS = ("total_steps", "total_tokens", "final_loss", "best_loss", "best_step", "stop_reason")
-
-
-class Manifest:
-    """A sweep's jobs, kept in its folder."""
+class SweepState:
+    """The jobs of a sweep, saved in its folder after every change."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         self.folder, self.jobs = folder, list(jobs)
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """That of a sweep which was begun.
+    def read(cls, folder: Path) -> "SweepState":
+        """Read the state of an existing sweep.
 
         Raises:
-            InputError: there is none.
+            InputError: the folder has no sweep.json.
         """
         path = folder / SWEEP
         if not path.exists():
-            raise InputError(f"sweep.resume={folder}: is no sweep's folder: it has no {SWEEP}")
+            raise InputError(f"sweep.resume={folder}: is not the folder of a sweep: it has no {SWEEP}")
         return cls(folder, [Job(**job) for job in json.loads(path.read_text())["jobs"]])
 
     def write(self) -> None:
-        """Put the present state on the disk."""
+        """Write the state to sweep.json."""
         replace_atomically(self.folder / SWEEP, encode_json({"jobs": [asdict(job) for job in self.jobs]}))
 
-    def finished(self) -> list[RunRecord]:
-        """The runs of the jobs that ended well."""
-        return [RunRecord(self.folder_of(job)) for job in self.jobs if job.state == "FINISHED"]
+    def finished_runs(self) -> list[RunRecord]:
+        """Return the runs of the finished jobs."""
+        return [RunRecord(self.job_folder(job)) for job in self.jobs if job.state == "FINISHED"]
 
-    def labels(self) -> list[str]:
-        """The groups of those, by what sets them apart."""
-        return list(grouped(self.finished()))
+    def group_labels(self) -> list[str]:
+        """Return the labels of the groups of finished runs."""
+        return list(group_runs(self.finished_runs()))
 
-    def folder_of(self, job: Job) -> Path:
-        """Where a job writes."""
+    def job_folder(self, job: Job) -> Path:
+        """Return the run folder of a job."""
         return self.folder / str(job.number)
 
-    def begin(self, job: Job) -> None:
-        """A job is started."""
+    def record_start(self, job: Job) -> None:
+        """Record that a job starts."""
         job.state, job.attempts, job.started, job.ended = "RUNNING", job.attempts + 1, now(), None
         job.exit_code = job.error = job.traceback = None
         self.write()
 
-    def end(self, job: Job, exit_code: int, last_words: str = "") -> None:
-        """A job's process ended with this code; what else became of it stands in its folder.
+    def record_end(self, job: Job, exit_code: int, stderr_tail: str = "") -> None:
+        """Record the end of a job: its exit code, and the error and result from its folder.
 
-        `last_words` are what it wrote to standard error, for a process that ended before it had a folder.
+        The error is taken from `stderr_tail` if the job ended before it had a status file.
         """
-        folder = self.folder_of(job)
-        job.exit_code, job.ended, job.state = exit_code, now(), state_of(exit_code)
+        folder = self.job_folder(job)
+        job.exit_code, job.ended, job.state = exit_code, now(), job_state(exit_code)
         if (folder / "status.json").exists():
-            close_dead(folder)
+            mark_dead_run(folder)
             job.error = read_status(folder)["error"]
         if job.state == "FINISHED":
             try:
                 summary = json.loads((folder / "summary.json").read_text())
-                job.result = {name: summary[name] for name in RESULTS}
+                job.result = {name: summary[name] for name in RESULT_KEYS}
             except (OSError, ValueError, KeyError) as error:
                 job.state, job.exit_code = "FAILED", 1
-                job.error = f"it ended well, but its summary.json cannot be read: {error!r}"
+                job.error = f"the job finished, but its summary.json cannot be read: {error!r}"
         if job.state != "FINISHED":
-            said = [line for line in last_words.splitlines() if line.strip() and not line.startswith("WARNING")]
-            text = said[-1] if TRACEBACK in last_words else "\n".join(said)
+            lines = [line for line in stderr_tail.splitlines() if line.strip() and not line.startswith("WARNING")]
+            text = lines[-1] if TRACEBACK_START in stderr_tail else "\n".join(lines)
             job.error = job.error or text or f"ended with exit code {exit_code}"
-            job.traceback = traceback_in(folder / "train.log", last_words)
+            job.traceback = find_traceback(folder / "train.log", stderr_tail)
         self.write()
 
-    def refuse(self, job: Job, problem: str, exit_code: int = InputError.exit_code) -> None:
-        """A job cannot be started."""
+    def record_refusal(self, job: Job, problem: str, exit_code: int = InputError.exit_code) -> None:
+        """Record that a job cannot be started."""
         job.state, job.exit_code, job.error, job.attempts = "FAILED", exit_code, problem, job.attempts + 1
         self.write()
 
-    def settle(self) -> None:
-        """Learn of jobs that were running when the sweep died how they ended.
+    def record_dead_jobs(self) -> None:
+        """Record the ends of jobs whose state is RUNNING, because their sweep was killed before it could.
 
         Raises:
-            InputError: one still runs.
+            InputError: one of these jobs still runs.
         """
         for job in self.jobs:
-            status = self.folder_of(job) / "status.json"
+            status = self.job_folder(job) / "status.json"
             if job.state == "RUNNING" and status.exists():
-                close_dead(status.parent)
+                mark_dead_run(status.parent)
                 code = read_status(status.parent)["exit_code"]
-                self.end(job, 137 if code is None else int(code))
+                self.record_end(job, SIGKILL_EXIT_CODE if code is None else int(code))
             elif job.state == "RUNNING":
-                self.end(job, 137)
+                self.record_end(job, SIGKILL_EXIT_CODE)
 
 
-def state_of(exit_code: int) -> State:
-    """What an exit code says of a job; trained, though not all is delivered, is finished."""
+def job_state(exit_code: int) -> State:
+    """Return the state of a job that ended with an exit code; pending uploads count as FINISHED."""
     if exit_code in (0, PendingError.exit_code):
         return "FINISHED"
     return "KILLED" if exit_code >= 128 else "FAILED"
 
 
-def traceback_in(log: Path, last_words: str) -> str | None:
-    """The last traceback of a log file, or else of what a process wrote at its end."""
-    for text in (log.read_text(errors="replace") if log.exists() else "", last_words):
-        if (start := text.rfind(TRACEBACK)) >= 0:
-            return text[start:][-LONGEST:]
+def find_traceback(log: Path, stderr_tail: str) -> str | None:
+    """Return the last traceback of a log file, or else of the end of standard error, or None."""
+    for text in (log.read_text(errors="replace") if log.exists() else "", stderr_tail):
+        if (start := text.rfind(TRACEBACK_START)) >= 0:
+            return text[start:][-MAX_TRACEBACK:]
     return None
 
 
 def now() -> str:
-    """This moment, as in status.json."""
+    """Return the current time in the format of status.json."""
     return datetime.now().astimezone().isoformat(timespec="seconds")

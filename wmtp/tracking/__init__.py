@@ -1,1 +1,1 @@
-"""Who is told how a run goes."""
+"""Trackers: console, metrics.jsonl and MLflow."""

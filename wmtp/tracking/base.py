@@ -1,4 +1,4 @@
-"""What the trainer tells of its progress, and to whom."""
+"""The interface of trackers, which receive the metrics of a run."""
 
 from typing import Protocol
 
@@ -6,10 +6,10 @@ State = str  # RUNNING, FINISHED, FAILED or KILLED
 
 
 class Tracker(Protocol):
-    """Somebody who listens to a run."""
+    """A receiver of a run's metrics."""
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of a step. Must return at once: the training waits for it."""
+        """Record the metrics of a step. Must return at once, since training waits for it."""
 
     def close(self, state: State) -> None:
-        """The run ended in `state`; deliver what is left."""
+        """Record the final state of the run, and send all pending data."""

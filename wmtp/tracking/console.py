@@ -1,4 +1,4 @@
-"""What a run prints while it trains: a live bar on a terminal, plain lines elsewhere."""
+"""Console output during training: a live progress bar on a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from wmtp.tracking.base import State
 
 
 class ConsoleTracker:
-    """Shows epoch, step, loss, each head's loss, tokens/s and the time left."""
+    """Tracker that shows epoch, step, loss, the loss of each head, tokens/s and the remaining time."""
 
     def __init__(self, console: Console, num_updates: int, updates_per_epoch: int, first_step: int) -> None:
         self.console, self.num_updates, self.first_step = console, num_updates, first_step
@@ -30,20 +30,20 @@ class ConsoleTracker:
             self.live.start()
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Show the metrics of training or of a validation."""
+        """Show the metrics of an update or of a validation."""
         this_epoch, epochs = (math.ceil(n / self.updates_per_epoch) for n in (step, self.num_updates))
         where = f"epoch {this_epoch}/{epochs}  step {step}/{self.num_updates}"
-        line = described(metrics)
+        line = format_metrics(metrics)
         if self.live is None:
             self.console.print(f"{where}  {line}{self._time_left(step, metrics)}", soft_wrap=True, highlight=False)
             return
         self.bar.update(self.task, completed=step, description=where)
-        shown = self.training if "train/loss" in metrics else self.validation
-        shown.plain = line
+        text = self.training if "train/loss" in metrics else self.validation
+        text.plain = line
         self.live.refresh()
 
     def close(self, state: State) -> None:
-        """Leave the last state on the screen."""
+        """Stop the live display; its last state stays on the screen."""
         if self.live is not None:
             self.live.stop()
 
@@ -55,8 +55,8 @@ class ConsoleTracker:
         return f"  left {left // 60}:{left % 60:02d}"
 
 
-def described(metrics: dict[str, float]) -> str:
-    """One line: the loss, each head's loss, the value head's and the speed, as far as they are there."""
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Return one line with the loss, the loss of each head, the pass rate, the value loss and tokens/s, if present."""
     part = "train" if "train/loss" in metrics else "val"
     heads: list[str] = []
     while (name := f"{part}/head_{len(heads) + 1}_loss") in metrics:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every metric of a run, one object per line. The truth from which trackers are fed."""
+"""metrics.jsonl: all metrics of a run, one JSON object per line. Other trackers read them from this file."""
 
 import json
 import math
@@ -13,9 +13,9 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends to a run's metrics.jsonl.
+    """Tracker that appends to a run's metrics.jsonl.
 
-    A resumed run first drops the lines after the step it continues from, since it writes them again.
+    A resumed run first removes the lines after `resume_step`, since it writes them again.
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None) -> None:
@@ -25,19 +25,19 @@ class MetricsFile:
         self._file = self.path.open("a")
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Append one line and hand it to the operating system. A value that is not finite becomes a string."""
+        """Append and flush one line. A value that is not finite is written as a string."""
         values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         line = {"step": step, "epoch": epoch, "time": time.time()} | values
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def close(self, state: State) -> None:
-        """Put the file on the disk."""
+        """Sync the file to disk and close it."""
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """Return the lines of a metrics.jsonl, without a last line that a crash has cut off."""
+    complete, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]

@@ -1,4 +1,4 @@
-"""system.jsonl: how busy the machine is while a run trains, under the names that MLflow has for it."""
+"""system.jsonl: usage of the machine during training, under the metric names that MLflow uses."""
 
 import json
 import logging
@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 
 
 class SystemSampler:
-    """Appends a line to a run's system.jsonl every so many seconds, from a thread of its own. Steps count the lines."""
+    """Thread that appends a line to a run's system.jsonl every `seconds` seconds. Steps count the lines."""
 
     def __init__(self, folder: Path, seconds: float, first_step: int = 0) -> None:
-        """`first_step` is the first line's at the least; a file that is there is gone on with."""
+        """Start sampling. An existing file is continued; the first new line has at least step `first_step`."""
         self.path, self.seconds, self.first_step = folder / FILE_NAME, seconds, first_step
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Write no further line."""
+        """Stop sampling."""
         self._stopped.set()
         self._thread.join(self.seconds)
 
@@ -37,15 +37,15 @@ class SystemSampler:
         try:
             step = max(self.first_step, drop_torn_line(self.path))
             gpus, process = Gpus(), psutil.Process()
-            psutil.cpu_percent()  # the next call tells of the time since this one
+            psutil.cpu_percent()  # the next call measures the time since this one
             with self.path.open("a") as file:
                 while not self._stopped.wait(self.seconds):
-                    usage = {f"{GROUP}{name}": value for name, value in (machine(process) | gpus.usage()).items()}
+                    usage = {f"{GROUP}{name}": value for name, value in (machine_usage(process) | gpus.usage()).items()}
                     file.write(json.dumps({"step": step, "epoch": 0, "time": time.time()} | usage) + "\n")
                     file.flush()
                     step += 1
-        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to, and training can do without
-            log.warning("the machine's metrics end here: %s: %s", type(error).__name__, error)
+        except Exception as error:  # noqa: BLE001 - not needed for training
+            log.warning("system metrics are no longer recorded: %s: %s", type(error).__name__, error)
 
 
 class Gpus:
@@ -53,25 +53,25 @@ class Gpus:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        import pynvml  # here, where only a run's own thread waits for it
+        import pynvml  # imported late, so that only the sampling thread waits for it
 
         self._nvml = pynvml
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError as error:
-            log.info("there are no metrics of GPUs: %s", error)
+            log.info("GPU metrics are not available: %s", error)
             return
         self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
 
     def usage(self) -> dict[str, float]:
-        """Of each GPU its memory (megabytes, %), how busy it is (%) and its power (watts, %), as far as it tells."""
+        """Return memory (megabytes, %), utilization (%) and power (watts, %) of each GPU, if the GPU reports them."""
         values: dict[str, float] = {}
         for i, handle in enumerate(self._handles):
-            for measure in (self._memory, self._activity, self._power):
+            for measure in (self._memory, self._utilization, self._power):
                 try:
                     values |= {f"gpu_{i}_{name}": round(value, 1) for name, value in measure(handle).items()}
                 except self._nvml.NVMLError as error:
-                    log.debug("GPU %d does not tell everything: %s", i, error)
+                    log.debug("GPU %d does not report all metrics: %s", i, error)
         return values
 
     def _memory(self, handle: Any) -> dict[str, float]:
@@ -81,7 +81,7 @@ class Gpus:
             "memory_usage_percentage": memory.used / memory.total * 100,
         }
 
-    def _activity(self, handle: Any) -> dict[str, float]:
+    def _utilization(self, handle: Any) -> dict[str, float]:
         return {"utilization_percentage": float(self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
 
     def _power(self, handle: Any) -> dict[str, float]:
@@ -89,8 +89,8 @@ class Gpus:
         return {"power_usage_watts": used / 1000, "power_usage_percentage": used / limit * 100}
 
 
-def machine(process: psutil.Process) -> dict[str, float]:
-    """How much of the processors, the memory and the disk is used, and of the memory by `process` alone."""
+def machine_usage(process: psutil.Process) -> dict[str, float]:
+    """Return the usage of processors, memory and disk, and the memory usage of `process`."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -104,7 +104,7 @@ def machine(process: psutil.Process) -> dict[str, float]:
 
 
 def drop_torn_line(path: Path) -> int:
-    """Leave whole lines alone in a file to which a dead process wrote; the step after the last of them."""
+    """Remove an incomplete last line, and return the step after that of the last complete line."""
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)

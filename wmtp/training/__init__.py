@@ -1,1 +1,1 @@
-"""The training loop and everything that a training run consists of."""
+"""The training loop and the other parts of a training run."""

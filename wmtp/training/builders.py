@@ -1,4 +1,4 @@
-"""From a checked config to objects: the parts that all stages share, and the trainer of each stage."""
+"""Build objects from a validated config: the components shared by all stages, and the trainer of each stage."""
 
 import logging
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.config.schema import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.data.sources import DataSource
-from wmtp.data.token_labels import has_truth, misleading_tokens
+from wmtp.data.token_labels import harmful_tokens, has_token_labels
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
-from wmtp.distributed.parallelize import parallelise
+from wmtp.distributed.parallelize import parallelize
 from wmtp.distributed.rng import seed_torch
 from wmtp.errors import InputError, SandboxUnavailable
-from wmtp.evaluation.in_training import HeldOutProblems
-from wmtp.evaluation.sampling import Judge
-from wmtp.models.loading import compose_source, load_trained, require_room
+from wmtp.evaluation.in_training import SampleEvaluation
+from wmtp.evaluation.sampling import Grader
+from wmtp.models.loading import build_source, check_max_positions, load_trained
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
-from wmtp.sandbox.grader import judge
+from wmtp.sandbox.grader import grade
 from wmtp.sandbox.isolation import find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.training.optim import parameter_groups
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the stages of a run share."""
+class Components:
+    """The objects shared by all stages of a run."""
 
     hardware: Hardware
     data: Dataset
@@ -46,115 +46,124 @@ class Parts:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """That of the policy, and so of all data and other models."""
+        """The tokenizer shared by all models and data."""
         return self.data.tokenizer
 
 
-def compose_parts(config: DictConfig) -> Parts:
-    """Read the data and prepare the machine; nothing is trained yet."""
+def build_components(config: DictConfig) -> Components:
+    """Set up the hardware, read the data and build the algorithm."""
     hardware: Hardware = build(config.hardware)
-    tokenizer = compose_tokenizer(config, hardware)
-    data = compose_data(config, hardware, tokenizer)
+    tokenizer = build_tokenizer(config, hardware)
+    data = build_data(config, hardware, tokenizer)
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
     algorithm: Algorithm = build(config.algo)
     if algorithm.needs_truth:
-        attach_truth(data)
-    return Parts(hardware, data, algorithm, columns)
+        attach_token_labels(data)
+    return Components(hardware, data, algorithm, columns)
 
 
-def compose_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
-    """The model's tokenizer. The first process makes what is not on disk yet, then the others find it there."""
+def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
+    """Return the model's tokenizer. Rank 0 writes its files to the cache first; the other ranks then read them."""
 
-    def made() -> Tokenizer:
+    def _build() -> Tokenizer:
         tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=Path(config.cache_dir))
         return tokenizer
 
     processes = hardware.processes
-    return processes.together(lambda: made() if processes.is_main else None) or made()
+    return processes.run_on_all(lambda: _build() if processes.is_main else None) or _build()
 
 
-def compose_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> Dataset:
-    """The data set, with rewards from a reward model if the config names one.
+def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> Dataset:
+    """Return the data set, with rewards from a reward model if the config names one.
 
-    The first process reads it, then the others, which find its tokens on disk.
+    Rank 0 reads the data first and caches its tokens on disk; the other ranks then read the cache.
 
     Raises:
-        InputError: processes have read different data.
+        InputError: the ranks have read different data.
     """
     cache_dir, processes = Path(config.cache_dir), hardware.processes
 
-    def read() -> tuple[DataSource, Dataset]:
+    def _read() -> tuple[DataSource, Dataset]:
         source: DataSource = build(config.data, tokenizer=tokenizer)
         return source, Dataset(source, cache_dir, config.seed)
 
-    first = processes.together(lambda: read() if processes.is_main else None)
-    source, data = first or read()
+    first = processes.run_on_all(lambda: _read() if processes.is_main else None)
+    source, data = first or _read()
     if source.reward_model is not None:
         attach_rewards(data, source.reward_model, hardware)
-    found = processes.gather(data.fingerprint)
-    if len(set(found)) > 1:
-        raise InputError(f"data: the processes have read different data, with the hashes {', '.join(found)}")
+    fingerprints = processes.gather(data.fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise InputError(f"data: the processes have read different data, with the hashes {', '.join(fingerprints)}")
     return data
 
 
 def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
-    """Give every sample the reward that a reward model finds in the first process."""
+    """Set the reward of every sample to the score of a reward model, which runs on rank 0 only."""
     splits = (data.train, data.validation)
 
-    def measure() -> tuple[str, list[list[float]]]:
+    def _score() -> tuple[str, list[list[float]]]:
         from wmtp.models.huggingface.reward_model import RewardModel  # imports transformers, which takes seconds
 
         reward_model = RewardModel(path, data.tokenizer, hardware)
         return reward_model.fingerprint, [reward_model.rewards(split).tolist() for split in splits]
 
-    fingerprint, found = hardware.processes.from_main(measure)
-    for split, rewards in zip(splits, found, strict=True):
+    fingerprint, scores = hardware.processes.run_on_main(_score)
+    for split, rewards in zip(splits, scores, strict=True):
         split.rewards = np.asarray(rewards, np.float32)
-    data.depend_on(fingerprint)
+    data.extend_fingerprint(fingerprint)
 
 
-def attach_truth(data: Dataset) -> None:
-    """Say of every token whether it misleads.
+def attach_token_labels(data: Dataset) -> None:
+    """Label every token as harmful or not, from the spans in the records.
 
     Raises:
-        InputError: the data do not know.
+        InputError: the records contain no such spans.
     """
-    if not has_truth(data.train):
-        raise InputError("data: no token is known to mislead; algo=oracle needs records with decisive or noise spans")
+    if not has_token_labels(data.train):
+        raise InputError(
+            "data: no record has decisive or noise spans, which algo=oracle needs to identify harmful tokens"
+        )
     for split in (data.train, data.validation):
-        split.misleading = misleading_tokens(split, data.tokenizer)
+        split.harmful = harmful_tokens(split, data.tokenizer)
 
 
-def compose_model(config: DictConfig, parts: Parts, *, values: bool) -> MtpModel:
-    """The network as training begins; what is drawn is a pure function of the seed, and the value head comes last."""
+def build_model(config: DictConfig, components: Components, *, values: bool) -> MtpModel:
+    """Return the model with its initial weights.
+
+    Random weights are a pure function of the seed. The value head is initialized last, so the other weights do not
+    depend on it.
+    """
     seed_torch(config.seed)
-    model = compose_source(config.model, parts.tokenizer, Path(config.cache_dir)).new()
+    model = build_source(config.model, components.tokenizer, Path(config.cache_dir)).create()
     if values:
         model.add_value_head()
-    return model.to(parts.hardware.device)
+    return model.to(components.hardware.device)
 
 
-def compose_held_out(config: DictConfig, folder: Path, parts: Parts) -> HeldOutProblems:
-    """The problems that show what the model learns."""
-    data, processes = parts.data, parts.hardware.processes
-    return HeldOutProblems(
+def build_sample_evaluation(config: DictConfig, folder: Path, components: Components) -> SampleEvaluation:
+    """Return the evaluation that samples solutions to validation and test problems during training."""
+    data, processes = components.data, components.hardware.processes
+    return SampleEvaluation(
         folder,
         data,
-        compose_judge(config, data) if processes.is_main else None,
+        build_grader(config, data) if processes.is_main else None,
         processes,
         num_validation=config.num_validation_samples,
         num_test=config.num_samples,
     )
 
 
-def compose_judge(config: DictConfig, data: Dataset) -> Judge | None:
-    """What runs the model's programs; None where there are no tests, or where nothing can run programs safely.
+def build_grader(config: DictConfig, data: Dataset) -> Grader | None:
+    """Return the function that grades the model's programs.
+
+    Returns None if no samples are requested, if no record has tests, or if `sandbox` is `auto` and no sandbox is
+    available.
 
     Raises:
         SandboxUnavailable: the sandbox that the config names cannot be used.
     """
-    asked = config.num_validation_samples or config.num_samples
-    if not asked or not any(record.tests for record in (*data.validation.records, *data.test)):
+    has_samples = config.num_validation_samples or config.num_samples
+    if not has_samples or not any(record.tests for record in (*data.validation.records, *data.test)):
         return None
     try:
         isolation = find_isolation(config.sandbox)
@@ -164,30 +173,40 @@ def compose_judge(config: DictConfig, data: Dataset) -> Judge | None:
         log.warning("the model's programs are not run, so there is no val/pass_rate and no pass@1: %s", error)
         return None
     if isolation.name == "none":
-        log.warning("sandbox=none: the model's programs run unprotected, with your files and network")
-    return partial(judge, isolation=isolation, limits=Limits())
+        log.warning("sandbox=none: the model's programs run unprotected, with access to your files and network")
+    return partial(grade, isolation=isolation, limits=Limits())
 
 
-def compose_trainer(
+def build_trainer(
     config: DictConfig,
     folder: Path,
     hardware: Hardware,
     data: Dataset,
     model: MtpModel,
     objective: Objective,
-    held_out: HeldOutProblems | None = None,
+    sample_evaluation: SampleEvaluation | None = None,
 ) -> Trainer:
-    """The trainer of one stage. `folder` takes its checkpoints. The model is from now on that of all processes."""
+    """Return the trainer of one stage, and parallelize the model in place.
+
+    Args:
+        config: the config of this stage.
+        folder: the folder for the stage's checkpoints.
+        hardware: device, precision and processes.
+        data: the data set.
+        model: the model; each process passes the same weights.
+        objective: the objective to train for.
+        sample_evaluation: the sampling that runs at every validation, if any.
+    """
     processes = hardware.processes
     if not processes.is_main:
-        seed_torch(config.seed, processes.rank)  # each draws a dropout of its own
+        seed_torch(config.seed, processes.rank)  # each rank draws its own dropout masks
     model.activation_checkpointing = hardware.activation_checkpointing
     blocks = [*model.trunk, *model.heads]
     if hardware.compile:
         for block in blocks:
             block.compile()
-    values = [] if model.value_head is None else [model.value_head]  # fp32 whatever the others are
-    parallelise(model, blocks, hardware.strategy, hardware.precision, exact=values)
+    values = [] if model.value_head is None else [model.value_head]  # always fp32
+    parallelize(model, blocks, hardware.strategy, hardware.precision, keep_fp32=values)
     optimizer = build(config.optimizer, params=parameter_groups(model))
     plan = build(config, Plan, num_samples=len(data.train), num_processes=processes.size)
     trainer: Trainer = build(
@@ -201,92 +220,107 @@ def compose_trainer(
         hardware=hardware,
         plan=plan,
         early_stopping=build(config.early_stopping),
-        held_out=held_out,
+        sample_evaluation=sample_evaluation,
     )
     return trainer
 
 
-def compose_stage(config: DictConfig, parts: Parts) -> Stage | None:
-    """The stage before the training, if there is one; a reference that was named needs none."""
-    if config.pretrain is None or parts.algorithm.reference is not None:
+def build_stage(config: DictConfig, components: Components) -> Stage | None:
+    """Return stage 1, or None if the config has none or `algo.reference` names a reference."""
+    if config.pretrain is None or components.algorithm.reference is not None:
         return None
     stage: Stage = build(config.pretrain)
     return stage
 
 
-def compose_stage_trainer(
-    config: DictConfig, folder: Path, parts: Parts, stage: Stage, *, with_columns: bool = True
+def build_stage_trainer(
+    config: DictConfig, folder: Path, components: Components, stage: Stage, *, with_columns: bool = True
 ) -> Trainer:
-    """The trainer of the stage before, whose checkpoints go to `folder`.
+    """Return the trainer of stage 1.
+
+    Args:
+        config: the config of the run.
+        folder: the folder for the checkpoints of stage 1.
+        components: the objects shared by all stages.
+        stage: stage 1.
+        with_columns: whether to precompute the hidden states that the stage needs.
 
     Raises:
-        InputError: the stage's data are not there, or teach it nothing.
+        InputError: the data of stage 1 are missing, or all samples have the same reward and the stage learns values.
     """
     settings = stage_config(config)
-    same = settings.data == config.data and settings.seed == config.seed
+    shares_data = settings.data == config.data and settings.seed == config.seed
     try:
-        data = parts.data if same else compose_data(settings, parts.hardware, parts.tokenizer)
+        data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
     except InputError as error:
-        raise InputError(f"{error}\nThese are the data of the stage before the training: pretrain.data") from error
+        raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
     if stage.trains_policy:
         require_different_rewards(data)
-    model = compose_model(settings, parts, values=stage.trains_policy)
+    model = build_model(settings, components, values=stage.trains_policy)
     stage.freeze(model)
     if stage.needs_hidden_states and with_columns:
-        parts.columns.attach_hidden_states(model, data)
-    return compose_trainer(settings, folder, parts.hardware, data, model, stage.objective())
+        components.columns.attach_hidden_states(model, data)
+    return build_trainer(settings, folder, components.hardware, data, model, stage.objective())
 
 
-def compose_reference(config: DictConfig, parts: Parts, stage_model: MtpModel | None) -> MtpModel | None:
-    """The frozen reference, if the algorithm needs one: the model of the stage before, or the one that it names."""
-    reference = parts.algorithm.reference
-    if not parts.algorithm.needs_reference:
+def build_reference(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel | None:
+    """Return the frozen reference model, or None if the algorithm needs none.
+
+    The reference is the model that `algo.reference` names, or else `stage_model`, the model of stage 1.
+    """
+    reference = components.algorithm.reference
+    if not components.algorithm.needs_reference:
         return None
     if reference == INITIAL:
         one_head = OmegaConf.merge(config.model, {"num_heads": 1, "lora": {"rank": None}})
         assert isinstance(one_head, DictConfig)
-        source = compose_source(one_head, parts.tokenizer, Path(config.cache_dir))
-        stage_model = source.new().to(parts.hardware.device)
+        source = build_source(one_head, components.tokenizer, Path(config.cache_dir))
+        stage_model = source.create().to(components.hardware.device)
     elif reference is not None:
-        stage_model = load_reference(Path(reference), parts, Path(config.cache_dir))
+        stage_model = load_reference(Path(reference), components, Path(config.cache_dir))
     assert stage_model is not None
     return stage_model.eval().requires_grad_(False)
 
 
-def load_reference(path: Path, parts: Parts, cache_dir: Path) -> MtpModel:
-    """The model of a run, checkpoint or folder of transformers that the user named as the reference.
+def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpModel:
+    """Load the reference model from a run's folder, a checkpoint or a Hugging Face model folder.
 
     Raises:
-        InputError: there is none, its tokenizer is another, or it cannot read texts as long as the data's.
+        InputError: there is no model, its tokenizer differs from the policy's, or its maximum length is shorter than
+            `data.max_length`.
     """
     try:
-        model = load_trained(path, parts.tokenizer, parts.hardware, cache_dir)
-        require_room(model, parts.data.max_length, "data.max_length")
+        model = load_trained(path, components.tokenizer, components.hardware, cache_dir)
+        check_max_positions(model, components.data.max_length, "data.max_length")
     except InputError as error:
         prefix = "" if str(error).startswith("algo.reference") else f"algo.reference={path}: "
         raise InputError(f"{prefix}{error}") from error
     return model
 
 
-def compose_policy(config: DictConfig, parts: Parts, stage_model: MtpModel | None) -> MtpModel:
-    """The model to be trained: a new one, or that of a stage which has trained it before."""
-    algorithm = parts.algorithm
+def build_policy(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel:
+    """Return the model to train in stage 2: `stage_model` if stage 1 trained the policy, else a new one."""
+    algorithm = components.algorithm
     if algorithm.needs_values:
-        require_different_rewards(parts.data)
+        require_different_rewards(components.data)
     if stage_model is None:
-        return compose_model(config, parts, values=algorithm.needs_values)
+        return build_model(config, components, values=algorithm.needs_values)
     if not algorithm.needs_values:
         stage_model.value_head = None
-    seed_torch(config.seed)  # a run that finds its stage done draws the same dropout
-    stage_model.train_all()
+    seed_torch(config.seed)  # same dropout masks when a run resumes after stage 1
+    stage_model.set_trainable()
     return stage_model
 
 
 def require_different_rewards(data: Dataset) -> None:
-    """Raises `InputError` where every solution has the same reward: values have nothing to learn then."""
+    """Check that training rewards differ, because values cannot be learned otherwise.
+
+    Raises:
+        InputError: every training sample has the same reward.
+    """
     rewards = data.train.rewards
     if rewards.min() == rewards.max():
         raise InputError(
             f"data: every training sample has the reward {rewards[0]:g}, so values have nothing to learn; "
-            "take right and wrong solutions (data.correct_ratio=0.5; data.mismatched=true makes wrong ones)"
+            "use right and wrong solutions (data.correct_ratio=0.5; add data.mismatched=true to create wrong ones)"
         )

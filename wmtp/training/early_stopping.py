@@ -1,4 +1,4 @@
-"""When to stop before the plan is done: measured values in, a decision out."""
+"""Early stopping: decide from observed metrics when a run ends before its plan."""
 
 import math
 from collections import deque
@@ -15,18 +15,18 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class EarlyStopping:
-    """Three criteria, each of them optional, and how they make a decision.
+    """Early stopping with three optional criteria.
 
-    - *converged*: `patience` measurements of `monitor` in a row, none of them more than `min_delta` below
-      the best. What is not finite is never the best; it counts as a measurement without improvement.
-    - *unstable*: of the last `window` updates, at least the share `ratio` had a gradient norm above
-      `threshold`. A norm that is not finite is above it. Nothing is said before the window is full.
-    - *out of range*: the latest update's value variance is not within `variance_min` and `variance_max`.
-      A variance that is not finite is not within; without a value head there is none to judge.
+    - *converged*: the last `patience` measurements of `monitor` are not more than `min_delta` below the best. A value
+      that is not finite counts as a measurement without improvement and is never the best.
+    - *unstable*: in the last `window` updates, the share of gradient norms above `threshold` is at least `ratio`. A
+      norm that is not finite counts as above. The criterion is off until the window is full.
+    - *out of range*: the value variance of the latest update is outside `variance_min` and `variance_max`. A variance
+      that is not finite is outside. Without a value head the criterion is off.
 
-    `mode` any stops when one of them holds; all, when the run has converged and neither of the others
-    holds; loss_only, when it has converged. A decision is final. It depends on nothing but the values
-    handed in: where several processes train, each hands in the values of all of them.
+    `mode="any"` stops if one criterion holds; `"all"` stops if the run has converged and is neither unstable nor out of
+    range; `"loss_only"` stops if it has converged. A decision is final. It depends only on the observed values, so with
+    several ranks each rank must observe the global values.
     """
 
     def __init__(
@@ -42,9 +42,13 @@ class EarlyStopping:
         variance_min: NonNegative | None = None,
         variance_max: PositiveFloat | None = None,
     ) -> None:
-        """None for `patience`, for `window` or for both variances switches that criterion off."""
+        """Create the criteria. None for `patience`, for `window` or for both variances turns that criterion off.
+
+        Raises:
+            InputError: `mode` needs a `patience`, or the range of variances is empty.
+        """
         if mode != "any" and patience is None:
-            raise InputError(f"mode={mode} stops only what has converged, and so needs a patience")
+            raise InputError(f"mode={mode} stops only a run that has converged, so it needs a patience")
         if variance_min is not None and variance_max is not None and variance_min > variance_max:
             raise InputError(f"variance_min={variance_min} is above variance_max={variance_max}")
         self.mode, self.monitor, self.patience, self.min_delta = mode, monitor, patience, min_delta
@@ -58,21 +62,21 @@ class EarlyStopping:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, in words; None to go on."""
+        """The reason to stop, as text; None to continue."""
         return self._reason
 
     def stop(self, reason: str) -> None:
-        """Stop for a reason that another process has."""
+        """Stop for a reason that another rank found."""
         self._reason = reason
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
-        """Take in one update: its gradient norm before clipping, and its value variance if there is a value head."""
+        """Record one update: its gradient norm before clipping, and its value variance (None without a value head)."""
         self._exceeded.append(int(grad_norm > self.threshold or not math.isfinite(grad_norm)))
         self._variance = value_variance
         self._decide()
 
     def observe_metrics(self, metrics: dict[str, float]) -> None:
-        """Take in measurements; they count if `monitor` is among them."""
+        """Record the metrics of an evaluation; ignore them if `monitor` is not among them."""
         if self.monitor not in metrics:
             return
         value = metrics[self.monitor]
@@ -83,17 +87,17 @@ class EarlyStopping:
         self._decide()
 
     def metrics(self) -> dict[str, float]:
-        """What the criteria stand at, as far as they are on and have something to say."""
+        """Return the known values of the active criteria as `early_stopping/*` metrics."""
         values: dict[str, float | None] = {}
         if self.patience is not None:
             values |= {"counter": float(self._counter), "best": self._best}
         values["unstable_ratio"] = self._unstable_ratio()
-        if self._judges_variance():
+        if self._checks_variance():
             values["value_variance"] = self._variance
         return {f"early_stopping/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed, in plain types that JSON holds, and the settings that a decision was made under."""
+        """Return the observed values and the settings of the criteria, as plain JSON values."""
         variance = self._variance
         return {
             "settings": self._settings(),
@@ -105,10 +109,10 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what was observed, under the settings of now.
+        """Restore the observed values, under the current settings.
 
-        A smaller window keeps its newest updates; another monitor starts its measurements anew. Under
-        settings that changed, a decision to stop is made anew.
+        A smaller window keeps the newest updates; a different `monitor` resets its measurements. If settings have
+        changed, the decision to stop is made again.
         """
         same = state["settings"]["monitor"] == self.monitor
         self._best, self._counter = (state["best"], state["counter"]) if same else (None, 0)
@@ -153,15 +157,15 @@ class EarlyStopping:
     def _unstable_ratio(self) -> float | None:
         if self.window is None or len(self._exceeded) < self.window:
             return None
-        # A quotient is the float nearest to 0.07, as the literal is; 0.07 · 100 would be above 7.
+        # Divide instead of comparing with ratio · window: 7 / 100 equals the literal 0.07, but 0.07 · 100 is above 7.
         return sum(self._exceeded) / self.window
 
-    def _judges_variance(self) -> bool:
+    def _checks_variance(self) -> bool:
         return self.variance_min is not None or self.variance_max is not None
 
     def _out_of_range(self) -> str | None:
         variance = self._variance
-        if variance is None or not self._judges_variance():
+        if variance is None or not self._checks_variance():
             return None
         problem = None
         if not math.isfinite(variance):
@@ -174,7 +178,7 @@ class EarlyStopping:
 
 
 def monitor_problem(monitor: str, available: Iterable[str]) -> str | None:
-    """Why a metric cannot be monitored; None if it is one of those available."""
+    """Return why a metric cannot be monitored, or None if it is one of the available metrics."""
     names = sorted(set(available))
     if monitor in names:
         return None

@@ -1,6 +1,6 @@
-"""What a training takes, calculated: memory by what it holds, operations, traffic, and time on a known GPU.
+"""Calculated cost of a training run: memory by use, operations, traffic, and time on a known GPU.
 
-Memory and traffic are in bytes. docs/scaling.md and docs/presets.md say what the figures rest on.
+Memory and traffic are in bytes. docs/scaling.md and docs/presets.md list the sources of the figures.
 """
 
 from collections.abc import Iterable
@@ -11,27 +11,31 @@ from typing import NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from wmtp.models.shapes import Layout
+from wmtp.models.shapes import ModelShape
 from wmtp.ops import cross_entropy
 
 GB = 1e9
 PEAK_FLOPS = 312e12
-"""Of an A100 in bf16, as published; so are the next two."""
+"""FLOP/s of an A100 in bf16, published."""
 MEMORY_BANDWIDTH = 1.555e12
+"""Bytes per second of an A100, published."""
 RING_BANDWIDTH = 200 * GB
-"""Bytes per second and GPU of a ring over NVLink 3, as nccl-tests reports it ("busbw")."""
+"""Bytes per second and GPU of a ring over NVLink 3, published: "busbw" of nccl-tests."""
 NODE_RING_BANDWIDTH = 160 * GB
-"""Assumed: the same over nodes of eight GPUs with a 200 Gb/s card each, 80 % of 8 · 25 GB/s; rings use every card."""
-UTILISATION = (0.40, 0.65)
-"""Assumed: share of the peak that all products reach, recomputed ones too: slow and fast."""
+"""Bytes per second and GPU of a ring over nodes with eight GPUs and a 200 Gb/s card for each GPU.
+
+Assumed: 80 % of 8 · 25 GB/s; rings use all cards.
+"""
+UTILIZATION = (0.40, 0.65)
+"""Share of the peak that all matrix products reach, including recomputed ones: slow and fast end, assumed."""
 BACKWARD_WORK = 1.07
-"""Measured on CPU: the most that the backward of a block holds, as a multiple of what autograd kept of its forward."""
+"""Peak memory of the backward of a block, relative to the bytes that autograd kept of its forward; measured on CPU."""
 ADAM_TRAFFIC = 92
-"""Bytes that AdamW over lists of tensors and the clipping move for each parameter."""
+"""Bytes per parameter that gradient clipping and AdamW (foreach) read and write."""
 
 
-class Setting(NamedTuple):
-    """How the processes share the work, the precision of products, and the optimizer's numbers for each parameter."""
+class ParallelSetting(NamedTuple):
+    """The parallel strategy, the precision of matrix products, and the number of optimizer moments per parameter."""
 
     strategy: str
     activation_checkpointing: bool
@@ -43,7 +47,10 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """Processes, and what an update is made of. Memory is in nominal GB, the ring in bytes per second."""
+    """The number of processes, their devices, and the size of an update.
+
+    `memory` is nominal, in GB per device; `ring` is in bytes per second and GPU.
+    """
 
     processes: int
     memory: float = 80
@@ -52,148 +59,157 @@ class Machine:
     ring: float | None = None
     device: str = "cuda"
     name: str = "A100"
-    """Of the device; time is calculated for an A100 only."""
+    """Name of the device; time is calculated only for an A100."""
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second and GPU that a ring carries."""
+        """Bytes per second and GPU of a ring."""
         return self.ring or (RING_BANDWIDTH if self.processes <= 8 else NODE_RING_BANDWIDTH)
 
-    def micro_batches(self, setting: Setting) -> int:
-        """Forwards of one process in an update."""
+    def micro_batches(self, setting: ParallelSetting) -> int:
+        """Return the number of forward passes of one process in an update."""
         return -(-self.batch_size // (self.processes * setting.micro_batch_size))
 
 
-def product_bytes(layout: Layout, setting: Setting) -> int:
-    """Of a number that comes out of a matrix product."""
-    return min(layout.number_bytes, 2 if setting.precision == "bf16" else 4)
+def product_bytes(shape: ModelShape, setting: ParallelSetting) -> int:
+    """Return the bytes of an element of a matrix product's result."""
+    return min(shape.number_bytes, 2 if setting.precision == "bf16" else 4)
 
 
-def has_fused_norm(layout: Layout, machine: Machine) -> bool:
-    """Whether a norm is one kernel, which keeps its input and a statistic.
+def has_fused_norm(shape: ModelShape, machine: Machine) -> bool:
+    """Return whether a norm is one kernel, for which autograd keeps the input and one statistic.
 
-    RMSNorm is made of several on CPUs, on MPS and in transformers; the gradient of its weight needs the scaled input.
+    On CPU, on MPS and in transformers RMSNorm consists of several kernels, and the gradient of its weight needs the
+    scaled input.
     """
-    return layout.kind == "gpt2" or (layout.kind == "wmtp" and machine.device == "cuda")
+    return shape.kind == "gpt2" or (shape.kind == "wmtp" and machine.device == "cuda")
 
 
-def normed_bytes(layout: Layout, machine: Machine, setting: Setting) -> int:
-    """Of a number that comes out of a norm: on CUDA autocast runs those of torch in fp32."""
-    is_raised = setting.precision == "bf16" and machine.device == "cuda" and has_fused_norm(layout, machine)
-    return 4 if is_raised else layout.number_bytes
+def normed_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
+    """Return the bytes of an element of a norm's result; on CUDA, autocast runs the norms of torch in fp32."""
+    is_raised = setting.precision == "bf16" and machine.device == "cuda" and has_fused_norm(shape, machine)
+    return 4 if is_raised else shape.number_bytes
 
 
-def kept_input_bytes(layout: Layout, machine: Machine, setting: Setting) -> int:
-    """Of a number of a norm's input, as autograd keeps it: made of several kernels, a norm makes it fp32 first."""
-    return normed_bytes(layout, machine, setting) if has_fused_norm(layout, machine) else 4
+def kept_input_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
+    """Return the bytes of an element of a norm's input, as autograd keeps it.
+
+    A norm of several kernels first converts its input to fp32.
+    """
+    return normed_bytes(shape, machine, setting) if has_fused_norm(shape, machine) else 4
 
 
-def norm_bytes(layout: Layout, machine: Machine, setting: Setting, frozen: bool = False) -> int:
-    """What autograd keeps of a norm for each token, besides what reads its result."""
+def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
+    """Return the bytes per token that autograd keeps of a norm, without those of the layers that read its result."""
     scaled = 0
-    if not has_fused_norm(layout, machine) and not frozen:
-        scaled = 4 if layout.kind == "wmtp" else layout.number_bytes
-    return (kept_input_bytes(layout, machine, setting) + scaled) * layout.dim + (8 if layout.kind == "gpt2" else 4)
+    if not has_fused_norm(shape, machine) and not frozen:
+        scaled = 4 if shape.kind == "wmtp" else shape.number_bytes
+    return (kept_input_bytes(shape, machine, setting) + scaled) * shape.dim + (8 if shape.kind == "gpt2" else 4)
 
 
-def block_bytes(layout: Layout, machine: Machine, setting: Setting, frozen: bool = False) -> int:
-    """What autograd keeps of a block for each token; a `frozen` one has adapters.
+def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
+    """Return the bytes per token that autograd keeps of a block; a `frozen` block has adapters.
 
-    Autocast casts the normed state anew for each of the matrices that read it. Attention keeps queries, keys,
-    values, its result and a log-sum in fp32 per head; ours repeats the keys that heads share. SwiGLU keeps the gate,
-    its activation, the other half and their product. GPT-2's GELU is made of several kernels and keeps five tensors,
-    of which autocast on CUDA makes three fp32.
+    Autocast makes a separate copy of the normed state for each matrix that reads it. Attention keeps queries, keys,
+    values, its result and, per head, a log-sum in fp32; the implementation of wmtp repeats keys that several heads
+    share. SwiGLU keeps the gate, its activation, the other half and their product. GPT-2's GELU consists of several
+    kernels and keeps five tensors; on CUDA, autocast makes three of them fp32.
     """
-    dim, size, is_gpt2 = layout.dim, product_bytes(layout, setting), layout.kind == "gpt2"
-    is_cast = size < normed_bytes(layout, machine, setting)
-    keys = layout.query_dim if layout.kind == "wmtp" else layout.kv_dim
+    dim, size, is_gpt2 = shape.dim, product_bytes(shape, setting), shape.kind == "gpt2"
+    is_cast = size < normed_bytes(shape, machine, setting)
+    keys = shape.query_dim if shape.kind == "wmtp" else shape.kv_dim
     feed_forward = 4 * size
     if is_gpt2:
         feed_forward = 16 if setting.precision == "bf16" and machine.device == "cuda" else 5 * size
-    kept = 2 * norm_bytes(layout, machine, setting, frozen) + (5 if is_cast and not is_gpt2 else 2) * size * dim
-    kept += 2 * size * (layout.query_dim + keys) + 4 * layout.num_attention_heads + feed_forward * layout.hidden_dim
-    if layout.kind == "qwen3":  # queries and keys are normed too
-        kept += (4 + (0 if frozen else size)) * (layout.query_dim + layout.kv_dim)
-    if layout.has_dropout:
+    kept = 2 * norm_bytes(shape, machine, setting, frozen) + (5 if is_cast and not is_gpt2 else 2) * size * dim
+    kept += 2 * size * (shape.query_dim + keys) + 4 * shape.num_attention_heads + feed_forward * shape.hidden_dim
+    if shape.kind == "qwen3":  # queries and keys are normed too
+        kept += (4 + (0 if frozen else size)) * (shape.query_dim + shape.kv_dim)
+    if shape.has_dropout:
         kept += 2 * (1 if machine.device == "cuda" else size) * dim
-    if machine.device == "mps" or (layout.has_dropout and machine.device == "cpu"):  # attention is no one kernel there
-        kept += (3 if layout.has_dropout else 1) * 4 * layout.num_attention_heads * machine.sequence
-    return kept + ((layout.adapter_rank or 0) * size * (4 if is_gpt2 else 7) if frozen else 0)
+    if machine.device == "mps" or (shape.has_dropout and machine.device == "cpu"):  # attention is several kernels there
+        kept += (3 if shape.has_dropout else 1) * 4 * shape.num_attention_heads * machine.sequence
+    return kept + ((shape.adapter_rank or 0) * size * (4 if is_gpt2 else 7) if frozen else 0)
 
 
-def activation_bytes(layout: Layout, machine: Machine, setting: Setting) -> int:
-    """What autograd keeps for each token between forward and backward.
+def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
+    """Return the bytes per token that autograd keeps between forward and backward.
 
-    With checkpointing these are the blocks' inputs, of which all heads share one. The last norm keeps its input,
-    the stacked heads. Heads that are residual layers share what their matrices read, unless autocast casts it for
-    each, and keep the matrices' results.
+    With activation checkpointing these are the inputs of the blocks; all heads share one input. The last norm keeps
+    its input, the stacked heads. Heads that are residual layers share the input of their matrices, unless autocast
+    makes a copy for each, and keep the results of the matrices.
     """
-    values = 0 if layout.value_dim is None else 8 * (layout.dim + layout.value_dim)
-    if layout.trains_values_only:
+    values = 0 if shape.value_dim is None else 8 * (shape.dim + shape.value_dim)
+    if shape.trains_values_only:
         return values
-    heads, is_frozen, stream = layout.num_head_blocks, layout.adapter_rank is not None, layout.number_bytes * layout.dim
-    last = heads * norm_bytes(layout, machine, setting, is_frozen) + values
-    if further := layout.num_heads - heads:
-        size, normed = product_bytes(layout, setting), normed_bytes(layout, machine, setting)
-        last += (further * size + (further * size if size < normed else normed)) * layout.dim
+    heads, is_frozen, stream = shape.num_head_blocks, shape.adapter_rank is not None, shape.number_bytes * shape.dim
+    last = heads * norm_bytes(shape, machine, setting, is_frozen) + values
+    if further := shape.num_heads - heads:
+        size, normed = product_bytes(shape, setting), normed_bytes(shape, machine, setting)
+        last += (further * size + (further * size if size < normed else normed)) * shape.dim
     if setting.activation_checkpointing:
-        return layout.num_layers * stream + last
-    is_shared = kept_input_bytes(layout, machine, setting) == layout.number_bytes  # no copy made for each head
-    blocks = layout.num_trunk_blocks * block_bytes(layout, machine, setting, is_frozen)
-    blocks += heads * block_bytes(layout, machine, setting) - (heads - 1) * (stream if is_shared else 0)
+        return shape.num_layers * stream + last
+    is_shared = kept_input_bytes(shape, machine, setting) == shape.number_bytes  # no separate copy for each head
+    blocks = shape.num_trunk_blocks * block_bytes(shape, machine, setting, is_frozen)
+    blocks += heads * block_bytes(shape, machine, setting) - (heads - 1) * (stream if is_shared else 0)
     return blocks + last
 
 
-def all_logits_bytes(layout: Layout, tokens: int) -> int:
-    """What the loss does without: the logits of all heads at once in fp32, and their gradient."""
-    return 2 * 4 * layout.num_heads * layout.vocab_size * tokens
+def all_logits_bytes(shape: ModelShape, tokens: int) -> int:
+    """Return the bytes that an unchunked loss would need: the logits of all heads in fp32, and their gradient."""
+    return 2 * 4 * shape.num_heads * shape.vocab_size * tokens
 
 
 def chunk_bytes(machine: Machine) -> int:
-    """Of the logits that the loss has at one time."""
+    """Return the size of the logits of one chunk of the loss."""
     return cross_entropy.GPU_CHUNK_BYTES if machine.device == "cuda" else cross_entropy.CHUNK_BYTES
 
 
-def loss_bytes(layout: Layout, machine: Machine, setting: Setting, tokens: int) -> float:
-    """The chunked loss: states and their gradient, gradient and bf16 copies of the unembedding, one chunk."""
-    if layout.trains_values_only:
+def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
+    """Return the bytes of the chunked loss.
+
+    These are the states and their gradient, the gradient and bf16 copies of the unembedding, and one chunk of logits.
+    """
+    if shape.trains_values_only:
         return 0.0
-    is_trained, size = layout.adapter_rank is None, product_bytes(layout, setting)
-    states = 2 * normed_bytes(layout, machine, setting) * layout.num_heads * layout.dim * tokens
-    unembedding = layout.number_bytes if is_trained else 0
-    if size < layout.number_bytes:
+    is_trained, size = shape.adapter_rank is None, product_bytes(shape, setting)
+    states = 2 * normed_bytes(shape, machine, setting) * shape.num_heads * shape.dim * tokens
+    unembedding = shape.number_bytes if is_trained else 0
+    if size < shape.number_bytes:
         unembedding += 2 * size if is_trained else size
     copies = 1.0
     if size == 2:
-        copies = 1.5 if machine.device == "cuda" else 2.5  # elsewhere a division into bf16 is made in fp32 first
-    chunk = min(chunk_bytes(machine), all_logits_bytes(layout, tokens) // 2)
-    return states + unembedding * layout.vocabulary_parameters + copies * chunk
+        copies = 1.5 if machine.device == "cuda" else 2.5  # other devices divide in fp32 first, then cast to bf16
+    chunk = min(chunk_bytes(machine), all_logits_bytes(shape, tokens) // 2)
+    return states + unembedding * shape.vocabulary_parameters + copies * chunk
 
 
-def work_bytes(layout: Layout, machine: Machine, setting: Setting, tokens: int) -> float:
-    """What comes and goes: gathered blocks, gradients on their way, and the block whose backward runs."""
-    size, kept, number = product_bytes(layout, setting), block_bytes(layout, machine, setting), layout.number_bytes
-    there = number * layout.dim if setting.activation_checkpointing else kept
-    running = 0.0 if layout.trains_values_only else (BACKWARD_WORK * kept - there) * tokens
+def work_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
+    """Return the bytes of temporary buffers: gathered blocks, gradients being reduced, and one block's backward."""
+    size, kept, number = product_bytes(shape, setting), block_bytes(shape, machine, setting), shape.number_bytes
+    already_counted = number * shape.dim if setting.activation_checkpointing else kept
+    running = 0.0 if shape.trains_values_only else (BACKWARD_WORK * kept - already_counted) * tokens
     if setting.strategy != "fsdp":
-        copies = 2 * layout.counted.parameters if size < number else 0  # autocast's matrices live until the backward
-        buckets = layout.counted.trained_bytes if setting.strategy == "ddp" else 0
+        # autocast's copies of the matrices are kept until the backward
+        copies = 2 * shape.counted.parameters if size < number else 0
+        buckets = shape.counted.trained_bytes if setting.strategy == "ddp" else 0
         return copies + buckets + running
-    gathered = 2 * 2 * size * layout.block_parameters  # two blocks, and the buffers that they come from
-    vocabulary = layout.num_vocabulary_matrices * number * layout.vocabulary_parameters
-    if layout.trains_values_only:
+    gathered = 2 * 2 * size * shape.block_parameters  # two blocks and the buffers they are gathered into
+    vocabulary = shape.num_vocabulary_matrices * number * shape.vocabulary_parameters
+    if shape.trains_values_only:
         return gathered + vocabulary
-    leaving = (size + 2 * 4) * layout.block_parameters  # a gradient, two fp32 buffers to reduce
-    embedding = number * layout.vocabulary_parameters if layout.adapter_rank is None else 0  # its gradient
-    return gathered + leaving + vocabulary + embedding + running
+    reducing = (size + 2 * 4) * shape.block_parameters  # a gradient and two fp32 buffers to reduce it
+    embedding = number * shape.vocabulary_parameters if shape.adapter_rank is None else 0  # its gradient
+    return gathered + reducing + vocabulary + embedding + running
 
 
-def memory(layout: Layout, machine: Machine, setting: Setting) -> dict[str, float]:
-    """Bytes of one process by what they hold, and the most at one time.
+def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dict[str, float]:
+    """Return the bytes of one process by use, and the peak as `total`.
 
-    Where one forward is an update, the total is less than the sum: gradients come as activations go.
+    If an update has only one forward pass, the total is less than the sum, because activations are freed while
+    gradients are allocated.
     """
-    tokens, counts = setting.micro_batch_size * machine.sequence, layout.counted
+    tokens, counts = setting.micro_batch_size * machine.sequence, shape.counted
     shards = machine.processes if setting.strategy == "fsdp" else 1
     gradients, accumulates = counts.trained_bytes / shards, machine.micro_batches(setting) > 1
     if shards > 1 and accumulates and not setting.reduce_each_micro_batch:
@@ -202,52 +218,54 @@ def memory(layout: Layout, machine: Machine, setting: Setting) -> dict[str, floa
         "parameters": counts.parameter_bytes / shards,
         "gradients": gradients,
         "optimizer": setting.moments * counts.trained_bytes / shards,
-        "activations": float(activation_bytes(layout, machine, setting) * tokens),
-        "loss": loss_bytes(layout, machine, setting, tokens),
-        "work": work_bytes(layout, machine, setting, tokens),
+        "activations": float(activation_bytes(shape, machine, setting) * tokens),
+        "loss": loss_bytes(shape, machine, setting, tokens),
+        "work": work_bytes(shape, machine, setting, tokens),
     }
     state, held = parts["parameters"] + parts["optimizer"], parts["activations"] + parts["loss"]
     most = gradients + held if accumulates else max(gradients, held)
-    roots = counts.trained_bytes / shards if machine.device == "cuda" else 0.0  # AdamW has them in a list of their own
+    # AdamW (foreach) keeps the square roots in a separate list
+    roots = counts.trained_bytes / shards if machine.device == "cuda" else 0.0
     return parts | {"total": state + max(most + parts["work"], counts.trained_bytes / shards + roots)}
 
 
-def traffic(layout: Layout, processes: int, setting: Setting, micro_batches: int) -> tuple[float, float]:
-    """Bytes that one process sends in an update to gather parameters, and to reduce gradients; ring algorithms.
+def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_batches: int) -> tuple[float, float]:
+    """Return the bytes that one process sends per update: to gather parameters, and to reduce gradients.
 
-    fsdp gathers every block for the forward and again for the backward, in bf16 if that is the precision, and both
-    vocabulary matrices once as they are; it reduces and scatters fp32. ddp reduces to all: twice the bytes.
+    All collectives use ring algorithms. fsdp gathers every block for the forward and again for the backward, in bf16 if
+    that is the precision, and both vocabulary matrices once in their own dtype; its reduce-scatter uses fp32. ddp uses
+    all-reduce, which sends twice the bytes.
     """
-    share, counts = (processes - 1) / processes, layout.counted
+    share, counts = (processes - 1) / processes, shape.counted
     if setting.strategy != "fsdp":
         return 0.0, 2 * share * counts.trained_bytes
-    blocks = layout.num_blocks * layout.block_parameters
-    others = layout.number_bytes * (counts.parameters - blocks)
-    times = 1 if layout.trains_values_only else 2
-    gathered = share * (times * product_bytes(layout, setting) * blocks + others)
+    blocks = shape.num_blocks * shape.block_parameters
+    others = shape.number_bytes * (counts.parameters - blocks)
+    times = 1 if shape.trains_values_only else 2
+    gathered = share * (times * product_bytes(shape, setting) * blocks + others)
     reductions = micro_batches if setting.reduce_each_micro_batch else 1
     return micro_batches * gathered, reductions * share * 4 * counts.trained
 
 
-def flops_per_token(layout: Layout, sequence: int) -> tuple[float, float]:
-    """Of forward and backward, and of what checkpointing computes again.
+def flops_per_token(shape: ModelShape, sequence: int) -> tuple[float, float]:
+    """Return the FLOPs per token of forward and backward, and those of the recomputation with checkpointing.
 
-    Attention counts all pairs of positions, as published utilisations do, though the causal half is enough.
-    Computing again stops before a block's last product, which no gradient needs. Frozen matrices need no gradient of
-    their own; what adapters cost is left out.
+    Attention counts all pairs of positions, as published utilizations do, although causal attention needs only half.
+    The recomputation stops before the last product of a block, which no gradient needs. Frozen matrices need no
+    gradient. The cost of adapters is left out.
     """
-    products, attention = 2 * layout.block_matrices, 4 * sequence * layout.query_dim
-    if layout.trains_values_only:
-        return float(layout.num_trunk_blocks * (products + attention)), 0.0
-    passes = 3 if layout.adapter_rank is None else 2
-    blocks = layout.num_trunk_blocks * passes * products + 3 * layout.num_head_blocks * products
-    blocks += 3 * layout.num_blocks * attention + 3 * 2 * layout.residual_parameters
-    again = layout.num_blocks * (products + attention - 2 * layout.dim * layout.hidden_dim)
-    return float(blocks + passes * 2 * layout.num_heads * layout.vocabulary_parameters), float(again)
+    products, attention = 2 * shape.block_matrices, 4 * sequence * shape.query_dim
+    if shape.trains_values_only:
+        return float(shape.num_trunk_blocks * (products + attention)), 0.0
+    passes = 3 if shape.adapter_rank is None else 2
+    blocks = shape.num_trunk_blocks * passes * products + 3 * shape.num_head_blocks * products
+    blocks += 3 * shape.num_blocks * attention + 3 * 2 * shape.residual_parameters
+    again = shape.num_blocks * (products + attention - 2 * shape.dim * shape.hidden_dim)
+    return float(blocks + passes * 2 * shape.num_heads * shape.vocabulary_parameters), float(again)
 
 
 class Speed(NamedTuple):
-    """An update: seconds of the products at the peak, of the traffic and of the optimizer; tokens per second."""
+    """The speed of an update: seconds of products (at the peak), traffic and optimizer, and tokens per second."""
 
     peak_seconds: float
     traffic_seconds: float
@@ -256,73 +274,80 @@ class Speed(NamedTuple):
     fast: float
 
 
-def speed(layout: Layout, machine: Machine, setting: Setting) -> Speed:
-    """Slow is low utilisation and traffic that hides behind nothing; fast is high utilisation and all hidden."""
-    model, again = flops_per_token(layout, machine.sequence)
+def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Speed:
+    """Return the speed of an update.
+
+    The slow end assumes low utilization and no overlap of traffic with computation; the fast end assumes high
+    utilization and complete overlap.
+    """
+    model, again = flops_per_token(shape, machine.sequence)
     tokens = machine.batch_size * machine.sequence
     flops = (model + (again if setting.activation_checkpointing else 0)) * tokens / machine.processes
     shards = machine.processes if setting.strategy == "fsdp" else 1
-    optimizer = ADAM_TRAFFIC * layout.counted.trained / shards / MEMORY_BANDWIDTH
-    wire = sum(traffic(layout, machine.processes, setting, machine.micro_batches(setting))) / machine.bandwidth
+    optimizer = ADAM_TRAFFIC * shape.counted.trained / shards / MEMORY_BANDWIDTH
+    wire = sum(traffic(shape, machine.processes, setting, machine.micro_batches(setting))) / machine.bandwidth
     peak = flops / PEAK_FLOPS
-    slow = tokens / (peak / UTILISATION[0] + wire + optimizer)
-    fast = tokens / (max(peak / UTILISATION[1], wire) + optimizer)
+    slow = tokens / (peak / UTILIZATION[0] + wire + optimizer)
+    fast = tokens / (max(peak / UTILIZATION[1], wire) + optimizer)
     return Speed(peak, wire, optimizer, slow, fast)
 
 
 class Estimate(NamedTuple):
-    """Bytes of one process by what they hold, and seconds of an update, slow and fast, where the device is known."""
+    """An estimate of memory (bytes of one process by use) and time (seconds of an update, slow and fast end).
+
+    `seconds` is None for devices other than an A100.
+    """
 
     memory: dict[str, float]
     seconds: tuple[float, float] | None
 
 
-def estimate(layout: Layout, machine: Machine, setting: Setting) -> Estimate:
-    """What a training takes."""
+def estimate(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Estimate:
+    """Return the memory of one process and, on an A100 in bf16, the time of an update."""
     seconds = None
     if machine.device == "cuda" and "A100" in machine.name and setting.precision == "bf16":
-        found, tokens = speed(layout, machine, setting), machine.batch_size * machine.sequence
+        found, tokens = speed(shape, machine, setting), machine.batch_size * machine.sequence
         seconds = tokens / found.slow, tokens / found.fast
-    return Estimate(memory(layout, machine, setting), seconds)
+    return Estimate(memory(shape, machine, setting), seconds)
 
 
-def name_of(device: torch.device) -> str:
-    """What the maker calls a GPU; the kind of any other device."""
+def device_name(device: torch.device) -> str:
+    """Return the product name of a GPU, or the type of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def moments(optimizer: Optimizer) -> int:
-    """How many numbers an optimizer that has made a step holds for each parameter; 2 for Adam."""
+def moments_per_parameter(optimizer: Optimizer) -> int:
+    """Return the number of values per parameter in the state of an optimizer after its first step; 2 for Adam."""
     found = [sum(getattr(x, "shape", None) == p.shape for x in state.values()) for p, state in optimizer.state.items()]
     return max(found, default=0)
 
 
-def in_words(found: Estimate, machine: Machine, setting: Setting) -> str:
-    """The memory and what takes it, and the time as far as it was calculated; small parts are left out."""
+def format_estimate(found: Estimate, machine: Machine, setting: ParallelSetting) -> str:
+    """Return an estimate as text: the memory with its uses (without those below 0.05 units), and the time if known."""
     total = found.memory["total"]
     unit, name = (GB, "GB") if total >= GB else (1e6, "MB")
     parts = {part: f"{size / unit:,.1f}" for part, size in found.memory.items() if part != "total"}
     parts = {part: size for part, size in parts.items() if size != "0.0"}
     if "gradients" in parts and machine.micro_batches(setting) == 1:
-        parts["gradients"] += " (as activations go)"
+        parts["gradients"] += " (reuse activations)"
     which = f"{setting.micro_batch_size} x {machine.sequence:,} tokens"
     listed = ", ".join(f"{part} {size}" for part, size in parts.items())
     lines = [f"memory: about {total / unit:,.1f} {name} a process with {which}: {listed}"]
     if found.seconds is not None:
-        slow, fast = map(duration, found.seconds)
-        lines.append(f"calculated for an A100: {fast} to {slow} for an update of the longest samples")
-    return wrapped(lines)
+        slow, fast = map(format_duration, found.seconds)
+        lines.append(f"calculated for an A100: {fast} to {slow} for an update with the longest samples")
+    return wrap_lines(lines)
 
 
-def wrapped(lines: Iterable[str]) -> str:
-    """Lines of at most 80 columns."""
+def wrap_lines(lines: Iterable[str]) -> str:
+    """Return the lines wrapped to at most 80 columns."""
     return "\n".join(fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
-def duration(seconds: float) -> str:
-    """A time in words.
+def format_duration(seconds: float) -> str:
+    """Return a time as text with a suitable unit.
 
-    >>> [duration(x) for x in (0.42, 59, 600, 86_000, 3_000_000)]
+    >>> [format_duration(x) for x in (0.42, 59, 600, 86_000, 3_000_000)]
     ['0.4 s', '59 s', '10 min', '23.9 h', '34.7 days']
     """
     for size, name, decimals in ((86_400, "days", 1), (3_600, "h", 1), (60, "min", 0)):

@@ -1,4 +1,4 @@
-"""How much will be trained, and where the run is in it."""
+"""The planned updates of a run, and the position of a run in its plan."""
 
 import copy
 import math
@@ -9,7 +9,11 @@ from wmtp.field_types import Positive, PositiveFloat
 
 @dataclass(frozen=True)
 class Position:
-    """A point of a run: everything that says which sample comes next. `epoch` counts whole passes done."""
+    """A position between two updates, which determines the next sample.
+
+    `step` counts updates, `epoch` complete passes over the data, `batch_in_epoch` the micro-batches done in this
+    pass, and `tokens` all tokens trained on.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -18,7 +22,7 @@ class Position:
 
 
 class Plan:
-    """The planned updates of a run and how each is made of micro-batches."""
+    """The number of updates of a run, and the division of each update into micro-batches."""
 
     def __init__(
         self,
@@ -30,40 +34,42 @@ class Plan:
         batch_size: Positive = 16,
         micro_batch_size: Positive | None = None,
     ) -> None:
-        """Plan passes over `num_samples`; `batch_size` samples make an update, `micro_batch_size` a forward.
+        """Plan `num_epochs` passes over `num_samples` samples, but at most `max_steps` updates.
 
-        Without a `micro_batch_size` every one of `num_processes` makes one forward an update.
+        Each update uses `batch_size` samples, and each forward pass `micro_batch_size` of them. By default, each of
+        `num_processes` processes makes one forward pass per update.
         """
         self.batch_size = batch_size
-        self.share, self.is_free = math.ceil(batch_size / num_processes), micro_batch_size is None
-        self.micro_batch_size = micro_batch_size or self.share
+        self.max_micro_batch_size = math.ceil(batch_size / num_processes)
+        self.is_default_size = micro_batch_size is None
+        self.micro_batch_size = micro_batch_size or self.max_micro_batch_size
         self.micro_batches_per_update = math.ceil(self.batch_size / self.micro_batch_size)
         self.updates_per_epoch = math.ceil(num_samples / batch_size)
         planned = max(1, math.ceil(num_epochs * self.updates_per_epoch - 1e-9))
         self.num_updates = min(planned, max_steps) if max_steps else planned
 
     def update_in_epoch(self, position: Position) -> int:
-        """Which update of its epoch comes next."""
+        """Return the index of the next update within its epoch."""
         return position.batch_in_epoch // self.micro_batches_per_update
 
-    def resumed(self, micro_batch_size: int) -> "Plan":
-        """The plan of a run that had micro-batches of this size: it keeps them, unless others were asked for.
+    def for_resume(self, micro_batch_size: int) -> "Plan":
+        """Return the plan for resuming a run whose micro-batches had this size.
 
-        It cannot keep them where they would leave a process without work.
+        The size is kept, unless the user has set another one or it would leave a process without samples.
         """
         plan = copy.copy(self)
-        if self.is_free and micro_batch_size <= self.share:
+        if self.is_default_size and micro_batch_size <= self.max_micro_batch_size:
             plan.micro_batch_size = micro_batch_size
             plan.micro_batches_per_update = math.ceil(self.batch_size / micro_batch_size)
         return plan
 
-    def converted(self, position: Position, micro_batch_size: int) -> Position:
-        """A position between two updates, as it is with micro-batches of this plan instead of another size."""
+    def convert_position(self, position: Position, micro_batch_size: int) -> Position:
+        """Convert a position, counted in micro-batches of `micro_batch_size`, to this plan's micro-batches."""
         updates = position.batch_in_epoch // math.ceil(self.batch_size / micro_batch_size)
         return replace(position, batch_in_epoch=updates * self.micro_batches_per_update)
 
     def after(self, position: Position, num_tokens: int) -> Position:
-        """The position after one more update; the end of an epoch is the start of the next."""
+        """Return the position after one more update; the end of an epoch is the start of the next one."""
         step, tokens = position.step + 1, position.tokens + num_tokens
         if self.update_in_epoch(position) + 1 == self.updates_per_epoch:
             return Position(step, position.epoch + 1, 0, tokens)

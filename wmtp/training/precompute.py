@@ -1,4 +1,4 @@
-"""Arrays with one entry per token of a data set: computed once, kept on disk, read memory-mapped."""
+"""Arrays with one entry per token of a data set, computed once by a model and cached on disk."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wmtp.data.collate import Batch, collate
 from wmtp.data.dataset import Dataset
-from wmtp.data.sampler import by_length, share
+from wmtp.data.sampler import batches_by_length, items_for_rank
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
@@ -24,37 +24,47 @@ from wmtp.models.mtp import MtpModel
 from wmtp.models.source import weights_fingerprint
 from wmtp.ops.cross_entropy import cross_entropy
 from wmtp.ops.targets import targets
-from wmtp.runtime.locks import one_at_a_time
+from wmtp.runtime.locks import file_lock
 
 FORMAT = 1
 BATCH_SIZE = 32
 
 
 class TokenColumns:
-    """Fills the columns of splits from a frozen model.
+    """A disk cache of per-token arrays (columns) that a frozen model computes for the splits of a data set.
 
-    A file's key covers the tokens, the tokenizer, the model's weights and what else decides its forward, so
-    that later epochs, runs and the jobs of a sweep find it, and nothing that changed ever meets a stale one.
+    The key of a file covers the tokens, the tokenizer, the weights of the model and everything else that determines
+    its forward pass. Later epochs, runs and jobs of a sweep reuse the file. Stale entries are never read.
     """
 
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
     def attach_reference_losses(self, model: MtpModel, data: Dataset) -> None:
-        """Give every token of a solution the next-token cross-entropy that `model` gives it, in nats; others 0."""
+        """Set `reference_losses` of both splits to the next-token cross-entropy of `model`, in nats.
 
-        def measure(batch: Batch) -> Tensor:
+        Tokens outside solutions get 0.
+
+        Raises:
+            InputError: the cached file cannot be read.
+        """
+
+        def _reference_losses(batch: Batch) -> Tensor:
             target = targets(batch.labels, 1)
             losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
-            return F.pad(losses[0, :, :-1], (1, 0))  # from the position that predicts to the token
+            return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token
 
         weights = weights_fingerprint(model, without="value_head.")
         for split in (data.train, data.validation):
-            split.reference_losses = self._column("reference-losses", weights, split, (), model, measure)
-        data.depend_on(weights)
+            split.reference_losses = self._column("reference-losses", weights, split, (), model, _reference_losses)
+        data.extend_fingerprint(weights)
 
     def attach_hidden_states(self, model: MtpModel, data: Dataset) -> None:
-        """Give every token the trunk's hidden state after it."""
+        """Set `hidden_states` of both splits: the hidden state of the trunk after each token.
+
+        Raises:
+            InputError: the cached file cannot be read.
+        """
         weights = weights_fingerprint(model, without="value_head.")
         for split in (data.train, data.validation):
             split.hidden_states = self._column(
@@ -80,10 +90,10 @@ class TokenColumns:
         path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         processes = self.hardware.processes
-        with one_at_a_time(path.with_suffix(".lock")) if processes.is_main else nullcontext():
-            if not processes.from_main(path.exists):
+        with file_lock(path.with_suffix(".lock")) if processes.is_main else nullcontext():
+            if not processes.run_on_main(path.exists):
                 self._write(path, (len(split.samples.tokens), *tail), model, split, measure)
-            processes.wait()
+            processes.barrier()
         try:
             column: np.ndarray = np.load(path, mmap_mode="r")
         except (ValueError, EOFError, OSError) as error:
@@ -101,12 +111,12 @@ class TokenColumns:
     ) -> None:
         model.eval()
         if not self.hardware.processes.is_main:
-            fill(None, split, self.tokenizer, self.hardware, measure)
+            fill_column(None, split, self.tokenizer, self.hardware, measure)
             return
         staged = path.with_suffix(f".{os.getpid()}.tmp")
         column = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
         try:
-            fill(column, split, self.tokenizer, self.hardware, measure)
+            fill_column(column, split, self.tokenizer, self.hardware, measure)
             column.flush()
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
@@ -115,22 +125,23 @@ class TokenColumns:
             staged.unlink(missing_ok=True)
 
 
-def fill(
+def fill_column(
     column: np.ndarray | None,
     split: TokenizedSplit,
     tokenizer: Tokenizer,
     hardware: Hardware,
     measure: Callable[[Batch], Tensor],
 ) -> None:
-    """Put what `measure` gives for each position of a batch where the token stands in the split.
+    """Compute `measure` for every batch of a split and write its values to `column`, one entry per token.
 
-    The processes measure a batch each at a time, and hand it to those that have a `column`.
+    Each rank computes every `size`-th batch and broadcasts the values. All ranks must call this function; those with
+    `column=None` store nothing.
     """
     processes, offsets, lengths = hardware.processes, split.samples.offsets, split.samples.lengths
-    batches = by_length(lengths, BATCH_SIZE)
+    batches = batches_by_length(lengths, BATCH_SIZE)
     for first in range(0, len(batches), processes.size):
         group = batches[first : first + processes.size]
-        mine = share(group, processes.rank, processes.size)[0]
+        mine = items_for_rank(group, processes.rank, processes.size)[0]
         batch = collate(split, mine, tokenizer.padding).to(hardware.device)
         with hardware.autocast():
             values = measure(batch).float()

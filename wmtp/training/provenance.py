@@ -1,4 +1,4 @@
-"""Where a run comes from and where it goes: its identity, its code, its data, and its place in S3."""
+"""The id of a run, its S3 URL, and the code and data it was started with."""
 
 import re
 import uuid
@@ -13,11 +13,11 @@ from wmtp.runtime.versions import versions
 
 
 def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, list[Any]], data: Dataset) -> None:
-    """Write provenance.json: the code, the command's overrides and the data that a run was last started with.
+    """Write provenance.json: code versions, overrides and data of the last start of a run.
 
-    `changed` has the default and the value of each key that the overrides changed.
+    `changed` maps each key that the overrides changed to its default and its value.
     """
-    described = {
+    data_info = {
         "name": data.name,
         "source": data.origin,
         "fingerprint": data.fingerprint,
@@ -27,27 +27,31 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
         "train": len(data.train),
         "validation": len(data.validation),
     }
-    content = {**versions(), "command": list(overrides), "changed": changed, "data": described}
+    content = {**versions(), "command": list(overrides), "changed": changed, "data": data_info}
     replace_atomically(folder / PROVENANCE, encode_json(content))
 
 
-def identify(folder: Path, remote: str | None) -> None:
-    """Write run.json, with an id that is the run's for ever, and its place below `remote`, if it is to have one."""
-    known = read_run(folder)
-    identity = known["id"] if known else uuid.uuid4().hex
-    before = known["remote"] if known else None
-    after = None if remote is None else place(folder, remote, before)
-    if known is None or after != before:
-        replace_atomically(folder / RUN, encode_json({"id": identity, "remote": after}))
+def write_run_id(folder: Path, remote: str | None) -> None:
+    """Write run.json with the permanent id of the run and its URL below `remote` (None: no copy in S3)."""
+    run = read_run(folder)
+    run_id = run["id"] if run else uuid.uuid4().hex
+    before = run["remote"] if run else None
+    after = None if remote is None else remote_url(folder, remote, before)
+    if run is None or after != before:
+        replace_atomically(folder / RUN, encode_json({"id": run_id, "remote": after}))
 
 
-def place(folder: Path, remote: str, before: str | None = None) -> str:
-    """Where below `remote` a run is kept: where it was, or under the name that its folder has in outputs/."""
+def remote_url(folder: Path, remote: str, before: str | None = None) -> str:
+    """Return the URL of a run below `remote`.
+
+    `before`, the current URL of the run, is kept if it is below `remote`. Otherwise the URL ends with the run's path
+    below outputs/: the folder named by a date and all folders below it.
+    """
     remote = remote.rstrip("/")
     if before is not None and before.startswith(f"{remote}/"):
         return before
     path = folder.resolve()
     dated = next((n for n, part in enumerate(path.parts) if re.fullmatch(r"\d{4}-\d\d-\d\d", part)), None)
     if dated is None:
-        dated = -2 if (path.parent / SWEEP).exists() else -1  # a job's name is only its number
+        dated = -2 if (path.parent / SWEEP).exists() else -1  # the folder of a sweep's job is named only by its number
     return f"{remote}/{'/'.join(path.parts[dated:])}"

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the run that it goes on with, and what may be declared to have changed."""
+"""Check that a resumed run continues with the same settings, except those named by `resume_override`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,14 @@ from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
 from wmtp.training.plan import Plan
 
-DECLARABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
-"""What `resume_override` may name. Of the rest a checkpoint's tensors or its position have no meaning any more."""
+OVERRIDABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
+"""Settings that `resume_override` may name. A change of another one makes the tensors or the position invalid."""
 
 
-def identity(data: Dataset, objective: Objective, plan: Plan, model: MtpModel, optimizer: Optimizer) -> dict[str, Any]:
-    """What decides which sample comes when, and what is done with it."""
+def training_identity(
+    data: Dataset, objective: Objective, plan: Plan, model: MtpModel, optimizer: Optimizer
+) -> dict[str, Any]:
+    """Return the settings that decide the order of the samples and how the model is trained on them."""
     return {
         "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
@@ -37,24 +39,29 @@ def identity(data: Dataset, objective: Objective, plan: Plan, model: MtpModel, o
 
 
 def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequence[str]) -> dict[str, str]:
-    """What changed and was declared to, in words.
+    """Return the declared settings that have changed, each with a description of the change.
+
+    Args:
+        before: the settings in the checkpoint, from `training_identity`.
+        now: the settings of the resumed run.
+        declared: names of settings that may have changed.
 
     Raises:
-        InputError: something else changed.
+        InputError: a setting that is not declared has changed.
     """
-    changed = {name: difference(old, now[name]) for name, old in before.items() if now.get(name) != old}
+    changed = {name: describe_change(old, now[name]) for name, old in before.items() if now.get(name) != old}
     undeclared = [name for name in changed if name not in declared]
     if undeclared:
-        lines = ["The run cannot be resumed, for what must stay the same has changed:"]
+        lines = ["The run cannot be resumed, because settings that must stay the same have changed:"]
         lines += [f"  {name}: {changed[name]}" for name in undeclared]
-        if all(name in DECLARABLE for name in undeclared):
-            lines.append(f"Set it back, or declare that it is meant: resume_override=[{','.join(undeclared)}]")
+        if all(name in OVERRIDABLE for name in undeclared):
+            lines.append(f"Set them back, or allow the change: resume_override=[{','.join(undeclared)}]")
         raise InputError("\n".join(lines))
     return changed
 
 
-def difference(old: object, new: object) -> str:
-    """What changed, short enough for a line."""
+def describe_change(old: object, new: object) -> str:
+    """Describe a changed setting in one line; for dictionaries, only the first difference."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         return f"{len(keys)} entries differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"

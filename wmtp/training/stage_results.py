@@ -1,4 +1,4 @@
-"""What the stage before the training leaves in a run's folder, and when another run may use it."""
+"""The config and the result of stage 1 in a run's folder, and the checks before they are reused."""
 
 import json
 import os
@@ -8,49 +8,48 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.config.flatten import flat
-from wmtp.config.moved_targets import load_run_config
-from wmtp.config.schema import plain, stage_config
+from wmtp.config.flatten import flatten
+from wmtp.config.schema import load_run_config, stage_config, to_plain
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PRETRAIN
 
-DECISIVE = ("pretrain", "model", "data", "seed")
-"""Keys of the stage's config that a finished or interrupted stage is bound to."""
+FIXED_KEYS = ("pretrain", "model", "data", "seed")
+"""Keys of the stage 1 config that must not change once stage 1 has begun."""
 
 
-def stage_record(config: DictConfig) -> dict[str, Any]:
-    """The resolved config of the stage, with its own keys under `pretrain`."""
-    return plain(stage_config(config)) | {"pretrain": plain(config.pretrain)}
+def resolved_stage_config(config: DictConfig) -> dict[str, Any]:
+    """Return the resolved config of stage 1, with the keys of the stage itself under `pretrain`."""
+    return to_plain(stage_config(config)) | {"pretrain": to_plain(config.pretrain)}
 
 
-def write_record(folder: Path, config: DictConfig) -> None:
-    """Write the stage's config.yaml."""
+def write_stage_config(folder: Path, config: DictConfig) -> None:
+    """Write the config.yaml of stage 1."""
     (folder / PRETRAIN).mkdir(exist_ok=True)
-    replace_atomically(folder / PRETRAIN / "config.yaml", OmegaConf.to_yaml(stage_record(config)).encode())
+    replace_atomically(folder / PRETRAIN / "config.yaml", OmegaConf.to_yaml(resolved_stage_config(config)).encode())
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The stage's config.yaml of a run.
+def read_stage_config(folder: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run's stage 1.
 
     Raises:
-        InputError: the run has none.
+        InputError: the file does not exist.
     """
     path = folder / PRETRAIN / "config.yaml"
     if not path.exists():
-        raise InputError(f"{path}: is missing; {folder} is no run with a stage before its training")
+        raise InputError(f"{path}: is missing; {folder} is not the folder of a run with stage 1 (pretrain)")
     record = OmegaConf.to_container(load_run_config(path))
     assert isinstance(record, dict)
     return {str(key): value for key, value in record.items()}
 
 
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write result.json, which says that the stage is finished."""
+def write_stage_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write the result.json of stage 1, which marks it as finished."""
     replace_atomically(folder / PRETRAIN / "result.json", encode_json(result))
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """How the stage of a run ended; None if it has not."""
+def read_stage_result(folder: Path) -> dict[str, Any] | None:
+    """Return the result of a run's stage 1; None if it is not finished."""
     path = folder / PRETRAIN / "result.json"
     if not path.exists():
         return None
@@ -59,44 +58,48 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def require_unchanged(folder: Path, config: DictConfig) -> None:
-    """Raises `InputError` where a resumed run asks for another stage than the one it began, and has not said so."""
-    if read_result(folder) is None and any(folder.glob("checkpoints/step_*/manifest.json")):
-        raise InputError(f"{folder}: its training has begun without a stage before it; set algo and pretrain back")
+    """Check that a resumed run has the same stage 1 settings as before, except those named by `resume_override`.
+
+    Raises:
+        InputError: stage 2 has begun without a stage 1, or a setting of stage 1 has changed.
+    """
+    if read_stage_result(folder) is None and any(folder.glob("checkpoints/step_*/manifest.json")):
+        raise InputError(f"{folder}: its training has begun without a stage 1; restore the original algo and pretrain")
     if config.pretrain.get("reuse") is not None or not (folder / PRETRAIN / "config.yaml").exists():
         return
-    keys = tuple(key for key in DECISIVE if key not in config.resume_override)
-    before, now = _settings(read_record(folder), keys), _settings(stage_record(config), keys)
+    keys = tuple(key for key in FIXED_KEYS if key not in config.resume_override)
+    before, now = _settings(read_stage_config(folder), keys), _settings(resolved_stage_config(config), keys)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed = [key for key in changed if key != "pretrain.reuse"]
     if changed:
         lines = [f"  {key}: was {before.get(key)}, is now {now.get(key)}" for key in changed]
-        raise InputError("\n".join(["The stage before the training has begun with other settings:", *lines]))
+        raise InputError("\n".join(["Stage 1 has begun with other settings:", *lines]))
 
 
 def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
-    """The result of another run's finished stage.
+    """Return the result of another run's finished stage 1.
 
     Raises:
-        InputError: it has none, or one of another kind or with another model.
+        InputError: its stage 1 is missing or not finished, or its kind or model differs from this config's.
     """
-    result, record, wanted = read_result(source), read_record(source), stage_record(config)
+    result, theirs, ours = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
     if result is None:
-        raise InputError(f"pretrain.reuse={source}: that run's stage before the training is not finished")
+        raise InputError(f"pretrain.reuse={source}: stage 1 of that run is not finished")
     theirs, ours = (
-        flat({"model": stage["model"], "kind": stage["pretrain"]["_target_"]}) for stage in (record, wanted)
+        flatten({"model": stage["model"], "kind": stage["pretrain"]["_target_"]}) for stage in (theirs, ours)
     )
     changed = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if changed:
         lines = [f"  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in changed]
-        raise InputError("\n".join([f"pretrain.reuse={source}: that run has another stage:", *lines]))
+        raise InputError("\n".join([f"pretrain.reuse={source}: stage 1 of that run differs:", *lines]))
     return result
 
 
-def take_over(source: Path, folder: Path, config: DictConfig) -> None:
-    """Copy the finished stage of another run into this one.
+def copy_stage(source: Path, folder: Path, config: DictConfig) -> None:
+    """Copy the finished stage 1 of another run to this run's folder.
 
     Raises:
-        InputError: there is none that fits.
+        InputError: its stage 1 is missing or not finished, or does not match the config.
     """
     result = require_same_stage(source, config)
     staged = folder / f".{PRETRAIN}-copy"
@@ -112,5 +115,5 @@ def take_over(source: Path, folder: Path, config: DictConfig) -> None:
 
 
 def _settings(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """Some keys of a config as one level of dotted keys."""
-    return flat({key: record.get(key) for key in keys})
+    """Return the sections `keys` of a config, flattened to dotted keys."""
+    return flatten({key: record.get(key) for key in keys})

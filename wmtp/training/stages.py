@@ -1,7 +1,7 @@
-"""The stages that come before the training itself: a value head for the critic, a reference for rho1.
+"""Stage 1, the pretraining stage: a value head for critic, a reference model for rho1.
 
-A stage is a run of the same Trainer with another objective. Its keys in the config that are not named here
-are keys of train.yaml, and say what differs from the training: `pretrain.num_epochs`, `pretrain.optimizer.lr`.
+Stage 1 uses the same Trainer with another objective. Keys of `pretrain` that are not parameters of the classes below
+are keys of train.yaml, and override them in stage 1 only: `pretrain.num_epochs`, `pretrain.optimizer.lr`.
 """
 
 from pathlib import Path
@@ -19,31 +19,31 @@ from wmtp.objectives.value_loss import Kind, ValueLoss
 
 
 class Stage(Protocol):
-    """What the command must know of a stage."""
+    """The interface of a pretraining stage."""
 
     reuse: Path | None
-    """An earlier run whose stage is taken over instead of training it again."""
+    """An earlier run whose finished stage 1 is copied instead of training a new one."""
     trains_policy: bool
-    """Whether the training goes on from this stage's model."""
+    """Whether stage 2 continues to train the model of this stage."""
     needs_hidden_states: bool
-    """Whether it works on the hidden states of a frozen trunk."""
+    """Whether it trains on precomputed hidden states of a frozen trunk."""
     saves_value_head: bool
-    """Whether the value head is also left as a file of its own."""
+    """Whether the value head is also saved in a separate file."""
 
     def objective(self) -> Objective:
-        """What the stage's batches mean."""
+        """Return the objective of the stage."""
 
     def freeze(self, model: MtpModel) -> None:
-        """Leave only what this stage trains with gradients."""
+        """Freeze the parameters that this stage does not train."""
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """What the stage measures, with a model of so many heads."""
+        """Return the names of the stage's metrics for a model with `num_heads` heads."""
 
 
 class ValueStage:
-    """Trains the policy's value head, alone on a frozen trunk or together with the language model.
+    """Training of the policy's value head, alone on a frozen trunk or together with the language model.
 
-    The training goes on from the model that this stage leaves.
+    Stage 2 continues to train the model of this stage.
     """
 
     trains_policy = True
@@ -59,48 +59,48 @@ class ValueStage:
         save_value_head: bool = True,
         reuse: Path | None = None,
     ) -> None:
-        """`reuse` names an earlier run whose stage is taken over instead of training it again."""
+        """If `reuse` names an earlier run, its finished stage 1 is copied instead of training a new one."""
         self.trains, self.language_model_coef = trains, language_model_coef
         self.value_loss = ValueLoss(loss, discount, trace_decay)
         self.saves_value_head, self.reuse = save_value_head, reuse
         self.needs_hidden_states = trains == "head"
 
     def objective(self) -> Objective:
-        """What the stage's batches mean."""
-        beside = MtpObjective(Uniform()) if self.trains == "all" else None
-        return ValueObjective(self.value_loss, beside, self.language_model_coef)
+        """Return the objective of the stage."""
+        language_model = MtpObjective(Uniform()) if self.trains == "all" else None
+        return ValueObjective(self.value_loss, language_model, self.language_model_coef)
 
     def freeze(self, model: MtpModel) -> None:
-        """Leave only what this stage trains with gradients."""
-        model.train_all()
+        """Freeze the parameters that this stage does not train."""
+        model.set_trainable()
         for name, parameter in model.named_parameters():
             if self.trains == "head":
                 parameter.requires_grad_(name.startswith("value_head."))
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """Those of the values, and of the heads if they train."""
-        beside = self.trains == "all"
-        return metric_names(num_heads if beside else 0, values=True, language_model_loss=beside)
+        """Return the names of the value metrics, and of the heads' metrics if the heads are trained."""
+        trains_heads = self.trains == "all"
+        return metric_names(num_heads if trains_heads else 0, values=True, language_model_loss=trains_heads)
 
 
 class ReferenceStage:
-    """Trains a reference model of its own on curated data, as an ordinary language model."""
+    """Training of a separate reference model on curated data, as an ordinary language model."""
 
     trains_policy = False
     needs_hidden_states = False
     saves_value_head = False
 
     def __init__(self, *, reuse: Path | None = None) -> None:
-        """`reuse` names an earlier run whose stage is taken over instead of training it again."""
+        """If `reuse` names an earlier run, its finished stage 1 is copied instead of training a new one."""
         self.reuse = reuse
 
     def objective(self) -> Objective:
-        """What the stage's batches mean."""
+        """Return the objective of the stage."""
         return MtpObjective(Uniform())
 
     def freeze(self, model: MtpModel) -> None:
-        """All of the model trains."""
+        """Leave all parameters trainable."""
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """Those of the heads."""
+        """Return the names of the heads' metrics."""
         return metric_names(num_heads, values=False)

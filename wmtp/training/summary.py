@@ -1,4 +1,4 @@
-"""What is left of a run in numbers: summary.json, and the short table at its end."""
+"""Write summary.json and print the table at the end of a run."""
 
 import json
 import sys
@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.run_dir import RECEIPT, read_run, typed
+from wmtp.runtime.run_dir import SYNC_STATE, display_path, read_run
 from wmtp.runtime.versions import versions
 from wmtp.tracking.jsonl import FILE_NAME, read_metrics
 from wmtp.training.trainer import Result, Trainer
 
 
 def last_and_best(folder: Path) -> dict[str, Any]:
-    """The last validation and the best one, as they stand in metrics.jsonl."""
+    """Return the last and the best validation, as logged in metrics.jsonl."""
     validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
     if not validations:
         return {"last": {}, "best": {}}
@@ -25,14 +25,14 @@ def last_and_best(folder: Path) -> dict[str, Any]:
 
 
 def median_speed(folder: Path) -> float | None:
-    """Tokens per second of training in the middle of all that was logged."""
+    """Return the median of the logged training tokens per second; None if none was logged."""
     speeds = sorted(line["train/tokens_per_second"] for line in read_metrics(folder / FILE_NAME)
                     if "train/tokens_per_second" in line)  # fmt: skip
     return speeds[len(speeds) // 2] if speeds else None
 
 
 def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:
-    """Write summary.json, with `extras` besides what the trainer knows, and return its content."""
+    """Write summary.json with the values of the trainer and `extras`, and return its content."""
     summary = {
         **asdict(result),
         **last_and_best(folder),
@@ -50,8 +50,11 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
     return summary
 
 
-def print_summary(console: Console, folder: Path, summary: dict[str, Any], to_go_on: str) -> None:
-    """The table at the end of a run, and the commands that come next; `to_go_on` are the overrides of a longer run."""
+def print_summary(console: Console, folder: Path, summary: dict[str, Any], resume_overrides: str) -> None:
+    """Print the table at the end of a run, and the commands to use next.
+
+    `resume_overrides` are the overrides of a longer run, for the printed resume command.
+    """
     table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
     table.add_column("validation")
     table.add_column("last", justify="right")
@@ -75,23 +78,23 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], to_go
             console.print(f"weights: {name} {area:.3f} (0.5 is chance)", highlight=False)
     speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
-    console.print(f"The run lies in {folder}", soft_wrap=True, highlight=False)
-    remote, python = (read_run(folder) or {}).get("remote"), Path(typed(sys.executable))
+    console.print(f"The run is in {folder}", soft_wrap=True, highlight=False)
+    remote, python = (read_run(folder) or {}).get("remote"), Path(display_path(sys.executable))
     if remote is not None:
-        console.print(f"its copy in {remote}", soft_wrap=True, highlight=False)
+        console.print(f"its copy is in {remote}", soft_wrap=True, highlight=False)
     if (uri := tracking_uri(folder)) is not None and uri.startswith("http"):
-        console.print(f"its metrics in {uri}", soft_wrap=True, highlight=False)
+        console.print(f"its metrics are in {uri}", soft_wrap=True, highlight=False)
     console.print("Next:")
     if uri is not None and not uri.startswith("http"):
         ui = f"{python.with_name('mlflow')} ui --backend-store-uri {uri}"
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
     if summary["pass@1"] is not None:
-        console.print(f"  {python} -m wmtp.evaluate checkpoint={typed(folder)}", soft_wrap=True, highlight=False)
-    resume = f"{python} -m wmtp.train resume={typed(folder)} {to_go_on}"
+        console.print(f"  {python} -m wmtp.evaluate checkpoint={display_path(folder)}", soft_wrap=True, highlight=False)
+    resume = f"{python} -m wmtp.train resume={display_path(folder)} {resume_overrides}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)
 
 
 def tracking_uri(folder: Path) -> str | None:
-    """Where a run is tracked; None if it is not."""
-    path = folder / RECEIPT
+    """Return the MLflow URI of a run; None if it is not tracked."""
+    path = folder / SYNC_STATE
     return str(json.loads(path.read_text())["uri"]) if path.exists() else None

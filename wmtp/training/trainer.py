@@ -1,4 +1,4 @@
-"""The training loop: the only one."""
+"""The training loop, used by both stages."""
 
 import math
 import time
@@ -17,31 +17,31 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.device import Hardware
-from wmtp.distributed.parallelize import clip_gradients, synchronise_gradients
+from wmtp.distributed.parallelize import clip_gradients, synchronize_gradients
 from wmtp.distributed.rng import generator_states, restore_generators
 from wmtp.errors import InterruptedRun, TrainingError
 from wmtp.field_types import Positive, PositiveFloat
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
-from wmtp.ops.metric_sums import Sums, in_order
+from wmtp.ops.metric_sums import Sums, sum_in_order
 from wmtp.runtime.signals import DeferredSignals
 from wmtp.tracking.base import Tracker
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.nonfinite import Action, FiniteGate
 from wmtp.training.plan import Plan, Position
-from wmtp.training.resume_check import declared_changes, identity
+from wmtp.training.resume_check import declared_changes, training_identity
 
 
-class HeldOut(Protocol):
-    """What is asked of the model at every validation besides its losses."""
+class SampleEvaluator(Protocol):
+    """An evaluation that runs at every validation, in addition to the losses."""
 
     def validate(self, model: MtpModel, step: int) -> dict[str, float]:
-        """Measure the model as it is after an update."""
+        """Return metrics of the model after update `step`."""
 
 
 @dataclass
 class Result:
-    """How a run ended. Losses are of the last and the best validation, or None without one."""
+    """The result of a run. Losses are those of the last and the best validation; None without a validation."""
 
     total_steps: int
     total_tokens: int
@@ -53,7 +53,7 @@ class Result:
 
 
 class Trainer:
-    """Trains a model for an objective; knows epochs, updates, validation, saving and resuming."""
+    """The training loop: updates, logging, validation, early stopping, saving and resuming."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Trainer:
         hardware: Hardware,
         plan: Plan,
         early_stopping: EarlyStopping,
-        held_out: HeldOut | None = None,
+        sample_evaluation: SampleEvaluator | None = None,
         *,
         max_grad_norm: PositiveFloat = 1.0,
         log_interval: Positive = 10,
@@ -75,11 +75,15 @@ class Trainer:
         on_nonfinite: Action = "stop",
         max_skipped_updates: Positive = 10,
     ) -> None:
-        """Intervals count updates. None validates only after each epoch, or saves only the best and the last."""
+        """Create a trainer; intervals count updates.
+
+        Without `eval_interval`, validation runs only after each epoch and after the last update. Without
+        `save_interval`, only the best and the last state are saved.
+        """
         self.model, self.objective, self.data, self.plan = model, objective, data, plan
         self.optimizer, self.scheduler = optimizer, scheduler
         self.checkpoints, self.hardware, self.processes = checkpoints, hardware, hardware.processes
-        self.early_stopping, self.held_out = early_stopping, held_out
+        self.early_stopping, self.sample_evaluation = early_stopping, sample_evaluation
         self.max_grad_norm = max_grad_norm
         self.log_interval, self.eval_interval, self.save_interval = log_interval, eval_interval, save_interval
         self.gate = FiniteGate(on_nonfinite, max_skipped_updates, self.processes)
@@ -92,31 +96,29 @@ class Trainer:
         self._seconds, self._tokens = 0.0, 0
 
     def fit(self, trackers: Sequence[Tracker] = ()) -> Result:
-        """Train from the current position to the planned end, and tell the trackers.
+        """Train from the current position to the end of the plan, and log metrics to the trackers.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; the update it came at was not made.
-            InterruptedRun: a signal came; the update was finished and saved. If it was the last one anyway,
-                nothing is raised, and `interrupted_by` names the signal.
+            TrainingError: a loss or gradient is not finite; the update that produced it was not applied.
+            InterruptedRun: a signal was received; the current update was completed and saved. If it was the last
+                update of the run, nothing is raised, and `interrupted_by` holds the signal.
         """
         self.trackers = trackers
         with DeferredSignals() as signals:
-            while not self.ended:
-                before, metrics = self.position, self.train_update()
-                self._agree(signals)
-                epoch_ended = self.position.epoch > before.epoch
-
-                if self.ended or self._due(self.log_interval):
+            while not self.is_finished:
+                metrics = self.train_update()
+                self._synchronize(signals)
+                if self._should_log():
                     self._log(metrics | self._throughput() | self.early_stopping.metrics())
                 improved = False
-                if self.ended or epoch_ended or self._due(self.eval_interval):
+                if self._should_validate():
                     improved = self.validate()
-                    self._agree(signals)
-                if self.ended or improved or self.interrupted_by or self._due(self.save_interval):
-                    self.save(improved)
-                if self.interrupted_by and not self.ended:
-                    raise interruption(self)
-            self._agree(signals)
+                    self._synchronize(signals)
+                if improved or self._should_save():
+                    self.save(is_best=improved)
+                if self.interrupted_by and not self.is_finished:
+                    raise interruption_error(self)
+            self._synchronize(signals)
         return Result(
             self.position.step,
             self.position.tokens,
@@ -128,58 +130,70 @@ class Trainer:
         )
 
     @property
-    def ended(self) -> bool:
-        """Whether the plan is done, or was stopped early."""
+    def is_finished(self) -> bool:
+        """True once all planned updates are done or the run was stopped early."""
         return self.position.step >= self.plan.num_updates or self.early_stopping.reason is not None
 
     def train_update(self) -> dict[str, float]:
-        """Make one update: every micro-batch's gradient, then one step of the optimizer."""
+        """Make one update from the gradients of all its micro-batches, and return its `train/` metrics."""
         started = time.perf_counter()
         batches = [batch.to(self.hardware.device) for batch in self._next_micro_batches()]
-        own = self._gradients(batches)
-        norm = clip_gradients(self.model, self.max_grad_norm)
-        values = self.objective.metrics(own.reduced(self.processes))
-        values |= {"grad_norm": norm, "lr": float(self.scheduler.get_last_lr()[0])}
-        if self.gate.passes(self.position.step + 1, values["loss"], norm, own, batches):
+        sums = self._accumulate_gradients(batches)
+        grad_norm = clip_gradients(self.model, self.max_grad_norm)
+        values = self.objective.metrics(sums.reduced(self.processes))
+        values |= {"grad_norm": grad_norm, "lr": float(self.scheduler.get_last_lr()[0])}
+        if self.gate.passes(self.position.step + 1, values["loss"], grad_norm, sums, batches):
             self.optimizer.step()
             self.objective.finish_update(self.processes)
         else:
-            self.objective.forget_update()
+            self.objective.discard_update()
             values["skipped_updates"] = float(self.gate.num_skipped)
-        with warnings.catch_warnings():  # a first update that was skipped is no step out of order
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self.scheduler.step()
+        self._step_scheduler()
         self.optimizer.zero_grad(set_to_none=True)
-
-        update = self.plan.update_in_epoch(self.position)
-        num_tokens = self.data.num_tokens(self.position.epoch, update, self.plan.batch_size)
-        self.position = self.plan.after(self.position, num_tokens)
+        self._tokens += self._advance()
         self._seconds += time.perf_counter() - started
-        self._tokens += num_tokens
         metrics = {f"train/{name}": value for name, value in values.items()}
-        self.early_stopping.observe_update(norm, values.get("value_variance"))
+        self.early_stopping.observe_update(grad_norm, values.get("value_variance"))
         self.early_stopping.observe_metrics(metrics)
         return metrics
 
-    def _gradients(self, batches: list[Batch]) -> Sums:
-        """Leave the gradient of the update's loss in the parameters; what this process measured on the way."""
-        parts = torch.stack([self.objective.totals(self.model, batch) for batch in batches]).sum(dim=0)
-        totals = self.processes.sum(parts)
-        self.objective.check(totals)
+    def _accumulate_gradients(self, batches: list[Batch]) -> Sums:
+        """Accumulate the gradient of the update's loss in the parameters, and return this process's metric sums."""
+        parts = torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)
+        denominators = self.processes.sum(parts)
+        self.objective.check_denominators(denominators)
         sums = Sums()
         self.model.train()
         for number, batch in enumerate(batches, start=1):
-            synchronise_gradients(self.model, number == len(batches) or self.hardware.reduce_each_micro_batch)
+            synchronize_gradients(self.model, number == len(batches) or self.hardware.reduce_each_micro_batch)
             with self.hardware.autocast():
-                loss, batch_sums = self.objective.loss(self.model, batch, totals)
-            # gradients become the mean over processes, the loss is their sum
+                loss, batch_sums = self.objective.loss(self.model, batch, denominators)
+            # gradients are averaged over processes, but the loss is the sum over processes
             torch.autograd.backward(loss * self.processes.size)
             sums.add(batch_sums)
         return sums
 
+    def _step_scheduler(self) -> None:
+        with warnings.catch_warnings():  # torch warns if the first update was skipped; the order of steps is correct
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+
+    def _advance(self) -> int:
+        """Move the position past the update just made, and return the update's number of tokens."""
+        update = self.plan.update_in_epoch(self.position)
+        num_tokens = self.data.num_tokens(self.position.epoch, update, self.plan.batch_size)
+        self.position = self.plan.after(self.position, num_tokens)
+        return num_tokens
+
     @torch.no_grad()
     def validate(self, max_batches: int | None = None) -> bool:
-        """Measure the validation split, or some batches of it; whether its loss is the best so far."""
+        """Measure the validation split, or its first `max_batches` batches.
+
+        Returns whether the validation loss is the best so far. Without a validation split, nothing is measured.
+
+        Raises:
+            TrainingError: the validation loss is not finite.
+        """
         measured_batches = []
         self.model.eval()
         micro_batch_size = self.plan.micro_batch_size
@@ -189,10 +203,10 @@ class Trainer:
         if not measured_batches:
             return False
         num_batches = len(self.data.validation_order(micro_batch_size))
-        measured = self.objective.metrics(in_order(measured_batches, num_batches, self.processes))
-        if self.held_out is not None and max_batches is None:
+        measured = self.objective.metrics(sum_in_order(measured_batches, num_batches, self.processes))
+        if self.sample_evaluation is not None and max_batches is None:
             with self.hardware.autocast():
-                measured |= self.held_out.validate(self.model, self.position.step)
+                measured |= self.sample_evaluation.validate(self.model, self.position.step)
         values = {f"val/{name}": value for name, value in measured.items()}
         self.last_validation = values
         self.early_stopping.observe_metrics(values)
@@ -206,14 +220,14 @@ class Trainer:
         return improved
 
     def save(self, is_best: bool) -> None:
-        """Write a checkpoint of this position."""
+        """Write a checkpoint of the current position, and mark it as the best if `is_best`."""
         self.checkpoints.save(self.position.step, self.snapshot())
         if is_best:
             assert self.best_loss is not None
             self.checkpoints.mark_best(self.position.step, self.best_loss)
 
     def snapshot(self) -> Snapshot:
-        """Everything that a run needs to go on as if it had never stopped."""
+        """Return the complete training state: a run resumed from it continues exactly as without an interruption."""
         optimizer_tensors, optimizer_state = split_optimizer_state(self.model, self.optimizer)
         state = {
             "position": asdict(self.position),
@@ -226,19 +240,24 @@ class Trainer:
             "skipped_updates": self.gate.num_skipped,
             "identity": self._identity(),
         }
-        return Snapshot(self.model.stored(), optimizer_tensors, state)
+        return Snapshot(self.model.checkpoint_tensors(), optimizer_tensors, state)
 
     def restore(self, snapshot: Snapshot, declared: Sequence[str] = ()) -> dict[str, str]:
-        """Go on where a snapshot was taken; returns what was `declared` to have changed since, and has.
+        """Load the training state of a snapshot, and return the declared changes, described in words.
+
+        Args:
+            snapshot: the state to load.
+            declared: names of settings that are allowed to differ from the snapshot (`resume_override`).
 
         Raises:
-            InputError: the data, the tokenizer, the batches or something else are not those of the snapshot.
+            InputError: the data, the tokenizer, the batch size or another setting differs from the snapshot's, and
+                is not declared.
         """
         state = snapshot.state
-        self.plan = self.plan.resumed(state["identity"]["micro_batch_size"])
+        self.plan = self.plan.for_resume(state["identity"]["micro_batch_size"])
         changes = declared_changes(state["identity"], self._identity(), declared)
-        self.position = self.plan.converted(Position(**state["position"]), state["identity"]["micro_batch_size"])
-        load_model(self.model, snapshot.model, self.model.base)
+        self.position = self.plan.convert_position(Position(**state["position"]), state["identity"]["micro_batch_size"])
+        load_model(self.model, snapshot.model, self.model.base_names)
         restore_optimizer(self.model, self.optimizer, snapshot.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         restore_generators(state["generators"], self.processes)
@@ -251,22 +270,33 @@ class Trainer:
         return changes
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.data, self.objective, self.plan, self.model, self.optimizer)
+        return training_identity(self.data, self.objective, self.plan, self.model, self.optimizer)
 
-    def _agree(self, signals: DeferredSignals) -> None:
-        """Let a signal to one process be one to all, and a reason to stop of one be that of all."""
+    def _synchronize(self, signals: DeferredSignals) -> None:
+        """Share received signals and decisions to stop early between all processes."""
         size, reason = self.processes.size, self.early_stopping.reason
-        signal, first = self.processes.largest(signals.received or 0, size - self.processes.rank if reason else 0)
+        # the largest value identifies the lowest rank that has a reason to stop
+        signal, stopping = self.processes.max(signals.received or 0, size - self.processes.rank if reason else 0)
         self.interrupted_by = int(signal) or None
-        if first:
-            self.early_stopping.stop(self.processes.gather(reason)[size - int(first)])
+        if stopping:
+            self.early_stopping.stop(self.processes.gather(reason)[size - int(stopping)])
 
     def _next_micro_batches(self) -> list[Batch]:
         update = self.plan.update_in_epoch(self.position)
         sizes = self.plan.batch_size, self.plan.micro_batch_size
         return self.data.micro_batches(self.position.epoch, update, *sizes, self.processes)
 
-    def _due(self, interval: int | None) -> bool:
+    def _should_log(self) -> bool:
+        return self.is_finished or self._is_due(self.log_interval)
+
+    def _should_validate(self) -> bool:
+        epoch_ended = self.position.batch_in_epoch == 0  # true only between epochs, after at least one update
+        return self.is_finished or epoch_ended or self._is_due(self.eval_interval)
+
+    def _should_save(self) -> bool:
+        return self.is_finished or self.interrupted_by is not None or self._is_due(self.save_interval)
+
+    def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.position.step % interval == 0
 
     def _log(self, metrics: dict[str, float]) -> None:
@@ -280,8 +310,8 @@ class Trainer:
         return {"train/tokens_per_second": rate}
 
 
-def interruption(trainer: Trainer) -> InterruptedRun:
-    """What to raise for a run that a signal ended after it saved an update."""
+def interruption_error(trainer: Trainer) -> InterruptedRun:
+    """Return the error to raise after a signal ended the run and the last update was saved."""
     assert trainer.interrupted_by is not None
     where = f"{trainer.checkpoints.folder}/step_{trainer.position.step:08d}"
     return InterruptedRun(

@@ -1,4 +1,4 @@
-"""The servers that a run is delivered to, MLflow and S3, made from its config and its folder alone."""
+"""Uploaders of a run to MLflow and S3, created from its config and its folder only."""
 
 import copy
 import logging
@@ -10,146 +10,154 @@ from typing import Protocol
 from omegaconf import DictConfig
 from rich.console import Console
 
-from wmtp.checkpoint.listing import step_of, whole_checkpoints
-from wmtp.config.flatten import flat
-from wmtp.config.moved_targets import load_run_config
-from wmtp.config.schema import ConfigError, build, node_faults, plain
+from wmtp.checkpoint.listing import complete_checkpoints, step_of
+from wmtp.config.flatten import flatten
+from wmtp.config.schema import ConfigError, build, load_run_config, node_issues, to_plain
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
-from wmtp.runtime.background import IN_HASTE
+from wmtp.runtime.background import SHUTDOWN_STALL_S
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
 from wmtp.s3.client import S3Folder, S3Options, StoreError, StoreUnreachable
 from wmtp.s3.layout import STAGES
-from wmtp.s3.retention import newest_there
-from wmtp.s3.uploader import Mirror
+from wmtp.s3.retention import newest_remote_step
+from wmtp.s3.uploader import CheckpointUploader
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
-from wmtp.training.provenance import place
+from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
-NOTICE = 3.0
-"""Seconds after which somebody who waits at the end is told what for."""
+WAIT_NOTICE_S = 3.0
+"""Seconds at the end of a run after which a log message names the server that it waits for."""
 
 
-class GoneOnElsewhere(InputError):
-    """A run's copy in S3 is further than its folder here, which has nothing to add to it."""
+class RemoteIsAhead(InputError):
+    """The copy of a run in S3 has a later checkpoint than the local folder, so there is nothing to upload."""
 
 
-class Delivery(Tracker, Protocol):
-    """A tracker that tells a server, and says when it is closed what it has told and what not."""
+class Uploader(Tracker, Protocol):
+    """A tracker that sends data to a server and reports what was sent and what was not."""
 
     @property
     def server(self) -> str:
-        """Whom it tells."""
+        """The name of the server, for messages."""
 
     @property
     def report(self) -> str:
-        """What was sent, in words."""
+        """A description of the data that was sent."""
 
-    def left_behind(self) -> str:
-        """What was not sent, in words."""
+    def unsent(self) -> str:
+        """Return a description of the data that was not sent."""
 
 
 def check_servers(config: DictConfig, folder: Path) -> list[str]:
-    """Ask the servers whether they will take this run; what is wrong with those that cannot be reached, in words.
+    """Check that the servers accept this run. Return a message for each server that cannot be reached.
 
     Raises:
-        InputError: one of them refuses it, or keeps another run in its place.
+        InputError: a server rejects the run, or the run's S3 URL belongs to a different run.
+        RemoteIsAhead: the copy in S3 has a later checkpoint than `folder`.
     """
     problems: list[str] = []
     if config.tracking is not None:
         try:
             check_server(config.tracking.uri, config.tracking.experiment)
         except ServerUnreachable as error:
-            problems.append(f"{error}; metrics stay in the run's folder until it is back")
+            problems.append(f"{error}; metrics are kept in the run's folder until it can be reached")
     if remote := config.checkpoint.get("remote"):
         known = read_run(folder) or {"id": None, "remote": None}
-        there = S3Folder(place(folder, remote, known["remote"]), build(config.checkpoint, S3Options))
+        s3_folder = S3Folder(remote_url(folder, remote, known["remote"]), build(config.checkpoint, S3Options))
         try:
-            there.check()
-            require_own_place(there, folder, known["id"])
+            s3_folder.check()
+            require_same_run(s3_folder, folder, known["id"])
         except StoreUnreachable as error:
-            problems.append(f"{error}; checkpoints stay in the run's folder until it is back")
+            problems.append(f"{error}; checkpoints are kept in the run's folder until it can be reached")
         except StoreError as error:
-            problem = "if it does not know what it is asked for, checkpoint.checksums=when_required may help"
+            problem = "if the store does not support this request, try checkpoint.checksums=when_required"
             raise InputError(f"{error}; {problem}") from error
     return problems
 
 
-def require_own_place(there: S3Folder, folder: Path, run_id: str | None) -> None:
-    """Raises `InputError` where a place in S3 holds another run, and `GoneOnElsewhere` where this one is further."""
-    found = there.read_json(RUN)
+def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> None:
+    """Check that an S3 URL is unused or holds this run, with no later checkpoint than `folder`.
+
+    Raises:
+        InputError: the URL holds a different run.
+        RemoteIsAhead: the copy in S3 has a later checkpoint.
+    """
+    found = s3_folder.read_json(RUN)
     if found is not None and found["id"] != run_id:
         problem = "holds another run; name another folder (hydra.run.dir) or remote"
-        raise InputError(f"checkpoint.remote: {there.url} {problem}")
+        raise InputError(f"checkpoint.remote: {s3_folder.url} {problem}")
     for stage in reversed(STAGES):
-        newest = newest_there(there, stage)
-        here = max((step_of(path.name) for path in whole_checkpoints(folder / stage)), default=0)
-        if newest > here:
-            problem = f"is at update {newest}, and the folder here at {here}: the run was gone on with elsewhere"
-            raise GoneOnElsewhere(f"{there.url} {problem}; go on from there with resume={there.url}")
-        if here:
+        newest = newest_remote_step(s3_folder, stage)
+        newest_local = max((step_of(path.name) for path in complete_checkpoints(folder / stage)), default=0)
+        if newest > newest_local:
+            problem = f"is at update {newest} and the local folder at {newest_local}: the run was resumed elsewhere"
+            raise RemoteIsAhead(f"{s3_folder.url} {problem}; continue it with resume={s3_folder.url}")
+        if newest_local:
             break
 
 
-def open_deliveries(
-    config: DictConfig, folder: Path, console: Console, *, is_training: bool, hurries: bool = False
-) -> list[Delivery]:
-    """Begin to deliver a run, in the background, to the servers that its config names.
+def open_uploaders(
+    config: DictConfig, folder: Path, console: Console, *, is_training: bool, short_timeouts: bool = False
+) -> list[Uploader]:
+    """Start the background uploads of a run to the servers of its config.
 
-    `hurries` leaves little patience with those that do not answer.
+    With `short_timeouts`, servers that do not answer are given up sooner.
     """
-    run, parameters = read_run(folder), flat(plain(config))
-    if hurries:
-        config = in_haste(config)
-    deliveries: list[Delivery] = []
+    run, parameters = read_run(folder), flatten(to_plain(config))
+    if short_timeouts:
+        config = with_short_timeouts(config)
+    uploaders: list[Uploader] = []
     if config.tracking is not None:
         tags = {str(key): str(value) for key, value in config.tags.items()}
         name = config.run_name or folder.name
         about = {"folder": folder, "run_name": name, "parameters": parameters, "tags": tags}
-        deliveries.append(build(config.tracking, MlflowTracker, **about, is_training=is_training))
+        uploaders.append(build(config.tracking, MlflowTracker, **about, is_training=is_training))
     if run is not None and run["remote"] is not None and config.checkpoint.get("remote"):
         remote = S3Folder(run["remote"], build(config.checkpoint, S3Options))
         about = {"folder": folder, "remote": remote, "console": console, "is_training": is_training}
-        deliveries.append(build(config.checkpoint, Mirror, **about))
-    return deliveries
+        uploaders.append(build(config.checkpoint, CheckpointUploader, **about))
+    return uploaders
 
 
-def in_haste(config: DictConfig) -> DictConfig:
-    """A config with little patience."""
+def with_short_timeouts(config: DictConfig) -> DictConfig:
+    """Return a copy of the config with short `stall_seconds`."""
     config = copy.deepcopy(config)
     for node in (config.tracking, config.checkpoint):
         if node is not None and "stall_seconds" in node:
-            node.stall_seconds = min(node.stall_seconds, IN_HASTE)
+            node.stall_seconds = min(node.stall_seconds, SHUTDOWN_STALL_S)
     return config
 
 
-def deliver_rest(folder: Path, state: State) -> list[str]:
-    """Deliver what an ended run or sweep left behind; what was sent, in words.
+def send_pending(folder: Path, state: State) -> list[str]:
+    """Upload the pending data of an ended run or sweep, and return a report for each server.
 
     Raises:
-        InputError: a server refuses it, or the run's config has faults.
-        PendingError: not everything was taken.
+        InputError: a server rejects the data, or the config of the run is invalid.
+        PendingError: some data is still pending.
     """
     if not (folder / "config.yaml").exists():
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
     named = [key for key in ("tracking", "checkpoint") if config[key] is not None]
-    if faults := [fault for key in named for fault in node_faults(config[key], key)]:
+    if faults := [fault for key in named for fault in node_issues(config[key], key)]:
         raise ConfigError(faults)
     unreachable = check_servers(config, folder)
     console = Console(markup=False)
-    deliveries = open_deliveries(config, folder, console, is_training=False, hurries=bool(unreachable))
-    problems = conclude(deliveries, state)
+    uploaders = open_uploaders(config, folder, console, is_training=False, short_timeouts=bool(unreachable))
+    problems = close_all(uploaders, state)
     if problems:
-        raise pending(problems)
+        raise pending_error(problems)
     _prune(config, folder)
-    return [delivery.report for delivery in deliveries]
+    return [uploader.report for uploader in uploaders]
 
 
 def _prune(config: DictConfig, folder: Path) -> None:
-    """Let go of checkpoints that stayed for their upload, unless a training has begun here, which does so itself."""
+    """Delete checkpoints that were kept only until their upload, unless a running job holds the folder.
+
+    A running job deletes them itself.
+    """
     try:
         lock = FolderLock(folder)
     except InputError:
@@ -161,31 +169,31 @@ def _prune(config: DictConfig, folder: Path) -> None:
         lock.release()
 
 
-def conclude(deliveries: Sequence[Delivery], state: State) -> list[WmtpError | OSError]:
-    """Close all deliveries of a run; what is left behind is returned.
+def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | OSError]:
+    """Close all uploaders of a run, and return the errors, including data that is still pending.
 
-    An interruption ends the wait for a server, and with it nothing else, if the run has finished.
+    If the run has finished, an interruption (Ctrl-C) only ends the wait for the current server.
     """
     problems: list[WmtpError | OSError] = []
-    for delivery in deliveries:
+    for uploader in uploaders:
         notice = threading.Timer(
-            NOTICE, log.warning, ("waiting for %s; Ctrl-C leaves the rest to wmtp.sync", delivery.server)
+            WAIT_NOTICE_S, log.warning, ("waiting for %s; Ctrl-C leaves the rest to wmtp.sync", uploader.server)
         )
         notice.daemon = True
         notice.start()
         try:
-            problems += close([delivery], state)
+            problems += close_trackers([uploader], state)
         except InterruptedRun:
             if state != "FINISHED":
                 raise
-            problems.append(PendingError(delivery.left_behind()))
+            problems.append(PendingError(uploader.unsent()))
         finally:
             notice.cancel()
     return problems
 
 
-def close(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:
-    """Close every tracker; what went wrong with any of them is returned, so that all have their turn."""
+def close_trackers(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:
+    """Close every tracker, also after an error in one of them, and return the errors."""
     problems: list[WmtpError | OSError] = []
     for tracker in trackers:
         try:
@@ -195,6 +203,6 @@ def close(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError
     return problems
 
 
-def pending(problems: list[WmtpError | OSError]) -> PendingError:
-    """What several deliveries left behind, as one error."""
+def pending_error(problems: list[WmtpError | OSError]) -> PendingError:
+    """Return one error that lists the pending data of all uploaders."""
     return PendingError("\n".join(str(problem) for problem in problems))

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a composed config, found before anything is built."""
+"""Validation of a composed training config, before anything is built."""
 
 import math
 from collections.abc import Iterator
@@ -14,22 +14,22 @@ from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.config.groups import STAGE_GROUPS
 from wmtp.config.schema import (
     CONFIG_FOLDER,
-    Fault,
+    ConfigIssue,
     Parameter,
     build,
+    iter_nodes,
     locate,
-    node_faults,
-    nodes,
+    node_issues,
     schema,
     stage_config,
 )
-from wmtp.distributed.device import hardware_problems
+from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath
-from wmtp.models.loading import compose_source
+from wmtp.models.loading import build_source
 from wmtp.models.source import ModelSource
 from wmtp.objectives.base import metric_names
-from wmtp.runtime.run_dir import ACCEPTED, is_running
+from wmtp.runtime.run_dir import SAVED_OVERRIDES, is_running
 from wmtp.sandbox.isolation import Choice
 from wmtp.training.early_stopping import EarlyStopping, monitor_problem
 from wmtp.training.plan import Plan
@@ -39,7 +39,7 @@ from wmtp.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The keys of train.yaml that belong to the run, not to the trainer or its plan."""
+    """The keys of train.yaml that are options of the run, not of the trainer or its plan."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_name: str | None
@@ -55,220 +55,238 @@ class RunOptions:
     sweep: Any
 
 
-NEEDED = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")
-"""Groups that nothing works without."""
+REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")
+"""Config groups that must not be null."""
 
 
-def config_faults(config: DictConfig, stage: Stage | None = None) -> list[Fault]:
-    """All faults of a training config: first node by node, then across nodes where those are sound.
+def config_issues(config: DictConfig, stage: Stage | None = None) -> list[ConfigIssue]:
+    """Return all issues of a training config: first those of each node, then those between valid nodes.
 
-    `stage` is the stage that the config is of, if it is not the training itself.
+    Args:
+        config: the composed config.
+        stage: stage 1, if `config` is the config of stage 1; None for the config of the run.
     """
     groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
     expected = (groups | schema(Plan) | schema(RunOptions) | schema(Trainer)).keys() - {"experiment"}
     if missing := [name for name in expected if name not in config]:
-        return [Fault(name, "", "is missing; nothing can do without it") for name in missing]
-    faults = list(node_faults(config, "", groups | schema(Plan) | schema(RunOptions)))
-    for key, node in nodes(config):
-        faults += node_faults(node, key, changeable_in_a_stage() if key == "pretrain" else None)
+        return [ConfigIssue(name, "", "is missing, but required") for name in missing]
+    issues = list(node_issues(config, "", groups | schema(Plan) | schema(RunOptions)))
+    for key, node in iter_nodes(config):
+        issues += node_issues(node, key, stage_overridable_keys() if key == "pretrain" else None)
     for name in groups:
-        faults += group_faults(name, config.get(name))
-    unsound = {fault.key.split(".")[0] for fault in faults}
-    faults += cross_faults(config, unsound, stage)
-    if config.pretrain is not None and not unsound:
-        known = {(fault.key, fault.problem) for fault in faults}
-        faults += [
-            replace(fault, key=f"pretrain.{fault.key}")
-            for fault in config_faults(stage_config(config), build(config.pretrain))
-            if (fault.key, fault.problem) not in known
+        issues += group_issues(name, config.get(name))
+    invalid = {issue.key.split(".")[0] for issue in issues}
+    issues += cross_issues(config, invalid, stage)
+    if config.pretrain is not None and not invalid:
+        known = {(issue.key, issue.problem) for issue in issues}
+        issues += [
+            replace(issue, key=f"pretrain.{issue.key}")
+            for issue in config_issues(stage_config(config), build(config.pretrain))
+            if (issue.key, issue.problem) not in known
         ]
-    return faults
+    return issues
 
 
-def group_faults(name: str, value: Any) -> Iterator[Fault]:
-    """A group that holds no object: left out where it is needed, or a value where an option should be."""
+def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
+    """Yield issues of a config group that contains no object: a required group is null, or has a plain value."""
     options = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / name).glob("*.yaml") if path.stem != "base"))
     if value is None:
-        if name in NEEDED:
-            yield Fault(name, "null", f"must be one of {options}")
+        if name in REQUIRED_GROUPS:
+            yield ConfigIssue(name, "null", f"must be one of {options}")
     elif not isinstance(value, DictConfig):
-        yield Fault(name, repr(value), f"must be one of {options}")
+        yield ConfigIssue(name, repr(value), f"must be one of {options}")
     elif "_target_" not in value:
         for key in map(str, value):
-            yield Fault(f"{name}.{key}", "", f"unknown key; {name} has no options as it is chosen")
+            yield ConfigIssue(f"{name}.{key}", "", f"unknown key; the chosen {name} has no options")
 
 
-def changeable_in_a_stage() -> dict[str, Parameter]:
-    """The keys of train.yaml that a stage may change, with any value: they are checked when they are merged."""
+def stage_overridable_keys() -> dict[str, Parameter]:
+    """Return the keys of train.yaml that stage 1 may override. Their values are checked after merging."""
     names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed"]
     return {name: Parameter(Any, False) for name in names}
 
 
-def cross_faults(config: DictConfig, unsound: set[str], stage: Stage | None) -> Iterator[Fault]:
-    """What makes no sense together, or is not there; groups that are unsound in themselves are left out."""
-    if "model" not in unsound and config.get("model") is not None and (problems := list(model_faults(config))):
+def cross_issues(config: DictConfig, invalid: set[str], stage: Stage | None) -> Iterator[ConfigIssue]:
+    """Yield issues between groups, and resources that are not available; skip groups that are already `invalid`."""
+    if "model" not in invalid and config.get("model") is not None and (problems := list(model_issues(config))):
         yield from problems
-        unsound = unsound | {"model"}
+        invalid = invalid | {"model"}
     for group, check in (
-        ("data", data_faults),
-        ("optimizer", optimizer_faults),
-        ("hardware", hardware_faults),
-        ("resume", resume_faults),
+        ("data", data_issues),
+        ("optimizer", optimizer_issues),
+        ("hardware", hardware_group_issues),
+        ("resume", resume_issues),
     ):
-        if group not in unsound and config.get(group) is not None:
+        if group not in invalid and config.get(group) is not None:
             yield from check(config)
-    if stage is None and not unsound & {"algo", "model", "data", "pretrain"}:
-        yield from algorithm_faults(config)
-    if not unsound & {"algo", "model", "early_stopping"}:
-        yield from early_stopping_faults(config, stage)
-    if not unsound & {"batch_size", "micro_batch_size", "hardware"}:
-        yield from batch_faults(config)
+    if stage is None and not invalid & {"algo", "model", "data", "pretrain"}:
+        yield from algorithm_issues(config)
+    if not invalid & {"algo", "model", "early_stopping"}:
+        yield from early_stopping_issues(config, stage)
+    if not invalid & {"batch_size", "micro_batch_size", "hardware"}:
+        yield from batch_issues(config)
 
 
-def batch_faults(config: DictConfig) -> Iterator[Fault]:
-    """Batches that leave a process without work."""
+def batch_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue if the batch sizes leave a process without samples."""
     batch_size, processes = config.batch_size, config.hardware.num_processes
     if batch_size < processes:
-        problem = f"at least hardware.num_processes={processes}, so that each has work"
-        yield Fault("batch_size", str(batch_size), problem)
+        problem = f"must be at least hardware.num_processes={processes}, so that each process has samples"
+        yield ConfigIssue("batch_size", str(batch_size), problem)
     elif (config.micro_batch_size or 1) > (share := math.ceil(batch_size / processes)):
-        problem = f"at most batch_size={batch_size}"
+        problem = f"must be at most batch_size={batch_size}"
         if processes > 1:
-            problem = f"at most {share}, so that each of {processes} processes has work in batch_size={batch_size}"
-        yield Fault("micro_batch_size", str(config.micro_batch_size), problem)
+            problem = (
+                f"must be at most {share}, so that each of {processes} processes has samples of batch_size={batch_size}"
+            )
+        yield ConfigIssue("micro_batch_size", str(config.micro_batch_size), problem)
 
 
 def model_source(config: DictConfig) -> ModelSource:
-    """The model's source without its tokenizer, which takes time to make.
+    """Return the model's source without its tokenizer, which takes time to build.
 
     Raises:
-        InputError: what its parts are made of is not there.
+        InputError: files of the model are missing.
     """
-    return compose_source(config.model, None, Path(config.cache_dir))
+    return build_source(config.model, None, Path(config.cache_dir))
 
 
-def model_faults(config: DictConfig) -> Iterator[Fault]:
-    """A model that cannot be made, as far as can be told without its weights; texts that it cannot read."""
+def model_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield issues of the model that can be found without its weights, and a `data.max_length` above its maximum."""
     source = model_source(config)
-    problems = [Fault(f"model.{key}", value, problem) for key, value, problem in source.problems()]
+    problems = [ConfigIssue(f"model.{key}", value, problem) for key, value, problem in source.issues()]
     yield from problems
     limit = None if problems else source.max_positions
     length = config.data.get("max_length") if isinstance(config.data, DictConfig) else None
     if limit is not None and isinstance(length, int) and length > limit:
-        yield Fault("data.max_length", str(length), f"the model reads {limit} tokens at most")
+        yield ConfigIssue("data.max_length", str(length), f"the model reads {limit} tokens at most")
 
 
-def data_faults(config: DictConfig) -> Iterator[Fault]:
-    """Sampling wishes that contradict each other."""
+def data_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue if sampling options of the data contradict each other."""
     data = config.data
     if data.get("balance_correct") and data.get("correct_ratio") not in (None, 0.5):
         problem = f"contradicts data.correct_ratio={data.correct_ratio}; set data.correct_ratio=null"
-        yield Fault("data.balance_correct", "true", problem)
+        yield ConfigIssue("data.balance_correct", "true", problem)
 
 
-def algorithm_faults(config: DictConfig) -> Iterator[Fault]:
-    """A stage that the algorithm lacks or cannot use, and data or a model that it can do nothing with."""
+def algorithm_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield issues of stage 1, the data and the model with respect to the algorithm."""
     try:
         algorithm: Algorithm = build(config.algo)
     except InputError as error:
-        yield Fault("algo", "", str(error))
+        yield ConfigIssue("algo", "", str(error))
         return
     stage: Stage | None = None if config.pretrain is None else build(config.pretrain)
     if algorithm.needs_reference and algorithm.reference is None and not isinstance(stage, ReferenceStage):
         problem = "the algorithm needs a reference: train one with pretrain=rho1, or name one with algo.reference=PATH"
-        yield Fault("pretrain", "", problem)
+        yield ConfigIssue("pretrain", "", problem)
     if isinstance(stage, ReferenceStage) and not algorithm.needs_reference:
-        yield Fault("pretrain", "", "trains a reference that the algorithm has no use for; set pretrain=none")
+        yield ConfigIssue("pretrain", "", "trains a reference that the algorithm does not use; set pretrain=none")
     if isinstance(stage, ValueStage) and not algorithm.needs_values and stage.trains == "head":
-        yield Fault("pretrain.trains", "head", "trains a value head that the algorithm has no use for")
+        yield ConfigIssue(
+            "pretrain.trains",
+            "head",
+            "trains a value head that the algorithm does not use; set pretrain.trains=all or pretrain=none",
+        )
     source = model_source(config)
     if source.num_heads < algorithm.min_heads:
-        problem = f"{algorithm.name} does nothing with fewer than {algorithm.min_heads} heads"
-        yield Fault("model.num_heads", str(source.num_heads), problem)
+        problem = f"{algorithm.name} has no effect with fewer than {algorithm.min_heads} heads"
+        yield ConfigIssue("model.num_heads", str(source.num_heads), problem)
     if algorithm.reference == INITIAL and not source.is_pretrained:
-        problem = "is for pretrained models: a new one knows nothing; train a reference with pretrain=rho1"
-        yield Fault("algo.reference", INITIAL, problem)
+        problem = "is for pretrained models, but this model is new; train a reference with pretrain=rho1"
+        yield ConfigIssue("algo.reference", INITIAL, problem)
     learns_values = algorithm.needs_values or isinstance(stage, ValueStage)
     if learns_values and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
         problem = "gives every solution the same reward, so values have nothing to learn; choose 0.5"
-        yield Fault("data.correct_ratio", str(config.data.correct_ratio), problem)
+        yield ConfigIssue("data.correct_ratio", str(config.data.correct_ratio), problem)
     if stage is not None:
-        yield from stage_faults(config, stage)
+        yield from stage_issues(config, stage)
 
 
-def stage_faults(config: DictConfig, stage: Stage) -> Iterator[Fault]:
-    """What the stage changes and must not, and what its loss cannot do without."""
+def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
+    """Yield settings that stage 1 must not override, and issues of the settings that its loss requires."""
     changed = stage_config(config)
     if not (isinstance(changed.data, DictConfig) and isinstance(changed.model, DictConfig)):
         return
     if changed.model.get("tokenizer") != config.model.get("tokenizer"):
-        yield Fault("pretrain.model.tokenizer", "", "must be the training's; change model.tokenizer")
+        yield ConfigIssue(
+            "pretrain.model.tokenizer", "", "must be the same as in stage 2; change model.tokenizer instead"
+        )
     if stage.trains_policy and changed.model != config.model:
-        yield Fault("pretrain.model", "", "the training goes on with this stage's model; change model instead")
+        yield ConfigIssue(
+            "pretrain.model",
+            "",
+            "must be the same as in stage 2, which trains this model further; change model instead",
+        )
     if not isinstance(stage, ValueStage) or stage.value_loss.kind != "ranking":
         return
     if not changed.data.group_tasks:
-        problem = "compares the solutions to a task, which must meet in a batch: set pretrain.data.group_tasks=true"
-        yield Fault("pretrain.loss", "ranking", problem)
+        problem = "compares solutions to the same task within a batch; set pretrain.data.group_tasks=true"
+        yield ConfigIssue("pretrain.loss", "ranking", problem)
     micro_batch_size = changed.micro_batch_size or math.ceil(changed.batch_size / config.hardware.num_processes)
     if micro_batch_size % 2 or changed.batch_size % 2:
-        yield Fault("pretrain.loss", "ranking", "needs an even batch_size and micro_batch_size, to hold pairs")
+        yield ConfigIssue(
+            "pretrain.loss", "ranking", "needs an even batch_size and micro_batch_size, because it compares pairs"
+        )
     if changed.data.reward_model is not None:
-        yield Fault("pretrain.loss", "ranking", "ranks by is_correct, not by data.reward_model; choose loss=reward")
+        yield ConfigIssue(
+            "pretrain.loss", "ranking", "ranks by is_correct, not by data.reward_model; choose pretrain.loss=reward"
+        )
 
 
-def early_stopping_faults(config: DictConfig, stage: Stage | None) -> Iterator[Fault]:
-    """Settings that contradict each other, and a monitor that nothing measures."""
+def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[ConfigIssue]:
+    """Yield contradictory settings of early stopping, and a monitor that is not a metric of this run."""
     try:
         stopping: EarlyStopping = build(config.early_stopping)
     except InputError as error:
-        yield Fault("early_stopping", "", str(error))
+        yield ConfigIssue("early_stopping", "", str(error))
         return
     num_heads, values = model_source(config).num_heads, needs_values(config)
     names = metric_names(num_heads, values=values) if stage is None else stage.metric_names(num_heads)
     problem = monitor_problem(stopping.monitor, names)
     if stopping.patience is not None and problem:
-        yield Fault("early_stopping.monitor", stopping.monitor, problem)
+        yield ConfigIssue("early_stopping.monitor", stopping.monitor, problem)
 
 
 def needs_values(config: DictConfig) -> bool:
-    """Whether the algorithm trains a value head; its class knows, or that of the algorithm it wraps."""
+    """Return whether the algorithm trains a value head, from its class or that of the algorithm it wraps."""
     node = config.algo
     while "of" in node:
         node = node.of
     return bool(getattr(locate(str(node["_target_"])), "needs_values", False))
 
 
-def optimizer_faults(config: DictConfig) -> Iterator[Fault]:
-    """Whatever torch's own constructor refuses, tried on a parameter of one number."""
+def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield the error, if any, of constructing the optimizer for a parameter with one element."""
     options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
     try:
         locate(config.optimizer["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ValueError, TypeError, RuntimeError) as error:
-        yield Fault("optimizer", config.optimizer["_target_"], str(error))
+        yield ConfigIssue("optimizer", config.optimizer["_target_"], str(error))
 
 
-def hardware_faults(config: DictConfig) -> Iterator[Fault]:
-    """Hardware that is not there."""
+def hardware_group_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield issues of hardware that is not available."""
     hardware = config.hardware
-    for key, problem in hardware_problems(hardware.device, hardware.num_processes, hardware.strategy):
-        yield Fault(f"hardware.{key}", str(hardware[key]), problem)
+    for key, problem in hardware_issues(hardware.device, hardware.num_processes, hardware.strategy):
+        yield ConfigIssue(f"hardware.{key}", str(hardware[key]), problem)
 
 
-def resume_faults(config: DictConfig) -> Iterator[Fault]:
-    """A folder that is no run's, or whose run is still going."""
+def resume_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue if the run cannot be resumed."""
     try:
         problem = resume_problem(Path(config.resume))
     except InputError as error:
         problem = str(error)
     if problem:
-        yield Fault("resume", str(config.resume), problem)
+        yield ConfigIssue("resume", str(config.resume), problem)
 
 
 def resume_problem(folder: Path) -> str | None:
-    """Why a run cannot be resumed from a folder; None if it can."""
-    if not (folder / ACCEPTED).exists():
-        return f"is no run's folder: it has no {ACCEPTED}"
+    """Return the reason why a run's folder cannot be resumed; None if it can."""
+    if not (folder / SAVED_OVERRIDES).exists():
+        return f"is not a run's folder: it has no {SAVED_OVERRIDES}"
     if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):
-        return "the run has no checkpoint; start it anew"
-    return "the run is still going" if is_running(folder) else None
+        return "the run has no checkpoint; start a new run"
+    return "the run is still running; wait for its end or stop it" if is_running(folder) else None

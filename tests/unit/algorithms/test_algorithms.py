@@ -1,4 +1,4 @@
-"""Every weighting by hand, and beside each promise a weighting that breaks it."""
+"""Test every weighting by hand; for each property a naive weighting violates it."""
 
 import copy
 import json
@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, clipped, mean_one
+from wmtp.algorithms.base import Algorithm, Observations, clip_weights, mean_one_scale
 from wmtp.algorithms.controls import Control, Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED
 from wmtp.distributed.process_group import Processes
-from wmtp.ops.returns import advantages, rewards_at
-from wmtp.ops.targets import head_shares, targets
+from wmtp.ops.returns import advantages, token_rewards
+from wmtp.ops.targets import position_weights, targets
 
 NUM_HEADS = 3
 ALONE = Processes()
@@ -34,17 +34,17 @@ def generator(seed: int) -> torch.Generator:
 def shares_of(seed: int) -> Tensor:
     valid = torch.rand(NUM_HEADS, 2, 7, generator=generator(seed)) < 0.6
     valid[0, 0, 0] = True
-    return head_shares(valid)
+    return position_weights(valid)
 
 
 def scaled(raw: Tensor, shares: Tensor, low: float, high: float) -> Tensor:
-    """What becomes of raw weights."""
-    weights = clipped(raw, shares > 0, low, high)
-    return weights * mean_one(weights, shares)
+    """Raw weights after clipping and scaling."""
+    weights = clip_weights(raw, shares > 0, low, high)
+    return weights * mean_one_scale(weights, shares)
 
 
 def seen(seed: int = 0, batch: int = 3, length: int = 9, num_heads: int = NUM_HEADS, number: int = 0) -> Observations:
-    """A micro-batch of ragged solutions with everything that can be known of it."""
+    """A micro-batch of ragged solutions with all observations."""
     source = generator(seed)
     first = torch.randint(0, 3, (batch, 1), generator=source)
     last = torch.randint(4, length, (batch, 1), generator=source)
@@ -100,10 +100,10 @@ def test_other_ways_to_scale_break_the_mean_or_the_range(naive: str) -> None:
     raw, valid = raw_weights(shares, 1), shares > 0
     inside = raw.clamp(0.1, 5.0)
     ways = {
-        "not clipped": raw.where(valid, 0.0) * mean_one(raw, shares),
+        "not clipped": raw.where(valid, 0.0) * mean_one_scale(raw, shares),
         "mean over targets": inside.where(valid, 0.0) / inside[valid].mean(),
-        "not masked": inside * mean_one(inside, shares),
-        "scaled, then clipped": (raw * mean_one(raw, shares)).clamp(0.1, 5.0).where(valid, 0.0),
+        "not masked": inside * mean_one_scale(inside, shares),
+        "scaled, then clipped": (raw * mean_one_scale(raw, shares)).clamp(0.1, 5.0).where(valid, 0.0),
     }
     with pytest.raises(AssertionError):
         check_mean_and_ratios(ways[naive], shares, 0.1, 5.0)
@@ -114,17 +114,17 @@ def test_a_weight_that_is_not_finite_or_negative_makes_the_loss_nan(bad: float) 
     shares = shares_of(0)
     raw = torch.ones_like(shares)
     raw[0, 0, 0] = bad
-    weights = clipped(raw, shares > 0, 0.1, 5.0)
+    weights = clip_weights(raw, shares > 0, 0.1, 5.0)
     assert torch.isnan(weights).nonzero().tolist() == [[0, 0, 0]]
     losses = torch.ones_like(shares)
     assert torch.isnan((shares * scaled(raw, shares, 0.1, 5.0) * losses).sum())
     if not math.isnan(bad):
         hidden = raw.clamp(0.1, 5.0)  # the control: a range alone makes a weight like any other of it
-        assert torch.isfinite((shares * hidden * mean_one(hidden, shares) * losses).sum())
+        assert torch.isfinite((shares * hidden * mean_one_scale(hidden, shares) * losses).sum())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
-def test_what_is_no_target_may_have_any_raw_weight(bad: float) -> None:
+def test_raw_weights_of_invalid_targets_are_ignored(bad: float) -> None:
     shares = shares_of(0)
     raw = torch.where(shares > 0, 1.0, bad)
     assert torch.equal(scaled(raw, shares, 0.1, 5.0), (shares > 0).float())
@@ -132,7 +132,7 @@ def test_what_is_no_target_may_have_any_raw_weight(bad: float) -> None:
 
 def test_weights_that_are_all_zero_make_the_loss_nan_but_no_targets_do_not() -> None:
     shares = shares_of(0)
-    assert torch.isinf(mean_one(torch.zeros_like(shares), shares))
+    assert torch.isinf(mean_one_scale(torch.zeros_like(shares), shares))
     assert torch.isnan((shares * scaled(torch.zeros_like(shares), shares, 0.0, 1.0)).sum())
     assert not scaled(torch.ones_like(shares), torch.zeros_like(shares), 0.1, 5.0).any()
 
@@ -141,13 +141,13 @@ def test_weights_carry_no_gradient() -> None:
     observed = seen()
     assert observed.values is not None
     raw = Critic().weights(Observations(**vars(observed) | {"values": observed.values.requires_grad_()}))
-    assert raw.requires_grad  # the control: nothing but `clipped` stops it
-    assert not clipped(raw, observed.valid, 0.1, 5.0).requires_grad
+    assert raw.requires_grad  # the control: nothing but `clip_weights` stops it
+    assert not clip_weights(raw, observed.valid, 0.1, 5.0).requires_grad
 
 
 def test_uniform_weights_are_exactly_one() -> None:
     observed, algorithm = seen(3), Uniform()
-    shares = head_shares(observed.valid)
+    shares = position_weights(observed.valid)
     weights = scaled(algorithm.weights(observed), shares, algorithm.weight_min, algorithm.weight_max)
     assert torch.equal(weights, observed.valid.float())
 
@@ -184,7 +184,7 @@ def test_a_tokens_weight_reaches_every_head_that_predicts_it() -> None:
     observed = seen(5)
     assert observed.values is not None and observed.rewards is not None
     weights = Critic().weights(observed)
-    rewards = rewards_at(observed.rewards, observed.response)
+    rewards = token_rewards(observed.rewards, observed.response)
     advantage = advantages(observed.values, rewards, observed.response, discount=1.0, trace_decay=0.95)
     chosen = advantage[observed.response].double()
     of_token = ((advantage - chosen.mean()) / chosen.std(correction=0) / 0.9).exp().clamp(0.1, 5.0)
@@ -202,7 +202,7 @@ def test_a_tokens_weight_reaches_every_head_that_predicts_it() -> None:
 
 def plain_advantages(observed: Observations) -> Tensor:
     assert observed.values is not None and observed.rewards is not None
-    rewards = rewards_at(observed.rewards, observed.response)
+    rewards = token_rewards(observed.rewards, observed.response)
     every = advantages(observed.values, rewards, observed.response, discount=1.0, trace_decay=0.95)
     return every[observed.response].double()
 
@@ -247,7 +247,7 @@ def test_advantages_are_whitened_by_their_own_moments_for_ten_updates_and_then_b
 
 
 @pytest.mark.parametrize("make", [Critic, lambda: Shuffled(of=Critic())])
-def test_an_update_that_was_not_made_is_none_of_a_critics(make: Callable[[], Algorithm]) -> None:
+def test_critic_discards_skipped_updates(make: Callable[[], Algorithm]) -> None:
     one, other, naive = make(), make(), make()
     for algorithm in (one, other, naive):
         algorithm.weights(seen(1))
@@ -257,7 +257,7 @@ def test_an_update_that_was_not_made_is_none_of_a_critics(make: Callable[[], Alg
     broken = replace(nothing, values=nothing.values * torch.nan)
     for algorithm in (one, naive):
         algorithm.weights(broken)
-    one.forget_update()
+    one.discard_update()
     for algorithm in (one, other, naive):
         algorithm.weights(seen(3))
         algorithm.finish_update(ALONE)
@@ -266,7 +266,7 @@ def test_an_update_that_was_not_made_is_none_of_a_critics(make: Callable[[], Alg
 
 
 @pytest.mark.parametrize("updates", [0, 4, 12])
-def test_a_resumed_critic_weighs_bit_for_bit_the_same(updates: int) -> None:
+def test_resumed_critic_has_bitwise_equal_weights(updates: int) -> None:
     critic = Critic()
     for update in range(updates):
         critic.weights(seen(update))
@@ -281,13 +281,13 @@ def test_a_resumed_critic_weighs_bit_for_bit_the_same(updates: int) -> None:
     assert torch.equal(forgetful.weights(seen(99)), expected) is (updates == 0)
 
 
-def test_the_largest_advantage_overflows_nothing() -> None:
+def test_largest_advantage_does_not_overflow() -> None:
     critic, observed = Critic(), seen()
     critic.load_state_dict({"updates": 10, "mean": 0.0, "variance": 1e-12})
-    weights = clipped(critic.weights(observed), observed.valid, 0.1, 5.0)
+    weights = clip_weights(critic.weights(observed), observed.valid, 0.1, 5.0)
     assert torch.isfinite(weights).all()
     exponent = plain_advantages(observed).float() / 1e-6 / 0.9
-    control = clipped(exponent.exp(), torch.ones_like(exponent, dtype=torch.bool), 0.1, 5.0)
+    control = clip_weights(exponent.exp(), torch.ones_like(exponent, dtype=torch.bool), 0.1, 5.0)
     assert torch.isnan(control).any()
 
     constant = Observations(**vars(observed) | {"values": torch.zeros(3, 9), "rewards": torch.zeros(3)})
@@ -313,7 +313,7 @@ def test_a_target_counts_by_its_signed_excess_over_the_reference() -> None:
     assert ExcessLoss(temperature=0.25).weights(observed).tolist() == pytest.approx([5.0, 1.0, 0.1])
 
 
-def test_the_largest_excess_overflows_nothing() -> None:
+def test_largest_excess_does_not_overflow() -> None:
     observed = of_losses([1e30, 0.0], [0.0, 1e30])
     assert ExcessLoss(temperature=1e-3).weights(observed).tolist() == pytest.approx([5.0, 0.1])
 
@@ -367,7 +367,7 @@ def test_each_head_skips_the_targets_with_the_least_excess(seed: int, tenths: in
 
 
 @pytest.mark.parametrize("naive", ["all heads together", "head 1 too", "losses alone", "rounded down", "of positions"])
-def test_other_ways_to_skip_are_told_apart(naive: str) -> None:
+def test_other_ways_to_skip_are_detected(naive: str) -> None:
     observed = seen(4, batch=5)
     assert observed.losses is not None and observed.reference_losses is not None
     excess = (observed.losses - observed.reference_losses).where(observed.valid, -torch.inf)
@@ -398,7 +398,7 @@ def test_other_ways_to_skip_are_told_apart(naive: str) -> None:
 @pytest.mark.parametrize(
     ("keep_fraction", "count", "kept"), [(0.55, 100, 55), (0.28, 25, 7), (0.6, 5, 3), (0.61, 5, 4)]
 )
-def test_the_kept_share_is_rounded_up_from_what_it_says(keep_fraction: float, count: int, kept: int) -> None:
+def test_keep_fraction_is_rounded_up_exactly(keep_fraction: float, count: int, kept: int) -> None:
     losses = torch.rand(2, 1, count, generator=generator(0))
     observed = Observations(losses > -1, torch.ones(1, count) > 0, losses, torch.zeros_like(losses))
     assert TokenSkip(keep_fraction=keep_fraction).weights(observed)[1].sum() == kept
@@ -417,7 +417,7 @@ def test_a_head_without_targets_skips_nothing() -> None:
 
 
 class Given(Algorithm):
-    """Weights that are known beforehand."""
+    """Fixed weights."""
 
     weight_min, weight_max = 0.01, 100.0
 
@@ -482,7 +482,7 @@ def check_each_micro_batch_has_its_own_draws(weights: Callable[[Observations, in
 
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
-def test_a_control_is_decided_by_its_seed_and_the_micro_batch(control: type[Control]) -> None:
+def test_control_depends_only_on_seed_and_micro_batch(control: type[Control]) -> None:
     of = distinct(seen(6))
     check_each_micro_batch_has_its_own_draws(lambda observed, seed: control(of=of, seed=seed).weights(observed))
 
@@ -491,14 +491,14 @@ def test_a_control_is_decided_by_its_seed_and_the_micro_batch(control: type[Cont
 
         generator = torch.Generator()
 
-        def emptied(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
-            return super().emptied(weights, observed, self.generator)
+        def uninformative(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
+            return super().uninformative(weights, observed, self.generator)
 
     class SeedsAsTheyAre(control):  # type: ignore[misc, valid-type]
         """Hands torch the number itself, of which it takes no more than 32 bits: every epoch is like the first."""
 
-        def emptied(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
-            return super().emptied(weights, observed, generator.manual_seed(self.seed << 56 | observed.number))
+        def uninformative(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
+            return super().uninformative(weights, observed, generator.manual_seed(self.seed << 56 | observed.number))
 
     for naive in (OneStream, SeedsAsTheyAre):
         with pytest.raises(AssertionError):
@@ -508,7 +508,7 @@ def test_a_control_is_decided_by_its_seed_and_the_micro_batch(control: type[Cont
 
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
-def test_a_control_keeps_the_state_of_what_it_wraps(control: type[Control]) -> None:
+def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]) -> None:
     one = control(of=Critic(), seed=1)
     for update in range(12):
         one.weights(seen(update))
@@ -519,7 +519,7 @@ def test_a_control_keeps_the_state_of_what_it_wraps(control: type[Control]) -> N
 
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
-def test_a_control_asks_for_what_the_wrapped_algorithm_asks_for(control: type[Control]) -> None:
+def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Control]) -> None:
     for of in (Uniform(), Critic(value_coef=0.3), ExcessLoss(weight_max=3.0), TokenSkip()):
         wrapped = control(of=of)
         for name in ("needs_values", "needs_reference", "value_coef", "reference"):
@@ -531,7 +531,7 @@ def test_a_control_asks_for_what_the_wrapped_algorithm_asks_for(control: type[Co
 @pytest.mark.parametrize("of", [Critic(), TokenSkip(), ExcessLoss()])
 def test_shuffled_weights_are_those_of_the_wrapped_algorithm(of: Algorithm) -> None:
     observed = seen(8)
-    original = clipped(copy.deepcopy(of).weights(observed), observed.valid, of.weight_min, of.weight_max)
+    original = clip_weights(copy.deepcopy(of).weights(observed), observed.valid, of.weight_min, of.weight_max)
     check_sequences_keep_their_weights(Shuffled(of=of).weights(observed), original, observed.valid)
 
 
@@ -556,20 +556,20 @@ def test_random_weights_have_the_mean_and_the_deviation_of_the_wrapped_ones() ->
 
 
 @pytest.mark.parametrize("of", [Critic(beta=0.4), ExcessLoss(), TokenSkip()], ids=lambda of: of.name)
-def test_random_weights_still_vary_as_much_once_they_are_trained_with(of: Algorithm) -> None:
+def test_random_weights_keep_their_deviation_after_clipping_and_scaling(of: Algorithm) -> None:
     observed = seen(1, batch=64, length=32)
-    shares = head_shares(observed.valid)
+    shares = position_weights(observed.valid)
 
     def trained(algorithm: Algorithm, low: float, high: float) -> float:
-        draws = [clipped(algorithm.weights(numbered(observed, n)), observed.valid, low, high) for n in range(30)]
-        return sum(float((weights * mean_one(weights, shares))[observed.valid].std()) for weights in draws) / 30
+        draws = [clip_weights(algorithm.weights(numbered(observed, n)), observed.valid, low, high) for n in range(30)]
+        return sum(float((weights * mean_one_scale(weights, shares))[observed.valid].std()) for weights in draws) / 30
 
     wanted, control = trained(of, of.weight_min, of.weight_max), Random(of=of)
     assert trained(control, control.weight_min, control.weight_max) == pytest.approx(wanted, rel=0.1)
     assert trained(Random(of=of), of.weight_min, of.weight_max) < 0.9 * wanted, "the wrapped range is too narrow"
 
 
-def test_random_weights_in_place_of_constant_ones_are_constant() -> None:
+def test_random_weights_for_constant_weights_are_constant() -> None:
     observed = seen(1)
     drawn = Random(of=Given(torch.full(observed.valid.shape, 2.5))).weights(observed)
     torch.testing.assert_close(drawn, torch.full_like(drawn, 2.5))
@@ -581,4 +581,4 @@ def test_a_control_takes_a_micro_batch_without_targets(control: type[Control]) -
     nothing = Observations(
         torch.zeros(2, 3, 5) > 0, torch.zeros(3, 5) > 0, values=torch.zeros(3, 5), rewards=torch.zeros(3)
     )
-    assert not clipped(control(of=Critic()).weights(nothing), nothing.valid, 0.1, 5.0).any()
+    assert not clip_weights(control(of=Critic()).weights(nothing), nothing.valid, 0.1, 5.0).any()

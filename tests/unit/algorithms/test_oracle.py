@@ -1,4 +1,4 @@
-"""The oracle: what it is told, and what its weights are."""
+"""Test the oracle: its token labels and its weights."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from wmtp.data.dataset import Dataset
 from wmtp.data.records import Record
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import TokenizedSplit
-from wmtp.data.token_labels import misleading_tokens
+from wmtp.data.token_labels import harmful_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.training.token_report import MEASURES, calibration, described, measure_tokens, weight_quality
+from wmtp.training.token_report import TOKEN_METRICS, calibration, describe_samples, measure_tokens, weight_quality
 
 CPU = Hardware(device="cpu")
 
@@ -39,7 +39,7 @@ def text_of(split: TokenizedSplit, tokenizer: Tokenizer, index: int, chosen: np.
     return tokenizer.decode([int(t) for t in split.samples.tokens[first:end][chosen[first:end]]])
 
 
-def test_noise_and_what_makes_a_wrong_solution_wrong_mislead(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_noise_and_decisive_tokens_of_wrong_solutions_are_harmful(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "def run(x):\n    return x + 17\n# id: 00417\n"
     decisive, noise = (text.index("17"), text.index("17") + 2), (text.index("00417"), text.index("00417") + 5)
     records = [
@@ -48,48 +48,48 @@ def test_noise_and_what_makes_a_wrong_solution_wrong_mislead(tokenizer: Tokenize
     ]
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
     split = TokenizedSplit("train", records, source, None, tmp_path)
-    misleading = misleading_tokens(split, tokenizer)
+    harmful = harmful_tokens(split, tokenizer)
     by_rightness = {
-        bool(split.is_correct[index]): text_of(split, tokenizer, index, misleading).replace(" ", "") for index in (0, 1)
+        bool(split.is_correct[index]): text_of(split, tokenizer, index, harmful).replace(" ", "") for index in (0, 1)
     }
     assert "00417" in by_rightness[True] and "17" not in by_rightness[True].replace("00417", "")
     assert "17" in by_rightness[False].replace("00417", "") and "00417" in by_rightness[False]
 
 
-def test_a_misleading_tokens_weight_travels_with_it_to_every_head() -> None:
-    misleading = torch.tensor([[False, False, True, False]])
-    observed = Observations(torch.ones(2, 1, 4) > 0, torch.ones(1, 4) > 0, misleading=misleading)
+def test_weight_of_a_harmful_token_reaches_every_head() -> None:
+    harmful = torch.tensor([[False, False, True, False]])
+    observed = Observations(torch.ones(2, 1, 4) > 0, torch.ones(1, 4) > 0, harmful=harmful)
     weights = Oracle(misleading_weight=0.25).weights(observed)
     assert weights[:, 0, :2].tolist() == [[1.0, 0.25], [0.25, 1.0]]
     assert Uniform().weights(observed)[:, 0, :2].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-def test_its_weights_find_all_that_misleads(noisy: Dataset) -> None:
+def test_oracle_weights_find_all_harmful_tokens(noisy: Dataset) -> None:
     measured = measure_tokens(MtpObjective(Oracle()), tiny_model(), noisy, CPU)
-    weights = measured[:, MEASURES.index("weight")]
+    weights = measured[:, TOKEN_METRICS.index("weight")]
     known = np.isfinite(weights)
-    assert noisy.validation.misleading is not None
-    misleading = noisy.validation.misleading[known]
-    assert (weights[known][misleading] == 0).all() and (weights[known][~misleading] > 0).all()
+    assert noisy.validation.harmful is not None
+    harmful = noisy.validation.harmful[known]
+    assert (weights[known][harmful] == 0).all() and (weights[known][~harmful] > 0).all()
     assert weight_quality(weights, noisy)["noise_auc"] > 0.95  # type: ignore[operator]
 
 
-def test_what_is_known_of_tokens_reaches_their_batch(noisy: Dataset) -> None:
+def test_token_labels_reach_the_batch(noisy: Dataset) -> None:
     split = noisy.validation
     batch = collate(split, [3, 1], noisy.tokenizer.padding)
-    assert batch.misleading is not None and batch.misleading.dtype == torch.bool and split.misleading is not None
+    assert batch.harmful is not None and batch.harmful.dtype == torch.bool and split.harmful is not None
     for row, index in enumerate((3, 1)):
         first, end = split.samples.offsets[index : index + 2]
-        assert batch.misleading[row, : end - first].tolist() == split.misleading[first:end].tolist()
-        assert not batch.misleading[row, end - first :].any()
+        assert batch.harmful[row, : end - first].tolist() == split.harmful[first:end].tolist()
+        assert not batch.harmful[row, end - first :].any()
 
 
-def test_data_that_do_not_know_are_refused(invoke: Invoke, tmp_path: Path) -> None:
+def test_data_without_token_labels_is_rejected(invoke: Invoke, tmp_path: Path) -> None:
     lines = [f'{{"task_id": "{n}", "prompt": "Say {n}", "solution": "print({n})\\n"}}' for n in range(40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     outcome = invoke("algo=oracle", "data=jsonl", "data.path=a.jsonl", "model=nano", "num_samples=0",
                      "num_validation_samples=0", tiny=False)  # fmt: skip
-    assert outcome.code == 2 and "algo=oracle needs records with decisive or noise spans" in outcome.err
+    assert outcome.code == 2 and "no record has decisive or noise spans, which algo=oracle needs" in outcome.err
 
 
 # tokens.json
@@ -97,7 +97,7 @@ def test_data_that_do_not_know_are_refused(invoke: Invoke, tmp_path: Path) -> No
 
 def test_shown_tokens_spell_the_solution_and_carry_what_was_measured(noisy: Dataset) -> None:
     measured = np.arange(3 * len(noisy.validation.samples.tokens), dtype=np.float32).reshape(-1, 3)
-    samples = described(noisy.validation, noisy.tokenizer, measured, [4, 0])
+    samples = describe_samples(noisy.validation, noisy.tokenizer, measured, [4, 0])
     for index, sample in zip((4, 0), samples, strict=True):
         record = noisy.validation.records[noisy.validation.samples.kept[index]]
         assert "".join(token["text"] for token in sample["tokens"]) == record.solution

@@ -23,7 +23,7 @@ def snapshot(value: float, **state: Any) -> Snapshot:
 
 
 @FORMATS
-def test_what_was_saved_is_loaded(tmp_path: Path, format_: Any) -> None:
+def test_saved_state_is_loaded(tmp_path: Path, format_: Any) -> None:
     store = CheckpointStore(tmp_path, format=format_)
     store.save(10, snapshot(1.5))
     loaded = load(store.latest())
@@ -34,7 +34,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path, format_: Any) -> None:
 
 
 @FORMATS
-def test_any_type_and_shape_comes_back_bit_for_bit(tmp_path: Path, format_: Any) -> None:
+def test_all_types_and_shapes_are_loaded_bit_for_bit(tmp_path: Path, format_: Any) -> None:
     tensors = {
         "bf16": torch.randn(3, 5).bfloat16(), "f64": torch.randn(2, dtype=torch.float64), "scalar": torch.tensor(7.0),
         "int": torch.tensor([-(2**62)]), "bool": torch.tensor([True, False]), "empty": torch.empty(0, 4),
@@ -49,7 +49,7 @@ def test_any_type_and_shape_comes_back_bit_for_bit(tmp_path: Path, format_: Any)
         assert torch.equal(loaded[name].nan_to_num(5), tensor.nan_to_num(5)), name
 
 
-def test_a_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, Processes())
     store.save(1, snapshot(1))
     hashed: list[str] = []
@@ -58,11 +58,11 @@ def test_a_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.Monke
     load(store.latest(), verified=True)
     assert sorted(hashed) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     load(store.latest())
-    assert len(hashed) == 9, "without the promise it is verified again"
+    assert len(hashed) == 9, "without `verified` it is verified again"
 
 
 @pytest.mark.parametrize("owned", [True, False])
-def test_only_the_run_itself_moves_what_is_damaged_or_left_over(tmp_path: Path, owned: bool) -> None:
+def test_read_only_store_changes_no_folder(tmp_path: Path, owned: bool) -> None:
     store = CheckpointStore(tmp_path, Processes() if owned else None)
     first, second = store.save(1, snapshot(1)), store.save(2, snapshot(2))
     (second / "model.safetensors").write_bytes(b"")
@@ -73,7 +73,7 @@ def test_only_the_run_itself_moves_what_is_damaged_or_left_over(tmp_path: Path, 
 
 
 @FORMATS
-def test_a_save_clears_what_was_left_of_one_before(
+def test_save_removes_files_of_an_interrupted_save(
     tmp_path: Path, format_: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(tmp_path, format=format_)
@@ -84,10 +84,10 @@ def test_a_save_clears_what_was_left_of_one_before(
     path = store.save(1, snapshot(1))
     assert sorted(entry.name for entry in store.folder.iterdir()) == ["latest.json", "step_00000001"]
     assert not (path / "__7_0.distcp").exists()
-    assert caplog.text.count("was left by a save that was interrupted") == 2
+    assert caplog.text.count("was left by an interrupted save") == 2
 
 
-def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     for step in (1, 2, 3, 4, 5):
         store.save(step, snapshot(step))
@@ -96,7 +96,7 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     assert [path.name for path in sorted(store.folder.glob("step_*"))] == [f"step_0000000{n}" for n in (2, 4, 5)]
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path)
     first = store.save(1, snapshot(1))
     second = store.save(2, snapshot(2))
@@ -104,11 +104,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, capl
     assert store.latest() == first
     assert "step_00000002 is damaged" in caplog.text
     (first / "manifest.json").unlink()
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         store.latest()
 
 
-def test_a_removal_that_fails_is_said_and_tried_again(
+def test_failed_removal_is_logged_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(tmp_path, Processes(), keep_last=2)
@@ -134,7 +134,7 @@ def test_a_removal_that_fails_is_said_and_tried_again(
     assert there == ["step_00000002", "step_00000007", "step_00000008"]
 
 
-def test_the_best_stays_even_where_its_note_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_best_is_kept_if_best_json_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path, Processes(), keep_last=1)
     best = store.save(1, snapshot(1))
     store.mark_best(1, 0.5)
@@ -158,14 +158,14 @@ REFUSED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_state_that_json_cannot_hold_is_an_error_when_saved(tmp_path: Path, name: str) -> None:
+def test_state_that_is_not_plain_json_is_an_error(tmp_path: Path, name: str) -> None:
     store = CheckpointStore(tmp_path)
     with pytest.raises((TypeError, ValueError)):
         store.save(1, snapshot(1, bad=REFUSED[name]))
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path) -> None:
+def test_numpy_numbers_are_loaded_as_plain_numbers(tmp_path: Path) -> None:
     generator = np.random.default_rng(0).bit_generator.state
     loaded = load(CheckpointStore(tmp_path).save(1, snapshot(1, number=np.float64(0.1), generator=generator))).state
     assert type(loaded["number"]) is float and loaded["number"] == 0.1
@@ -173,14 +173,14 @@ def test_numbers_of_numpy_come_back_as_plain_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [deque([1]), np.float64(1), Path("x"), np.random.RandomState(0).get_state()])
-def test_control_torch_saves_such_a_state_and_cannot_load_it(tmp_path: Path, bad: object) -> None:
+def test_control_torch_saves_such_a_state_but_cannot_load_it(tmp_path: Path, bad: object) -> None:
     torch.save({"bad": bad}, tmp_path / "state.pt")
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(tmp_path / "state.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.Adafactor])
-def test_any_optimizer_goes_on_bit_for_bit(make: Any) -> None:
+def test_optimizers_resume_bit_for_bit(make: Any) -> None:
     def fresh() -> tuple[torch.nn.Module, Any]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))

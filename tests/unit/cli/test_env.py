@@ -1,4 +1,4 @@
-"""Users, passwords and keys come from the environment or `.env`, and nowhere else."""
+"""Tests of credentials: they are accepted only from the environment or `.env`."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from wmtp.cli.env import load_environment
 SECRET = "hunter2"
 
 
-def test_env_says_what_the_environment_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_file_adds_missing_variables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHON_DOTENV_DISABLED")
     (tmp_path / ".env").write_text("WMTP_TEST_A=from the file\nexport WMTP_TEST_B='also' # why\n")
@@ -22,7 +22,7 @@ def test_env_says_what_the_environment_does_not(tmp_path: Path, monkeypatch: pyt
     assert (os.environ["WMTP_TEST_A"], os.environ["WMTP_TEST_B"]) == ("from the environment", "also")
 
 
-def test_a_user_in_the_servers_address_is_taken_out_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_removed_from_the_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("USERNAME", "PASSWORD"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://me:{SECRET}@host/path")
@@ -40,19 +40,19 @@ def test_a_user_in_the_servers_address_is_taken_out_before_anything_else(monkeyp
     ],
 )
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
-def test_an_address_with_a_password_is_refused_and_not_repeated(
+def test_a_password_in_an_argument_is_refused_and_not_printed(
     invoke: Invoke, tmp_path: Path, argument: str, sweep: list[str]
 ) -> None:
     outcome = invoke(argument, *sweep)
-    assert outcome.code == 2 and "users and passwords belong into the environment or .env" in outcome.err
+    assert outcome.code == 2 and "put users and passwords into the environment or .env" in outcome.err
     assert SECRET not in outcome.out + outcome.err
     assert not any(SECRET in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_password_in_a_config_file_is_refused_and_not_repeated(
+def test_a_password_in_the_config_is_refused_and_not_printed(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An argument may also name a variable, whose value is found when the config is checked."""
+    """An argument may refer to a variable, whose value is read when the config is checked."""
     monkeypatch.setenv("SOME_SERVER", f"https://me:{SECRET}@host")
     outcome = invoke("tracking=mlflow", "tracking.uri=${oc.env:SOME_SERVER}")
     assert outcome.code == 2 and "tracking.uri" in outcome.err

@@ -1,4 +1,4 @@
-"""Readers: every faulty row is refused by its place and reason, every good one arrives as it was written."""
+"""Readers: every faulty row is rejected with its location and reason; every valid one is read unchanged."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ REASONS = Counter(reason for _, reason in MALFORMED.values())
 
 @pytest.fixture
 def malformed(tmp_path: Path) -> Path:
-    """A good line before and after each of the malformed ones, which so stand on the even lines 2 to 24."""
+    """A file with malformed rows on the even lines 2 to 24, and valid rows on the odd lines."""
     path = tmp_path / "rows.jsonl"
     lines = [GOOD, *(line for text, _ in MALFORMED.values() for line in (text, GOOD))]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -50,7 +50,7 @@ def reason_of(call: Any, *arguments: Any) -> str:
     return caught.value.reason
 
 
-def test_strict_lists_the_place_of_every_malformed_line(malformed: Path) -> None:
+def test_stop_lists_the_location_of_every_malformed_line(malformed: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_file(malformed, "jsonl", "stop", 0)
     lines = str(caught.value).splitlines()
@@ -64,7 +64,7 @@ def test_strict_lists_the_place_of_every_malformed_line(malformed: Path) -> None
     assert str(caught.value).count(f"{malformed}:") == 20
 
 
-def test_skip_keeps_the_good_lines_and_names_the_reason_of_the_others(malformed: Path) -> None:
+def test_skip_keeps_valid_lines_and_gives_reasons_for_the_others(malformed: Path) -> None:
     records, rejections = read_file(malformed, "jsonl", "skip", 12)
     assert records == [Record(task_id="a", prompt="p", solution="s")] * 13
     assert [rejection.line for rejection in rejections] == list(range(2, 26, 2))
@@ -79,7 +79,7 @@ def test_skip_stops_above_the_limit_with_the_count_of_each_reason(malformed: Pat
         assert f"{count} x {reason}" in str(caught.value)
 
 
-def test_control_python_takes_what_is_refused_here() -> None:
+def test_python_accepts_some_rejected_texts() -> None:
     for name in ("NaN", "1e999", "duplicate key", "lone surrogate"):
         text, reason = MALFORMED[name]
         assert json.loads(text)["task_id"] == "a"
@@ -98,17 +98,17 @@ def test_control_python_takes_what_is_refused_here() -> None:
         ('"a\nb"', "not valid JSON"),
     ],
 )
-def test_parse_json_refuses(text: str, reason: str) -> None:
+def test_parse_json_rejects(text: str, reason: str) -> None:
     assert reason_of(parse_json, text) == reason
 
 
-def test_the_reason_holds_nothing_that_varies() -> None:
+def test_reason_does_not_contain_details() -> None:
     with pytest.raises(Rejected, match="duplicate key: 'a'") as caught:
         parse_json('{"a": 1, "a": 2}')
     assert (caught.value.reason, caught.value.detail) == ("duplicate key", "'a'")
 
 
-def test_parse_json_takes_what_is_just_allowed() -> None:
+def test_parse_json_accepts_values_at_the_limits() -> None:
     assert parse_json('{"a": "\\ud83d\\ude00", "b": [1.5, true, null]}') == {"a": "😀", "b": [1.5, True, None]}
     assert parse_json("-" + "1" * 4_300) == -int("1" * 4_300)
     assert parse_json("[" * 100 + "]" * 100) is not None
@@ -193,7 +193,7 @@ def test_mbpp_has_unix_lines_and_its_tests_in_the_prompt() -> None:
     assert record.setup == "two = 2\n"
 
 
-def test_mbpp_may_be_the_sanitized_one() -> None:
+def test_mbpp_sanitized_is_read() -> None:
     row = {name: value for name, value in MBPP_ROW.items() if name not in ("text", "test_setup_code")}
     [record] = SHAPES["mbpp"](row | {"prompt": "Double.", "test_imports": ["import math", "import re"]})
     assert record.prompt.startswith("Double.\nassert")
@@ -209,7 +209,7 @@ def test_codecontests_keeps_python_3_only() -> None:
         assert record.tests == (StdioTest(stdin="1 2", stdout="3"), StdioTest(stdin="2 2", stdout="4"))
 
 
-def test_codecontests_without_python_3_or_difficulty_is_no_fault() -> None:
+def test_codecontests_may_have_no_python_3_and_no_difficulty() -> None:
     others = {"language": [1, 2], "solution": ["py2", ""]}
     assert SHAPES["codecontests"](CONTEST_ROW | {"solutions": others, "incorrect_solutions": others}) == []
     assert SHAPES["codecontests"](CONTEST_ROW)[0].difficulty is None
@@ -217,7 +217,7 @@ def test_codecontests_without_python_3_or_difficulty_is_no_fault() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_refuses_missing_null_and_mistyped_fields(shape: str) -> None:
+def test_every_shape_rejects_missing_null_and_mistyped_fields(shape: str) -> None:
     row, records_of = ROWS[shape], SHAPES[shape]
     assert records_of(row)
     for name in row:
@@ -248,11 +248,11 @@ def test_every_shape_refuses_missing_null_and_mistyped_fields(shape: str) -> Non
         ("codecontests", {"private_tests": {"input": [None], "output": ["1"]}}, "null"),
     ],
 )
-def test_a_shape_refuses(shape: str, change: dict[str, object], reason: str) -> None:
+def test_a_shape_rejects(shape: str, change: dict[str, object], reason: str) -> None:
     assert reason_of(SHAPES[shape], ROWS[shape] | change) == reason
 
 
-def test_a_line_of_other_encoding_costs_itself_only(tmp_path: Path) -> None:
+def test_an_encoding_error_rejects_only_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"\ufeff{GOOD}\n{GOOD}\n".encode() + b'{"task_id": "\xff"}\n' + GOOD.encode())
     records, [mark, byte] = read_file(path, "jsonl", "skip", 2)
@@ -261,7 +261,7 @@ def test_a_line_of_other_encoding_costs_itself_only(tmp_path: Path) -> None:
     assert byte == Rejection(str(path), 3, "not UTF-8", "byte 0xff at position 14")
 
 
-def test_a_fault_in_an_array_costs_its_row_and_is_named_by_it(tmp_path: Path) -> None:
+def test_an_error_in_an_array_rejects_only_its_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(f"[{GOOD},\n\n{MALFORMED['duplicate key'][0]}, {MALFORMED['NaN'][0]}, 3, {GOOD}]")
     records, rejections = read_file(path, "jsonl", "skip", 3)
@@ -274,14 +274,14 @@ def test_a_fault_in_an_array_costs_its_row_and_is_named_by_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b'[{"a": 1}', b"{}", b"null", b"\xef\xbb\xbf[]", b'["\xff"]', b"[" * 100_000])
-def test_an_array_whose_rows_cannot_be_told_apart_cannot_be_skipped(tmp_path: Path, content: bytes) -> None:
+def test_a_syntax_error_in_an_array_cannot_be_skipped(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"rows\.json: "):
         read_file(path, "jsonl", "skip", 1_000)
 
 
-def test_what_cannot_be_read_is_an_input_error(tmp_path: Path) -> None:
+def test_unreadable_files_raise_input_errors(tmp_path: Path) -> None:
     broken, whole = tmp_path / "rows.jsonl.gz", gzip.compress(GOOD.encode() * 100)
     for content in (whole[:-20], b"plain text", whole[:15] + b"\xff\xff\xff" + whole[18:]):
         broken.write_bytes(content)
@@ -313,7 +313,7 @@ def test_a_folder_holds_a_file_per_split(tmp_path: Path) -> None:
         read_splits(tmp_path, "jsonl", "stop", 0)
 
 
-def test_the_limit_counts_over_all_the_files_of_a_folder(tmp_path: Path) -> None:
+def test_max_errors_applies_to_all_files_of_a_folder_together(tmp_path: Path) -> None:
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(lines_of(name) + "{}")
     _, rejections = read_splits(tmp_path, "jsonl", "skip", 2)
@@ -337,7 +337,7 @@ def test_one_file_is_split_by_task(tmp_path: Path) -> None:
     assert {record.task_id for record in fewer.test} == ids[2] & set(tasks[:500])
 
 
-def test_a_path_that_holds_no_splits_is_an_input_error(tmp_path: Path) -> None:
+def test_a_path_without_splits_raises_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such file or folder.*train, validation"):
         read_splits(tmp_path / "none", "jsonl", "stop", 0)
     for name, content, message in (

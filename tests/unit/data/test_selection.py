@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.records import Record
-from wmtp.data.selection import Sampling, counts_for, select, with_mismatched
+from wmtp.data.selection import Selection, add_mismatched, allocate_counts, select
 from wmtp.errors import InputError
 
 
@@ -16,15 +16,15 @@ def records(right: int, wrong: int, difficulty: int = 1) -> list[Record]:
     ]
 
 
-def test_without_wishes_everything_stays() -> None:
+def test_empty_selection_keeps_all_records() -> None:
     everything = records(3, 4)
-    assert select(everything, Sampling()) == everything
+    assert select(everything, Selection()) == everything
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.05, 0.95))
-def test_the_ratio_of_correct_records_is_met_with_as_many_as_possible(right: int, wrong: int, ratio: float) -> None:
+def test_correct_ratio_selects_as_many_records_as_possible(right: int, wrong: int, ratio: float) -> None:
     try:
-        chosen = select(records(right, wrong), Sampling(correct_ratio=ratio))
+        chosen = select(records(right, wrong), Selection(correct_ratio=ratio))
     except InputError:
         assert min(right / ratio, wrong / (1 - ratio)) < 1
         return
@@ -33,31 +33,31 @@ def test_the_ratio_of_correct_records_is_met_with_as_many_as_possible(right: int
     assert len(chosen) >= int(min(right / ratio, wrong / (1 - ratio))) - 1
 
 
-def test_bins_of_difficulty_get_their_weights() -> None:
+def test_difficulty_bins_get_their_weights() -> None:
     everything = [record for d in (1, 2, 3, 4) for record in records(20, 20, d)]
-    chosen = select(everything, Sampling(n_samples=40, correct_ratio=0.5, difficulty_bins={"1-2": 3.0, "4": 1.0}))
+    chosen = select(everything, Selection(n_samples=40, correct_ratio=0.5, difficulty_bins={"1-2": 3.0, "4": 1.0}))
     assert Counter(record.is_correct for record in chosen) == {True: 20, False: 20}
     counts = Counter(record.difficulty for record in chosen)
     assert counts[1] + counts[2] == 30 and counts[4] == 10 and counts[3] == 0
 
 
-def test_the_seed_decides_which() -> None:
+def test_the_seed_determines_the_selected_records() -> None:
     everything = records(50, 0)
-    first = select(everything, Sampling(n_samples=10, seed=1))
-    assert first == select(everything, Sampling(n_samples=10, seed=1))
-    assert first != select(everything, Sampling(n_samples=10, seed=2))
+    first = select(everything, Selection(n_samples=10, seed=1))
+    assert first == select(everything, Selection(n_samples=10, seed=1))
+    assert first != select(everything, Selection(n_samples=10, seed=2))
 
 
-@pytest.mark.parametrize("wish", [Sampling(n_samples=11), Sampling(n_samples=8, correct_ratio=0.9)])
-def test_more_than_there_is_is_an_error(wish: Sampling) -> None:
-    with pytest.raises(InputError, match="are asked for"):
-        select(records(5, 5), wish)
+@pytest.mark.parametrize("selection", [Selection(n_samples=11), Selection(n_samples=8, correct_ratio=0.9)])
+def test_too_few_records_raise_an_error(selection: Selection) -> None:
+    with pytest.raises(InputError, match="are needed"):
+        select(records(5, 5), selection)
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 100))
-def test_counts_add_up_and_stay_near_their_shares(weights: list[float], n: int) -> None:
+def test_counts_sum_to_n_and_are_near_their_shares(weights: list[float], n: int) -> None:
     shares = [weight / sum(weights) for weight in weights]
-    counts = counts_for(shares, n)
+    counts = allocate_counts(shares, n)
     assert sum(counts) == n
     assert all(abs(count - share * n) < 1 + 1e-6 for count, share in zip(counts, shares, strict=True))
 
@@ -67,10 +67,10 @@ def of_task(task: int, solution: str, *, is_correct: bool = True) -> Record:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcd"), st.booleans()), min_size=1, max_size=12))
-def test_every_task_gets_a_wrong_solution_that_is_none_of_its_right_ones(rows: list[tuple[int, str, bool]]) -> None:
+def test_every_task_gets_an_incorrect_solution_that_is_not_a_correct_one(rows: list[tuple[int, str, bool]]) -> None:
     given_records = [of_task(task, solution, is_correct=right) for task, solution, right in rows]
     try:
-        everything = with_mismatched(given_records, seed=3)
+        everything = add_mismatched(given_records, seed=3)
     except InputError:
         everything = []
         tasks = {record.task_id for record in given_records}
@@ -86,12 +86,12 @@ def test_every_task_gets_a_wrong_solution_that_is_none_of_its_right_ones(rows: l
     assert not everything or wrong == {r.task_id for r in given_records}
 
 
-def test_the_seed_decides_whose_solution_a_task_gets() -> None:
+def test_the_seed_determines_mismatched_solutions() -> None:
     everything = records(20, 0)
-    assert with_mismatched(everything, seed=1) == with_mismatched(everything, seed=1)
-    assert with_mismatched(everything, seed=1) != with_mismatched(everything, seed=2)
+    assert add_mismatched(everything, seed=1) == add_mismatched(everything, seed=1)
+    assert add_mismatched(everything, seed=1) != add_mismatched(everything, seed=2)
 
 
-def test_a_solution_that_all_tasks_share_cannot_be_a_wrong_one() -> None:
+def test_a_solution_of_all_tasks_cannot_be_mismatched() -> None:
     with pytest.raises(InputError, match="data.mismatched: no other task"):
-        with_mismatched([of_task(1, "same"), of_task(2, "same")], seed=0)
+        add_mismatched([of_task(1, "same"), of_task(2, "same")], seed=0)

@@ -1,4 +1,4 @@
-"""What processes share: the micro-batches of an update, the batches of a validation, and a decision to stop."""
+"""Work of several processes: micro-batches of an update, batches of a validation, and the decision to stop."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tests.support.ranks import Ranks
 from tests.support.training import BOTH, gradients, trainer_in
 from wmtp.data import dataset as dataset_module
 from wmtp.data.collate import Batch
-from wmtp.data.sampler import share
+from wmtp.data.sampler import items_for_rank
 from wmtp.models.mtp import MtpModel
 from wmtp.ops.metric_sums import Sums
 from wmtp.training.trainer import Trainer
@@ -28,19 +28,19 @@ ELEVEN = ["batch_size=22", "micro_batch_size=2", "num_epochs=1", "data.num_train
 
 
 def without_empty_batches(items: Sequence[Any], rank: int, size: int) -> list[Any]:
-    return [item for item in share(items, rank, size) if item is not None]
+    return [item for item in items_for_rank(items, rank, size) if item is not None]
 
 
 def first_gradient(folder: Path, overrides: Sequence[str], naive: bool = False) -> tuple[list[int], np.ndarray]:
-    """How many samples each micro-batch of this process has, and the gradient of the update."""
+    """Return the number of samples of each micro-batch of this process, and the gradient of the update."""
     trainer = trainer_in(folder, *ELEVEN, *overrides)
     with pytest.MonkeyPatch.context() as patch:
         if naive:
-            patch.setattr(dataset_module, "share", without_empty_batches)
+            patch.setattr(dataset_module, "items_for_rank", without_empty_batches)
         batches = trainer._next_micro_batches()
-        trainer._gradients(batches)
+        trainer._accumulate_gradients(batches)
     if naive:
-        time.sleep(4)  # what this process does next would meet the other's collective, and gloo would abort
+        time.sleep(4)  # the next collective would mix with the other process's, and gloo would abort
         return [], np.empty(0)
     return [len(batch.record_ids) for batch in batches], gradients(trainer.model).numpy()
 
@@ -50,7 +50,7 @@ def updates_made(folder: Path, overrides: Sequence[str]) -> int:
 
 
 @pytest.mark.parametrize("strategy", BOTH)
-def test_eleven_micro_batches_are_six_and_five_and_an_empty_one(
+def test_eleven_micro_batches_become_six_and_five_plus_an_empty_one(
     ranks: Ranks, tmp_path: Path, cache: Path, strategy: str
 ) -> None:
     overrides = [f"cache_dir={cache}"]
@@ -73,7 +73,7 @@ KNOWN = [1.0, 2.0, 3.0, 4.0, 100.0]
 
 
 class Known:
-    """The validation losses of five samples, in the order in which they are validated."""
+    """An objective with known losses of five samples, in the order of validation."""
 
     def __init__(self, losses: dict[str, float]) -> None:
         self.losses = losses
@@ -126,7 +126,7 @@ def mean_of_means(folder: Path, overrides: Sequence[str]) -> float:
     return (float(np.mean(losses[::2])) + float(np.mean(losses[1::2]))) / 2
 
 
-def test_a_validation_gives_the_bits_of_one_process(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_validation_is_bitwise_equal_to_one_process(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}"]
     alone = validate(tmp_path, overrides)
     assert alone["val/value_variance"] > 0
@@ -139,25 +139,25 @@ def test_a_validation_gives_the_bits_of_one_process(ranks: Ranks, tmp_path: Path
 
 
 def stops_on_the_second(folder: Path, overrides: Sequence[str], agrees: bool = True) -> tuple[int, str | None, float]:
-    """Train in two processes, of which the second alone finds a reason to stop, at the third update.
+    """Train in two processes; only the second has a reason to stop, at the third update.
 
-    Returns the last update, the reason, and the seconds since the third update.
+    Return the last update, the reason, and the seconds since the third update.
     """
     trainer = trainer_in(folder, *overrides)
     observe = trainer.early_stopping.observe_update
     times: list[float] = []
 
-    def seen(grad_norm: float, value_variance: float | None) -> None:
+    def _observe(grad_norm: float, value_variance: float | None) -> None:
         observe(grad_norm, value_variance)
         times.append(time.monotonic())
         if trainer.processes.rank == 1 and trainer.position.step == 3:
             trainer.early_stopping.stop("only here")
 
-    trainer.early_stopping.observe_update = seen  # type: ignore[method-assign]
+    trainer.early_stopping.observe_update = _observe  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         if not agrees:
-            patch.setattr(Trainer, "_agree", lambda *arguments: None)
-            # what a process that stopped does next would meet the other's collective, and gloo would abort
+            patch.setattr(Trainer, "_synchronize", lambda *arguments: None)
+            # the next collective of the stopped process would mix with the other's, and gloo would abort
             patch.setattr(Trainer, "validate", lambda *arguments: time.sleep(4))
             patch.setattr(Trainer, "save", lambda *arguments: None)
         result = trainer.fit()
@@ -172,5 +172,5 @@ def test_a_reason_of_one_process_stops_both_after_the_same_update(
     for step, reason, seconds in ranks(stops_on_the_second, tmp_path / "run", overrides):
         assert (step, reason) == (3, "only here") and seconds < 5
     control = ranks.outcomes(stops_on_the_second, tmp_path / "control", overrides, False, timeout=3.0)
-    assert control[0].error is not None and control[0].seconds > 3, "the first waits for the second in vain"
+    assert control[0].error is not None and control[0].seconds > 3, "the first waits for the second without end"
     assert control[1].value[:2] == (3, "only here")

@@ -18,7 +18,7 @@ def records() -> list[Record]:
 
 
 def verdicts(records: list[Record]) -> list[bool]:
-    """Whether each solution passes its tests, run by another Python than the generator's own executor."""
+    """Return whether each solution passes its tests, run in a Python process without the generator's executor."""
     program = "import sys, json\nfor source in json.load(sys.stdin):\n    try:\n        exec(source, {})\n        "
     program += "print(True)\n    except Exception:\n        print(False)\n"
     sources = ["\n".join([record.solution, *map(str, record.tests)]) for record in records]
@@ -28,7 +28,7 @@ def verdicts(records: list[Record]) -> list[bool]:
     return [line == "True" for line in done.stdout.splitlines()]
 
 
-def test_right_solutions_pass_every_test_and_wrong_ones_fail_one(records: list[Record]) -> None:
+def test_correct_solutions_pass_every_test_and_incorrect_ones_fail_one(records: list[Record]) -> None:
     assert verdicts(records) == [record.is_correct for record in records]
     assert sum(record.is_correct for record in records) * 2 == len(records)
 
@@ -38,7 +38,7 @@ def test_the_same_seed_gives_the_same_records(records: list[Record]) -> None:
     assert tasks.generate("train", 150, ALL, noise=0.5, seed=4) != records
 
 
-def test_a_wrong_solution_differs_exactly_in_its_decisive_place() -> None:
+def test_an_incorrect_solution_differs_exactly_in_its_decisive_span() -> None:
     pairs = tasks.generate("train", 200, ALL, noise=0.0, seed=0)
     for right, wrong in zip(pairs[::2], pairs[1::2], strict=True):
         ((start, end),) = wrong.decisive
@@ -46,12 +46,12 @@ def test_a_wrong_solution_differs_exactly_in_its_decisive_place() -> None:
         assert wrong.solution[:start] == right.solution[:start]
         assert wrong.solution[end:] == right.solution[len(right.solution) - tail :]
         assert wrong.solution != right.solution
-        if end - start > 12:  # a step was exchanged: what both write is not what makes it wrong
+        if end - start > 12:  # a step was replaced: the span excludes the common text
             assert wrong.solution[start] != right.solution[start]
             assert wrong.solution[end - 1] != right.solution[len(right.solution) - tail - 1]
 
 
-def test_noise_is_a_comment_that_changes_nothing(records: list[Record]) -> None:
+def test_noise_is_a_comment_without_effect(records: list[Record]) -> None:
     noisy = [record for record in records if record.noise]
     assert 0.35 < len(noisy) / len(records) < 0.65
     for record in noisy:
@@ -74,8 +74,8 @@ def test_tests_are_literal_calls(records: list[Record]) -> None:
 
 
 def test_splits_share_no_task() -> None:
-    def asked(split: str) -> set[str]:
-        """What the tasks ask, whatever the names: their right programs with function and variable renamed."""
+    def _programs(split: str) -> set[str]:
+        """Return the syntax trees of the correct programs with function and variable renamed."""
         programs = set()
         for record in tasks.generate(split, 150, ALL, noise=0.0, seed=0)[::2]:
             tree = ast.parse(record.solution)
@@ -88,23 +88,23 @@ def test_splits_share_no_task() -> None:
             programs.add(ast.dump(tree))
         return programs
 
-    train, validation, test = asked("train"), asked("validation"), asked("test")
+    train, validation, test = _programs("train"), _programs("validation"), _programs("test")
     assert not train & validation and not train & test and not validation & test
     assert len(validation) == len(test) == 150
-    assert train & asked("train"), "the control: equal tasks would be seen"
+    assert train & _programs("train"), "the control: equal tasks would be seen"
 
 
-def test_more_different_tasks_than_there_are_is_an_error_that_says_so() -> None:
+def test_too_many_different_tasks_raise_an_error() -> None:
     with pytest.raises(InputError, match="data.num_test"):
         tasks.generate("test", 5_000, {1: 1.0}, noise=0.0, seed=0)
 
 
-def test_a_program_that_runs_on_is_stopped() -> None:
+def test_an_endless_program_is_stopped() -> None:
     with pytest.raises(tasks.StepLimitError):
         tasks.execute("def f():\n    while True:\n        pass\n", ["f()"])
 
 
-def test_what_the_collection_of_garbage_runs_neither_counts_nor_ends_the_count() -> None:
+def test_garbage_collector_callbacks_do_not_affect_the_step_limit() -> None:
     collections = 0
 
     def busy(*about: object) -> None:
@@ -119,7 +119,7 @@ def test_what_the_collection_of_garbage_runs_neither_counts_nor_ends_the_count()
     try:
         assert tasks.execute("def f():\n    return len([[i] for i in range(1000)])\n", ["f()"]) == ["1000"]
         assert collections > 0
-        with pytest.raises(tasks.StepLimitError):  # not in a callback, where Python drops it and stops counting
+        with pytest.raises(tasks.StepLimitError):  # not in a callback, where Python would ignore it and stop the count
             tasks.execute("def f():\n    kept = []\n    for _ in range(9000):\n        kept.append([])\n", ["f()"])
     finally:
         gc.set_threshold(*threshold)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from wmtp.data.collate import IGNORED, collate
 from wmtp.data.dataset import Dataset
 from wmtp.data.records import Record
-from wmtp.data.sampler import by_length, epoch_batches
+from wmtp.data.sampler import batches_by_length, epoch_batches
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.token_cache import TokenizedRecords, cached_tokens, tokenize
@@ -22,14 +22,14 @@ RECORDS = [
 ]
 
 
-def test_every_text_survives_the_tokenizer(tokenizer: Tokenizer) -> None:
+def test_every_text_is_decoded_unchanged(tokenizer: Tokenizer) -> None:
     texts = ["def f(x):\n    return x + 17\n", "naïve 日本語 🙂\t\r\n\x00", ""]
     assert [tokenizer.decode(tokens) for tokens in tokenizer.encode(texts)] == texts
     assert tokenizer.vocab_size == 512
 
 
 @pytest.mark.slow
-def test_the_tokenizer_is_always_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_task_tokenizer_is_deterministic(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert task_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     assert task_tokenizer(tmp_path, vocab_size=400).fingerprint != tokenizer.fingerprint
 
@@ -64,7 +64,7 @@ def test_a_sample_that_is_too_long_is_counted_and_dropped_or_cut_if_asked(max_le
 
 
 class _Characters(Tokenizer):
-    """One token for each character, so that lengths can be seen."""
+    """A tokenizer with one token per character, so that lengths are known."""
 
     def __init__(self) -> None:
         self.end, self.padding, self.vocab_size, self.fingerprint = 1, 0, 10_000, "characters"
@@ -76,7 +76,7 @@ class _Characters(Tokenizer):
 LENGTHS = _Characters()
 
 
-def test_a_changed_input_never_meets_a_stale_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_changed_inputs_are_tokenized_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     def cached(
         records: list[Record] = RECORDS, template: str = "{prompt}\n", max_length: int = 100
     ) -> TokenizedRecords:
@@ -95,7 +95,7 @@ def test_a_changed_input_never_meets_a_stale_cache(tokenizer: Tokenizer, tmp_pat
     assert len(list(tmp_path.glob("tokens-*"))) == 4
 
 
-def test_a_damaged_cache_says_which_file_to_delete(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_damaged_cache_error_contains_the_file_to_delete(tokenizer: Tokenizer, tmp_path: Path) -> None:
     cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
     (path,) = tmp_path.glob("tokens-*")
     path.write_bytes(path.read_bytes()[:20])
@@ -104,7 +104,7 @@ def test_a_damaged_cache_says_which_file_to_delete(tokenizer: Tokenizer, tmp_pat
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 5))
-def test_every_epoch_sees_every_sample_once_in_its_own_order(count: int, batch_size: int, epoch: int) -> None:
+def test_every_epoch_has_every_sample_once_in_its_own_order(count: int, batch_size: int, epoch: int) -> None:
     lengths = np.arange(count) % 17 + 1
     batches = epoch_batches(lengths, batch_size, 7, epoch)
     assert sorted(index for batch in batches for index in batch) == list(range(count))
@@ -113,7 +113,7 @@ def test_every_epoch_sees_every_sample_once_in_its_own_order(count: int, batch_s
     if count > 5 * batch_size:
         assert batches != epoch_batches(lengths, batch_size, 7, epoch + 1)
         assert batches != epoch_batches(lengths, batch_size, 8, epoch)
-    assert sorted(i for batch in by_length(lengths, batch_size) for i in batch) == list(range(count))
+    assert sorted(i for batch in batches_by_length(lengths, batch_size) for i in batch) == list(range(count))
 
 
 def test_less_than_fifteen_percent_of_the_tasks_tokens_are_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:

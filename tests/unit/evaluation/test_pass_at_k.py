@@ -1,4 +1,4 @@
-"""pass@k against its definition, the public estimator and resampling by hand."""
+"""pass@k against its definition, the public estimator and manual resampling."""
 
 from itertools import combinations
 
@@ -13,25 +13,25 @@ from wmtp.evaluation.summary import pass_summary
 
 
 @given(st.integers(1, 200), st.data())
-def test_it_is_the_public_estimator(n: int, data: st.DataObject) -> None:
+def test_pass_at_k_equals_the_public_estimator(n: int, data: st.DataObject) -> None:
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     assert pass_at_k(n, c, k) == pytest.approx(float(estimate_pass_at_k(n, [c], k)[0]), abs=1e-12)
 
 
-def test_it_is_the_share_of_all_choices_of_k_samples_that_hold_a_passing_one() -> None:
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_passing_sample() -> None:
     samples = [True] * 3 + [False] * 5
     for k in range(1, 9):
         choices = list(combinations(samples, k))
         assert pass_at_k(8, 3, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
-def test_the_plug_in_estimate_is_another_number() -> None:
+def test_the_plug_in_estimate_differs() -> None:
     assert pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
-    assert pytest.approx(0.83193, abs=1e-5) == 1 - (1 - 0.3) ** 5  # the biased way
+    assert pytest.approx(0.83193, abs=1e-5) == 1 - (1 - 0.3) ** 5  # the biased estimate
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(3, 1, 4), (3, 4, 1), (3, 1, 0), (0, 0, 1)])
-def test_what_cannot_be_estimated_is_refused(n: int, c: int, k: int) -> None:
+def test_invalid_counts_raise_an_error(n: int, c: int, k: int) -> None:
     with pytest.raises(ValueError, match="cannot be estimated"):
         pass_at_k(n, c, k)
 
@@ -47,7 +47,7 @@ def test_the_interval_resamples_problems_and_not_samples() -> None:
     assert got.high - got.low > 0.5  # a thousand independent samples would give 0.06
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_has_about_its_nominal_coverage() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for _ in range(60):
@@ -57,7 +57,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 51 <= hits <= 60
 
 
-def test_problems_that_are_all_alike_have_no_interval() -> None:
+def test_equal_problems_have_no_interval() -> None:
     assert estimate([(1, 0)] * 164, 1).low is None
     assert estimate([(4, 2)], 2).high is None
 
@@ -67,7 +67,7 @@ def row(task: str, index: int, outcome: str, difficulty: int | None = None) -> d
     return {"task_id": task, "index": index, "outcome": outcome, "reason": reason, "difficulty": difficulty}
 
 
-def test_the_summary_averages_over_problems_by_difficulty_too() -> None:
+def test_the_summary_averages_over_problems_in_total_and_by_difficulty() -> None:
     rows = [row("a", i, "pass" if i < 3 else "fail", 1) for i in range(10)]
     rows += [row("b", i, "fail", 2) for i in range(10)]
     summary = pass_summary(rows, [1, 5, 11])
@@ -79,7 +79,7 @@ def test_the_summary_averages_over_problems_by_difficulty_too() -> None:
     assert summary["outcomes"] == {"wrong": 17, "pass": 3}
 
 
-def test_a_problem_with_fewer_judged_samples_is_not_counted_as_failed() -> None:
+def test_a_problem_with_fewer_graded_samples_is_not_counted_as_failed() -> None:
     summary = pass_summary([row("a", 0, "pass"), row("a", 1, "pass"), row("b", 0, "pass")], [1, 2])
     assert summary["pass_at_k"]["1"]["value"] == 1.0
     assert "2" not in summary["pass_at_k"]

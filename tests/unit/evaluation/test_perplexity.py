@@ -1,4 +1,4 @@
-"""Losses and accuracies of an evaluation, against a loop over every target."""
+"""Losses and accuracies of an evaluation, compared with a loop over all targets."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from wmtp.ops.targets import targets
 
 
 def by_hand(model: torch.nn.Module, data: Dataset) -> dict[str, float]:
-    """Head by head, sample by sample, target by target."""
+    """Return the metrics from a loop over heads, samples and targets."""
     hits: dict[int, list[bool]] = {k: [] for k in range(1, 5)}
     losses: dict[int, list[float]] = {k: [] for k in range(1, 5)}
     for index in range(len(data.validation)):
@@ -36,7 +36,7 @@ def by_hand(model: torch.nn.Module, data: Dataset) -> dict[str, float]:
 
 
 def trained_model(data: Dataset) -> torch.nn.Module:
-    """A model that has learned a little, so that heads are right now and then."""
+    """Return a model after a few steps, so that heads are sometimes correct."""
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     batch = collate(data.validation, list(range(len(data.validation))), data.tokenizer.padding)
@@ -51,21 +51,21 @@ def trained_model(data: Dataset) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("rows_at_once", [7, 2_048])
-def test_accuracies_and_perplexity_are_those_of_a_loop_over_targets(
+def test_metrics_equal_those_of_a_loop_over_targets(
     tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
     monkeypatch.setattr(perplexity, "ROWS_AT_ONCE", rows_at_once)
     model = trained_model(tiny_data)
-    wanted = by_hand(model, tiny_data)
+    expected = by_hand(model, tiny_data)
     got = prediction_metrics(model, tiny_data.validation, tiny_data.tokenizer, Hardware(device="cpu"), 3)  # type: ignore[arg-type]
-    assert wanted["head_1_accuracy"] > 0.2
-    assert len(set(wanted.values())) > 2  # heads differ, so that one taken for another would be seen
-    for name, value in wanted.items():
+    assert expected["head_1_accuracy"] > 0.2
+    assert len(set(expected.values())) > 2  # heads differ, so confusing them would be detected
+    for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=1e-5)
     assert got["mtp_loss"] == pytest.approx(sum(got[f"head_{k}_loss"] for k in range(1, 5)) / 4)
 
 
-def test_without_samples_there_is_nothing_to_say(tiny_data: Dataset, cache: Path) -> None:
+def test_metrics_are_empty_without_samples(tiny_data: Dataset, cache: Path) -> None:
     from wmtp.data.sources import TaskSource
     from wmtp.data.split import TokenizedSplit
 

@@ -1,4 +1,4 @@
-"""Decoding against the whole forward without a cache, one sequence and one token at a time."""
+"""Decoding, compared with full forwards without a cache, one sequence and one token at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,17 +17,14 @@ from torch import Tensor
 from tests.conftest import tiny_model
 from wmtp.data.dataset import Dataset
 from wmtp.data.tokenizer import Tokenizer
-from wmtp.generation import decoding
-from wmtp.generation import fused_block as stacked
-from wmtp.generation import kv_cache as reading
-from wmtp.generation import sampling as noise
+from wmtp.generation import decoding, fused_block, kv_cache, sampling
 from wmtp.generation.cached_model import CachedModel
 from wmtp.generation.decoding import Completion, Request, generate
-from wmtp.generation.fused_block import StackedBlock
-from wmtp.generation.sampling import choose, gumbel, most_likely
+from wmtp.generation.fused_block import FusedBlock
+from wmtp.generation.sampling import gumbel_noise, sample_tokens, top_p_mask
 from wmtp.generation.settings import Decoding
 from wmtp.generation.speculation_stats import speculation_metrics
-from wmtp.generation.stop_strings import Transcript
+from wmtp.generation.stop_strings import StopStrings
 from wmtp.models.mtp import MtpModel
 
 CONTEXT = 48
@@ -38,7 +35,7 @@ MANY = settings(
 
 
 def trained(model: MtpModel, rows: Tensor, steps: int) -> MtpModel:
-    """The model after some steps on sequences that follow one another, so that its drafts are often right."""
+    """Train the model for some steps, so that its drafts are often accepted."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         states = model(rows).states
@@ -59,7 +56,7 @@ def texts(tiny_data: Dataset) -> list[str]:
 
 @pytest.fixture(scope="session")
 def models(texts: list[str], tokenizer: Tokenizer) -> dict[int, MtpModel]:
-    """Models with 1, 2 and 4 heads that half know the texts; float64, where rounding decides nothing."""
+    """Models with 1, 2 and 4 heads, partly trained on the texts; in float64, so rounding has no effect."""
     rows = torch.tensor([[*tokens, *[tokenizer.end] * 48][:48] for tokens in tokenizer.encode(texts)])
     four = trained(tiny_model(4, dropout=0.1), rows, 34).double()
     some = {heads: tiny_model(heads, dropout=0.1).double() for heads in (1, 2)}
@@ -70,13 +67,13 @@ def models(texts: list[str], tokenizer: Tokenizer) -> dict[int, MtpModel]:
 
 @pytest.fixture(scope="session")
 def prompts(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Beginnings of the texts, of different lengths; the first two are one token long."""
+    """Beginnings of the texts with different lengths; the first two have one token."""
     lengths = [1, 1, 5, 9, 14, 20, 25, 30]
     return [tokens[:length] for tokens, length in zip(tokenizer.encode(texts), lengths, strict=True)]
 
 
 def plain(model: MtpModel, tokenizer: Tokenizer, request: Request, how: Decoding, context: int) -> Completion:
-    """Decoding as its definition says it: a whole forward for each token."""
+    """Decode by definition: a full forward for each token."""
     tokens: list[int] = []
     while True:
         position = len(request.prompt) + len(tokens)
@@ -97,7 +94,7 @@ def plain(model: MtpModel, tokenizer: Tokenizer, request: Request, how: Decoding
 
 
 def speculative(model: MtpModel, tokenizer: Tokenizer, request: Request, how: Decoding, context: int) -> Completion:
-    """The same completion, with the count of forwards and drafts that speculation should come to."""
+    """Return the same completion with the expected counts of forwards and drafts of speculation."""
     result = plain(model, tokenizer, request, how, context)
     final = [*result.tokens, *([tokenizer.end] if result.finish == "end" else [])]
     most = min(context - len(request.prompt), how.max_new_tokens or context)
@@ -116,23 +113,23 @@ def speculative(model: MtpModel, tokenizer: Tokenizer, request: Request, how: De
 
 
 def head_choices(model: MtpModel, request: Request, tokens: list[int], how: Decoding) -> list[int]:
-    """What every head chooses behind a prompt and the first tokens of its completion."""
+    """Return the token of every head after a prompt and the first tokens of its completion."""
     logits = last_logits(model, (*request.prompt, *tokens))
     positions = len(request.prompt) + len(tokens) + torch.arange(model.num_heads)
-    return choose(logits, torch.full_like(positions, request.seed), positions, how).tolist()
+    return sample_tokens(logits, torch.full_like(positions, request.seed), positions, how).tolist()
 
 
 @cache
 @torch.no_grad()
 def last_logits(model: MtpModel, tokens: tuple[int, ...]) -> Tensor:
-    """Every head's logits behind some tokens, from the whole forward."""
+    """Return every head's logits at the last token, from a full forward."""
     return model.unembedding(model.eval()(torch.tensor([tokens])).states[:, 0, -1])
 
 
 def completions(
     model: MtpModel, tokenizer: Tokenizer, requests: list[Request], how: Decoding, context: int = CONTEXT
 ) -> list[Completion]:
-    """Those of `generate`, in the order of the requests."""
+    """Return the completions of `generate` in the order of the requests."""
     found = dict(generate(model, tokenizer, requests, how, context))
     return [found[index] for index in range(len(requests))]
 
@@ -140,7 +137,7 @@ def completions(
 def check(
     model: MtpModel, tokenizer: Tokenizer, requests: list[Request], how: Decoding, context: int = CONTEXT
 ) -> list[Completion]:
-    """Compare all of every completion with the definition."""
+    """Compare all fields of every completion with the definition."""
     got = completions(model, tokenizer, requests, how, context)
     define = speculative if how.speculative else plain
     assert got == [define(model, tokenizer, request, how, context) for request in requests]
@@ -153,7 +150,7 @@ SAMPLED = Decoding(temperature=0.9, top_p=0.9)
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
 @pytest.mark.parametrize("how", [PLAIN, SPECULATIVE, SAMPLED, replace(SAMPLED, speculative=False)])
-def test_completions_of_ragged_prompts_are_those_of_whole_forwards(
+def test_completions_of_prompts_of_different_lengths_equal_those_of_full_forwards(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, num_heads: int
 ) -> None:
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
@@ -161,17 +158,17 @@ def test_completions_of_ragged_prompts_are_those_of_whole_forwards(
     assert {"end", "length"} <= {completion.finish for completion in got}
     assert len({len(completion.tokens) for completion in got}) > 4
     if how.speculative:
-        rates = speculation_metrics([completion.cost for completion in got])
+        rates = speculation_metrics([completion.stats for completion in got])
         assert list(rates) == ["tokens_per_forward", *(f"head_{k}_acceptance" for k in range(2, num_heads + 1))]
         assert all(0 < rates[f"head_{k}_acceptance"] < 1 for k in range(2, num_heads + 1))
         assert rates["tokens_per_forward"] > 1 or num_heads == 1
     else:
-        assert speculation_metrics([completion.cost for completion in got]) == {"tokens_per_forward": 1.0}
+        assert speculation_metrics([completion.stats for completion in got]) == {"tokens_per_forward": 1.0}
 
 
 @MANY
 @given(data=st.data())
-def test_any_settings_and_any_batch_give_the_same(
+def test_any_settings_and_any_batch_equal_the_definition(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], data: st.DataObject
 ) -> None:
     chosen = data.draw(st.lists(st.sampled_from(prompts), min_size=1, max_size=6))
@@ -188,13 +185,13 @@ def test_any_settings_and_any_batch_give_the_same(
 
 
 def accept_everything(patch: pytest.MonkeyPatch) -> None:
-    take = decoding._Sequence.take
-    patch.setattr(decoding._Sequence, "take", lambda self, chosen, new: take(self, [*self.drafts, chosen[-1]], new))
+    update = decoding._Sequence.update
+    patch.setattr(decoding._Sequence, "update", lambda self, chosen, new: update(self, [*self.drafts, chosen[-1]], new))
 
 
 def show_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
-    hide = stacked.hidden_behind
-    patch.setattr(stacked, "hidden_behind", lambda positions, *rest: hide(positions + 1, *rest))
+    mask = fused_block.causal_mask
+    patch.setattr(fused_block, "causal_mask", lambda positions, *rest: mask(positions + 1, *rest))
 
 
 def keep_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
@@ -202,45 +199,49 @@ def keep_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(decoding._Sequence, "last_position", property(lambda self: position(self) + (sum(self._drafted) > 3)))
 
 
-def draft_behind_the_first_token(patch: pytest.MonkeyPatch) -> None:
+def draft_after_the_first_token(patch: pytest.MonkeyPatch) -> None:
     logits = CachedModel.draft_logits
     patch.setattr(
         CachedModel, "draft_logits",
-        lambda self, x, reading, cache, at: logits(self, x, reading, cache, at if reading.is_causal else at * 0),
+        lambda self, x, forward, cache, at: logits(self, x, forward, cache, at if forward.is_causal else at * 0),
     )  # fmt: skip
 
 
-def noise_of_the_row(patch: pytest.MonkeyPatch) -> None:
+def noise_depends_on_the_row(patch: pytest.MonkeyPatch) -> None:
     def by_row(logits: Tensor, seeds: Tensor, positions: Tensor, how: Decoding) -> Tensor:
         rows = torch.arange(len(seeds)).view(-1, *[1] * (seeds.ndim - 1))
-        return choose(logits, seeds * 0 + rows, positions, how)
+        return sample_tokens(logits, seeds * 0 + rows, positions, how)
 
-    patch.setattr(decoding, "choose", by_row)
-
-
-def one_noise_for_all_positions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decoding, "choose", lambda logits, seeds, positions, how: choose(logits, seeds, positions * 0, how))
+    patch.setattr(decoding, "sample_tokens", by_row)
 
 
-def noise_of_a_generator(patch: pytest.MonkeyPatch) -> None:
+def same_noise_for_all_positions(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        decoding,
+        "sample_tokens",
+        lambda logits, seeds, positions, how: sample_tokens(logits, seeds, positions * 0, how),
+    )
+
+
+def noise_from_a_generator(patch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     patch.setattr(
-        "wmtp.generation.sampling.gumbel",
+        "wmtp.generation.sampling.gumbel_noise",
         lambda seeds, positions, size: -(-torch.rand(*seeds.shape, size, generator=generator).log()).log(),
     )
 
 
 def stop_within_a_token(patch: pytest.MonkeyPatch) -> None:
-    def stop_count(self: Transcript, tokens: list[int]) -> int | None:
+    def stop_count(self: StopStrings, tokens: list[int]) -> int | None:
         found = [n for n, token in enumerate(tokens) if any(stop in self._decode([token]) for stop in self._stop)]
         return found[0] + 1 if found else None
 
-    patch.setattr(Transcript, "stop_count", stop_count)
+    patch.setattr(StopStrings, "stop_count", stop_count)
 
 
-def stop_behind_the_run(patch: pytest.MonkeyPatch) -> None:
+def stop_at_the_last_token(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        Transcript, "stop_count",
+        StopStrings, "stop_count",
         lambda self, tokens: len(tokens) if self._stop_start(self._decode(tokens)) is not None else None,
     )  # fmt: skip
 
@@ -253,12 +254,12 @@ STOPPING = Decoding(stop=("Return", "s = "), batch_size=3)
     ("breakage", "how"),
     [
         (accept_everything, SPECULATIVE), (show_rejected_drafts, SPECULATIVE), (show_rejected_drafts, PLAIN),
-        (keep_rejected_drafts, SPECULATIVE), (draft_behind_the_first_token, SPECULATIVE),
-        (noise_of_the_row, SAMPLED), (noise_of_a_generator, SAMPLED), (one_noise_for_all_positions, SAMPLED),
-        (stop_within_a_token, STOPPING), (stop_behind_the_run, STOPPING),
+        (keep_rejected_drafts, SPECULATIVE), (draft_after_the_first_token, SPECULATIVE),
+        (noise_depends_on_the_row, SAMPLED), (noise_from_a_generator, SAMPLED), (same_noise_for_all_positions, SAMPLED),
+        (stop_within_a_token, STOPPING), (stop_at_the_last_token, STOPPING),
     ],
 )  # fmt: skip
-def test_what_these_comparisons_would_find(
+def test_the_comparisons_detect_errors(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]],
     breakage: Callable[[pytest.MonkeyPatch], None], how: Decoding, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -270,14 +271,17 @@ def test_what_these_comparisons_would_find(
 
 
 @pytest.mark.slow
-def test_samples_of_one_prompt_differ_and_read_it_once(
+def test_samples_of_one_prompt_differ_and_compute_it_once(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
-    read = decoding._Batch._read
-    monkeypatch.setattr(
-        decoding._Batch, "_read", lambda self, some: lengths.extend(map(len, set(map(tuple, some)))) or read(self, some)
-    )
+    prefill = decoding._Batch._prefill
+
+    def counted(batch: decoding._Batch, new: list[list[int]]) -> decoding._PromptCache:
+        lengths.extend(map(len, set(map(tuple, new))))
+        return prefill(batch, new)
+
+    monkeypatch.setattr(decoding._Batch, "_prefill", counted)
     how = Decoding(temperature=1.0, batch_size=3)
     requests = [Request(prompt, seed) for seed in range(4) for prompt in (prompts[3], prompts[5])]
     got = check(models[4], tokenizer, requests, how)
@@ -301,10 +305,10 @@ def test_the_context_is_filled_and_never_exceeded(
     assert not list(generate(models[4], tokenizer, [], SPECULATIVE, 31))
 
 
-def test_after_speculation_the_cache_is_that_of_plain_decoding(
+def test_speculation_leaves_the_same_cache_as_plain_decoding(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[reading.Cache] = []
+    made: list[kv_cache.KVCache] = []
     new_cache = CachedModel.new_cache
     monkeypatch.setattr(
         CachedModel, "new_cache", lambda *arguments, **named: made.append(new_cache(*arguments, **named)) or made[-1]
@@ -314,7 +318,7 @@ def test_after_speculation_the_cache_is_that_of_plain_decoding(
         made.clear()
         (completion,) = completions(models[4], tokenizer, [Request(prompts[4])], replace(how, max_new_tokens=12))
         assert completion.finish == "length"
-        sides.append(made[0].blocks)
+        sides.append(made[0].kv_blocks)
     known = len(prompts[4]) + 12 - 1
     assert sum(completion.accepted) > 0
     assert len(sides[0]) == 2
@@ -332,7 +336,7 @@ def test_the_model_stays_in_its_mode_and_gradients_on_also_between_completions(
     model.train()
     running = generate(model, tokenizer, [Request(prompt) for prompt in prompts], SPECULATIVE, CONTEXT)
     index, completion = next(running)
-    assert completion == before[index]  # dropout takes no part
+    assert completion == before[index]  # dropout has no effect
     assert model.training
     assert not torch.is_inference_mode_enabled()
     assert model(torch.tensor([[1, 2]])).states.requires_grad
@@ -341,13 +345,13 @@ def test_the_model_stays_in_its_mode_and_gradients_on_also_between_completions(
     model.eval()
 
 
-def test_autocast_decides_the_type_that_is_computed_in(
+def test_autocast_determines_the_dtype(
     tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     types: list[torch.dtype] = []
-    call = StackedBlock.__call__
+    call = FusedBlock.__call__
     monkeypatch.setattr(
-        StackedBlock, "__call__", lambda self, x, *arguments: types.append(x.dtype) or call(self, x, *arguments)
+        FusedBlock, "__call__", lambda self, x, *arguments: types.append(x.dtype) or call(self, x, *arguments)
     )
     requests = [Request(prompt) for prompt in prompts]
     with torch.autocast("cpu", torch.bfloat16):
@@ -359,7 +363,7 @@ def test_autocast_decides_the_type_that_is_computed_in(
 
 
 def splitmix64(state: int) -> Iterator[int]:
-    """The generator of Steele, Lea and Flood, in integers without a width."""
+    """Yield the numbers of the generator of Steele, Lea and Flood, with unbounded integers."""
     while True:
         state = (state + 0x9E3779B97F4A7C15) % 2**64
         z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -368,7 +372,7 @@ def splitmix64(state: int) -> Iterator[int]:
 
 
 def uniform(seed: int, position: int, count: int) -> np.ndarray:
-    """What the noise was made from, as an independent computation finds it."""
+    """Return the uniform numbers behind the noise, computed independently."""
     first = next(splitmix64(seed))
     stream = splitmix64(next(splitmix64((first + position * 0x9E3779B97F4A7C15) % 2**64)))
     return np.array([((next(stream) >> 41) + 0.5) / 2**23 for _ in range(count)])
@@ -377,22 +381,22 @@ def uniform(seed: int, position: int, count: int) -> np.ndarray:
 def test_noise_is_splitmix64_of_seed_position_and_token() -> None:
     assert next(splitmix64(1234567)) == 6457827717110365317  # published with the reference implementation
     for seed, position in [(0, 0), (1, 0), (0, 1), (2**63 - 1, 4096), (1234567, 77)]:
-        got = gumbel(torch.tensor([seed]), torch.tensor([position]), 300)[0]
+        got = gumbel_noise(torch.tensor([seed]), torch.tensor([position]), 300)[0]
         torch.testing.assert_close(
             got.double().numpy(), -np.log(-np.log(uniform(seed, position, 300))), rtol=1e-4, atol=1e-5
         )
-    assert gumbel(torch.tensor(7), torch.tensor(3), 2).tolist() == pytest.approx([0.0131054, 0.2236400], abs=1e-5)
+    assert gumbel_noise(torch.tensor(7), torch.tensor(3), 2).tolist() == pytest.approx([0.0131054, 0.2236400], abs=1e-5)
 
 
 @pytest.mark.parametrize("bits", [0, -1])
 def test_the_largest_and_the_smallest_noise_are_finite(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "_mix", lambda x: torch.full_like(x, bits))
-    assert gumbel(torch.tensor(0), torch.tensor(0), 9).isfinite().all()
+    monkeypatch.setattr(sampling, "_mix", lambda x: torch.full_like(x, bits))
+    assert gumbel_noise(torch.tensor(0), torch.tensor(0), 9).isfinite().all()
 
 
 def test_noise_is_uniform_and_independent_along_seeds_positions_and_tokens() -> None:
     seeds, positions = torch.meshgrid(torch.arange(60), torch.arange(60), indexing="ij")
-    values = (-(-gumbel(seeds, positions, 60)).exp()).exp().numpy()
+    values = (-(-gumbel_noise(seeds, positions, 60)).exp()).exp().numpy()
     assert kstest(values.flatten(), "uniform").pvalue > 1e-3
     for axis in range(3):
         one, other = np.moveaxis(values, axis, 0)[:-1].flatten(), np.moveaxis(values, axis, 0)[1:].flatten()
@@ -402,7 +406,7 @@ def test_noise_is_uniform_and_independent_along_seeds_positions_and_tokens() -> 
 
 
 def pair_probabilities(model: MtpModel, prompt: list[int], how: Decoding, firsts: list[int]) -> dict[int, np.ndarray]:
-    """For each first token, the probability of it and each second one: softmax, then the set cut by `top_p`."""
+    """Return, for each first token, the probability of it and each second token: softmax, then `top_p`."""
 
     def distribution(tokens: list[int]) -> np.ndarray:
         p = (last_logits(model, tuple(tokens))[0] / how.temperature).softmax(-1).numpy()
@@ -419,7 +423,7 @@ def pair_probabilities(model: MtpModel, prompt: list[int], how: Decoding, firsts
 def joint_pvalue(
     model: MtpModel, tokenizer: Tokenizer, prompt: list[int], how: Decoding, num_samples: int = 1500
 ) -> float:
-    """How likely the samples' pairs of tokens are as far from the model's distribution as they are."""
+    """Return the p-value of the samples' pairs of tokens under the model's distribution."""
     requests = [Request(prompt, seed) for seed in range(num_samples)]
     how = replace(how, max_new_tokens=2, batch_size=512)
     pairs = [tuple([*c.tokens, tokenizer.end][:2]) for c in completions(model, tokenizer, requests, how)]
@@ -447,23 +451,23 @@ def test_pairs_of_tokens_are_drawn_from_the_models_distribution(tokenizer: Token
     assert joint_pvalue(tiny_model(seed=2).double(), tokenizer, PROMPT, how) > 1e-3
 
 
-def temperature_forgotten(patch: pytest.MonkeyPatch) -> None:
+def temperature_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        decoding, "choose",
-        lambda logits, seeds, positions, how: choose(logits * how.temperature, seeds, positions, how),
+        decoding, "sample_tokens",
+        lambda logits, seeds, positions, how: sample_tokens(logits * how.temperature, seeds, positions, how),
     )  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("breakage", [temperature_forgotten, accept_everything])
-def test_another_distribution_is_told_apart(
+@pytest.mark.parametrize("breakage", [temperature_ignored, accept_everything])
+def test_another_distribution_is_detected(
     tokenizer: Tokenizer, breakage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breakage(monkeypatch)
     assert joint_pvalue(tiny_model(seed=2).double(), tokenizer, PROMPT, PAIRS) < 1e-6
 
 
-def test_top_p_admits_the_smallest_set_that_reaches_it() -> None:
+def test_top_p_allows_the_smallest_set_that_reaches_it() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     for top_p, expected in [
         (0.01, [1]),
@@ -473,19 +477,24 @@ def test_top_p_admits_the_smallest_set_that_reaches_it() -> None:
         (0.76, [1, 2, 3]),
         (0.95, [0, 1, 2, 3]),
     ]:
-        assert most_likely(logits, top_p).nonzero().flatten().tolist() == expected
-    assert most_likely(torch.zeros(4), 0.5).tolist() == [True, True, False, False]
+        assert top_p_mask(logits, top_p).nonzero().flatten().tolist() == expected
+    assert top_p_mask(torch.zeros(4), 0.5).tolist() == [True, True, False, False]
     seeds, positions = torch.arange(500), torch.zeros(500, dtype=torch.int64)
-    drawn = choose(logits.expand(500, 4), seeds, positions, Decoding(temperature=3.0, top_p=0.5))
-    assert set(drawn.tolist()) == {1, 3}  # the temperature comes first: 0.5 is 0.33 then
-    assert set(choose(logits.expand(500, 4), seeds, positions, Decoding(temperature=3.0)).tolist()) == {0, 1, 2, 3}
+    drawn = sample_tokens(logits.expand(500, 4), seeds, positions, Decoding(temperature=3.0, top_p=0.5))
+    assert set(drawn.tolist()) == {1, 3}  # the temperature is applied first: it changes 0.5 to 0.33
+    assert set(sample_tokens(logits.expand(500, 4), seeds, positions, Decoding(temperature=3.0)).tolist()) == {
+        0,
+        1,
+        2,
+        3,
+    }
 
 
 @pytest.mark.parametrize("wrong", [
     {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1},
     {"max_new_tokens": 0}, {"stop": ("",)}, {"batch_size": 0},
 ])  # fmt: skip
-def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+def test_settings_out_of_range_raise_an_error(wrong: dict[str, object]) -> None:
     adapter = TypeAdapter(Decoding)
     assert adapter.validate_python({"stop": ["a"], "top_p": 1}) == Decoding(stop=("a",))
     with pytest.raises(ValidationError):
@@ -498,18 +507,18 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     ("no stop", ("x", "stopp"), "no stop"), ("items", ("tem", "item"), ""), ("``` ``", ("```",), ""),
     ("日本", (), "日本"),
 ])  # fmt: skip
-def test_a_stop_string_ends_the_text_wherever_tokens_are_split(
+def test_a_stop_string_ends_the_text_for_any_split_into_tokens(
     tokenizer: Tokenizer, text: str, stop: tuple[str, ...], expected: str
 ) -> None:
     (tokens,) = tokenizer.encode([text])
     counts = set()
     for width in (1, 2, 3, len(tokens)):
-        transcript, count, end = Transcript(tokenizer.decode, stop), None, 0
+        stop_strings, count, end = StopStrings(tokenizer.decode, stop), None, 0
         while count is None and end < len(tokens):
             end = min(end + width, len(tokens))
-            count = transcript.stop_count(tokens[:end])
+            count = stop_strings.stop_count(tokens[:end])
         counts.add(count)
-        assert transcript.text(tokens[:count]) == expected
+        assert stop_strings.text(tokens[:count]) == expected
         if count is not None:
             assert not any(string in tokenizer.decode(tokens[: count - 1]) for string in stop)
     assert len(counts) == 1
@@ -520,13 +529,15 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_split(
     text=st.text("ab\n日🙂\ufffd", max_size=12), stop=st.lists(st.text("ab\n日🙂", min_size=1, max_size=4), max_size=2)
 )
 @settings(deadline=None, derandomize=True)
-def test_streamed_pieces_are_certain_and_make_up_the_text(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
+def test_streamed_pieces_are_final_and_concatenate_to_the_text(
+    tokenizer: Tokenizer, text: str, stop: list[str]
+) -> None:
     (tokens,) = tokenizer.encode([text])
-    transcript, streamed = Transcript(tokenizer.decode, tuple(stop)), ""
+    stop_strings, streamed = StopStrings(tokenizer.decode, tuple(stop)), ""
     for end in range(1, len(tokens) + 1):
-        count = transcript.stop_count(tokens[:end])
-        streamed += transcript.new_text(tokens[:end], is_finished=count is not None or end == len(tokens))
-        final = transcript.text(tokens[:count])
+        count = stop_strings.stop_count(tokens[:end])
+        streamed += stop_strings.new_text(tokens[:end], is_finished=count is not None or end == len(tokens))
+        final = stop_strings.text(tokens[:count])
         assert text.startswith(streamed)
         assert final.startswith(streamed)
         if count is not None:
@@ -534,7 +545,7 @@ def test_streamed_pieces_are_certain_and_make_up_the_text(tokenizer: Tokenizer, 
     assert not tokens or streamed == final
 
 
-def test_text_is_streamed_while_it_is_made(
+def test_text_is_streamed_during_generation(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> None:
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
@@ -551,6 +562,6 @@ def test_text_is_streamed_while_it_is_made(
 def test_metrics_count_end_tokens_and_every_head() -> None:
     one = Completion([5, 6, 7], "", "end", 2, (1, 0), (2, 2))
     two = Completion([5], "", "length", 1, (0, 0), (0, 0))
-    metrics = speculation_metrics([one.cost, two.cost])
+    metrics = speculation_metrics([one.stats, two.stats])
     assert metrics == {"tokens_per_forward": 5 / 3, "head_2_acceptance": 0.5, "head_3_acceptance": 0.0}
     assert speculation_metrics([]) == {}

@@ -1,4 +1,4 @@
-"""The value head by itself, and as a part of a model that trains and is saved."""
+"""Tests of the value head alone, and in a model that is trained and saved."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_the_head_starts_at_zero_and_learns(hidden_dim: int | None) -> None:
     assert loss < 0.05 * wanted.var()
 
 
-def test_only_the_hidden_layer_makes_the_value_bend() -> None:
+def test_only_the_hidden_layer_makes_values_nonlinear() -> None:
     states = torch.randn(5, 6)
     for hidden_dim, is_linear in ((None, True), (16, False)):
         head = ValueHead(6, hidden_dim=hidden_dim)
@@ -42,7 +42,7 @@ def test_only_the_hidden_layer_makes_the_value_bend() -> None:
 
 
 @pytest.mark.parametrize("hidden_dim", [None, 16])
-def test_a_residual_stream_that_grows_changes_no_value(hidden_dim: int | None) -> None:
+def test_values_do_not_depend_on_the_scale_of_the_residual_stream(hidden_dim: int | None) -> None:
     head, states = ValueHead(64, hidden_dim=hidden_dim), torch.randn(5, 64)
     nn.init.normal_(head.output.weight)
     torch.testing.assert_close(head(30 * states), head(states), rtol=1e-4, atol=1e-4)
@@ -50,7 +50,7 @@ def test_a_residual_stream_that_grows_changes_no_value(hidden_dim: int | None) -
     assert not torch.allclose(inner(30 * states), inner(states), rtol=1e-2)  # the control: without the norm
 
 
-def test_values_are_computed_in_fp32_whatever_the_states_are_in() -> None:
+def test_values_are_computed_in_fp32_for_every_dtype_of_states() -> None:
     torch.manual_seed(0)
     head, states = ValueHead(64, hidden_dim=8), torch.randn(3, 5, 64).bfloat16()
     nn.init.normal_(head.output.weight)
@@ -93,7 +93,7 @@ def test_a_models_value_head_trains_and_is_saved(tmp_path: Path) -> None:
     assert values is not None and torch.equal(fresh(data.tokens).values, values) and values.std() > 0
 
 
-def test_a_value_head_of_its_own_width_survives_a_file(tmp_path: Path) -> None:
+def test_a_value_head_with_a_hidden_layer_is_saved_and_loaded(tmp_path: Path) -> None:
     model = tiny_model()
     model.value_head_dim = 24
     model.add_value_head()
@@ -108,7 +108,7 @@ def test_a_value_head_of_its_own_width_survives_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_heads", [0, 1, 2, None])
-def test_as_many_heads_run_as_are_asked_for(num_heads: int | None) -> None:
+def test_only_the_requested_number_of_heads_runs(num_heads: int | None) -> None:
     model = tiny_model().eval()
     model.add_value_head()
     assert model.value_head is not None

@@ -1,4 +1,4 @@
-"""Any supported model of transformers as trunk and first head: equal to the original before training, and after."""
+"""Tests of models of transformers as trunk and head 1: equality with the original, training, checkpoints."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import Sums
-from wmtp.training.validate import config_faults
+from wmtp.training.validate import config_issues
 
 LENGTH = 24
 QUICK = [
@@ -38,7 +38,7 @@ QUICK = [
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[[str], Path]:
-    """The folder of a tiny model of a family."""
+    """Return a function that writes a tiny model of an architecture and returns its folder."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(family: str) -> Path:
@@ -50,24 +50,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> C
 
 @pytest.fixture
 def texts() -> Tensor:
-    """Some tokens."""
+    """Return random tokens."""
     return torch.randint(3, 512, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 def source(path: Path, tokenizer: Tokenizer, **options: Any) -> Pretrained:
-    """A source with defaults for what is not named."""
+    """Return a source with defaults for options that are not given."""
     return Pretrained(**{"tokenizer": tokenizer, "path": path, "num_heads": 3, "lora": Lora(), **options})
 
 
 def original_logits(path: Path, tokens: Tensor) -> Tensor:
-    """What transformers computes."""
+    """Return the logits of transformers."""
     with torch.no_grad():
         logits: Tensor = AutoModelForCausalLM.from_pretrained(path).eval()(tokens).logits
     return logits
 
 
 def logits_of(model: MtpModel, tokens: Tensor) -> Tensor:
-    """Those of every head."""
+    """Return the logits of every head."""
     with torch.no_grad():
         return model.eval()(tokens).states @ model.unembedding_weight.T
 
@@ -78,7 +78,7 @@ def test_before_training_every_head_is_the_original_model(
     family: str, kind: str, folders: Callable[[str], Path], tokenizer: Tokenizer, texts: Tensor
 ) -> None:
     path = folders(family)
-    model = source(path, tokenizer, head_kind=kind).new()
+    model = source(path, tokenizer, head_kind=kind).create()
     logits, original = logits_of(model, texts), original_logits(path, texts)
     assert len(logits) == 3
     for head in logits:
@@ -88,28 +88,30 @@ def test_before_training_every_head_is_the_original_model(
 
 
 def test_heads_are_copies_and_no_aliases(folders: Callable[[str], Path], tokenizer: Tokenizer) -> None:
-    model = source(folders("llama"), tokenizer).new()
+    model = source(folders("llama"), tokenizer).create()
     places = [p.data_ptr() for head in model.heads for p in head.parameters()]
     assert len(places) == len(set(places)), "each head has parameters of its own"
 
 
-def test_a_window_is_kept(folders: Callable[[str], Path], tokenizer: Tokenizer, texts: Tensor) -> None:
+def test_the_sliding_window_is_respected(folders: Callable[[str], Path], tokenizer: Tokenizer, texts: Tensor) -> None:
     path = folders("mistral")
-    model = source(path, tokenizer).new()
+    model = source(path, tokenizer).create()
     for block in [*model.trunk, *model.heads]:
         assert isinstance(block, DecoderBlock) and block.window == 6 < LENGTH
         block.window = None
     assert (logits_of(model, texts)[0] - original_logits(path, texts)).abs().max() > 0.1
 
 
-def test_layers_with_and_without_a_window_are_told_apart(tmp_path: Path, tokenizer: Tokenizer, texts: Tensor) -> None:
+def test_layers_with_and_without_a_window_are_distinguished(
+    tmp_path: Path, tokenizer: Tokenizer, texts: Tensor
+) -> None:
     config = FAMILIES["qwen2"]()
     config.use_sliding_window, config.sliding_window, config.max_window_layers = True, 5, 1
     config.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     write_tokenizer(tmp_path, tokenizer)
-    model = source(tmp_path, tokenizer).new()
+    model = source(tmp_path, tokenizer).create()
     assert [block.window for block in [*model.trunk, model.heads[0]]] == [None, 5, 5]
     torch.testing.assert_close(logits_of(model, texts)[0], original_logits(tmp_path, texts), rtol=1e-4, atol=1e-4)
 
@@ -119,7 +121,7 @@ def test_head_1_starts_at_the_original_models_loss(
     family: str, folders: Callable[[str], Path], tokenizer: Tokenizer, tiny_data: Dataset
 ) -> None:
     path, objective, sums = folders(family), MtpObjective(Uniform()), Sums()
-    model, original = source(path, tokenizer).new().eval(), AutoModelForCausalLM.from_pretrained(path).eval()
+    model, original = source(path, tokenizer).create().eval(), AutoModelForCausalLM.from_pretrained(path).eval()
     total, count = 0.0, 0
     with torch.no_grad():
         for batch in tiny_data.validation_batches(1):
@@ -134,13 +136,13 @@ def test_head_1_starts_at_the_original_models_loss(
 @pytest.mark.parametrize(
     ("family", "kind"), [*((family, "transformer") for family in FAMILIES), ("llama", "medusa"), ("gpt2", "medusa")]
 )
-def test_greedy_answers_are_those_of_transformers_with_and_without_drafts(
+def test_greedy_completions_equal_those_of_transformers_with_and_without_drafts(
     family: str, kind: str, folders: Callable[[str], Path], tokenizer: Tokenizer
 ) -> None:
     path, new = folders(family), 20
-    model = source(path, tokenizer, head_kind=kind).new()
+    model = source(path, tokenizer, head_kind=kind).create()
     torch.manual_seed(3)
-    for head in model.heads[1:]:  # drafts that are sometimes right
+    for head in model.heads[1:]:  # so that some drafts are right
         for parameter in head.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
     original = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -173,16 +175,14 @@ def test_tied_embeddings_stay_tied(folders: Callable[[str], Path], invoke: Invok
 
 
 @pytest.mark.parametrize(("stored", "asked"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
-def test_parameters_have_the_type_that_was_asked_for(
-    stored: str, asked: str, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_parameters_have_the_configured_dtype(stored: str, asked: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     path = write_family(tmp_path / "model", "qwen2", tokenizer, types[stored])
     assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(path).parameters()} == {types[stored]}, "the control"
-    model = source(path, tokenizer, dtype=asked).new()
+    model = source(path, tokenizer, dtype=asked).create()
     assert {p.dtype for p in model.parameters()} == {types[asked]}
     assert model.positions.rotary.inv_freq.dtype == torch.float32, "frequencies are no parameters"
-    assert {p.dtype for p in source(path, tokenizer, dtype=asked).blank().parameters()} == {types[asked]}
+    assert {p.dtype for p in source(path, tokenizer, dtype=asked).empty().parameters()} == {types[asked]}
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_a_bf16_model_trains(folders: Callable[[str], Path], invoke: Invoke, tmp
 
 
 @pytest.mark.slow
-def test_another_family_is_refused_and_the_supported_are_named(
+def test_an_unsupported_architecture_is_refused_and_supported_ones_are_listed(
     tmp_path: Path, tokenizer: Tokenizer, invoke: Invoke
 ) -> None:
     config = transformers.OPTConfig(
@@ -208,28 +208,28 @@ def test_another_family_is_refused_and_the_supported_are_named(
     assert "opt" in outcome.err and "gpt2, llama, mistral, qwen2, qwen3" in outcome.err
 
 
-def test_heads_that_are_not_there_are_made_or_done_without_never_silently(
+def test_missing_heads_are_created_or_omitted_with_a_warning(
     folders: Callable[[str], Path], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = source(folders("qwen3"), tokenizer, num_heads=4)
-    assert made.num_heads == made.new().num_heads == 4
-    assert "has 1 of 4 heads; the others are new" in caplog.text
+    assert made.num_heads == made.create().num_heads == 4
+    assert "has 1 of 4 heads; the other heads are new" in caplog.text
     caplog.clear()
-    assert source(folders("qwen3"), tokenizer, num_heads=1).new().num_heads == 1
+    assert source(folders("qwen3"), tokenizer, num_heads=1).create().num_heads == 1
     assert not caplog.records, "the control: nothing to say"
     without = source(folders("qwen3"), tokenizer, num_heads=4, create_heads=False)
-    assert without.num_heads == without.new().num_heads == 1
+    assert without.num_heads == without.create().num_heads == 1
     assert "model.num_heads=4" in caplog.text and "the model has 1" in caplog.text
 
 
-def test_the_checks_know_how_many_heads_there_will_be(folders: Callable[[str], Path]) -> None:
+def test_validation_uses_the_number_of_heads_of_the_created_model(folders: Callable[[str], Path]) -> None:
     wish = ["model=huggingface", f"model.path={folders('llama')}", "early_stopping.monitor=val/head_4_loss"]
-    assert not config_faults(composed(*wish))
-    assert "head_4_loss" in str(config_faults(composed(*wish, "model.create_heads=false"))[0])
+    assert not config_issues(composed(*wish))
+    assert "head_4_loss" in str(config_issues(composed(*wish, "model.create_heads=false"))[0])
 
 
 def damaged(path: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Rewrite the weights with a change."""
+    """Apply `change` to the weights in a file."""
     tensors = load_file(path / name)
     change(tensors)
     save_file(tensors, path / name, metadata={"format": "pt"})
@@ -247,7 +247,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has no model.safetensors"),
     "no config": (lambda path: (path / "config.json").unlink(), "has no config.json"),
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
-    "no end": (lambda path: (path / "tokenizer_config.json").write_text("{}"), "names no eos_token"),
+    "no end": (lambda path: (path / "tokenizer_config.json").write_text("{}"), "has no eos_token"),
 }  # fmt: skip
 
 
@@ -278,14 +278,14 @@ def test_too_few_embeddings_for_the_tokenizer_are_refused(tmp_path: Path, tokeni
 
 def test_texts_longer_than_learned_positions_are_refused(folders: Callable[[str], Path]) -> None:
     wish = ["model=huggingface", f"model.path={folders('gpt2')}"]
-    assert not config_faults(composed(*wish, "data.max_length=512"))
-    (fault,) = config_faults(composed(*wish, "data.max_length=513"))
+    assert not config_issues(composed(*wish, "data.max_length=512"))
+    (fault,) = config_issues(composed(*wish, "data.max_length=513"))
     assert (fault.key, fault.problem) == ("data.max_length", "the model reads 512 tokens at most")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
-def test_a_run_needs_its_models_folder_no_more(
+def test_a_finished_run_does_not_need_its_models_folder(
     family: str, folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(folders(family), tmp_path / "original"))
@@ -324,7 +324,7 @@ def test_the_algorithms_train_a_pretrained_model(
 def test_the_excess_over_the_unchanged_model_starts_at_zero(
     folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
-    """Head 1 is the reference then, and all its targets weigh the same."""
+    """Head 1 equals the reference, so all its targets have the same weight."""
     options = ["algo=rho1", "algo.reference=initial", "model=huggingface", f"model.path={folders('llama')}"]
     options += ["model.num_heads=1", f"hydra.run.dir={tmp_path}"]
     assert invoke(*options, *QUICK, "log_interval=1", tiny=False).code == 0
@@ -334,7 +334,7 @@ def test_the_excess_over_the_unchanged_model_starts_at_zero(
 
 
 @pytest.mark.slow
-def test_a_new_model_cannot_be_its_own_reference(invoke: Invoke) -> None:
+def test_a_randomly_initialized_model_cannot_be_its_own_reference(invoke: Invoke) -> None:
     outcome = invoke("algo=rho1", "algo.reference=initial")
     assert outcome.code == 2 and "algo.reference=initial: is for pretrained models" in outcome.err
 
@@ -363,7 +363,7 @@ def test_a_reference_with_two_ids_swapped_is_refused(
 
 
 @pytest.mark.slow
-def test_labels_of_a_config_do_not_keep_a_run_from_going_on(
+def test_labels_in_a_config_do_not_prevent_resuming(
     folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(folders("llama"), tmp_path / "labelled"))
@@ -376,7 +376,7 @@ def test_labels_of_a_config_do_not_keep_a_run_from_going_on(
 
 
 @pytest.mark.slow
-def test_a_reference_that_reads_less_than_the_data_is_refused(
+def test_a_reference_with_too_few_positions_for_the_data_is_refused(
     tokenizer: Tokenizer, invoke: Invoke, tmp_path: Path
 ) -> None:
     config = FAMILIES["gpt2"]()
@@ -390,17 +390,17 @@ def test_a_reference_that_reads_less_than_the_data_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_reference_that_is_no_model_is_named(kind: str, invoke: Invoke, tmp_path: Path) -> None:
+def test_a_reference_that_is_not_a_model_is_reported(kind: str, invoke: Invoke, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
     nothing.mkdir() if kind == "folder" else nothing.write_text("x")
     outcome = invoke("algo=rho1", f"algo.reference={nothing}", *QUICK)
     assert outcome.code == 2 and f"algo.reference={nothing}" in outcome.err and "Traceback" not in outcome.err
 
 
-def test_a_config_that_transformers_cannot_use_is_a_fault(folders: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_config_that_transformers_cannot_use_is_an_issue(folders: Callable[[str], Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(folders("llama"), tmp_path / "odd"))
     for name, value in {"hidden_act": "nosuch", "quantization_config": {"quant_method": "gptq", "bits": 4}}.items():
         config = json.loads((folders("llama") / "config.json").read_text()) | {name: value}
         (path / "config.json").write_text(json.dumps(config))
-        (fault,) = config_faults(composed("model=huggingface", f"model.path={path}"))
+        (fault,) = config_issues(composed("model=huggingface", f"model.path={path}"))
         assert fault.key == "model.path", fault

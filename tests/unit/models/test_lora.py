@@ -1,4 +1,4 @@
-"""Adapters of the trunk: what trains, what is stored, what a resumed run and a merged model are."""
+"""Tests of adapters: trained and saved parameters, resumed runs, merged models."""
 
 import shutil
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from wmtp.generation.decoding import Request, generate
 from wmtp.generation.settings import Decoding
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.llama import LlamaArchitecture
-from wmtp.models.lora import ADAPTER, Lora, effective_weight, merge
-from wmtp.models.mtp import MtpModel, undivided
+from wmtp.models.lora import ADAPTER_MARK, Lora, effective_weight, merge_adapters
+from wmtp.models.mtp import MtpModel, unsharded_copy
 
 pytestmark = pytest.mark.slow
 QUICK = [
@@ -32,21 +32,21 @@ OWN = LlamaArchitecture(
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A tiny Llama."""
+    """Return the folder of a tiny Llama."""
     return write_family(tmp_path_factory.mktemp("lora") / "llama", "llama", tokenizer)
 
 
 def overrides(path: Path, rank: int | None = 2, *more: str) -> list[str]:
-    """A training with adapters."""
+    """Return overrides of a run with adapters."""
     rank_of = [] if rank is None else [f"model.lora.rank={rank}"]
     return ["model=huggingface", f"model.path={path}", "model.num_heads=2", *rank_of, *QUICK, *more]
 
 
 def adapted(model: MtpModel, seed: int = 0) -> MtpModel:
-    """With adapters that do something."""
+    """Set the adapters to random values, so that they change the model."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ADAPTER in name:
+        if ADAPTER_MARK in name:
             parameter.data = 0.3 * torch.randn_like(parameter)
     return model.eval()
 
@@ -57,11 +57,11 @@ def logits_of(model: MtpModel, tokens: Tensor) -> Tensor:
 
 
 def own(tokens: Tensor) -> tuple[MtpModel, Tensor]:
-    """A model of our own blocks with adapters, and its base's logits."""
+    """Return a model of our own blocks with adapters, and the logits of its base."""
     torch.manual_seed(1)
     plain = MtpModel(OWN)
     base = logits_of(plain, tokens)
-    return MtpModel(OWN, plain.parts(), lora=Lora(rank=2)), base
+    return MtpModel(OWN, plain.top_modules(), lora=Lora(rank=2)), base
 
 
 @pytest.fixture
@@ -70,27 +70,31 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_adapters_begin_as_nothing(family: str, tmp_path: Path, tokenizer: Tokenizer, tokens: Tensor) -> None:
+def test_new_adapters_do_not_change_the_model(
+    family: str, tmp_path: Path, tokenizer: Tokenizer, tokens: Tensor
+) -> None:
     path = write_family(tmp_path / family, family, tokenizer)
-    plain = Pretrained(tokenizer=tokenizer, path=path, num_heads=2, lora=Lora()).new().eval()
-    model = Pretrained(tokenizer=tokenizer, path=path, num_heads=2, lora=Lora(rank=3)).new().eval()
+    plain = Pretrained(tokenizer=tokenizer, path=path, num_heads=2, lora=Lora()).create().eval()
+    model = Pretrained(tokenizer=tokenizer, path=path, num_heads=2, lora=Lora(rank=3)).create().eval()
     torch.testing.assert_close(logits_of(model, tokens), logits_of(plain, tokens))
     changed = logits_of(adapted(model), tokens)
     assert (changed - logits_of(plain, tokens)).abs().max() > 0.1, "the control: later they are something"
 
 
 def test_only_adapters_heads_and_value_head_train(folder: Path, tokenizer: Tokenizer) -> None:
-    model = Pretrained(tokenizer=tokenizer, path=folder, num_heads=2, lora=Lora(rank=2)).new()
+    model = Pretrained(tokenizer=tokenizer, path=folder, num_heads=2, lora=Lora(rank=2)).create()
     model.add_value_head()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {
-        n for n, _ in model.named_parameters() if n.startswith(("heads.", "value_head.")) or ADAPTER in n
+        n for n, _ in model.named_parameters() if n.startswith(("heads.", "value_head.")) or ADAPTER_MARK in n
     }
-    assert trained and trained == set(model.stored()), "what trains is what a checkpoint holds"
-    assert "embedding.weight" in model.base and "norm.weight" in model.base
+    assert trained and trained == set(model.checkpoint_tensors()), "what trains is what a checkpoint holds"
+    assert "embedding.weight" in model.base_names and "norm.weight" in model.base_names
 
 
-def test_a_run_leaves_the_base_as_it_is_and_stores_the_rest(folder: Path, invoke: Invoke, tmp_path: Path) -> None:
+def test_a_run_keeps_the_base_unchanged_and_saves_all_other_tensors(
+    folder: Path, invoke: Invoke, tmp_path: Path
+) -> None:
     before = (folder / "model.safetensors").read_bytes()
     assert invoke(*overrides(folder, 2, "max_steps=2", "hydra.run.dir=run"), tiny=False).code == 0
     assert invoke(*overrides(folder, None, "max_steps=2", "hydra.run.dir=full"), tiny=False).code == 0
@@ -99,7 +103,7 @@ def test_a_run_leaves_the_base_as_it_is_and_stores_the_rest(folder: Path, invoke
     for run in ("run", "full"):
         with safe_open(f"{run}/checkpoints/step_00000002/model.safetensors", framework="pt") as file:
             names[run] = set(file.keys())
-    assert names["run"] and all(name.startswith("heads.") or ADAPTER in name for name in names["run"])
+    assert names["run"] and all(name.startswith("heads.") or ADAPTER_MARK in name for name in names["run"])
     assert {"embedding.weight", "norm.weight"} <= names["full"], "the control"
     stored, original = (
         load_file("run/checkpoints/step_00000002/model.safetensors"),
@@ -109,7 +113,7 @@ def test_a_run_leaves_the_base_as_it_is_and_stores_the_rest(folder: Path, invoke
     assert not torch.equal(stored["heads.0.layer.self_attn.q_proj.weight"], original[last]), "head 1 trains in full"
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, invoke: Invoke) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, invoke: Invoke) -> None:
     common = overrides(folder, 2, "model.lora.dropout=0.1", "save_interval=2", "max_steps=4")
     for run in ("whole", "part"):
         assert invoke(*common, f"hydra.run.dir={run}", tiny=False).code == 0
@@ -120,9 +124,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, invoke: Invoke) ->
     assert Path("part", last).read_bytes() == Path("whole", last).read_bytes()
 
 
-def test_another_base_is_refused_by_a_resumed_run_and_by_an_answer(
-    folder: Path, invoke: Invoke, tmp_path: Path
-) -> None:
+def test_another_base_model_is_refused_by_resume_and_generate(folder: Path, invoke: Invoke, tmp_path: Path) -> None:
     path = Path(shutil.copytree(folder, tmp_path / "base"))
     assert invoke(*overrides(path, 2, "max_steps=2", "hydra.run.dir=run"), tiny=False).code == 0
     answer = ["checkpoint=run", "prompt=Write f(x).", "generation.max_new_tokens=4"]
@@ -149,32 +151,36 @@ def test_wrong_adapters_are_refused_before_weights_are_loaded(
     assert not Path("run").exists()
 
 
-def test_targets_choose_the_matrices(folder: Path, tokenizer: Tokenizer) -> None:
+def test_targets_select_the_matrices(folder: Path, tokenizer: Tokenizer) -> None:
     lora = Lora(rank=2, targets=("q_proj", "v_proj"))
-    model = Pretrained(tokenizer=tokenizer, path=folder, num_heads=2, lora=lora).new()
-    names = {name.split(f".{ADAPTER}")[0].rpartition(".")[2] for name in model.stored() if ADAPTER in name}
+    model = Pretrained(tokenizer=tokenizer, path=folder, num_heads=2, lora=lora).create()
+    names = {
+        name.split(f".{ADAPTER_MARK}")[0].rpartition(".")[2]
+        for name in model.checkpoint_tensors()
+        if ADAPTER_MARK in name
+    }
     assert names == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("kind", ["own", "llama", "gpt2"])
-def test_merged_it_is_the_same_model_without_adapters(
+def test_merging_gives_the_same_model_without_adapters(
     kind: str, tmp_path: Path, tokenizer: Tokenizer, tokens: Tensor
 ) -> None:
     if kind == "own":
         model, base = own(tokens)
     else:
         path = write_family(tmp_path / kind, kind, tokenizer)
-        model = Pretrained(tokenizer=tokenizer, path=path, num_heads=2, lora=Lora(rank=2)).new().eval()
+        model = Pretrained(tokenizer=tokenizer, path=path, num_heads=2, lora=Lora(rank=2)).create().eval()
         base = logits_of(model, tokens)
     wanted = logits_of(adapted(model), tokens)
     assert (wanted - base).abs().max() > 0.1, "the control: the adapters matter"
-    merge(model.trunk)
-    assert not any(ADAPTER in name for name in model.state_dict())
+    merge_adapters(model.trunk)
+    assert not any(ADAPTER_MARK in name for name in model.state_dict())
     torch.testing.assert_close(logits_of(model, tokens), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_our_own_blocks_answer_with_their_adapters(tokens: Tensor, tokenizer: Tokenizer) -> None:
-    """Decoding folds blocks into large matrices, which must include what the adapters add."""
+def test_decoding_with_our_own_blocks_includes_the_adapters(tokens: Tensor, tokenizer: Tokenizer) -> None:
+    """Decoding fuses blocks into large matrices, which must include the adapters."""
     model = adapted(own(tokens)[0])
     prompt = tokens[0].tolist()
     ((_, answer),) = generate(model, tokenizer, [Request(prompt)], Decoding(max_new_tokens=12), 64)
@@ -186,14 +192,14 @@ def test_our_own_blocks_answer_with_their_adapters(tokens: Tensor, tokenizer: To
     assert not torch.equal(effective_weight(layer), layer.get_base_layer().weight), "the control"
 
 
-def test_a_copy_for_one_process_has_the_adapters(
+def test_an_unsharded_copy_has_the_adapters(
     tokens: Tensor, monkeypatch: pytest.MonkeyPatch, folder: Path, tokenizer: Tokenizer
 ) -> None:
-    model = adapted(Pretrained(tokenizer=tokenizer, path=folder, num_heads=2, lora=Lora(rank=2)).new())
+    model = adapted(Pretrained(tokenizer=tokenizer, path=folder, num_heads=2, lora=Lora(rank=2)).create())
     for parameter in model.parameters():
         parameter.full_tensor = None  # type: ignore[attr-defined]  # as if it were spread over processes
     monkeypatch.setattr("wmtp.models.mtp.whole", lambda tensor: tensor)
-    copy = undivided(model, keep=True)
+    copy = unsharded_copy(model, keep=True)
     assert copy is not None and copy is not model
     torch.testing.assert_close(logits_of(copy.eval(), tokens), logits_of(model, tokens))
 
@@ -209,6 +215,6 @@ def test_the_critics_stage_trains_the_value_head_alone_then_adapters_and_heads(
     last = load_file("run/checkpoints/step_00000002/model.safetensors")
     assert stage.keys() == last.keys() and any(name.startswith("value_head.") for name in stage)
     moved = {name for name in stage if not torch.equal(stage[name], last[name])}
-    assert any(ADAPTER in name for name in moved) and any(name.startswith("heads.") for name in moved)
+    assert any(ADAPTER_MARK in name for name in moved) and any(name.startswith("heads.") for name in moved)
     starts = [x for name, x in stage.items() if "lora_B" in name]
     assert starts and not any(x.any() for x in starts), "no adapter moved in the stage before"

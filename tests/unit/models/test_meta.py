@@ -20,11 +20,19 @@ from tests.conftest import Invoke, tiny_model
 from wmtp.data.tokenizer import END, PADDING, Tokenizer, pretrained_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError
-from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.loading import load_trained
 from wmtp.models.lora import Lora
 from wmtp.models.meta import MetaCheckpoint, write_meta
-from wmtp.models.meta_format import MetaParams, formula_keys, hidden_dim, mapped, meta_names, read_meta, read_params
+from wmtp.models.meta_format import (
+    MetaParams,
+    formula_keys,
+    hidden_dim,
+    map_tensors,
+    meta_names,
+    read_meta,
+    read_params,
+)
 from wmtp.models.mtp import MtpModel, empty_model
 
 VOCABULARY = 512
@@ -44,7 +52,7 @@ Tensors = dict[str, Tensor]
 
 
 def block_shapes(prefix: str, dim: int, key_dim: int, width: int) -> dict[str, tuple[int, ...]]:
-    """As the published files have them."""
+    """Return names and shapes of a block in the published files."""
     return {
         f"{prefix}.attention.wq.weight": (dim, dim),
         f"{prefix}.attention.wk.weight": (key_dim, dim),
@@ -72,7 +80,7 @@ def published_shapes(params: dict[str, Any], width: int) -> dict[str, tuple[int,
 
 
 def synthetic(params: dict[str, Any], width: int = 96, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Weights of the published names and shapes."""
+    """Return random weights with the published names and shapes."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(shape: tuple[int, ...]) -> Tensor:
@@ -89,7 +97,7 @@ def with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:
 
 
 def in_layout(folder: Path, params: object, tensors: object, metadata: dict[str, Any] | None = None) -> Path:
-    """Meta's own layout, or with `metadata` the one of safetensors, each with its files where they are looked for."""
+    """Write a folder in Meta's own layout, or with `metadata` in the layout with safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
     if metadata is None:
@@ -106,10 +114,10 @@ def source(folder: Path, tokenizer: Tokenizer | None, **options: Any) -> MetaChe
 
 
 def refusal(folder: Path, tokenizer: Tokenizer) -> str:
-    """What loading says of a folder, which is what is found before, key for key."""
+    """Return the error of loading a folder, and check that validation reports the same issues."""
     with pytest.raises(InputError) as refused:
-        source(folder, tokenizer).begin()
-    problems = [*source(folder, None).problems()]
+        source(folder, tokenizer).load_base()
+    problems = [*source(folder, None).issues()]
     assert "\n".join(f"model.{key}={value}: {problem}" for key, value, problem in problems) == str(refused.value)
     assert problems
     assert refused.value.exit_code == 2
@@ -118,12 +126,12 @@ def refusal(folder: Path, tokenizer: Tokenizer) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sound one, with four heads."""
+    """Return a valid folder with four heads."""
     return in_layout(tmp_path / "meta", SIZES, synthetic(SIZES))
 
 
 def by_complex_numbers(x: Tensor, theta: float) -> Tensor:
-    """Meta's rotary embedding: each interleaved pair is a complex number."""
+    """Apply Meta's rotary embedding: each interleaved pair is a complex number."""
     length, head_dim = x.shape[1], x.shape[-1]
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(length).float(), frequencies)
@@ -134,7 +142,7 @@ def by_complex_numbers(x: Tensor, theta: float) -> Tensor:
 
 
 def by_halves(x: Tensor, theta: float) -> Tensor:
-    """Hugging Face's: dimension i is paired with i + head_dim / 2."""
+    """Apply Hugging Face's rotary embedding: dimension i is paired with i + head_dim / 2."""
     halves = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
     first, second = by_complex_numbers(halves, theta).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.cat((first, second), dim=-1)
@@ -143,7 +151,7 @@ def by_halves(x: Tensor, theta: float) -> Tensor:
 def published_block(
     x: Tensor, weights: Tensors, prefix: str, params: dict[str, Any], turn: Callable[[Tensor, float], Tensor]
 ) -> Tensor:
-    """One block as Meta's model.py computes it."""
+    """Compute a block as in Meta's model.py."""
     w = {name.removeprefix(f"{prefix}."): value for name, value in weights.items() if name.startswith(f"{prefix}.")}
     heads, kv_heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
     batch, length, dim = x.shape
@@ -174,7 +182,7 @@ def published_logits(
     turn: Callable[[Tensor, float], Tensor] = by_complex_numbers,
     from_trunk: bool = True,
 ) -> Tensor:
-    """[batch, position, head, token], straight from the published description; `from_trunk` feeds every head."""
+    """Return logits [batch, position, head, token] by the published description; `from_trunk`: all heads read it."""
     layers = params["n_layers"] - params.get("n_future_tokens", 1) + 1
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(layers - 1):
@@ -198,12 +206,12 @@ TOKENS = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manua
 
 @pytest.mark.parametrize("metadata", [None, {}], ids=["pth", "safetensors"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_head_computes_what_the_published_description_says(
+def test_every_head_computes_the_published_description(
     name: str, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     params = SIZES | CONFIGS[name]
     weights = synthetic(params, width=112 if "ffn_dim_multiplier" in params else 96)
-    model = source(in_layout(tmp_path / "meta", params, weights, metadata), tokenizer).begin()
+    model = source(in_layout(tmp_path / "meta", params, weights, metadata), tokenizer).load_base()
     got = logits(model, TOKENS)
     assert got.shape == (2, 17, params["n_future_tokens"], VOCABULARY)
     torch.testing.assert_close(got, published_logits(weights, params, TOKENS), rtol=0, atol=1e-5)
@@ -227,7 +235,7 @@ def test_7b_has_291_tensors_of_the_published_names_and_shapes() -> None:
     assert found == expected
     assert len(found) == 291
     assert (model.num_heads, len(model.trunk)) == (4, 28)
-    assert model.num_parameters == 6_738_415_616  # that of Llama 2 7B, whose blocks and vocabulary it shares
+    assert model.num_parameters == 6_738_415_616  # equal to Llama 2 7B: same blocks and vocabulary
     assert list(names.values()) == list(published_shapes(params, 11008))
     assert len(set(names.values())) == len(names)
 
@@ -241,18 +249,18 @@ def test_a_7b_of_one_head_has_one_layer_for_each_block() -> None:
 
 @pytest.mark.parametrize(("stored", "asked"), product(["float16", "bfloat16", "float32", "float64"], ["fp32", "bf16"]))
 @pytest.mark.parametrize("metadata", [None, {}], ids=["pth", "safetensors"])
-def test_whatever_type_is_stored_the_parameters_have_the_type_asked_for(
+def test_parameters_have_the_configured_dtype_for_every_stored_dtype(
     stored: str, asked: str, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     weights = synthetic(SIZES, dtype=getattr(torch, stored))
     folder = in_layout(tmp_path / "meta", SIZES, weights, metadata)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
     made = source(folder, tokenizer, dtype=asked)
-    model = made.new()
+    model = made.create()
     for ours, theirs in meta_names(2, 4).items():
         assert model.state_dict()[ours].dtype == dtype
         assert torch.equal(model.state_dict()[ours], weights[theirs].to(dtype)), theirs
-    assert {parameter.dtype for parameter in made.blank().parameters()} == {dtype}
+    assert {parameter.dtype for parameter in made.empty().parameters()} == {dtype}
     assert isinstance(made.architecture(), LlamaArchitecture)
     exact = published_logits({name: value.float() for name, value in weights.items()}, SIZES, TOKENS)
     bound = 0.2 if asked == "bf16" else 1e-4  # bf16 keeps 8 bits, over six blocks
@@ -260,7 +268,7 @@ def test_whatever_type_is_stored_the_parameters_have_the_type_asked_for(
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_type_of_the_parameters_is_part_of_what_a_resumed_run_must_share(folder: Path) -> None:
+def test_the_dtype_of_the_parameters_is_part_of_the_resume_check(folder: Path) -> None:
     fp32, bf16 = (source(folder, None, dtype=dtype).architecture().settings for dtype in ("fp32", "bf16"))
     assert bf16 == fp32 | {"dtype": "bf16"}
     assert type(source(folder, None).architecture()) is LlamaArchitecture
@@ -286,7 +294,7 @@ PLACES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_metadata_json_may_say_where_the_sizes_and_weights_are(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_metadata_json_may_name_the_files_of_sizes_and_weights(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     metadata, files, weights = PLACES[name]
     tensors = synthetic(SIZES)
     for file, content in ({META: metadata} | files).items():
@@ -294,11 +302,11 @@ def test_metadata_json_may_say_where_the_sizes_and_weights_are(name: str, tmp_pa
         (tmp_path / file).write_text(json.dumps(content))
     (tmp_path / weights).parent.mkdir(exist_ok=True)
     save_file(tensors, tmp_path / weights)
-    model = source(tmp_path, tokenizer).begin()
+    model = source(tmp_path, tokenizer).load_base()
     torch.testing.assert_close(logits(model, TOKENS), published_logits(tensors, SIZES, TOKENS), rtol=0, atol=1e-5)
 
 
-def test_weights_may_be_in_several_files_each_tensor_in_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_weights_may_be_in_several_files_without_duplicates(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tensors = synthetic(SIZES)
     folder = in_layout(tmp_path, SIZES, {}, {})
     (folder / "model.safetensors").unlink()
@@ -306,55 +314,57 @@ def test_weights_may_be_in_several_files_each_tensor_in_one(tmp_path: Path, toke
     names = list(tensors)
     for number, part in enumerate((names[:20], names[20:])):
         save_file({name: tensors[name] for name in part}, folder / f"safetensors/part{number}.safetensors")
-    model = source(folder, tokenizer).begin()
+    model = source(folder, tokenizer).load_base()
     torch.testing.assert_close(logits(model, TOKENS), published_logits(tensors, SIZES, TOKENS), rtol=0, atol=1e-5)
     hashes = {
         f"safetensors/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (folder / "safetensors").iterdir()
     }
     (folder / META).write_text(json.dumps({"sha256": hashes}))
-    source(folder, tokenizer).begin()
+    source(folder, tokenizer).load_base()
     (folder / META).write_text(json.dumps({"sha256": hashes["safetensors/part0.safetensors"]}))
     with pytest.raises(InputError, match="sha256 must be a hash, or an object with one for each of"):
-        source(folder, tokenizer).begin()
+        source(folder, tokenizer).load_base()
     (folder / META).write_text("{}")
     save_file({"norm.weight": tensors["norm.weight"]}, folder / "safetensors/part2.safetensors")
-    assert "part2.safetensors: has tensors that another file has too: norm.weight" in refusal(folder, tokenizer)
+    assert "part2.safetensors: contains tensors that another file contains too: norm.weight" in refusal(
+        folder, tokenizer
+    )
 
 
 @pytest.mark.parametrize("extra", ["rope.freqs", "layers.0.attention.inner_attention.rope.freqs"])
-def test_frequencies_are_left_aside(extra: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_rotary_frequencies_in_the_file_are_ignored(extra: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = in_layout(tmp_path, SIZES, synthetic(SIZES) | {extra: torch.ones(4)})
-    assert source(folder, tokenizer).begin().num_heads == 4
+    assert source(folder, tokenizer).load_base().num_heads == 4
     torch.save(synthetic(SIZES) | {f"{extra}2": torch.ones(4)}, folder / PTH)
     assert f"unexpected: {extra}2" in refusal(folder, tokenizer)
 
 
-def test_a_vocabulary_of_minus_one_is_that_of_the_embedding(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_vocabulary_size_of_minus_one_means_that_of_the_embedding(tmp_path: Path, tokenizer: Tokenizer) -> None:
     weights = synthetic(SIZES | {"vocab_size": 520})
     folder = in_layout(tmp_path, SIZES | {"vocab_size": -1}, weights)
-    assert [*source(folder, None).problems()] == []
+    assert [*source(folder, None).issues()] == []
     made = source(folder, tokenizer)
     assert made.architecture().vocab_size == 520
-    assert torch.equal(made.begin().embedding.weight, weights["tok_embeddings.weight"])
-    assert json.loads(made.files()["params.json"])["vocab_size"] == 520
+    assert torch.equal(made.load_base().embedding.weight, weights["tok_embeddings.weight"])
+    assert json.loads(made.kept_files()["params.json"])["vocab_size"] == 520
 
 
-def test_the_model_does_not_depend_on_the_file_any_more(folder: Path, tokenizer: Tokenizer) -> None:
-    model = source(folder, tokenizer).begin()
-    lazy = mapped(folder / PTH)["norm.weight"]
+def test_the_loaded_model_is_independent_of_the_file(folder: Path, tokenizer: Tokenizer) -> None:
+    model = source(folder, tokenizer).load_base()
+    lazy = map_tensors(folder / PTH)["norm.weight"]
     with (folder / PTH).open("r+b") as file:
         file.write(bytes((folder / PTH).stat().st_size))
     assert torch.equal(logits(model, TOKENS), logits(model, TOKENS))
     torch.testing.assert_close(
         logits(model, TOKENS), published_logits(synthetic(SIZES), SIZES, TOKENS), rtol=0, atol=1e-5
     )
-    assert not lazy.any()  # what was mapped only, and not yet looked at, is gone
+    assert not lazy.any()  # values that were mapped but not read are lost
 
 
-def test_further_heads_begin_as_copies_of_head_1(folder: Path, tokenizer: Tokenizer) -> None:
+def test_additional_heads_start_as_copies_of_head_1(folder: Path, tokenizer: Tokenizer) -> None:
     weights = synthetic(SIZES)
-    model = source(folder, tokenizer, num_heads=6, dropout=0.25).begin()
+    model = source(folder, tokenizer, num_heads=6, dropout=0.25).load_base()
     assert model.num_heads == 6
     assert {block.dropout.p for block in (*model.trunk, *model.heads)} == {0.25}
     for index, prefix in enumerate(["layers.2", *(f"extra_heads.{i}" for i in range(3)), "layers.2", "layers.2"]):
@@ -366,7 +376,7 @@ def test_further_heads_begin_as_copies_of_head_1(folder: Path, tokenizer: Tokeni
 
 
 def test_fewer_heads_are_the_first_ones(folder: Path, tokenizer: Tokenizer) -> None:
-    model = source(folder, tokenizer, num_heads=2).begin()
+    model = source(folder, tokenizer, num_heads=2).load_base()
     expected = published_logits(synthetic(SIZES), SIZES, TOKENS)[:, :, :2]
     torch.testing.assert_close(logits(model, TOKENS), expected, rtol=0, atol=1e-5)
 
@@ -374,42 +384,42 @@ def test_fewer_heads_are_the_first_ones(folder: Path, tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize(
     ("num_heads", "create_heads", "has"), [(None, True, 4), (6, True, 6), (6, False, 4), (3, False, 3)]
 )
-def test_heads_that_are_not_there_are_made_or_missed_aloud(
+def test_missing_heads_are_created_or_omitted_with_a_warning(
     num_heads: int | None, create_heads: bool, has: int, folder: Path, tokenizer: Tokenizer,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     made = source(folder, tokenizer, num_heads=num_heads, create_heads=create_heads)
-    assert made.num_heads == made.begin().num_heads == has
+    assert made.num_heads == made.load_base().num_heads == has
     said = f"model.num_heads=6, but {folder} has 4, and model.create_heads=false: the model has 4"
-    new = f"{folder} has 4 of {has} heads; the others are new, and begin as head 1"
+    new = f"{folder} has 4 of {has} heads; the other heads are new and start as head 1"
     assert caplog.messages == ([said] if has < (num_heads or 0) else [new] if has > 4 else [])
 
 
-def test_adapters_leave_the_checkpoints_numbers_as_they_are(folder: Path, tokenizer: Tokenizer) -> None:
-    model = source(folder, tokenizer, lora=Lora(rank=2, targets=("query", "value"))).new()
+def test_adapters_do_not_change_the_checkpoints_weights(folder: Path, tokenizer: Tokenizer) -> None:
+    model = source(folder, tokenizer, lora=Lora(rank=2, targets=("query", "value"))).create()
     torch.testing.assert_close(
         logits(model, TOKENS), published_logits(synthetic(SIZES), SIZES, TOKENS), rtol=0, atol=1e-5
     )
     model.unembedding(model.train()(TOKENS).states).square().mean().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name in model.state_dict() if name not in model.base}
+    assert trained == {name for name in model.state_dict() if name not in model.base_names}
     assert len([name for name in trained if "lora_" in name]) == 2 * 2 * 2
     assert model.base_fingerprint is not None
-    assert source(folder, tokenizer, lora=Lora(rank=2)).new().base_fingerprint != model.base_fingerprint
+    assert source(folder, tokenizer, lora=Lora(rank=2)).create().base_fingerprint != model.base_fingerprint
 
 
-def test_adapters_that_have_no_place_are_told_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
-    [(key, value, problem)] = source(folder, None, lora=Lora(rank=2, targets=("wq", "query"))).problems()
+def test_adapters_that_do_not_fit_are_reported_before_loading_weights(folder: Path, tmp_path: Path) -> None:
+    [(key, value, problem)] = source(folder, None, lora=Lora(rank=2, targets=("wq", "query"))).issues()
     assert (key, value) == ("lora.targets", "wq")
     assert "it has down" not in problem
     assert "it has gate, key, output, query, up, value" in problem
     bare = in_layout(tmp_path / "bare", SIZES | {"n_layers": 4}, synthetic(SIZES | {"n_layers": 4}))
-    assert [*source(bare, None, lora=Lora(rank=2)).problems()] == [
+    assert [*source(bare, None, lora=Lora(rank=2)).issues()] == [
         ("lora.rank", "2", "the trunk has no blocks that could have adapters")
     ]
 
 
-def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_all_mismatched_tensors_are_listed_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tensors: dict[str, Any] = synthetic(SIZES)
     del tensors["layers.0.attention.wk.weight"], tensors["norm.weight"]
     tensors |= {
@@ -422,26 +432,26 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path, tokenize
     }
     folder = in_layout(tmp_path, SIZES, tensors)
     assert refusal(folder, tokenizer) == "\n    ".join([
-        f"model.path={folder}: consolidated.pth: holds another model than params.json says:",
+        f"model.path={folder}: consolidated.pth: does not match params.json:",
         "missing: layers.0.attention.wk.weight",
         "missing: norm.weight",
         "unexpected: layers.0.attention.wk.bias",
         "mis-typed: layers.1.ffn_norm.weight is torch.int8, not dense floats",
-        "mis-shaped: output.weight is [7, 32], params.json says [512, 32]",
+        "mis-shaped: output.weight is [7, 32], params.json needs [512, 32]",
         "mis-typed: extra_heads.0.feed_forward.w2.weight is torch.float32, not dense floats",
         "mis-typed: extra_heads.1.feed_forward.w2.weight is torch.float32, not dense floats",
         "mis-typed: extra_heads.2.feed_forward.w2.weight is str, not dense floats",
     ])  # fmt: skip
 
 
-def test_safetensors_that_do_not_fit_are_listed_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_mismatched_tensors_of_safetensors_are_listed_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tensors = synthetic(SIZES) | {"norm.weight": torch.ones(31), "layers.1.ffn_norm.weight": torch.ones(32).long()}
     tensors["value_head.weight"] = tensors.pop("extra_heads.0.attention.wo.weight")
     said = refusal(in_layout(tmp_path, SIZES, tensors, {}), tokenizer)
-    assert "model.safetensors: holds another model than params.json says" in said
+    assert "model.safetensors: does not match params.json" in said
     for fault in (
         "missing: extra_heads.0.attention.wo.weight", "unexpected: value_head.weight",
-        "mis-shaped: norm.weight is [31], params.json says [32]", "mis-typed: layers.1.ffn_norm.weight is torch.int64",
+        "mis-shaped: norm.weight is [31], params.json needs [32]", "mis-typed: layers.1.ffn_norm.weight is torch.int64",
     ):  # fmt: skip
         assert fault in said
 
@@ -449,24 +459,24 @@ def test_safetensors_that_do_not_fit_are_listed_too(tmp_path: Path, tokenizer: T
 @pytest.mark.parametrize(
     ("change", "hint", "other"),
     [
-        ({"n_future_tokens": 2}, "params.json says n_future_tokens=2, the file has 4 heads", "n_layers"),
-        ({"n_future_tokens": 6}, "params.json says n_future_tokens=6, the file has 4 heads", "n_layers"),
-        ({"n_future_tokens": None}, "params.json says n_future_tokens=1, the file has 4 heads", "n_layers"),
-        ({"n_layers": 9}, "params.json says n_layers=9, the file has 6 blocks", "n_future_tokens"),
+        ({"n_future_tokens": 2}, "params.json has n_future_tokens=2, the file has 4 heads", "n_layers"),
+        ({"n_future_tokens": 6}, "params.json has n_future_tokens=6, the file has 4 heads", "n_layers"),
+        ({"n_future_tokens": None}, "params.json has n_future_tokens=1, the file has 4 heads", "n_layers"),
+        ({"n_layers": 9}, "params.json has n_layers=9, the file has 6 blocks", "n_future_tokens"),
     ],
 )
-def test_a_wrong_number_of_heads_or_blocks_is_said_before_the_names(
+def test_a_wrong_number_of_heads_or_blocks_is_reported_before_the_names(
     change: dict[str, Any], hint: str, other: str, folder: Path, tokenizer: Tokenizer
 ) -> None:
     (folder / "params.json").write_text(json.dumps(SIZES | change))
     first, second, *names = refusal(folder, tokenizer).split("\n    ")
-    assert first.endswith("consolidated.pth: holds another model than params.json says:")
+    assert first.endswith("consolidated.pth: does not match params.json:")
     assert second == hint
     assert (
         len(names)
         == {2: 18 + 18, 6: 18 + 18, None: 27 + 27, 9: 27}[change.get("n_future_tokens", change.get("n_layers"))]
     )
-    assert not any(f"says {other}" in name for name in names)
+    assert not any(f"has {other}" in name for name in names)
 
 
 @pytest.mark.parametrize(
@@ -486,10 +496,10 @@ def test_a_wrong_number_of_heads_or_blocks_is_said_before_the_names(
         ),
         ({"norm_eps": float("nan")}, ["norm_eps=nan: must be a finite number"]),
         ({"dim": 10**30, "n_layers": 10**9}, [f"dim={10**30}: must be less", "n_layers=1000000000: must be less"]),
-        ({"use_scaled_rope": True}, ["use_scaled_rope: is of another kind of model"]),
+        ({"use_scaled_rope": True}, ["use_scaled_rope: belongs to an unsupported kind of model"]),
     ],
 )  # fmt: skip
-def test_sizes_that_cannot_be_are_all_told(
+def test_all_invalid_sizes_are_reported(
     change: dict[str, Any], lines: list[str], folder: Path, tokenizer: Tokenizer
 ) -> None:
     (folder / "params.json").write_text(json.dumps(SIZES | change))
@@ -501,15 +511,15 @@ def test_sizes_that_cannot_be_are_all_told(
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"dim": 32', "\xff"])
 @pytest.mark.parametrize("name", ["params.json", META])
-def test_files_that_are_no_json_are_named(name: str, text: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_files_that_are_not_valid_json_are_named(name: str, text: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = in_layout(tmp_path, SIZES, synthetic(SIZES), {})
     (folder / name).write_bytes(text.encode("latin-1"))
     assert f"model.path={folder}: {name}: " in refusal(folder, tokenizer)
 
 
-def test_what_is_missing_is_told_with_what_to_do(folder: Path, tokenizer: Tokenizer) -> None:
+def test_missing_files_are_reported_with_a_remedy(folder: Path, tokenizer: Tokenizer) -> None:
     above = folder.parent
-    assert f"has no params.json and no metadata.json; name the folder that Meta's files lie in, such as {folder}" in (
+    assert f"has no params.json and no metadata.json; name the folder that contains Meta's files, such as {folder}" in (
         refusal(above, tokenizer)
     )
     assert "has no params.json and no metadata.json" in refusal(above / "nowhere", tokenizer)
@@ -526,7 +536,7 @@ def test_what_is_missing_is_told_with_what_to_do(folder: Path, tokenizer: Tokeni
 
 @pytest.mark.parametrize("key", ["config", "params", "weights", "checkpoint"])
 @pytest.mark.parametrize("name", ["../outside", "{outside}", "inside/../../outside", 7, ["outside"]])
-def test_metadata_json_cannot_name_what_is_outside(
+def test_metadata_json_cannot_name_files_outside_the_folder(
     key: str, name: object, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     is_sizes = key in ("config", "params")
@@ -540,7 +550,7 @@ def test_metadata_json_cannot_name_what_is_outside(
     shutil.copy(content, outside)
     assert f"metadata.json: files.{key}={name}: must be a path inside the folder" in refusal(folder, tokenizer)
     (folder / META).write_text(json.dumps({"files": {key: content.name}}))  # the control: the same file, inside
-    assert source(folder, tokenizer).begin().num_heads == 4
+    assert source(folder, tokenizer).load_base().num_heads == 4
 
 
 def test_the_hash_of_metadata_json_is_compared(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -549,25 +559,23 @@ def test_the_hash_of_metadata_json_is_compared(tmp_path: Path, tokenizer: Tokeni
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for given_hash in (digest, digest.upper(), {"model.safetensors": digest}):
         (folder / META).write_text(json.dumps({"sha256": given_hash}))
-        assert source(folder, tokenizer).begin().num_heads == 4
+        assert source(folder, tokenizer).load_base().num_heads == 4
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        InputError, match=f"model.safetensors: its sha256 is .*, metadata.json says {digest}"
-    ) as refused:
-        source(folder, tokenizer).begin()
+    with pytest.raises(InputError, match=f"model.safetensors: its sha256 is .*, metadata.json has {digest}") as refused:
+        source(folder, tokenizer).load_base()
     assert str(refused.value).startswith(f"model.path={folder}: ")
     for wrong in (7, {}, {"model.safetensors": None}):
         (folder / META).write_text(json.dumps({"sha256": wrong}))
         with pytest.raises(InputError, match="sha256 must be a hash"):
-            source(folder, tokenizer).begin()
-    (folder / META).write_text("{}")  # the control: without a hash nobody sees it
-    source(folder, tokenizer).begin()
+            source(folder, tokenizer).load_base()
+    (folder / META).write_text("{}")  # the control: without a hash the change is not detected
+    source(folder, tokenizer).load_base()
 
 
 class Payload:
-    """What a pickle runs when it is loaded."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -598,7 +606,7 @@ def test_code_in_a_checkpoint_is_not_run(zipped: bool, folder: Path, tokenizer: 
 
 @pytest.mark.parametrize("percent", [0, 50, 99])
 @pytest.mark.parametrize("metadata", [None, {}], ids=["pth", "safetensors"])
-def test_half_a_file_is_told(
+def test_a_truncated_file_is_reported(
     percent: int, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     folder = in_layout(tmp_path, SIZES, synthetic(SIZES), metadata)
@@ -609,23 +617,23 @@ def test_half_a_file_is_told(
     said = refusal(folder, tokenizer)
     assert f"{path.name}: is cut short, damaged or of another format; get it again ({size:,} bytes" in said
     path.write_bytes(content)
-    source(folder, tokenizer).begin()
+    source(folder, tokenizer).load_base()
 
 
-def test_a_file_that_holds_no_tensors_by_name_is_told(folder: Path, tokenizer: Tokenizer) -> None:
+def test_a_file_without_tensors_by_name_is_reported(folder: Path, tokenizer: Tokenizer) -> None:
     torch.save([torch.ones(2)], folder / PTH)
     assert "consolidated.pth: holds a list, not tensors by name" in refusal(folder, tokenizer)
     torch.save({"model": synthetic(SIZES)}, folder / PTH)
     assert "unexpected: model\n" in refusal(folder, tokenizer) + "\n"
 
 
-def test_a_vocabulary_that_is_too_small_is_told_with_both_numbers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_vocabulary_that_is_too_small_is_reported_with_both_sizes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     params = SIZES | {"vocab_size": 511}
     folder = in_layout(tmp_path / "small", params, synthetic(params))
     with pytest.raises(InputError, match="has embeddings for 511 tokens, its tokenizer has 512"):
-        source(folder, tokenizer).new()
+        source(folder, tokenizer).create()
     params = SIZES | {"vocab_size": 513}
-    assert source(in_layout(tmp_path / "large", params, synthetic(params)), tokenizer).new().num_heads == 4
+    assert source(in_layout(tmp_path / "large", params, synthetic(params)), tokenizer).create().num_heads == 4
 
 
 SAID = {
@@ -638,7 +646,7 @@ SAID = {
 @pytest.mark.parametrize("layout", ["pth", "safetensors"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", SAID)
-def test_what_was_loaded_is_written_back_as_it_was(
+def test_a_loaded_model_is_written_back_unchanged(
     name: str, dtype: str, layout: Any, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     params = SAID[name]
@@ -646,7 +654,7 @@ def test_what_was_loaded_is_written_back_as_it_was(
     weights = synthetic(params, width, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     metadata = None if layout == "pth" else {}
     first = read_meta(in_layout(tmp_path / "first", params, weights, metadata))
-    model = source(tmp_path / "first", tokenizer, dtype=dtype).begin()
+    model = source(tmp_path / "first", tokenizer, dtype=dtype).load_base()
     write_meta(model, tmp_path / "second", first.content, layout)
     assert json.loads((tmp_path / "second/params.json").read_text()) == params
     path = tmp_path / "second" / (PTH if layout == "pth" else "model.safetensors")
@@ -658,35 +666,35 @@ def test_what_was_loaded_is_written_back_as_it_was(
     for theirs, tensor in weights.items():
         assert written[theirs].dtype == tensor.dtype
         assert torch.equal(written[theirs], tensor)
-    third = source(tmp_path / "second", tokenizer, dtype=dtype).begin()
+    third = source(tmp_path / "second", tokenizer, dtype=dtype).load_base()
     assert torch.equal(logits(third, TOKENS), logits(model, TOKENS))
     expected = {"params.json", path.name} | ({META} if layout == "safetensors" else set())
     assert {path.name for path in (tmp_path / "second").iterdir()} == expected
 
 
 @pytest.mark.parametrize("layout", ["pth", "safetensors"])
-def test_a_model_of_ours_is_written_without_params_and_read_again(
+def test_a_model_is_written_without_given_params_and_read_again(
     layout: Any, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     model = tiny_model(num_heads=3)
     write_meta(model, tmp_path / "out", layout=layout)
     write_meta(model, tmp_path / "out", layout=layout)  # again
     made = source(tmp_path / "out", tokenizer)
-    assert [*made.problems()] == []
+    assert [*made.issues()] == []
     assert made.architecture() == model.architecture
-    read = made.begin()
+    read = made.load_base()
     assert read.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in read.state_dict().items())
-    with pytest.raises(InputError, match="which is of the other layout; name another folder"):
+    with pytest.raises(InputError, match="which belongs to the other layout; name another folder"):
         write_meta(model, tmp_path / "out", layout="safetensors" if layout == "pth" else "pth")
     path = tmp_path / "out/model.safetensors"
     if layout == "safetensors":
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
         with pytest.raises(InputError, match="its sha256 is"):
-            source(tmp_path / "out", tokenizer).begin()
+            source(tmp_path / "out", tokenizer).load_base()
 
 
-def test_a_parameter_that_is_part_of_a_larger_tensor_is_written_alone(tmp_path: Path) -> None:
+def test_only_the_elements_of_a_view_are_written(tmp_path: Path) -> None:
     model = tiny_model(num_heads=1)
     write_meta(model, tmp_path / "own")
     with torch.no_grad():
@@ -697,34 +705,36 @@ def test_a_parameter_that_is_part_of_a_larger_tensor_is_written_alone(tmp_path: 
     assert (tmp_path / "own" / PTH).read_bytes() == (tmp_path / "part" / PTH).read_bytes()
 
 
-def test_heads_that_were_taken_off_are_not_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_removed_heads_are_not_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = tiny_model(num_heads=4)
     model.heads = model.heads[:2]
     write_meta(model, tmp_path)
     assert json.loads((tmp_path / "params.json").read_text())["n_future_tokens"] == 2
-    assert source(tmp_path, tokenizer).begin().num_heads == 2
+    assert source(tmp_path, tokenizer).load_base().num_heads == 2
 
 
-def test_what_the_layout_cannot_say_is_refused(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_models_that_the_layout_does_not_support_are_refused(
+    folder: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     out = tmp_path / "out"
-    adapted = source(folder, tokenizer, lora=Lora(rank=2)).new()
+    adapted = source(folder, tokenizer, lora=Lora(rank=2)).create()
     judging = tiny_model()
     judging.add_value_head()
     for model in (adapted, judging):
-        with pytest.raises(InputError, match="no place for adapters and value heads"):
+        with pytest.raises(InputError, match="does not support adapters and value heads"):
             write_meta(model, out)
-    medusa = drawn(LlamaArchitecture(
+    medusa = create_llama(LlamaArchitecture(
         vocab_size=64, dim=16, num_layers=2, num_heads=1, num_attention_heads=2, num_kv_heads=1, hidden_dim=40,
         head_kind="medusa",
     ))  # fmt: skip
-    with pytest.raises(InputError, match="is for Llama models whose heads are blocks"):
+    with pytest.raises(InputError, match="supports only Llama models whose heads are blocks"):
         write_meta(medusa, out)
     with pytest.raises(InputError, match="norm_eps=0.0: must be greater than 0"):
-        write_meta(drawn(LlamaArchitecture(
+        write_meta(create_llama(LlamaArchitecture(
             vocab_size=64, dim=16, num_layers=2, num_heads=1, num_attention_heads=2, num_kv_heads=1, hidden_dim=40,
             norm_eps=0.0,
         )), out)  # fmt: skip
-    model = source(folder, tokenizer).begin()
+    model = source(folder, tokenizer).load_base()
     wrong = SIZES | {"norm_eps": 1e-6, "n_future_tokens": 3, "multiple_of": 32, "vocab_size": 7}
     with pytest.raises(InputError) as refused:
         write_meta(model, out, wrong)
@@ -745,7 +755,7 @@ def test_the_formula_gives_the_widths_of_llama() -> None:
 
 @given(dim=st.integers(1, 2**14), width=st.integers(1, 2**16))
 @settings(max_examples=500, deadline=None)
-def test_for_every_width_there_are_keys_with_which_the_formula_gives_it(dim: int, width: int) -> None:
+def test_formula_keys_exist_for_every_width(dim: int, width: int) -> None:
     keys = formula_keys(dim, width)
     told = json.loads(json.dumps(keys))
     assert hidden_dim(dim, int(told["multiple_of"]), told.get("ffn_dim_multiplier")) == width
@@ -755,14 +765,16 @@ def test_for_every_width_there_are_keys_with_which_the_formula_gives_it(dim: int
 
 
 @pytest.mark.parametrize("name", [*SAID, "hugging face"])
-def test_a_run_can_use_its_checkpoints_with_what_it_keeps(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_checkpoints_can_be_used_with_the_files_kept_by_the_run(
+    name: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     params = SAID.get(name, HUGGING_FACE)
     width = params.get("intermediate_size") or hidden_dim(32, params["multiple_of"], params.get("ffn_dim_multiplier"))
     weights = synthetic(SIZES | params, width)
     folder = with_tokenizer(in_layout(tmp_path / "meta", params, weights), tokenizer)
     options = {"num_heads": 6, "dropout": 0.25, "dtype": "bf16"}
     made = source(folder, tokenizer, **options)
-    kept = made.files()
+    kept = made.kept_files()
     assert kept.keys() == {"params.json", "tokenizer.json", "tokenizer_config.json"}
     assert kept["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
     (tmp_path / "model").mkdir()
@@ -770,25 +782,25 @@ def test_a_run_can_use_its_checkpoints_with_what_it_keeps(name: str, tmp_path: P
         (tmp_path / "model" / file).write_bytes(content)
     again = source(tmp_path / "model", tokenizer, **options)
     assert again.architecture() == made.architecture()
-    assert again.files() == kept
-    blank = again.blank()
+    assert again.kept_files() == kept
+    blank = again.empty()
     assert blank.architecture == made.architecture()
-    assert blank.load_state_dict(made.begin().state_dict(), strict=True)
+    assert blank.load_state_dict(made.load_base().state_dict(), strict=True)
     assert source(tmp_path / "model", tokenizer).num_heads == 4
     assert "has no consolidated.pth" in refusal(tmp_path / "model", tokenizer)
 
 
-def test_a_tokenizer_from_elsewhere_is_kept_too(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_folder_is_kept_too(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for other in (None, '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'):
         if other is not None:
             (folder / "tokenizer.json").write_text(other)
-        for file, content in source(folder, tokenizer).files().items():
+        for file, content in source(folder, tokenizer).kept_files().items():
             (tmp_path / file).write_bytes(content)
         kept = pretrained_tokenizer(path=tmp_path)
         assert (kept.fingerprint, kept.end, kept.padding) == (tokenizer.fingerprint, tokenizer.end, tokenizer.padding)
 
 
-def test_the_command_trains_it_and_its_run_needs_the_folder_no_more(
+def test_train_works_and_the_finished_run_does_not_need_the_folder(
     invoke: Invoke, folder: Path, tokenizer: Tokenizer, cache: Path, tmp_path: Path
 ) -> None:
     with_tokenizer(folder, tokenizer)
@@ -806,15 +818,15 @@ def test_the_command_trains_it_and_its_run_needs_the_folder_no_more(
     assert 0 < moved < 0.1
 
 
-def test_the_command_refuses_a_wrong_one_before_training(
+def test_train_refuses_an_invalid_folder_before_training(
     invoke: Invoke, folder: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with_tokenizer(folder, tokenizer)
     (folder / "params.json").write_text(json.dumps(SIZES | {"n_future_tokens": 2}))
     done = invoke("model=meta_mtp_7b", f"model.path={folder}", f"hydra.run.dir={tmp_path / 'run'}", tiny=False)
     assert done.code == 2
-    assert f"model.path={folder}: consolidated.pth: holds another model than params.json says" in done.err
-    assert "params.json says n_future_tokens=2, the file has 4 heads" in done.err
+    assert f"model.path={folder}: consolidated.pth: does not match params.json" in done.err
+    assert "params.json has n_future_tokens=2, the file has 4 heads" in done.err
     assert "unexpected: extra_heads.2.ffn_norm.weight" in done.err
     assert not (tmp_path / "run/checkpoints").exists()
     missing = invoke("model=meta_mtp_7b", tiny=False)

@@ -10,13 +10,13 @@ from wmtp.models.mtp import MtpModel
 
 
 def interleaved_to_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of a query or key projection from Meta's pair layout to Hugging Face's half layout."""
+    """Reorder rows of a query or key projection from Meta's pairs to Hugging Face's halves."""
     rows, columns = weight.shape
     return weight.view(num_heads, rows // num_heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def as_llama(model: MtpModel) -> LlamaForCausalLM:
-    """Hugging Face's Llama with the weights of a model's trunk and head 1."""
+    """Return Hugging Face's Llama with the weights of a model's trunk and head 1."""
     blocks = [*model.trunk, model.heads[0]]
     attention = blocks[0].attention
     config = LlamaConfig(
@@ -81,7 +81,7 @@ def test_no_head_sees_the_future() -> None:
 
 
 def test_micro_has_about_one_and_a_half_million_parameters(compose, cache: Path) -> None:
-    model = build(compose("model=micro").model, cache_dir=cache).new()
+    model = build(compose("model=micro").model, cache_dir=cache).create()
     assert 1.4e6 < model.num_parameters < 1.65e6
     assert model.num_heads == 4
 

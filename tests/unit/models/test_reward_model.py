@@ -47,7 +47,7 @@ def save(config: PreTrainedConfig, kind: type, tokenizer: Tokenizer, folder: Pat
 
 @pytest.fixture(scope="module")
 def llama(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One label; like many a checkpoint it was saved in bf16, and pads with a token that samples contain."""
+    """Return a model with one label, saved in bf16, whose padding token occurs in samples."""
     config = llama_config(pad_token_id=OTHER_PADDING)
     folder = save(config, LlamaForSequenceClassification, tokenizer, tmp_path_factory.mktemp("llama"))
     AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
@@ -56,7 +56,7 @@ def llama(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def gpt2(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two labels; the tokenizer lies there as transformers saves it."""
+    """Return a model with two labels and a tokenizer saved by transformers."""
     config = GPT2Config(
         vocab_size=512, n_embd=32, n_layer=2, n_head=4, num_labels=2, initializer_range=0.3, pad_token_id=None
     )
@@ -68,13 +68,13 @@ def gpt2(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
-    """A copy of the first, to be damaged."""
+    """Return a copy of the Llama model, to be damaged."""
     return Path(shutil.copytree(llama, tmp_path / "reward-model"))
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders whose weights were asked for."""
+    """Return the folders whose weights were loaded."""
     folders: list[Path] = []
     load = reward._load
     monkeypatch.setattr(reward, "_load", lambda path, config: (folders.append(path), load(path, config))[1])
@@ -99,11 +99,11 @@ def test_a_reward_is_the_score_at_the_last_token_of_the_sample(
     assert rewards.dtype == np.float32
     assert rewards.shape == (len(tiny_data.train),)
     np.testing.assert_allclose(rewards, expected, atol=1e-5, rtol=0)
-    assert rewards.std() > 0.05  # the samples are told apart
+    assert rewards.std() > 0.05  # the samples have different rewards
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_other_samples_of_a_batch_change_no_reward(
+def test_rewards_do_not_depend_on_the_other_samples_of_a_batch(
     name: str,
     request: pytest.FixtureRequest,
     tokenizer: Tokenizer,
@@ -117,14 +117,14 @@ def test_the_other_samples_of_a_batch_change_no_reward(
     model = RewardModel(request.getfixturevalue(name), tokenizer, CPU)
     monkeypatch.setattr(reward, "BATCH_SIZE", 1)
     alone = model.rewards(tiny_data.train)
-    monkeypatch.setattr(reward, "by_length", mixed)
+    monkeypatch.setattr(reward, "batches_by_length", mixed)
     assert len(set(tiny_data.train.samples.lengths)) > 5
     np.testing.assert_allclose(model.rewards(tiny_data.train), alone, atol=1e-5, rtol=0)
-    model.model.config.pad_token_id = OTHER_PADDING  # as the folder has it: padding is scored
+    model.model.config.pad_token_id = OTHER_PADDING  # as in the folder: padding is scored
     assert np.abs(model.rewards(tiny_data.train) - alone).max() > 0.05
 
 
-def test_the_model_computes_in_fp32_without_dropout_whatever_it_was_saved_in(llama: Path, tokenizer: Tokenizer) -> None:
+def test_the_model_computes_in_fp32_without_dropout_for_every_saved_dtype(llama: Path, tokenizer: Tokenizer) -> None:
     assert json.loads((llama / "config.json").read_text())["dtype"] == "bfloat16"
     model = RewardModel(llama, tokenizer, CPU).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -154,7 +154,7 @@ def other_size(tokenizer: Tokenizer) -> BackendTokenizer:
     return backend
 
 
-def normalising(tokenizer: Tokenizer) -> BackendTokenizer:
+def normalizing(tokenizer: Tokenizer) -> BackendTokenizer:
     backend = changed(tokenizer.backend, lambda content: None)
     backend.normalizer = normalizers.NFC()
     return backend
@@ -167,7 +167,7 @@ def with_prefix_space(tokenizer: Tokenizer) -> BackendTokenizer:
 
 
 def greedy_special_tokens(ours: Tokenizer) -> BackendTokenizer:
-    """Special tokens that take the space behind them along."""
+    """Return a tokenizer whose special tokens include the following space."""
 
     def change(content: dict[str, Any]) -> None:
         for token in content["added_tokens"]:
@@ -187,10 +187,10 @@ OTHERS: dict[str, tuple[Callable[[Tokenizer], BackendTokenizer], str]] = {
     "size": (other_size, "it has 513 tokens, ours has 512"),
     "swapped ids": (lambda ours: changed(ours.backend, swap_tokens), "token 400 is '.*', in ours it is '.*'"),
     "swapped merges": (lambda ours: changed(ours.backend, swap_merges), "merge 20 is"),
-    "normaliser": (normalising, "splits text otherwise"),
-    "prefix space": (with_prefix_space, "splits text otherwise"),
-    "digits": (single_digits, "splits text otherwise"),
-    "special tokens": (greedy_special_tokens, "it has other special tokens"),
+    "normaliser": (normalizing, "splits text differently"),
+    "prefix space": (with_prefix_space, "splits text differently"),
+    "digits": (single_digits, "splits text differently"),
+    "special tokens": (greedy_special_tokens, "different special tokens"),
 }
 
 
@@ -222,7 +222,7 @@ def test_if_only_sizes_were_compared_swapped_ids_would_pass(
     assert loaded == [folder]
 
 
-def test_what_a_tokenizer_puts_around_a_text_makes_it_no_other(folder: Path, tokenizer: Tokenizer) -> None:
+def test_special_tokens_around_a_text_do_not_make_a_tokenizer_different(folder: Path, tokenizer: Tokenizer) -> None:
     backend = changed(tokenizer.backend, lambda content: None)
     backend.enable_padding(length=300, pad_id=0, pad_token=PADDING)
     backend.enable_truncation(5)
@@ -277,10 +277,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown kind": (lambda f: (f / "config.json").write_text("{}"), "config.json is not usable"),
     "own code": (own_code, "config.json is not usable"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "is no tokenizer.json that can be read"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "is not a readable tokenizer.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "pickled weights": (pickle_weights, "save the model as safetensors"),
-    "language model": (lambda f: resave(f, LlamaForCausalLM), "holds LlamaForCausalLM; what is needed is"),
+    "language model": (
+        lambda f: resave(f, LlamaForCausalLM),
+        "contains LlamaForCausalLM; a …ForSequenceClassification is needed",
+    ),
     "three labels": (lambda f: resave(f, LlamaForSequenceClassification, num_labels=3), "has 3 labels"),
     "few embeddings": (lambda f: resave(f, LlamaForSequenceClassification, vocab_size=500), "embeddings for 500"),
 }
@@ -292,7 +295,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *DAMAGES])
-def test_a_folder_that_is_no_reward_model_is_refused(
+def test_a_folder_that_is_not_a_reward_model_is_refused(
     fault: str, folder: Path, tokenizer: Tokenizer, loaded: list[Path]
 ) -> None:
     damage, problem = (FAULTS | DAMAGES)[fault]
@@ -320,7 +323,7 @@ def test_a_sample_longer_than_the_model_reads_is_refused(
         RewardModel(folder, tokenizer, CPU).rewards(tiny_data.train)
 
 
-def test_a_score_that_is_not_finite_is_no_reward(llama: Path, tokenizer: Tokenizer, tiny_data: Dataset) -> None:
+def test_a_score_that_is_not_finite_is_refused(llama: Path, tokenizer: Tokenizer, tiny_data: Dataset) -> None:
     model = RewardModel(llama, tokenizer, CPU)
     unused = max(set(range(512)) - set(tiny_data.train.samples.tokens.tolist()))
     model.model.get_input_embeddings().weight.data[unused] = torch.nan
@@ -330,7 +333,7 @@ def test_a_score_that_is_not_finite_is_no_reward(llama: Path, tokenizer: Tokeniz
         model.rewards(tiny_data.train)
 
 
-def test_a_training_with_a_reward_model_of_another_tokenizer_ends_before_it_begins(
+def test_train_refuses_a_reward_model_with_another_tokenizer_before_training(
     invoke: Invoke, folder: Path, tokenizer: Tokenizer, loaded: list[Path]
 ) -> None:
     theirs = changed(tokenizer.backend, swap_tokens)

@@ -1,4 +1,4 @@
-"""SmolLM2 out of its package: converted once, then loaded quickly, and equal to what transformers reads."""
+"""Tests of SmolLM2 from its package: converted once, and equal to the model that transformers reads."""
 
 import importlib.util
 import shutil
@@ -12,14 +12,21 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import Invoke, composed
 from wmtp.models.huggingface import smollm2
-from wmtp.models.huggingface.smollm2 import FILE, PACKAGE, SmolLM2, converted, folder_of, smollm2_tokenizer
+from wmtp.models.huggingface.smollm2 import (
+    FILE,
+    PACKAGE,
+    SmolLM2,
+    converted_folder,
+    ensure_converted,
+    smollm2_tokenizer,
+)
 from wmtp.models.lora import Lora
-from wmtp.training.validate import config_faults
+from wmtp.training.validate import config_issues
 
 installed = pytest.mark.skipif(bool(smollm2.missing_packages()), reason="scripts/setup smollm2 was not run")
 
 
-def test_a_missing_package_is_named_with_its_remedy(
+def test_a_missing_package_is_reported_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke
 ) -> None:
     find = importlib.util.find_spec
@@ -32,19 +39,19 @@ def test_a_missing_package_is_named_with_its_remedy(
 @installed
 @pytest.mark.slow
 @pytest.mark.xdist_group("smollm2")
-def test_it_is_converted_once_and_is_the_model_of_the_package(
+def test_the_model_is_converted_once_and_equals_that_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compose: Callable[..., object]
 ) -> None:
     cache = tmp_path / "cache"
-    assert not config_faults(composed("model=smollm2", f"cache_dir={cache}")), "nothing is converted to be checked"
+    assert not config_issues(composed("model=smollm2", f"cache_dir={cache}")), "nothing is converted to be checked"
     assert not cache.exists()
     tokenizer = smollm2_tokenizer(cache)
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.end])) == (49152, "")
     monkeypatch.setattr(smollm2, "_convert", lambda folder: pytest.fail("it was converted before"))
-    assert converted(cache) == folder_of(cache)
+    assert ensure_converted(cache) == converted_folder(cache)
 
     started = time.monotonic()
-    model = SmolLM2(cache, tokenizer=smollm2_tokenizer(cache), num_heads=2, lora=Lora()).new().eval()
+    model = SmolLM2(cache, tokenizer=smollm2_tokenizer(cache), num_heads=2, lora=Lora()).create().eval()
     assert time.monotonic() - started < 5
     one_head = model.num_parameters - sum(p.numel() for p in model.heads[1].parameters())
     assert one_head == 134_515_008
@@ -59,8 +66,8 @@ def test_it_is_converted_once_and_is_the_model_of_the_package(
         states = model(tokens).states
         for head in states @ model.unembedding_weight.T:
             torch.testing.assert_close(head, read(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert not config_faults(composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
-    fault, *_ = config_faults(
+    assert not config_issues(composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
+    fault, *_ = config_issues(
         composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4", "model.lora.targets=[x]")
     )
     assert "q_proj" in fault.problem

@@ -1,4 +1,4 @@
-"""What a batch means, against plain versions that hold all logits and write every sum as it stands on paper."""
+"""Test objectives against plain implementations with all logits and explicit sums."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
 from wmtp.ops.metric_sums import Sums
-from wmtp.ops.targets import head_shares, targets
+from wmtp.ops.targets import position_weights, targets
 from wmtp.training.stages import ValueStage
 
 OBJECTIVE = MtpObjective(Uniform())
@@ -35,9 +35,9 @@ OBJECTIVE = MtpObjective(Uniform())
 def gradients(model: MtpModel, batches: list[Batch], objective: Objective = OBJECTIVE, late: bool = True) -> Tensor:
     """The gradient of one update over micro-batches; divided once at the end, or (wrongly) in each."""
     model.zero_grad()
-    totals = torch.stack([objective.totals(model, batch) for batch in batches]).sum(dim=0)
+    denominators = torch.stack([objective.denominators(model, batch) for batch in batches]).sum(dim=0)
     for batch in batches:
-        divisors = totals if late else objective.totals(model, batch) * len(batches)
+        divisors = denominators if late else objective.denominators(model, batch) * len(batches)
         objective.loss(model, batch, divisors)[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -71,9 +71,9 @@ def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_da
             heads = [-log_p[k, row, t, label].item() for k, label in enumerate(ahead) if label != -100]
             total += sum(heads) / len(heads) if heads else 0.0
             positions += bool(heads)
-    totals = OBJECTIVE.totals(model, batch)
-    loss, sums = OBJECTIVE.loss(model, batch, totals)
-    assert totals[0] == positions
+    denominators = OBJECTIVE.denominators(model, batch)
+    loss, sums = OBJECTIVE.loss(model, batch, denominators)
+    assert denominators[0] == positions
     assert loss.item() == pytest.approx(total / positions, rel=1e-5)
     assert OBJECTIVE.metrics(sums)["loss"] == pytest.approx(total / positions, rel=1e-5)
 
@@ -96,7 +96,7 @@ def test_every_head_and_their_mean_are_measured_the_same_over_any_split(tiny_dat
 
 def test_training_measures_weights_and_the_share_of_targets(tiny_data: Dataset) -> None:
     model, (batch,) = tiny_model(), split(tiny_data, 8)
-    _, sums = OBJECTIVE.loss(model, batch, OBJECTIVE.totals(model, batch))
+    _, sums = OBJECTIVE.loss(model, batch, OBJECTIVE.denominators(model, batch))
     values = OBJECTIVE.metrics(sums)
     assert (values["weight_mean"], values["weight_min"], values["weight_max"], values["weight_std"]) == (1, 1, 1, 0)
     assert 0 < values["valid_target_ratio"] < 1
@@ -131,7 +131,7 @@ def rows(batch: Batch, *chosen: int) -> Batch:
 
 
 def model_with_values(num_heads: int = 4, seed: int = 0) -> MtpModel:
-    """A model whose value head says something."""
+    """A model whose value head has an output other than zero."""
     model = tiny_model(num_heads, seed=seed)
     model.add_value_head()
     assert model.value_head is not None
@@ -140,7 +140,7 @@ def model_with_values(num_heads: int = 4, seed: int = 0) -> MtpModel:
 
 
 class Sloping(Algorithm):
-    """Every target has a weight of its own, whatever was observed."""
+    """Every target has its own weight, independent of the observations."""
 
     weight_min, weight_max = 0.1, 5.0
 
@@ -151,7 +151,7 @@ class Sloping(Algorithm):
 
 
 class ByLoss(Algorithm):
-    """A target counts by its own loss."""
+    """The weight of a target depends on its own loss."""
 
     uses_losses = "own"
     weight_min, weight_max = 0.5, 50.0
@@ -267,7 +267,7 @@ def test_gradients_are_those_of_all_logits_with_the_weights_as_constants(name: s
     unweighted = gradient_of(plain_loss(model, algorithm, WEIGHTINGS["uniform"][1], batch), model)
 
     objective = MtpObjective(algorithm)
-    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert difference(wanted_gradient, gradient_of(loss, model)) <= 1e-5
     values = objective.metrics(sums)
@@ -282,7 +282,7 @@ def test_gradients_are_those_of_all_logits_with_the_weights_as_constants(name: s
 def test_no_gradient_reaches_the_value_head_through_the_weights() -> None:
     model, batch = model_with_values(), ragged()
     objective = MtpObjective(Critic(value_coef=0.0))
-    loss, _ = objective.loss(model, batch, objective.totals(model, batch))
+    loss, _ = objective.loss(model, batch, objective.denominators(model, batch))
     assert model.value_head is not None
     found = torch.autograd.grad(loss, list(model.value_head.parameters()))
     assert all(not gradient.any() for gradient in found)
@@ -318,9 +318,9 @@ def test_splitting_changes_nothing_where_every_part_has_the_same_weights() -> No
 def test_weights_have_mean_one_in_every_micro_batch(name: str) -> None:
     algorithm, model, batch = copy.deepcopy(WEIGHTINGS[name][0]), model_with_values(), ragged()
     objective = MtpObjective(algorithm)
-    totals = objective.totals(model, batch)
+    denominators = objective.denominators(model, batch)
     for part in (rows(batch, 0, 1), rows(batch, 2), rows(batch, 3)):
-        _, sums = objective.loss(model, part, totals)
+        _, sums = objective.loss(model, part, denominators)
         assert objective.metrics(sums)["weight_mean"] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -331,13 +331,13 @@ def test_an_update_without_any_label_is_refused_but_not_a_micro_batch_of_it(name
     full, empty = ragged(), ragged([(0, 0)] * 4, seed=1)
     alone, beside = MtpObjective(copy.deepcopy(algorithm)), MtpObjective(copy.deepcopy(algorithm))
     with pytest.raises(TrainingError, match="every label is masked"):
-        alone.check(alone.totals(model, empty) + alone.totals(model, empty))
-    alone.check(alone.totals(model, empty) + alone.totals(model, full))
+        alone.check_denominators(alone.denominators(model, empty) + alone.denominators(model, empty))
+    alone.check_denominators(alone.denominators(model, empty) + alone.denominators(model, full))
     with_empty = gradients(model, [full, empty], beside)
     assert torch.isfinite(with_empty).all()
     assert torch.equal(with_empty, gradients(model, [full], MtpObjective(copy.deepcopy(algorithm))))
-    _, sums = beside.loss(model, empty, beside.totals(model, full))
-    sums.add(beside.loss(model, full, beside.totals(model, full))[1])
+    _, sums = beside.loss(model, empty, beside.denominators(model, full))
+    sums.add(beside.loss(model, full, beside.denominators(model, full))[1])
     assert all(math.isfinite(value) for value in beside.metrics(sums).values())
 
 
@@ -348,14 +348,14 @@ def test_validation_does_not_depend_on_the_algorithm(name: str) -> None:
     assert measured(objective, model, [batch]) == measured(OBJECTIVE, model, [batch])
     assert algorithm.state_dict() == before
     if name != "uniform":  # the control: training does
-        _, sums = objective.loss(model, batch, objective.totals(model, batch))
+        _, sums = objective.loss(model, batch, objective.denominators(model, batch))
         assert objective.metrics(sums)["loss"] != pytest.approx(measured(OBJECTIVE, model, [batch])["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_training_measures_every_heads_loss_without_weights(name: str) -> None:
     objective, model, batch = MtpObjective(copy.deepcopy(WEIGHTINGS[name][0])), model_with_values(), ragged()
-    _, sums = objective.loss(model, batch, objective.totals(model, batch))
+    _, sums = objective.loss(model, batch, objective.denominators(model, batch))
     trained, expected = objective.metrics(sums), measured(OBJECTIVE, model, [batch])
     for measure in ("mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))):
         assert trained[measure] == pytest.approx(expected[measure], rel=1e-5), measure
@@ -365,7 +365,7 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
     model, batch = tiny_model(), ragged()
     objective = MtpObjective(Sloping())
     raw = Sloping().weights(Observations(torch.zeros(4, *batch.labels.shape) > 0, batch.response)).clamp(0.1, 5.0)
-    got, loss, value = objective.token_measures(model, batch).unbind(dim=-1)
+    got, loss, value = objective.token_metrics(model, batch).unbind(dim=-1)
     expected = torch.full(got.shape, torch.nan)
     for row, (start, stop) in enumerate(RUNS):
         for i in range(max(start, 1), stop):
@@ -380,7 +380,7 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
 
 def test_a_tokens_loss_is_head_1s_and_its_value_comes_after_it() -> None:
     model, batch = model_with_values(), ragged()
-    _, loss, value = MtpObjective(Uniform()).token_measures(model, batch).unbind(dim=-1)
+    _, loss, value = MtpObjective(Uniform()).token_metrics(model, batch).unbind(dim=-1)
     outputs = model(batch.tokens)
     assert outputs.values is not None
     log_probabilities = (outputs.states[0] @ model.unembedding_weight.T).log_softmax(dim=-1)
@@ -393,21 +393,21 @@ def test_a_tokens_loss_is_head_1s_and_its_value_comes_after_it() -> None:
     assert inside == batch.response.sum()
 
 
-def test_the_clean_loss_is_that_of_right_solutions_without_what_misleads() -> None:
-    """With everything misleading but one token, it is that token's loss, each head counting as it does in the loss."""
+def test_clean_loss_leaves_out_wrong_solutions_and_harmful_tokens() -> None:
+    """With everything harmful but one token, it is that token's loss, each head counting as it does in the loss."""
     model, batch = tiny_model(), ragged()
     assert "clean_loss" not in measured(OBJECTIVE, model, [batch])
-    misleading = torch.ones_like(batch.response)
+    harmful = torch.ones_like(batch.response)
     row, place = 0, RUNS[0][1] - 1
-    misleading[row, place] = False
-    misleading[1, RUNS[1][1] - 1] = False  # of a wrong solution
+    harmful[row, place] = False
+    harmful[1, RUNS[1][1] - 1] = False  # of a wrong solution
     right = torch.zeros_like(batch.is_correct)
     right[row] = True
-    known = replace(batch, misleading=misleading, is_correct=right)
+    known = replace(batch, harmful=harmful, is_correct=right)
     values = measured(OBJECTIVE, model, [known])
     states = model(batch.tokens).states
     target = targets(batch.labels, 4)
-    shares = head_shares(target != IGNORED)
+    shares = position_weights(target != IGNORED)
     total = weight = 0.0
     for k in range(1, 5):
         losses = (states[k - 1, row, place - k] @ model.unembedding_weight.T).log_softmax(dim=-1)
@@ -415,7 +415,7 @@ def test_the_clean_loss_is_that_of_right_solutions_without_what_misleads() -> No
         total, weight = total - share * losses[batch.tokens[row, place]].item(), weight + share
     assert values["clean_loss"] == pytest.approx(total / weight, rel=1e-4)
     assert values["loss"] == measured(OBJECTIVE, model, [batch])["loss"]
-    of_all = replace(known, misleading=torch.zeros_like(misleading), is_correct=torch.ones_like(right))
+    of_all = replace(known, harmful=torch.zeros_like(harmful), is_correct=torch.ones_like(right))
     assert measured(OBJECTIVE, model, [of_all])["clean_loss"] == pytest.approx(values["loss"], rel=1e-5)
 
 
@@ -439,15 +439,15 @@ def value_positions_of(batch: Batch) -> list[tuple[int, int]]:
 
 def test_the_value_loss_has_a_denominator_of_its_own() -> None:
     model, batch, objective = model_with_values(), ragged(), MtpObjective(ValuesBeside())
-    totals = objective.totals(model, batch)
-    loss, _ = objective.loss(model, batch, totals)
-    policy, _ = OBJECTIVE.loss_of(model(batch.tokens), model, batch, totals)
+    denominators = objective.denominators(model, batch)
+    loss, _ = objective.loss(model, batch, denominators)
+    policy, _ = OBJECTIVE.loss_from_outputs(model(batch.tokens), model, batch, denominators)
     values = model(batch.tokens).values
     assert values is not None
     errors = [(values[row, t].item() - batch.rewards[row].item()) ** 2 for row, t in value_positions_of(batch)]
-    assert totals[1] == len(errors) and totals[0] != totals[1]
+    assert denominators[1] == len(errors) and denominators[0] != denominators[1]
     assert loss.item() == pytest.approx(policy.item() + 0.5 * sum(errors) / len(errors), rel=1e-5)
-    assert loss.item() != pytest.approx(policy.item() + 0.5 * sum(errors) / float(totals[0]), rel=1e-5)
+    assert loss.item() != pytest.approx(policy.item() + 0.5 * sum(errors) / float(denominators[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(2,), (0, 1, 3)]])
@@ -487,7 +487,7 @@ def test_values_are_measured_on_the_pooled_data_over_any_split(parts: list[tuple
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4)
         trained = Sums()
         for part in parts:
-            trained.add(objective.loss(model, rows(batch, *part), objective.totals(model, batch))[1])
+            trained.add(objective.loss(model, rows(batch, *part), objective.denominators(model, batch))[1])
         assert {name: objective.metrics(trained)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     of_batches = np.mean([np.var(value[[row in part for row, _ in places]]) for part in parts])
     assert len(parts) == 1 or of_batches != pytest.approx(expected["value_variance"], rel=1e-3)  # the control
@@ -512,13 +512,13 @@ def plain_value_loss(kind: Kind, batch: Batch, values: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
-def test_the_value_stages_loss_is_what_is_written_on_paper(kind: Kind) -> None:
+def test_stage_1_value_loss_by_hand(kind: Kind) -> None:
     model, batch = model_with_values(), ragged()
     objective = ValueObjective(ValueLoss(kind, discount=0.9, trace_decay=0.5))
     values = model(batch.tokens).values
     assert values is not None
     expected = plain_value_loss(kind, batch, values)
-    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert objective.metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
     assert measured(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
@@ -526,12 +526,12 @@ def test_the_value_stages_loss_is_what_is_written_on_paper(kind: Kind) -> None:
     assert all(plain_value_loss(o, batch, values) != pytest.approx(expected, rel=1e-3) for o in others if o != kind)
 
 
-def test_the_stages_loss_is_the_values_plus_the_language_models(tiny_data: Dataset) -> None:
+def test_stage_1_loss_is_value_loss_plus_language_model_loss(tiny_data: Dataset) -> None:
     model, batch = model_with_values(), ragged()
     objective = ValueObjective(ValueLoss(), OBJECTIVE, language_model_coef=0.3)
-    value, _ = ValueObjective(ValueLoss()).loss(model, batch, objective.totals(model, batch))
-    language, _ = OBJECTIVE.loss(tiny_model(), batch, OBJECTIVE.totals(model, batch))
-    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    value, _ = ValueObjective(ValueLoss()).loss(model, batch, objective.denominators(model, batch))
+    language, _ = OBJECTIVE.loss(tiny_model(), batch, OBJECTIVE.denominators(model, batch))
+    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
     assert loss.item() == pytest.approx(value.item() + 0.3 * language.item(), rel=1e-5)
     for values in (objective.metrics(sums), measured(objective, model, [batch])):
         assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -542,14 +542,14 @@ def test_the_stages_loss_is_the_values_plus_the_language_models(tiny_data: Datas
 def test_an_update_without_a_pair_to_rank_has_the_loss_zero() -> None:
     model, batch = model_with_values(), replace(ragged(), tasks=torch.arange(4))
     objective = ValueObjective(ValueLoss("ranking"))
-    loss, sums = objective.loss(model, batch, objective.totals(model, batch))
+    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
     loss.backward()
     assert loss.item() == objective.metrics(sums)["loss"] == 0.0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
-def test_hidden_states_in_the_batch_take_the_trunks_place(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_of_the_batch_replace_the_trunk(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, objective = model_with_values(), ragged(), ValueObjective(ValueLoss(kind))
     ValueStage(trains="head", loss=kind).freeze(model)
     with torch.no_grad():
@@ -587,7 +587,7 @@ def test_a_frozen_trunk_gets_no_gradient_and_the_head_does() -> None:
         assert (parameter.grad is not None) is name.startswith("value_head."), name
 
 
-def test_a_stage_that_trains_all_moves_trunk_heads_and_value_head() -> None:
+def test_stage_1_with_trains_all_updates_trunk_heads_and_value_head() -> None:
     model, batch, stage = model_with_values(), ragged(), ValueStage(trains="all")
     stage.freeze(model)
     gradients(model, [batch], stage.objective())

@@ -20,7 +20,7 @@ Gradients = tuple[Tensor, ...]
 
 
 def plain_cross_entropy(states: Tensor, unembedding: Tensor, targets: Tensor) -> Tensor:
-    """All logits at once, differentiated by autograd: what the chunked loss is measured against."""
+    """All logits at once, differentiated by autograd: the reference for the chunked loss."""
     logits = (states @ unembedding.T).float()
     return F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none", ignore_index=IGNORED)
 
@@ -111,7 +111,7 @@ def test_losses_are_finite_where_the_softmax_saturates() -> None:
     assert naive.max() == torch.inf
 
 
-def test_coefficients_see_every_row_with_a_target_once_and_without_gradient() -> None:
+def test_coefficients_are_called_once_per_row_with_a_target_and_without_gradient() -> None:
     states, unembedding, targets = inputs()
     seen: list[Tensor] = []
     sizes: list[int] = []
@@ -138,7 +138,7 @@ def test_a_row_without_target_has_no_loss_no_coefficient_and_no_gradient() -> No
     assert losses[~without].all() and used[~without].all() and gradient[~without].any(dim=1).all()
 
 
-def test_nothing_to_predict_is_a_zero_that_can_be_differentiated() -> None:
+def test_loss_without_targets_is_zero_and_differentiable() -> None:
     states, unembedding, targets = inputs(masked=1.1)
     loss, losses, used = weighted_cross_entropy(states, unembedding, targets, lambda losses, rows: 1 / losses)
     loss.backward()
@@ -148,7 +148,7 @@ def test_nothing_to_predict_is_a_zero_that_can_be_differentiated() -> None:
     assert not cross_entropy(states, unembedding, targets).any()
 
 
-def test_a_scale_may_be_applied_to_the_sum() -> None:
+def test_sum_can_be_scaled() -> None:
     coefficients = COEFFICIENTS["function of the loss"]
     states, unembedding, targets = inputs()
     loss, _, used = weighted_cross_entropy(states, unembedding, targets, coefficients, chunk_rows=3)
@@ -160,7 +160,7 @@ def test_a_scale_may_be_applied_to_the_sum() -> None:
 
 
 @pytest.mark.parametrize("trained", ["states", "unembedding", "neither"])
-def test_what_is_frozen_gets_no_gradient_and_costs_none(trained: str) -> None:
+def test_frozen_inputs_get_no_gradient_and_need_no_products(trained: str) -> None:
     wanted = dict(zip(("states", "unembedding"), plain_gradients(*inputs(), COEFFICIENTS["known"]), strict=True))
     states, unembedding, targets = inputs()
     states.requires_grad_(trained == "states")
@@ -239,7 +239,7 @@ def test_a_tied_unembedding_gets_the_gradients_of_both_uses() -> None:
     assert error(model_gradients(chunked=True), model_gradients(chunked=False)) < 1e-5
 
 
-def test_the_unembedding_is_given_its_gradient_once_for_all_heads_and_chunks() -> None:
+def test_unembedding_gets_one_gradient_for_all_heads_and_chunks() -> None:
     states, unembedding, targets = inputs()
     seen: list[Tensor] = []
     unembedding.register_hook(seen.append)
@@ -305,7 +305,7 @@ def test_softmax_sums_of_bf16_products_are_taken_in_fp32() -> None:
     torch.testing.assert_close(losses, torch.full((1, 1, 3), 4096.0).log())
 
 
-def test_states_of_another_precision_than_the_unembedding_lose_none() -> None:
+def test_states_may_have_a_different_precision_than_the_unembedding() -> None:
     states, unembedding, targets = with_dtypes(FLOAT, BRAIN)
     got = cross_entropy(states, unembedding, targets)
     torch.testing.assert_close(got, plain_cross_entropy(states, unembedding.float(), targets).detach())
@@ -315,7 +315,7 @@ def test_backward_runs_once() -> None:
     states, unembedding, targets = inputs()
     loss, _, _ = weighted_cross_entropy(states, unembedding, targets, PICK)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="once only"):
+    with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
 
 
@@ -326,7 +326,7 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(loss, states, create_graph=True)
 
 
-def test_gradients_are_handed_over_without_a_copy() -> None:
+def test_gradients_are_returned_without_a_copy() -> None:
     states, unembedding, targets = inputs()
     loss, _, _ = weighted_cross_entropy(states, unembedding, targets, PICK)
     made = [gradient.data_ptr() for gradient in loss.grad_fn.gradients]
@@ -336,7 +336,7 @@ def test_gradients_are_handed_over_without_a_copy() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes that lived at a time, of all storages made within this mode."""
+    """The peak bytes of all storages allocated within this mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -366,13 +366,13 @@ def wide(num_rows: int = 96) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bytes_of(run: Callable[[], object]) -> LiveBytes:
-    """What `run` allocates."""
+    """The bytes that `run` allocates."""
     with LiveBytes() as live:
         run()
     return live
 
 
-def test_no_more_logits_live_than_one_chunk_has() -> None:
+def test_only_the_logits_of_one_chunk_are_allocated() -> None:
     states, unembedding, targets = wide()
     chunk_rows = 8
     chunk = chunk_rows * len(unembedding) * 4
@@ -389,7 +389,7 @@ def test_no_more_logits_live_than_one_chunk_has() -> None:
     assert bytes_of(lambda: cross_entropy(states, unembedding, targets, chunk_rows + 1)).largest > chunk
 
 
-def test_the_chunk_chosen_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_chunk_size_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = wide()
     monkeypatch.setattr(losses_module, "CHUNK_BYTES", 10 * 1000 * 4)
     assert 0.9 * 40_000 <= bytes_of(lambda: cross_entropy(*arguments)).largest <= 40_000

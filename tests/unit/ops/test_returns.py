@@ -18,8 +18,8 @@ from wmtp.ops.returns import (
     lambda_returns,
     last_of_response,
     ranking_loss,
-    rewards_at,
     td_errors,
+    token_rewards,
     value_positions,
     value_targets,
 )
@@ -72,7 +72,7 @@ def apart(documents: list[Document], padding: int = 0, filler: float = 7.0) -> R
     for row, document in enumerate(documents):
         values[row, : len(document.values)] = torch.tensor(document.values)
         response[row, : len(document.values)] = torch.tensor(document.response)
-    return Rows(values, rewards_at(torch.tensor([document.reward for document in documents]), response), response)
+    return Rows(values, token_rewards(torch.tensor([document.reward for document in documents]), response), response)
 
 
 @st.composite
@@ -93,7 +93,7 @@ FACTORS = {"discount": 0.5, "trace_decay": 0.5}
 
 
 def bootstrapping(compute: Compute) -> Compute:
-    """Naive: lets the value after the last token count, as if the response went on."""
+    """Naive: counts the value after the last token, as if the response continued."""
 
     def naive(
         values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
@@ -122,7 +122,7 @@ def unmasked(compute: Compute) -> Compute:
         values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
     ) -> Tensor:
         to_the_end = response.cumsum(dim=1) > 0
-        return compute(values, rewards_at(rewards.sum(dim=1), to_the_end), to_the_end, documents, **rest)
+        return compute(values, token_rewards(rewards.sum(dim=1), to_the_end), to_the_end, documents, **rest)
 
     return naive
 
@@ -170,7 +170,7 @@ def test_which_positions_belong_to_a_response() -> None:
     assert value_positions(rows.response).int().tolist() == [[0, 1, 1, 1, 1, 1, 1, 1, 0]]  # the neighbour's last token
 
 
-def test_of_two_responses_that_touch_each_has_its_last_token() -> None:
+def test_adjacent_responses_have_separate_last_tokens() -> None:
     response, documents = torch.tensor([[True, True, True]]), torch.tensor([[3, 3, 4]])
     assert last_of_response(response, documents).int().tolist() == [[0, 1, 1]]
     assert last_of_response(response).int().tolist() == [[0, 0, 1]]
@@ -217,7 +217,7 @@ def test_advantages_and_returns_are_those_of_stable_baselines3(
 
 
 @pytest.mark.parametrize("wrong", [{"ends": False}, {"separate": False}], ids=["goes on past the end", "one episode"])
-def test_stable_baselines3_tells_a_wrong_end_apart(wrong: dict[str, bool]) -> None:
+def test_comparison_with_stable_baselines3_detects_a_wrong_end(wrong: dict[str, bool]) -> None:
     rows = packed(TWO)
     got = rows(advantages, **FACTORS)[rows.response]
     assert torch.allclose(got, torch.tensor(public_advantages(TWO, 0.5, 0.5)[0]))
@@ -268,7 +268,7 @@ def is_same_packed(compute: Compute, documents: list[Document], **factors: float
 @pytest.mark.parametrize("compute", COMPUTES)
 @examples
 @given(documents=several, discount=ratio, trace_decay=ratio)
-def test_documents_of_one_row_know_nothing_of_each_other(
+def test_documents_of_one_row_are_independent(
     compute: Compute, documents: list[Document], discount: float, trace_decay: float
 ) -> None:
     assert is_same_packed(compute, documents, discount=discount, trace_decay=trace_decay)
@@ -288,14 +288,14 @@ def depends_only_on_states_before_tokens(compute: Compute, documents: list[Docum
 @pytest.mark.parametrize("compute", COMPUTES)
 @examples
 @given(documents=several, discount=ratio, trace_decay=ratio)
-def test_values_of_states_before_no_token_do_not_matter(
+def test_values_without_a_following_token_do_not_matter(
     compute: Compute, documents: list[Document], discount: float, trace_decay: float
 ) -> None:
     assert depends_only_on_states_before_tokens(compute, documents, discount=discount, trace_decay=trace_decay)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
-def test_the_three_properties_tell_naive_versions_apart(compute: Compute) -> None:
+def test_the_three_properties_detect_naive_versions(compute: Compute) -> None:
     assert not ignores_padding(unmasked(compute), TWO[:1], 2, **FACTORS)
     assert not is_same_packed(leaking(compute), TWO, **FACTORS)
     assert not depends_only_on_states_before_tokens(bootstrapping(compute), TWO, **FACTORS)
@@ -316,13 +316,13 @@ def is_what_the_value_missed(compute: Compute, documents: list[Document], **fact
 
 @examples
 @given(several)
-def test_with_a_full_trace_and_no_discount_the_advantage_is_what_the_value_missed(documents: list[Document]) -> None:
+def test_full_trace_without_discount_gives_reward_minus_value(documents: list[Document]) -> None:
     assert is_what_the_value_missed(advantages, documents, discount=1.0, trace_decay=1.0)
 
 
 @examples
 @given(document(min_prompt=1))
-def test_a_value_that_knows_the_reward_leaves_no_error(document: Document) -> None:
+def test_td_errors_are_zero_if_values_equal_the_reward(document: Document) -> None:
     document.values = [document.reward] * len(document.values)
     rows = apart([document])
     assert not rows(td_errors, discount=1.0).any()
@@ -331,7 +331,7 @@ def test_a_value_that_knows_the_reward_leaves_no_error(document: Document) -> No
         assert rows(td_errors, discount=0.5)[rows.response][:-1].all()
 
 
-def test_the_special_cases_tell_other_settings_apart() -> None:
+def test_the_special_cases_detect_other_settings() -> None:
     rows = packed(TWO)
     assert not torch.equal(rows(advantages, **FACTORS), rows(td_errors, discount=0.5))
     assert not is_what_the_value_missed(advantages, TWO, discount=1.0, trace_decay=0.9)
@@ -340,7 +340,7 @@ def test_the_special_cases_tell_other_settings_apart() -> None:
 
 @examples
 @given(several, ratio, ratio)
-def test_targets_stand_where_values_are_learned(documents: list[Document], discount: float, trace_decay: float) -> None:
+def test_targets_are_at_value_positions(documents: list[Document], discount: float, trace_decay: float) -> None:
     rows, factors = packed(documents), {"discount": discount, "trace_decay": trace_decay}
     rows.values.requires_grad_()
     learned = value_positions(rows.response, rows.documents)
@@ -372,12 +372,12 @@ def test_explained_variance_is_that_of_stable_baselines3() -> None:
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7])
-def test_targets_that_do_not_vary_are_explained_by_nothing(reward: float) -> None:
+def test_explained_variance_of_constant_targets_is_zero(reward: float) -> None:
     target, value = torch.full((1000,), reward), torch.linspace(0, 1, 1000)
     assert explained_variance(*moments(target), *moments(target - value)) == 0.0
 
 
-def test_rounding_alone_would_look_like_variance() -> None:
+def test_rounding_is_not_taken_for_variance() -> None:
     mean, mean_of_squares = moments(torch.full((1000,), 0.7))
     assert mean_of_squares != mean * mean
 
@@ -412,7 +412,7 @@ def test_ranking_by_hand() -> None:
     assert torch.autograd.grad(across, scores)[0][2] != 0
 
 
-def test_nothing_to_rank_is_zero() -> None:
+def test_ranking_without_pairs_is_zero() -> None:
     scores = torch.tensor([300.0, -300.0], requires_grad=True)
     total, count = ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([True, False]))
     assert (total.item(), count.item()) == (0.0, 0)

@@ -3,11 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.collate import IGNORED
-from wmtp.ops.targets import head_shares, spread, targets
+from wmtp.ops.targets import position_weights, shift_to_heads, targets
 
 
 def naive_targets(labels: list[int], documents: list[int], num_heads: int) -> list[list[int]]:
-    """Design's definition of valid(t, k), read aloud."""
+    """The definition of valid(t, k)."""
     length = len(labels)
     return [
         [
@@ -27,7 +27,7 @@ def test_head_k_predicts_the_token_k_ahead() -> None:
     ]
 
 
-def test_no_target_lies_in_another_document() -> None:
+def test_no_target_is_in_another_document() -> None:
     labels, documents = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 0, 1, 1]])
     assert targets(labels, 2, documents).tolist() == [
         [[2, IGNORED, 4, IGNORED]],
@@ -47,15 +47,18 @@ def test_targets_are_those_of_the_definition(tokens: list[tuple[int, int]], num_
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 8))
-def test_weights_travel_with_their_labels(values: list[int], num_heads: int) -> None:
+def test_weights_and_labels_are_shifted_alike(values: list[int], num_heads: int) -> None:
     labels, weights = torch.tensor([values]), torch.tensor([values]).float() / 10
-    spread_labels, spread_weights = spread(labels, num_heads, IGNORED), spread(weights, num_heads, 0.0)
-    valid = spread_labels != IGNORED
-    assert torch.equal(spread_labels[valid] / 10, spread_weights[valid])
+    shifted_labels, shifted_weights = (
+        shift_to_heads(labels, num_heads, IGNORED),
+        shift_to_heads(weights, num_heads, 0.0),
+    )
+    valid = shifted_labels != IGNORED
+    assert torch.equal(shifted_labels[valid] / 10, shifted_weights[valid])
 
 
 def test_each_position_counts_once_whatever_the_number_of_its_heads() -> None:
     valid = torch.tensor([[True, True, False], [True, False, False]])[:, None]
-    shares = head_shares(valid)
+    shares = position_weights(valid)
     assert shares.tolist() == [[[0.5, 1.0, 0.0]], [[0.5, 0.0, 0.0]]]
     assert shares.sum() == valid.any(dim=0).sum()

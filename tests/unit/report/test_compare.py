@@ -1,4 +1,4 @@
-"""Groups of runs against a baseline: pairing, metrics, verdicts, tokens to reach, and what is refused."""
+"""Tests of comparisons with a baseline: pairing, metrics, verdicts, tokens to target, refused inputs."""
 
 import io
 import json
@@ -13,8 +13,8 @@ from scipy import stats
 
 from tests.support.fake_runs import fake_evaluation, fake_run
 from wmtp.errors import InputError
-from wmtp.report.compare import compare
-from wmtp.report.results import Comparison, Difference, as_plain
+from wmtp.report.compare import compare_runs
+from wmtp.report.results import Comparison, Difference, comparison_to_dict
 from wmtp.report.run_record import find_runs
 from wmtp.report.tables import print_comparison
 from wmtp.report.tokens_to_target import first_reached
@@ -26,7 +26,7 @@ SAME = [1.01, 1.09, 0.96, 1.04, 1.01]
 
 
 def study(folder: Path, **losses: Sequence[float]) -> Path:
-    """A run for each seed of each algorithm, which ends with these losses."""
+    """Write a run with the given final loss for each seed of each algorithm."""
     for algo, values in losses.items():
         for seed, loss in enumerate(values):
             fake_run(folder / algo / str(seed), algo=algo, seed=seed, val_losses=[loss + 1, loss, loss + 0.1])
@@ -34,7 +34,7 @@ def study(folder: Path, **losses: Sequence[float]) -> Path:
 
 
 def compared(folder: Path, **options: Any) -> Comparison:
-    return compare(find_runs([folder]), **options)
+    return compare_runs(find_runs([folder]), **options)
 
 
 def difference(comparison: Comparison, label: str, metric: int = 0) -> Difference:
@@ -42,13 +42,13 @@ def difference(comparison: Comparison, label: str, metric: int = 0) -> Differenc
 
 
 def printed(comparison: Comparison) -> str:
-    """The tables, on a terminal of 80 columns."""
+    """Return the printed tables for a terminal with 80 columns."""
     console = Console(width=80, record=True, markup=False, file=io.StringIO())
     print_comparison(console, comparison)
     return console.export_text()
 
 
-def test_a_difference_is_taken_seed_by_seed_and_judged(tmp_path: Path) -> None:
+def test_differences_are_paired_by_seed_and_get_a_verdict(tmp_path: Path) -> None:
     comparison = compared(study(tmp_path, critic=BETTER, baseline=BASELINE, rho1=SAME))
     found = difference(comparison, "critic")
     pairs = [a - b for a, b in zip(BETTER, BASELINE, strict=True)]
@@ -65,27 +65,27 @@ def test_a_difference_is_taken_seed_by_seed_and_judged(tmp_path: Path) -> None:
     assert (values.mean, values.deviation) == pytest.approx((np.mean(BASELINE), np.std(BASELINE, ddof=1)))
 
 
-def test_what_rounding_leaves_is_no_difference(tmp_path: Path) -> None:
+def test_rounding_errors_are_no_difference(tmp_path: Path) -> None:
     folder = study(tmp_path, baseline=[0.1, 0.2, 0.4], critic=[0.4, 0.1, 0.2])
     found = difference(compared(folder), "critic")
     assert np.mean(list(found.pairs.values())) != 0.0
     assert str(found.mean) == "0.0" and found.seeds_needed is None
 
 
-def test_unpaired_the_same_runs_would_show_nothing(tmp_path: Path) -> None:
+def test_pairing_shows_a_difference_that_an_unpaired_test_does_not(tmp_path: Path) -> None:
     slightly = [loss - 0.03 + 0.002 * seed for seed, loss in enumerate(BASELINE)]
     found = difference(compared(study(tmp_path, baseline=BASELINE, critic=slightly)), "critic")
     assert found.verdict == "better"
     assert stats.ttest_ind(BASELINE, slightly).pvalue > 0.3
 
 
-def test_the_signed_rank_p_is_scipys_and_its_limit_is_said(tmp_path: Path) -> None:
+def test_the_signed_rank_p_equals_scipys_and_its_limit_is_noted(tmp_path: Path) -> None:
     comparison = compared(study(tmp_path, baseline=BASELINE, critic=BETTER, rho1=[1.2, 1.0, 1.3, 0.9, 1.5]))
     for label in ("critic", "rho1"):
         found = difference(comparison, label)
         assert found.wilcoxon == stats.wilcoxon(list(found.pairs.values())).pvalue
     assert difference(comparison, "critic").wilcoxon_floor == 0.0625
-    assert any("of 5 pairs the signed-rank test gives no p below 0.0625" in note for note in comparison.notes)
+    assert any("with 5 pairs the signed-rank test cannot give a p below 0.0625" in note for note in comparison.notes)
 
 
 def test_p_values_are_corrected_for_the_number_of_groups(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_p_values_are_corrected_for_the_number_of_groups(tmp_path: Path) -> None
     assert (difference(few, "critic").seeds_needed or 0) < (difference(more, "critic").seeds_needed or 0)
 
 
-def test_where_more_is_better_the_verdict_turns(tmp_path: Path) -> None:
+def test_the_verdict_depends_on_the_direction_of_the_metric(tmp_path: Path) -> None:
     for algo, values in (("baseline", BASELINE), ("critic", BETTER)):
         for seed, value in enumerate(values):
             more = {
@@ -116,7 +116,7 @@ def test_where_more_is_better_the_verdict_turns(tmp_path: Path) -> None:
         assert difference(compared(tmp_path, metric=metric), "critic").verdict == verdict
 
 
-def test_the_best_checkpoint_or_the_last_model(tmp_path: Path) -> None:
+def test_at_selects_the_best_checkpoint_or_the_last_model(tmp_path: Path) -> None:
     folder = study(tmp_path, baseline=BASELINE, critic=BETTER)
     best, last = (compared(folder, at=at).metrics[0] for at in ("best", "last"))
     assert list(best.groups[0].values_by_seed.values()) == BASELINE
@@ -124,22 +124,22 @@ def test_the_best_checkpoint_or_the_last_model(tmp_path: Path) -> None:
     assert (best.at, last.at) == ("best checkpoint", "last model")
 
 
-def test_two_pairs_are_too_few_and_it_is_said(tmp_path: Path) -> None:
+def test_two_pairs_are_too_few_and_noted(tmp_path: Path) -> None:
     comparison = compared(study(tmp_path, baseline=BASELINE[:2], critic=BETTER[:2]))
     found = difference(comparison, "critic")
     assert (found.low, found.high, found.p, found.p_holm, found.seeds_needed) == (None,) * 5
     assert found.verdict == "too few seeds"
-    assert "critic: 2 pairs of runs say nothing of chance; train at least 3 seeds" in comparison.notes
+    assert "critic: 2 pairs of runs cannot rule out chance; train at least 3 seeds" in comparison.notes
 
 
-def test_seeds_without_a_partner_are_named_and_left_out(tmp_path: Path) -> None:
+def test_seeds_without_a_partner_are_noted_and_left_out(tmp_path: Path) -> None:
     comparison = compared(study(tmp_path, baseline=BASELINE, critic=BETTER[:4]))
     assert list(difference(comparison, "critic").pairs) == [0, 1, 2, 3]
-    assert any("unpaired: baseline has seed 4, critic has not" in note for note in comparison.notes)
+    assert any("unpaired: baseline has seed 4, critic does not" in note for note in comparison.notes)
     assert len(comparison.metrics[0].groups[0].values_by_seed) == 5
 
 
-def test_runs_that_have_not_finished_are_named_and_left_out(tmp_path: Path) -> None:
+def test_unfinished_runs_are_noted_and_left_out(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     failed = fake_run(tmp_path / "failed", algo="critic", seed=7, state="FAILED")
     comparison = compared(tmp_path)
@@ -147,7 +147,7 @@ def test_runs_that_have_not_finished_are_named_and_left_out(tmp_path: Path) -> N
     assert 7 not in comparison.metrics[0].groups[1].values_by_seed
 
 
-def test_of_two_runs_with_one_seed_the_later_counts(tmp_path: Path) -> None:
+def test_the_later_of_two_runs_with_one_seed_is_used(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     later = fake_run(tmp_path / "a", algo="critic", seed=2, val_losses=[0.5], started="2026-11-22T09:30:00+00:00")
     comparison = compared(tmp_path)
@@ -155,23 +155,25 @@ def test_of_two_runs_with_one_seed_the_later_counts(tmp_path: Path) -> None:
     assert any(note.startswith(f"{tmp_path / 'critic' / '2'} is left out: {later}") for note in comparison.notes)
 
 
-def test_a_value_that_is_not_finite_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_nonfinite_value_is_noted_and_left_out(tmp_path: Path) -> None:
     for algo, values in (("baseline", ["1.0", "1.1", "1.2"]), ("critic", ["nan", "0.9", "0.8"])):
         for seed, value in enumerate(values):
             measured: Any = {"val/value_loss": [value, value]}
             fake_run(tmp_path / algo / str(seed), algo=algo, seed=seed, metrics=measured)
     comparison = compared(tmp_path, metric="val/value_loss")
     assert list(difference(comparison, "critic").pairs) == [1, 2]
-    assert any("critic/0 is left out of val/value_loss, which is nan" in note for note in comparison.notes)
+    assert any("critic/0 is left out of val/value_loss: its value is nan" in note for note in comparison.notes)
 
 
 @pytest.mark.parametrize("typed", ["critic, optimizer.lr=0.01", "optimizer.lr=0.01", "0.01"])
-def test_the_baseline_may_be_named_by_a_part_of_its_label(tmp_path: Path, typed: str) -> None:
+def test_the_baseline_can_be_given_by_a_part_of_its_label(tmp_path: Path, typed: str) -> None:
     for number, (algo, lr) in enumerate([("baseline", 0.001), ("critic", 0.001), ("critic", 0.01)]):
         for seed in range(3):
             fake_run(tmp_path / f"{number}-{seed}", algo=algo, seed=seed, **{"optimizer.lr": lr})
     assert compared(tmp_path, baseline=typed).baseline == "critic, optimizer.lr=0.01"
-    with pytest.raises(InputError, match=r"baseline=critic: fits several groups; .*baseline='critic, optimizer.lr=0.0"):
+    with pytest.raises(
+        InputError, match=r"baseline=critic: matches several groups; .*baseline='critic, optimizer.lr=0.0"
+    ):
         compared(tmp_path, baseline="critic")
     with pytest.raises(InputError, match=r"baseline=rho1: there is no such group; the groups are baseline='baseline',"):
         compared(tmp_path, baseline="rho1")
@@ -179,7 +181,9 @@ def test_the_baseline_may_be_named_by_a_part_of_its_label(tmp_path: Path, typed:
 
 def test_one_group_or_no_common_seed_is_an_error(tmp_path: Path) -> None:
     study(tmp_path / "one", baseline=BASELINE)
-    with pytest.raises(InputError, match="5 finished runs differ in nothing but their seed"):
+    with pytest.raises(
+        InputError, match="5 finished runs form only one group, because their configs differ at most in the seed"
+    ):
         compared(tmp_path / "one")
     for seed, algo in enumerate(["baseline", "critic"]):
         fake_run(tmp_path / "two" / algo, algo=algo, seed=seed)
@@ -190,7 +194,7 @@ def test_one_group_or_no_common_seed_is_an_error(tmp_path: Path) -> None:
         compared(tmp_path / "three")
 
 
-def test_a_group_without_a_common_seed_does_not_hide_the_others(tmp_path: Path) -> None:
+def test_a_group_without_a_common_seed_is_left_out(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     fake_run(tmp_path / "rho1", algo="rho1", seed=9)
     comparison = compared(tmp_path)
@@ -198,7 +202,7 @@ def test_a_group_without_a_common_seed_does_not_hide_the_others(tmp_path: Path) 
     assert "rho1 is left out: it has no seed in common with baseline" in comparison.notes
 
 
-def test_an_unknown_metric_lists_those_that_all_runs_have(tmp_path: Path) -> None:
+def test_an_unknown_metric_lists_the_common_metrics(tmp_path: Path) -> None:
     folder = study(tmp_path, baseline=BASELINE, critic=BETTER)
     with pytest.raises(InputError, match=r"metric=val/los: is not measured at a validation; all of them have val/loss"):
         compared(folder, metric="val/los")
@@ -216,34 +220,38 @@ def test_an_unknown_metric_lists_those_that_all_runs_have(tmp_path: Path) -> Non
         ("tokenizer", "tokenizer", "model.tokenizer.vocab_size"),
     ],
 )
-def test_runs_of_other_data_are_refused(tmp_path: Path, key: str, name: str, config: str) -> None:
+def test_runs_with_different_data_are_refused(tmp_path: Path, key: str, name: str, config: str) -> None:
     one = fake_run(tmp_path / "a", algo="baseline", **{config: 77})
     other = fake_run(tmp_path / "b", algo="critic", provenance={key: "other"}, **{config: 99})
     with pytest.raises(InputError) as raised:
         compared(tmp_path)
     said = str(raised.value)
-    assert f"  {name} of {one} and {other}:\n    {config}: 77 and 99\n" in said
-    assert "Name only runs that share them, or train again" in said
+    assert f"  {name} differs between {one} and {other}:\n    {config}: 77 and 99\n" in said
+    assert "Compare only runs that use the same data, or train again" in said
     assert raised.value.exit_code == 2
 
 
-def test_other_files_under_the_same_config_are_refused_too(tmp_path: Path) -> None:
+def test_different_files_with_equal_configs_are_refused(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="critic", provenance={"train_fingerprint": "other"})
-    with pytest.raises(InputError, match="their configs agree below data; the files that they name must have changed"):
+    with pytest.raises(
+        InputError, match="the configs are equal below data, so the files that they refer to must have changed"
+    ):
         compared(tmp_path)
 
 
-def test_the_fingerprint_that_a_reference_model_changes_is_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_the_fingerprint_with_reference_losses_may_differ(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="rho1", provenance={"fingerprint": "with the reference's losses"})
-    assert compared(tmp_path).notes == ["rho1: 1 pair of runs say nothing of chance; train at least 3 seeds"]
+    assert compared(tmp_path).notes == ["rho1: 1 pair of runs cannot rule out chance; train at least 3 seeds"]
 
 
-def test_runs_that_do_not_record_their_data_are_compared_with_a_word_on_it(tmp_path: Path) -> None:
+def test_runs_without_recorded_data_are_compared_with_a_note(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="critic", provenance={"train_fingerprint": None})
-    assert any(note.startswith("whether the training data is the same cannot be") for note in compared(tmp_path).notes)
+    assert any(
+        note.startswith("cannot check that all runs use the same training data: ") for note in compared(tmp_path).notes
+    )
 
 
 def test_means_over_different_numbers_of_heads_are_refused(tmp_path: Path) -> None:
@@ -253,22 +261,22 @@ def test_means_over_different_numbers_of_heads_are_refused(tmp_path: Path) -> No
             fake_run(tmp_path / f"{heads}-{seed}", seed=seed, metrics=loss, **{"model.num_heads": heads})
     for metric in ("val/loss", "val/mtp_loss"):
         with pytest.raises(
-            InputError, match=r"mean over heads, of which .* has 1 and .* has 4 .*metric=val/head_1_loss"
+            InputError, match=r"mean over heads, but model.num_heads is 1 in .* and 4 in .*metric=val/head_1_loss"
         ):
             compared(tmp_path, baseline="model.num_heads=1", metric=metric)
     comparison = compared(tmp_path, baseline="model.num_heads=1", metric="val/head_1_loss")
-    assert comparison.reach[0].metric == "val/head_1_loss"
+    assert comparison.tokens_to_target[0].metric == "val/head_1_loss"
 
 
 def passing(folder: Path, **passes: Sequence[Sequence[int]]) -> Path:
-    """A run for each seed of each algorithm, with whether it passed each test problem."""
+    """Write a run for each seed of each algorithm, with the result of each test problem."""
     for algo, rows in passes.items():
         for seed, row in enumerate(rows):
             fake_run(folder / algo / str(seed), algo=algo, seed=seed, passes=[bool(each) for each in row])
     return folder
 
 
-def test_pass_at_1_is_compared_beside_any_metric(tmp_path: Path) -> None:
+def test_pass_at_1_is_compared_in_addition_to_any_metric(tmp_path: Path) -> None:
     folder = passing(tmp_path, baseline=[[1, 0, 0, 0], [1, 1, 0, 0]], critic=[[1, 1, 1, 0], [1, 0, 0, 1]])
     comparison = compared(folder)
     assert [metric.metric for metric in comparison.metrics] == ["val/loss", "pass@1"]
@@ -279,7 +287,7 @@ def test_pass_at_1_is_compared_beside_any_metric(tmp_path: Path) -> None:
     assert [metric.metric for metric in alone.metrics] == ["pass@1"]
 
 
-def test_a_problem_is_won_by_the_group_in_which_more_seeds_passed(tmp_path: Path) -> None:
+def test_a_problem_is_won_by_the_group_with_more_passing_seeds(tmp_path: Path) -> None:
     folder = passing(
         tmp_path,
         baseline=[[1, 0, 0, 0, 1], [1, 0, 0, 1, 1], [1, 0, 0, 1, 1]],
@@ -291,7 +299,7 @@ def test_a_problem_is_won_by_the_group_in_which_more_seeds_passed(tmp_path: Path
     assert test.p == stats.binomtest(2, 3).pvalue
 
 
-def test_with_one_seed_that_is_mcnemars_exact_test(tmp_path: Path) -> None:
+def test_with_one_seed_the_problem_test_is_mcnemars_exact_test(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     base, group = generator.random(60) < 0.4, generator.random(60) < 0.7
     folder = passing(tmp_path, baseline=[base.astype(int)], critic=[group.astype(int)])
@@ -302,14 +310,14 @@ def test_with_one_seed_that_is_mcnemars_exact_test(tmp_path: Path) -> None:
     assert found.verdict == "too few seeds"
 
 
-def test_runs_that_answered_other_problems_have_no_common_pass_at_1(tmp_path: Path) -> None:
+def test_runs_with_different_problems_have_no_common_pass_at_1(tmp_path: Path) -> None:
     folder = passing(tmp_path, baseline=[[1, 0, 0]], critic=[[1, 0]])
     assert [metric.metric for metric in compared(folder).metrics] == ["val/loss"]
     with pytest.raises(InputError, match="metric=pass@1: not all runs have it"):
         compared(folder, metric="pass@1")
 
 
-def test_pass_at_k_comes_from_the_same_evaluation_of_each_run(tmp_path: Path) -> None:
+def test_pass_at_k_is_from_the_same_evaluation_of_each_run(tmp_path: Path) -> None:
     for algo, share in (("baseline", 1), ("critic", 3)):
         for seed in range(3):
             run = fake_run(tmp_path / algo / str(seed), algo=algo, seed=seed)
@@ -342,11 +350,11 @@ def test_tokens_are_interpolated_between_validations(
     assert found == tokens if tokens is None else found == pytest.approx(tokens)
 
 
-def test_tokens_to_reach_count_the_stage_before(tmp_path: Path) -> None:
+def test_tokens_to_target_include_stage_1(tmp_path: Path) -> None:
     for seed in range(5):
         fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[3.0, 2.0, 1.0, 1.5])
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[2.0, 0.0, 0.0, 0.0], stage_tokens=1_000)
-    reach = compared(tmp_path).reach[0]
+    reach = compared(tmp_path).tokens_to_target[0]
     pair = reach.pairs[0]
     assert (pair.target, pair.baseline_tokens, pair.tokens) == (1.0, 30_000, 16_000)
     assert (pair.stage_tokens, pair.baseline_stage_tokens) == (1_000, 0)
@@ -360,44 +368,52 @@ def test_a_target_that_is_never_reached_counts_as_infinite(tmp_path: Path) -> No
         ends = 4.0 if seed < 2 else 1.0
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, ends])
         fake_run(tmp_path / f"r{seed}", algo="rho1", seed=seed, val_losses=[3.0, 2.5])
-    critic, rho1 = compared(tmp_path).reach
+    critic, rho1 = compared(tmp_path).tokens_to_target
     assert (critic.never, critic.high) == (2, None)
     assert critic.ratio == critic.low == pytest.approx(0.75)
     assert (rho1.never, rho1.ratio, rho1.low, rho1.has_interval) == (5, None, None, True)
 
 
-def test_runs_without_tokens_leave_that_out_and_say_so(tmp_path: Path) -> None:
+def test_tokens_to_target_are_left_out_with_a_note_if_not_recorded(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="critic", tokens=False)
     comparison = compared(tmp_path)
-    assert comparison.reach == []
+    assert comparison.tokens_to_target == []
     assert any("tokens to reach the baseline's best val/loss are left out" in note for note in comparison.notes)
 
 
-def test_curves_and_tokens_to_reach_are_of_the_asked_loss(tmp_path: Path) -> None:
+def test_curves_and_tokens_to_target_use_the_requested_loss(tmp_path: Path) -> None:
     for seed in range(3):
         fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[3.0, 2.0], metrics={"val/clean_loss": [2.0, 1.0]})
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, 2.9], passes=None,
                  metrics={"val/clean_loss": [1.0, 0.5]})  # fmt: skip
     clean, noisy = (compared(tmp_path, metric=metric) for metric in ("val/clean_loss", "val/loss"))
-    assert (clean.loss, clean.reach[0].metric, clean.reach[0].ratio) == ("val/clean_loss", "val/clean_loss", 0.5)
-    assert (noisy.loss, noisy.reach[0].metric, noisy.reach[0].ratio) == ("val/loss", "val/loss", None)
-    assert as_plain(clean)["loss"] == "val/clean_loss"
+    assert (clean.loss, clean.tokens_to_target[0].metric, clean.tokens_to_target[0].ratio) == (
+        "val/clean_loss",
+        "val/clean_loss",
+        0.5,
+    )
+    assert (noisy.loss, noisy.tokens_to_target[0].metric, noisy.tokens_to_target[0].ratio) == (
+        "val/loss",
+        "val/loss",
+        None,
+    )
+    assert comparison_to_dict(clean)["loss"] == "val/clean_loss"
     for comparison in (clean, noisy):
-        said = f"Tokens to the baseline's best {comparison.loss}, over those of the baseline"
+        said = f"Tokens to reach the baseline's best {comparison.loss}, relative to the baseline"
         assert said in " ".join(printed(comparison).split())
 
 
-def test_a_metric_that_is_no_loss_leaves_the_curves_to_one_that_is(tmp_path: Path) -> None:
+def test_curves_show_a_loss_if_the_metric_is_not_a_loss(tmp_path: Path) -> None:
     folder = passing(tmp_path, baseline=[[1, 0]] * 3, critic=[[1, 1]] * 3)
     assert compared(folder, metric="pass@1").loss == "val/loss"
 
 
-def test_values_that_are_not_finite_are_no_target(tmp_path: Path) -> None:
+def test_a_nonfinite_loss_is_not_a_target(tmp_path: Path) -> None:
     for seed in range(3):
         fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[float("nan"), 3.0, 2.0])
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, 2.0, 1.0])
-    (reach,) = compared(tmp_path, at="last").reach
+    (reach,) = compared(tmp_path, at="last").tokens_to_target
     assert [pair.target for pair in reach.pairs] == [2.0] * 3
     assert reach.ratio == pytest.approx(2 / 3)
 
@@ -411,7 +427,7 @@ def test_values_that_are_not_finite_are_no_target(tmp_path: Path) -> None:
         ("baseline", ["FAILED"], ("better", "worse")),
     ],
 )
-def test_what_failed_says_nothing_in_favour_of_its_side(
+def test_no_verdict_favors_a_side_with_failed_runs(
     tmp_path: Path, side: str, states: list[str], verdicts: tuple[str, str]
 ) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER, rho1=SAME)
@@ -423,17 +439,17 @@ def test_what_failed_says_nothing_in_favour_of_its_side(
     lost = {group.label: (group.lost.failed, group.lost.runs) for group in forth.metrics[0].groups}
     assert lost == {"baseline": (0, 5), "critic": (0, 5), "rho1": (0, 5)} | {side: (num_failed, 5 + num_failed)}
     assert ("1 of 6 runs failed" in printed(forth)) == bool(num_failed)
-    assert (f"{side}: 1 of 6 runs failed; val/loss is of those that are left" in forth.notes) == bool(num_failed)
+    assert (f"{side}: 1 of 6 runs failed; val/loss covers only the other runs" in forth.notes) == bool(num_failed)
 
 
-def test_a_failed_run_that_was_made_good_is_not_counted(tmp_path: Path) -> None:
+def test_a_failed_run_is_not_counted_if_its_seed_has_a_finished_run(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     for place, started in (("before", "2026-11-20T09:30:00+00:00"), ("after", "2026-11-22T09:30:00+00:00")):
         fake_run(tmp_path / place, algo="critic", seed=2, state="FAILED", started=started)
     assert difference(compared(tmp_path), "critic").verdict == "better"
 
 
-def test_a_value_that_is_not_finite_counts_as_failed(tmp_path: Path) -> None:
+def test_a_nonfinite_value_counts_as_failed(tmp_path: Path) -> None:
     for algo, values in (("baseline", BASELINE), ("critic", BETTER)):
         for seed, value in enumerate(values):
             measured: Any = {"val/value_loss": [value, "nan" if (algo, seed) == ("critic", 4) else value]}
@@ -445,7 +461,7 @@ def test_a_value_that_is_not_finite_counts_as_failed(tmp_path: Path) -> None:
     assert difference(best, "critic").lost.failed == 0
 
 
-def test_a_group_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+def test_a_group_without_finished_runs_is_noted(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     for seed in range(2):
         fake_run(tmp_path / "rho1" / str(seed), algo="rho1", seed=seed, state="FAILED")
@@ -458,17 +474,17 @@ def test_one_pair_has_no_signed_rank_p(tmp_path: Path) -> None:
     assert difference(two, "critic").wilcoxon == 0.5
 
 
-def test_the_json_is_plain_and_holds_what_the_tables_say(tmp_path: Path) -> None:
+def test_the_json_has_the_values_of_the_tables(tmp_path: Path) -> None:
     folder = passing(tmp_path, baseline=[[1, 0], [0, 0], [1, 0]], critic=[[1, 1], [1, 0], [1, 1]])
     comparison = compared(folder)
-    content = json.loads(encode_json(as_plain(comparison)))
+    content = json.loads(encode_json(comparison_to_dict(comparison)))
     assert content["metrics"][1]["differences"][0]["pairs"] == {"0": 0.5, "1": 0.5, "2": 0.5}
     assert content["groups"]["critic"][0] == {"name": "0", "folder": str(folder / "critic" / "0"), "seed": 0}
-    assert any("differs by the same in every seed" in note for note in content["notes"])
+    assert any("is the same for every seed" in note for note in content["notes"])
     assert content["reach"][0]["pairs"][0]["tokens"] == 20_000
 
 
-def test_tables_fit_eighty_columns_and_break_no_number(tmp_path: Path) -> None:
+def test_tables_fit_80_columns_without_broken_numbers(tmp_path: Path) -> None:
     for algo, values in (("baseline", BASELINE), ("a_long_name_of_an_algorithm", BETTER)):
         for seed, loss in enumerate(values):
             for lr in (1e-3, 1e-2):

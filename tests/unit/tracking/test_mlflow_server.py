@@ -35,8 +35,8 @@ from wmtp.tracking.mlflow import (
     ServerUnreachable,
     check_server,
     end_sweep,
+    move_credentials,
     send_pending,
-    take_credentials,
 )
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("servers")]
@@ -80,7 +80,7 @@ def logging_to(folder: Path, tracker: MlflowTracker, resume_step: int = 0) -> tu
     return file, log
 
 
-def receipt(folder: Path) -> Any:
+def sync_state(folder: Path) -> Any:
     return json.loads((folder / "mlflow.json").read_text())
 
 
@@ -118,7 +118,7 @@ def test_a_run_and_its_artifacts_reach_the_server_and_no_secret_is_left_behind(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.client().tracking_uri)  # with user and password
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
-    take_credentials()
+    move_credentials()
     assert os.environ["MLFLOW_TRACKING_URI"] == server.uri
     best = {"folder": "step_00000002", "step": 2, "val/loss": 0.5}
     data = {
@@ -145,7 +145,7 @@ def test_a_run_and_its_artifacts_reach_the_server_and_no_secret_is_left_behind(
 
     assert tracker.uri == server.uri
     assert tracker.report.startswith("MLflow: 1") and tracker.report.endswith("status FINISHED, 5 artifacts")
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     run = reader.get_run(run_id)
     assert steps(reader, run_id, "train/loss") == list(range(1, 101))
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "0.1"})
@@ -187,18 +187,18 @@ def test_a_server_that_is_away_throughout_costs_nothing_and_gets_everything_late
         time.sleep(0.002)
     file.close("FINISHED")
     started = time.monotonic()
-    with pytest.raises(PendingError, match=f"500 of 500 lines .* python -m wmtp.sync {folder} sends them"):
+    with pytest.raises(PendingError, match=f"500 of 500 lines .* `python -m wmtp.sync {folder}` sends them"):
         tracker.close("FINISHED")
     assert time.monotonic() - started < 5
     assert statistics.quantiles(took, n=100)[98] < 0.01
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 500
-    assert receipt(folder) | {"run_id": "", "uri": server.uri, "experiment": "tests"} == receipt(folder)
+    assert sync_state(folder) | {"run_id": "", "uri": server.uri, "experiment": "tests"} == sync_state(folder)
 
     server.start()
     late = start(folder, {"lr": 0.1}, is_training=False, uri="http://127.0.0.1:9")  # the receipt knows the store
     late.close("FINISHED")
     assert late.report == "MLflow: 500 lines of metrics, status FINISHED"
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     run = reader.get_run(run_id)
     assert steps(reader, run_id, "loss") == list(range(1, 501))
     assert (run.info.status, run.data.params, run.info.run_name) == ("FINISHED", {"lr": "0.1"}, "away")
@@ -235,7 +235,9 @@ def test_killing_the_server_and_the_training_leaves_every_step_once(
 
     def number_sent() -> int:
         return (
-            receipt(folder)["sent"].get("metrics.jsonl", {}).get("lines", 0) if (folder / "mlflow.json").exists() else 0
+            sync_state(folder)["sent"].get("metrics.jsonl", {}).get("lines", 0)
+            if (folder / "mlflow.json").exists()
+            else 0
         )
 
     process = fork(train)
@@ -257,7 +259,7 @@ def test_killing_the_server_and_the_training_leaves_every_step_once(
     file.close("FINISHED")
     tracker.close("FINISHED")
 
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     run = reader.get_run(run_id)
     assert steps(reader, run_id, "train/tokens_per_second") == list(range(1, num_steps + 1))
     assert steps(reader, run_id, "loss") == [step for step in range(1, num_steps + 1) if step != 7]
@@ -308,7 +310,7 @@ def test_a_faulty_network_changes_nothing(server: TrackingServer, reader: Mlflow
         proxy.drop(1, methods=("PUT",))
         tracker.close("FINISHED")
         assert proxy.done["drop"] == 3
-    run_id = receipt(folder)["run_id"]
+    run_id = sync_state(folder)["run_id"]
     assert steps(reader, run_id, "loss") == list(range(1, 41))
     assert [file.path for file in reader.list_artifacts(run_id)] == ["train.log"]
 
@@ -359,9 +361,9 @@ def test_a_server_is_asked_beforehand(
     check_server(server.uri, "of their own")
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-password")
-    assert "refuses this user and password; set MLFLOW_TRACKING_USERNAME and" in refused(server.uri)
+    assert "rejects this user and password; set MLFLOW_TRACKING_USERNAME and" in refused(server.uri)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
-    assert "asks for a user and a password" in refused(server.uri)
+    assert "requires a user and a password" in refused(server.uri)
 
 
 def test_a_server_that_is_not_there_is_no_mistake(server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,12 +386,12 @@ def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: Mlflow
     jobs = [make_run(sweep / str(job)) for job in range(2)]
     for tracker in [start(job) for job in jobs]:
         tracker.close("FINISHED")
-    parent = receipt(sweep)["run_id"]
+    parent = sync_state(sweep)["run_id"]
     for job in jobs:
-        assert reader.get_run(receipt(job)["run_id"]).data.tags["mlflow.parentRunId"] == parent
+        assert reader.get_run(sync_state(job)["run_id"]).data.tags["mlflow.parentRunId"] == parent
     noted = (sweep / "mlflow.json").read_text()
     (sweep / "mlflow.json").write_text(noted.replace(server.uri, "http://127.0.0.1:9"))
-    with pytest.raises(PendingError, match="was not told that the sweep"):
+    with pytest.raises(PendingError, match="did not receive the status FINISHED of the sweep"):
         end_sweep(sweep, "FINISHED")
     (sweep / "mlflow.json").write_text(noted)
     assert end_sweep(sweep, "FINISHED") == "MLflow: status FINISHED"
@@ -454,7 +456,7 @@ def test_without_a_lock_they_make_the_same_tables(tmp_path: Path, monkeypatch: p
             all_have_looked.wait(60)
 
     event.listen(InitialBase.metadata, "before_create", looked)  # what is missing is decided then
-    monkeypatch.setattr("wmtp.tracking.mlflow.client.one_at_a_time", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr("wmtp.tracking.mlflow.client.file_lock", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr("wmtp.tracking.mlflow.client.create_store", lambda database: None)
     try:
         started_at_once(tmp_path / "outputs", count, 20)

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from wmtp.errors import InputError
 from wmtp.tracking.mlflow import MlflowTracker
-from wmtp.tracking.mlflow.uri import Address, absolute_uri
+from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri
 
 
 def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -47,16 +47,16 @@ def test_an_address_with_a_password_is_refused_without_repeating_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
 ) -> None:
     with pytest.raises(ValidationError) as fault:
-        TypeAdapter(Address).validate_python(uri)
+        TypeAdapter(TrackingUri).validate_python(uri)
     assert [error["msg"] for error in fault.value.errors()] == [
-        "Value error, names a user or a password; they belong into MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD, in the environment or in .env"
+        "Value error, holds a user or a password; set MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, in the environment or in .env, instead"
     ]
-    with pytest.raises(InputError, match="names a user or a password") as refused:
+    with pytest.raises(InputError, match="holds a user or a password") as refused:
         MlflowTracker(tmp_path, "run", {}, {}, uri=uri)
     assert "s3cret" not in str(refused.value) and not list(tmp_path.iterdir())
     if uri != "https://me:s3cret@host":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(InputError, match="MLFLOW_TRACKING_URI names") as refused:
+        with pytest.raises(InputError, match="MLFLOW_TRACKING_URI holds") as refused:
             MlflowTracker(tmp_path, "run", {}, {})
         assert "s3cret" not in str(refused.value)

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from rich.console import Console
 
-from wmtp.tracking.console import ConsoleTracker, described
+from wmtp.tracking.console import ConsoleTracker, format_metrics
 from wmtp.tracking.jsonl import MetricsFile, read_metrics
 from wmtp.tracking.system_metrics import Gpus, SystemSampler
 
@@ -101,12 +101,12 @@ def test_on_a_terminal_a_live_bar_fits_the_width(width: int, tmp_path: Path) -> 
     screen = (tmp_path / "screen").read_text()
     assert "epoch 3/3  step 990/1000" in screen
     assert "99%" in screen
-    assert max(len(Console().render_str(line).plain) for line in described(TRAINED).splitlines()) <= width
+    assert max(len(Console().render_str(line).plain) for line in format_metrics(TRAINED).splitlines()) <= width
 
 
 def test_every_heads_loss_is_shown() -> None:
     values = {"val/loss": 1.0} | {f"val/head_{k}_loss": float(k) for k in range(1, 9)}
-    assert described(values).endswith("heads 1.000 2.000 3.000 4.000 5.000 6.000 7.000 8.000")
+    assert format_metrics(values).endswith("heads 1.000 2.000 3.000 4.000 5.000 6.000 7.000 8.000")
 
 
 def sampled(folder: Path, count: int, first_step: int = 0) -> list[dict[str, float]]:
@@ -159,4 +159,4 @@ def test_a_full_disk_ends_the_machines_metrics_alone(tmp_path: Path, caplog: pyt
     (tmp_path / "system.jsonl").mkdir()
     sampler = SystemSampler(tmp_path, 0.02)
     sampler._thread.join(10)
-    assert "the machine's metrics end here: IsADirectoryError" in caplog.text
+    assert "system metrics are no longer recorded: IsADirectoryError" in caplog.text

@@ -1,4 +1,4 @@
-"""When a run stops early, exactly; each promise also meets a naive stopper that breaks it."""
+"""Test exactly when a run stops early; for each property a naive stopper violates it."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.config.schema import build, node_faults
+from wmtp.config.schema import build, node_issues
 from wmtp.errors import InputError
 from wmtp.training.early_stopping import EarlyStopping, monitor_problem
 
@@ -35,7 +35,7 @@ def observe(stopper: EarlyStopping, event: Event) -> None:
 
 
 def resumed(stopper: EarlyStopping, kind: Stopper, settings: dict[str, Any]) -> EarlyStopping:
-    """The stopper of a run that was killed and went on."""
+    """The stopper of a run that was killed and resumed."""
     text = json.dumps(stopper.state_dict(), allow_nan=False)
     after = kind(**settings)
     after.load_state_dict(json.loads(text))
@@ -75,7 +75,7 @@ class RatioOfThoseSeen(EarlyStopping):
 
 
 class MissesNan(EarlyStopping):
-    """Asks `norm > threshold`, which no NaN is."""
+    """Checks `norm > threshold`, which is false for NaN."""
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
         super().observe_update(grad_norm if grad_norm > self.threshold else 0.0, value_variance)
@@ -103,7 +103,7 @@ def check_six_run_on_and_seven_stop(kind: Stopper) -> None:
         assert stopped == (9, "unstable: 7 of the last 10 gradient norms exceeded 50")
 
 
-def test_six_of_ten_run_on_and_seven_of_ten_stop_at_that_update_wherever_the_run_was_cut() -> None:
+def test_six_of_ten_continue_and_seven_of_ten_stop_wherever_the_run_was_resumed() -> None:
     check_six_run_on_and_seven_stop(EarlyStopping)
     fails(check_six_run_on_and_seven_stop, RatioOfThoseSeen)
     fails(check_six_run_on_and_seven_stop, ForgetsWindow)
@@ -195,7 +195,7 @@ def check_nan_is_never_best(kind: Stopper) -> None:
     assert stopper.metrics()["early_stopping/best"] == 1.5 and stopper.reason is None
 
 
-def test_what_is_not_finite_is_never_the_best_but_counts() -> None:
+def test_value_that_is_not_finite_is_never_the_best_but_counts() -> None:
     check_nan_is_never_best(EarlyStopping)
     fails(check_nan_is_never_best, NanSticks)
     fails(check_nan_is_never_best, InfinityIsBest)
@@ -232,7 +232,7 @@ def test_patience_counts_measurements_in_a_row() -> None:
         )
 
 
-def test_a_patience_of_one_speaks_of_one_measurement() -> None:
+def test_reason_with_patience_one_uses_the_singular() -> None:
     stopped = stops_at(EarlyStopping, {"patience": 1}, losses(1.0, 2.0))
     assert stopped == (1, "converged: val/loss has not improved in 1 measurement (best 1)")
 
@@ -248,7 +248,7 @@ def test_only_measurements_of_the_monitor_count() -> None:
     assert str(stopper.reason).startswith("converged: val/head_1_loss")
 
 
-def test_an_unknown_monitor_is_told_with_the_names_that_exist() -> None:
+def test_unknown_monitor_is_reported_with_the_available_names() -> None:
     names = ["val/loss", "val/head_1_loss", "train/loss"]
     assert monitor_problem("val/loss", iter(names)) is None
     assert monitor_problem("val/los", names) == (
@@ -261,7 +261,7 @@ def test_an_unknown_monitor_is_told_with_the_names_that_exist() -> None:
 
 
 class ComparesVariance(EarlyStopping):
-    """Asks `variance < min or variance > max`, which no NaN is."""
+    """Checks `variance < min or variance > max`, which is false for NaN."""
 
     def _out_of_range(self) -> str | None:
         return None if self._variance is not None and math.isnan(self._variance) else super()._out_of_range()
@@ -293,7 +293,7 @@ def test_one_limit_may_be_left_out() -> None:
     assert stops_at(EarlyStopping, {"variance_min": 0.01}, [(1.0, math.inf)]) is not None
 
 
-def test_without_a_value_head_the_range_is_silent() -> None:
+def test_range_is_ignored_without_a_value_head() -> None:
     assert stops_at(EarlyStopping, RANGE, [(1.0, None)] * 20) is None
 
 
@@ -345,7 +345,7 @@ def test_every_criterion_that_holds_at_the_stop_is_named() -> None:
 
 
 @pytest.mark.parametrize("cut", [None, *range(8)])
-def test_mode_all_stops_at_the_first_moment_all_is_calm(cut: int | None) -> None:
+def test_mode_all_stops_once_converged_and_neither_unstable_nor_out_of_range(cut: int | None) -> None:
     events: list[Event] = [
         *losses(1.0), (99.0, 1.0), (99.0, 1.0), *losses(1.0, 1.0),  # converged, but unstable
         (1.0, math.nan), *losses(1.0), (1.0, 1.0), (1.0, 1.0),
@@ -357,7 +357,7 @@ def test_mode_all_stops_at_the_first_moment_all_is_calm(cut: int | None) -> None
 
 
 class ChangesItsMind(EarlyStopping):
-    """Says what the criteria say now."""
+    """Reports the current criteria instead of the final decision."""
 
     def _decide(self) -> None:
         self._reason = None
@@ -430,7 +430,7 @@ def check_every_cut(kind: Stopper) -> None:
 
 
 def outcome(kind: Stopper, settings: dict[str, Any], events: Sequence[Event], cut: int | None) -> list[str | None]:
-    """What the stopper says after each event; it is asked on after its decision too."""
+    """The reason after each event, also after the decision."""
     stopper, said = kind(**settings), []
     for index, event in enumerate(events):
         if index == cut:
@@ -496,7 +496,7 @@ def test_a_window_that_shrank_keeps_the_newest_and_one_that_grew_fills_up() -> N
     assert resumed(after, EarlyStopping, {}).metrics() == {}
 
 
-def test_a_stopped_run_goes_on_under_settings_that_would_not_have_stopped_it() -> None:
+def test_stopped_run_continues_under_settings_that_would_not_have_stopped_it() -> None:
     before = EarlyStopping(patience=2)
     for event in losses(0.5, 0.6, 0.7):
         observe(before, event)
@@ -507,7 +507,7 @@ def test_a_stopped_run_goes_on_under_settings_that_would_not_have_stopped_it() -
         assert resumed(before, EarlyStopping, settings).reason is None
 
 
-def test_another_monitor_starts_its_measurements_anew() -> None:
+def test_different_monitor_resets_its_measurements() -> None:
     before = EarlyStopping(patience=2)
     for event in losses(0.5, 0.6):
         observe(before, event)
@@ -516,7 +516,7 @@ def test_another_monitor_starts_its_measurements_anew() -> None:
     assert after.metrics() == {"early_stopping/counter": 0.0, "early_stopping/best": 3.0}
 
 
-def test_metrics_are_finite_and_only_of_what_is_on() -> None:
+def test_metrics_are_finite_and_only_of_active_criteria() -> None:
     assert EarlyStopping().metrics() == {}
     stopper = EarlyStopping(mode="all", **ALL_ON)
     assert stopper.metrics() == {"early_stopping/counter": 0.0}
@@ -577,9 +577,7 @@ def from_history(settings: dict[str, Any], events: Sequence[Event]) -> int | Non
 
 
 @given(setting, st.lists(event, max_size=14), st.integers(0, 14))
-def test_a_run_cut_anywhere_stops_where_the_definitions_say(
-    settings: dict[str, Any], events: list[Event], cut: int
-) -> None:
+def test_resumed_run_stops_where_the_definitions_say(settings: dict[str, Any], events: list[Event], cut: int) -> None:
     whole = stops_at(EarlyStopping, settings, events)
     assert stops_at(EarlyStopping, settings, events, cut) == whole
     assert (whole and whole[0]) == from_history(settings, events)
@@ -588,14 +586,14 @@ def test_a_run_cut_anywhere_stops_where_the_definitions_say(
 # Config
 
 
-def test_each_variant_is_sound_and_also_serves_the_stage_before(compose: Callable[..., DictConfig]) -> None:
+def test_each_variant_is_valid_for_both_stages(compose: Callable[..., DictConfig]) -> None:
     for name, on in {
         "none": {},
         "patience": {"patience": 5},
         "stability": {"patience": 5, "window": 10, "variance_max": 1.0},
     }.items():
         config = compose(f"early_stopping={name}", "+early_stopping@stage.early_stopping=patience")
-        assert list(node_faults(config.early_stopping, "early_stopping")) == []
+        assert list(node_issues(config.early_stopping, "early_stopping")) == []
         stopper = build(config.early_stopping)
         assert isinstance(stopper, EarlyStopping)
         criteria = {key: vars(stopper)[key] for key in ("patience", "window", "variance_min", "variance_max")}
@@ -630,20 +628,20 @@ FAULTS = {
 }
 
 
-def test_settings_out_of_range_are_faults(compose: Callable[..., DictConfig]) -> None:
+def test_settings_out_of_range_are_reported(compose: Callable[..., DictConfig]) -> None:
     node = compose("early_stopping=stability").early_stopping
     OmegaConf.set_struct(node, False)
     for override, problem in FAULTS.items():
         changed = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
         assert isinstance(changed, DictConfig)
-        (fault,) = node_faults(changed, "early_stopping")
+        (fault,) = node_issues(changed, "early_stopping")
         assert fault.key == f"early_stopping.{override.partition('=')[0]}"
         assert problem in fault.problem
 
 
 @pytest.mark.parametrize("mode", ["all", "loss_only"])
 def test_settings_that_contradict_each_other_are_refused(mode: Mode) -> None:
-    with pytest.raises(InputError, match=f"mode={mode} stops only what has converged"):
+    with pytest.raises(InputError, match=f"mode={mode} stops only a run that has converged"):
         EarlyStopping(mode=mode, window=10)
     with pytest.raises(InputError, match="variance_min=2.0 is above variance_max=1.0"):
         EarlyStopping(variance_min=2.0, variance_max=1.0)

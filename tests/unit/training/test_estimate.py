@@ -1,4 +1,4 @@
-"""What the dry run and the presets' page calculate, against what torch keeps, allocates and counts."""
+"""Test the estimates of dry runs and presets against torch: kept tensors, allocations and operations."""
 
 import re
 import sys
@@ -24,20 +24,20 @@ from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel, empty_model
-from wmtp.models.shapes import Layout, layout_of
+from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.ops import cross_entropy as losses
 from wmtp.training.estimate import (
     Machine,
-    Setting,
+    ParallelSetting,
     activation_bytes,
     all_logits_bytes,
     block_bytes,
     estimate,
     flops_per_token,
-    in_words,
+    format_estimate,
     loss_bytes,
     memory,
-    moments,
+    moments_per_parameter,
     product_bytes,
 )
 
@@ -83,9 +83,11 @@ CPU = Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="cpu", name="cpu
 TOKENS = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
 
 
-def alone(precision: str = "fp32", activation_checkpointing: bool = False, micro_batch_size: int = SAMPLES) -> Setting:
+def alone(
+    precision: str = "fp32", activation_checkpointing: bool = False, micro_batch_size: int = SAMPLES
+) -> ParallelSetting:
     """The setting of one process."""
-    return Setting("single", activation_checkpointing, False, micro_batch_size, precision)
+    return ParallelSetting("single", activation_checkpointing, False, micro_batch_size, precision)
 
 
 def built(kind: str, rank: int | None = None) -> MtpModel:
@@ -94,7 +96,7 @@ def built(kind: str, rank: int | None = None) -> MtpModel:
 
 
 def loss_of(model: MtpModel, tokens: Tensor) -> Tensor:
-    """The chunked loss of all heads, and something of the values."""
+    """The chunked loss of all heads, plus a loss of the values."""
     outputs = model(tokens)
     targets = tokens.expand(len(outputs.states), *tokens.shape)
     total, _, _ = losses.weighted_cross_entropy(
@@ -110,12 +112,12 @@ def autocast(precision: str) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_counted_and_follow_from_the_sizes(kind: str) -> None:
     model = empty_model(architectures()[kind])
-    layout = layout_of(model)
-    assert layout.counts is not None
-    assert layout.counts.parameters == layout.counts.trained == model.num_parameters
-    assert layout.counts.parameter_bytes == model.num_parameters * (2 if "bf16" in kind else 4)
-    positions = POSITIONS * layout.dim if "gpt2" in kind else 0  # which the sizes do not tell
-    assert layout.parameters + positions == model.num_parameters
+    shape = model_shape(model)
+    assert shape.counts is not None
+    assert shape.counts.parameters == shape.counts.trained == model.num_parameters
+    assert shape.counts.parameter_bytes == model.num_parameters * (2 if "bf16" in kind else 4)
+    positions = POSITIONS * shape.dim if "gpt2" in kind else 0  # which the sizes do not tell
+    assert shape.parameters + positions == model.num_parameters
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -125,14 +127,14 @@ def test_activations_are_those_that_autograd_keeps(kind: str, precision: str, ra
     model = built(kind, rank)
     with autocast(precision), saved(model) as kept:
         model(TOKENS)
-    layout, setting = layout_of(model), alone(precision)
+    shape, setting = model_shape(model), alone(precision)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
-    if product_bytes(layout, setting) < layout.number_bytes:  # copies of the matrices are counted as work
-        copies = layout.num_blocks * layout.block_matrices + layout.residual_parameters
+    if product_bytes(shape, setting) < shape.number_bytes:  # copies of the matrices are counted as work
+        copies = shape.num_blocks * shape.block_matrices + shape.residual_parameters
         measured -= 2 * copies / TOKENS.numel()
-    expected = activation_bytes(layout, CPU, setting)
+    expected = activation_bytes(shape, CPU, setting)
     assert expected == pytest.approx(measured, rel=0.12 if "dropout" in kind or rank else 0.03)
-    without_heads = expected - layout.num_head_blocks * block_bytes(layout, CPU, setting)  # the control
+    without_heads = expected - shape.num_head_blocks * block_bytes(shape, CPU, setting)  # the control
     assert without_heads < 0.8 * measured
 
 
@@ -143,21 +145,21 @@ def test_checkpointing_keeps_the_inputs_of_blocks(kind: str) -> None:
     with saved(model) as kept:
         model(TOKENS)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
-    expected = activation_bytes(layout_of(model), CPU, alone(activation_checkpointing=True))
+    expected = activation_bytes(model_shape(model), CPU, alone(activation_checkpointing=True))
     assert expected == pytest.approx(measured, rel=0.03)
 
 
-def test_attention_that_is_no_one_kernel_keeps_all_pairs() -> None:
+def test_attention_of_several_kernels_keeps_all_pairs() -> None:
     model, on_mps = built("llama"), Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="mps", name="mps")
     with sdpa_kernel(SDPBackend.MATH), saved(model) as kept:
         model(TOKENS)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
-    assert activation_bytes(layout_of(model), on_mps, alone()) == pytest.approx(measured, rel=0.08)
-    assert activation_bytes(layout_of(model), CPU, alone()) < 0.85 * measured
+    assert activation_bytes(model_shape(model), on_mps, alone()) == pytest.approx(measured, rel=0.08)
+    assert activation_bytes(model_shape(model), CPU, alone()) < 0.85 * measured
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Bytes that tensors take at most, besides those that are there before."""
+    """Peak bytes of tensors, without those that existed before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     events: Any = profiled.profiler
@@ -170,7 +172,7 @@ def peak(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize(("kind", "forwards"), [("ours", 1), ("ours", 2), ("llama", 2), ("gpt2", 1)])
-def test_an_update_takes_at_most_what_is_said(kind: str, forwards: int) -> None:
+def test_update_needs_at_most_the_estimated_memory(kind: str, forwards: int) -> None:
     model = built(kind)
 
     def update() -> None:
@@ -179,18 +181,18 @@ def test_an_update_takes_at_most_what_is_said(kind: str, forwards: int) -> None:
 
     update()  # what is allocated once only, is by now
     model.zero_grad()
-    measured, layout = peak(update), layout_of(model)
-    found = memory(layout, CPU, alone(micro_batch_size=SAMPLES // forwards))
+    measured, shape = peak(update), model_shape(model)
+    found = memory(shape, CPU, alone(micro_batch_size=SAMPLES // forwards))
     assert found["total"] - found["parameters"] - found["optimizer"] == pytest.approx(measured, rel=0.2)
     assert found["activations"] + found["loss"] < (1.1 if forwards == 1 else 0.75) * measured
 
 
 def test_the_loss_takes_less_than_all_logits() -> None:
-    layout, tokens = Layout(), 2 * 2048
-    chunked = loss_bytes(layout, Machine(4), Setting("fsdp", False, True, 2), tokens)
-    assert chunked < all_logits_bytes(layout, tokens) / 2
-    assert all_logits_bytes(layout, tokens) == 2 * 4 * 4 * 32000 * tokens
-    tiny = Layout(dim=8, num_attention_heads=1, vocab_size=10)  # all of its logits are one chunk
+    shape, tokens = ModelShape(), 2 * 2048
+    chunked = loss_bytes(shape, Machine(4), ParallelSetting("fsdp", False, True, 2), tokens)
+    assert chunked < all_logits_bytes(shape, tokens) / 2
+    assert all_logits_bytes(shape, tokens) == 2 * 4 * 4 * 32000 * tokens
+    tiny = ModelShape(dim=8, num_attention_heads=1, vocab_size=10)  # all of its logits are one chunk
     assert loss_bytes(tiny, CPU, alone(), 3) == (2 * 4 * 4 * 8 + 4 * 4 * 10) * 3 + 4 * 10 * 8
 
 
@@ -203,20 +205,20 @@ def test_operations_are_those_that_torch_counts(kind: str, rank: int | None) -> 
     adapters = 0
     if rank:  # they are left out, as they cost little beside wider matrices
         adapters = 6 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert flops_per_token(layout_of(model), POSITIONS)[0] + adapters == pytest.approx(counted, rel=0.02)
+    assert flops_per_token(model_shape(model), POSITIONS)[0] + adapters == pytest.approx(counted, rel=0.02)
 
 
-def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
+def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
     model = built("llama", rank=4)
-    layout = layout_of(model)
+    shape = model_shape(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = memory(layout, CPU, alone())
+    found = memory(shape, CPU, alone())
     assert (found["gradients"], found["optimizer"]) == (4 * trained, 8 * trained)
     assert found["parameters"] == 4 * model.num_parameters > 4 * trained
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("value_head."))
     model.add_value_head()
-    values_only = memory(layout_of(model), CPU, alone())
+    values_only = memory(model_shape(model), CPU, alone())
     assert values_only["loss"] == values_only["work"] == 0
     assert values_only["activations"] < 0.05 * found["activations"]
 
@@ -229,27 +231,27 @@ def test_what_is_frozen_has_no_gradient_and_no_moments() -> None:
         (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), 1),
     ],
 )
-def test_the_optimizers_numbers_are_counted(optimizer: Callable[..., torch.optim.Optimizer], expected: int) -> None:
+def test_moments_of_the_optimizer_are_counted(optimizer: Callable[..., torch.optim.Optimizer], expected: int) -> None:
     parameter = torch.nn.Parameter(torch.ones(3, 2))
     made = optimizer([parameter])
     parameter.sum().backward()  # type: ignore[no-untyped-call]
     made.step()
-    assert moments(made) == expected
+    assert moments_per_parameter(made) == expected
 
 
 def test_time_is_calculated_for_a_known_gpu_alone() -> None:
-    setting = Setting("fsdp", False, True, 2)
-    known = estimate(Layout(), Machine(4, name="NVIDIA A100-SXM4-80GB"), setting)
+    setting = ParallelSetting("fsdp", False, True, 2)
+    known = estimate(ModelShape(), Machine(4, name="NVIDIA A100-SXM4-80GB"), setting)
     assert known.seconds is not None and known.seconds[0] > known.seconds[1] > 20
-    assert estimate(Layout(), Machine(4, name="NVIDIA GeForce"), setting).seconds is None
-    assert estimate(Layout(), CPU, setting).seconds is None
-    text = in_words(known, Machine(4), setting)
+    assert estimate(ModelShape(), Machine(4, name="NVIDIA GeForce"), setting).seconds is None
+    assert estimate(ModelShape(), CPU, setting).seconds is None
+    text = format_estimate(known, Machine(4), setting)
     assert max(map(len, text.splitlines())) <= 80
     total = known.memory["total"] / 1e9
     assert f"about {total:.1f} GB a process with 2 x 2,048 tokens" in text and "for an A100" in text
 
 
-def test_a_dry_run_says_what_each_stage_will_take(invoke: Invoke) -> None:
+def test_dry_run_prints_memory_and_time_of_each_stage(invoke: Invoke) -> None:
     outcome = invoke("dry_run=true", "algo=critic", "pretrain.trains=head")
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
@@ -286,7 +288,7 @@ def test_the_page_names_every_preset_and_shows_what_a_dry_run_prints(script: Mod
 
 
 @pytest.mark.parametrize("preset", ["meta_7b/baseline", "meta_7b/critic", "meta_7b/rho1", "meta_7b/rho1_token_skip"])
-def test_presets_of_the_7b_are_what_they_are_called(compose: Callable[..., DictConfig], preset: str) -> None:
+def test_presets_of_the_7b_have_the_named_algorithm(compose: Callable[..., DictConfig], preset: str) -> None:
     config = compose(f"experiment={preset}")
     assert "MetaCheckpoint" in config.model._target_ and config.hardware.num_processes == 4
     assert (config.pretrain is None) == (preset == "meta_7b/baseline")

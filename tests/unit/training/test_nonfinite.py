@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: no process makes the update, and each of them knows why."""
+"""Test losses and gradients that are not finite: no rank makes the update, and all ranks report the reason."""
 
 import math
 import re
@@ -25,7 +25,7 @@ ALGORITHMS = ("baseline", "critic", "rho1")
 
 
 class Ended(NamedTuple):
-    """What one process knows of a training in which batches were spoiled."""
+    """The state of one rank in a training with invalid batches."""
 
     error: str | None
     step: int
@@ -142,7 +142,7 @@ def test_a_batch_of_one_process_that_is_not_finite_stops_or_skips_the_update_in_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_alone_it_is_the_same(tmp_path: Path, cache: Path, algorithm: str) -> None:
+def test_single_process_behaves_the_same(tmp_path: Path, cache: Path, algorithm: str) -> None:
     stop, skip, limit, control = stopped_skipped_limited_ungated(tmp_path, [f"cache_dir={cache}", f"algo={algorithm}"])
     check_stop(stop, "", stop.spoiled)
     check_skip(skip)

@@ -1,4 +1,4 @@
-"""Columns of numbers per token, and the order and choice of the samples that they belong to."""
+"""Test per-token columns, and the order and the selection of samples."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -20,9 +20,9 @@ from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenizer import Tokenizer, task_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError
-from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
-from wmtp.ops.targets import spread, targets
+from wmtp.ops.targets import shift_to_heads, targets
 from wmtp.training.precompute import TokenColumns
 
 CPU = Hardware(device="cpu")
@@ -56,7 +56,7 @@ def written(columns: TokenColumns) -> set[str]:
 
 
 def pieces(split: TokenizedSplit) -> Iterator[tuple[int, int, int, torch.Tensor]]:
-    """Where each sample begins and ends, the length of its prompt, and its tokens."""
+    """Start and end of each sample, the length of its prompt, and its tokens."""
     samples = split.samples
     for start, stop, prompt in zip(samples.offsets, samples.offsets[1:], samples.prompt_lengths, strict=False):
         yield start, stop, prompt, torch.from_numpy(samples.tokens[start:stop]).long()
@@ -82,7 +82,7 @@ def test_a_reference_loss_is_that_of_the_token_after_its_true_prefix(columns: To
 
 
 @torch.no_grad()
-def test_hidden_states_are_the_trunks(columns: TokenColumns, tiny_data: Dataset) -> None:
+def test_hidden_states_equal_those_of_the_trunk(columns: TokenColumns, tiny_data: Dataset) -> None:
     model = tiny_model(dropout=0.3)
     data = attached(columns, "hidden states", model, tiny_data)
     model.eval()
@@ -117,9 +117,9 @@ def test_a_column_is_computed_once_and_read_memory_mapped(
 
 
 def with_shape(num_attention_heads: int = 4, num_kv_heads: int = 2, **options: float) -> MtpModel:
-    """The same numbers, put to other use."""
+    """The same parameters in a different architecture."""
     torch.manual_seed(0)
-    return drawn(LlamaArchitecture(
+    return create_llama(LlamaArchitecture(
         vocab_size=512, dim=64, num_layers=2, num_heads=4, num_attention_heads=num_attention_heads,
         num_kv_heads=num_kv_heads, hidden_dim=128, **options,
     ))  # fmt: skip
@@ -135,7 +135,7 @@ OTHERS: dict[str, Callable[[], MtpModel]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_model_never_meets_a_stale_column(
+def test_another_model_never_reads_a_stale_column(
     kind: str, other: str, columns: TokenColumns, tiny_data: Dataset
 ) -> None:
     first = attached(columns, kind, tiny_model(), tiny_data)
@@ -145,7 +145,7 @@ def test_another_model_never_meets_a_stale_column(
 
 
 @pytest.mark.slow
-def test_other_data_another_tokenizer_or_precision_never_meet_a_stale_column(
+def test_other_data_tokenizer_or_precision_never_read_a_stale_column(
     columns: TokenColumns, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     model = tiny_model()
@@ -176,7 +176,9 @@ def test_a_data_set_with_another_reference_is_another_data_set(columns: TokenCol
 
 
 @pytest.mark.parametrize("damage", ["half", "header", "nothing", "text"])
-def test_a_damaged_column_says_which_file_to_delete(damage: str, columns: TokenColumns, tiny_data: Dataset) -> None:
+def test_damaged_column_is_reported_with_the_file_to_delete(
+    damage: str, columns: TokenColumns, tiny_data: Dataset
+) -> None:
     whole = np.array(column("reference losses", attached(columns, "reference losses", tiny_model(), tiny_data).train))
     path = max(columns.cache_dir.glob("*.npy"), key=lambda path: path.stat().st_size)
     content = path.read_bytes()
@@ -190,7 +192,7 @@ def test_a_damaged_column_says_which_file_to_delete(damage: str, columns: TokenC
     assert np.array_equal(column("reference losses", again.train), whole)
 
 
-def test_a_batch_brings_each_target_its_reference_loss(columns: TokenColumns, tokenizer: Tokenizer) -> None:
+def test_batch_has_the_reference_loss_of_each_target(columns: TokenColumns, tokenizer: Tokenizer) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=6, num_validation=1, num_test=1, difficulties={1: 1, 2: 1})
     data, model = Dataset(source, columns.cache_dir, seed=0), tiny_model()
     columns.attach_reference_losses(model, data)
@@ -201,7 +203,7 @@ def test_a_batch_brings_each_target_its_reference_loss(columns: TokenColumns, to
     log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states[0]), dim=-1)
     wanted = -log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0].where(target != IGNORED, 0.0)
     assert len(set(batch.response.sum(dim=1).tolist())) > 1  # ragged
-    torch.testing.assert_close(spread(batch.reference_losses, 1, 0.0)[0], wanted.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shift_to_heads(batch.reference_losses, 1, 0.0)[0], wanted.detach(), rtol=1e-4, atol=1e-5)
     real = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for row, index in enumerate([3, 0, 5]):
         real[row, : data.train.samples.lengths[index]] = True
@@ -240,7 +242,7 @@ def test_both_solutions_of_a_task_come_in_one_batch_and_every_sample_once(
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.integers(1, 9))
-def test_only_groups_at_the_edge_of_a_batch_are_torn(sizes: list[int], batch_size: int) -> None:
+def test_only_groups_at_the_edge_of_a_batch_are_split(sizes: list[int], batch_size: int) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)
     lengths = np.random.default_rng(0).integers(5, 60, len(groups))
     batches = epoch_batches(lengths, batch_size, 0, 0, groups)
@@ -273,7 +275,7 @@ def test_group_tasks_pairs_the_solutions_of_a_data_set(tokenizer: Tokenizer, cac
     assert sorted(record for b in batches for record in b.record_ids) == sorted(grouped.validation.record_ids)
 
 
-def test_curated_data_have_neither_wrong_nor_noisy_solutions(tokenizer: Tokenizer, cache: Path) -> None:
+def test_curated_data_has_neither_wrong_nor_noisy_solutions(tokenizer: Tokenizer, cache: Path) -> None:
     everything, curated = (both_solutions(tokenizer, cache, curated=wanted) for wanted in (False, True))
     for name in ("train", "validation"):
         before: list[Record] = getattr(everything, name).records

@@ -1,4 +1,4 @@
-"""A run's identity and its place in S3."""
+"""Test the id of a run and its URL in S3."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import pytest
 
 from wmtp.errors import InputError
 from wmtp.runtime import versions
-from wmtp.runtime.run_dir import SWEEP, Ending, RunStatus, close_dead, read_run, read_status
+from wmtp.runtime.run_dir import SWEEP, JobProgress, RunStatus, mark_dead_run, read_run, read_status
 from wmtp.runtime.versions import git_revision
-from wmtp.training.provenance import identify, place
+from wmtp.training.provenance import remote_url, write_run_id
 
 HOLD = """
 import os, sys, time
@@ -33,58 +33,62 @@ time.sleep(60)
         ("/scratch/first try", "s3://b/p/first try"),
     ],
 )
-def test_a_runs_place_in_s3_has_its_folders_name(folder: str, expected: str) -> None:
-    assert place(Path(folder), "s3://b/p") == place(Path(folder), "s3://b/p/") == expected
+def test_url_of_a_run_ends_with_its_folder(folder: str, expected: str) -> None:
+    assert remote_url(Path(folder), "s3://b/p") == remote_url(Path(folder), "s3://b/p/") == expected
 
 
-def test_a_job_of_a_sweep_has_a_place_that_names_the_sweep(tmp_path: Path) -> None:
+def test_url_of_a_job_contains_the_sweep(tmp_path: Path) -> None:
     """Its own name is a number, which the jobs of every sweep have; the control is a folder that is no sweep's."""
     (tmp_path / "first" / "0").mkdir(parents=True)
-    assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/0"
+    assert remote_url(tmp_path / "first" / "0", "s3://b") == "s3://b/0"
     (tmp_path / "first" / SWEEP).touch()
-    assert place(tmp_path / "first" / "0", "s3://b") == "s3://b/first/0"
+    assert remote_url(tmp_path / "first" / "0", "s3://b") == "s3://b/first/0"
 
 
-def test_an_identity_is_for_ever_and_a_place_as_long_as_it_lies_below_the_remote(tmp_path: Path) -> None:
-    identify(tmp_path, None)
+def test_id_is_permanent_and_url_is_kept_below_the_same_remote(tmp_path: Path) -> None:
+    write_run_id(tmp_path, None)
     first = read_run(tmp_path)
     assert first is not None and len(first["id"]) == 32 and first["remote"] is None
 
-    identify(tmp_path, "s3://b/p")
+    write_run_id(tmp_path, "s3://b/p")
     moved = tmp_path.rename(tmp_path.with_name("another name"))
-    identify(moved, "s3://b/p")
+    write_run_id(moved, "s3://b/p")
     assert read_run(moved) == {"id": first["id"], "remote": f"s3://b/p/{tmp_path.name}"}, "a copy goes on in its place"
 
-    identify(moved, None)
+    write_run_id(moved, None)
     assert read_run(moved) == {"id": first["id"], "remote": None}, "nothing of it goes there now"
-    identify(moved, "s3://b/other")
+    write_run_id(moved, "s3://b/other")
     assert read_run(moved) == {"id": first["id"], "remote": "s3://b/other/another name"}
 
 
-def test_a_run_that_says_it_is_running_and_is_not_was_killed(tmp_path: Path) -> None:
+def test_dead_run_with_status_running_was_killed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "holds it\n"
     with pytest.raises(InputError, match="is in use by process"):
-        close_dead(tmp_path)
+        mark_dead_run(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert read_status(tmp_path)["state"] == "RUNNING"
 
-    assert close_dead(tmp_path) == "KILLED"
+    assert mark_dead_run(tmp_path) == "KILLED"
     status = read_status(tmp_path)
-    assert status["state"] == "KILLED" and "without a word" in status["error"] and status["ended"] >= status["started"]
-    assert close_dead(tmp_path) == "KILLED"
+    assert (
+        status["state"] == "KILLED"
+        and "without a final status" in status["error"]
+        and status["ended"] >= status["started"]
+    )
+    assert mark_dead_run(tmp_path) == "KILLED"
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
 def test_a_run_that_has_ended_keeps_its_state(tmp_path: Path, state: str) -> None:
-    RunStatus(tmp_path).end(state, 0, Ending(step=3))
+    RunStatus(tmp_path).end(state, 0, JobProgress(step=3))
     before = (tmp_path / "status.json").read_bytes()
-    assert close_dead(tmp_path) == state and (tmp_path / "status.json").read_bytes() == before
+    assert mark_dead_run(tmp_path) == state and (tmp_path / "status.json").read_bytes() == before
     assert json.loads(before)["step"] == 3
 
 
-def test_code_that_is_installed_in_somebody_elses_repository_has_none_of_its_revisions(
+def test_code_installed_in_an_unrelated_repository_has_no_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control is the same file once that repository tracks it."""

@@ -1,4 +1,4 @@
-"""Twenty updates in one go, and interrupted and resumed: equal bit for bit, or a part of the state is missing."""
+"""A resumed run of twenty updates equals an uninterrupted one bit for bit, and needs every part of the state."""
 
 import json
 import shutil
@@ -20,12 +20,12 @@ RUN = [
 ]  # fmt: skip
 """Forty samples: ten updates make an epoch. The learning rate grows until, before step 7, validation gets worse."""
 FEW_SAVES = "save_interval=null"
-"""How often a resumed run saves changes nothing that it computes."""
+"""The save interval of a resumed run does not change its results."""
 
 
 @pytest.fixture(scope="module")
 def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of twenty updates with a checkpoint of each."""
+    """Return the folder of a run of twenty updates with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -34,13 +34,13 @@ def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_over(straight: Path, name: str) -> Path:
-    """A copy of a run's folder in the current one."""
+    """Copy a run's folder into the current folder."""
     shutil.copytree(straight, name)
     return Path(name)
 
 
 def cut_back(run: Path, step: int, name: str) -> Path:
-    """The run's folder as a crash after the checkpoint of `step` would have left it."""
+    """Return a copy of a run's folder in the state after a crash, with `step` as the last checkpoint."""
     folder = start_over(run, name)
     for path in (folder / "checkpoints").glob("step_*"):
         if int(path.name[5:]) > step:
@@ -50,7 +50,7 @@ def cut_back(run: Path, step: int, name: str) -> Path:
 
 
 def trace(run: Path) -> dict[str, Any]:
-    """Everything that a resumed run must share with one that was never interrupted."""
+    """Return everything that must be equal in a resumed and an uninterrupted run."""
     last = run / "checkpoints" / "step_00000020"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ignored = ("time", "train/tokens_per_second")
@@ -61,7 +61,7 @@ def trace(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", [7, 10], ids=["mid-epoch", "epoch-end"])
-def test_a_resumed_run_ends_as_the_straight_one(invoke: Invoke, straight: Path, step: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(invoke: Invoke, straight: Path, step: int) -> None:
     resumed = cut_back(straight, step, "resumed")
     outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
     assert outcome.code == 0, outcome.err
@@ -114,7 +114,7 @@ MUTANTS = {
 
 
 @pytest.mark.slow
-def test_without_any_one_part_of_the_state_it_would_not(
+def test_a_resume_without_any_part_of_the_state_gives_another_run(
     invoke: Invoke, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert json.loads((straight / "checkpoints" / "best.json").read_text())["step"] < 7
@@ -127,7 +127,7 @@ def test_without_any_one_part_of_the_state_it_would_not(
         assert outcome.code != 0 or not last.exists() or trace(resumed) != trace(straight), f"{name} is not needed"
 
 
-def test_a_finished_run_resumes_to_nothing_more_or_to_a_longer_plan(invoke: Invoke, straight: Path) -> None:
+def test_a_finished_run_can_be_resumed_with_the_same_or_a_longer_plan(invoke: Invoke, straight: Path) -> None:
     run = start_over(straight, "finished")
     assert invoke(f"resume={run}", tiny=False).code == 0
     assert trace(run) == trace(straight)
@@ -137,7 +137,7 @@ def test_a_finished_run_resumes_to_nothing_more_or_to_a_longer_plan(invoke: Invo
 
 
 @pytest.mark.slow
-def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straight: Path) -> None:
+def test_a_changed_setting_that_must_stay_the_same_is_named(invoke: Invoke, straight: Path) -> None:
     run = start_over(straight, "changed")
     for change, name in (
         ("seed=1", "seed"),
@@ -151,11 +151,11 @@ def test_what_must_stay_the_same_is_named_when_it_changed(invoke: Invoke, straig
         assert f"  {name}: " in outcome.err
     assert (run / "status.json").read_bytes() == (straight / "status.json").read_bytes()
     assert (run / "config.yaml").read_bytes() == (straight / "config.yaml").read_bytes()
-    assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "what was refused left no trace"
+    assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "a refused resume changes nothing"
 
 
 @pytest.mark.slow
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(invoke: Invoke, straight: Path) -> None:
+def test_the_previous_checkpoint_is_used_if_the_last_one_is_damaged(invoke: Invoke, straight: Path) -> None:
     resumed = cut_back(straight, 10, "resumed")
     model = resumed / "checkpoints" / "step_00000010" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1])

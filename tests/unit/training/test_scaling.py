@@ -19,13 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from wmtp.distributed.parallelize import parallelise
-from wmtp.models.llama import LlamaArchitecture, drawn
+from wmtp.distributed.parallelize import parallelize
+from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
-from wmtp.models.shapes import Layout
+from wmtp.models.shapes import ModelShape
 from wmtp.ops import cross_entropy as losses
 from wmtp.training import estimate
-from wmtp.training.estimate import Machine, Setting
+from wmtp.training.estimate import Machine, ParallelSetting
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -47,14 +47,14 @@ script = loaded()
 GPUS = Machine(4)
 
 
-def setting(activation_checkpointing: bool, micro_batch_size: int = SAMPLES) -> Setting:
+def setting(activation_checkpointing: bool, micro_batch_size: int = SAMPLES) -> ParallelSetting:
     """As the page recommends it."""
-    return Setting("fsdp", activation_checkpointing, True, micro_batch_size)
+    return ParallelSetting("fsdp", activation_checkpointing, True, micro_batch_size)
 
 
 def built(**sizes: int) -> MtpModel:
-    """wmtp's model of a layout."""
-    return drawn(LlamaArchitecture(num_kv_heads=sizes["num_attention_heads"], **sizes))  # type: ignore[arg-type]
+    """wmtp's model of a shape."""
+    return create_llama(LlamaArchitecture(num_kv_heads=sizes["num_attention_heads"], **sizes))  # type: ignore[arg-type]
 
 
 class NormOfGpu(torch.autograd.Function):
@@ -114,12 +114,12 @@ def saved_per_token(model: MtpModel) -> float:
 
 def test_parameters_are_those_of_the_model() -> None:
     with torch.device("meta"):
-        large = built(**{name: getattr(Layout(), name) for name in script.SIZES})
-    assert large.num_parameters == Layout().parameters == 6_738_415_616
+        large = built(**{name: getattr(ModelShape(), name) for name in script.SIZES})
+    assert large.num_parameters == ModelShape().parameters == 6_738_415_616
     assert len(large.state_dict()) == 291
-    layout = Layout(**SMALL)
-    assert built(**SMALL).num_parameters == layout.parameters
-    assert layout.block_parameters == sum(parameter.numel() for parameter in built(**SMALL).trunk[0].parameters())
+    shape = ModelShape(**SMALL)
+    assert built(**SMALL).num_parameters == shape.parameters
+    assert shape.block_parameters == sum(parameter.numel() for parameter in built(**SMALL).trunk[0].parameters())
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
@@ -127,23 +127,23 @@ def test_activations_are_those_that_autograd_keeps(gpu_norms: None, activation_c
     model = gathered_in_bf16(built(**SMALL))
     model.activation_checkpointing = activation_checkpointing
     measured = saved_per_token(model)
-    layout = Layout(**SMALL)
-    expected = estimate.activation_bytes(layout, GPUS, setting(activation_checkpointing))
+    shape = ModelShape(**SMALL)
+    expected = estimate.activation_bytes(shape, GPUS, setting(activation_checkpointing))
     assert measured == pytest.approx(expected, rel=0.02)
 
-    one_cast = 2 * 2 * layout.dim  # the control: a normed state that all its readers share
+    one_cast = 2 * 2 * shape.dim  # the control: a normed state that all its readers share
     if not activation_checkpointing:
-        naive = measured - layout.num_blocks * (5 * 2 * layout.dim - one_cast)
+        naive = measured - shape.num_blocks * (5 * 2 * shape.dim - one_cast)
         assert naive < 0.9 * expected
     else:
-        unshared = layout.num_blocks * 4 * layout.dim + 4 * layout.num_heads * layout.dim
+        unshared = shape.num_blocks * 4 * shape.dim + 4 * shape.num_heads * shape.dim
         assert unshared > 1.1 * measured  # as if every head had an input of its own
 
 
 def test_without_sharding_autocast_also_keeps_a_bf16_copy_of_each_matrix(gpu_norms: None) -> None:
-    layout = Layout(**SMALL)
-    copies = 2 * layout.num_blocks * layout.block_matrices / (SAMPLES * POSITIONS)
-    expected = estimate.activation_bytes(layout, GPUS, setting(False))
+    shape = ModelShape(**SMALL)
+    copies = 2 * shape.num_blocks * shape.block_matrices / (SAMPLES * POSITIONS)
+    expected = estimate.activation_bytes(shape, GPUS, setting(False))
     assert saved_per_token(built(**SMALL)) == pytest.approx(expected + copies, rel=0.02)
     assert copies > 0.1 * expected
 
@@ -166,11 +166,11 @@ def test_operations_are_those_that_torch_counts(activation_checkpointing: bool) 
     model.activation_checkpointing = activation_checkpointing
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
-    layout = Layout(**SMALL)
-    model_flops, again = estimate.flops_per_token(layout, POSITIONS)
+    shape = ModelShape(**SMALL)
+    model_flops, again = estimate.flops_per_token(shape, POSITIONS)
     wanted = model_flops + (again if activation_checkpointing else 0)
     assert counter.get_total_flops() / (SAMPLES * POSITIONS) == pytest.approx(wanted, rel=0.001)
-    rule_of_thumb = (8 if activation_checkpointing else 6) * layout.parameters
+    rule_of_thumb = (8 if activation_checkpointing else 6) * shape.parameters
     assert abs(rule_of_thumb - wanted) > 0.01 * wanted
 
 
@@ -202,24 +202,24 @@ def group_of_four() -> Iterator[int]:
 def test_bytes_are_those_that_fsdp_sends(group_of_four: int, activation_checkpointing: bool) -> None:
     model = built(**SMALL)
     model.activation_checkpointing = activation_checkpointing
-    parallelise(model, [*model.trunk, *model.heads], "fsdp", "bf16")
+    parallelize(model, [*model.trunk, *model.heads], "fsdp", "bf16")
     with Traffic() as counted:
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
     share = (group_of_four - 1) / group_of_four
-    layout = Layout(**SMALL)
-    gathered, reduced = estimate.traffic(layout, group_of_four, setting(activation_checkpointing), micro_batches=1)
+    shape = ModelShape(**SMALL)
+    gathered, reduced = estimate.traffic(shape, group_of_four, setting(activation_checkpointing), micro_batches=1)
     assert (share * counted.gathered, share * counted.reduced) == (gathered, reduced)
-    blocks = layout.num_blocks * layout.block_parameters
-    assert gathered > 1.4 * share * (2 * blocks + 4 * (layout.parameters - blocks))  # the control: for the forward only
+    blocks = shape.num_blocks * shape.block_parameters
+    assert gathered > 1.4 * share * (2 * blocks + 4 * (shape.parameters - blocks))  # the control: for the forward only
 
 
-def test_memory_is_shared_where_it_says_so() -> None:
-    layout = Layout()
-    each = estimate.memory(layout, GPUS, setting(True, 2))
-    once = estimate.memory(layout, GPUS, setting(True, 2)._replace(reduce_each_micro_batch=False))
+def test_memory_is_sharded() -> None:
+    shape = ModelShape()
+    each = estimate.memory(shape, GPUS, setting(True, 2))
+    once = estimate.memory(shape, GPUS, setting(True, 2)._replace(reduce_each_micro_batch=False))
     state = each["parameters"] + each["gradients"] + each["optimizer"]
-    assert state == 16 * layout.parameters / 4
-    assert once["gradients"] == 4 * layout.parameters  # accumulated without reducing: one GPU holds them all
+    assert state == 16 * shape.parameters / 4
+    assert once["gradients"] == 4 * shape.parameters  # accumulated without reducing: one GPU holds them all
 
 
 def blocks_of_tables(text: str) -> list[str]:
@@ -228,7 +228,7 @@ def blocks_of_tables(text: str) -> list[str]:
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the script prints."""
+    """The output of the script."""
     monkeypatch.setattr(sys, "argv", ["estimate_scaling.py", *arguments])
     script.main()
     return capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_the_page_recommends_what_fits_and_is_fastest() -> None:
     assert len(recommended()) == len(machines)
     for machine, overrides in zip(machines, recommended(), strict=True):
         said = dict(override.split("=", 1) for override in overrides)
-        recommendation = Setting(
+        recommendation = ParallelSetting(
             "fsdp",  # of hardware=a100x4
             said.get("hardware.activation_checkpointing") == "true",
             said.get("hardware.reduce_each_micro_batch") == "true" or machine.processes == 64,
@@ -269,7 +269,7 @@ def test_the_page_recommends_what_fits_and_is_fastest() -> None:
         assert said["hardware"] == "a100x4"
         assert int(said.get("hardware.num_processes", "4")) == machine.processes
         assert int(said["batch_size"]) == machine.batch_size
-        assert recommendation == script.best(Layout(), machine)
+        assert recommendation == script.best(ModelShape(), machine)
 
 
 def test_the_page_expects_what_was_computed() -> None:
@@ -277,7 +277,7 @@ def test_the_page_expects_what_was_computed() -> None:
     assert [(int(row[0]), int(row[1])) for row in rows] == [(4, 40), (4, 80), (64, 80)]
     for gpus, memory, *rates in rows:
         machine = Machine(int(gpus), int(memory))
-        found = estimate.speed(Layout(), machine, script.best(Layout(), machine))
+        found = estimate.speed(ModelShape(), machine, script.best(ModelShape(), machine))
         said = [int(rate.replace(",", "")) for rate in rates]
         assert said == pytest.approx([found.slow, found.fast], rel=0.05)
 
@@ -297,7 +297,7 @@ def test_the_pages_overrides_compose(compose: Callable[..., DictConfig], number:
         ),
     ],
 )
-def test_the_page_says_what_the_options_give(
+def test_page_shows_the_results_of_its_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, expected: str
 ) -> None:
     assert f"`{options}`" in PAGE.read_text() and expected in PAGE.read_text()
@@ -307,7 +307,7 @@ def test_the_page_says_what_the_options_give(
     assert said == pytest.approx([int(rate.replace(",", "")) for rate in found.groups()], rel=0.05)
 
 
-def test_one_machine_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_select_one_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(monkeypatch, capsys, "--gpus", "8", "--memory", "40", "--sequence", "1024", "--ring", "150")
     assert "| 8 × 40 GB | fsdp |" in text
     assert "| 4 ×" not in text and "network of a node" not in text

@@ -1,4 +1,4 @@
-"""The algorithms by the commands that users type: their stages, what those leave, and how they are resumed."""
+"""Tests of the algorithms through the train command: their stages, the results of stage 1, and resuming."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.trainer import Trainer
 
-pytestmark = pytest.mark.xdist_group("stages")  # they share runs that take half a minute to make
+pytestmark = pytest.mark.xdist_group("stages")  # they share runs that take half a minute
 
 RUN = [
     "max_steps=12", "batch_size=4", "micro_batch_size=2", "model.dropout=0.1", "log_interval=1", "eval_interval=4",
@@ -36,7 +36,7 @@ ALGORITHMS = {
 
 @pytest.fixture(scope="module")
 def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one whole run of each algorithm."""
+    """Return a folder with one complete run of each algorithm."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -47,7 +47,7 @@ def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut_back(run: Path, name: str, stage: str, step: int) -> Path:
-    """The run's folder as a crash after the checkpoint of a step of a stage would have left it."""
+    """Return a copy of a run's folder in the state after a crash, with `step` as the last checkpoint of a stage."""
     folder = Path(shutil.copytree(run, name))
     (folder / "summary.json").unlink()
     if stage:
@@ -61,7 +61,7 @@ def cut_back(run: Path, name: str, stage: str, step: int) -> Path:
 
 
 def trace(run: Path) -> dict[str, Any]:
-    """Everything that a resumed run must share with one that was never interrupted."""
+    """Return everything that must be equal in a resumed and an uninterrupted run."""
     last = run / "checkpoints" / "step_00000012"
     files = {path.name: path.read_bytes() for path in last.iterdir()}
     ignored = ("time", "train/tokens_per_second")
@@ -90,7 +90,7 @@ def test_every_algorithm_resumes_bit_for_bit_in_either_stage(invoke: Invoke, run
         ("rho1", EarlyStopping, "load_state_dict"),
     ],
 )
-def test_a_resume_without_an_algorithms_state_is_another_run(
+def test_a_resume_without_the_algorithms_state_gives_another_run(
     invoke: Invoke, runs: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, attribute: str
 ) -> None:
     resumed = cut_back(runs / name, "resumed", "", 5)
@@ -103,16 +103,16 @@ def test_a_resume_without_an_algorithms_state_is_another_run(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_own_weighting_and_reference_or_not_at_all(invoke: Invoke, runs: Path) -> None:
+def test_a_run_cannot_be_resumed_with_another_weighting_or_reference(invoke: Invoke, runs: Path) -> None:
     resumed = cut_back(runs / "rho1", "resumed", "", 5)
-    for change, said in (("algo=rho1_token_skip", "objective: was ExcessLoss, is now TokenSkip"),
+    for change, message in (("algo=rho1_token_skip", "objective: was ExcessLoss, is now TokenSkip"),
                          (f"algo.reference={runs / 'rho1'}", "data: was")):  # fmt: skip
         outcome = invoke(f"resume={resumed}", change, tiny=False)
-        assert outcome.code == 2 and said in outcome.err
+        assert outcome.code == 2 and message in outcome.err
 
 
 @pytest.mark.slow
-def test_a_stage_leaves_its_result_and_its_checkpoints_in_the_shape_of_a_run(runs: Path) -> None:
+def test_stage_1_writes_its_result_and_checkpoints_in_the_format_of_a_run(runs: Path) -> None:
     for name in ALGORITHMS:
         folder = runs / name / "pretrain"
         result = json.loads((folder / "result.json").read_text())
@@ -129,7 +129,7 @@ def test_a_stage_leaves_its_result_and_its_checkpoints_in_the_shape_of_a_run(run
 
 
 @pytest.mark.slow
-def test_the_training_goes_on_from_the_value_head_and_the_trunk_of_its_stage(runs: Path) -> None:
+def test_stage_2_starts_from_the_value_head_and_the_trunk_of_stage_1(runs: Path) -> None:
     saved = json.loads((runs / "critic" / "pretrain" / "result.json").read_text())["saved"]
     model = load_file(runs / "critic" / saved / "model.safetensors")
     head = load_file(runs / "critic" / "pretrain" / "value_head.safetensors")
@@ -142,7 +142,7 @@ def test_the_training_goes_on_from_the_value_head_and_the_trunk_of_its_stage(run
 
 
 @pytest.mark.slow
-def test_a_stage_may_be_taken_over_from_another_run(invoke: Invoke, runs: Path) -> None:
+def test_stage_1_can_be_reused_from_another_run(invoke: Invoke, runs: Path) -> None:
     outcome = invoke(*RUN, "algo=critic", f"pretrain.reuse={runs / 'critic'}", "hydra.run.dir=reused")
     assert outcome.code == 0, outcome.err
     mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (Path("reused"), runs / "critic"))
@@ -150,12 +150,12 @@ def test_a_stage_may_be_taken_over_from_another_run(invoke: Invoke, runs: Path) 
     assert mine["pretrain"]["total_steps"] == 6
     shutil.rmtree("reused/checkpoints/step_00000012")
     other = invoke("resume=reused", f"pretrain.reuse={Path('gone')}", tiny=False)
-    assert other.code == 0, "what was taken over is this run's own"
+    assert other.code == 0, "the copied stage belongs to this run"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("overrides", "source", "said"),
+    ("overrides", "source", "message"),
     [
         (
             ["algo=critic"],
@@ -166,16 +166,16 @@ def test_a_stage_may_be_taken_over_from_another_run(invoke: Invoke, runs: Path) 
         (["algo=rho1"], "nowhere", "is missing"),
     ],
 )
-def test_a_stage_that_does_not_fit_is_not_taken_over(
-    invoke: Invoke, runs: Path, overrides: list[str], source: str, said: str
+def test_a_stage_1_that_does_not_match_is_not_reused(
+    invoke: Invoke, runs: Path, overrides: list[str], source: str, message: str
 ) -> None:
     for dry_run in ("false", "true"):
         outcome = invoke(*overrides, f"pretrain.reuse={runs / source}", f"dry_run={dry_run}", *RUN)
-        assert outcome.code == 2 and said in outcome.err
+        assert outcome.code == 2 and message in outcome.err
 
 
 @pytest.mark.slow
-def test_a_stage_that_began_keeps_its_settings(invoke: Invoke, runs: Path) -> None:
+def test_the_settings_of_a_begun_stage_1_cannot_change(invoke: Invoke, runs: Path) -> None:
     for stage, step in (("", 5), ("pretrain", 3)):
         resumed = cut_back(runs / "critic", f"resumed-{stage}", stage, step)
         before = (resumed / "pretrain" / "config.yaml").read_bytes()
@@ -186,7 +186,7 @@ def test_a_stage_that_began_keeps_its_settings(invoke: Invoke, runs: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_last_update_of_a_stage_is_not_lost(
+def test_a_signal_in_the_last_update_of_stage_1_is_not_lost(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch, runs: Path
 ) -> None:
     validate = Trainer.validate
@@ -207,7 +207,7 @@ def test_a_signal_in_the_last_update_of_a_stage_is_not_lost(
 
 
 @pytest.mark.slow
-def test_a_named_reference_needs_no_stage_and_equals_the_stage_that_trained_it(invoke: Invoke, runs: Path) -> None:
+def test_a_named_reference_replaces_stage_1_with_equal_results(invoke: Invoke, runs: Path) -> None:
     reference = runs / "rho1" / "pretrain"
     outcome = invoke(*RUN, "algo=rho1", f"algo.reference={reference}", "hydra.run.dir=named")
     assert outcome.code == 0, outcome.err
@@ -216,7 +216,7 @@ def test_a_named_reference_needs_no_stage_and_equals_the_stage_that_trained_it(i
 
 
 @pytest.mark.slow
-def test_reference_losses_are_computed_once_and_read_by_later_runs(
+def test_reference_losses_are_cached_for_later_runs(
     invoke: Invoke, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*arguments: object) -> None:
@@ -237,7 +237,7 @@ def test_a_reference_with_another_tokenizer_is_refused(invoke: Invoke, runs: Pat
 
 
 @pytest.mark.slow
-def test_the_value_head_alone_leaves_the_trunk_as_it_was(invoke: Invoke) -> None:
+def test_training_the_value_head_alone_does_not_change_the_trunk(invoke: Invoke) -> None:
     overrides = ("algo=critic", "pretrain.trains=head", "pretrain.max_steps=4", "max_steps=1", "save_interval=1")
     assert invoke(*overrides, "hydra.run.dir=run").code == 0
     first = sorted(Path("run/pretrain/checkpoints").glob("step_*"))[0]
@@ -250,7 +250,7 @@ def test_the_value_head_alone_leaves_the_trunk_as_it_was(invoke: Invoke) -> None
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key", "said"),
+    ("overrides", "key", "message"),
     [
         (["algo=rho1", "pretrain=none"], "pretrain", "pretrain=rho1"),
         (["algo=baseline", "pretrain=rho1"], "pretrain", "pretrain=none"),
@@ -279,24 +279,26 @@ def test_the_value_head_alone_leaves_the_trunk_as_it_was(invoke: Invoke) -> None
         (["algo=shuffled", "algo.of.beta=-1"], "algo.of.beta", "greater than 0"),
         (["early_stopping.monitor=val/value_loss"], "early_stopping.monitor", "val/loss"),
         (["early_stopping.mode=all", "early_stopping.patience=null"], "early_stopping", "patience"),
-        (["algo=rho1", "algo.reference=nowhere"], "algo.reference", "nothing is there"),
+        (["algo=rho1", "algo.reference=nowhere"], "algo.reference", "does not exist"),
     ],
 )
-def test_a_mistake_is_named_with_what_is_allowed(invoke: Invoke, overrides: list[str], key: str, said: str) -> None:
+def test_an_invalid_setting_is_named_with_the_allowed_values(
+    invoke: Invoke, overrides: list[str], key: str, message: str
+) -> None:
     outcome = invoke(*overrides)
     assert outcome.code == 2
     (line,) = [line for line in outcome.err.splitlines() if line.strip().startswith((f"{key}:", f"{key}="))]
-    assert said.lower() in line.lower()
+    assert message.lower() in line.lower()
 
 
 @pytest.mark.slow
-def test_a_monitor_of_the_value_head_exists_in_its_stage(invoke: Invoke) -> None:
+def test_stage_1_can_monitor_the_value_loss(invoke: Invoke) -> None:
     overrides = ("algo=critic", "pretrain.early_stopping.monitor=val/value_loss", "pretrain.max_steps=2", "max_steps=1")
     assert invoke(*overrides).code == 0
 
 
 @pytest.mark.slow
-def test_early_stopping_is_told_everywhere_and_a_stopped_run_does_nothing_more(invoke: Invoke) -> None:
+def test_an_early_stop_is_reported_everywhere_and_a_stopped_run_makes_no_more_updates(invoke: Invoke) -> None:
     criteria = ("early_stopping.window=10", "early_stopping.threshold=1e-9", "early_stopping.ratio=0.7")
     outcome = invoke("num_epochs=9", *criteria, "hydra.run.dir=run")
     assert outcome.code == 0
@@ -309,7 +311,7 @@ def test_early_stopping_is_told_everywhere_and_a_stopped_run_does_nothing_more(i
 
 
 @pytest.mark.slow
-def test_a_stage_may_choose_options_of_its_own(invoke: Invoke) -> None:
+def test_stage_1_can_override_options(invoke: Invoke) -> None:
     options = ("pretrain.model=nano", "pretrain.scheduler=constant", "pretrain.early_stopping=none", "model.dim=32")
     assert invoke("algo=rho1", *options, "max_steps=2", "hydra.run.dir=run").code == 0
     stage, training = (OmegaConf.load(Path("run", name, "config.yaml")) for name in ("pretrain", ""))
@@ -319,17 +321,17 @@ def test_a_stage_may_choose_options_of_its_own(invoke: Invoke) -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_tries_both_stages_and_keeps_nothing(invoke: Invoke, cache: Path) -> None:
+def test_a_dry_run_tries_both_stages_and_writes_nothing(invoke: Invoke, cache: Path) -> None:
     before = sorted(path.name for path in cache.iterdir())
     for algorithm in ("critic", "rho1"):
         outcome = invoke(f"algo={algorithm}", "dry_run=true")
         assert outcome.code == 0, outcome.err
-        assert "The stage before the training" in outcome.out
+        assert "Stage 1, " in outcome.out
     assert list(Path().iterdir()) == [] and sorted(path.name for path in cache.iterdir()) == before
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_last_save_of_the_stage_ends_the_run_before_the_training(
+def test_a_signal_during_the_last_save_of_stage_1_ends_the_run_before_stage_2(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = CheckpointStore.save
@@ -348,10 +350,10 @@ def test_a_signal_during_the_last_save_of_the_stage_ends_the_run_before_the_trai
 
 
 @pytest.mark.slow
-def test_a_run_that_has_begun_takes_no_stage_before_it(invoke: Invoke) -> None:
+def test_a_run_without_stage_1_cannot_be_resumed_with_one(invoke: Invoke) -> None:
     assert invoke("max_steps=2", "hydra.run.dir=run").code == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix == ".json"}
     refused = invoke("resume=run", "algo=critic", tiny=False)
-    assert refused.code == 2 and "its training has begun without a stage before it" in refused.err
+    assert refused.code == 2 and "its training has begun without a stage 1" in refused.err
     assert {path: path.read_bytes() for path in before} == before and not Path("run/pretrain").exists()
     assert invoke("resume=run", "max_steps=3", tiny=False).code == 0, "a refused resume changes nothing"

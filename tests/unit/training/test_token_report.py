@@ -1,4 +1,4 @@
-"""How well weights are judged: the area under the curve, the truth of each token, and weights known to be right."""
+"""Test the quality of weights: area under the curve, token labels, and known weights."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +18,11 @@ from wmtp.data.dataset import Dataset
 from wmtp.data.records import Record
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import TokenizedSplit
-from wmtp.data.token_labels import token_truth
+from wmtp.data.token_labels import label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.training.token_report import MEASURES, area_under_roc, measure_tokens, weight_quality
+from wmtp.training.token_report import TOKEN_METRICS, area_under_roc, measure_tokens, weight_quality
 
 CPU = Hardware(device="cpu")
 
@@ -71,7 +71,7 @@ def example(tokenizer: Tokenizer, folder: Path) -> TokenizedSplit:
 
 def test_exactly_the_tokens_that_overlap_a_span_are_marked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     split = example(tokenizer, tmp_path)
-    decisive, noise, response = token_truth(split, tokenizer)
+    decisive, noise, response = label_tokens(split, tokenizer)
     samples = split.samples
     assert samples.kept.tolist() == [1, 2]
     first, stop = samples.offsets[1] + samples.prompt_lengths[1], samples.offsets[2]
@@ -112,13 +112,13 @@ def judged(data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | N
 
 def quality(objective: MtpObjective, data: Dataset) -> dict[str, float | None]:
     measured = measure_tokens(objective, tiny_model(), data, CPU)
-    return weight_quality(measured[:, MEASURES.index("weight")], data)
+    return weight_quality(measured[:, TOKEN_METRICS.index("weight")], data)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
 def test_right_weights_score_one_constant_ones_half_and_inverted_ones_zero(name: str, both: Dataset) -> None:
-    decisive, noise, _ = token_truth(both.validation, both.tokenizer)
+    decisive, noise, _ = label_tokens(both.validation, both.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
     hard_for_the_reference = 1000 * truth.astype(np.float32)
     assert judged(both, ExcessLoss(), hard_for_the_reference)[name] == 1.0
@@ -129,10 +129,10 @@ def test_right_weights_score_one_constant_ones_half_and_inverted_ones_zero(name:
 
 
 @pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
-def test_the_shuffled_truth_is_chance(name: str, tokenizer: Tokenizer, cache: Path) -> None:
+def test_shuffled_labels_give_chance(name: str, tokenizer: Tokenizer, cache: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=2, num_validation=80, num_test=1, difficulties={1: 1}, noise=0.5)
     data = Dataset(source, cache, seed=0)
-    decisive, noise, response = token_truth(data.validation, data.tokenizer)
+    decisive, noise, response = label_tokens(data.validation, data.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
     shuffled = judged(data, Shuffled(of=ExcessLoss()), 1000 * truth.astype(np.float32))[name]
     assert shuffled is not None and 0.45 < shuffled < 0.55
@@ -145,8 +145,8 @@ def test_the_shuffled_truth_is_chance(name: str, tokenizer: Tokenizer, cache: Pa
     assert pooled is not None and pooled > 0.55
 
 
-def test_decisive_tokens_are_judged_in_wrong_solutions_only(both: Dataset) -> None:
-    decisive, _, _ = token_truth(both.validation, both.tokenizer)
+def test_decisive_tokens_count_in_wrong_solutions_only(both: Dataset) -> None:
+    decisive, _, _ = label_tokens(both.validation, both.tokenizer)
     wrong_of, lengths = ~both.validation.is_correct, both.validation.samples.lengths
     wrong = np.repeat(wrong_of, lengths)
     assert (decisive & ~wrong).any()
@@ -158,7 +158,7 @@ def test_decisive_tokens_are_judged_in_wrong_solutions_only(both: Dataset) -> No
     assert everywhere is not None and everywhere < 1.0  # the control: right solutions judged too
 
 
-def test_nothing_is_said_where_nothing_is_known(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
     plain = TokenizedSplit("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
     data = SimpleNamespace(validation=plain, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""The loop against Hugging Face's Trainer, its plan, its gates and its intervals, built from fakes."""
+"""Tests of the training loop with fake data: equality with Hugging Face's Trainer, plan, checks and intervals."""
 
 import json
 import math
@@ -39,7 +39,7 @@ ALONE = Processes()
 
 
 class FakeData:
-    """Random samples in a fixed order, one epoch long."""
+    """Random samples in a fixed order, for one epoch."""
 
     fingerprint, seed, tokenizer = "fake", 0, SimpleNamespace(fingerprint="fake")
 
@@ -74,7 +74,7 @@ class FakeData:
 
 
 class Ragged(FakeData):
-    """Solutions of one to eleven tokens, some samples without any; validated in full, in batches."""
+    """Solutions of 0 to 11 tokens. All samples are also the validation split, in batches."""
 
     def __init__(self, num_samples: int) -> None:
         super().__init__(num_samples)
@@ -87,7 +87,7 @@ class Ragged(FakeData):
 
 @dataclass
 class Recorder:
-    """Keeps what it is told."""
+    """A tracker that keeps all logged metrics."""
 
     lines: list[tuple[int, dict[str, float]]]
 
@@ -159,7 +159,7 @@ def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path:
     assert len(ours) == len(exact) == 20
     assert max(abs(a - b) / b for a, b in zip(ours, exact, strict=True)) <= 1e-5
 
-    control = Recorder([])  # the same without clipping drifts away
+    control = Recorder([])  # control: without clipping the losses differ
     trainer_of(tmp_path, data, tiny_model(num_heads=1), plan, log_interval=1, max_grad_norm=1e9).fit([control])
     assert max(abs(a - b) / b for a, b in zip(control.values("train/loss"), exact, strict=True)) > 1e-5
 
@@ -198,7 +198,7 @@ def test_intervals_epoch_ends_and_the_end_decide_what_happens_when(tmp_path: Pat
 
 
 @pytest.mark.parametrize("where", ["parameter", "gradient"])
-def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, where: str) -> None:
+def test_a_non_finite_loss_or_gradient_stops_before_the_update(tmp_path: Path, where: str) -> None:
     model = tiny_model()
     trainer = trainer_of(tmp_path, FakeData(12), model, Plan(12, num_epochs=1.0, batch_size=4), log_interval=1)
     trainer.train_update()
@@ -213,11 +213,11 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, where: str) 
         trainer.train_update()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
-    trainer.optimizer.step()  # the control: the update that was kept from happening
+    trainer.optimizer.step()  # control: the update that was not made
     assert not torch.equal(model.embedding.weight, before["embedding.weight"])
 
 
-def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+def test_a_non_finite_validation_loss_is_never_the_best(tmp_path: Path) -> None:
     model = tiny_model()
     trainer = trainer_of(tmp_path, FakeData(12), model, Plan(12, batch_size=4))
     assert trainer.validate()
@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", [constant, linear, cosine])
-def test_schedules_warm_up_and_end_where_they_should(schedule: Any) -> None:
+def test_schedules_warm_up_and_decay_to_the_final_ratio(schedule: Any) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     ending = {} if schedule is constant else {"final_ratio": 0.1}
@@ -259,18 +259,18 @@ def test_norms_and_embeddings_do_not_decay() -> None:
 
 
 class DividesEach(MtpObjective):
-    """Divides every micro-batch by its own positions, as if all had the same number."""
+    """An objective that divides each micro-batch by its own number of positions, as if all were equal."""
 
     def __init__(self, num_parts: int) -> None:
         super().__init__(Uniform())
         self.num_parts = num_parts
 
-    def loss(self, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
-        return super().loss(model, batch, self.totals(model, batch).clamp(min=1) * self.num_parts)
+    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        return super().loss(model, batch, self.denominators(model, batch).clamp(min=1) * self.num_parts)
 
 
 def parameters_after(folder: Path, micro_batch_size: int, naive: bool = False) -> torch.Tensor:
-    """All parameters after three updates of eight ragged samples."""
+    """Return all parameters after three updates of eight ragged samples."""
     model, plan = tiny_model(), Plan(24, num_epochs=1.0, batch_size=8, micro_batch_size=micro_batch_size)
     objective = DividesEach(8 // micro_batch_size) if naive else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -292,7 +292,7 @@ def test_an_update_is_the_same_in_micro_batches_of_any_size(tmp_path: Path) -> N
 # Validation
 
 
-def test_validation_drops_nothing_out_and_pools_what_its_batches_sum(tmp_path: Path) -> None:
+def test_validation_uses_no_dropout_and_pools_the_sums_of_its_batches(tmp_path: Path) -> None:
     model, data = tiny_model(dropout=0.3), Ragged(10)
     trainer = trainer_of(tmp_path, data, model, Plan(10, batch_size=5, micro_batch_size=3))
     assert trainer.validate()
@@ -311,7 +311,7 @@ def test_validation_drops_nothing_out_and_pools_what_its_batches_sum(tmp_path: P
     assert dropped[0] != dropped[1] and whole["loss"] not in dropped
 
 
-def test_validating_in_between_changes_nothing_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_does_not_change_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for validates in (False, True):
         model = tiny_model(dropout=0.3)
@@ -328,7 +328,7 @@ def test_validating_in_between_changes_nothing_of_the_training(tmp_path: Path, m
         ends.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
-    model = tiny_model(dropout=0.3)  # the control: had it left the model as validation needs it
+    model = tiny_model(dropout=0.3)  # control: if validation left the model in eval mode
     torch.manual_seed(3)
     trainer = trainer_of(tmp_path, Ragged(16), model, Plan(16, batch_size=8, micro_batch_size=4))
     model.eval()
@@ -342,7 +342,7 @@ def test_validating_in_between_changes_nothing_of_the_training(tmp_path: Path, m
 
 
 class Scripted(MtpObjective):
-    """Validation losses as they stand in a list; they go on with the last."""
+    """An objective with given validation losses; the last one is repeated."""
 
     def __init__(self, losses: list[float]) -> None:
         super().__init__(Uniform())
@@ -365,7 +365,7 @@ def stopping_run(folder: Path, losses: list[float]) -> Trainer:
     )  # fmt: skip
 
 
-def test_what_has_converged_stops_is_saved_and_resumes_to_nothing(tmp_path: Path) -> None:
+def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: Path) -> None:
     recorder, trainer = Recorder([]), stopping_run(tmp_path, [5.0, 4.0, 4.5, 3.95, 3.0])
     result = trainer.fit([recorder])
     assert result.early_stopped and result.total_steps == 8
@@ -387,20 +387,20 @@ def test_what_has_converged_stops_is_saved_and_resumes_to_nothing(tmp_path: Path
     assert forgetful.fit().total_steps > 8  # the control
 
 
-def test_a_run_that_goes_on_improving_reaches_the_end_of_its_plan(tmp_path: Path) -> None:
+def test_a_run_that_keeps_improving_reaches_the_end_of_its_plan(tmp_path: Path) -> None:
     result = stopping_run(tmp_path, [5.0 - 0.2 * i for i in range(20)]).fit()
     assert (result.early_stopped, result.stop_reason, result.total_steps) == (False, None, 30)
 
 
 class Calm(MtpObjective):
-    """No gradient at all before an update, an ordinary one from it on."""
+    """An objective with zero gradients before update `until`, and ordinary ones from it on."""
 
     def __init__(self, until: int) -> None:
         super().__init__(Uniform())
         self.until, self.update = until, 0
 
-    def loss(self, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
-        loss, sums = super().loss(model, batch, totals)
+    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        loss, sums = super().loss(model, batch, denominators)
         return loss * float(self.update >= self.until), sums
 
     def finish_update(self, processes: Processes) -> None:
@@ -422,7 +422,7 @@ def unstable_run(folder: Path, ratio: float = 0.7) -> Trainer:
 
 
 @pytest.mark.slow
-def test_the_seventh_large_gradient_among_the_last_ten_stops_wherever_the_run_was_cut(tmp_path: Path) -> None:
+def test_seven_large_gradients_among_the_last_ten_stop_the_run_also_after_a_resume(tmp_path: Path) -> None:
     expected = "unstable: 7 of the last 10 gradient norms exceeded 1e-06"
     straight = unstable_run(tmp_path)
     result = straight.fit()
@@ -441,14 +441,14 @@ def test_the_seventh_large_gradient_among_the_last_ten_stops_wherever_the_run_wa
         result = resumed.fit()
         assert (result.total_steps, result.stop_reason) == (12, expected)
 
-    snapshot.state["early_stopping"]["exceeded"] = []  # the control: a window that starts anew
+    snapshot.state["early_stopping"]["exceeded"] = []  # control: an empty window
     forgetful = unstable_run(tmp_path)
     forgetful.restore(snapshot)
     assert forgetful.fit().total_steps == 8 + 10
 
 
 @pytest.mark.parametrize("algorithm", [Critic(), Uniform()])
-def test_values_that_do_not_vary_stop_a_run_that_has_values(tmp_path: Path, algorithm: Algorithm) -> None:
+def test_constant_values_stop_a_run_with_a_value_head(tmp_path: Path, algorithm: Algorithm) -> None:
     model = tiny_model()
     if algorithm.needs_values:
         model.add_value_head()
@@ -464,7 +464,7 @@ def test_values_that_do_not_vary_stop_a_run_that_has_values(tmp_path: Path, algo
 
 
 class WithReferences(FakeData):
-    """Every token's reference loss is 2."""
+    """Fake data in which every token's reference loss is 2."""
 
     def batch(self, start: int, stop: int) -> Batch:
         batch = super().batch(start, stop)
@@ -473,7 +473,7 @@ class WithReferences(FakeData):
 
 @pytest.mark.parametrize("num_heads", [1, 4])
 @pytest.mark.parametrize("algorithm", [Uniform(), Critic(), ExcessLoss()])
-def test_what_is_logged_is_what_can_be_monitored(tmp_path: Path, algorithm: Algorithm, num_heads: int) -> None:
+def test_logged_metrics_are_those_that_can_be_monitored(tmp_path: Path, algorithm: Algorithm, num_heads: int) -> None:
     recorder, model = Recorder([]), tiny_model(num_heads)
     if algorithm.needs_values:
         model.add_value_head()

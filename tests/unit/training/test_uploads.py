@@ -1,4 +1,4 @@
-"""Which servers a run is delivered to, and when they or its own copy there speak against it."""
+"""Test the servers that a run is uploaded to, and when they or an existing copy reject it."""
 
 import signal
 import socket
@@ -14,41 +14,41 @@ from omegaconf import DictConfig, OmegaConf
 from tests.conftest import composed
 from tests.support.servers import ObjectStore
 from wmtp.errors import InputError, InterruptedRun, PendingError
-from wmtp.runtime.signals import interruption
+from wmtp.runtime.signals import interrupt_error
 from wmtp.s3.client import S3Folder
-from wmtp.training import uploads as deliveries
-from wmtp.training.provenance import identify
-from wmtp.training.uploads import GoneOnElsewhere, check_servers, conclude, require_own_place
+from wmtp.training import uploads
+from wmtp.training.provenance import write_run_id
+from wmtp.training.uploads import RemoteIsAhead, check_servers, close_all, require_same_run
 
 
 class Interrupted:
-    """A delivery that somebody does not want to wait for."""
+    """An uploader whose wait is interrupted."""
 
     server, report = "the server", ""
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None: ...
 
     def close(self, state: str) -> None:
-        raise interruption(signal.SIGINT)
+        raise interrupt_error(signal.SIGINT)
 
-    def left_behind(self) -> str:
+    def unsent(self) -> str:
         return "1 of 2 uploaded"
 
 
-def test_an_interrupted_wait_leaves_the_rest_and_the_run_finished() -> None:
+def test_interrupted_wait_leaves_pending_data_and_a_finished_run() -> None:
     """The control is a run that did not finish: there an interruption is one."""
-    problems = conclude([Interrupted(), Interrupted()], "FINISHED")
+    problems = close_all([Interrupted(), Interrupted()], "FINISHED")
     assert [str(problem) for problem in problems] == ["1 of 2 uploaded"] * 2
     assert all(isinstance(problem, PendingError) for problem in problems)
     with pytest.raises(InterruptedRun):
-        conclude([Interrupted()], "FAILED")
+        close_all([Interrupted()], "FAILED")
 
 
 @pytest.mark.parametrize("is_down", [True, False])
-def test_the_rest_is_sent_in_haste_only_where_a_server_is_down(
+def test_pending_data_is_sent_with_short_timeouts_only_if_a_server_is_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_down: bool
 ) -> None:
-    """The haste is no parameter of the run, which another server may be told meanwhile."""
+    """The short timeouts are not logged as parameters of the run."""
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(composed("tracking.stall_seconds=30"), resolve=True))
     made: list[tuple[float, object]] = []
 
@@ -59,16 +59,16 @@ def test_the_rest_is_sent_in_haste_only_where_a_server_is_down(
         made.append((node.stall_seconds, about["parameters"]["tracking.stall_seconds"]))
         return Told()
 
-    monkeypatch.setattr(deliveries, "build", build)
-    monkeypatch.setattr(deliveries, "_prune", lambda config, folder: None)
-    monkeypatch.setattr(deliveries, "check_servers", lambda config, folder: ["is down"] if is_down else [])
-    deliveries.deliver_rest(tmp_path, "FINISHED")
+    monkeypatch.setattr(uploads, "build", build)
+    monkeypatch.setattr(uploads, "_prune", lambda config, folder: None)
+    monkeypatch.setattr(uploads, "check_servers", lambda config, folder: ["is down"] if is_down else [])
+    uploads.send_pending(tmp_path, "FINISHED")
     ((seconds, parameter),) = made
     assert seconds == (5 if is_down else 30) and float(str(parameter)) == 30
 
 
 def checkpoint(folder: Path, step: int, stage: str = "") -> None:
-    """Something that looks like a checkpoint."""
+    """A folder that looks like a checkpoint."""
     path = folder / stage / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
     (path / "manifest.json").write_text("{}")
@@ -76,7 +76,7 @@ def checkpoint(folder: Path, step: int, stage: str = "") -> None:
 
 @pytest.fixture
 def place(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Folder:
-    """Where the run in `tmp_path/run` has its copy."""
+    """The S3 URL of the run in `tmp_path/run`."""
     for name, value in object_store.environment().items():
         monkeypatch.setenv(name, value)
     (tmp_path / "run").mkdir()
@@ -86,19 +86,19 @@ def place(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.servers
 @pytest.mark.slow
 @pytest.mark.xdist_group("servers")
-def test_a_place_of_another_run_is_refused(place: S3Folder, tmp_path: Path) -> None:
+def test_url_of_another_run_is_rejected(place: S3Folder, tmp_path: Path) -> None:
     """The control is the same run's."""
     folder = tmp_path / "run"
     config = composed("checkpoint=s3", f"checkpoint.remote=s3://{place.bucket}/prefix", "tracking=none")
     assert check_servers(config, folder) == []
-    identify(folder, f"s3://{place.bucket}/prefix")
+    write_run_id(folder, f"s3://{place.bucket}/prefix")
     place.put(folder / "run.json", "run.json")
     assert check_servers(config, folder) == []
 
     (folder / "run.json").unlink()
     with pytest.raises(InputError, match=r"holds another run; name another folder \(hydra.run.dir\) or remote"):
         check_servers(config, folder)
-    assert [key for key, _ in place.listed()] == ["run.json"], "what was written to see whether it can be is gone"
+    assert [key for key, _ in place.list_objects()] == ["run.json"], "what was written to see whether it can be is gone"
 
 
 @pytest.mark.servers
@@ -116,7 +116,7 @@ def test_a_place_of_another_run_is_refused(place: S3Folder, tmp_path: Path) -> N
         ({"pretrain": 10, "": 5}, {"pretrain": 20}, False),
     ],
 )
-def test_a_folder_that_is_behind_its_copy_is_noticed(
+def test_folder_behind_its_copy_is_reported(
     place: S3Folder, tmp_path: Path, here: dict[str, int], there: dict[str, int], is_behind: bool
 ) -> None:
     folder = tmp_path / "run"
@@ -125,18 +125,20 @@ def test_a_folder_that_is_behind_its_copy_is_noticed(
     for stage, step in there.items():
         place.put_bytes(b"{}", f"{stage}/checkpoints/step_{step:08d}/manifest.json".lstrip("/"))
     if is_behind:
-        with pytest.raises(GoneOnElsewhere, match=rf"go on from there with resume={place.url}"):
-            require_own_place(place, folder, None)
+        with pytest.raises(RemoteIsAhead, match=rf"continue it with resume={place.url}"):
+            require_same_run(place, folder, None)
     else:
-        require_own_place(place, folder, None)
+        require_same_run(place, folder, None)
 
 
 @pytest.mark.servers
 @pytest.mark.slow
 @pytest.mark.xdist_group("servers")
 @pytest.mark.parametrize("says", ["nothing", "a web page"])
-def test_a_store_that_is_none(place: S3Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
-    """One that says nothing is a warning after ten seconds; one that says something else is an input that is wrong."""
+def test_server_that_is_not_a_store(
+    place: S3Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str
+) -> None:
+    """A server that does not answer is a warning after ten seconds; one with a different answer is an invalid input."""
     page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<a/>"
 
     def answer(server: socket.socket) -> None:

@@ -1,1 +1,1 @@
-"""Models of Hugging Face's transformers: the only package that knows it."""
+"""Models of Hugging Face's transformers; the only package that imports transformers."""

@@ -1,7 +1,7 @@
-"""A trained model as files that transformers and the servers around it load.
+"""Write trained models as files that transformers and compatible servers load.
 
-The tensors are those of the family's causal language model: its last layer is head 1. Further heads are stored beside
-them, under names that this model does not have.
+The tensors have the names of the architecture's causal language model, whose last layer is head 1. Additional heads
+are stored in the same file, under names that this model does not use.
 """
 
 import copy
@@ -23,37 +23,37 @@ from wmtp.errors import InputError
 from wmtp.models.huggingface import modeling_mtp
 from wmtp.models.huggingface.adapters import DecoderBlock, HuggingFaceArchitecture, LearnedPositions
 from wmtp.models.huggingface.folder import WEIGHTS, one_line
-from wmtp.models.huggingface.pretrained import EXTRA, HEAD_KIND, NUM_HEADS
+from wmtp.models.huggingface.pretrained import EXTRA_HEADS, HEAD_KIND, NUM_HEADS
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.runtime.atomic_files import encode_json
 
-CODE = "modeling_mtp.py"
-CLASS = "MtpForCausalLM"
-GENERATION = "generation_config.json"
-"""What goes with a tokenizer of transformers."""
+CODE_FILE = "modeling_mtp.py"
+CLASS_NAME = "MtpForCausalLM"
+GENERATION_CONFIG = "generation_config.json"
+"""File with the end and padding tokens used by `generate` of transformers."""
 LLAMA_LAYER = {
     "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
     "attention.output": "self_attn.o_proj", "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
     "feed_forward.output": "mlp.down_proj",
 }  # fmt: skip
-"""The modules of our Llama's blocks, and what transformers calls them."""
+"""Names of the modules of a Llama block: ours, mapped to those of transformers."""
 ROTATED = ("attention.query", "attention.key")
 
 
-def to_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of queries or keys whose pairs (0, 1), (2, 3), … are rotated, for code that rotates (i, i + half)."""
+def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows of a query or key weight from rotated pairs (0, 1), (2, 3), … to pairs (i, i + half)."""
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """What `to_halves` was given."""
+def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Invert `to_half_split`."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def layer_tensors(block: nn.Module, head_dim: int) -> dict[str, Tensor]:
-    """The tensors of a block or head, by the names that a layer of transformers has for them."""
+    """Return the tensors of a block or head by the names of a layer of transformers."""
     if isinstance(block, DecoderBlock):
         return block.layer.state_dict()
     state = block.state_dict()
@@ -62,16 +62,16 @@ def layer_tensors(block: nn.Module, head_dim: int) -> dict[str, Tensor]:
     found = {}
     for ours, theirs in LLAMA_LAYER.items():
         weight = state[f"{ours}.weight"]
-        found[f"{theirs}.weight"] = to_halves(weight, head_dim) if ours in ROTATED else weight
+        found[f"{theirs}.weight"] = to_half_split(weight, head_dim) if ours in ROTATED else weight
     return found
 
 
 def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreTrainedConfig:
-    """What transformers must know of a model's trunk and head 1."""
+    """Return the config with which transformers loads trunk and head 1."""
     architecture = model.architecture
     if isinstance(architecture, HuggingFaceArchitecture):
         config = copy.deepcopy(architecture.config)
-        for name in (NUM_HEADS, HEAD_KIND, "auto_map"):  # of the export with all heads that it was loaded from
+        for name in (NUM_HEADS, HEAD_KIND, "auto_map"):  # left from an export with all heads
             if hasattr(config, name):
                 delattr(config, name)
         return config
@@ -85,27 +85,29 @@ def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreT
     )  # fmt: skip
 
 
-def described(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[HuggingFaceArchitecture, PreTrainedModel]:
-    """The one-head model of a config, without memory for its parameters."""
+def empty_causal_model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[HuggingFaceArchitecture, PreTrainedModel]:
+    """Build the architecture and the one-head model of a config, on the meta device."""
     architecture = HuggingFaceArchitecture(config, num_heads=1, dtype=dtype)
     with torch.device("meta"):
-        return architecture, architecture.causal_model()
+        return architecture, architecture.build_causal_model()
 
 
-def trunk_tensors(model: MtpModel, architecture: HuggingFaceArchitecture, causal: PreTrainedModel) -> dict[str, Tensor]:
-    """All of trunk and head 1, by the names of the causal language model."""
-    family, head_dim = architecture.family, _head_dim(model)
+def causal_tensors(
+    model: MtpModel, architecture: HuggingFaceArchitecture, causal: PreTrainedModel
+) -> dict[str, Tensor]:
+    """Return all tensors of trunk and head 1 by the names of the causal language model."""
+    adapter, head_dim = architecture.adapter, _head_dim(model)
     names = {id(module): name for name, module in causal.named_modules()}
-    parts = {names[id(causal.get_input_embeddings())]: model.embedding.state_dict()}
+    groups = {names[id(causal.get_input_embeddings())]: model.embedding.state_dict()}
     for index, block in enumerate([*model.trunk, model.heads[0]]):
-        parts[f"{family.body}.{family.layers}.{index}"] = layer_tensors(block, head_dim)
-    parts[f"{family.body}.{family.norm}"] = model.norm.state_dict()
+        groups[f"{adapter.body}.{adapter.layers}.{index}"] = layer_tensors(block, head_dim)
+    groups[f"{adapter.body}.{adapter.norm}"] = model.norm.state_dict()
     if isinstance(model.positions, LearnedPositions):
-        parts[f"{family.body}.wpe"] = model.positions.vectors.state_dict()
+        groups[f"{adapter.body}.wpe"] = model.positions.vectors.state_dict()
     if model.unembedding is not None:
         output = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-        parts[names[id(output)]] = model.unembedding.state_dict()
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+        groups[names[id(output)]] = model.unembedding.state_dict()
+    return {f"{module}.{name}": tensor for module, tensors in groups.items() for name, tensor in tensors.items()}
 
 
 def _head_dim(model: MtpModel) -> int:
@@ -114,10 +116,10 @@ def _head_dim(model: MtpModel) -> int:
 
 
 def write_causal(model: MtpModel, tokenizer: Tokenizer, max_length: int, folder: Path, *, all_heads: bool) -> None:
-    """Write config and tensors, and with `all_heads` the code that reads these.
+    """Write config and tensors, and with `all_heads` also the code that loads all heads.
 
     Raises:
-        InputError: what was written does not agree with its config.
+        InputError: the written tensors do not match the config.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     config = model_config(model, tokenizer, max_length)
@@ -125,17 +127,17 @@ def write_causal(model: MtpModel, tokenizer: Tokenizer, max_length: int, folder:
     if all_heads:
         setattr(config, NUM_HEADS, model.num_heads)
         setattr(config, HEAD_KIND, model.architecture.head_kind)
-        config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE).stem}.{CLASS}"}
-    architecture, causal = described(config, dtype)
-    tensors = trunk_tensors(model, architecture, causal)
+        config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.{CLASS_NAME}"}
+    architecture, causal = empty_causal_model(config, dtype)
+    tensors = causal_tensors(model, architecture, causal)
     if all_heads:
         for index, head in enumerate(model.heads[1:]):
             stored = layer_tensors(head, _head_dim(model))
-            tensors |= {f"{EXTRA}{index}.{name}": tensor for name, tensor in stored.items()}
-        family = type(causal).__name__
-        docstring = f'"""{family} with all heads of a multi-token model."""'
-        added = f"class {CLASS}(MtpHeads, transformers.{family}):\n    {docstring}\n"
-        (folder / CODE).write_text(f"{inspect.getsource(modeling_mtp)}\n\n{added}", encoding="utf-8")
+            tensors |= {f"{EXTRA_HEADS}{index}.{name}": tensor for name, tensor in stored.items()}
+        base_class = type(causal).__name__
+        docstring = f'"""{base_class} with all heads of a multi-token model."""'
+        class_source = f"class {CLASS_NAME}(MtpHeads, transformers.{base_class}):\n    {docstring}\n"
+        (folder / CODE_FILE).write_text(f"{inspect.getsource(modeling_mtp)}\n\n{class_source}", encoding="utf-8")
     causal.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in tensors.items()})
     check_causal(folder)
 
@@ -144,58 +146,62 @@ def check_causal(folder: Path) -> None:
     """Compare the stored tensors with the model that the written config describes.
 
     Raises:
-        InputError: some are missing, unexpected, or of another shape or type; each has a line.
+        InputError: tensors are missing, unexpected, or have another shape or dtype; one line for each.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    _, causal = described(config, config.dtype)
+    _, causal = empty_causal_model(config, config.dtype)
     model: Any = causal
     if hasattr(config, NUM_HEADS):
         with torch.device("meta"):
-            model = type(CLASS, (modeling_mtp.MtpHeads, type(causal)), {})(config).to(config.dtype)
+            model = type(CLASS_NAME, (modeling_mtp.MtpHeads, type(causal)), {})(config).to(config.dtype)
     expected = {n: tensor for n, tensor in model.state_dict().items() if n not in model.all_tied_weights_keys}
-    compare(folder, stored_tensors(folder), {n: (list(x.shape), safetensors_dtype(x)) for n, x in expected.items()})
+    check_tensors(folder, read_headers(folder), {n: (list(x.shape), safetensors_dtype(x)) for n, x in expected.items()})
 
 
-Described = dict[str, tuple[list[int], str]]
-"""Of each tensor, by name: its shape and its type."""
+TensorHeaders = dict[str, tuple[list[int], str]]
+"""Shape and dtype of tensors, by name."""
 
 
-def stored_tensors(folder: Path) -> Described:
-    """What the headers of a folder's safetensors files say."""
-    found: Described = {}
+def read_headers(folder: Path) -> TensorHeaders:
+    """Return shapes and dtypes from the headers of a folder's safetensors files."""
+    headers: TensorHeaders = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                found[name] = part.get_shape(), part.get_dtype()
-    return found
+                tensor = file.get_slice(name)
+                headers[name] = tensor.get_shape(), tensor.get_dtype()
+    return headers
 
 
 def safetensors_dtype(tensor: Tensor) -> str:
-    """What safetensors calls the type of a tensor of floats."""
+    """Return the name of a floating-point tensor's dtype in safetensors."""
     return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
 
 
-def compare(folder: Path, stored: Described, expected: Described) -> None:
-    """Raises `InputError` where tensors are not those that are expected."""
-    faults = [f"missing: {name}" for name in sorted(expected.keys() - stored.keys())]
-    faults += [f"unexpected: {name}" for name in sorted(stored.keys() - expected.keys())]
+def check_tensors(folder: Path, stored: TensorHeaders, expected: TensorHeaders) -> None:
+    """Check that the stored tensors are exactly the expected ones.
+
+    Raises:
+        InputError: tensors are missing, unexpected, or have another shape or dtype; one line for each.
+    """
+    issues = [f"missing: {name}" for name in sorted(expected.keys() - stored.keys())]
+    issues += [f"unexpected: {name}" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(stored.keys() & expected.keys()):
         if stored[name] != expected[name]:
-            faults.append(f"mis-shaped: {name} is {stored[name]}, the config says {expected[name]}")
-    if faults:
-        listed = "\n  ".join(faults)
-        raise InputError(f"{folder}: the tensors are not those of its config:\n  {listed}")
+            issues.append(f"mis-shaped: {name} is {stored[name]}, the config needs {expected[name]}")
+    if issues:
+        listed = "\n  ".join(issues)
+        raise InputError(f"{folder}: the tensors do not match its config:\n  {listed}")
 
 
 def write_medusa(model: MtpModel, folder: Path) -> None:
-    """Write heads 2 … H as the Medusa draft model that vLLM reads, with a copy of the unembedding, which they share.
+    """Write heads 2 … H as a Medusa draft model for vLLM, with a copy of the shared unembedding.
 
-    Read for it: vLLM's model_executor/models/medusa.py (at 09cddad8) and transformers_utils/configs/medusa.py (at
-    4bb77b32), which takes every key with "num" and "heads" for the number of heads. No server ran it here.
+    The format follows vLLM's model_executor/models/medusa.py (at 09cddad8) and transformers_utils/configs/medusa.py
+    (at 4bb77b32), which reads every key with "num" and "heads" as the number of heads. It was not tested on a server.
 
     Raises:
-        InputError: what was written does not agree with its config.
+        InputError: the written tensors do not match the config.
     """
     weight = model.unembedding_weight.detach()
     size, dim = weight.shape
@@ -209,15 +215,15 @@ def write_medusa(model: MtpModel, folder: Path) -> None:
     (folder / "config.json").write_bytes(encode_json(config))
     save_file({"lm_head.weight": weight.contiguous()} | heads, folder / WEIGHTS[0], {"format": "pt"})
     dtype = safetensors_dtype(weight)
-    expected: Described = {f"blocks.{i}.layers.0.weight": ([dim, dim], dtype) for i in range(model.num_heads - 1)}
-    compare(folder, stored_tensors(folder), expected | {"lm_head.weight": ([size, dim], dtype)})
+    expected: TensorHeaders = {f"blocks.{i}.layers.0.weight": ([dim, dim], dtype) for i in range(model.num_heads - 1)}
+    check_tensors(folder, read_headers(folder), expected | {"lm_head.weight": ([size, dim], dtype)})
 
 
 def meta_obstacles(architecture: HuggingFaceArchitecture) -> list[str]:
-    """Why a model cannot be written in Meta's layout, which has room for one kind of Llama only."""
+    """Return the reasons why a model cannot be written in Meta's layout, which supports one kind of Llama only."""
     config = architecture.config
     if config.model_type != "llama":
-        return [f"it is of the family {config.model_type}, and Meta's layout is Llama's"]
+        return [f"its model type is {config.model_type}, and Meta's layout supports only llama"]
     rope = config.rope_parameters or {}
     heads = config.num_attention_heads
     found = {
@@ -226,15 +232,15 @@ def meta_obstacles(architecture: HuggingFaceArchitecture) -> list[str]:
         "its feed-forward layers have biases": config.mlp_bias,
         f"its positions are scaled ({rope.get('rope_type')})": rope.get("rope_type", "default") != "default",
         f"its activation is {config.hidden_act}": config.hidden_act not in ("silu", "swish"),
-        f"{heads} heads of {config.head_dim} are not its width {config.hidden_size}": (
+        f"{heads} attention heads of width {config.head_dim} do not add up to its width {config.hidden_size}": (
             heads * config.head_dim != config.hidden_size
         ),
     }
-    return [problem for problem, is_so in found.items() if is_so]
+    return [problem for problem, is_present in found.items() if is_present]
 
 
-def as_own_llama(model: MtpModel) -> MtpModel:
-    """An equal model of our own Llama architecture; `meta_obstacles` says whether there is one."""
+def to_llama_model(model: MtpModel) -> MtpModel:
+    """Convert a model to an equivalent one of our own Llama architecture; `meta_obstacles` must be empty."""
     assert isinstance(model.architecture, HuggingFaceArchitecture)
     config = model.architecture.config
     architecture = LlamaArchitecture(
@@ -248,24 +254,24 @@ def as_own_llama(model: MtpModel) -> MtpModel:
         "embedding.weight": model.embedding.weight, "norm.weight": norm, "unembedding.weight": model.unembedding_weight,
     }  # fmt: skip
     blocks = [(f"trunk.{index}", block) for index, block in enumerate(model.trunk)]
-    for place, block in blocks + [(f"heads.{index}", head) for index, head in enumerate(model.heads)]:
-        theirs = layer_tensors(block, config.head_dim)
+    for prefix, block in blocks + [(f"heads.{index}", head) for index, head in enumerate(model.heads)]:
+        tensors = layer_tensors(block, config.head_dim)
         for ours, name in LLAMA_LAYER.items():
-            weight = theirs[f"{name}.weight"]
-            state[f"{place}.{ours}.weight"] = to_pairs(weight, config.head_dim) if ours in ROTATED else weight
-    twin = empty_model(architecture)
-    twin.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, strict=True, assign=True)
-    return twin.eval()
+            weight = tensors[f"{name}.weight"]
+            state[f"{prefix}.{ours}.weight"] = to_interleaved(weight, config.head_dim) if ours in ROTATED else weight
+    converted = empty_model(architecture)
+    converted.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, strict=True, assign=True)
+    return converted.eval()
 
 
-def write_tokenizer(tokenizer: Tokenizer, files: Path | None, folder: Path) -> None:
-    """Write the tokenizer: the files that it came with, or its content, with the names of its end and padding."""
-    if files is None:
+def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
+    """Write the tokenizer files, copied or newly created, with the names of the end and padding tokens."""
+    if source_folder is None:
         tokenizer.backend.save(str(folder / "tokenizer.json"))
     else:
         for name in TOKENIZER_FILES:
-            if (files / name).is_file():
-                shutil.copyfile(files / name, folder / name)
+            if (source_folder / name).is_file():
+                shutil.copyfile(source_folder / name, folder / name)
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     map_path = folder / "special_tokens_map.json"
@@ -276,37 +282,37 @@ def write_tokenizer(tokenizer: Tokenizer, files: Path | None, folder: Path) -> N
         path.write_bytes(encode_json(config | named))
 
 
-def write_generation(tokenizer: Tokenizer, files: Path | None, folder: Path) -> None:
-    """Have texts end where training had them end, besides where the original model did."""
-    kept = None if files is None else files / GENERATION
-    content = _read_json(kept if kept is not None and kept.is_file() else folder / GENERATION)
+def write_generation_config(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
+    """Write generation_config.json with the end token of training, in addition to the original ones."""
+    kept = None if source_folder is None else source_folder / GENERATION_CONFIG
+    content = _read_json(kept if kept is not None and kept.is_file() else folder / GENERATION_CONFIG)
     ends = content.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if tokenizer.end not in ends:
         content["eos_token_id"] = [tokenizer.end, *ends] if ends else tokenizer.end
     if content.get("pad_token_id") is None:
         content["pad_token_id"] = tokenizer.padding
-    (folder / GENERATION).write_bytes(encode_json(content))
+    (folder / GENERATION_CONFIG).write_bytes(encode_json(content))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path}: is no JSON: {error}") from error
+        raise InputError(f"{path}: is not valid JSON: {error}") from error
     return content
 
 
 def tokenizer_notes(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Where a text becomes other ids than in training, as transformers reads the written tokenizer."""
-    other = "load it with transformers.PreTrainedTokenizerFast.from_pretrained"
+    """Return warnings if transformers encodes text with the written tokenizer differently than in training."""
+    remedy = "load it with transformers.PreTrainedTokenizerFast.from_pretrained"
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - each family's code raises what it likes; the files are sound
-        return [f"AutoTokenizer does not read this family's tokenizer.json ({one_line(error)}); {other}"]
-    bare = loaded(PROBE, add_special_tokens=False)["input_ids"]
-    if bare != tokenizer.encode([PROBE])[0]:
-        return [f"AutoTokenizer makes another tokenizer for this family than tokenizer.json describes; {other}"]
-    if loaded(PROBE)["input_ids"] != bare:
-        return ["the tokenizer puts special tokens around texts, which training did not; add_special_tokens=False"]
+    except Exception as error:  # noqa: BLE001 - tokenizer classes raise any type; the files are valid
+        return [f"AutoTokenizer cannot read tokenizer.json of this model type ({one_line(error)}); {remedy}"]
+    plain_ids = loaded(PROBE, add_special_tokens=False)["input_ids"]
+    if plain_ids != tokenizer.encode([PROBE])[0]:
+        return [f"AutoTokenizer creates a different tokenizer for this type than tokenizer.json describes; {remedy}"]
+    if loaded(PROBE)["input_ids"] != plain_ids:
+        return ["the tokenizer adds special tokens around texts, unlike training; use add_special_tokens=False"]
     return []

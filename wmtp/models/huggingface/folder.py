@@ -1,4 +1,4 @@
-"""A folder that `save_pretrained` wrote: what it must hold, read without running anything in it."""
+"""Read the config of a folder written by `save_pretrained`, without running code in it."""
 
 from pathlib import Path
 
@@ -9,20 +9,22 @@ from wmtp.errors import InputError
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def read_config(key: str, path: Path, *, weights: bool = True) -> PreTrainedConfig:
-    """The config of a folder that has all files; `key` is where the user named it.
+def read_model_config(key: str, path: Path, *, weights: bool = True) -> PreTrainedConfig:
+    """Load the config of a folder and check that required files exist; code in the folder is never run.
+
+    `key` is the config key with which the user set `path`, for messages. With `weights` false, weights may be missing.
 
     Raises:
-        InputError: a file is missing, or the config cannot be used. Code in the folder is never run.
+        InputError: a file is missing, or the config is not usable.
     """
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise InputError(
-                f"{key}={path}: has no {name}; name the folder that save_pretrained wrote model and tokenizer to"
+                f"{key}={path}: has no {name}; name the folder to which save_pretrained wrote model and tokenizer"
             )
     if weights and not any((path / name).is_file() for name in WEIGHTS):
         raise InputError(
-            f"{key}={path}: has no {WEIGHTS[0]}; other formats are not read: save the model as safetensors"
+            f"{key}={path}: has no {WEIGHTS[0]}; other formats are not supported: save the model as safetensors"
         )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -32,5 +34,5 @@ def read_config(key: str, path: Path, *, weights: bool = True) -> PreTrainedConf
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())

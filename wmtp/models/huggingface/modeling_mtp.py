@@ -1,18 +1,19 @@
-"""A causal language model with further heads, which predict later tokens; it needs torch and transformers only."""
+"""A causal language model with additional heads for later tokens; requires only torch and transformers."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers  # noqa: F401 - the class that an export adds below is made of one of its models
+import transformers  # noqa: F401 - base of the class that an export appends
 from torch import Tensor, nn
 
 
 class MtpHeads:
-    """Heads 2 … H beside a model's own: head k predicts, at position t, the token at t + k.
+    """A mixin that adds heads 2 … H to a model: head k predicts, at position t, the token at t + k.
 
-    The config says how many heads there are (`mtp_num_heads`) and what the further ones are (`mtp_head_kind`): blocks
-    beside the last one ("transformer"), or residual layers on the state that head 1's logits are made of ("medusa").
+    The config has the number of heads (`mtp_num_heads`) and the kind of the additional ones (`mtp_head_kind`): blocks
+    parallel to the last one ("transformer"), or residual layers on the state from which head 1's logits are computed
+    ("medusa").
     """
 
     def __init__(self: Any, config: Any) -> None:
@@ -31,10 +32,10 @@ class MtpHeads:
 
     @classmethod
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As every model's.
+        """Load the model as in transformers, but never initialize missing heads.
 
         Raises:
-            ValueError: heads that the config declares are not in the files; none is made up.
+            ValueError: heads that the config declares are not in the files.
         """
         parent: Any = super()
         model, info = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -55,10 +56,12 @@ class MtpHeads:
         return_all_heads: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """What the model alone gives, which is head 1; or `logits` of [batch, position, head, vocabulary].
+        """Run the model; with `return_all_heads`, `logits` has shape [batch, position, head, vocabulary].
+
+        Otherwise the output is that of the original model, which is head 1.
 
         Raises:
-            ValueError: all heads are asked for, but of a text that is cached in part: the further heads cache nothing.
+            ValueError: `return_all_heads` is used with `past_key_values`: the additional heads have no cache.
         """
         parent: Any = super()
         kwargs |= {

@@ -1,4 +1,4 @@
-"""A causal language model of transformers as the trunk and first head of a multi-token model."""
+"""Multi-token models whose trunk and head 1 are a causal language model of transformers."""
 
 import logging
 from collections.abc import Iterator
@@ -10,28 +10,28 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from wmtp.data.tokenizer import Tokenizer, kept_tokenizer
+from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath, Positive
 from wmtp.models.architecture import HeadKind
-from wmtp.models.huggingface.adapters import FAMILIES, HuggingFaceArchitecture, split
-from wmtp.models.huggingface.folder import one_line, read_config
+from wmtp.models.huggingface.adapters import DECODER_ADAPTERS, HuggingFaceArchitecture, split_model
+from wmtp.models.huggingface.folder import one_line, read_model_config
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
-from wmtp.models.source import PretrainedSource, Problem
+from wmtp.models.source import ModelIssue, PretrainedSource
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUM_HEADS, HEAD_KIND = "mtp_num_heads", "mtp_head_kind"
-"""Keys of the config of an export that keeps all heads."""
-EXTRA = "extra_heads."
-"""Begins the names of the tensors of heads 2 … H in such an export."""
+"""Config keys of an export with all heads."""
+EXTRA_HEADS = "extra_heads."
+"""Prefix of the tensor names of heads 2 … H in an export with all heads."""
 
 
 class Pretrained(PretrainedSource):
-    """A model that `save_pretrained` wrote: its last block is head 1, which further heads begin as copies of.
+    """The source of a model written by `save_pretrained`: its last block is head 1, and new heads are copies of head 1.
 
-    Where the folder is an export of ours with all heads, these are taken.
+    If the folder is an export of wmtp with all heads, the stored heads are used.
     """
 
     def __init__(
@@ -46,88 +46,88 @@ class Pretrained(PretrainedSource):
         lora: Lora,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """`dtype` is that of the parameters, whatever they are stored in.
+        """Configure the model. The parameters are converted to `dtype`.
 
-        With `create_heads` the model gets heads that its folder lacks; without, it has as many as are there.
+        With `create_heads`, heads that the folder lacks are created; otherwise the model has only stored heads.
         """
         self.tokenizer, self.path, self.value_head_dim = tokenizer, path, value_head_dim
         self.lora = lora if lora.rank is not None else None
-        self.wanted_heads, self.create_heads = num_heads, create_heads
+        self.requested_heads, self.create_heads = num_heads, create_heads
         self.head_kind, self.dtype = head_kind, DTYPES[dtype]
         self._config: PreTrainedConfig | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
-        """What the folder says of the model.
+        """Config of the model.
 
         Raises:
-            InputError: it says nothing usable, or the model is of a family that is not supported.
+            InputError: the config is missing or not usable, or the architecture is not supported.
         """
         if self._config is None:
-            config = read_config(self.key, self.path, weights=False)
-            if config.model_type not in FAMILIES:
-                known = ", ".join(sorted(FAMILIES))
-                raise self.error(f"is of the family {config.model_type}; supported are {known}")
+            config = read_model_config(self.key, self.path, weights=False)
+            if config.model_type not in DECODER_ADAPTERS:
+                known = ", ".join(sorted(DECODER_ADAPTERS))
+                raise self.error(f"has the unsupported model type {config.model_type}; supported: {known}")
             if getattr(config, "quantization_config", None) is not None:
-                raise self.error("is quantised, and such weights cannot be trained; name the model it was made of")
+                raise self.error("is quantized, and quantized weights cannot be trained; name the original model")
             self._config = config
         return self._config
 
     @property
     def stored_heads(self) -> int:
-        """How many heads the folder has, of the kind that is asked for."""
+        """Number of heads in the folder that are of the configured kind."""
         if getattr(self.config, HEAD_KIND, self.head_kind) != self.head_kind:
             return 1
         return int(getattr(self.config, NUM_HEADS, 1))
 
     @property
     def max_positions(self) -> int | None:
-        """As the folder says."""
+        """Maximum sequence length in tokens; None: no limit, or the folder does not exist."""
         return self.architecture().max_positions if self.path.is_dir() else None
 
     def architecture(self) -> HuggingFaceArchitecture:
-        """As the folder's config says."""
+        """Return the architecture of the folder's config."""
         return HuggingFaceArchitecture(self.config, self.num_heads, self.head_kind, self.dtype)
 
-    def problems(self) -> Iterator[Problem]:
-        """A folder that holds no such model, and adapters that it has no place for."""
+    def issues(self) -> Iterator[ModelIssue]:
+        """Yield issues of the folder, or else of adapters that do not fit the model."""
         try:
-            read_config(self.key, self.path)
+            read_model_config(self.key, self.path)
             if self.config.num_hidden_layers < 2:
                 yield "path", str(self.path), "has one block; a trunk and a head need two"
                 return
             with torch.device("meta"):
-                self.architecture().parts()
+                self.architecture().build_modules()
         except InputError as error:
             yield "path", str(self.path), str(error).removeprefix(str(self.error("")))
         except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             yield "path", str(self.path), f"its config.json is not usable: {type(error).__name__}: {one_line(error)}"
         else:
-            yield from self.adapter_problems()
+            yield from self.adapter_issues()
 
-    def files(self) -> dict[str, bytes]:
-        """Config and tokenizer."""
-        there = [self.path / name for name in ("config.json", "generation_config.json")]
-        kept = {path.name: path.read_bytes() for path in there if path.is_file()}
-        return kept | kept_tokenizer(self.path, self.tokenizer)
+    def kept_files(self) -> dict[str, bytes]:
+        """Return the files of config and tokenizer."""
+        candidates = [self.path / name for name in ("config.json", "generation_config.json")]
+        kept = {path.name: path.read_bytes() for path in candidates if path.is_file()}
+        return kept | tokenizer_files(self.path, self.tokenizer)
 
-    def begin(self) -> MtpModel:
-        """Load the folder's weights; heads that it lacks begin as copies of head 1, or as residual layers of 0."""
+    def load_base(self) -> MtpModel:
+        """Load the folder's weights; missing heads start as copies of head 1, or as residual layers with weight 0."""
         architecture = self.architecture()
-        read_config(self.key, self.path)
-        self.require_embeddings(int(self.config.vocab_size))
-        self.announce_heads()
+        read_model_config(self.key, self.path)
+        self.check_embeddings(int(self.config.vocab_size))
+        self.log_head_counts()
         if (declared := int(getattr(self.config, NUM_HEADS, 1))) > (used := min(self.stored_heads, self.num_heads)):
             kind = getattr(self.config, HEAD_KIND, self.head_kind)
-            log.warning("%s has %d heads (%s), of which %d are used", self.path, declared, kind, used)
-        model = MtpModel(architecture, split(self._load(), architecture), value_head_dim=self.value_head_dim)
+            log.warning("%s has %d heads (%s); %d are used", self.path, declared, kind, used)
+        model = MtpModel(architecture, split_model(self._load(), architecture), value_head_dim=self.value_head_dim)
         self._fill_heads(model)
         return model
 
     def _load(self) -> PreTrainedModel:
         disable_progress_bar()  # type: ignore[no-untyped-call]
         verbosity = get_verbosity()
-        set_verbosity_error()  # type: ignore[no-untyped-call]  # what does not fit is told below, and heads are read afterwards
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # mismatches are reported below; heads are read later
         loaded: Any
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -139,18 +139,18 @@ class Pretrained(PretrainedSource):
         finally:
             set_verbosity(verbosity)
         model, info = loaded
-        faults = [f"{kind} {name}" for kind, name in _faults(info)]
-        if faults:  # transformers would make up what is missing, and leave out what it does not know
-            listed = "\n  ".join(faults)
-            raise self.error(f"its weights are not those of its config:\n  {listed}")
+        issues = [f"{kind} {name}" for kind, name in _load_issues(info)]
+        if issues:  # transformers would initialize missing tensors and ignore unexpected ones
+            listed = "\n  ".join(issues)
+            raise self.error(f"its weights do not match its config:\n  {listed}")
         assert isinstance(model, PreTrainedModel)
         return model
 
     def _fill_heads(self, model: MtpModel) -> None:
-        """Put the stored heads 2 … into the model."""
-        there = min(self.stored_heads, self.num_heads)
-        for index in range(1, there):
-            prefix = f"{EXTRA}{index - 1}."
+        """Load the stored heads from head 2 on into the model."""
+        num_stored = min(self.stored_heads, self.num_heads)
+        for index in range(1, num_stored):
+            prefix = f"{EXTRA_HEADS}{index - 1}."
             stored = self._tensors(prefix)
             head = model.heads[index]
             target = head if self.head_kind == "medusa" else head.get_submodule("layer")
@@ -160,7 +160,7 @@ class Pretrained(PretrainedSource):
                 raise self.error(f"head {index + 1}: {one_line(error)}") from error
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The stored tensors whose names begin so, without that beginning."""
+        """Return the stored tensors whose names start with `prefix`, with the prefix removed."""
         found: dict[str, Tensor] = {}
         for path in sorted(self.path.glob("model*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -168,13 +168,13 @@ class Pretrained(PretrainedSource):
         return found
 
 
-def _faults(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What does not fit, of what transformers says about a load; heads are read by ourselves."""
+def _load_issues(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield kind and name of tensors that transformers reports as mismatched; extra heads are loaded separately."""
     missing, unexpected, other = (info.get(f"{kind}_keys") or () for kind in ("missing", "unexpected", "mismatched"))
     for name in sorted(missing):
         yield "missing:", name
     for name in sorted(unexpected):
-        if not name.startswith(EXTRA):
+        if not name.startswith(EXTRA_HEADS):
             yield "unexpected:", name
     for name, stored, expected in other:
-        yield "mis-shaped:", f"{name} is {list(stored)}, the config says {list(expected)}"
+        yield "mis-shaped:", f"{name} is {list(stored)}, the config needs {list(expected)}"

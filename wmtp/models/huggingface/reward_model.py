@@ -1,4 +1,4 @@
-"""A sequence classifier as the source of rewards."""
+"""Rewards of samples from a sequence classifier."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from transformers.utils.logging import disable_progress_bar
 
 from wmtp.data.collate import collate
-from wmtp.data.sampler import by_length
+from wmtp.data.sampler import batches_by_length
 from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenizer import Tokenizer, read_backend, tokenizer_difference
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError
-from wmtp.models.huggingface.folder import one_line, read_config
+from wmtp.models.huggingface.folder import one_line, read_model_config
 from wmtp.models.source import weights_fingerprint
 
 BATCH_SIZE = 32
@@ -24,14 +24,14 @@ KEY = "data.reward_model"
 
 
 class RewardModel:
-    """A sequence classifier that judges whole samples: prompt, solution and end token.
+    """A sequence classifier that scores whole samples: prompt, solution and end token.
 
-    With one label the reward is its score, with two it is the probability of label 1. The folder is what
-    transformers saves: config.json, tokenizer.json and weights as safetensors; code in it is never run.
+    With one label the reward is the score, with two labels it is the probability of label 1. The folder is written by
+    `save_pretrained`: config.json, tokenizer.json and weights as safetensors; code in it is never run.
 
     Raises:
-        InputError: the folder is incomplete or damaged, holds another kind of model, or its tokenizer is
-            not ours id for id. All but damaged weights is found before they are loaded.
+        InputError: the folder is incomplete or damaged, contains another kind of model, or its tokenizer
+            differs from the policy's in any id. Everything except damaged weights is detected before loading weights.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
@@ -40,21 +40,21 @@ class RewardModel:
         _check_tokenizer(path, config, tokenizer)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.model = _load(path, config).to(hardware.device).eval()  # type: ignore[arg-type]
-        # A decoder's score is taken at the last token that is not this one.
+        # A decoder takes the score at the last token that is not padding.
         self.model.config.get_text_config().pad_token_id = tokenizer.padding
 
     def rewards(self, split: TokenizedSplit) -> np.ndarray:
-        """The reward of each sample, in the order of the split.
+        """Return the reward of each sample, shape [sample], in the order of the split.
 
         Raises:
-            InputError: a sample is longer than the model can read, or its score is not finite.
+            InputError: a sample is longer than the model's maximum length, or a score is not finite.
         """
         lengths = split.samples.lengths
         if self.max_length is not None and len(split) and lengths.max() > self.max_length:
             problem = f"reads {self.max_length} tokens, but a sample of {split.name} has {lengths.max()}"
             raise _error(self.path, f"{problem}; set data.max_length={self.max_length}")
         rewards = np.zeros(len(split), np.float32)
-        for chosen in by_length(lengths, BATCH_SIZE):
+        for chosen in batches_by_length(lengths, BATCH_SIZE):
             batch = collate(split, chosen, self.tokenizer.padding)
             scores = self._scores(batch.tokens, torch.from_numpy(lengths[chosen]))
             if not scores.isfinite().all():
@@ -65,7 +65,7 @@ class RewardModel:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of its weights."""
+        """Hash of the weights."""
         return weights_fingerprint(self.model)
 
     @torch.inference_mode()
@@ -79,15 +79,15 @@ class RewardModel:
 
 
 def _classifier_config(path: Path) -> PreTrainedConfig:
-    """The config of a folder that has all files and holds a sequence classifier with one or two labels."""
-    config = read_config(KEY, path)
+    """Load the config of a folder and check that it is a complete sequence classifier with one or two labels."""
+    config = read_model_config(KEY, path)
     kinds = config.architectures or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        found = ", ".join(kinds) or "a model of no named architecture"
-        raise _error(path, f"holds {found}; what is needed is a …ForSequenceClassification")
+        found = ", ".join(kinds) or "a model without a named architecture"
+        raise _error(path, f"contains {found}; a …ForSequenceClassification is needed")
     if config.num_labels not in (1, 2):
         needed = "1 (the score is the reward) or 2 (the probability of label 1 is the reward)"
-        raise _error(path, f"has {config.num_labels} labels; what is needed is {needed}")
+        raise _error(path, f"has {config.num_labels} labels; the number must be {needed}")
     return config
 
 
@@ -103,7 +103,7 @@ def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: Tokenizer)
 
 
 def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model in fp32; its config says which type it was saved in, which is not that to compute in."""
+    """Load the model in fp32, whatever dtype it was saved in."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: PreTrainedModel
     try:
@@ -113,7 +113,7 @@ def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
         )  # fmt: skip
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _error(path, f"its weights cannot be loaded: {one_line(error)}; save the model again") from error
-    if info["missing_keys"]:  # transformers would make them up
+    if info["missing_keys"]:  # transformers would initialize them
         missing = sorted(info["missing_keys"])
         raise _error(path, f"its weights lack {len(missing)} tensors, such as {missing[0]}; save the model again")
     return model

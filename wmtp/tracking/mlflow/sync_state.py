@@ -1,4 +1,4 @@
-"""mlflow.json: which MLflow run belongs to a folder, and what of the folder it was sent."""
+"""mlflow.json: the MLflow run of a folder, and which data of the folder it has."""
 
 import json
 import logging
@@ -8,68 +8,70 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
-from wmtp.runtime.run_dir import RECEIPT
+from wmtp.runtime.run_dir import SYNC_STATE
 from wmtp.tracking.tail import Position
 
 LOCK = Path(".hydra") / "mlflow.lock"
-"""Locked by whoever delivers a folder to MLflow; the system unlocks it however that ends."""
+"""Lock of the process that sends a folder to MLflow. The system releases it when the process ends."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """What is known of a folder's run: its store, its id (empty until it has one), and what was sent of it."""
+class SyncState:
+    """The MLflow run of a folder: its id (empty until it is created), its store, and the data that was sent to it."""
 
     run_id: str
     uri: str
     experiment: str = ""
     run_name: str = ""
     sent: dict[str, Position] = field(default_factory=dict)
-    """How far each file that grows was sent."""
+    """Position up to which each growing file was sent, by file name."""
     artifacts: dict[str, str] = field(default_factory=dict)
-    """The artifacts, with what tells whether they changed since."""
+    """Fingerprint of each artifact that was sent, by name."""
 
     def position(self, name: str) -> Position:
-        """How far a file was sent."""
+        """Return the position up to which a file was sent."""
         return self.sent.get(name, Position())
 
-    def at(self, name: str, position: Position) -> "Receipt":
-        """The receipt once a file was sent up to `position`."""
+    def with_position(self, name: str, position: Position) -> "SyncState":
+        """Return a copy in which a file was sent up to `position`."""
         return replace(self, sent=self.sent | {name: position})
 
-    def with_artifact(self, name: str, fingerprint: str) -> "Receipt":
-        """The receipt once an artifact was sent."""
+    def with_artifact(self, name: str, fingerprint: str) -> "SyncState":
+        """Return a copy in which an artifact was sent."""
         return replace(self, artifacts=self.artifacts | {name: fingerprint})
 
     def write(self, folder: Path) -> None:
-        """Put it into the folder."""
-        replace_atomically(folder / RECEIPT, encode_json(asdict(self)))
+        """Write mlflow.json in a folder."""
+        replace_atomically(folder / SYNC_STATE, encode_json(asdict(self)))
 
 
-def read_receipt(folder: Path) -> Receipt | None:
-    """What a folder's mlflow.json says; None if there is none.
+def read_sync_state(folder: Path) -> SyncState | None:
+    """Return the content of a folder's mlflow.json, or None if there is none.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the file is damaged.
     """
-    path = folder / RECEIPT
+    path = folder / SYNC_STATE
     if not path.exists():
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        known = {name: value for name, value in content.items() if name in Receipt.__dataclass_fields__}
+        known = {name: value for name, value in content.items() if name in SyncState.__dataclass_fields__}
         sent = {name: Position(**position) for name, position in content.get("sent", {}).items()}
-        return Receipt(**known | {"sent": sent})
+        return SyncState(**known | {"sent": sent})
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it, and the run's id finds its MLflow run") from error
+        raise InputError(
+            f"{path} is damaged ({error}); remove it: the MLflow run is then found by the run's id"
+        ) from error
 
 
-def current_receipt(folder: Path, fresh: Receipt) -> Receipt:
-    """What mlflow.json says; `fresh` if there is none, or it is of another store."""
-    known = read_receipt(folder)
-    if known is None or known.uri == fresh.uri:
-        return known or fresh
+def current_sync_state(folder: Path, initial: SyncState) -> SyncState:
+    """Return the content of mlflow.json, or `initial` if there is none or if it is about another store."""
+    known = read_sync_state(folder)
+    if known is None or known.uri == initial.uri:
+        return known or initial
     if known.run_id:
-        log.warning("the run was tracked at %s; a new run is made at %s", known.uri, fresh.uri)
-    return fresh
+        log.warning("the run was tracked at %s; a new run is made at %s", known.uri, initial.uri)
+    return initial

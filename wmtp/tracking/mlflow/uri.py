@@ -1,4 +1,4 @@
-"""Where the store is: an address that may be written down, since it names no user and no password."""
+"""The tracking URI of MLflow, kept free of credentials so that it may be logged and saved."""
 
 import os
 import re
@@ -13,71 +13,73 @@ from wmtp.errors import InputError
 SQLITE = "sqlite:///"
 URI, USERNAME, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 CREDENTIALS = f"{USERNAME} and {PASSWORD}, in the environment or in .env"
-OF_A_SERVER = re.compile(r"(?!sqlite:|file:)[\w+.-]+://", re.IGNORECASE)
+HAS_HOST = re.compile(r"(?!sqlite:|file:)[\w+.-]+://", re.IGNORECASE)
 
 
-def _without_user(uri: str) -> str:
-    if names_user(uri):
-        raise ValueError(f"names a user or a password; they belong into {CREDENTIALS}")
+def _reject_credentials(uri: str) -> str:
+    if has_credentials(uri):
+        raise ValueError(f"holds a user or a password; set {CREDENTIALS}, instead")
     return uri
 
 
-Address = Annotated[str, AfterValidator(_without_user)]
-"""An address of a store for a config, which is written to many places: with a user or a password it is a fault."""
+TrackingUri = Annotated[str, AfterValidator(_reject_credentials)]
+"""Tracking URI in a config. Configs are saved and uploaded, so a user or a password in it is an error."""
 
 
-def names_user(uri: str) -> bool:
-    """Whether an address holds a user or a password, also where a password's `/` makes it look like a path."""
-    return OF_A_SERVER.match(uri) is not None and "@" in uri
+def has_credentials(uri: str) -> bool:
+    """Return whether a URI holds a user or a password, even if a `/` in the password makes it look like a path."""
+    return HAS_HOST.match(uri) is not None and "@" in uri
 
 
 def is_server(uri: str) -> bool:
-    """Whether a store is reached over HTTP."""
+    """Return whether a URI is the HTTP address of a server."""
     return uri.lower().startswith(("http://", "https://"))
 
 
-def is_out_of_reach(uri: str) -> bool:
-    """Whether a store is a database on another machine's disk."""
+def is_on_other_machine(uri: str) -> bool:
+    """Return whether a URI is a database file that is not on this machine."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir()
 
 
-def take_credentials() -> None:
-    """Move the user and the password in MLFLOW_TRACKING_URI, if it has them, to variables of their own.
+def move_credentials() -> None:
+    """Move user and password from MLFLOW_TRACKING_URI, if it holds them, to their own environment variables.
 
     Raises:
-        InputError: where they stand in it they cannot be told apart, or its kind of store does not take them apart.
+        InputError: they cannot be separated, or the store is not an HTTP server and would not read these variables.
     """
     uri = os.environ.get(URI, "")
-    if not names_user(uri):
+    if not has_credentials(uri):
         return
     parts = urlsplit(uri)
     user_info, _, host = parts.netloc.rpartition("@")
     if not is_server(uri) or not user_info or "@" in f"{parts.path}{parts.query}{parts.fragment}":
-        raise InputError(f"{URI} names a user or a password in a form that is not understood; set {CREDENTIALS}")
+        raise InputError(
+            f"{URI} holds a user or a password in a form that is not supported; set {CREDENTIALS}, instead"
+        )
     user, _, password = user_info.partition(":")
     os.environ.update({USERNAME: unquote(user), PASSWORD: unquote(password), URI: parts._replace(netloc=host).geturl()})
 
 
-def configured(uri: str | None) -> str | None:
-    """The address that the config names or else the environment; None if neither does.
+def resolve_uri(uri: str | None) -> str | None:
+    """Return the URI of the config, or else of the environment, or None.
 
     Raises:
-        InputError: it holds a user or a password.
+        InputError: the URI holds a user or a password.
     """
-    take_credentials()
+    move_credentials()
     uri = uri or os.environ.get(URI) or None
-    if uri is not None and names_user(uri):
-        raise InputError(f"tracking.uri names a user or a password; they belong into {CREDENTIALS}")
+    if uri is not None and has_credentials(uri):
+        raise InputError(f"tracking.uri holds a user or a password; set {CREDENTIALS}, instead")
     return uri.rstrip("/") if uri is not None and is_server(uri) else uri
 
 
 def absolute_uri(uri: str | None, folder: Path) -> str:
-    """Where the store of a run is, whatever the current directory becomes; by default `mlflow.db` in `outputs`.
+    """Return the tracking URI of a run in `folder`, with an absolute path; by default `mlflow.db` in `outputs`.
 
     Raises:
-        InputError: the address holds a user or a password.
+        InputError: the URI holds a user or a password.
     """
-    uri = configured(uri)
+    uri = resolve_uri(uri)
     if uri is None:
         outputs = next((parent for parent in folder.parents if parent.name == "outputs"), folder.parent)
         return f"{SQLITE}{outputs / 'mlflow.db'}"

@@ -1,0 +1,51 @@
+"""Write the calculated tables of docs/scaling.md and docs/presets.md: `scripts/write_doc_tables.py [--check]`.
+
+A table is replaced where the line before it is `<!-- from scripts/NAME.py -->`. With `--check` nothing is written, and
+the exit code is 1 if a page differs from what its script calculates.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import estimate_presets
+import estimate_scaling
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def replace_tables(page: str, script: str, tables: list[str]) -> str:
+    """Return a page with new tables in place of those marked as calculated by a script.
+
+    Raises:
+        ValueError: the page has another number of marked tables.
+    """
+    marked = re.compile(rf"(<!-- from scripts/{script}\.py -->\n)(?:\|.*\n)+")
+    if len(marked.findall(page)) != len(tables):
+        raise ValueError(f"{len(tables)} tables, but {len(marked.findall(page))} places marked scripts/{script}.py")
+    each = iter(tables)
+    return marked.sub(lambda found: f"{found[1]}{next(each).strip()}\n", page)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield each page's path and the text that it should have."""
+    for name, script, tables in (
+        ("scaling.md", "estimate_scaling", estimate_scaling.default_tables()),
+        ("presets.md", "estimate_presets", estimate_presets.tables()),
+    ):
+        yield DOCS / name, replace_tables((DOCS / name).read_text(), script, tables)
+
+
+def main() -> int:
+    """Write the pages, or check them; return the exit code."""
+    stale = [(path, text) for path, text in pages() if path.read_text() != text]
+    for path, text in stale:
+        print(f"{path.relative_to(DOCS.parent)} differs" if "--check" in sys.argv else f"writing {path}")
+        if "--check" not in sys.argv:
+            path.write_text(text)
+    return int("--check" in sys.argv and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Tests of all commands with a run of an earlier version, whose configs contain old module paths."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Invoke, run_command
+from wmtp.config import moved_targets
+
+RUN = Path(__file__).parents[1] / "fixtures" / "run_of_flat_modules"
+LOSS_AFTER_RESUME = 6.464352412216353
+"""`val/loss` at update 9 when the earlier version resumed its own run with max_steps=9."""
+EVALUATED_LOSS = 6.431378253094562
+"""Loss of head 1 on the test split when the earlier version evaluated its own run."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a copy of the run."""
+    return shutil.copytree(RUN, tmp_path / "run")
+
+
+def test_the_configs_contain_old_module_paths() -> None:
+    """Otherwise the other tests would prove nothing."""
+    for config in (RUN / "config.yaml", RUN / "pretrain" / "config.yaml"):
+        for target in ("wmtp.trainer.Trainer", "wmtp.runtime.hardware.Hardware", "wmtp.stages.ValueStage"):
+            assert f"_target_: {target}" in config.read_text()
+
+
+def test_resume_gives_the_loss_of_the_earlier_version(run: Path, invoke: Invoke) -> None:
+    done = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
+    assert done.code == 0, done.err
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["last"]["step"] == 9
+    assert summary["last"]["val/loss"] == pytest.approx(LOSS_AFTER_RESUME, abs=1e-5)
+
+
+def test_a_new_run_reuses_its_stage_1(run: Path, invoke: Invoke) -> None:
+    model = [f"model.{key}" for key in ("dim=16", "num_layers=1", "hidden_dim=32", "num_attention_heads=2")]
+    done = invoke("algo=critic", *model, "model.num_kv_heads=1", "pretrain.reuse=run", "max_steps=1")
+    assert done.code == 0, done.err
+
+
+def test_an_earlier_run_can_be_evaluated(run: Path, invoke: Invoke) -> None:
+    done = invoke("checkpoint=run", "evaluation.sandbox=none", command="evaluate")
+    assert done.code == 0, done.err
+    (summary,) = run.glob("evaluations/tasks-*/summary.json")
+    loss = json.loads(summary.read_text())["prediction"]["head_1_loss"]
+    assert loss == pytest.approx(EVALUATED_LOSS, abs=1e-5)
+
+
+def test_an_earlier_run_can_generate(run: Path, invoke: Invoke) -> None:
+    done = invoke("checkpoint=run", "prompt=Write", "generation.max_new_tokens=12", command="generate")
+    assert (done.code, done.out != "") == (0, True), done.err
+    assert "12 tokens" in done.err
+
+
+def test_an_earlier_run_can_be_compared(
+    run: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = ["model=nano", "model.dim=16", "model.num_layers=1", "hydra.run.dir=new", "algo=baseline", "pretrain=critic"]
+    data = ["data.num_train=48", "data.num_validation=8", "data.num_test=8", "num_samples=2", "report=false"]
+    assert invoke(*new, *data, "max_steps=2", "pretrain.max_steps=1", tiny=False).code == 0
+    code = run_command(["run", "new", "baseline=algo=baseline", "reports=false"], monkeypatch, "compare")
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    (written,) = Path("outputs/comparisons").rglob("compare.json")
+    assert list(json.loads(written.read_text())["groups"]) == ["baseline", "critic"]
+    assert "_target_" not in written.read_text(), "a moved target is no difference between runs"
+
+
+def test_an_earlier_run_can_be_exported(run: Path, tmp_path: Path, invoke: Invoke) -> None:
+    done = invoke("run", "out", "format=hf_trunk", command="export")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_without_the_table_old_targets_are_not_found(
+    run: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moved_targets, "MOVED", {})
+    for command, arguments in (("evaluate", ["checkpoint=run"]), ("export", ["run", "out", "format=hf_trunk"])):
+        done = invoke(*arguments, command=command)
+        assert done.code == 2
+        assert "its model.tokenizer is not a class of wmtp" in done.err
+
+
+@pytest.mark.parametrize("target", moved_targets.MOVED)
+def test_each_current_target_exists(target: str) -> None:
+    from wmtp.config.schema import locate
+
+    assert locate(target) is locate(moved_targets.MOVED[target])
