@@ -1,8 +1,8 @@
-"""The time of an update under each algorithm, relative to the baseline's: `scripts/benchmark_algorithms.py [rounds]`.
+"""Measure the time of an update with each algorithm: `scripts/benchmark_algorithms.py [rounds]`.
 
-The micro model on the embedded tasks, in one process. In each round every algorithm makes one update of
-the same batch through the trainer, in an order that turns from round to round; a ratio is taken within
-its round. Reference losses lie on disk, as they do in every run after the first.
+One process trains the micro model on the embedded tasks. In each round, the trainer makes one update of the same
+batch with every algorithm; the order of the algorithms rotates from round to round. Each time is divided by the
+baseline's time in the same round. Reference losses are read from disk, as in every run after the first.
 """
 
 import statistics
@@ -41,7 +41,7 @@ ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
     "random critic": (Random(of=Critic()), None),
     "shuffled rho1": (Shuffled(of=ExcessLoss()), None),
 }
-"""Each algorithm with the most that its update may take, in updates of the baseline."""
+"""Each algorithm, and the limit for the time of its update relative to the baseline's; None: no limit."""
 
 
 def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Path) -> Trainer:
@@ -67,7 +67,7 @@ def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Pa
 
 
 def main(num_rounds: int) -> None:
-    """Print each algorithm's time per update, its ratio to the baseline, and whether that is within its limit."""
+    """Print each algorithm's time per update, its ratio to the baseline, and whether the ratio is within the limit."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = TaskSource(

@@ -1,13 +1,17 @@
 """Measure the speed-up of self-speculative decoding: `scripts/benchmark_decoding.py RUN_OR_CHECKPOINT [--prompts 200]`.
 
-Answers held-out tasks of the run's own data greedily, with all heads and with head 1 alone, which differ in
-nothing but the number of heads. Compared are the completions, token for token, and the time of one thread,
-with the arms taking turns in one process after a warm-up; the ratios are medians over turns. Efficiency is
-the speed-up over the tokens per forward: what is left of the gain when a forward with drafts costs more than
-one without. Published: 3.05 times as fast at 3.50 tokens per forward, 0.87, for code, 7B parameters, 4 heads,
-batch 42, on a GPU, where reading the weights takes the time (Gloeckle et al. 2024, arXiv 2404.19737, table
-S2). The margin says how near rounding is to deciding a token: it is the smallest difference of the two
-largest logits of a choice, beside the largest error of a logit, that is its difference from float64.
+The script generates greedy completions for held-out tasks of the run's data, with all heads (speculative) and with
+head 1 alone (plain). It compares the completions token by token, and the time with one thread. After a warm-up, the
+variants are timed in alternation in one process; the ratios are medians over the rounds.
+
+Efficiency is the speed-up divided by the tokens per forward. It is below 1 if a forward with drafts takes longer than
+one without. Published for code, 7B parameters, 4 heads and batch 42 on a GPU, where reading the weights dominates the
+time: a speed-up of 3.05 at 3.50 tokens per forward, an efficiency of 0.87 (Gloeckle et al. 2024, arXiv 2404.19737,
+table S2).
+
+The margin is the smallest difference between the two largest logits of any generated token. The error is the largest
+difference between a logit and its value in float64. If the margin is not larger than the error, rounding can change a
+token.
 """
 
 import argparse
@@ -35,7 +39,7 @@ Arm = tuple[bool, int]
 
 
 class Benchmark:
-    """A trained model and the requests for it."""
+    """A trained model, and the requests whose decoding is measured."""
 
     def __init__(self, path: Path, num_prompts: int, cache_dir: Path) -> None:
         config = read_run_config(find_checkpoint(path)[1])
@@ -50,7 +54,7 @@ class Benchmark:
         self.requests = [Request(prompt) for prompt in self.tokenizer.encode(texts)]
 
     def completions(self, arm: Arm, count: int | None = None) -> list[Completion]:
-        """Return the completions of the first requests, in order."""
+        """Return the completions of the first `count` requests (None: of all), in order."""
         speculative, batch_size = arm
         how = Decoding(speculative=speculative, batch_size=batch_size)
         requests = self.requests[:count]
@@ -65,7 +69,7 @@ class Benchmark:
 
     @torch.inference_mode()
     def margin_and_error(self, completions: list[Completion]) -> tuple[float, float]:
-        """Return the smallest gap between the two largest logits of any choice, and the largest error of a logit."""
+        """Return the smallest difference of the two largest logits of a token, and the largest error of a logit."""
         margins, errors = [], []
         precise = copy.deepcopy(self.model).double()
         for request, completion in zip(self.requests, completions, strict=True):
@@ -83,11 +87,11 @@ class Benchmark:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, help="a run's folder or a checkpoint")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--cache-dir", type=Path, default=Path("outputs/cache"))
+    parser.add_argument("path", type=Path, help="folder of a run or of a checkpoint")
+    parser.add_argument("--prompts", type=int, default=200, help="number of prompts")
+    parser.add_argument("--cache-dir", type=Path, default=Path("outputs/cache"), help="folder of cached tokenizers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     benchmark = Benchmark(options.path, options.prompts, options.cache_dir)
@@ -95,7 +99,7 @@ def main() -> None:
 
 
 def report(benchmark: Benchmark) -> None:
-    """Print the comparison of completions, then of times."""
+    """Print the comparison of the completions, then the table of times."""
     arms: list[Arm] = [(speculative, size) for size in BATCH_SIZES for speculative in (False, True)]
     answers = {arm: benchmark.completions(arm) for arm in arms}
     plain = answers[arms[0]]

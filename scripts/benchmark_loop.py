@@ -1,8 +1,8 @@
 """Compare the training loop with a bare loop and with Hugging Face's Trainer: `scripts/benchmark_loop.py [turns]`.
 
-The same micro model, batches, loss and optimizer in one process. The arms take turns of two updates, so
-that other load on the machine affects all of them alike; ratios are taken within a round of turns.
-The first turns warm up. Needs the extra `dev`.
+The three loops (arms) use the same micro model, batches, loss and optimizer in one process. They alternate in turns
+of two updates, so that other load on the machine affects all of them equally. Ratios are computed between turns of
+the same round. The first turns are a warm-up and are not counted. Needs the extra `dev`.
 """
 
 import logging
@@ -48,7 +48,7 @@ class WithoutValidation:
         self.fingerprint, self.seed, self.tokenizer = data.fingerprint, data.seed, data.tokenizer
 
     def micro_batches(self, *position: Any) -> list[Batch]:
-        """Return the batches of the next update; the call marks the end of the previous one."""
+        """Return the batches of the next update, after counting the previous update as done."""
         if self.step:
             self.turns.step_done("wmtp", self.step)
         self.step += 1
@@ -64,9 +64,9 @@ class WithoutValidation:
 
 
 class Turns:
-    """A scheduler that runs the arms in turns of some updates each, and times every turn.
+    """A scheduler that runs the arms in turns of `UPDATES_PER_TURN` updates, and times every turn.
 
-    Each arm is a greenlet: threads would each bring a pool of workers of their own.
+    Each arm is a greenlet, because each thread would create its own pool of torch workers.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Turns:
                     self.arms.remove(arm)
 
     def begin(self) -> None:
-        """Mark the arm's set-up as complete."""
+        """Wait for the arm's next turn, and start its clock. The first call marks the end of the arm's set-up."""
         greenlet.getcurrent().parent.switch()
         self.started = time.perf_counter()
 
@@ -100,13 +100,13 @@ class Turns:
 
 
 class LastTurn:
-    """A tracker that ends the last turn of this project's trainer when its last update is logged."""
+    """A tracker that ends the last turn of wmtp's trainer when its last update is logged."""
 
     def __init__(self, turns: Turns, num_updates: int) -> None:
         self.turns, self.num_updates = turns, num_updates
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Receive the metrics of an update."""
+        """End the last turn if `step` is the last update."""
         if step == self.num_updates:
             self.turns.step_done("wmtp", step)
 
@@ -114,8 +114,8 @@ class LastTurn:
         """Do nothing."""
 
 
-def fresh() -> tuple[MtpModel, torch.optim.Optimizer]:
-    """Return the micro model and its optimizer."""
+def create_model() -> tuple[MtpModel, torch.optim.Optimizer]:
+    """Return a new micro model and its optimizer."""
     torch.manual_seed(0)
     model = create_llama(LlamaArchitecture(
         vocab_size=512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
@@ -124,8 +124,8 @@ def fresh() -> tuple[MtpModel, torch.optim.Optimizer]:
 
 
 def wmtp_loop(data: Dataset, batches: list[Batch], turns: Turns, folder: Path) -> None:
-    """Run this project's trainer, which logs every tenth update to metrics.jsonl."""
-    model, optimizer = fresh()
+    """Run wmtp's trainer, which logs every tenth update to metrics.jsonl."""
+    model, optimizer = create_model()
     plan = Plan(len(data.train), num_epochs=99.0, max_steps=len(batches), batch_size=BATCH_SIZE)
     trainer = Trainer(
         model,
@@ -144,11 +144,11 @@ def wmtp_loop(data: Dataset, batches: list[Batch], turns: Turns, folder: Path) -
 
 
 def bare_loop(batches: list[Batch], turns: Turns) -> None:
-    """Run only forward, backward, clipping and step, on batches prepared before."""
-    model, optimizer = fresh()
+    """Run only forward, backward, clipping and step, on prepared batches."""
+    model, optimizer = create_model()
     turns.begin()
     for step, batch in enumerate(batches, start=1):
-        loss, _ = OBJECTIVE.loss(model, batch, OBJECTIVE.totals(model, batch))
+        loss, _ = OBJECTIVE.loss(model, batch, OBJECTIVE.denominators(model, batch))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -165,13 +165,13 @@ class ForHuggingFace(torch.nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the mean loss of a batch."""
-        loss, _ = OBJECTIVE.loss(self.model, batch, OBJECTIVE.totals(self.model, batch))
+        loss, _ = OBJECTIVE.loss(self.model, batch, OBJECTIVE.denominators(self.model, batch))
         return {"loss": loss}
 
 
 def hugging_face_loop(batches: list[Batch], turns: Turns, folder: Path) -> None:
-    """Run Hugging Face's Trainer, which logs every tenth update, on batches prepared before."""
-    model, optimizer = fresh()
+    """Run Hugging Face's Trainer on prepared batches; it logs every tenth update."""
+    model, optimizer = create_model()
 
     class Timing(TrainerCallback):
         def on_train_begin(self, arguments: Any, state: Any, control: Any, **options: Any) -> None:

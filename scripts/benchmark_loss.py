@@ -1,14 +1,17 @@
 """Compare memory and time of the chunked weighted loss with all logits at once: `scripts/benchmark_loss.py`.
 
-`scripts/benchmark_loss.py chunks` shows instead how the time depends on the size of a chunk.
+`scripts/benchmark_loss.py chunks` measures instead how the time depends on the chunk size.
 
-Every arm takes the losses of the same states, weights them and runs backward to the states and the
-unembedding. Memory: one process for each case; the peak of the resident set above what inputs and their
-gradients take, that is above the resident set once the inputs and a gradient buffer for each lie touched.
-`first` then drops those buffers, as `zero_grad` does before the first micro-batch of an update; `later`
-keeps them, so that backward adds to them and every arm holds its own gradient beside the sum. Time: the
-arms take turns in one process; processor time of one thread, which other processes on the machine disturb
-least, and ratios of the fastest turns.
+Every implementation (arm) computes the losses of the same states, weights them, and runs backward to the states and the
+unembedding.
+
+Memory: each case runs in its own process. The figure is the peak of the resident set minus the resident set after the
+inputs and their gradient buffers were allocated and written. For `first`, the buffers are then freed, as `zero_grad`
+does before the first micro-batch of an update. For `later`, they stay, so that backward adds to them and each arm
+needs an additional gradient.
+
+Time: the arms alternate in one process. The figure is the CPU time of one thread, because other processes disturb it
+least. Ratios are those of the fastest rounds.
 """
 
 import json
@@ -30,7 +33,7 @@ from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 NUM_HEADS, NUM_POSITIONS, DIM, VOCAB_SIZE = 4, 1024, 512, 32_000
 NUM_TURNS = 5
 TORCH_CHUNK_ROWS = 256
-"""The chunk given to torch's own function, whose default of a few rows is far slower."""
+"""Chunk size for torch's `linear_cross_entropy`, whose default of a few rows is far slower."""
 MEMORY_LIMIT, TIME_LIMIT, WEIGHTING_LIMIT, SKIP_LIMIT = 1 / 20, 1.0, 1.05, 1.1
 Arm = Callable[[], None]
 
@@ -54,24 +57,24 @@ class Inputs:
     def ours(
         self, coefficients: Callable[[Tensor, Tensor], Tensor], targets: Tensor | None = None, rows: int | None = None
     ) -> None:
-        """Compute the chunked loss."""
+        """Compute the chunked loss of wmtp, and run backward."""
         targets = self.targets if targets is None else targets
         loss, _, _ = weighted_cross_entropy(self.states, self.unembedding, targets, coefficients, rows)
         loss.backward()
 
     def known(self, losses: Tensor, rows: Tensor) -> Tensor:
-        """Return weights known before the losses."""
+        """Return the fixed weights, which do not depend on the losses."""
         return self.weights.flatten()[rows]
 
     def stacked(self) -> None:
-        """Compute the loss from all logits at once."""
+        """Compute the loss from all logits at once, and run backward."""
         logits = self.states.flatten(0, 2) @ self.unembedding.T
         losses = F.cross_entropy(logits, self.targets.flatten(), reduction="none")
-        del logits  # a caller that keeps them pays for one buffer more
+        del logits  # a caller that keeps them needs one more buffer
         (losses * self.weights.flatten()).sum().backward()
 
     def native(self) -> None:
-        """Compute torch's own chunked loss without reduction."""
+        """Compute torch's chunked loss without reduction, weight it, and run backward."""
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK_ROWS, chunking_method=None)
         losses = F.linear_cross_entropy(
             self.states.flatten(0, 2), self.unembedding, self.targets.flatten(), reduction="none", options=options
@@ -79,7 +82,7 @@ class Inputs:
         (losses * self.weights.flatten()).sum().backward()
 
     def skipping(self, keep_fraction: float) -> None:
-        """Compute the losses of all rows, then weight the largest."""
+        """Compute the losses of all rows, then train on the fraction with the largest losses."""
         losses = cross_entropy(self.states, self.unembedding, self.targets)
         kept = losses.flatten().topk(round(keep_fraction * losses.numel())).indices
         targets = torch.full_like(self.targets, IGNORED).flatten()
@@ -87,7 +90,7 @@ class Inputs:
         self.ours(self.known, targets.view(self.targets.shape))
 
     def arms(self) -> dict[str, Arm]:
-        """Return every arm by name."""
+        """Return all arms by name."""
         arms: dict[str, Arm] = {"stacked": self.stacked}
         if hasattr(F, "linear_cross_entropy"):
             arms["linear_cross_entropy"] = self.native
@@ -105,14 +108,14 @@ class Inputs:
 
 
 def resident(field: str) -> float:
-    """Return a figure of this process's resident set, in MB: VmRSS is the present, VmHWM the peak."""
+    """Return the resident set of this process in MB: `field` is VmRSS (now) or VmHWM (peak)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure_memory(arm: str, is_first: bool) -> float:
-    """Return this process's peak memory during one pass, above inputs and gradients, in MB."""
-    Inputs(num_positions=2).arms()[arm]()  # what is loaded and allocated once is no matter of the loss
+    """Return the peak memory of one forward and backward in MB, without inputs and gradient buffers."""
+    Inputs(num_positions=2).arms()[arm]()  # excludes what is loaded or allocated only once
     inputs = Inputs()
     inputs.states.grad = torch.ones_like(inputs.states)
     inputs.unembedding.grad = torch.ones_like(inputs.unembedding)
@@ -125,7 +128,7 @@ def measure_memory(arm: str, is_first: bool) -> float:
 
 
 def measure_time() -> dict[str, list[float]]:
-    """Return the seconds of every turn of each arm, and of one matrix product of a head's size."""
+    """Return the CPU seconds of each round, for every arm and for one matrix product of the size of a head."""
     torch.set_num_threads(1)
     small = Inputs(num_positions=8)
     gradients = {}
@@ -144,7 +147,7 @@ def measure_time() -> dict[str, list[float]]:
 
 
 def turns(arms: dict[str, Arm], inputs: Inputs) -> dict[str, list[float]]:
-    """Return the seconds of every turn of each arm."""
+    """Return the CPU seconds of each round, for every arm."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(NUM_TURNS):
         for name, arm in arms.items():
@@ -156,7 +159,7 @@ def turns(arms: dict[str, Arm], inputs: Inputs) -> dict[str, list[float]]:
 
 
 def own_process(*arguments: str, **environment: str) -> str:
-    """Return the output of this script with other arguments, in a process of its own."""
+    """Run this script with other arguments in a new process, and return its output."""
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
@@ -164,19 +167,19 @@ def own_process(*arguments: str, **environment: str) -> str:
 
 
 def verdict(text: str, value: float, limit: float) -> None:
-    """Return one line of the table of limits."""
+    """Print one line of the table of limits."""
     print(f"{text:66} {value:7.3f}  limit {limit:.3f}  {'reached' if value <= limit else 'NOT REACHED'}")
 
 
 def main() -> None:
-    """Print both tables and the limits that are met."""
+    """Print the tables of memory and time, and which limits are met."""
     print(
         f"{NUM_HEADS} heads × {NUM_POSITIONS} positions, dim {DIM}, vocabulary {VOCAB_SIZE}, fp32, "
         f"time of one thread, torch {torch.__version__}"
     )
     if not hasattr(F, "linear_cross_entropy"):
-        print("linear_cross_entropy is left out: this torch has none")
-    # without the low threshold, freed buffers stay in glibc's heap, where they hide later allocations
+        print("linear_cross_entropy is skipped: this version of torch does not have it")
+    # without the low threshold, glibc keeps freed buffers, and allocations that reuse them do not raise the peak
     memory = {
         (name, turn): float(own_process("memory", name, turn, MALLOC_MMAP_THRESHOLD_="65536"))
         for name in Inputs(num_positions=2).arms()
@@ -219,7 +222,7 @@ def main() -> None:
 
 
 def chunk_sizes() -> None:
-    """Print the time for each size of a chunk, for a large and a small vocabulary."""
+    """Print the time for each chunk size, for a large and a small vocabulary."""
     torch.set_num_threads(1)
     for dim, vocab_size in ((DIM, VOCAB_SIZE), (128, 512)):
         inputs = Inputs(1250 if vocab_size == 512 else 512, dim=dim, vocab_size=vocab_size)

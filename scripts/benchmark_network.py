@@ -1,10 +1,13 @@
 """Measure the cost of MLflow and S3 in a training: `scripts/benchmark_network.py [pairs] [updates] [--faults]`.
 
-The micro model on the embedded tasks, with one thread, twice: with metrics and checkpoints going to real servers on
-this machine, and without. Every update is logged and every twentieth saved, 19 MB each. The two take turns of two
-seconds, the other one being stopped, so that both meet the same machine; an update counts if it lies within a turn.
-With `--faults` the store answers five times 503, drops two connections and is silent for eight seconds. Prints the
-ratio of the median times of an update for each pair, and the median of these; ends with 1 if that is too much.
+A pair is two trainings of the micro model on the embedded tasks, with one thread each. One sends its metrics and
+checkpoints to real servers on this machine, the other does not. Every update is logged, and every twentieth update is
+saved (19 MB). The two trainings alternate in turns of two seconds, while the other is stopped (SIGSTOP), so that both
+run under the same load. Only updates that lie completely within a turn are counted. With `--faults`, the store
+responds five times with status 503, drops two connections, and does not respond for eight seconds.
+
+The script prints the ratio of the median update times for each pair, and the median of the ratios. The exit code is 1
+if this median is above the limit.
 """
 
 import itertools
@@ -22,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.forking import Child, ForkServer
 from tests.support.proxy import FaultyProxy
-from tests.support.servers import ObjectStore, TrackingServer, started_store, started_tracking
+from tests.support.servers import ObjectStore, TrackingServer, start_store, start_tracking_server
 
 LIMIT, LIMIT_WITH_FAULTS = 1.05, 1.10
-"""The most that an update may take, in updates of a training without servers."""
+"""Limits for the ratio of the update times, with servers to without servers."""
 WARM_UP = 3
-"""Updates of each that are not counted."""
+"""Number of updates of each training before the measurement."""
 TURN = 2.0
-"""Seconds."""
+"""Length of a turn in seconds."""
 Turns = list[tuple[float, float]]
 
 
@@ -41,7 +44,7 @@ def times_of(folder: Path) -> list[float]:
 
 
 def take_turns(children: dict[str, Child], folders: dict[str, Path]) -> dict[str, Turns]:
-    """Run the trainings in turns until one has ended; return the turns of each."""
+    """Run the trainings in turns until one ends; return the start and end times of the turns of each."""
     while any(len(times_of(folder)) < WARM_UP for folder in folders.values()):
         require_none_failed(children)
         time.sleep(0.05)
@@ -66,14 +69,14 @@ def take_turns(children: dict[str, Child], folders: dict[str, Path]) -> dict[str
 
 
 def require_none_failed(children: dict[str, Child]) -> None:
-    """Raise if a training failed."""
+    """Raise RuntimeError if a training failed."""
     for name, child in children.items():
         if child.poll() not in (None, 0):
             raise RuntimeError(f"the training {name} ended with {child.poll()}:\n{child.text}")
 
 
 def median_update(times: list[float], turns: Turns) -> float:
-    """Return the median time of an update within a turn."""
+    """Return the median duration of the updates that lie within a turn, in seconds."""
     pairs = itertools.pairwise(times)
     return statistics.median(b - a for a, b in pairs if any(start <= a and b <= end for start, end in turns))
 
@@ -87,7 +90,7 @@ def ratio_of(
     home: Path,
     network: FaultyProxy | None,
 ) -> float:
-    """Return the ratio of median update times with and without servers; the store is behind `network`."""
+    """Run one pair, and return the ratio of its median update times; `network` is a proxy before the store."""
     if network is not None:
         network.answer(503, 5)
         network.drop(2)
@@ -99,7 +102,7 @@ def ratio_of(
     own = {"with": stored, "without": ["tracking=none"]}
     folders = {name: home / f"{pair}-{name}" for name in own}
     children: dict[str, Child] = {}
-    for name in own if pair % 2 else reversed(own):  # neither always begins
+    for name in own if pair % 2 else reversed(own):  # each starts first in every second pair
         overrides = [*plan, *rest, *own[name], f"cache_dir={home / 'cache'}", f"hydra.run.dir={folders[name]}"]
         children[name] = fork_server.start("train", *overrides, folder=home, variables=variables)
     turns = take_turns(children, folders)
@@ -111,13 +114,13 @@ def ratio_of(
 
 
 def main(num_pairs: int, updates: int, *, has_faults: bool) -> int:
-    """Print the ratio of every pair, the median, and whether it is within the limit; return the exit code."""
+    """Print the ratio of every pair, their median, and whether it is within the limit; return the exit code."""
     with tempfile.TemporaryDirectory() as name, ForkServer() as fork_server, ExitStack() as stack:
         home = Path(name)
         for folder in ("s3", "mlflow"):
             (home / folder).mkdir()
-        store = started_store(home / "s3")
-        server = started_tracking(home / "mlflow", store)
+        store = start_store(home / "s3")
+        server = start_tracking_server(home / "mlflow", store)
         network = stack.enter_context(FaultyProxy(store.endpoint_url)) if has_faults else None
         try:
             ratios = [ratio_of(pair, updates, fork_server, store, server, home, network) for pair in range(num_pairs)]

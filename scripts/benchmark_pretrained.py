@@ -1,9 +1,9 @@
 """Measure the cost of training a pretrained model: seconds and memory of an update, with and without the chunked loss.
 
-    python scripts/benchmark_pretrained.py model=smollm2 data=mbpp data.path=DIR           # as overrides of a training
+    python scripts/benchmark_pretrained.py model=smollm2 data=mbpp data.path=DIR
     python scripts/benchmark_pretrained.py --cases baseline,lora --updates 5 model=huggingface model.path=DIR
 
-Each case is a process of its own, so that the peak of its memory is its own. Overrides are those of a training.
+Each case runs in its own process, so that its peak memory is measured separately. Overrides are those of `wmtp.train`.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def plain_cross_entropy(states: Tensor, unembedding: Tensor, targets: Tensor) ->
 def weighted(
     states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: Coefficients, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the same as `weighted_cross_entropy`, without chunks."""
+    """Compute the same result as `weighted_cross_entropy`, without chunks."""
     losses = plain_cross_entropy(states, unembedding, targets)
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
     used = torch.zeros_like(losses).index_copy(0, rows, coefficients(losses.detach()[rows], rows))
@@ -69,13 +69,14 @@ def composed(overrides: list[str]) -> DictConfig:
 
 
 def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
-    """Return seconds and tokens of a case's updates, peak memory, and the first and last loss."""
+    """Return the measurements of a case: seconds per update, tokens per second, peak memory, first and last losses."""
     if case == ALL_AT_ONCE:
         mtp.weighted_cross_entropy = weighted  # type: ignore[assignment]
     config = composed([*overrides, *CASES[case], "early_stopping=none"])
     started = time.perf_counter()
     components = build_components(config)
-    if components.algorithm.needs_reference:  # what it costs is paid once; here any number will do
+    if components.algorithm.needs_reference:
+        # reference losses are computed once, not in each update; constants replace them here
         reference = build_reference(config, components, None)
         del reference
         for split in (components.data.train, components.data.validation):
@@ -86,7 +87,7 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
         objective = mtp.MtpObjective(components.algorithm)
         trainer = build_trainer(config, Path(folder), components.hardware, components.data, model, objective)
         seconds, tokens, losses = [], [], []
-        for _ in range(updates + 1):  # the first one warms up
+        for _ in range(updates + 1):  # the first one is a warm-up
             before, started = trainer.position.tokens, time.perf_counter()
             metrics = trainer.train_update()
             seconds.append(time.perf_counter() - started)
@@ -112,10 +113,14 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
 def main() -> None:
     """Print a table of all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=f"baseline,{ALL_AT_ONCE},critic,rho1", help=", ".join(CASES))
-    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument(
+        "--cases",
+        default=f"baseline,{ALL_AT_ONCE},critic,rho1",
+        help=f"comma-separated list of cases: {', '.join(CASES)}",
+    )
+    parser.add_argument("--updates", type=int, default=3, help="number of measured updates per case")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("overrides", nargs="*", help="overrides of wmtp.train")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.overrides, arguments.updates)))

@@ -1,4 +1,6 @@
-"""Measure the time of the sandbox: `scripts/benchmark_sandbox.py`, with every isolation that works on this machine.
+"""Measure the time that the sandbox needs to grade programs: `scripts/benchmark_sandbox.py`.
+
+The script measures every isolation that is available on this machine.
 
 `one run` is the median time of grading one program with one assertion: two sandboxes, one for the program and one
 for the test. `HumanEval` is the time of grading all canonical solutions with as many workers as there are cores; it
@@ -24,7 +26,7 @@ CHOICES: tuple[Choice, ...] = ("bubblewrap", "unshare", "none")
 
 
 def seconds_of_one(isolation: Isolation) -> float:
-    """Return the median time of grading one small program."""
+    """Return the median time of grading one small program, in seconds."""
     program = Program("def double(n):\n    return 2 * n\n", ("assert double(3) == 6",))
     verdicts = [grade(program, isolation, Limits()) for _ in range(NUM_RUNS)]
     assert all(verdict.outcome == "pass" for verdict in verdicts)
@@ -32,7 +34,7 @@ def seconds_of_one(isolation: Isolation) -> float:
 
 
 def seconds_of_all(isolation: Isolation, num_workers: int) -> tuple[float, int]:
-    """Return the time of grading all solutions, and the number that pass."""
+    """Return the seconds for grading all solutions of HumanEval, and the number that pass."""
     programs = []
     for problem in read_problems().values():
         [record] = humaneval_records(problem)
@@ -44,7 +46,7 @@ def seconds_of_all(isolation: Isolation, num_workers: int) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Print the table and the limits that are met."""
+    """Print the table, and whether the limits are met."""
     num_workers = os.cpu_count() or 1
     print(f"{'':12} {'one run':>9} {'HumanEval':>10} {'passed':>7}   {num_workers} workers")
     for choice in CHOICES:

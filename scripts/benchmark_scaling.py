@@ -1,9 +1,9 @@
-"""Compare two processes of one thread with one process of two: tokens per second, and the bytes that gloo moves.
+"""Compare two processes of one thread with one process of two threads: tokens per second, and bytes sent by gloo.
 
     python scripts/benchmark_scaling.py [rounds]
 
 Each round trains the micro model for some updates in one process, then with DDP, then with FSDP, on the same
-batches; the ratios are of medians. The bytes are what went over the loopback meanwhile. Linux only.
+batches. Ratios are those of the medians. Bytes are those received on the loopback during the run. Linux only.
 """
 
 import json
@@ -23,16 +23,16 @@ ARMS = {
 
 
 def loopback_bytes() -> int:
-    """Return the bytes received on the loopback since the machine started."""
+    """Return the bytes received on the loopback interface since the machine started."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.strip().partition(":")
         if name == "lo":
             return int(counters.split()[0])
-    raise SystemExit("there is no loopback interface to count on")
+    raise SystemExit("no loopback interface in /proc/net/dev, so sent bytes cannot be counted")
 
 
 def measured(folder: Path, overrides: list[str], threads: str) -> tuple[float, float, int]:
-    """Return tokens per second, bytes per update and number of parameters of a short run."""
+    """Train a short run, and return its tokens per second, bytes per update and number of parameters."""
     command = [
         sys.executable, "-m", "wmtp.train", *overrides, f"max_steps={UPDATES}", "log_interval=5", "tracking=none",
         "eval_interval=null", "data.num_validation=8", "num_samples=0", "num_validation_samples=0",

@@ -34,17 +34,17 @@ SMOLLM2 = {
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 PUBLISHED = {"MetaCheckpoint": ("params.json", META_7B), "SmolLM2": ("config.json", SMOLLM2)}
-"""What stands in for the folder of a pretrained model."""
+"""File name and content that replace the folder of a pretrained model, by the class of the model source."""
 MBPP = 374
-"""Training problems of MBPP."""
+"""Number of training problems of MBPP."""
 NOMINAL = {"cuda": 80, "cpu": 16, "mps": 16}
-"""GB of a GPU, and of a laptop."""
+"""Nominal memory in GB: an A100 for cuda, a laptop for cpu and mps."""
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "work", "total")
 
 
 @dataclass(frozen=True)
 class Training:
-    """One stage of a preset."""
+    """The inputs of the estimate for one stage of a preset."""
 
     name: str
     shape: ModelShape
@@ -55,14 +55,14 @@ class Training:
 
 
 def presets() -> list[str]:
-    """Return the names of the presets of single runs, without the bases of others."""
+    """Return the names of the presets, without `base` files and sweeps."""
     folder = CONFIG_FOLDER / "experiment"
     found = [path.relative_to(folder).with_suffix("") for path in folder.glob("**/*.yaml") if path.stem != "base"]
     return sorted(str(name) for name in found if name.parts[0] != "sweep")
 
 
 def composed(preset: str, folder: Path) -> DictConfig:
-    """Return the config of a preset; a pretrained model gets a description in a new folder below `folder`."""
+    """Return the config of a preset. A pretrained model is replaced by its config file in `folder`/`preset`."""
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         config = hydra.compose("train", [to_hydra_override(f"experiment={preset}")])
     file, content = PUBLISHED.get(config.model["_target_"].rpartition(".")[2], (None, None))
@@ -76,8 +76,8 @@ def composed(preset: str, folder: Path) -> DictConfig:
 
 
 def shape(config: DictConfig, folder: Path, stage: Stage | None) -> ModelShape:
-    """Return the shape of a stage's model and which parameters train; `folder` keeps the tokenizer."""
-    is_new = "path" not in config.model  # and as large as its tokenizer makes it
+    """Return the shape of a stage's model, with its trained parameters; `folder` is the cache of tokenizers."""
+    is_new = "path" not in config.model  # a new model, whose vocabulary size is that of its tokenizer
     source = build_source(config.model, build(config.model.tokenizer, cache_dir=folder) if is_new else None, folder)
     model = empty_model(source.architecture(), source.lora, source.value_head_dim)
     if needs_values(config) if stage is None else stage.trains_policy:
@@ -89,7 +89,7 @@ def shape(config: DictConfig, folder: Path, stage: Stage | None) -> ModelShape:
 
 
 def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = None) -> Training:
-    """Return one stage of a config."""
+    """Return the estimate's inputs for one stage of a config; `stage` is None for stage 2."""
     hardware, data = config.hardware, config.data
     num_samples = data.n_samples or data.get("num_train") or MBPP
     device = "cpu" if hardware.device == "auto" else hardware.device
@@ -105,7 +105,7 @@ def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = 
 
 
 def trainings() -> Iterator[Training]:
-    """Yield every stage of every preset."""
+    """Yield the inputs for every stage of every preset."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for preset in presets():
@@ -122,7 +122,7 @@ def in_millions(number: int) -> str:
 
 
 def memory_row(each: Training) -> list[object]:
-    """Return the row with the memory of one process, in GB."""
+    """Return a row of the table of memory, in GB of one process."""
     found, counts = memory(each.shape, each.machine, each.setting), each.shape.counted
     sizes = [f"{found[part] / GB:.2f}" for part in PARTS]
     tokens = each.setting.micro_batch_size * each.machine.sequence
@@ -135,13 +135,13 @@ def memory_row(each: Training) -> list[object]:
 
 
 def time_row(each: Training) -> list[object]:
-    """Return the row with the updates, and their time on A100s if every sample has the maximum length."""
+    """Return a row of the table of time; every sample is assumed to have the maximum length."""
     samples = [each.name, f"{each.num_samples:,}", each.machine.sequence, each.num_updates]
     if each.machine.device != "cuda":
         return [*samples, "dry run", "dry run", "dry run"]
     found, tokens = speed(each.shape, each.machine, each.setting), each.machine.batch_size * each.machine.sequence
     seconds = [tokens / found.fast, tokens / found.slow]
-    # where values alone train, the trunk runs once over the data; later updates read its states
+    # if only the value head trains, the trunk processes the data once, and later epochs read its cached states
     updates = each.num_samples / each.machine.batch_size if each.shape.trains_values_only else each.num_updates
     least, most = (format_duration(updates * second) for second in seconds)
     return [

@@ -1,6 +1,7 @@
 """Print the tables of docs/scaling.md: memory and time of a model on several GPUs, calculated, not measured.
 
-Without options it prints all of them; `--gpus 4 --memory 80` gives those of one machine.
+Without options, it prints the tables of all machines of the page. Options such as `--gpus 4 --memory 80` select one
+machine.
 """
 
 import argparse
@@ -26,14 +27,14 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 YES = ("no", "yes")
 DESCRIPTION = ("GPUs", "strategy", "recompute", "reduce each", "micro-batch")
 SIZES = ("dim", "num_layers", "num_heads", "num_attention_heads", "hidden_dim", "vocab_size")
-"""What can be asked for of a model."""
+"""Sizes of the model that have an option."""
 
 MACHINES = [(4, 40.0), (4, 80.0), (64, 80.0)]
 """Number of GPUs and nominal GB of each, for the tables of docs/scaling.md."""
 
 # assumed
 USABLE_MEMORY = 0.9
-"""Of the nominal size; the rest is for CUDA, NCCL and fragments."""
+"""Usable share of the nominal memory; the rest is for CUDA, NCCL and fragmentation."""
 DEVICE_TO_HOST = 5 * GB
 NETWORK = 1.25 * GB
 DISKS = (1 * GB, 2 * GB, 5 * GB)
@@ -50,13 +51,13 @@ def fits(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> bool:
 
 
 def checkpoint_seconds(shape: ModelShape, gpus: int, disk: float, sharded: bool) -> float:
-    """Return the seconds that training waits for a save: copy from the GPU, write to the shared disk, hash."""
+    """Return the seconds that training waits for a save: copying from the GPU, writing to the shared disk, hashing."""
     size, writers = 12 * shape.parameters, gpus if sharded else 1
     return size / (writers * DEVICE_TO_HOST) + size / disk + size / (writers * HASH_BANDWIDTH)
 
 
 def candidates(shape: ModelShape, machine: Machine) -> list[ParallelSetting]:
-    """Return each setting with the largest micro-batch that fits, or with 1 if none does."""
+    """Return the settings to compare, each with the largest micro-batch that fits, or with 1 if none fits."""
     found = [ParallelSetting("ddp", True, False, 1)]
     for recompute, each in product((True, False), (True, False)):
         sizes = [size for size in MICRO_BATCH_SIZES if size * machine.processes <= machine.batch_size] or [1]
@@ -68,7 +69,7 @@ def candidates(shape: ModelShape, machine: Machine) -> list[ParallelSetting]:
 
 
 def best(shape: ModelShape, machine: Machine) -> ParallelSetting | None:
-    """Return the fitting candidate with the highest pessimistic speed."""
+    """Return the candidate that fits and has the highest speed at its slow end; None if none fits."""
     fitting = [setting for setting in candidates(shape, machine) if fits(shape, machine, setting)]
     return max(fitting, key=lambda setting: speed(shape, machine, setting).slow, default=None)
 
@@ -79,8 +80,8 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def described(machine: Machine, setting: ParallelSetting) -> list[object]:
-    """Return the first cells of a row."""
+def setting_cells(machine: Machine, setting: ParallelSetting) -> list[object]:
+    """Return the first cells of a row: the machine and the setting."""
     flags = [YES[setting.activation_checkpointing], YES[setting.reduce_each_micro_batch]]
     return [f"{machine.processes} × {machine.memory:g} GB", setting.strategy, *flags, setting.micro_batch_size]
 
@@ -93,7 +94,7 @@ def memory_table(shape: ModelShape, machines: list[Machine]) -> str:
         for setting in candidates(shape, machine):
             found = memory(shape, machine, setting)
             sizes = [f"{found[part] / GB:.1f}" for part in parts]
-            rows.append([*described(machine, setting), *sizes, YES[fits(shape, machine, setting)]])
+            rows.append([*setting_cells(machine, setting), *sizes, YES[fits(shape, machine, setting)]])
     return table([*DESCRIPTION, *parts, "fits"], rows)
 
 
@@ -111,7 +112,7 @@ def speed_table(shape: ModelShape, machines: list[Machine]) -> str:
             used = [100 * model * rate / machine.processes / PEAK_FLOPS for rate in (found.slow, found.fast)]
             products = f"{found.peak_seconds / UTILIZATION[1]:.1f} – {found.peak_seconds / UTILIZATION[0]:.1f}"
             rows.append([
-                *described(machine, setting), count, f"{gathered / GB:.0f}", f"{reduced / GB:.0f}", products,
+                *setting_cells(machine, setting), count, f"{gathered / GB:.0f}", f"{reduced / GB:.0f}", products,
                 f"{found.traffic_seconds:.2f}", f"**{rates}**" if setting == best(shape, machine) else rates,
                 f"{used[0]:.0f} – {used[1]:.0f}",
             ])  # fmt: skip
@@ -138,7 +139,7 @@ def node_table(shape: ModelShape) -> str:
     for cards, forwards in product((8, 1), (1, 4)):
         wire = NODE_RING_BANDWIDTH * cards / 8
         inside = sum(traffic(shape, 8, setting, forwards)) / RING_BANDWIDTH
-        # each GPU of a node reduces its eighth over the nodes, once; together they share the node's network
+        # each GPU of a node reduces an eighth of the gradients over the nodes, once; its GPUs share the node's network
         between = traffic(shape, 8, ParallelSetting("ddp", False, False, 1), 1)[1] / wire
         over_all = sum(traffic(shape, 64, setting, forwards)) / wire
         rows.append([f"{cards} × 200 Gb/s", forwards, f"{over_all:.2f}", f"{inside + between:.2f}"])
@@ -159,14 +160,16 @@ def default_tables() -> list[str]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gpus", type=int, help="number of A100s; all machines of the page without it")
+    parser.add_argument("--gpus", type=int, help="number of A100s; default: all machines of the page")
     parser.add_argument("--memory", type=float, default=80, help="nominal GB of a GPU")
-    parser.add_argument("--sequence", type=int, default=2048, help="tokens of a sample")
-    parser.add_argument("--batch-size", type=int, default=256, help="samples of an update, over all GPUs")
-    parser.add_argument("--ring", type=float, help="GB/s of a ring, per GPU; default: NVLink's, or the network's")
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens per sample")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples per update, in total over all GPUs")
+    parser.add_argument("--ring", type=float, help="GB/s of a ring, per GPU; default: NVLink, or the network")
     for name in SIZES:
         value = getattr(ModelShape(), name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"of the model: {value}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help=f"default: {value}, as in the 7B model"
+        )
     options = parser.parse_args()
     shape = ModelShape(**{name: getattr(options, name) for name in SIZES})
     shapes = [(options.gpus, options.memory)] if options.gpus else MACHINES

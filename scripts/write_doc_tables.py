@@ -1,7 +1,7 @@
 """Write the calculated tables of docs/scaling.md and docs/presets.md: `scripts/write_doc_tables.py [--check]`.
 
-A table is replaced where the line before it is `<!-- from scripts/NAME.py -->`. With `--check` nothing is written, and
-the exit code is 1 if a page differs from what its script calculates.
+A table is replaced if the line before it is `<!-- from scripts/NAME.py -->`. With `--check`, nothing is written, and
+the exit code is 1 if a table differs from the output of its script.
 """
 
 import re
@@ -16,10 +16,10 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def replace_tables(page: str, script: str, tables: list[str]) -> str:
-    """Return a page with new tables in place of those marked as calculated by a script.
+    """Replace the tables of a page that are marked with the name of `script`, in order, and return the page.
 
     Raises:
-        ValueError: the page has another number of marked tables.
+        ValueError: the number of marked tables is not that of `tables`.
     """
     marked = re.compile(rf"(<!-- from scripts/{script}\.py -->\n)(?:\|.*\n)+")
     if len(marked.findall(page)) != len(tables):
@@ -29,7 +29,7 @@ def replace_tables(page: str, script: str, tables: list[str]) -> str:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Yield each page's path and the text that it should have."""
+    """Yield the path of each page and its text with current tables."""
     for name, script, tables in (
         ("scaling.md", "estimate_scaling", estimate_scaling.default_tables()),
         ("presets.md", "estimate_presets", estimate_presets.tables()),

@@ -1,4 +1,4 @@
-"""What the tests share: the command in this process, a tiny model and a tiny data set."""
+"""Shared fixtures and helpers: commands that run in this process, a tiny model and a tiny dataset."""
 
 import importlib
 import os
@@ -20,10 +20,10 @@ from tests.support.ranks import Ranks
 from tests.support.servers import (  # noqa: F401
     ObjectStore,
     TrackingServer,
-    keys,
     object_store,
     object_store_server,
     proxy,
+    s3_credentials,
     tracking_server,
     tracking_server_process,
 )
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
         "num_validation_samples=0", "report=false"]  # fmt: skip
-"""Overrides that make a training take a second."""
+"""Overrides with which a training run takes about one second."""
 
 
 @dataclass
 class Outcome:
-    """What a command gave."""
+    """The result of a command: its exit code, standard output and standard error."""
 
     code: int
     out: str
@@ -55,37 +55,40 @@ class Outcome:
 
 os.environ["PYTHON_DOTENV_DISABLED"] = "1"
 for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
-    del os.environ[name]  # tests send nothing to the servers of whoever runs them
-os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: on cores that others keep busy, torch's threads spin
-torch.set_num_threads(1)  # of models this small, a second thread makes none faster
+    del os.environ[name]  # tests must not send data to the developer's own servers
+os.environ["OMP_NUM_THREADS"] = "1"  # also in started processes: on busy cores, torch's threads waste time
+torch.set_num_threads(1)  # a second thread does not speed up models this small
 Invoke = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token cache for all tests."""
+    """Return the token cache that all tests share."""
     return tmp_path_factory.mktemp("cache")
 
 
 def run_command(arguments: list[str], patch: pytest.MonkeyPatch, name: str = "train") -> int:
-    """`python -m wmtp.<name> …` in this process and in the current folder; its exit code."""
+    """Run `python -m wmtp.<name> …` in this process and in the current folder, and return its exit code."""
     command = importlib.import_module(f"wmtp.{name}").COMMAND
     patch.setattr(sys, "argv", [f"wmtp.{name}", *arguments])
     GlobalHydra.instance().clear()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(command)
-    return int(ended.value.code or 0)
+    return int(exit_info.value.code or 0)
 
 
 @pytest.fixture
 def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
-    """Runs `python -m wmtp.<command> …` in this process, in an empty folder, without MLflow unless asked for."""
+    """Return a function that runs `python -m wmtp.<command> …` in this process and in an empty folder.
+
+    Training runs are not tracked in MLflow unless an override enables it.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str, tiny: bool = True, command: str = "train") -> Outcome:
         capsys.readouterr()
-        own = ["tracking=none", *(TINY if tiny else [])] if command == "train" else []
-        code = run_command([f"cache_dir={cache}", *own, *overrides], monkeypatch, command)
+        defaults = ["tracking=none", *(TINY if tiny else [])] if command == "train" else []
+        code = run_command([f"cache_dir={cache}", *defaults, *overrides], monkeypatch, command)
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 
@@ -94,31 +97,34 @@ def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Two processes to run functions in. Mark tests that use it `xdist_group("ranks")`: they share the two."""
-    both = Ranks()
-    yield both
-    both.stop()
+    """Yield two processes that run functions as ranks.
+
+    Mark tests that use it `xdist_group("ranks")`, so that they share the processes.
+    """
+    pair = Ranks()
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Where commands are forked from a process that has imported everything."""
-    with ForkServer() as each:
-        yield each
+    """Yield the server that forks commands from a process in which all modules are imported."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture
 def world(
     fork_server: ForkServer, object_store: ObjectStore, tracking_server: TrackingServer, cache: Path, tmp_path: Path
 ) -> "World":
-    """A user's folder, with both servers in its `.env`."""
+    """Return the environment of one test user: an empty folder, an empty bucket and a new experiment."""
     from tests.support.world import World  # imports mlflow, which takes seconds
 
     return World(fork_server, object_store, tracking_server, cache, tmp_path / "home")
 
 
 def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
-    """`python -m wmtp.train …` as a process of its own, in `folder`."""
+    """Start `python -m wmtp.train …` as a separate process in `folder`."""
     return subprocess.Popen(
         [sys.executable, "-m", "wmtp.train", *overrides],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -128,13 +134,13 @@ def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="session")
 def tokenizer(cache: Path) -> Tokenizer:
-    """The tokenizer of the embedded tasks."""
+    """Return the tokenizer of the embedded tasks."""
     return task_tokenizer(cache)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
-    """Forty training and eight validation samples of the embedded tasks."""
+    """Return a dataset with 40 training and 8 validation samples of the embedded tasks."""
     source = TaskSource(
         tokenizer=tokenizer, num_train=40, num_validation=8, num_test=8, difficulties={1: 1, 2: 1}, correct_ratio=1.0
     )
@@ -142,7 +148,7 @@ def tiny_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
 
 
 def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpModel:
-    """A model of 0.2 million parameters."""
+    """Return a model with 0.2 million parameters."""
     torch.manual_seed(seed)
     return create_llama(LlamaArchitecture(
         vocab_size=512, dim=64, num_layers=2, num_heads=num_heads, num_attention_heads=4, num_kv_heads=2,
@@ -150,8 +156,8 @@ def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpMo
     ))  # fmt: skip
 
 
-def composed(*overrides: str) -> DictConfig:
-    """train.yaml with overrides."""
+def compose_config(*overrides: str) -> DictConfig:
+    """Return the config of train.yaml with overrides."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
         return hydra.compose("train", [to_hydra_override(override) for override in overrides])
@@ -159,5 +165,5 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:
-    """Composes train.yaml with overrides."""
-    return composed
+    """Return the function `compose_config`."""
+    return compose_config

@@ -1,4 +1,4 @@
-"""Compare groups of runs with a baseline: `python -m wmtp.compare DIR… metric=val/loss`; `--help` lists the rest."""
+"""Compare groups of runs with a baseline: `python -m wmtp.compare DIR… metric=val/loss`; `--help` lists all keys."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def compare(context: JobContext) -> None:
     folder = create_run_folder(OUTPUTS / "comparisons") if config.folder is None else Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_atomically(folder / "compare.json", encode_json(comparison_to_dict(comparison)))
-    bare = folders_without_report([run for group in comparison.groups.values() for run in group])
-    if config.reports and bare:
-        what = f"report.html of {len(bare)} run{'s' if len(bare) > 1 else ''} without one"
-        console.print(f"Writing {what}; skip this with reports=false", soft_wrap=True, highlight=False)
-        for run in bare:
-            write_report_or_warn(run)
+    folders = folders_without_report([run for group in comparison.groups.values() for run in group])
+    if config.reports and folders:
+        count = f"{len(folders)} run{'s' if len(folders) > 1 else ''}"
+        message = f"Writing the missing report.html of {count}; skip this with reports=false"
+        console.print(message, soft_wrap=True, highlight=False)
+        for run_folder in folders:
+            write_report_or_warn(run_folder)
     write_comparison_report(folder / "compare.html", comparison)
     console.print(f"The comparison is in {display_path(folder)}", soft_wrap=True, highlight=False)
 

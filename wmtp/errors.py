@@ -7,10 +7,10 @@ SEVERITY = (0, 3, 2, 4, 1)
 (interruptions) are more severe."""
 
 
-def worst(exit_codes: Iterable[int]) -> int:
+def worst_exit_code(exit_codes: Iterable[int]) -> int:
     """Return the exit code of a command with several jobs.
 
-    >>> worst([0, 3, 1]), worst([2, 3]), worst([1, 137]), worst([])
+    >>> worst_exit_code([0, 3, 1]), worst_exit_code([2, 3]), worst_exit_code([1, 137]), worst_exit_code([])
     (1, 2, 137, 0)
     """
     return max(

@@ -1,4 +1,4 @@
-"""Types with ranges for constructor signatures, against which the config is checked."""
+"""Types with value ranges for constructor signatures. Config values are checked against them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,11 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 Positive = Annotated[int, Field(ge=1)]
+"""Integer of at least 1."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Finite number above 0."""
 Ratio = Annotated[float, Field(ge=0, le=1)]
+"""Number from 0 to 1."""
 
 
 def _must_exist(path: Path) -> Path:
@@ -17,3 +20,4 @@ def _must_exist(path: Path) -> Path:
 
 
 ExistingPath = Annotated[Path, AfterValidator(_must_exist)]
+"""Path of an existing file or folder."""

@@ -1,4 +1,4 @@
-"""Answer a prompt: `python -m wmtp.generate checkpoint=RUN prompt="…"`; `--help` lists the rest."""
+"""Generate answers to a prompt: `python -m wmtp.generate checkpoint=RUN prompt="…"`; `--help` lists all keys."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def generate(context: JobContext) -> None:
     with hardware.autocast():
         for index, completion in completions(model, tokenizer, requests, build(config.generation), max_tokens, _show):
             found[index] = completion
-            while num_shown in found:  # in the order of their indices
+            while num_shown in found:  # print the completions in the order of their indices
                 header = f"--- answer {num_shown + 1} of {config.n}\n"
                 print("" if config.n == 1 else f"{header}{found[num_shown].text}", flush=True)
                 num_shown += 1
     metrics = speculation_metrics([completion.stats for completion in found.values()])
-    costs = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    statistics = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
     tokens = sum(len(completion.tokens) for completion in found.values())
     ends = ", ".join(sorted({completion.finish for completion in found.values()}))
-    print(f"[{tokens} tokens, ended by {ends}; {costs}]", file=sys.stderr)
+    print(f"[{tokens} tokens, ended by {ends}; {statistics}]", file=sys.stderr)
 
 
 def read_prompt(value: str) -> str:

@@ -63,8 +63,8 @@ def find_run_folders(folders: list[Path]) -> list[Path]:
     """
     found: set[Path] = set()
     for folder in folders:
-        marked = [path.parent for path in folder.rglob("status.json")]
-        runs = [each for each in marked if has_remote(each) or claims_running(each)]
+        candidates = [path.parent for path in folder.rglob("status.json")]
+        runs = [each for each in candidates if has_remote(each) or has_running_status(each)]
         if not runs:
             problem = "contains no run" if folder.exists() else "does not exist"
             raise InputError(f"{folder}: {problem}; give the folder of a run, or a folder that contains runs")
@@ -73,12 +73,12 @@ def find_run_folders(folders: list[Path]) -> list[Path]:
 
 
 def has_remote(folder: Path) -> bool:
-    """Return whether the data of a folder are uploaded to a server."""
+    """Return whether the data of a folder may be uploaded to a server: it has run.json or mlflow.json."""
     return (folder / RUN).exists() or (folder / SYNC_STATE).exists()
 
 
-def claims_running(folder: Path) -> bool:
-    """Return whether the status is RUNNING, or status.json is damaged, which is reported later."""
+def has_running_status(folder: Path) -> bool:
+    """Return whether the state in status.json is RUNNING. A damaged file counts too, so that it is reported later."""
     try:
         return bool(read_status(folder)["state"] == "RUNNING")
     except (ValueError, KeyError):
@@ -110,11 +110,11 @@ def upload_pending(folder: Path) -> str:
         return "is running, and uploads its own data"
     from wmtp.training.uploads import send_pending
 
-    was = read_status(folder)["state"]
+    before = read_status(folder)["state"]
     state = mark_dead_run(folder)
-    closed = [f"was {was}, but no process is running: recorded as {state}"] if state != was else []
+    changes = [f"was {before}, but no process is running: recorded as {state}"] if state != before else []
     reports = send_pending(folder, state) if has_remote(folder) else []
-    return "; ".join(closed + reports) or "nothing to send"
+    return "; ".join(changes + reports) or "nothing to send"
 
 
 if __name__ == "__main__":

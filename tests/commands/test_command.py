@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY, Invoke, start_training
-from wmtp.checkpoint.store import damage
+from wmtp.checkpoint.store import find_damage
 from wmtp.runtime.processes import CORES_VARIABLE
 from wmtp.runtime.run_dir import create_run_folder
 
@@ -106,7 +106,7 @@ def test_a_run_writes_all_files_to_its_folder(invoke: Invoke) -> None:
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["split"]) for line in samples] == [(4, "test")] * 2
     assert summary["pass@1"]["problems"] == 2
-    assert all(damage(path) is None for path in (folder / "checkpoints").glob("step_*"))
+    assert all(find_damage(path) is None for path in (folder / "checkpoints").glob("step_*"))
     assert f"resume={folder} " in outcome.out and "head_4_loss" in outcome.out
     assert max(map(len, outcome.out.splitlines())) < 400
 
@@ -248,7 +248,7 @@ def test_a_signal_ends_the_update_saves_and_can_be_resumed(
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("KILLED", code)
     (saved,) = (tmp_path / "run" / "checkpoints").glob(f"step_{status['step']:08d}")
-    assert damage(saved) is None
+    assert find_damage(saved) is None
     assert "Traceback" not in out + err
     outcome = invoke("resume=run", f"max_steps={status['step'] + 2}", tiny=False)
     assert outcome.code == 0, outcome.err

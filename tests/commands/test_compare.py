@@ -60,7 +60,7 @@ def test_runs_without_a_report_get_one(call, runs: Path) -> None:  # type: ignor
     assert not (folders[1] / "report.html").exists()
     outcome = call("my runs", "folder=here")
     assert outcome.code == 0, outcome.err
-    assert "Writing report.html of 5 runs without one; skip this with reports=false" in " ".join(outcome.out.split())
+    assert "Writing the missing report.html of 5 runs; skip this with reports=false" in " ".join(outcome.out.split())
     assert all((folder / "report.html").exists() for folder in folders)
     assert (folders[0] / "report.html").read_text() == "of its own"
     assert Path("here/compare.html").read_text().count("report.html") == 6

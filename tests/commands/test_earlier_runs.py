@@ -80,15 +80,15 @@ def test_an_earlier_run_can_be_exported(run: Path, tmp_path: Path, invoke: Invok
 def test_without_the_table_old_targets_are_not_found(
     run: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moved_targets, "MOVED", {})
+    monkeypatch.setattr(moved_targets, "MOVED_TARGETS", {})
     for command, arguments in (("evaluate", ["checkpoint=run"]), ("export", ["run", "out", "format=hf_trunk"])):
         done = invoke(*arguments, command=command)
         assert done.code == 2
         assert "its model.tokenizer is not a class of wmtp" in done.err
 
 
-@pytest.mark.parametrize("target", moved_targets.MOVED)
+@pytest.mark.parametrize("target", moved_targets.MOVED_TARGETS)
 def test_each_current_target_exists(target: str) -> None:
     from wmtp.config.schema import locate
 
-    assert locate(target) is locate(moved_targets.MOVED[target])
+    assert locate(target) is locate(moved_targets.MOVED_TARGETS[target])

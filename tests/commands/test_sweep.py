@@ -116,10 +116,10 @@ def calls(folder: str) -> list[dict[str, Any]]:
 
 
 def test_failed_and_killed_jobs_run_again_on_resume(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = {7: "fail", 12: "die"}
+    behaviors = {7: "fail", 12: "die"}
     Path("sweep").mkdir()
-    for number, wish in wishes.items():
-        Path(f"sweep/wish-{number}").write_text(wish)
+    for number, behavior in behaviors.items():
+        Path(f"sweep/behavior-{number}").write_text(behavior)
     assert run([*GRID, "hydra.sweep.dir=sweep", "sweep.jobs=2"], told) == 137
     jobs = jobs_of("sweep")
     assert [job["number"] for job in jobs if job["state"] != "FINISHED"] == [7, 12] and len(calls("sweep")) == 18
@@ -130,8 +130,8 @@ def test_failed_and_killed_jobs_run_again_on_resume(told: list[str], capsys: pyt
     out = capsys.readouterr().out
     assert "16 of 18 jobs finished" in out and "sweep.resume=sweep" in out and "no luck" in out
 
-    for number in wishes:
-        Path(f"sweep/wish-{number}").unlink()
+    for number in behaviors:
+        Path(f"sweep/behavior-{number}").unlink()
     assert run([*GRID, "sweep.resume=sweep"], told) == 0
     again = calls("sweep")[18:]
     assert [(call["job"], bool(call["resume"])) for call in again] == [("7", False), ("12", True)]
@@ -155,7 +155,7 @@ def test_the_table_has_one_row_per_group_of_seeds_best_first(
 def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "subprocess.Popen[str]":
     """Start a sweep in a separate process, and return it as soon as this job waits."""
     Path("sweep").mkdir()
-    Path(f"sweep/wish-{number}").write_text("wait")
+    Path(f"sweep/behavior-{number}").write_text("wait")
     script = (
         "import sys; from wmtp.runtime.signals import raise_on_signals; import wmtp.sweep.sweep as r; "
         f"r.module_arguments = lambda name: {module!r}\n"
@@ -164,7 +164,7 @@ def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "
     command = [sys.executable, "-c", script, seeds, "hydra.sweep.dir=sweep"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    while "waits" not in (line := process.stdout.readline()):
+    while "waiting" not in (line := process.stdout.readline()):
         assert line, "it ended early"
     return process
 
@@ -177,7 +177,7 @@ def test_an_interruption_ends_running_jobs_and_keeps_the_others_for_resume(told:
         ("FINISHED", 0), ("KILLED", 130), ("PENDING", None),
     ]  # fmt: skip
     assert read_status(Path("sweep"))["state"] == "KILLED"
-    Path("sweep/wish-1").unlink()
+    Path("sweep/behavior-1").unlink()
     assert run(["seed=0,1,2", "sweep.resume=sweep"], told) == 0
     assert [call["job"] for call in calls("sweep")] == ["0", "1", "1", "2"]
 
@@ -189,7 +189,7 @@ def test_a_killed_sweep_kills_its_jobs_and_can_be_resumed(told: list[str]) -> No
         run(["sweep.resume=sweep"], told)
     process.kill()
     process.wait()
-    Path("sweep/wish-0").unlink()
+    Path("sweep/behavior-0").unlink()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -212,7 +212,7 @@ def test_a_sweep_with_other_jobs_or_in_a_used_folder_is_refused(told: list[str])
     assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 0
     with pytest.raises(ConfigError, match="sweep of other jobs"):
         run(["seed=0,1,2", "sweep.resume=sweep"], told)
-    with pytest.raises(ConfigError, match="holds a sweep already"):
+    with pytest.raises(ConfigError, match="already contains a sweep"):
         run(["seed=0,1", "hydra.sweep.dir=sweep"], told)
     with pytest.raises(InputError, match="is not the folder of a sweep"):
         run(["sweep.resume=elsewhere"], told)
@@ -241,7 +241,7 @@ def test_invalid_jobs_are_refused_singly_or_all_together(told: list[str]) -> Non
 
 def test_a_sweep_with_a_running_job_is_not_changed(told: list[str]) -> None:
     Path("sweep").mkdir()
-    Path("sweep/wish-0").write_text("fail")
+    Path("sweep/behavior-0").write_text("fail")
     assert run(["seed=0", "hydra.sweep.dir=sweep"], told) == 1
     manifest = json.loads(Path("sweep", SWEEP).read_text())
     manifest["jobs"][0]["state"] = "RUNNING"
@@ -266,7 +266,7 @@ def test_a_tracker_error_does_not_change_the_end_of_a_sweep(told: list[str], err
         raise error
 
     Path("sweep").mkdir()
-    Path("sweep/wish-0").write_text("fail")
+    Path("sweep/behavior-0").write_text("fail")
     sweep = Sweep("train", ["seed=0,1", "hydra.sweep.dir=sweep"], sound)
     if isinstance(error, PendingError):
         assert sweep.run(tell) == 1, "a failed job is worse than a server that is away"
@@ -278,7 +278,7 @@ def test_a_tracker_error_does_not_change_the_end_of_a_sweep(told: list[str], err
 
 def test_a_job_without_a_summary_failed_and_the_others_continue(told: list[str]) -> None:
     Path("sweep").mkdir()
-    Path("sweep/wish-0").write_text("forget")
+    Path("sweep/behavior-0").write_text("forget")
     assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 1
     assert [job["state"] for job in jobs_of("sweep")] == ["FAILED", "FINISHED"]
     assert "summary.json cannot be read" in jobs_of("sweep")[0]["error"] and told == ["FAILED"]
@@ -291,11 +291,11 @@ def test_the_requested_number_of_jobs_runs_at_once(tmp_path: Path) -> None:
     note = "open(sys.argv[1], 'a').write(f'{time.time()} %s\\n'); "
     code = SHELL + note % "+" + "time.sleep(0.4); " + note % "-"
 
-    def most_at_once(wished: int) -> int:
-        path = tmp_path / f"times-{wished}"
+    def most_at_once(limit: int) -> int:
+        path = tmp_path / f"times-{limit}"
         commands = {n: [sys.executable, "-S", "-c", code, str(path)] for n in range(4)}
         consoles = {n: tmp_path / str(n) for n in commands}
-        run_local(commands, consoles, wished, lambda n: None, lambda n, code, words: None)
+        run_local(commands, consoles, limit, lambda n: None, lambda n, code, words: None)
         steps = [line.split()[1] for line in sorted(path.read_text().splitlines())]
         return max(steps[:i].count("+") - steps[:i].count("-") for i in range(len(steps) + 1))
 
@@ -369,11 +369,11 @@ def test_jobs_are_submitted_like_hydras_launcher(told: list[str]) -> None:
     """Uses the local executor of submitit."""
     pytest.importorskip("submitit")
     Path("sweep").mkdir()
-    Path("sweep/wish-1").write_text("fail")
+    Path("sweep/behavior-1").write_text("fail")
     arguments = ["seed=0,1", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]
     assert run(arguments, told) == 1
     assert [job["state"] for job in jobs_of("sweep")] == ["FINISHED", "FAILED"]
-    Path("sweep/wish-1").unlink()
+    Path("sweep/behavior-1").unlink()
     assert run([*arguments[:2], "sweep.resume=sweep"], told) == 0 and len(calls("sweep")) == 3
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import composed
+from tests.conftest import compose_config
 from wmtp.runtime.atomic_files import replace_atomically
 from wmtp.runtime.run_dir import SWEEP, FolderLock, JobProgress, RunStatus, read_status
 from wmtp.sync import find_run_folders, main
@@ -17,7 +17,9 @@ def make_run(folder: Path, state: str = "FINISHED") -> Path:
 
     folder.mkdir(parents=True)
     write_run_id(folder, None)
-    replace_atomically(folder / "config.yaml", OmegaConf.to_yaml(composed("tracking=none"), resolve=True).encode())
+    replace_atomically(
+        folder / "config.yaml", OmegaConf.to_yaml(compose_config("tracking=none"), resolve=True).encode()
+    )
     status = RunStatus(folder)
     if state == "RUNNING":
         status._lock.release()

@@ -1,4 +1,4 @@
-"""The launcher: start of several processes, signals, failures and the exit of all processes."""
+"""Tests of the launcher: start of several processes, signals, failures and the exit of all processes."""
 
 import json
 import signal
@@ -9,41 +9,41 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.support.launching import ONE, TWO, Started
-from wmtp.checkpoint.store import damage
+from tests.support.launching import ONE_PROCESS, TWO_PROCESSES, StartedCommand
+from wmtp.checkpoint.store import find_damage
 from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, PEER_FAILED, ExitReport, root_cause
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import FolderLock, JobProgress, RunStatus, is_running
 
-Start = Callable[..., Started]
-BEGUN = "step-0", "step-1"
+Start = Callable[..., StartedCommand]
+STEP_FILES = "step-0", "step-1"
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start commands, and kill those that still run at the end of a test."""
-    started: list[Started] = []
+    """Yield a function that starts commands; kill those that are still running at the end of a test."""
+    started: list[StartedCommand] = []
 
-    def begin(*overrides: str, **how: object) -> Started:
-        started.append(Started(tmp_path / str(len(started)), *overrides, **how))  # type: ignore[arg-type]
+    def begin(*overrides: str, **options: object) -> StartedCommand:
+        started.append(StartedCommand(tmp_path / str(len(started)), *overrides, **options))  # type: ignore[arg-type]
         return started[-1]
 
     yield begin
-    for one in started:
-        one.kill()
+    for command in started:
+        command.kill()
 
 
 @pytest.mark.slow
-def test_two_processes_train_in_one_folder_and_a_signal_in_the_middle_saves_once(start: Start, cache: Path) -> None:
+def test_two_processes_train_in_one_folder_and_a_signal_during_training_saves_once(start: Start, cache: Path) -> None:
     options = ["hardware=cpux2", "hardware.timeout=10", "tracking=none", f"cache_dir={cache}", *TINY, "log_interval=1"]
-    straight = start(*options, "max_steps=4", module="wmtp.train")
+    short = start(*options, "max_steps=4", module="wmtp.train")
     endless = start(*options, "num_epochs=100000", module="wmtp.train")
-    code, out, _ = straight.end(90)
+    code, out, _ = short.end(90)
     assert code == 0, out
-    assert straight.status()["state"] == "FINISHED" and straight.status()["step"] == 4
-    assert out.count("updates of 16 samples") == 1 and "2 processes" in out, "one of them prints"
-    lines = [json.loads(line) for line in (straight.run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4], "and one of them writes"
+    assert short.status()["state"] == "FINISHED" and short.status()["step"] == 4
+    assert out.count("updates of 16 samples") == 1 and "2 processes" in out, "only one process prints"
+    lines = [json.loads(line) for line in (short.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4], "only one process writes"
     endless.wait_for("metrics.jsonl")
     while (endless.run / "metrics.jsonl").read_text().count("\n") < 5:
         time.sleep(0.05)
@@ -51,14 +51,14 @@ def test_two_processes_train_in_one_folder_and_a_signal_in_the_middle_saves_once
     code, out, _ = endless.end()
     status = endless.status()
     assert (code, status["state"], status["exit_code"]) == (143, "KILLED", 143), out
-    assert damage(endless.run / "checkpoints" / f"step_{status['step']:08d}") is None
+    assert find_damage(endless.run / "checkpoints" / f"step_{status['step']:08d}") is None
     assert "Resume with resume=" in out and "Traceback" not in out
 
 
 @pytest.mark.slow
 def test_the_other_ranks_wait_while_rank_0_uploads(start: Start) -> None:
-    """The exit barrier of the control is shorter than the upload."""
-    two = (*TWO, "tags.act=deliver")
+    """In the control, the time limit of the exit barrier is shorter than the upload."""
+    two = (*TWO_PROCESSES, "tags.action=upload")
     run, control = start(*two), start(*two, without="upload_barrier")
     code, out, _ = run.end(60)
     assert (code, run.status()["state"]) == (0, "FINISHED"), out
@@ -67,11 +67,12 @@ def test_the_other_ranks_wait_while_rank_0_uploads(start: Start) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(start: Start) -> None:
-    worker, launcher, control = start(*TWO), start(*TWO), start(*TWO, without="kill_on_parent_death")
+    worker, launcher = start(*TWO_PROCESSES), start(*TWO_PROCESSES)
+    control = start(*TWO_PROCESSES, without="kill_on_parent_death")
     for run in (worker, launcher, control):
-        run.wait_for(*BEGUN)
+        run.wait_for(*STEP_FILES)
         run.send(signal.SIGKILL, rank=1 if run is worker else None)
-    assert len(control.survivors(1)) == 2, "without the parent-death signal they survive"
+    assert len(control.survivors(1)) == 2, "control: without the parent-death signal the workers survive"
     assert launcher.survivors(1) == []
     code, out, seconds = worker.end()
     assert code == 1 and seconds < 5 and worker.survivors() == []
@@ -82,19 +83,19 @@ def test_a_killed_process_ends_the_others(start: Start) -> None:
 
 @pytest.mark.slow
 def test_an_error_in_one_process_fails_the_run_and_its_traceback_is_logged(start: Start) -> None:
-    run = start(*TWO, "tags.act=close")
+    run = start(*TWO_PROCESSES, "tags.action=close")
     code, out, _ = run.end()
     assert (code, run.status()["state"], run.status()["exit_code"], run.status()["step"]) == (2, "FAILED", 2, 4)
     assert "process 1: out of luck" in out and "Traceback" not in out
     assert "InputError: out of luck" in run.log() and "in steps" in run.log(), "the traceback of process 1"
-    assert all((run.run / f"closed-{rank}").exists() for rank in (0, 1)), "both had time to close their files"
+    assert all((run.run / f"closed-{rank}").exists() for rank in (0, 1)), "both processes had time to close their files"
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_ended_when_another_dies(start: Start) -> None:
-    stopped, hanging = start(*TWO), start(*TWO, "tags.act=hang")
-    control = start(*TWO, "tags.act=hang", without="watchdog,launcher")
-    stopped.wait_for(*BEGUN)
+    stopped, hanging = start(*TWO_PROCESSES), start(*TWO_PROCESSES, "tags.action=hang")
+    control = start(*TWO_PROCESSES, "tags.action=hang", without="watchdog,launcher")
+    stopped.wait_for(*STEP_FILES)
     stopped.send(signal.SIGSTOP, rank=0)
     hanging.wait_for("hangs")
     control.wait_for("hangs")
@@ -104,33 +105,34 @@ def test_a_process_that_hangs_is_ended_when_another_dies(start: Start) -> None:
         code, out, seconds = run.end()
         assert code == 1 and seconds < limit
         assert "process 1: was ended by SIGKILL" in out and run.survivors() == []
-        assert control.survivors(), "without watchdog and launcher it hangs"
+        assert control.survivors(), "control: without watchdog and launcher the process hangs"
 
 
 @pytest.mark.slow
-def test_a_signal_lets_all_processes_save_and_a_second_one_does_not(start: Start) -> None:
-    slow, alone, endless = start(*TWO, "+tags.saving=2.0"), start(*TWO), start(*TWO, "+tags.saving=30.0")
-    for run in (slow, alone, endless):
-        run.wait_for(*BEGUN)
+def test_after_a_signal_all_processes_save_and_a_second_signal_ends_them(start: Start) -> None:
+    slow, one_rank = start(*TWO_PROCESSES, "+tags.saving=2.0"), start(*TWO_PROCESSES)
+    endless = start(*TWO_PROCESSES, "+tags.saving=30.0")
+    for run in (slow, one_rank, endless):
+        run.wait_for(*STEP_FILES)
     slow.send(signal.SIGTERM)
-    alone.send(signal.SIGTERM, rank=1)
+    one_rank.send(signal.SIGTERM, rank=1)
     endless.send(signal.SIGINT)
     endless.wait_for("saving-0")
     endless.send(signal.SIGINT)
-    for run, code, message in (
+    for run, expected_code, message in (
         (endless, 130, "interrupted by SIGINT"),
-        (alone, 143, "interrupted after update"),
+        (one_rank, 143, "interrupted after update"),
         (slow, 143, "interrupted after update"),
     ):
-        found, out, seconds = run.end()
-        assert (found, run.status()["state"]) == (code, "KILLED"), out
+        code, out, seconds = run.end()
+        assert (code, run.status()["state"]) == (expected_code, "KILLED"), out
         assert run.status()["error"].startswith(message) and "start again" in out and "Traceback" not in out
         assert seconds < 8 and run.survivors() == []
 
 
 @pytest.mark.slow
 def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> None:
-    run = start(*TWO)
+    run = start(*TWO_PROCESSES)
     run.wait_for("train.log")
     while len(run.children) < 2:
         run.wait_for("train.log")
@@ -142,9 +144,9 @@ def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> Non
 
 @pytest.mark.slow
 def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) -> None:
-    failing, endless = start(*TWO, "tags.act=value", torchrun=True), start(*TWO, torchrun=True)
-    wrong, helped = start(*TWO, "model=mikro", torchrun=True), start("--help", torchrun=True)
-    endless.wait_for(*BEGUN)
+    failing, endless = start(*TWO_PROCESSES, "tags.action=value", torchrun=True), start(*TWO_PROCESSES, torchrun=True)
+    invalid, help_run = start(*TWO_PROCESSES, "model=mikro", torchrun=True), start("--help", torchrun=True)
+    endless.wait_for(*STEP_FILES)
     endless.send(signal.SIGTERM)
     endless.end()
     assert endless.status()["state"] == "KILLED" and endless.status()["error"].startswith("interrupted after update")
@@ -153,24 +155,25 @@ def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) 
     assert code == 1 and "process 1: ValueError: out of luck" in out
     assert failing.status()["state"] == "FAILED" and "ValueError: out of luck" in failing.log()
     assert [path.parent.name for path in failing.folder.rglob("status.json")] == ["run"]
-    code, out, _ = wrong.end(20)
-    assert code == 1 and "did you mean micro?" in out and not wrong.run.exists(), (
-        "no rank waits for a job that never starts"
+    code, out, _ = invalid.end(20)
+    assert code == 1 and "did you mean micro?" in out and not invalid.run.exists(), (
+        "no rank waits for a run that never starts"
     )
-    code, out, _ = helped.end(20)
+    code, out, _ = help_run.end(20)
     assert code == 0 and out.count("wmtp.train num_epochs=1") == 1
-    code, out, _ = start("-m", *TWO, "seed=0,1", torchrun=True).end(20)
+    code, out, _ = start("-m", *TWO_PROCESSES, "seed=0,1", torchrun=True).end(20)
     assert code == 1 and "a sweep starts its own processes" in out
 
 
 def report(rank: int, end: str, when: float, message: str = "") -> ExitReport:
+    """Return the exit report of a rank that ended at the time `when`."""
     return ExitReport(rank, end, {FAILED: 1, PEER_FAILED: 1, INTERRUPTED: 143, FINISHED: 0}[end], message, time=when)
 
 
 def test_the_root_cause_is_distinguished_from_its_consequences() -> None:
     ends = [report(0, PEER_FAILED, 1.0), report(1, FAILED, 2.0), report(2, INTERRUPTED, 0.5), report(3, FAILED, 3.0)]
     found = root_cause({end.rank: end for end in ends}, {0: 1, 1: 1, 2: 143, 3: 1}, None)
-    assert found is not None and found.rank == 1, "the earliest rank that failed with its own error"
+    assert found is not None and found.rank == 1, "the first rank that failed with an error of its own"
     assert root_cause({0: ends[0]}, {0: 1, 1: -9}, None).message == "was ended by SIGKILL"  # type: ignore[union-attr]
     assert root_cause({0: ends[0]}, {0: 1, 1: -15}, None).rank == 1  # type: ignore[union-attr]
     assert root_cause({1: ends[1]}, {0: -15, 1: 1}, None).rank == 1, "torch ends the other ranks with SIGTERM"  # type: ignore[union-attr]
@@ -181,7 +184,7 @@ def test_the_root_cause_is_distinguished_from_its_consequences() -> None:
 @pytest.mark.slow
 def test_only_a_running_command_locks_its_folder(start: Start) -> None:
     """A second signal without a handler kills the command, so its status stays RUNNING."""
-    run = start(*ONE, "+tags.saving=30.0", without="second")
+    run = start(*ONE_PROCESS, "+tags.saving=30.0", without="second")
     run.wait_for("step-0")
     assert is_running(run.run)
     with pytest.raises(InputError, match=f"is in use by process {run.process.pid} on "):
@@ -191,8 +194,8 @@ def test_only_a_running_command_locks_its_folder(start: Start) -> None:
     run.wait_for("saving-0")
     run.send(signal.SIGINT)
     assert run.end()[0] == -signal.SIGINT
-    assert run.status()["state"] == "RUNNING" and not is_running(run.run), "even if another process has its pid"
+    assert run.status()["state"] == "RUNNING" and not is_running(run.run), "the process id does not matter"
     status = RunStatus(run.run)
-    assert not is_running(run.run), "a command does not count itself"
+    assert not is_running(run.run), "a process ignores its own lock"
     status.end("FINISHED", 0, JobProgress())
     FolderLock(run.run).release()

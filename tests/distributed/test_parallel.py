@@ -1,4 +1,4 @@
-"""Training in one process and in two: the results of each algorithm must be equal."""
+"""Tests that training in two processes gives the results of training in one process, for each algorithm."""
 
 import json
 import shutil
@@ -10,65 +10,68 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.conftest import composed
+from tests.conftest import compose_config
 from tests.support.ranks import Ranks
-from tests.support.training import BOTH, COMMON, metrics_of, trained, trainer_in
+from tests.support.training import COMMON, STRATEGIES, make_trainer, metrics_of, train_run
 from wmtp.data.collate import Batch
 from wmtp.distributed.parallelize import synchronize_gradients
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 from wmtp.training import trainer as trainer_module
 from wmtp.training.dry_run import dry_run
 from wmtp.training.trainer import Trainer
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 
-STAGE = ["pretrain.max_steps=3", "pretrain.num_epochs=1"]
+STAGE_1 = ["pretrain.max_steps=3", "pretrain.num_epochs=1"]
 ALGORITHMS = {
     "baseline": ["algo=baseline"],
-    "critic": ["algo=critic", *STAGE],
-    "rho1": ["algo=rho1", *STAGE],
-    "rho1_token_skip": ["algo=rho1_token_skip", "max_steps=7", *STAGE],
-    "shuffled": ["algo=shuffled", "algo/of=rho1", "max_steps=7", *STAGE],
-    "random": ["algo=random", "max_steps=7", *STAGE],
+    "critic": ["algo=critic", *STAGE_1],
+    "rho1": ["algo=rho1", *STAGE_1],
+    "rho1_token_skip": ["algo=rho1_token_skip", "max_steps=7", *STAGE_1],
+    "shuffled": ["algo=shuffled", "algo/of=rho1", "max_steps=7", *STAGE_1],
+    "random": ["algo=random", "max_steps=7", *STAGE_1],
 }
 """Overrides by algorithm; the first three train for twenty updates."""
 UNEVEN = "data.num_train=43"
-"""Five updates of four micro-batches, then an update of three samples: micro-batches of two samples and of one."""
+"""An override: five updates of four micro-batches, then one of three samples in micro-batches of two and one."""
 
 
 def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the largest relative difference of each metric."""
+    """Return the largest relative difference of each metric between two runs."""
     assert len(one) == len(other)
     found: dict[str, float] = {}
-    for mine, theirs in zip(one, other, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            difference = abs(mine[name] - theirs[name]) / max(abs(mine[name]), 1e-3)
+    for first, theirs in zip(one, other, strict=True):
+        assert first.keys() == theirs.keys()
+        for name in first:
+            difference = abs(first[name] - theirs[name]) / max(abs(first[name]), 1e-3)
             found[name] = max(found.get(name, 0.0), difference)
     return found
 
 
 def worst_loss(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
-    """Return the largest relative difference of a loss."""
+    """Return the largest relative difference between the losses of two runs."""
     return max(value for name, value in differences(one, other).items() if name.endswith("loss"))
 
 
 def train_twice(
-    ranks: Ranks, folder: Path, overrides: Sequence[str], *options: str, strategies: Sequence[str] = tuple(BOTH)
+    ranks: Ranks, folder: Path, overrides: Sequence[str], *options: str, strategies: Sequence[str] = tuple(STRATEGIES)
 ) -> list[float]:
-    """Return the largest loss difference between one process and two, per strategy; `options` are for two only."""
-    alone, found = trained(folder / "alone", *overrides), []
+    """Return the largest loss difference between one process and two, for each strategy.
+
+    `options` are overrides for two processes only.
+    """
+    alone, found = train_run(folder / "alone", *overrides), []
     for strategy in strategies:
-        first, second = ranks(trained, folder / strategy, *overrides, *BOTH[strategy], *options, timeout=60)
-        assert first == second, "only the first process writes"
+        first, second = ranks(train_run, folder / strategy, *overrides, *STRATEGIES[strategy], *options, timeout=60)
+        assert first == second, "both ranks read the same file, which only rank 0 writes"
         found.append(worst_loss(alone, first))
     return found
 
 
 def check_other_metrics(alone: Path, together: Path) -> None:
-    """Check that the other metrics agree, and the tokens and weights in the summary."""
+    """Check that the metrics other than losses agree, and the tokens and weights in summary.json."""
     rest = differences(metrics_of(alone), metrics_of(together))
     assert max(rest.values()) <= 1e-3, rest
     one, other = (json.loads((folder / "summary.json").read_text()) for folder in (alone, together))
@@ -82,41 +85,43 @@ def check_other_metrics(alone: Path, together: Path) -> None:
 def test_losses_equal_those_of_one_process(ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, *ALGORITHMS[algorithm]]
     assert max(train_twice(ranks, tmp_path, overrides)) <= 1e-6
-    for strategy in BOTH:
+    for strategy in STRATEGIES:
         check_other_metrics(tmp_path / "alone", tmp_path / strategy)
 
 
 @pytest.mark.parametrize("samples", [40, 41])
-def test_a_full_or_an_empty_last_micro_batch_changes_nothing(
+def test_a_full_or_an_empty_last_micro_batch_does_not_change_the_losses(
     ranks: Ranks, tmp_path: Path, cache: Path, samples: int
 ) -> None:
     overrides = [f"cache_dir={cache}", f"data.num_train={samples}", "max_steps=7"]
     assert max(train_twice(ranks, tmp_path, overrides)) <= 1e-6
 
 
-def trained_with_means_of_means(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+def train_with_mean_of_means(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train with a loss that each rank divides by its own number of targets."""
     gradients, loss = Trainer._accumulate_gradients, MtpObjective.loss
     own: list[torch.Tensor] = []
 
-    def remembered(self: Trainer, batches: list[Batch]) -> Sums:
+    def count_own_targets(self: Trainer, batches: list[Batch]) -> MetricSums:
         own[:] = [torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)]
         return gradients(self, batches)
 
-    def divided(self: MtpObjective, model: MtpModel, batch: Batch, totals: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    def divide_by_own_targets(
+        self: MtpObjective, model: MtpModel, batch: Batch, totals: torch.Tensor
+    ) -> tuple[torch.Tensor, MetricSums]:
         return loss(self, model, batch, own[0].clamp(min=1) * 2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_accumulate_gradients", remembered)
-        patch.setattr(MtpObjective, "loss", divided)
-        return trained(folder, *overrides)
+        patch.setattr(Trainer, "_accumulate_gradients", count_own_targets)
+        patch.setattr(MtpObjective, "loss", divide_by_own_targets)
+        return train_run(folder, *overrides)
 
 
 def test_control_a_division_on_each_rank_gives_other_losses(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
-    alone = trained(tmp_path / "alone", *overrides)
-    for strategy, hardware in BOTH.items():
-        naive, _ = ranks(trained_with_means_of_means, tmp_path / strategy, *overrides, *hardware, timeout=60)
+    alone = train_run(tmp_path / "alone", *overrides)
+    for strategy, hardware in STRATEGIES.items():
+        naive, _ = ranks(train_with_mean_of_means, tmp_path / strategy, *overrides, *hardware, timeout=60)
         assert worst_loss(alone, naive) > 1e-4
 
 
@@ -132,37 +137,40 @@ def test_activations_are_recomputed_with_the_same_dropout(tmp_path: Path, cache:
     metrics, runs = {}, {}
     for again in ("false", "true"):
         options = ["model.dropout=0.3", f"hardware.activation_checkpointing={again}"]
-        trainer = trainer_in(tmp_path, f"cache_dir={cache}", *options)
+        trainer = make_trainer(tmp_path, f"cache_dir={cache}", *options)
         calls: list[object] = []
         trainer.model.heads[0].attention.register_forward_hook(lambda *call, calls=calls: calls.append(1))
         metrics[again] = [trainer.train_update() for _ in range(2)]
         runs[again] = len(calls)
-    assert runs["true"] == 2 * runs["false"], "each block runs once more for its gradients"
+    assert runs["true"] == 2 * runs["false"], "each block runs a second time during the backward pass"
     assert metrics["true"] == metrics["false"]
 
 
-def test_rank_0_samples_for_all(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+def test_rank_0_generates_the_samples_of_all_ranks(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "max_steps=3", "eval_interval=2", "num_validation_samples=2", "num_samples=3"]
     train_twice(ranks, tmp_path, overrides)
-    alone, *together = [(tmp_path / name / "samples.jsonl").read_text() for name in ("alone", *BOTH)]
+    alone, *together = [(tmp_path / name / "samples.jsonl").read_text() for name in ("alone", *STRATEGIES)]
     assert len(alone.splitlines()) == 2 + 2 + 3
     assert together == [alone] * 2
 
 
-# Traffic
+# Number of reductions
 
 
-def collectives(folder: Path, overrides: Sequence[str]) -> dict[str, int]:
-    """Return the number of reductions in an update of four micro-batches: by default, with the option, naively."""
+def count_reductions(folder: Path, overrides: Sequence[str]) -> dict[str, int]:
+    """Return the number of reductions in an update of four micro-batches.
+
+    "default": without options; "option": with `hardware.reduce_each_micro_batch`; "torch": as torch does by default.
+    """
     counts = {}
-    for name, options in {"once": [], "asked": ["hardware.reduce_each_micro_batch=true"], "naive": []}.items():
-        trainer = trainer_in(folder, "batch_size=16", "model.num_heads=1", *overrides, *options)
+    for name, options in {"default": [], "option": ["hardware.reduce_each_micro_batch=true"], "torch": []}.items():
+        trainer = make_trainer(folder, "batch_size=16", "model.num_heads=1", *overrides, *options)
         batches = trainer._next_micro_batches()
         assert len(batches) == 4
         trainer._accumulate_gradients(batches[:1])
         trainer.optimizer.zero_grad()
         with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU]) as profiled:
-            if name == "naive":
+            if name == "torch":
                 patch.setattr(trainer_module, "synchronize_gradients", lambda model, now: None)
                 synchronize_gradients(trainer.model, True)
             trainer._accumulate_gradients(batches)
@@ -171,15 +179,15 @@ def collectives(folder: Path, overrides: Sequence[str]) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("strategy", BOTH)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_gradients_are_reduced_once_per_update(ranks: Ranks, tmp_path: Path, cache: Path, strategy: str) -> None:
-    first, second = ranks(collectives, tmp_path, [f"cache_dir={cache}", *BOTH[strategy]], timeout=30)
+    first, second = ranks(count_reductions, tmp_path, [f"cache_dir={cache}", *STRATEGIES[strategy]], timeout=30)
     assert first == second
-    totals = 1  # of the targets, by which the loss is divided
-    gradients = first["once"] - totals
+    num_counts = 1  # the reduction of the number of targets, by which the loss is divided
+    gradients = first["default"] - num_counts
     assert gradients >= 1
-    assert first["naive"] - totals == 4 * gradients, "the control: the default of torch"
-    assert first["asked"] == first["naive"]
+    assert first["torch"] - num_counts == 4 * gradients, "control: by default, torch reduces in each micro-batch"
+    assert first["option"] == first["torch"]
 
 
 # Precision and compiler
@@ -188,13 +196,13 @@ def test_gradients_are_reduced_once_per_update(ranks: Ranks, tmp_path: Path, cac
 def test_bf16_trains_under_fsdp(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "max_steps=10"]
     (worst,) = train_twice(ranks, tmp_path, overrides, "hardware.precision=bf16", strategies=["fsdp"])
-    assert 1e-6 < worst < 0.02, "another precision, but the same training"
+    assert 1e-6 < worst < 0.02, "the precision differs, but the training is the same"
 
 
 def one_update(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, float], int]:
     """Return the metrics of one update of a model with one block, and the number of compiled graphs."""
     torch._dynamo.utils.counters.clear()
-    trainer = trainer_in(folder, "model.num_layers=1", "model.num_heads=1", "batch_size=4", *overrides)
+    trainer = make_trainer(folder, "model.num_layers=1", "model.num_heads=1", "batch_size=4", *overrides)
     metrics = trainer.train_update()
     return metrics, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -204,7 +212,7 @@ def test_compiled_blocks_do_not_change_the_training(ranks: Ranks, tmp_path: Path
     overrides = [f"cache_dir={cache}"]
     alone, graphs = one_update(tmp_path, overrides)
     assert graphs == 0
-    compiled = [*overrides, *BOTH["fsdp"], "hardware.compile=true"]
+    compiled = [*overrides, *STRATEGIES["fsdp"], "hardware.compile=true"]
     for metrics, graphs in ranks(one_update, tmp_path, compiled, timeout=60):
         assert graphs > 0
         assert worst_loss([alone], [metrics]) <= 1e-5
@@ -212,11 +220,12 @@ def test_compiled_blocks_do_not_change_the_training(ranks: Ranks, tmp_path: Path
 
 
 def checkpoints_of_dry_run(folder: Path, *overrides: str) -> list[Path]:
-    dry_run(composed(*COMMON, *overrides, f"cache_dir={folder}"), folder)
+    """Return the checkpoints that a dry run leaves in its folder."""
+    dry_run(compose_config(*COMMON, *overrides, f"cache_dir={folder}"), folder)
     return list(folder.glob("**/step_*"))
 
 
-@pytest.mark.parametrize("strategy", BOTH)
-def test_a_dry_run_tries_both_stages_on_all_ranks(ranks: Ranks, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_dry_run_runs_both_stages_on_all_ranks(ranks: Ranks, tmp_path: Path, strategy: str) -> None:
     """A model can be parallelized only once, so stage 2 needs a new one."""
-    assert ranks(checkpoints_of_dry_run, tmp_path, "algo=critic", *BOTH[strategy], timeout=60) == [[], []]
+    assert ranks(checkpoints_of_dry_run, tmp_path, "algo=critic", *STRATEGIES[strategy], timeout=60) == [[], []]

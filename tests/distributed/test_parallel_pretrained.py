@@ -1,4 +1,4 @@
-"""Training of pretrained models in two processes equals that in one."""
+"""Tests that training pretrained models in two processes gives the results of training in one process."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from tests.distributed.test_parallel import worst_loss
 from tests.support.families import write_family
 from tests.support.ranks import Ranks
-from tests.support.training import BOTH, trained
+from tests.support.training import STRATEGIES, train_run
 from wmtp.data.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
@@ -24,7 +24,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(case: str, ranks: Ranks, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_two_processes_train_like_one_process(case: str, ranks: Ranks, tokenizer: Tokenizer, tmp_path: Path) -> None:
     family, options = CASES[case]
     path = write_family(tmp_path / "model", family, tokenizer)
     dropouts = ["attn_pdrop", "embd_pdrop", "resid_pdrop"] if family == "gpt2" else []
@@ -33,11 +33,11 @@ def test_two_processes_train_as_one(case: str, ranks: Ranks, tokenizer: Tokenize
         config.write_text(config.read_text().replace(f'"{name}": 0.1', f'"{name}": 0.0'))
     overrides = ["model=huggingface", f"model.path={path}", "model.num_heads=2", "max_steps=4", *options]
     overrides += ["num_validation_samples=2", "optimizer.lr=1e-3"]
-    alone = trained(tmp_path / "alone", *overrides)
-    for strategy in BOTH:
-        first, second = ranks(trained, tmp_path / strategy, *overrides, *BOTH[strategy], timeout=60)
+    alone = train_run(tmp_path / "alone", *overrides)
+    for strategy in STRATEGIES:
+        first, second = ranks(train_run, tmp_path / strategy, *overrides, *STRATEGIES[strategy], timeout=60)
         assert first == second
         assert worst_loss(alone, first) <= (0.02 if "model.dtype=bf16" in options else 1e-5), strategy
-    others = trained(tmp_path / "other", *overrides, "seed=1")
-    assert worst_loss(alone, others) > (0.02 if "model.dtype=bf16" in options else 1e-3), "the control"
+    other_seed = train_run(tmp_path / "other", *overrides, "seed=1")
+    assert worst_loss(alone, other_seed) > (0.02 if "model.dtype=bf16" in options else 1e-3), "control: another seed"
     assert torch.isfinite(torch.tensor([line["train/loss"] for line in alone if "train/loss" in line])).all()

@@ -1,4 +1,4 @@
-"""Gradients of the objective under torch's data-parallel wrappers, in one process: their hooks must still fire."""
+"""Tests of gradients under torch's data-parallel wrappers in one process: the hooks of the wrappers must still run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +29,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def batch(tiny_data: Dataset) -> Batch:
+    """Return a batch with random reference losses."""
     (batch,) = tiny_data.micro_batches(epoch=0, update=0, batch_size=8, micro_batch_size=8)
     object.__setattr__(batch, "reference_losses", torch.rand(batch.tokens.shape))
     return batch
@@ -52,17 +53,19 @@ def test_gradients_are_equal_with_and_without_a_wrapper(
     process_group: None, batch: Batch, algorithm: Algorithm, wrapper: str
 ) -> None:
     plain = tiny_model()
-    wanted = gradients(plain, algorithm, batch, plain)
+    expected = gradients(plain, algorithm, batch, plain)
     model = tiny_model()
-    emitted = []
+    reduced_gradients = []
     if wrapper == "ddp":
         forward: torch.nn.Module = DistributedDataParallel(model)
-        model.unembedding.weight.register_post_accumulate_grad_hook(lambda parameter: emitted.append(parameter))
+        model.unembedding.weight.register_post_accumulate_grad_hook(
+            lambda parameter: reduced_gradients.append(parameter)
+        )
     else:
         fully_shard(model, reshard_after_forward=True)
         forward = model
-        with pytest.raises(RuntimeError, match="DTensor"):  # the control: a sharded matrix cannot be multiplied
+        with pytest.raises(RuntimeError, match="DTensor"):  # control: a sharded matrix cannot be multiplied
             model.unembedding.weight @ torch.randn(64)
     for name, gradient in gradients(model, algorithm, batch, forward).items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7)
-    assert wrapper == "fsdp" or len(emitted) == 1
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    assert wrapper == "fsdp" or len(reduced_gradients) == 1

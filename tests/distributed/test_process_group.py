@@ -1,4 +1,4 @@
-"""Collectives of the process group."""
+"""Tests of the collectives of the process group."""
 
 import time
 from typing import Any
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def all_collectives() -> dict[str, Any]:
+    """Return the results of all collectives in this rank."""
     processes = Processes()
     mine = torch.tensor([1.0, float(processes.rank)])
     return {
@@ -37,6 +38,7 @@ def test_collectives_give_the_same_result_on_all_ranks(ranks: Ranks) -> None:
 
 
 def fail_on(rank: int) -> str:
+    """Let an action of `run_on_all` fail on one rank, and return the error of this rank."""
     processes = Processes()
 
     def action() -> None:
@@ -63,6 +65,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(ranks: Ranks, rank: int) -> None
 
 
 def fail_alone() -> None:
+    """Fail on rank 0 without `run_on_all`, while the other rank waits."""
     processes = Processes()
     if processes.is_main:
         raise OSError(28, "No space left on device")

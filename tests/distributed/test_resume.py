@@ -1,4 +1,4 @@
-"""Interrupted runs of one and of two ranks: the resumed run equals an uninterrupted one, or it is refused."""
+"""Tests of interrupted runs of one and two ranks: the resumed run equals an uninterrupted one, or it is refused."""
 
 import json
 import shutil
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from tests.conftest import Invoke, composed
+from tests.conftest import Invoke, compose_config
 from tests.distributed.test_parallel import differences
 from tests.support.ranks import Ranks
-from tests.support.training import BOTH, COMMON, metrics_of
+from tests.support.training import COMMON, STRATEGIES, metrics_of
 from tests.unit.training.test_resume import trace
 from wmtp.algorithms.critic import Critic
 from wmtp.data import dataset as dataset_module
@@ -33,11 +33,11 @@ from wmtp.training.run import Run
 from wmtp.training.trainer import Trainer
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
-HARDWARE = {"alone": ["hardware=cpu"], **BOTH}
+HARDWARE = {"alone": ["hardware=cpu"], **STRATEGIES}
 
 
 class Signal(NamedTuple):
-    """A SIGTERM to one rank, in the middle of the micro-batches of an update."""
+    """A SIGTERM that one rank gets in the middle of the micro-batches of an update."""
 
     rank: int
     update: int
@@ -47,53 +47,53 @@ class Session(NamedTuple):
     """The record of one rank, from one start of a run to its end."""
 
     end: str
-    """The end: "finished", "interrupted …" or "refused: …"."""
+    """How the session ended: "finished", "interrupted …" or "refused: …"."""
     seen: list[tuple[int, tuple[str, ...]]]
-    """The epoch and the records of each micro-batch."""
+    """The epoch and the record ids of each micro-batch."""
 
 
-Breaker = Callable[[pytest.MonkeyPatch], None]
+Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
-def session(
-    folder: Path, overrides: Sequence[str], signalled: Signal | None = None, broken: str | None = None
+def run_session(
+    folder: Path, overrides: Sequence[str], sigterm: Signal | None = None, mutation: str | None = None
 ) -> Session:
     """Start or resume a run, in this process or as a rank."""
     (folder / ".hydra").mkdir(exist_ok=True, parents=True)
-    again = [f"resume={folder}"] if (folder / "checkpoints").exists() else []
+    resume = [f"resume={folder}"] if (folder / "checkpoints").exists() else []
     rank, seen = Processes().rank, []
-    give, gradients = Dataset.micro_batches, Trainer._accumulate_gradients
+    original_batches, original_accumulate = Dataset.micro_batches, Trainer._accumulate_gradients
 
-    def recorded(self: Dataset, epoch: int, *arguments: Any) -> list[Batch]:
-        batches = give(self, epoch, *arguments)
+    def record_batches(self: Dataset, epoch: int, *arguments: Any) -> list[Batch]:
+        batches = original_batches(self, epoch, *arguments)
         seen.extend((epoch, batch.record_ids) for batch in batches)
         return batches
 
-    def disturbed(self: Trainer, batches: list[Batch]) -> Any:
+    def accumulate_with_signal(self: Trainer, batches: list[Batch]) -> Any:
         if not isinstance(self.objective, MtpObjective):
-            return gradients(self, batches)
-        update, measure = self.position.step + 1, self.objective.loss
+            return original_accumulate(self, batches)
+        update, original_loss = self.position.step + 1, self.objective.loss
 
         def loss(model: Any, batch: Batch, totals: Any) -> Any:
-            if signalled == (rank, update) and batch is batches[len(batches) // 2]:
+            if sigterm == (rank, update) and batch is batches[len(batches) // 2]:
                 signal.raise_signal(signal.SIGTERM)
-            total, sums = measure(model, batch, totals)
+            total, sums = original_loss(model, batch, totals)
             broken_batch = "on_nonfinite=skip" in overrides and update == 3 and batch.number % 4 == 3
             return total * (float("nan") if broken_batch else 1.0), sums
 
         self.objective.loss = loss  # type: ignore[method-assign]
         try:
-            return gradients(self, batches)
+            return original_accumulate(self, batches)
         finally:
             del self.objective.loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dataset, "micro_batches", recorded)
-        patch.setattr(Trainer, "_accumulate_gradients", disturbed)
-        if broken is not None:
-            BREAKERS[broken](patch)
+        patch.setattr(Dataset, "micro_batches", record_batches)
+        patch.setattr(Trainer, "_accumulate_gradients", accumulate_with_signal)
+        if mutation is not None:
+            MUTATIONS[mutation](patch)
         try:
-            Run(composed(*COMMON, *overrides, *again), folder, JobProgress(), []).train()
+            Run(compose_config(*COMMON, *overrides, *resume), folder, JobProgress(), []).train()
         except InterruptedRun as interrupted:
             return Session(f"interrupted {interrupted.exit_code}", seen)
         except InputError as error:
@@ -101,21 +101,21 @@ def session(
     return Session("finished", seen)
 
 
-def sessions(ranks: Ranks, where: str, *arguments: Any) -> list[Session]:
-    """Return the session of this process, or those of all ranks."""
+def run_sessions(ranks: Ranks, where: str, *arguments: Any) -> list[Session]:
+    """Return the session of this process, or the sessions of all ranks."""
     if where == "alone":
-        return [session(*arguments)]
-    return ranks(session, *arguments, timeout=60)
+        return [run_session(*arguments)]
+    return ranks(run_session, *arguments, timeout=60)
 
 
-# Bit for bit
+# Resume with bit-identical results
 
-DROPS_OUT = [
+CRITIC_WITH_DROPOUT = [
     "algo=critic", "pretrain.max_steps=2", "pretrain.num_epochs=1", "model.dropout=0.1", "model.num_heads=2",
     "early_stopping=stability", "early_stopping.patience=99", "early_stopping.window=15",
     "early_stopping.threshold=1e9", "early_stopping.variance_max=1e9", "on_nonfinite=skip", "model.value_head_dim=8",
 ]  # fmt: skip
-"""A critic with dropout and every kind of saved state; its third update is not finite and is skipped."""
+"""Overrides of a critic with dropout and every kind of saved state. Its third update is not finite, and is skipped."""
 
 
 def _generators_of_the_first(patch: pytest.MonkeyPatch) -> None:
@@ -129,11 +129,11 @@ def _without_generators(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainer_module, "restore_generators", lambda *arguments: None)
 
 
-def _without_state_of(kind: type) -> Breaker:
+def _without_state_of(kind: type) -> Mutation:
     return lambda patch: patch.setattr(kind, "load_state_dict", lambda *arguments: None)
 
 
-def _with_state(**changes: Any) -> Breaker:
+def _with_state(**changes: Any) -> Mutation:
     def change(patch: pytest.MonkeyPatch) -> None:
         restore = Trainer.restore
 
@@ -155,14 +155,14 @@ def _same_order_every_epoch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dataset_module, "epoch_batches", order)
 
 
-MUTANTS: dict[str, Breaker] = {
+STATE_MUTATIONS: dict[str, Mutation] = {
     "generators": _without_generators,
     "generators of each rank": _generators_of_the_first,
     "objective": _without_state_of(Critic),
     "early stopping": _without_state_of(EarlyStopping),
     "skipped updates": _with_state(skipped_updates=0),
 }
-BREAKERS = MUTANTS | {
+MUTATIONS = STATE_MUTATIONS | {
     "epoch starts again": _with_state(position={"batch_in_epoch": 0}),
     "same order": _same_order_every_epoch,
 }
@@ -172,26 +172,28 @@ BREAKERS = MUTANTS | {
 def test_a_run_interrupted_twice_equals_an_uninterrupted_one(
     ranks: Ranks, tmp_path: Path, cache: Path, where: str
 ) -> None:
-    overrides = [f"cache_dir={cache}", *DROPS_OUT, *HARDWARE[where]]
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert {one.end for one in sessions(ranks, where, straight, overrides)} == {"finished"}
+    overrides = [f"cache_dir={cache}", *CRITIC_WITH_DROPOUT, *HARDWARE[where]]
+    uninterrupted, interrupted_run = tmp_path / "uninterrupted", tmp_path / "interrupted_run"
+    assert {one.end for one in run_sessions(ranks, where, uninterrupted, overrides)} == {"finished"}
     saved = {}
     for rank, update in [(1, 7), (0, 10)]:  # in the middle of an epoch, and in the last update of one
-        signalled = Signal(0 if where == "alone" else rank, update)
-        assert {one.end for one in sessions(ranks, where, cut, overrides, signalled)} == {"interrupted 143"}
-        saved[update] = checkpoint(shutil.copytree(cut, tmp_path / f"cut at {update}"), update)
-    assert {one.end for one in sessions(ranks, where, cut, overrides)} == {"finished"}
-    assert trace(cut) == trace(straight)
-    losses = [line["train/loss"] for line in metrics_of(cut) if "train/loss" in line]
+        sigterm = Signal(0 if where == "alone" else rank, update)
+        assert {one.end for one in run_sessions(ranks, where, interrupted_run, overrides, sigterm)} == {
+            "interrupted 143"
+        }
+        saved[update] = checkpoint(shutil.copytree(interrupted_run, tmp_path / f"interrupted at {update}"), update)
+    assert {one.end for one in run_sessions(ranks, where, interrupted_run, overrides)} == {"finished"}
+    assert trace(interrupted_run) == trace(uninterrupted)
+    losses = [line["train/loss"] for line in metrics_of(interrupted_run) if "train/loss" in line]
     assert len(losses) == 20
-    state = json.loads(checkpoint(cut, 20)["state.json"])
+    state = json.loads(checkpoint(interrupted_run, 20)["state.json"])
     assert state["skipped_updates"] == 1
     assert len(set(map(str, state["generators"]))) == (1 if where == "alone" else 2)
 
-    for mutant in MUTANTS if where == "ddp" else ():
-        folder = shutil.copytree(tmp_path / "cut at 7", tmp_path / mutant)
-        sessions(ranks, where, folder, overrides, Signal(0, 10), mutant)
-        assert checkpoint(folder, 10) != saved[10], f"without {mutant} it is the same"
+    for name in STATE_MUTATIONS if where == "ddp" else ():
+        folder = shutil.copytree(tmp_path / "interrupted at 7", tmp_path / name)
+        run_sessions(ranks, where, folder, overrides, Signal(0, 10), name)
+        assert checkpoint(folder, 10) != saved[10], f"control: the checkpoint must differ without {name}"
 
 
 def checkpoint(run: Path, update: int) -> dict[str, bytes]:
@@ -199,15 +201,15 @@ def checkpoint(run: Path, update: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "checkpoints" / f"step_{update:08d}").iterdir()}
 
 
-# Every sample once
+# Use of every sample
 
 SAMPLES = 103
-ONCE = [f"data.num_train={SAMPLES}", "max_steps=28", "model.dropout=0", "num_validation_samples=0"]
-"""Thirteen updates per epoch, the last with seven samples: the second epoch ends with update 26."""
+UNEVEN_DATA = [f"data.num_train={SAMPLES}", "max_steps=28", "model.dropout=0", "num_validation_samples=0"]
+"""Overrides with 13 updates per epoch; the last of them has 7 samples. The second epoch ends with update 26."""
 
 
-def epochs(given: Sequence[Session]) -> dict[int, list[str]]:
-    """Return the records of all ranks in each epoch, in order for each rank."""
+def records_by_epoch(given: Sequence[Session]) -> dict[int, list[str]]:
+    """Return the records that all ranks used in each epoch; those of one rank are in order."""
     found: dict[int, list[str]] = {}
     for one in [*given[::2], *given[1::2]]:
         for epoch, records in one.seen:
@@ -215,63 +217,65 @@ def epochs(given: Sequence[Session]) -> dict[int, list[str]]:
     return found
 
 
-def check_every_sample_comes_once(given: Sequence[Session]) -> None:
-    first, second, begun = (epochs(given).get(epoch, []) for epoch in range(3))
+def check_every_sample_is_used_once(given: Sequence[Session]) -> None:
+    first, second, third = (records_by_epoch(given).get(epoch, []) for epoch in range(3))
     counts = Counter(first)
     missing, repeated = SAMPLES - len(counts), sum(count - 1 for count in counts.values())
     assert (missing, repeated) == (0, 0)
-    assert Counter(second) == counts and len(begun) == 2 * 8
-    assert first != second, "the next epoch has a new order"
+    assert Counter(second) == counts and len(third) == 2 * 8
+    assert first != second, "the second epoch has a new order"
 
 
-def started_four_times(
-    ranks: Ranks, folder: Path, overrides: Sequence[str], broken: str | None = None
+def run_with_three_interruptions(
+    ranks: Ranks, folder: Path, overrides: Sequence[str], mutation: str | None = None
 ) -> list[Session]:
     """Start a run four times, with three interruptions, one of them in the last update of the first epoch."""
     given = []
-    for signalled in (Signal(1, 5), Signal(0, 13), Signal(1, 20), None):
-        given += ranks(session, folder, overrides, signalled, broken, timeout=60)
+    for sigterm in (Signal(1, 5), Signal(0, 13), Signal(1, 20), None):
+        given += ranks(run_session, folder, overrides, sigterm, mutation, timeout=60)
     return given
 
 
 def test_every_sample_is_used_once_despite_interruptions(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
-    overrides = [f"cache_dir={cache}", *ONCE, *BOTH["ddp"]]
-    given = started_four_times(ranks, tmp_path / "run", overrides)
+    overrides = [f"cache_dir={cache}", *UNEVEN_DATA, *STRATEGIES["ddp"]]
+    given = run_with_three_interruptions(ranks, tmp_path / "run", overrides)
     assert [one.end for one in given] == ["interrupted 143"] * 6 + ["finished"] * 2
-    check_every_sample_comes_once(given)
-    for naive in ("same order", "epoch starts again"):
-        control = started_four_times(ranks, tmp_path / naive, overrides, naive)
+    check_every_sample_is_used_once(given)
+    for mutation_name in ("same order", "epoch starts again"):
+        control = run_with_three_interruptions(ranks, tmp_path / mutation_name, overrides, mutation_name)
         with pytest.raises(AssertionError):
-            check_every_sample_comes_once(control)
+            check_every_sample_is_used_once(control)
 
-    torchs = [DistributedSampler(range(SAMPLES), num_replicas=2, rank=rank) for rank in (0, 1)]
-    orders = [list(sampler) for sampler in torchs]
-    assert len(orders[0] + orders[1]) == SAMPLES + 1, "torch's own sampler repeats one to make the shares equal"
-    assert [list(sampler) for sampler in torchs] == orders, "and does so in the same order unless it is told the epoch"
+    samplers = [DistributedSampler(range(SAMPLES), num_replicas=2, rank=rank) for rank in (0, 1)]
+    orders = [list(sampler) for sampler in samplers]
+    assert len(orders[0] + orders[1]) == SAMPLES + 1, (
+        "torch's sampler repeats one sample, so that all ranks have equally many"
+    )
+    assert [list(sampler) for sampler in samplers] == orders, "its order changes only with `set_epoch`"
 
 
-# Other numbers of processes, and what must not change
+# Changed numbers of processes and changed settings
 
 
 @pytest.mark.parametrize(("before", "after"), [("ddp", "alone"), ("alone", "fsdp"), ("fsdp", "ddp")])
 def test_another_number_of_ranks_resumes_with_the_same_samples(
     ranks: Ranks, tmp_path: Path, cache: Path, before: str, after: str
 ) -> None:
-    overrides = [f"cache_dir={cache}", *ONCE]
-    straight, run = tmp_path / "straight", tmp_path / "run"
-    session(straight, [*overrides, *HARDWARE["alone"]])
-    first = sessions(ranks, before, run, [*overrides, *HARDWARE[before]], Signal(0, 9))
-    second = sessions(ranks, after, run, [*overrides, *HARDWARE[after]])
+    overrides = [f"cache_dir={cache}", *UNEVEN_DATA]
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    run_session(uninterrupted, [*overrides, *HARDWARE["alone"]])
+    first = run_sessions(ranks, before, run, [*overrides, *HARDWARE[before]], Signal(0, 9))
+    second = run_sessions(ranks, after, run, [*overrides, *HARDWARE[after]])
     padding = [Session("", [])]
-    check_every_sample_comes_once([*(first + padding)[:2], *(second + padding)[:2]])
-    found = differences(metrics_of(straight), metrics_of(run))
+    check_every_sample_is_used_once([*(first + padding)[:2], *(second + padding)[:2]])
+    found = differences(metrics_of(uninterrupted), metrics_of(run))
     assert max(value for name, value in found.items() if name.endswith("loss")) <= 1e-6, found
     (resume,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
     assert resume["processes"] == (1 if after == "alone" else 2) and not resume["declared_changes"]
 
 
-def drawn_after(states: list[dict[str, str]], seed: int) -> list[float]:
-    """Return numbers drawn after restoring states of another number of ranks; `seed` is the previous seed."""
+def draw_after_restore(states: list[dict[str, str]], seed: int) -> list[float]:
+    """Seed the generator with `seed`, restore saved states of ranks, and return random numbers drawn afterwards."""
     torch.manual_seed(seed)
     restore_generators(states, Processes())
     return torch.rand(3).tolist()
@@ -280,23 +284,23 @@ def drawn_after(states: list[dict[str, str]], seed: int) -> list[float]:
 def test_another_number_of_ranks_draws_new_dropout_on_each_rank(ranks: Ranks) -> None:
     torch.manual_seed(7)
     state = generator_states()
-    first, second = ranks(drawn_after, [state], 1)
-    assert ranks(drawn_after, [state], 2) == [first, second], "it depends only on the saved state"
+    first, second = ranks(draw_after_restore, [state], 1)
+    assert ranks(draw_after_restore, [state], 2) == [first, second], "the numbers depend only on the saved state"
     assert first != second
     torch.manual_seed(8)
-    assert ranks(drawn_after, [generator_states()], 1)[0] != first
-    alone = drawn_after([state, state], 1)
-    assert drawn_after([state, state], 2) == alone != torch.rand(3).tolist()
-    control = drawn_after([state], 1), drawn_after([state], 2)
+    assert ranks(draw_after_restore, [generator_states()], 1)[0] != first
+    alone = draw_after_restore([state, state], 1)
+    assert draw_after_restore([state, state], 2) == alone != torch.rand(3).tolist()
+    control = draw_after_restore([state], 1), draw_after_restore([state], 2)
     assert control[0] == control[1] != first, "the same number of ranks continues the generator"
 
 
 def test_a_declared_change_of_the_micro_batch_size_keeps_the_samples(tmp_path: Path, cache: Path) -> None:
-    overrides = [f"cache_dir={cache}", *ONCE]
-    first = session(tmp_path, overrides, Signal(0, 9))
-    second = session(tmp_path, [*overrides, "micro_batch_size=4", "resume_override=[micro_batch_size]"])
-    nobody = Session("", [])
-    check_every_sample_comes_once([first, nobody, second, nobody])
+    overrides = [f"cache_dir={cache}", *UNEVEN_DATA]
+    first = run_session(tmp_path, overrides, Signal(0, 9))
+    second = run_session(tmp_path, [*overrides, "micro_batch_size=4", "resume_override=[micro_batch_size]"])
+    no_rank = Session("", [])
+    check_every_sample_is_used_once([first, no_rank, second, no_rank])
     (resume,) = [json.loads(line) for line in (tmp_path / "resumes.jsonl").read_text().splitlines()]
     assert resume["declared_changes"] == {"micro_batch_size": "was 2, is now 4"}
 
@@ -304,34 +308,34 @@ def test_a_declared_change_of_the_micro_batch_size_keeps_the_samples(tmp_path: P
 def test_changes_that_affect_the_samples_must_be_declared(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", "model.dropout=0", "eval_interval=99"]
     run = tmp_path / "run"
-    ranks(session, run, [*overrides, *BOTH["ddp"]], Signal(0, 3), timeout=60)
+    ranks(run_session, run, [*overrides, *STRATEGIES["ddp"]], Signal(0, 3), timeout=60)
     lines = metrics_of(run)
     changes = {
         "seed": "seed=1", "batch_size": "batch_size=4", "data": "data.num_train=36",
         "micro_batch_size": "micro_batch_size=4", "model": "model.hidden_dim=64", "optimizer": "optimizer.lr=1",
     }  # fmt: skip
     for name, change in changes.items():
-        for one in ranks(session, run, [*overrides, *BOTH["ddp"], change], timeout=60):
+        for one in ranks(run_session, run, [*overrides, *STRATEGIES["ddp"], change], timeout=60):
             assert one.end.startswith("refused: ") and f"\n  {name}: " in one.end and one.seen == []
             declarable = name not in ("batch_size", "model")
             assert (f"resume_override=[{name}]" in one.end) is declarable
-    # without a setting, micro_batch_size depends on the number of ranks; a resumed run keeps its value
-    fewer, more, unsaid = tmp_path / "fewer", tmp_path / "more", [*overrides, "micro_batch_size=null"]
-    ranks(session, fewer, [*unsaid, *BOTH["ddp"]], Signal(0, 3), timeout=60)
-    alone = session(fewer, [*unsaid, *HARDWARE["alone"]])
+    # if it is not set, micro_batch_size depends on the number of ranks; a resumed run keeps its value
+    fewer, more, default_size = tmp_path / "fewer", tmp_path / "more", [*overrides, "micro_batch_size=null"]
+    ranks(run_session, fewer, [*default_size, *STRATEGIES["ddp"]], Signal(0, 3), timeout=60)
+    alone = run_session(fewer, [*default_size, *HARDWARE["alone"]])
     assert alone.seen and max(len(records) for _, records in alone.seen) == 4
-    session(more, [*unsaid, *HARDWARE["alone"]], Signal(0, 3))  # refused if a rank would have no samples
-    for one in ranks(session, more, [*unsaid, *BOTH["ddp"]], timeout=60):
+    run_session(more, [*default_size, *HARDWARE["alone"]], Signal(0, 3))  # refused if a rank would have no samples
+    for one in ranks(run_session, more, [*default_size, *STRATEGIES["ddp"]], timeout=60):
         assert "\n  micro_batch_size: was 8, is now 4" in one.end and one.seen == []
     assert metrics_of(run) == lines and not (run / "resumes.jsonl").exists()
 
-    declared = [*overrides, "seed=1", "resume_override=[seed]", *BOTH["ddp"]]
-    assert [one.end for one in ranks(session, run, declared, Signal(0, 5), timeout=60)] == ["interrupted 143"] * 2
+    declared = [*overrides, "seed=1", "resume_override=[seed]", *STRATEGIES["ddp"]]
+    assert [one.end for one in ranks(run_session, run, declared, Signal(0, 5), timeout=60)] == ["interrupted 143"] * 2
     (resume,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
     assert resume["declared_changes"] == {"seed": "was 0, is now 1"}
     assert resume["checkpoint"] == "checkpoints/step_00000003" and resume["processes"] == 2
-    (again,) = {one.end for one in ranks(session, run, [*overrides, *BOTH["ddp"]], timeout=60)}
-    assert "\n  seed: was 1, is now 0" in again, "the declared seed is now the seed of the run"
+    (refusal,) = {one.end for one in ranks(run_session, run, [*overrides, *STRATEGIES["ddp"]], timeout=60)}
+    assert "\n  seed: was 1, is now 0" in refusal, "the declared seed is now the seed of the run"
 
 
 def test_keys_that_a_checkpoint_depends_on_cannot_be_declared(invoke: Invoke) -> None:

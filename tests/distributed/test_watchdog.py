@@ -1,4 +1,4 @@
-"""The watchdog: detection of failed ranks."""
+"""Tests of the watchdog: detection of failed ranks."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def dead_ranks(reports: bool) -> list[int | None]:
-    """Return the dead rank that each rank sees before and after rank 1 reports a failure; both keep running."""
+    """Return the dead rank that this rank detects before and after rank 1 reports a failure, while both run on."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     processes = Processes()
@@ -27,6 +27,6 @@ def dead_ranks(reports: bool) -> list[int | None]:
 
 
 @pytest.mark.slow
-def test_a_reported_failure_is_seen_although_the_process_lives(ranks: Ranks) -> None:
+def test_a_reported_failure_is_detected_while_the_process_is_alive(ranks: Ranks) -> None:
     assert ranks(dead_ranks, True) == [[None, 1], [None, None]]
-    assert ranks(dead_ranks, False) == [[None, None], [None, None]], "the control: the process is not missing"
+    assert ranks(dead_ranks, False) == [[None, None], [None, None]], "control: without a report no rank is dead"

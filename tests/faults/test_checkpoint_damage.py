@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.unit.checkpoint.test_store import FORMATS, snapshot
 from wmtp.checkpoint import manifest
-from wmtp.checkpoint.store import CheckpointStore, damage, load
+from wmtp.checkpoint.store import CheckpointStore, find_damage, load
 from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
@@ -24,13 +24,14 @@ ROOT = CONFIG_FOLDER.parent
 TENSORS = {"whole": "model.safetensors", "sharded": "__0_0.distcp"}
 
 
-def flipped(content: bytes, random_: random.Random, start: float = 0.0) -> bytes:
+def flip_random_bit(content: bytes, random_: random.Random, start: float = 0.0) -> bytes:
     """Return the content with one random bit flipped after a given fraction of it."""
     position = random_.randrange(int(start * len(content)), len(content))
     return content[:position] + bytes([content[position] ^ 1 << random_.randrange(8)]) + content[position + 1 :]
 
 
-def cuts(content: bytes) -> list[bytes]:
+def truncations(content: bytes) -> list[bytes]:
+    """Return the content cut off after different fractions, and without its last byte."""
     return [*(content[: int(len(content) * share)] for share in (0, 0.1, 0.5, 0.99)), content[:-1]]
 
 
@@ -44,10 +45,10 @@ def test_truncations_and_flipped_bits_are_detected(
     rejected = 0
     for file in sorted(path.iterdir()):
         whole = file.read_bytes()
-        broken = cuts(whole) + [flipped(whole, random_) for _ in range(100)]
+        broken = truncations(whole) + [flip_random_bit(whole, random_) for _ in range(100)]
         for content in broken:
             file.write_bytes(content)
-            rejected += damage(path) is not None
+            rejected += find_damage(path) is not None
         caplog.clear()
         assert store.latest() == before
         assert re.search(r"step_00000002 is damaged \(.*\); the previous one is used", caplog.text)
@@ -55,11 +56,11 @@ def test_truncations_and_flipped_bits_are_detected(
             load(path)
         file.write_bytes(whole)
     assert rejected == 105 * len(list(path.iterdir()))
-    assert damage(path) is None
+    assert find_damage(path) is None
 
 
-def values(folder: Path) -> torch.Tensor:
-    """Return the tensors that torch's own reader reads from a folder."""
+def read_with_torch(folder: Path) -> torch.Tensor:
+    """Return the tensor that torch's own reader loads from a folder."""
     tensors = {"w": torch.empty(100)}
     dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors["w"]
@@ -73,24 +74,24 @@ def test_control_readers_accept_a_flipped_bit(tmp_path: Path) -> None:
     shard = next((tmp_path / "dcp").glob("*.distcp"))
     readers: dict[Path, Callable[[], torch.Tensor]] = {
         path: lambda: load_file(path)["w"],
-        shard: lambda: values(tmp_path / "dcp"),
+        shard: lambda: read_with_torch(tmp_path / "dcp"),
         tmp_path / "model.pt": lambda: torch.load(tmp_path / "model.pt", weights_only=True)["w"],
     }
     random_ = random.Random(0)
     for file, read in readers.items():
-        good, sound = read().clone(), file.read_bytes()
-        at = sound.index(good.numpy().tobytes())
+        good, original = read().clone(), file.read_bytes()
+        offset = original.index(good.numpy().tobytes())
         wrong = 0
         for _ in range(40):
-            changed = bytearray(sound)
-            changed[at + random_.randrange(400)] ^= 1 << random_.randrange(8)
+            changed = bytearray(original)
+            changed[offset + random_.randrange(400)] ^= 1 << random_.randrange(8)
             file.write_bytes(changed)
             wrong += not torch.equal(read(), good)
         assert wrong == 40, file
 
 
 class Payload:
-    """Object that creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -99,41 +100,41 @@ class Payload:
         return Path.touch, (self.marker,)
 
 
-def resealed(folder: Path) -> None:
-    """Write a matching manifest for a changed checkpoint."""
+def rewrite_manifest(folder: Path) -> None:
+    """Replace the manifest of a changed checkpoint by one that matches its files."""
     (folder / "manifest.json").unlink()
     manifest.write(folder, 1, manifest.entries(list(folder.iterdir())))
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 @FORMATS
-@pytest.mark.parametrize("with_its_hash", [False, True])
-def test_pickle_instead_of_any_file_is_not_executed(tmp_path: Path, format_: Any, with_its_hash: bool) -> None:
+@pytest.mark.parametrize("with_matching_hash", [False, True])
+def test_pickle_instead_of_any_file_is_not_executed(tmp_path: Path, format_: Any, with_matching_hash: bool) -> None:
     marker = tmp_path / "marker"
     files = [path.name for path in CheckpointStore(tmp_path / "dry", format=format_).save(1, snapshot(1)).iterdir()]
     refused = 0
     for name in {*files, ".metadata"} - {"manifest.json"}:
         path = CheckpointStore(tmp_path / name, format=format_).save(1, snapshot(1))
-        if name == TENSORS["sharded"] and with_its_hash:
+        if name == TENSORS["sharded"] and with_matching_hash:
             torch.save(Payload(marker), path / name)
         else:
             (path / name).write_bytes(pickle.dumps(Payload(marker)))
-        if with_its_hash:
-            resealed(path)
+        if with_matching_hash:
+            rewrite_manifest(path)
         try:
             load(path)
         except Exception as error:
-            refused += with_its_hash or isinstance(error, InputError)
+            refused += with_matching_hash or isinstance(error, InputError)
         assert not marker.exists(), name
     assert refused == len(files) - 1, "an unknown file is not read"
 
 
-def test_control_torch_executes_it_from_its_own_index_or_without_a_check(tmp_path: Path) -> None:
+def test_control_torch_executes_a_pickle_in_its_index_or_without_weights_only(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     dcp.save({"w": torch.ones(100)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(Payload(marker)))
-    with pytest.raises(BaseException):  # noqa: B017, PT011 - whatever it says: it is too late
-        values(tmp_path / "dcp")
+    with pytest.raises(BaseException):  # noqa: B017, PT011 - any error: the code has already run
+        read_with_torch(tmp_path / "dcp")
     assert marker.exists()
     marker.unlink()
     torch.save(Payload(marker), tmp_path / "model.pt")
@@ -144,8 +145,8 @@ def test_control_torch_executes_it_from_its_own_index_or_without_a_check(tmp_pat
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def unpickling(source: str) -> Iterator[str]:
-    """Return the calls in a program that read pickles."""
+def pickle_uses(source: str) -> Iterator[str]:
+    """Yield the imports and calls in a program that read or write pickles."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in PICKLES)
@@ -160,18 +161,18 @@ def unpickling(source: str) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-METAS_FORMAT = {
+META_FORMAT = {
     "wmtp/models/meta.py": ["torch.save"],
-    "wmtp/models/meta_format.py": ["pickle", "torch.load"],  # the name of an error, and tensors alone
+    "wmtp/models/meta_format.py": ["pickle", "torch.load"],  # an error class, and a `torch.load` of tensors only
 }
-"""Meta's checkpoints are pickles; tests of their reader show that it executes no code."""
+"""Calls that are allowed: Meta's checkpoints are pickles. Tests of their reader show that it executes no code."""
 
 
 def test_only_the_reader_of_meta_checkpoints_reads_pickles() -> None:
     sources = sorted((ROOT / "wmtp").glob("**/*.py"))
     assert len(sources) > 50
-    found = {path.relative_to(ROOT).as_posix(): list(unpickling(path.read_text())) for path in sources}
-    assert {path: names for path, names in found.items() if names} == METAS_FORMAT
+    found = {path.relative_to(ROOT).as_posix(): list(pickle_uses(path.read_text())) for path in sources}
+    assert {path: names for path, names in found.items() if names} == META_FORMAT
     layout = (ROOT / "wmtp/models/meta_format.py").read_text()
     loads = [n for n in ast.walk(ast.parse(layout)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
     assert ["weights_only=True" in [ast.unparse(k) for k in load.keywords] for load in loads] == [True]
@@ -188,7 +189,7 @@ def test_only_the_reader_of_meta_checkpoints_reads_pickles() -> None:
      "read(path, weights_only=False)", "numpy.load(path, allow_pickle=True)", "import os, marshal"],
 )  # fmt: skip
 def test_control_pickle_reader_is_detected(source: str) -> None:
-    assert len(list(unpickling(source))) == 1
+    assert len(list(pickle_uses(source))) == 1
 
 
 def test_damaged_checkpoint_is_renamed_by_its_run(tmp_path: Path) -> None:

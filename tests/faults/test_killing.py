@@ -13,4 +13,4 @@ def test_killed_runs_resume_to_the_same_result() -> None:
     )
     assert done.returncode == 0, done.stderr
     counts = eval(done.stdout.splitlines()[-1])
-    assert counts["kills"] >= 12 and counts["resumed"] >= 6 and counts["ended"] >= 1
+    assert counts["kills"] >= 12 and counts["resumed"] >= 6 and counts["completed"] >= 1

@@ -19,16 +19,16 @@ def secrets_of(world: World) -> list[bytes]:
     return [world.server.password.encode(), world.store.secret_key.encode(), b64encode(pair)]
 
 
-def traces(world: World, *places: Path) -> list[Path]:
-    """Return the files below some folders that hold a secret."""
-    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file()]
+def files_with_secrets(world: World, *paths: Path) -> list[Path]:
+    """Return the files at or below some paths that contain a secret."""
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
     return [file for file in files if any(secret in file.read_bytes() for secret in secrets_of(world))]
 
 
-def leaves(node: object, key: str = "") -> dict[str, object]:
-    """Return a config with dotted names; empty groups and lists are values."""
+def flatten(node: object, key: str = "") -> dict[str, object]:
+    """Return a nested config as one dictionary with dotted keys; empty groups and all lists are values."""
     if isinstance(node, dict) and node:
-        return {name: value for part in node for name, value in leaves(node[part], f"{key}.{part}").items()}
+        return {name: value for part in node for name, value in flatten(node[part], f"{key}.{part}").items()}
     return {key.removeprefix("."): node}
 
 
@@ -44,12 +44,12 @@ def test_a_run_is_read_back_from_both_servers(world: World) -> None:
     (folder,), (run,) = world.folders(), world.runs()
 
     assert (run.info.run_name, run.info.status) == ("a name", "FINISHED")
-    expected = leaves(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    expected = flatten(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     assert run.data.params.keys() == expected.keys()
     assert {run.data.params[name] for name in ("max_steps", "algo.beta")} == {"20", str(expected["algo.beta"])}
-    identity = read_json(folder / "run.json")
-    assert identity["remote"] == world.url(folder)
-    assert run.data.tags["note"] == "first" and run.data.tags["wmtp.training.run"] == identity["id"]
+    run_identity = read_json(folder / "run.json")
+    assert run_identity["remote"] == world.url(folder)
+    assert run.data.tags["note"] == "first" and run.data.tags["wmtp.run"] == run_identity["id"]
     assert run.inputs is not None
     assert {each.tags[0].value for each in run.inputs.dataset_inputs} == {"train", "validation"}
 
@@ -75,9 +75,9 @@ def test_a_run_is_read_back_from_both_servers(world: World) -> None:
         assert world.has_copy(folder, key), key
 
     environment.unlink()
-    assert traces(world, world.home, world.server.database) == []
+    assert files_with_secrets(world, world.home, world.server.database) == []
     (world.home / "planted").write_text(f"password={world.server.password}")
-    assert traces(world, world.home) == [world.home / "planted"], "control: the search finds a secret"
+    assert files_with_secrets(world, world.home) == [world.home / "planted"], "control: the search finds a secret"
 
 
 def test_the_model_in_the_bucket_is_the_model_on_disk(world: World, tmp_path: Path) -> None:
@@ -95,22 +95,22 @@ def test_the_model_in_the_bucket_is_the_model_on_disk(world: World, tmp_path: Pa
 
 
 def test_downloaded_model_does_not_replace_newer_records(world: World, tmp_path: Path) -> None:
-    """A run downloaded to use its model lacks newer records, and must not be mistaken for a newer copy of the run."""
+    """A run that is downloaded for its model lacks newer records; sync must not treat it as a newer copy of the run."""
     assert world.train("tracking=none", *world.stored, "max_steps=10").wait() == 0
     (folder,) = world.folders()
     elsewhere = world.start("train", f"resume={world.url(folder)}", "max_steps=15", home=tmp_path / "elsewhere")
     assert elsewhere.wait() == 0, elsewhere.text
-    before = world.written(folder)
+    before = world.modification_times(folder)
     used = world.start("generate", f"checkpoint={world.url(folder)}", "prompt=print", "hardware=cpu")
     assert used.wait() == 0, used.text
     assert not (folder / "checkpoints" / "step_00000015").exists()
     synced = world.sync()
     assert synced.wait() == 0 and "nothing to send" in synced.out and "resumed elsewhere" in synced.out
-    assert world.written(folder) == before
+    assert world.modification_times(folder) == before
     assert world.start("train", f"resume={folder}", "max_steps=20").wait() == 2, "the run was resumed elsewhere"
 
 
-def test_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
+def test_a_sweep_is_an_mlflow_run_with_its_jobs_as_children(world: World) -> None:
     child = world.train(*world.tracked, *world.stored, "-m", "max_grad_norm=1.0,0.5", "sweep.jobs=2")
     assert child.wait() == 0, child.text
     runs = world.runs()
@@ -123,10 +123,10 @@ def test_sweep_is_a_run_with_its_jobs_as_children(world: World) -> None:
 
 
 def test_ten_simultaneous_launches_are_ten_runs_in_ten_folders(world: World) -> None:
-    """All use one SQLite store that does not exist yet."""
+    """All runs use one SQLite database that does not exist yet."""
     local = ["tracking.uri=null", "tracking.experiment=together", "tracking.system_seconds=null", "max_steps=2"]
-    nowhere = dict.fromkeys(world.server.environment(), "")
-    children = [world.train(*local, f"seed={seed}", variables=nowhere) for seed in range(10)]
+    no_server = dict.fromkeys(world.server.environment(), "")
+    children = [world.train(*local, f"seed={seed}", variables=no_server) for seed in range(10)]
     assert [child.wait() for child in children] == [0] * 10, children[0].text
     folders = world.folders()
     assert len(folders) == 10 and {read_json(folder / "summary.json")["total_steps"] for folder in folders} == {2}
@@ -150,7 +150,7 @@ def test_failures_and_interruptions_are_recorded(world: World, end: str) -> None
     (run,), (folder,) = world.runs(), world.folders()
     assert run.info.status == ("FAILED" if end == "fails" else "KILLED")
     assert world.history(run) == points_of(folder)
-    if end == "fails":  # who looks at it elsewhere sees why, and once
+    if end == "fails":  # the uploaded log contains the error, and only once
         log = world.content(folder, "train.log").decode()
         assert world.has_copy(folder, "train.log") and log.count("Traceback") == 1 and "TrainingError" in log
     if end == "interrupted":
@@ -168,7 +168,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_wrong_credentials_are_found_at_the_start(world: World, dry_run: bool) -> None:
+def test_wrong_credentials_are_reported_at_the_start(world: World, dry_run: bool) -> None:
     overrides = [*world.tracked, *world.stored, f"dry_run={dry_run}"]
     children = [(world.train(*overrides, variables=wrong), wrong) for wrong in WRONG.values()]
     children.append((world.train(*overrides, "checkpoint.remote=s3://no-such-bucket/runs"), {}))
@@ -177,7 +177,7 @@ def test_wrong_credentials_are_found_at_the_start(world: World, dry_run: bool) -
         assert len(child.err.splitlines()) == 1 and child.out == "", child.text
         assert "set " in child.err or "no-such-bucket" in child.err
         assert not any(value in child.text for value in wrong.values() if value)
-    assert traces(world, world.home) == [] and world.folders() == []
+    assert files_with_secrets(world, world.home) == [] and world.folders() == []
     assert world.runs() == [] and world.store.keys(world.store.bucket) == []
     if dry_run:
         child = world.train(*overrides)

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.xdist_group("se
 
 @pytest.fixture
 def s3_proxy(world: World) -> Iterator[FaultyProxy]:
-    """Proxy between the commands and the store."""
+    """Yield a proxy between the commands and the store."""
     with FaultyProxy(world.store.endpoint_url) as proxy:
         world.variables["AWS_ENDPOINT_URL_S3"] = proxy.url
         yield proxy
@@ -26,44 +26,45 @@ def s3_proxy(world: World) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def mlflow_proxy(world: World) -> Iterator[FaultyProxy]:
-    """Proxy between the commands and the MLflow server."""
+    """Yield a proxy between the commands and the MLflow server."""
     with FaultyProxy(world.server.uri) as proxy:
         world.variables["MLFLOW_TRACKING_URI"] = proxy.url
         yield proxy
 
 
-def begun(world: World, child: Child, steps: int) -> Path:
-    """Wait until a file of a training run has a number of lines, and return the run's folder."""
+def wait_for_steps(world: World, child: Child, steps: int) -> Path:
+    """Wait until metrics.jsonl of the newest run has `steps` lines, and return the run's folder."""
     wait_until(lambda: world.folders() and len(lines_of(world.folders()[-1])) >= steps, child)
     return world.folders()[-1]
 
 
-def saved(folder: Path) -> list[Path]:
-    """Return the complete checkpoints on this disk."""
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a run's local folder."""
     return sorted(path.parent for path in folder.glob("checkpoints/step_*/manifest.json"))
 
 
 def resumed_from(child: Child) -> int:
-    """Return the step from which a training run was resumed, by its output."""
+    """Return the step from which a training run was resumed, as printed in its output."""
     found = re.search(r"resuming from .*step_0*(\d+)", child.text)
     assert found is not None, child.text
     return int(found[1])
 
 
 def step_seconds(folder: Path) -> float:
-    """Return the time of the fastest step; requests to the server in each step would slow down all of them."""
+    """Return the seconds of the fastest step. If each step waited for the server, the fastest one would be slow too."""
     times = [float(line["time"]) for line in lines_of(folder)]
     return min(after - before for before, after in itertools.pairwise(times))
 
 
-def test_training_continues_without_the_mlflow_server_and_loses_nothing(
+def test_training_continues_without_the_mlflow_server_and_loses_no_metrics(
     world: World, mlflow_proxy: FaultyProxy
 ) -> None:
     mlflow_proxy.dead = True
     alone, folder = (world.home / "outputs" / "day" / name for name in ("alone", "tracked"))
-    without = world.train("tracking=none", f"hydra.run.dir={alone}", "max_steps=60")  # at once: both are slowed alike
+    # both run at the same time, so other load slows both equally
+    untracked = world.train("tracking=none", f"hydra.run.dir={alone}", "max_steps=60")
     child = world.train(*world.tracked, f"hydra.run.dir={folder}", "max_steps=60")
-    assert (without.wait(), child.wait()) == (0, 3), child.text
+    assert (untracked.wait(), child.wait()) == (0, 3), child.text
     assert points_of(folder) == points_of(alone) and len(points_of(folder)) == 60
     assert step_seconds(folder) < step_seconds(alone) + 0.01
     assert read_json(folder / "status.json")["state"] == "FINISHED"
@@ -86,21 +87,21 @@ def test_training_continues_without_the_mlflow_server_and_loses_nothing(
 def test_every_step_is_sent_once_after_kills_of_server_and_training(world: World) -> None:
     long = ["data.num_train=400", "max_steps=150", "save_interval=50", "eval_interval=1000"]
     child = world.train(*world.tracked, *long)
-    folder = begun(world, child, 40)
+    folder = wait_for_steps(world, child, 40)
     wait_until(lambda: world.runs() and len(world.history(world.runs()[0])) > 55, child)
     world.server.kill()
-    begun(world, child, 80)
+    wait_for_steps(world, child, 80)
     child.kill()
     assert read_json(folder / "status.json")["state"] == "RUNNING"
-    lost = len(points_of(folder))
+    num_local = len(points_of(folder))
     world.server.start()
     (run,) = world.runs()
-    seen = world.history(run)
-    assert run.info.status == "RUNNING" and 50 < len(seen) < lost < 150
+    known = world.history(run)
+    assert run.info.status == "RUNNING" and 50 < len(known) < num_local < 150
 
     child = world.start("train", f"resume={folder}", "save_interval=40")
     assert child.wait() == 0, child.text
-    assert resumed_from(child) < len(seen), "steps that MLflow had were computed again"
+    assert resumed_from(child) < len(known), "steps that MLflow already had were computed again"
     (run,) = world.runs()
     assert [step for step, _ in points_of(folder)] == list(range(1, 151))
     assert world.history(run) == points_of(folder) and len(world.history(run)) == 150
@@ -113,18 +114,18 @@ def test_killed_training_resumes_elsewhere_from_s3_bit_for_bit(world: World, tmp
     settings = [f"max_steps={steps}", "eval_interval=30"]
     assert world.train("tracking=none", *settings).wait() == 0
     (undisturbed,) = world.folders()
-    chance, repeated = random.Random(0), 0
+    rng, repeated = random.Random(0), 0
     for attempt in range(3):
         world.home, world.experiment = tmp_path / f"home {attempt}", f"killed-{attempt}-{time.time_ns()}"
         child = world.train(*world.tracked, *world.stored, *settings)
-        folder = begun(world, child, 1)
+        folder = wait_for_steps(world, child, 1)
         wait_until(lambda: any(key.endswith("manifest.json") for key in world.keys(folder)), child)  # noqa: B023
-        time.sleep(chance.uniform(0, 1))
+        time.sleep(rng.uniform(0, 1))
         child.kill()
         (run,) = world.runs()
-        seen, url = world.history(run), world.url(folder)
+        known, url = world.history(run), world.url(folder)
         folder.rename(tmp_path / f"lost {attempt}")
-        if attempt == 0:  # what names the MLflow run may not have come so far
+        if attempt == 0:  # mlflow.json, which names the MLflow run, may not be uploaded yet
             world.store.client().delete_object(Bucket=world.store.bucket, Key=f"{world.prefix(folder)}mlflow.json")
 
         world.home = tmp_path / f"another machine {attempt}"
@@ -134,11 +135,11 @@ def test_killed_training_resumes_elsewhere_from_s3_bit_for_bit(world: World, tmp
         assert world.url(folder) == url
         assert last_model(folder, steps) == last_model(undisturbed, steps)
         assert world.content(folder, f"checkpoints/step_{steps:08d}/model.safetensors") == last_model(folder, steps)
-        repeated += resumed_from(child) < len(seen)
+        repeated += resumed_from(child) < len(known)
         (run,) = world.runs()
         assert run.info.status == "FINISHED"
         assert world.history(run) == points_of(undisturbed) and len(world.history(run)) == steps
-    assert repeated, "no step that MLflow had was computed again: the test shows nothing"
+    assert repeated, "no step that MLflow already had was computed again, so the test proves nothing"
 
 
 @pytest.mark.parametrize("sender", ["sync", "resume"])
@@ -149,7 +150,7 @@ def test_checkpoints_are_sent_after_an_outage_of_the_store(world: World, s3_prox
     (folder,) = world.folders()
     pending = re.search(r"0 of (\d+) checkpoints uploaded", child.err)
     assert pending is not None and "wmtp.sync" in child.err and "Traceback" not in child.text, child.err
-    assert len(saved(folder)) >= int(pending[1]) >= 2
+    assert len(complete_checkpoints(folder)) >= int(pending[1]) >= 2
     assert read_json(folder / "status.json")["state"] == "FINISHED"
 
     assert world.sync().wait() == 3
@@ -158,41 +159,41 @@ def test_checkpoints_are_sent_after_an_outage_of_the_store(world: World, s3_prox
     child = world.sync() if sender == "sync" else world.start("train", f"resume={folder}")
     assert child.wait() == 0, child.text
     assert sender == "resume" or f"{pending[1]} checkpoints" in child.out, child.text
-    assert len(saved(folder)) == int(pending[1])
-    for path in saved(folder):
+    assert len(complete_checkpoints(folder)) == int(pending[1])
+    for path in complete_checkpoints(folder):
         for file in path.iterdir():
             key = file.relative_to(folder).as_posix()
             assert file.name == "uploaded.json" or world.has_copy(folder, key), key
 
-    before = world.written(folder)
+    before = world.modification_times(folder)
     child = world.sync()
     assert child.wait() == 0 and "nothing was missing" in child.out, child.text
-    assert world.written(folder) == before, "nothing is sent twice"
+    assert world.modification_times(folder) == before, "nothing is sent twice"
 
 
 def test_sync_during_training_and_after_a_kill(world: World) -> None:
     child = world.train(*world.tracked, *world.stored, "max_steps=2000")
-    folder = begun(world, child, 10)
-    beside = world.sync()
-    assert beside.wait() == 0 and "is running, and uploads its own data" in beside.out, beside.text
-    begun(world, child, len(lines_of(folder)) + 5)
+    folder = wait_for_steps(world, child, 10)
+    sync_during = world.sync()
+    assert sync_during.wait() == 0 and "is running, and uploads its own data" in sync_during.out, sync_during.text
+    wait_for_steps(world, child, len(lines_of(folder)) + 5)
     child.kill()
     (run,) = world.runs()
     assert run.info.status == "RUNNING"
 
-    after = world.sync()
-    assert after.wait() == 0 and "recorded as KILLED" in after.out, after.text
+    sync_after = world.sync()
+    assert sync_after.wait() == 0 and "recorded as KILLED" in sync_after.out, sync_after.text
     (run,) = world.runs()
     assert run.info.status == read_json(folder / "status.json")["state"] == "KILLED"
     assert world.history(run) == points_of(folder)
-    newest = max(int(path.name.removeprefix("step_")) for path in saved(folder))
+    newest = max(int(path.name.removeprefix("step_")) for path in complete_checkpoints(folder))
     assert world.content(folder, f"checkpoints/step_{newest:08d}/model.safetensors") == last_model(folder, newest)
 
 
 def test_uploads_survive_network_faults(world: World, s3_proxy: FaultyProxy) -> None:
     child = world.train("tracking=none", *world.stored, "checkpoint.checksums=when_required", "max_steps=60",
                         "checkpoint.stall_seconds=30")  # fmt: skip
-    folder = begun(world, child, 1)
+    folder = wait_for_steps(world, child, 1)
     s3_proxy.answer(503, 5)
     s3_proxy.drop(2, ("PUT",))
     s3_proxy.flip(2)

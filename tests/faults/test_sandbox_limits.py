@@ -1,4 +1,4 @@
-"""Untrusted programs that try to exceed their limits or to escape. Each succeeds without a sandbox (the control)."""
+"""Tests of programs that try to exceed their limits or to escape. As a control, each succeeds without a sandbox."""
 
 import os
 import re
@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sandboxes import ANSWER, SHORT, growth, inside, outside, pytest_generate_tests, verdict_of  # noqa: F401
+from tests.support.sandboxes import (  # noqa: F401
+    ASSERTION,
+    SHORT_LIMITS,
+    inside,
+    outside,
+    peak_memory_growth,
+    pytest_generate_tests,
+    verdict_of,
+)
 from wmtp.data.records import StdioTest
 from wmtp.errors import SandboxUnavailable
 from wmtp.sandbox.grader import Verdict
@@ -25,7 +33,7 @@ from wmtp.sandbox.mounts import ENVIRONMENT
 
 
 def processes_with(marker: str) -> list[int]:
-    """Return the pids of processes with a marker in their command line."""
+    """Return the process ids of other processes with a marker in their command line."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -37,6 +45,7 @@ def processes_with(marker: str) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until the condition holds, at most `seconds`, and return whether it holds."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -55,31 +64,31 @@ def daemon(marker: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_fork_bomb_stays_small(isolation: Choice) -> None:
+def test_a_fork_bomb_is_limited(isolation: Choice) -> None:
     bomb = (
         "import os, signal\nforked = 0\nfor _ in range(400):\n  try:\n    child = os.fork()\n  except OSError:\n"
         "    break\n"
         "  if not child: signal.pause()\n  forked += 1\nprint(forked, flush=True)\n"
     )
-    assert 10 <= int(inside(isolation, bomb)) < SHORT.processes
-    ended = verdict_of(bomb + "while True: pass", isolation)
-    assert (ended.outcome, ended.reason) == ("fail", "time")
-    kill_them = "os.killpg(0, signal.SIGKILL)"
+    assert 10 <= int(inside(isolation, bomb)) < SHORT_LIMITS.processes
+    verdict = verdict_of(bomb + "while True: pass", isolation)
+    assert (verdict.outcome, verdict.reason) == ("fail", "time")
+    kill_group = "os.killpg(0, signal.SIGKILL)"
     control = subprocess.run(
-        [sys.executable, "-c", bomb.replace("range(400)", "range(40)") + kill_them],
+        [sys.executable, "-c", bomb.replace("range(400)", "range(40)") + kill_group],
         capture_output=True, start_new_session=True, check=False,
     )  # fmt: skip
     assert int(control.stdout) == 40
 
 
 def test_concurrent_sandboxes_have_separate_limits(isolation: Choice) -> None:
-    hoard = (
+    start_threads = (
         "import threading, time\nstarted = 0\nfor _ in range(12):\n"
         "  threading.Thread(target=time.sleep, args=(1.0,), daemon=True).start()\n  started += 1\n"
         "time.sleep(0.8)\nprint(started)"
     )
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda _: inside(isolation, hoard), range(4))) == ["12"] * 4
+        assert list(pool.map(lambda _: inside(isolation, start_threads), range(4))) == ["12"] * 4
 
 
 def test_memory_is_limited(isolation: Choice) -> None:
@@ -91,7 +100,7 @@ def test_memory_is_limited(isolation: Choice) -> None:
     assert (verdict.outcome, verdict.reason) == ("fail", "memory")
 
 
-def test_files_are_limited_one_by_one_and_together(isolation: Choice, tmp_path: Path) -> None:
+def test_file_sizes_are_limited_individually_and_in_total(isolation: Choice, tmp_path: Path) -> None:
     write = (
         "import os\nfor name in ('a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'):\n  try:\n"
         "    with open(f'{folder}/{name}', 'wb', buffering=0) as file:\n"
@@ -100,22 +109,25 @@ def test_files_are_limited_one_by_one_and_together(isolation: Choice, tmp_path: 
     )
     largest, total = map(int, inside(isolation, "folder = '/tmp'\n" + write).split())
     assert largest <= 2**20
-    assert total <= SHORT.folder_bytes
+    assert total <= SHORT_LIMITS.folder_bytes
     control = f"folder = {str(tmp_path)!r}\n{write}".replace("range(100)", "range(3)")
     assert outside(control) == f"{3 << 20} {24 << 20}"
     shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_endless_output_is_cut(stream: str, isolation: Choice) -> None:
+def test_endless_output_is_limited(stream: str, isolation: Choice) -> None:
     endless = f"import sys\nwhile True: sys.{stream}.write('x' * 65536)"
     verdicts: list[Verdict] = []
-    for test in (ANSWER, StdioTest(stdin="", stdout="x")):
-        grown = growth(lambda test=test: verdicts.append(verdict_of(endless, isolation, test)))  # type: ignore[misc]
+    for test in (ASSERTION, StdioTest(stdin="", stdout="x")):
+        grown = peak_memory_growth(lambda test=test: verdicts.append(verdict_of(endless, isolation, test)))  # type: ignore[misc]
         assert grown < 10
     assert {(verdict.outcome, verdict.reason) for verdict in verdicts} == {("fail", "output")}
     bounded = f"import sys\nfor _ in range(640): sys.{stream}.write('x' * 65536)"
-    assert growth(lambda: subprocess.run([sys.executable, "-c", bounded], capture_output=True, check=True)) > 20
+    assert (
+        peak_memory_growth(lambda: subprocess.run([sys.executable, "-c", bounded], capture_output=True, check=True))
+        > 20
+    )
 
 
 def test_output_that_is_not_text_is_wrong(isolation: Choice) -> None:
@@ -126,7 +138,7 @@ def test_output_that_is_not_text_is_wrong(isolation: Choice) -> None:
         outside(source)
 
 
-def test_no_network_not_even_the_loopback_of_the_machine(isolation: Choice) -> None:
+def test_a_program_has_no_network_and_no_access_to_the_loopback(isolation: Choice) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         connect = (
@@ -142,7 +154,7 @@ def test_no_network_not_even_the_loopback_of_the_machine(isolation: Choice) -> N
     assert inside(isolation, interfaces) == "['lo']"
 
 
-def test_no_file_of_the_user_is_visible(isolation: Choice, tmp_path: Path) -> None:
+def test_user_files_are_not_visible(isolation: Choice, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("4711")
     paths = [
@@ -161,7 +173,7 @@ def test_no_file_of_the_user_is_visible(isolation: Choice, tmp_path: Path) -> No
     assert inside(isolation, packages) == "[]"
 
 
-def test_the_environment_holds_no_secrets(isolation: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_contains_no_secrets(isolation: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "4711")
     look = "import os\nprint(dict(os.environ))"
     assert "4711" in outside(look)
@@ -187,7 +199,7 @@ def test_written_files_are_removed_and_all_other_folders_are_read_only(isolation
     Path(name).unlink()
 
 
-def test_a_program_has_no_rights_and_cannot_get_any(isolation: Choice) -> None:
+def test_a_program_has_no_capabilities_and_cannot_gain_any(isolation: Choice) -> None:
     names = ("CapInh", "CapPrm", "CapEff", "CapAmb", "NoNewPrivs")
     look = f"print([line.split()[1] for line in open('/proc/self/status') if line.startswith({names!r})])"
     *capabilities, no_new_privileges = eval(inside(isolation, look))
@@ -240,7 +252,7 @@ ENDLESS = pytest.param("while True: pass", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("ending", ["def f(x): return 4711", ENDLESS, "os._exit(1)"])
-def test_nothing_survives(ending: str, isolation: Choice) -> None:
+def test_no_process_survives_its_program(ending: str, isolation: Choice) -> None:
     marker = f"daemon-{uuid.uuid4()}"
     verdict = verdict_of(daemon(marker) + ending, isolation, limits=Limits(wall_seconds=2.0))
     assert (verdict.outcome == "pass") == ending.startswith("def")
@@ -257,8 +269,8 @@ def test_without_isolation_a_daemon_survives() -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_that_ignores_signals_ends_in_time(isolation: Choice) -> None:
-    deaf = (
+def test_a_loop_that_ignores_signals_is_killed_in_time(isolation: Choice) -> None:
+    ignore_signals = (
         "import signal\nfor number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:\n"
         "  signal.signal(number, signal.SIG_IGN)\nwhile True:\n  try:\n    while True: pass\n"
         "  except BaseException: pass"
@@ -267,17 +279,19 @@ def test_a_loop_that_ignores_signals_ends_in_time(isolation: Choice) -> None:
     started = time.monotonic()
     inside(isolation, "")
     start_seconds = time.monotonic() - started
-    for test in (ANSWER, StdioTest(stdin="", stdout="x")):
-        verdict = verdict_of(deaf, isolation, test, limits)
+    for test in (ASSERTION, StdioTest(stdin="", stdout="x")):
+        verdict = verdict_of(ignore_signals, isolation, test, limits)
         assert (verdict.outcome, verdict.reason) == ("fail", "time")
         assert verdict.seconds <= 1.5 + start_seconds
     sleeper = verdict_of("import time\ntime.sleep(60)", isolation, limits=limits)
     assert (sleeper.outcome, sleeper.reason) == ("fail", "time")
     with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, "-c", f"import signal\nsignal.alarm(1)\n{deaf}"], timeout=2, check=False)
+        subprocess.run(
+            [sys.executable, "-c", f"import signal\nsignal.alarm(1)\n{ignore_signals}"], timeout=2, check=False
+        )
 
 
-def test_nothing_survives_a_parent_that_is_killed(isolation: Choice) -> None:
+def test_no_process_survives_when_the_parent_is_killed(isolation: Choice) -> None:
     marker = f"orphan-{uuid.uuid4()}"
     script = (
         "import sys\nfrom wmtp.sandbox.isolation import find_isolation\n"
@@ -293,15 +307,15 @@ def test_nothing_survives_a_parent_that_is_killed(isolation: Choice) -> None:
         assert parent.stdout
         parent.stdin.write(daemon(marker) + "while True: pass")
         parent.stdin.close()
-        is_there = wait_for(lambda: processes_with(marker) != [] or parent.poll() is not None, 20)
+        was_started = wait_for(lambda: processes_with(marker) != [] or parent.poll() is not None, 20)
         parent.kill()
         assert parent.stdout.read() == ""
-    assert is_there
+    assert was_started
     assert wait_for(lambda: processes_with(marker) == [], 2)
 
 
-def test_without_bubblewrap_or_namespaces_nothing_runs() -> None:
-    """The system call filter of the sandbox simulates a machine without namespaces."""
+def test_without_bubblewrap_or_namespaces_no_program_runs() -> None:
+    """The sandbox's own filter of system calls simulates a machine without namespaces."""
     script = (
         "from wmtp.sandbox.seccomp import system_call_filter\nfrom wmtp.sandbox.init import filter_system_calls\n"
         "from wmtp.sandbox.isolation import find_isolation\nimport sys\nfilter_system_calls(system_call_filter())\n"
@@ -310,16 +324,16 @@ def test_without_bubblewrap_or_namespaces_nothing_runs() -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     for choice in ("auto", "bubblewrap", "unshare"):
-        ended = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", script, choice], env=environment, capture_output=True, text=True, check=True
         )
-        assert ended.stdout.startswith("SandboxUnavailable 4 "), ended
-        assert "none was run" in ended.stdout
-        assert "install bubblewrap" in ended.stdout
+        assert result.stdout.startswith("SandboxUnavailable 4 "), result
+        assert "none was run" in result.stdout
+        assert "install bubblewrap" in result.stdout
         assert (
-            "bubblewrap with" in ended.stdout or "bubblewrap in" in ended.stdout or "not installed" in ended.stdout
+            "bubblewrap with" in result.stdout or "bubblewrap in" in result.stdout or "not installed" in result.stdout
         ) == (choice != "unshare")
-        assert bool(re.search(r"^  unshare .*not permitted", ended.stdout, re.MULTILINE)) == (choice != "bubblewrap")
+        assert bool(re.search(r"^  unshare .*not permitted", result.stdout, re.MULTILINE)) == (choice != "bubblewrap")
 
 
 def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -333,14 +347,14 @@ def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
         find_isolation.cache_clear()
 
 
-class Unfiltered(Unshare):
+class UnfilteredUnshare(Unshare):
     """Namespaces without the filter of system calls."""
 
     is_filtered = False
 
 
 def test_the_self_test_finds_incomplete_isolation() -> None:
-    problem = _self_test_error(Unfiltered(as_root=os.geteuid() == 0))
+    problem = _self_test_error(UnfilteredUnshare(as_root=os.geteuid() == 0))
     assert problem == "sockets can be created"
     problem = _self_test_error(NoIsolation())
     assert problem is not None

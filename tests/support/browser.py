@@ -1,4 +1,4 @@
-"""A headless Chromium that checks pages for faults."""
+"""A headless Chromium that checks HTML pages for faults."""
 
 import shutil
 from collections.abc import Iterator
@@ -28,11 +28,11 @@ def browser() -> Iterator["Browser"]:
         chromium.close()
 
 
-def faults(browser: "Browser", path: Path, width: int, scheme: Any, *, choose: tuple[str, ...] = ()) -> list[str]:
+def faults(browser: "Browser", path: Path, width: int, scheme: Any, *, switches: tuple[str, ...] = ()) -> list[str]:
     """Return the faults of a page: console messages, requests, and text that is cut off, covered or hard to read.
 
-    All `<details>` are opened first. `choose` are switches that are pressed one after the other; the page is checked
-    again after each.
+    All `<details>` are opened first. `switches` are selectors of switches, which are pressed one after the other; the
+    page is checked again after each.
     """
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, found = context.new_page(), []
@@ -40,14 +40,14 @@ def faults(browser: "Browser", path: Path, width: int, scheme: Any, *, choose: t
     page.on("pageerror", lambda error: found.append(f"error: {error}"))
     page.on("request", lambda request: found.append(f"request: {request.url}"))
     page.on("dialog", lambda dialog: (found.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    address = path.resolve().as_uri()
-    page.goto(address)
+    url = path.resolve().as_uri()
+    page.goto(url)
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     limits = {"contrast": LEAST_CONTRAST, "text": LEAST_TEXT}
     found += page.evaluate(FIND_FAULTS, limits)
-    for switch in choose:
+    for switch in switches:
         page.check(switch)
         found += [f"{switch}: {fault}" for fault in page.evaluate(FIND_FAULTS, limits)]
     context.close()
-    found.remove(f"request: {address}")
+    found.remove(f"request: {url}")
     return [fault for fault in found if fault != "request: data:,"]

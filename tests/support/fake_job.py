@@ -1,4 +1,8 @@
-"""A fast training job without torch. A file `wish-<job>` next to its folder makes it fail, die, forget or wait."""
+"""A fast fake training job without torch.
+
+A file `behavior-<job>` next to the run's folder can contain "fail", "die" (killed after a checkpoint), "forget" (no
+summary.json) or "wait". Without this file, the job succeeds.
+"""
 
 import json
 import os
@@ -11,26 +15,28 @@ from typing import Any
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, FolderLock, JobProgress, RunStatus  # noqa: F401 - a test uses FolderLock
 from wmtp.sweep.state import RESULT_KEYS
 
-LOG = "it began\nTraceback (most recent call last)\n  somewhere\nValueError: no luck\n"
+LOG = "started\nTraceback (most recent call last)\n  somewhere\nValueError: no luck\n"
 
 
 def value_of(arguments: list[str], key: str) -> str | None:
+    """Return the last value of a key in the overrides, or None."""
     found = [a.partition("=")[2].strip("'") for a in arguments if a.lstrip("+").startswith(f"{key}=")]
     return found[-1] if found else None
 
 
 def main(arguments: list[str]) -> None:
+    """Write the files of a run, as the behavior file requests."""
     resumed = value_of(arguments, "resume")
     folder = Path(resumed or value_of(arguments, "hydra.run.dir") or "")
     folder.mkdir(parents=True, exist_ok=True)
     cores = os.environ.get("WMTP_CORES")
     with (folder.parent / "calls").open("a") as file:
         file.write(json.dumps({"job": folder.name, "resume": resumed, "cores": cores, "time": time.time()}) + "\n")
-    status, wish = RunStatus(folder), folder.parent / f"wish-{folder.name}"
+    status, behavior = RunStatus(folder), folder.parent / f"behavior-{folder.name}"
     (folder / SAVED_OVERRIDES).parent.mkdir(exist_ok=True)
     (folder / SAVED_OVERRIDES).write_text(json.dumps(arguments))
     seed, beta = int(value_of(arguments, "seed") or 0), float(value_of(arguments, "algo.beta") or 0)
-    match wish.read_text() if wish.exists() else "":
+    match behavior.read_text() if behavior.exists() else "":
         case "fail":
             (folder / "train.log").write_text(LOG)
             status.end("FAILED", 1, JobProgress(), error="ValueError: no luck")
@@ -46,10 +52,10 @@ def main(arguments: list[str]) -> None:
             return
         case "wait":
             signal.signal(signal.SIGINT, lambda *_: end(status))
-            print("waits", flush=True)
+            print("waiting", flush=True)
             time.sleep(30)
     config: dict[str, Any] = {"seed": seed, "algo": {"beta": beta}}
-    (folder / "config.yaml").write_text(json.dumps(config))  # which YAML reads
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is valid YAML
     line = {"step": 1, "val/loss": beta + seed / 100}
     summary = dict.fromkeys(RESULT_KEYS) | {"final_loss": line["val/loss"], "best": line, "last": line}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -58,6 +64,7 @@ def main(arguments: list[str]) -> None:
 
 
 def end(status: RunStatus) -> None:
+    """Record an interruption in the status, and exit."""
     status.end("KILLED", 130, JobProgress(), error="interrupted")
     sys.exit(130)
 

@@ -97,8 +97,8 @@ def fake_run(
     write_json(folder / "summary.json", summary)
     if passes is not None:
         outcomes = ["pass" if passed else "fail" for passed in passes]
-        about = {"step": steps[-1], "split": "test", "completion": "return x"}
-        rows = [about | problem(number) | {"outcome": outcome} for number, outcome in enumerate(outcomes)]
+        common = {"step": steps[-1], "split": "test", "completion": "return x"}
+        rows = [common | problem(number) | {"outcome": outcome} for number, outcome in enumerate(outcomes)]
         write_lines(folder / "samples.jsonl", rows)
     return folder
 
@@ -126,7 +126,7 @@ def fake_evaluation(run: Path, name: str, passes: Sequence[Sequence[bool]], k: i
 
 
 def problem(number: int) -> dict[str, Any]:
-    """Return the fields of a line that describe its problem."""
+    """Return the fields that describe a problem in a line of samples.jsonl or results.jsonl."""
     return {"task_id": f"test/{number}", "difficulty": 1 + number % 4, "prompt": f"problem {number}"}
 
 

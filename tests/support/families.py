@@ -29,7 +29,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def write_family(path: Path, family: str, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a tiny model of a family and its tokenizer to a folder, and return the folder."""
+    """Write a tiny model of a family and the tokenizer of the tasks to a folder, and return the folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).save_pretrained(path)
     write_tokenizer(path, tokenizer)
@@ -39,5 +39,5 @@ def write_family(path: Path, family: str, tokenizer: Tokenizer, dtype: torch.dty
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Write the tokenizer of the tasks in the format of transformers."""
     tokenizer.backend.save(str(path / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>"}
-    (path / "tokenizer_config.json").write_text(json.dumps(named))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,6 +1,6 @@
-"""Commands as separate processes that start quickly, forked from a server that has imported everything.
+"""Commands as separate processes that start quickly: a server that has imported all modules forks them.
 
-python -m tests.support.forking        reads requests, one JSON object per line, and answers each with one line
+python -m tests.support.forking        reads requests, one JSON object per line, and prints one line for each
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from wmtp.runtime.processes import kill_on_parent_death
 
-LONGEST = 120.0
+TIME_LIMIT_S = 120.0
 """Time limit of a command in seconds."""
 
 
@@ -82,15 +82,15 @@ class Child:
 
     def wait(self) -> int:
         """Wait for the end of the command, and return its exit code."""
-        deadline = time.monotonic() + LONGEST
+        deadline = time.monotonic() + TIME_LIMIT_S
         while (code := self.poll()) is None:
             assert time.monotonic() < deadline, self.text
             time.sleep(0.02)
         return code
 
-    def kill(self, number: int = signal.SIGKILL) -> int:
+    def kill(self, signal_number: int = signal.SIGKILL) -> int:
         """Send a signal, wait for the end of the command, and return its exit code."""
-        os.kill(self.pid, number)
+        os.kill(self.pid, signal_number)
         return self.wait()
 
 
@@ -124,7 +124,7 @@ def fork(request: dict[str, Any]) -> int:
 
 
 def serve() -> None:
-    """Answer requests until the input ends, then kill all commands that still run."""
+    """Handle requests until the input ends, then kill all commands that are still running."""
     for name in (
         "torch",
         "boto3",

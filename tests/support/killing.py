@@ -1,8 +1,8 @@
-"""Kill a training at random times, resume it each time, and check its final state.
+"""Kill a training run at random times, resume it each time, and check its final state.
 
     python -m tests.support.killing [kills] [seed]
 
-One process imports everything once and forks the trainings, so that a start takes one second instead of ten.
+One process imports everything once and forks the trainings, so that each start takes one second instead of ten.
 """
 
 import os
@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import wmtp.training.run  # noqa: F401 - imported once for all forked processes
 from tests.conftest import TINY
-from wmtp.checkpoint.store import damage
+from wmtp.checkpoint.store import find_damage
 from wmtp.cli.runner import run as main
 from wmtp.train import COMMAND
 
@@ -58,30 +58,30 @@ def last_model(run: Path) -> bytes:
 
 
 def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
-    """Kill a training at least `kills` times, and return counts of what happened.
+    """Kill a training run at least `kills` times, and return the counts of kills, resumed runs and completed runs.
 
     Checks that every start resumes from a complete checkpoint, and that every completed run ends with the same model
-    as an undisturbed run. Each kill comes within half the duration of the undisturbed run, so that slow and fast
+    as an undisturbed run. Each kill happens within half the duration of the undisturbed run, so that slow and fast
     machines are tested at the same points. Kills continue until at least `kills` / 2 runs were resumed from a
     checkpoint.
     """
-    chance, log = random.Random(seed), folder / "log"
-    new = [*RUN, f"cache_dir={folder / 'cache'}"]
+    rng, log = random.Random(seed), folder / "log"
+    first_overrides = [*RUN, f"cache_dir={folder / 'cache'}"]
     undisturbed, run = folder / "undisturbed", folder / "run"
-    began = time.monotonic()
-    assert wait(start(folder, log, *new, f"hydra.run.dir={undisturbed}")) == 0, log.read_text()
-    longest = (time.monotonic() - began) / 2
-    counts = {"kills": 0, "resumed": 0, "ended": 0, "steps found": 0}
+    started = time.monotonic()
+    assert wait(start(folder, log, *first_overrides, f"hydra.run.dir={undisturbed}")) == 0, log.read_text()
+    longest = (time.monotonic() - started) / 2
+    counts = {"kills": 0, "resumed": 0, "completed": 0, "steps found": 0}
     found: set[str] = set()
     while (more := counts["kills"] < kills or counts["resumed"] < kills / 2) or run.exists():
         checkpoints = sorted((run / "checkpoints").glob("step_*"))
         resumable = any((path / "manifest.json").exists() for path in checkpoints)
         if not resumable:
             shutil.rmtree(run, ignore_errors=True)
-        overrides = [f"resume={run}"] if resumable else [*new, f"hydra.run.dir={run}"]
+        overrides = [f"resume={run}"] if resumable else [*first_overrides, f"hydra.run.dir={run}"]
         pid = start(folder, log, *overrides)
         if more:
-            time.sleep(chance.uniform(0, longest))
+            time.sleep(rng.uniform(0, longest))
             os.kill(pid, signal.SIGKILL)
         code = wait(pid)
         text = log.read_text()
@@ -92,15 +92,15 @@ def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
             counts["resumed"] += 1
             found.add(text.partition("resuming from ")[2].split()[0][-13:])
         for path in checkpoints:
-            assert not path.exists() or damage(path) is None, path
+            assert not path.exists() or find_damage(path) is None, path
         if code == 0:
             assert last_model(run) == last_model(undisturbed), "the final model differs from the undisturbed run's"
-            counts["ended"] += 1
+            counts["completed"] += 1
             shutil.rmtree(run)
     return counts | {"steps found": len(found)}
 
 
 if __name__ == "__main__":
     arguments = [int(argument) for argument in sys.argv[1:]] or [100]
-    with tempfile.TemporaryDirectory() as place:
-        print(kill_at_random(arguments[0], arguments[1] if len(arguments) > 1 else 0, Path(place)))
+    with tempfile.TemporaryDirectory() as folder:
+        print(kill_at_random(arguments[0], arguments[1] if len(arguments) > 1 else 0, Path(folder)))

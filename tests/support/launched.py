@@ -1,4 +1,4 @@
-"""A command with several processes for the launcher's tests: `python -m tests.support.launched tags.act=…`."""
+"""A command with several processes, for the tests of the launcher: `python -m tests.support.launched tags.action=…`."""
 
 import ctypes
 import os
@@ -41,29 +41,29 @@ if "second" in WITHOUT:
 
 
 def job(context: JobContext) -> float:
-    """Run the steps, then the action in `tags.act`; return the last sum."""
-    processes, act = Processes(), context.config.tags.get("act")
+    """Run the steps, then the action in `tags.action`; return the last sum."""
+    processes, action = Processes(), context.config.tags.get("action")
     Path(context.folder / f"pid-{processes.rank}").write_text(str(os.getpid()))
     try:
-        total = steps(context, processes, act)
+        total = steps(context, processes, action)
     finally:
-        if act == "close":
+        if action == "close":
             time.sleep(2)
             Path(context.folder / f"closed-{processes.rank}").touch()
     context.progress.stop_reason = "all done"
-    if act == "deliver" and processes.is_main:
+    if action == "upload" and processes.is_main:
         time.sleep(6)
-    print(f"process {processes.rank} says {total}", flush=True)
+    print(f"process {processes.rank}: the last sum is {total}", flush=True)
     return total
 
 
-def steps(context: JobContext, processes: Processes, act: str | None) -> float:
-    """Run steps of one all-reduce each, with the action in `tags.act` at step 5; return the last sum."""
+def steps(context: JobContext, processes: Processes, action: str | None) -> float:
+    """Run steps of one all-reduce each, with the action in `tags.action` at step 5; return the last sum."""
     with DeferredSignals() as received:
-        for step in range(1, 10**6 if act in (None, "hang") else 11):
-            if step == 5 and act in ERRORS and processes.rank == 1:
-                raise ERRORS[act]("out of luck")
-            if step == 5 and act == "hang" and processes.rank == 0:
+        for step in range(1, 10**6 if action in (None, "hang") else 11):
+            if step == 5 and action in ERRORS and processes.rank == 1:
+                raise ERRORS[action]("out of luck")
+            if step == 5 and action == "hang" and processes.rank == 0:
                 Path(context.folder / "hangs").touch()
                 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
                 ctypes.CDLL(None).sleep(60)  # like a collective of NCCL, it cannot be interrupted
@@ -74,7 +74,7 @@ def steps(context: JobContext, processes: Processes, act: str | None) -> float:
             if number:
                 (context.folder / f"saving-{processes.rank}").touch()
                 time.sleep(context.config.tags.get("saving", 0.0) if processes.rank == 0 else 0)
-                raise InterruptedRun(number, f"interrupted after update {step}, which is saved in there")
+                raise InterruptedRun(number, f"interrupted after update {step}, which is saved")
             time.sleep(0.02)
     return total
 

@@ -14,12 +14,15 @@ import psutil
 from wmtp.runtime.processes import is_alive
 
 ROOT = Path(__file__).parents[2]
-TWO = ["hardware=cpu", "hardware.num_processes=2", "hardware.strategy=ddp", "hardware.timeout=10"]
-ONE = ["hardware=cpu"]
+TWO_PROCESSES = ["hardware=cpu", "hardware.num_processes=2", "hardware.strategy=ddp", "hardware.timeout=10"]
+ONE_PROCESS = ["hardware=cpu"]
 
 
-class Started:
-    """A command started in a folder; its run's folder is the subfolder `run`."""
+class StartedCommand:
+    """A command that is started in a folder, with `run` as the run's folder.
+
+    `without` names mechanisms of wmtp that `tests.support.launched` disables.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Started:
         os.kill(self.process.pid if rank is None else self.worker(rank), number)
 
     def end(self, timeout: float = 40) -> tuple[int, str, float]:
-        """Wait for the end; return the exit code, the output and the seconds waited."""
+        """Wait for the end of the command; return the exit code, the output and the seconds waited."""
         started = time.monotonic()
         out, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, time.monotonic() - started

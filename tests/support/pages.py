@@ -1,4 +1,4 @@
-"""Runs and comparisons with data for every part of their pages."""
+"""Example runs and comparisons with data for every part of their HTML reports."""
 
 import json
 import math
@@ -26,7 +26,7 @@ TOKENS = ["def", " f", "(x", "):", "\n    ", "return", " x", " +", " 1", "\n", "
 
 
 def rich_run(folder: Path, *, updates: int = 400, name: str | None = HOSTILE) -> Path:
-    """Write a critic run with data for every part of its page, and with text that must be escaped in HTML."""
+    """Write a critic run with data for every part of its report, and with text that must be escaped in HTML."""
     numbers = random.Random(0)
     fake_run(folder, algo="critic", val_losses=[1.0], passes=[True, False] * 8, run_name=name)
     config = RunRecord(folder).config | {
@@ -121,12 +121,12 @@ def _metric(
         label: {run.seed: numbers.gauss(0.7 - 0.03 * place, 0.02) for run in runs}
         for place, (label, runs) in enumerate(groups.items())
     }
-    each = [
-        GroupValues(label, own, mean(own.values()), stdev(own.values()), FailedRuns(0, 5))
-        for label, own in values.items()
+    groups_of_values = [
+        GroupValues(label, by_seed, mean(by_seed.values()), stdev(by_seed.values()), FailedRuns(0, 5))
+        for label, by_seed in values.items()
     ]
-    base, *others = each
-    shown = "better" if lower_is_better else "worse"
+    base, *others = groups_of_values
+    first_verdict = "better" if lower_is_better else "worse"
     differences = [
         Difference(
             group.label, pairs, mean(pairs.values()), mean(pairs.values()) - spread, mean(pairs.values()) + spread,
@@ -134,11 +134,11 @@ def _metric(
             FailedRuns(0, 5), FailedRuns(0, 5),
         )
         for group, spread, p, verdict, needed in zip(
-            others, (0.01, 0.09), (0.004, 0.31), (shown, "no difference shown"), (5, 23), strict=True
+            others, (0.01, 0.09), (0.004, 0.31), (first_verdict, "no difference shown"), (5, 23), strict=True
         )
         for pairs in [{seed: group.values_by_seed[seed] - value for seed, value in base.values_by_seed.items()}]
     ]  # fmt: skip
-    return MetricComparison(name, lower_is_better, "best checkpoint", each, differences)  # type: ignore[arg-type]
+    return MetricComparison(name, lower_is_better, "best checkpoint", groups_of_values, differences)  # type: ignore[arg-type]
 
 
 def _lines(numbers: random.Random, step: int, updates: int) -> list[dict[str, Any]]:

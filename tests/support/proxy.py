@@ -1,4 +1,4 @@
-"""A faulty network on the loopback: an HTTP proxy in front of a real server, which injects faults for a test."""
+"""A faulty network for tests: an HTTP proxy on the loopback that injects faults between a client and a real server."""
 
 import contextlib
 import socket
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 BLOCK = 65536
 SMALL = 1024
-"""Largest size of bodies, in bytes, that are never flipped."""
+"""Largest size in bytes of a body in which no bit is flipped."""
 
 
 class BrokenError(Exception):
@@ -21,7 +21,7 @@ class BrokenError(Exception):
 
 @dataclass
 class Head:
-    """The head of a request or an answer: everything before the body."""
+    """The head of a request or a response: everything before the body."""
 
     raw: bytes
     method: str
@@ -42,28 +42,28 @@ class Stream:
     """A reader of HTTP messages from a connection."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection, self._rest = connection, b""
+        self.connection, self._buffer = connection, b""
 
     def _fill(self) -> None:
         block = self.connection.recv(BLOCK)
         if not block:
             raise BrokenError
-        self._rest += block
+        self._buffer += block
 
-    def until(self, mark: bytes) -> bytes:
-        """Return the bytes up to and including `mark`. Raises BrokenError at the end of the connection."""
-        while mark not in self._rest:
+    def read_until(self, delimiter: bytes) -> bytes:
+        """Return the bytes up to and including `delimiter`. Raises BrokenError at the end of the connection."""
+        while delimiter not in self._buffer:
             self._fill()
-        found, _, self._rest = self._rest.partition(mark)
-        return found + mark
+        found, _, self._buffer = self._buffer.partition(delimiter)
+        return found + delimiter
 
-    def head(self, asked: str = "") -> Head:
-        """Return the head of a request, or of the answer to a request with the method `asked`."""
-        raw = self.until(b"\r\n\r\n")
+    def head(self, request_method: str = "") -> Head:
+        """Return the head of a request or, if `request_method` is given, of the response to such a request."""
+        raw = self.read_until(b"\r\n\r\n")
         first, *lines = raw.decode("latin-1").rstrip().split("\r\n")
         fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         words = first.split(" ")
-        return Head(raw, asked or words[0], fields, int(words[1]) if asked else 0)
+        return Head(raw, request_method or words[0], fields, int(words[1]) if request_method else 0)
 
     def body(self, head: Head) -> Iterator[tuple[bytes, bool]]:
         """Yield the bytes of a body as they arrive, and whether they are data or the framing of chunks."""
@@ -72,26 +72,26 @@ class Stream:
         elif "chunked" in head.fields.get("transfer-encoding", ""):
             size = 1
             while size:
-                line = self.until(b"\r\n")
+                line = self.read_until(b"\r\n")
                 yield line, False
                 size = int(line.split(b";")[0], 16)
                 yield from self._data(size)
                 while size == 0 and line != b"\r\n":
-                    line = self.until(b"\r\n")
+                    line = self.read_until(b"\r\n")
                     yield line, False
                 if size:
-                    yield self.until(b"\r\n"), False
+                    yield self.read_until(b"\r\n"), False
         else:
             with contextlib.suppress(BrokenError):
                 while True:
                     yield from self._data(1)
 
-    def _data(self, left: int) -> Iterator[tuple[bytes, bool]]:
-        while left:
-            if not self._rest:
+    def _data(self, remaining: int) -> Iterator[tuple[bytes, bool]]:
+        while remaining:
+            if not self._buffer:
                 self._fill()
-            block, self._rest = self._rest[:left], self._rest[left:]
-            left -= len(block)
+            block, self._buffer = self._buffer[:remaining], self._buffer[remaining:]
+            remaining -= len(block)
             yield block, True
 
 
@@ -108,7 +108,7 @@ class FaultyProxy:
         self._server = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self.dead = False
-        """Whether all connections are closed without an answer."""
+        """Whether all connections are closed without a response."""
         self.delay = 0.0
         """Delay in seconds before each request is forwarded."""
         self.requests: Counter[str] = Counter()
@@ -130,11 +130,14 @@ class FaultyProxy:
         self._server.close()
 
     def drop(self, n: int = 1, methods: tuple[str, ...] = ()) -> None:
-        """Close the connection in the middle of the next `n` requests, or of the answer to a request without a body."""
+        """Close the connection in the middle of the next `n` requests.
+
+        If a request has no body, the connection is closed in the middle of its response.
+        """
         self._order("drop", n, methods)
 
     def stall(self, seconds: float, n: int = 1, methods: tuple[str, ...] = ()) -> None:
-        """Pause for `seconds` in the middle of the next `n` requests, or of their answers."""
+        """Pause for `seconds` in the middle of the next `n` requests, or of their responses."""
         self._stall_seconds = seconds
         self._order("stall", n, methods)
 
@@ -144,7 +147,7 @@ class FaultyProxy:
         self._order("answer", n, methods)
 
     def flip(self, n: int = 1, methods: tuple[str, ...] = ("PUT",)) -> None:
-        """Flip a bit in the middle of the next `n` bodies above 1 KiB; for GET, of the answers' bodies."""
+        """Flip a bit in the middle of the next `n` bodies above 1 KiB; for GET, of the responses' bodies."""
         self._order("flip", n, methods)
 
     def _order(self, fault: str, n: int, methods: tuple[str, ...]) -> None:
@@ -179,9 +182,9 @@ class FaultyProxy:
         with self._lock:
             self.requests[head.method] += 1
         time.sleep(self.delay)
-        waits = head.fields.get("expect", "").lower() == "100-continue"
+        expects_continue = head.fields.get("expect", "").lower() == "100-continue"
         if self._is_due("answer", head):
-            for _ in requests.body(head) if not waits else ():
+            for _ in requests.body(head) if not expects_continue else ():
                 pass  # unread data would reset the connection before the answer is read
             answer = f"HTTP/1.1 {self._status} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
             requests.connection.sendall(answer.encode())
@@ -189,21 +192,21 @@ class FaultyProxy:
         with socket.create_connection(self._target) as server:
             answers = Stream(server)
             server.sendall(head.raw)
-            reply = answers.head(head.method) if waits else None
-            if reply:
-                requests.connection.sendall(reply.raw)
-            if reply is None or reply.status == 100:
+            response = answers.head(head.method) if expects_continue else None
+            if response:
+                requests.connection.sendall(response.raw)
+            if response is None or response.status == 100:
                 if not self._forward(head, requests, server):
                     return False
-                reply = answers.head(head.method)
-            requests.connection.sendall(reply.raw)
+                response = answers.head(head.method)
+            requests.connection.sendall(response.raw)
             has_bodies = head.length != 0
-            is_whole = self._forward(reply, answers, requests.connection, spared=has_bodies)
-        return is_whole and reply.length is not None and reply.fields.get("connection", "").lower() != "close"
+            is_complete = self._forward(response, answers, requests.connection, without_faults=has_bodies)
+        return is_complete and response.length is not None and response.fields.get("connection", "").lower() != "close"
 
-    def _forward(self, head: Head, source: Stream, target: socket.socket, spared: bool = False) -> bool:
-        """Forward a body, with faults unless `spared`, and return whether all of it was forwarded."""
-        length, passed, is_open = head.length, 0, head.length != 0 and not spared
+    def _forward(self, head: Head, source: Stream, target: socket.socket, without_faults: bool = False) -> bool:
+        """Forward a body, with faults unless `without_faults`, and return whether all of it was forwarded."""
+        length, passed, is_open = head.length, 0, head.length != 0 and not without_faults
         for block, is_data in source.body(head):
             middle = max((length or 0) // 2 - passed, 0)
             if is_open and is_data and middle < len(block):

@@ -1,4 +1,7 @@
-"""Two processes that run test functions as the ranks of a gloo group; started once, because importing torch is slow."""
+"""Two processes that run test functions as the ranks of a gloo group.
+
+They start only once, because importing torch is slow.
+"""
 
 import faulthandler
 import gc
@@ -17,8 +20,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 SIZE = 2
-START = 60
-"""Seconds for both processes to start and to import the function's module."""
+START_TIMEOUT_S = 60
+"""Time limit in seconds for both processes to start and to import the function's module."""
 
 
 class Outcome(NamedTuple):
@@ -50,7 +53,7 @@ class Ranks:
             for pipe in self.pipes:
                 pipe.send((function, arguments, Path(folder) / "rendezvous", timeout))
             for pipe in self.pipes:
-                if not pipe.poll(START + 6 * timeout):
+                if not pipe.poll(START_TIMEOUT_S + 6 * timeout):
                     self._dump_stacks()
                     self.stop()
                     raise TimeoutError(f"{function.__name__} did not end in a rank")

@@ -16,7 +16,7 @@ from wmtp.s3.client import S3Folder, S3Options
 from wmtp.s3.store import RemoteCheckpointStore
 from wmtp.s3.uploader import CheckpointUploader
 
-ID = "0123456789abcdef0123456789abcdef"
+RUN_ID = "0123456789abcdef0123456789abcdef"
 
 
 class QuickUploader(CheckpointUploader):
@@ -26,12 +26,12 @@ class QuickUploader(CheckpointUploader):
 
 
 class RunInS3:
-    """A run's folder and its place in a bucket."""
+    """A run's local folder and its copy in a bucket."""
 
     def __init__(self, folder: Path, url: str, keep_last: int = 2, **options: Any) -> None:
         self.folder, self.url, self.keep_last, self.options = folder, url, keep_last, options
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps({"id": ID, "remote": url}))
+        (folder / "run.json").write_text(json.dumps({"id": RUN_ID, "remote": url}))
         (folder / "config.yaml").write_text("model: tiny\n")
         (folder / ".hydra" / "accepted.json").write_text("[]")
         (folder / ".hydra" / "overrides.yaml").write_text("[]")
@@ -42,23 +42,26 @@ class RunInS3:
     def checkpoints(self, stage: str = "") -> RemoteCheckpointStore:
         """Return the checkpoint store of a stage."""
         return RemoteCheckpointStore(
-            self.folder / stage, Processes.alone(), remote=self.url.rpartition("/")[0], keep_last=self.keep_last
+            self.folder / stage,
+            Processes.single_process(),
+            remote=self.url.rpartition("/")[0],
+            keep_last=self.keep_last,
         )
 
-    def save(self, step: int, *, best: float | None = None, numbers: int = 1000, stage: str = "") -> Path:
+    def save(self, step: int, *, best: float | None = None, num_values: int = 1000, stage: str = "") -> Path:
         """Log a step, write its checkpoint, and return the checkpoint's folder."""
         (self.folder / stage).mkdir(exist_ok=True)
         with (self.folder / stage / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "epoch": 0, "time": 0.0, "train/loss": 1.0}) + "\n")
         store = self.checkpoints(stage) if stage else self.store
-        tensor = torch.frombuffer(bytearray(random.Random(step).randbytes(4 * numbers)), dtype=torch.int32)
+        tensor = torch.frombuffer(bytearray(random.Random(step).randbytes(4 * num_values)), dtype=torch.int32)
         path = store.save(step, Snapshot({"w": tensor}, {"w:exp_avg": tensor[:9]}, {"step": step}))
         if best is not None:
             store.mark_best(step, best)
         return path
 
     def start_uploader(self, **options: Any) -> CheckpointUploader:
-        """Return an uploader of the run that has been started."""
+        """Return a started uploader of the run."""
         settings: dict[str, Any] = {"keep_last": self.keep_last, "stall_seconds": 30.0, "close_seconds": 90.0}
         return QuickUploader(self.folder, self.remote, **(settings | options))
 
@@ -69,15 +72,15 @@ class RunInS3:
         return uploader
 
     def pending(self, **options: Any) -> str:
-        """Return the error message of an uploader that cannot upload everything."""
+        """Return the message of the PendingError when the uploader cannot upload everything."""
         try:
             self.upload_all(**({"stall_seconds": 1.0} | options))
         except PendingError as error:
             return str(error)
-        raise AssertionError("everything was sent")
+        raise AssertionError("the uploader sent everything")
 
     def local_steps(self, stage: str = "") -> list[str]:
-        """Return the names of the checkpoints in the folder."""
+        """Return the names of the checkpoints in the local folder."""
         return sorted(path.name for path in (self.folder / stage / "checkpoints").glob("step_*"))
 
     def remote_steps(self, stage: str = "") -> list[str]:
@@ -91,13 +94,13 @@ class RunInS3:
         return names - set(self.remote_steps())
 
     def delete_folder(self) -> None:
-        """Delete the run's folder, as if the machine were lost."""
+        """Delete the run's local folder, as if the machine were lost."""
         shutil.rmtree(self.folder)
 
 
-Make = Callable[..., RunInS3]
+MakeRun = Callable[..., RunInS3]
 
 
 def step(number: int) -> str:
-    """Return the name of a checkpoint."""
+    """Return the name of a step's checkpoint."""
     return f"step_{number:08d}"

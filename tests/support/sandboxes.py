@@ -18,15 +18,16 @@ from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import python
 from wmtp.sandbox.process import PipeLoop
 
-SHORT = Limits(wall_seconds=2.0, cpu_seconds=2)
-ANSWER = "assert f(3) == 4711"
+SHORT_LIMITS = Limits(wall_seconds=2.0, cpu_seconds=2)
+ASSERTION = "assert f(3) == 4711"
+"""The default test of a program."""
 
 
 NO_BUBBLEWRAP = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that take `isolation` with every isolation method. Test modules import this function.
+    """Parametrize tests that take `isolation` with both isolation methods. Test modules import this function.
 
     If a module defines `ONE_IS_ENOUGH`, because it tests the grader and not the isolation, the second method is
     marked slow.
@@ -37,12 +38,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isolation", [pytest.param("bubblewrap", marks=NO_BUBBLEWRAP), second])
 
 
-def judged(program: Program, isolation: Choice | Isolation, limits: Limits = SHORT) -> Verdict:
+def grade_program(program: Program, isolation: Choice | Isolation, limits: Limits = SHORT_LIMITS) -> Verdict:
     """Return the verdict on a program."""
     return grade(program, isolation if isinstance(isolation, Isolation) else find_isolation(isolation), limits)
 
 
-def inside(isolation: Choice, script: str, limits: Limits = SHORT) -> str:
+def inside(isolation: Choice, script: str, limits: Limits = SHORT_LIMITS) -> str:
     """Return the output of a script in a sandbox."""
     with find_isolation(isolation).start(python("-c", script), limits) as process, PipeLoop(process) as pipe_loop:
         process.wait_until_ready()
@@ -61,23 +62,23 @@ def outside(script: str) -> str:
 
 
 def verdict_of(
-    source: str, isolation: Choice | Isolation, test: str | StdioTest = ANSWER, limits: Limits = SHORT
+    source: str, isolation: Choice | Isolation, test: str | StdioTest = ASSERTION, limits: Limits = SHORT_LIMITS
 ) -> Verdict:
     """Return the verdict on a program with one test."""
-    return judged(Program(source, (test,)), isolation, limits)
+    return grade_program(Program(source, (test,)), isolation, limits)
 
 
-def resident(field: str) -> float:
+def status_field_mb(field: str) -> float:
     """Return the value in MB of a field of this process's status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def growth(work: Callable[[], object]) -> float:
-    """Return the MB by which `work` raises the peak memory of this process."""
+def peak_memory_growth(work: Callable[[], object]) -> float:
+    """Return by how many MB `work` raises the peak memory of this process."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed by earlier tests would be reused without being counted
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = status_field_mb("VmRSS")
     work()
-    return resident("VmHWM") - before
+    return status_field_mb("VmHWM") - before

@@ -29,10 +29,10 @@ if TYPE_CHECKING:  # importing mlflow and boto3 takes seconds, and tests without
 
 REGION = "us-east-1"
 FIRST_BUCKET = "first"
-PATIENCE = 60.0
+START_TIMEOUT_S = 60.0
 """Time limit in seconds for the start of a server."""
 GUARD = 'cat > /dev/null; kill -s KILL -- "-$1"'
-"""Shell command that kills a server's processes when its input is closed, even if the tests were killed."""
+"""Shell command that kills a server's processes when its standard input is closed, even if the tests were killed."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -50,7 +50,7 @@ class ServerError(Exception):
 
 @dataclass
 class Server:
-    """The processes of one server, in their own process group that is killed at the end of the tests."""
+    """The processes of one server. They have their own process group, which is killed at the end of the tests."""
 
     command: list[str]
     variables: dict[str, str]
@@ -75,7 +75,7 @@ class Server:
         self.guard = subprocess.Popen(
             ["sh", "-c", GUARD, "guard", str(self.process.pid)], stdin=subprocess.PIPE, start_new_session=True
         )
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + START_TIMEOUT_S
         while not self.is_ready():
             code = self.process.poll()
             if code is not None or time.monotonic() > deadline:
@@ -118,7 +118,7 @@ class ObjectStore:
         )  # fmt: skip
 
     def environment(self, endpoint_url: str | None = None) -> dict[str, str]:
-        """Return the environment variables with which a process can access only this store."""
+        """Return environment variables that give a process access to this store only."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key, "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION, "AWS_ENDPOINT_URL_S3": endpoint_url or self.endpoint_url,
@@ -142,13 +142,13 @@ class ObjectStore:
         self.server.kill()
 
     def start(self) -> None:
-        """Start it again with its data, on its port."""
+        """Start the server again, on the same port and with the same data."""
         self.server.start()
 
 
 @dataclass
 class TrackingServer:
-    """An MLflow server with authentication, whose artifacts are in the S3 store."""
+    """An MLflow server with authentication that keeps its artifacts in the S3 store."""
 
     uri: str
     username: str
@@ -163,7 +163,7 @@ class TrackingServer:
         return MlflowClient(tracking_uri=self.uri.replace("://", f"://{self.username}:{self.password}@"))
 
     def environment(self, uri: str | None = None) -> dict[str, str]:
-        """Return the environment variables with which a process can write to the server."""
+        """Return environment variables that let a process write to the server."""
         return {
             "MLFLOW_TRACKING_URI": uri or self.uri,
             "MLFLOW_TRACKING_USERNAME": self.username,
@@ -195,11 +195,11 @@ class TrackingServer:
         self.server.kill()
 
     def start(self) -> None:
-        """Start it again with its data, on its port."""
+        """Start the server again, on the same port and with the same data."""
         self.server.start()
 
 
-def started_store(folder: Path) -> ObjectStore:
+def start_store(folder: Path) -> ObjectStore:
     """Start an S3 store with its data in an empty folder. Raises ServerError."""
     access_key, secret_key = "TEST" + secrets.token_hex(8).upper(), secrets.token_hex(20)
     credentials = [{"accessKey": access_key, "secretKey": secret_key}]
@@ -211,21 +211,21 @@ def started_store(folder: Path) -> ObjectStore:
     command = seaweedfs(ports)
     # one volume per bucket instead of seven, and a small heap
     variables = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "GOMEMLIMIT": "200MiB"}
-    server = Server(command, variables, folder, lambda: is_stored(store))
+    server = Server(command, variables, folder, lambda: is_store_ready(store))
     store = ObjectStore(f"http://127.0.0.1:{ports[0]}", access_key, secret_key, FIRST_BUCKET, server)
     server.start()
     return store
 
 
 def seaweedfs(ports: list[int]) -> list[str]:
-    """Return the command of an S3 store with its identities and its data in the current folder."""
+    """Return the command that starts an S3 store with its identities and data in the current folder."""
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
         str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server", "-dir=data",
         "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=64",
-        # with this election a restart takes 2 seconds, with the default one 15
+        # with this leader election a restart takes 2 seconds; with the default it takes 15
         "-master.raftHashicorp", "-master.raftBootstrap", "-master.electionTimeout=1s",
         f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=2000",
         "-volume.preStopSeconds=0", "-volume.minFreeSpace=1",
@@ -235,8 +235,8 @@ def seaweedfs(ports: list[int]) -> list[str]:
     ]  # fmt: skip
 
 
-def is_stored(store: ObjectStore) -> bool:
-    """Return whether the store accepts objects and returns earlier ones."""
+def is_store_ready(store: ObjectStore) -> bool:
+    """Return whether the store accepts new objects and returns the objects of an earlier start."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = store.client(retries={"max_attempts": 0}, connect_timeout=5, read_timeout=5)
@@ -251,7 +251,7 @@ def is_stored(store: ObjectStore) -> bool:
     return True
 
 
-def started_tracking(folder: Path, store: ObjectStore) -> TrackingServer:
+def start_tracking_server(folder: Path, store: ObjectStore) -> TrackingServer:
     """Start an MLflow server with its database in an empty folder and its artifacts in a store. Raises ServerError."""
     username, password, port = "admin", secrets.token_hex(12), free_ports(1)[0]
     (folder / "basic_auth.ini").write_text(
@@ -289,8 +289,8 @@ def started_tracking(folder: Path, store: ObjectStore) -> TrackingServer:
 
 @pytest.fixture(scope="session")
 def object_store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """Yield the S3 store of the session; tests use `object_store`."""
-    store = started_store(tmp_path_factory.mktemp("s3"))
+    """Yield the S3 store of the session. Tests use the fixture `object_store` instead."""
+    store = start_store(tmp_path_factory.mktemp("s3"))
     yield store
     store.stop()
 
@@ -299,8 +299,8 @@ def object_store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
 def tracking_server_process(
     object_store_server: ObjectStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TrackingServer]:
-    """Yield the MLflow server of the session; tests use `tracking_server`."""
-    server = started_tracking(tmp_path_factory.mktemp("mlflow"), object_store_server)
+    """Yield the MLflow server of the session. Tests use the fixture `tracking_server` instead."""
+    server = start_tracking_server(tmp_path_factory.mktemp("mlflow"), object_store_server)
     yield server
     server.kill()
 
@@ -327,8 +327,8 @@ def tracking_server(tracking_server_process: TrackingServer, object_store: Objec
 
 
 @pytest.fixture
-def keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the store's URL and keys in the environment of the test."""
+def s3_credentials(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the store's URL and credentials in the environment of the test."""
     for name, value in object_store.environment().items():
         monkeypatch.setenv(name, value)
 
@@ -336,5 +336,5 @@ def keys(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def proxy(object_store: ObjectStore) -> Iterator[FaultyProxy]:
     """Yield a proxy in front of the store that can inject faults."""
-    with FaultyProxy(object_store.endpoint_url) as between:
-        yield between
+    with FaultyProxy(object_store.endpoint_url) as faulty:
+        yield faulty

@@ -1,4 +1,4 @@
-"""Trainings for tests, in one process or as ranks of a group: complete runs, or trainers of stage 2 only."""
+"""Training for tests, in one process or as ranks of a process group: complete runs, or only the trainer of stage 2."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.conftest import TINY, composed
+from tests.conftest import TINY, compose_config
 from wmtp.distributed.parallelize import full_tensor
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import JobProgress
@@ -20,27 +20,31 @@ COMMON = [
     *TINY, "tracking=none", "batch_size=8", "micro_batch_size=2", "max_steps=20", "log_interval=1",
     "early_stopping=none", "num_samples=0", "hardware=cpu",
 ]  # fmt: skip
-"""Forty samples: five updates of four micro-batches make an epoch."""
-BOTH = {"ddp": ["hardware=cpux2"], "fsdp": ["hardware=cpux2", "hardware.strategy=fsdp"]}
+"""Overrides of a small run. An epoch of 40 samples has five updates of four micro-batches."""
+STRATEGIES = {"ddp": ["hardware=cpux2"], "fsdp": ["hardware=cpux2", "hardware.strategy=fsdp"]}
+"""Overrides for two processes, by strategy."""
 
 
-def trained(folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train in this process, alone or as a rank, and return the lines of metrics.jsonl."""
+def train_run(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train in this process, alone or as a rank, and return the parsed lines of metrics.jsonl."""
     (folder / ".hydra").mkdir(exist_ok=True, parents=True)
-    Run(composed(*COMMON, *overrides), folder, JobProgress(), []).train()
+    Run(compose_config(*COMMON, *overrides), folder, JobProgress(), []).train()
     return metrics_of(folder)
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without time and throughput."""
+    """Return the parsed lines of a run's metrics.jsonl, without time and throughput."""
     ignored = ("time", "train/tokens_per_second")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in ignored} for line in lines]
 
 
-def trainer_in(folder: Path, *overrides: str) -> Trainer:
-    """Return a trainer in this process, alone or as a rank. Reference losses, if needed, are 2 at each token."""
-    config = composed(*COMMON, *overrides)
+def make_trainer(folder: Path, *overrides: str) -> Trainer:
+    """Return a trainer in this process, alone or as a rank.
+
+    If the algorithm needs reference losses, they are 2 at each token.
+    """
+    config = compose_config(*COMMON, *overrides)
     components = build_components(config)
     if components.algorithm.needs_reference:
         for split in (components.data.train, components.data.validation):

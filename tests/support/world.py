@@ -19,9 +19,9 @@ SMALL = [
     *TINY, "max_steps=20", "num_epochs=99", "batch_size=4", "log_interval=1", "save_interval=5", "eval_interval=10",
     "early_stopping=none", "model.dropout=0.1", "num_samples=0", "hardware=cpu",
 ]  # fmt: skip
-"""A training of about one second that saves four times, with random sample order and dropout."""
-QUICK = ["tracking.poll_seconds=0.1", "tracking.stall_seconds=8", "tracking.system_seconds=null"]
-STORED = ["checkpoint=s3", "checkpoint.stall_seconds=8"]
+"""Overrides of a training run of about one second that saves four times, with random sample order and dropout."""
+QUICK_TRACKING = ["tracking.poll_seconds=0.1", "tracking.stall_seconds=8", "tracking.system_seconds=null"]
+UPLOADED = ["checkpoint=s3", "checkpoint.stall_seconds=8"]
 
 
 @dataclass
@@ -48,23 +48,23 @@ class World:
 
     @property
     def tracked(self) -> list[str]:
-        """Overrides of a training that is tracked on the MLflow server."""
-        return [f"tracking.experiment={self.experiment}", *QUICK]
+        """Overrides of a training run that is tracked on the MLflow server."""
+        return [f"tracking.experiment={self.experiment}", *QUICK_TRACKING]
 
     @property
     def stored(self) -> list[str]:
-        """Overrides of a training that is uploaded to the store."""
-        return [*STORED, f"checkpoint.remote={self.remote}"]
+        """Overrides of a training run that is uploaded to the store."""
+        return [*UPLOADED, f"checkpoint.remote={self.remote}"]
 
     def start(
         self, command: str, *arguments: str, home: Path | None = None, variables: dict[str, str] | None = None
     ) -> Child:
         """Start a command of the user, by default in the user's folder with the user's variables."""
-        known = self.variables | (variables or {})
-        return self.fork_server.start(command, *arguments, folder=home or self.home, variables=known)
+        environment = self.variables | (variables or {})
+        return self.fork_server.start(command, *arguments, folder=home or self.home, variables=environment)
 
     def train(self, *overrides: str, variables: dict[str, str] | None = None) -> Child:
-        """Start a small training."""
+        """Start a small training run."""
         return self.start("train", *SMALL, f"cache_dir={self.cache}", *overrides, variables=variables)
 
     def sync(self, folder: Path | str = "outputs") -> Child:
@@ -102,25 +102,25 @@ class World:
         prefix = self.prefix(folder)
         return [key.removeprefix(prefix) for key in self.store.keys(self.store.bucket, prefix)]
 
-    def written(self, folder: Path) -> dict[str, datetime]:
+    def modification_times(self, folder: Path) -> dict[str, datetime]:
         """Return the modification time of each object of a run."""
-        answer = self.store.client().list_objects_v2(Bucket=self.store.bucket, Prefix=self.prefix(folder))
-        return {item["Key"]: item["LastModified"] for item in answer["Contents"]}
+        response = self.store.client().list_objects_v2(Bucket=self.store.bucket, Prefix=self.prefix(folder))
+        return {item["Key"]: item["LastModified"] for item in response["Contents"]}
 
     def content(self, folder: Path, key: str) -> bytes:
         """Return the content of an object of a run."""
-        answer = self.store.client().get_object(Bucket=self.store.bucket, Key=self.prefix(folder) + key)
-        return bytes(answer["Body"].read())
+        response = self.store.client().get_object(Bucket=self.store.bucket, Key=self.prefix(folder) + key)
+        return bytes(response["Body"].read())
 
     def has_copy(self, folder: Path, key: str) -> bool:
         """Return whether an object equals the local file.
 
-        The local log may have one more line, the notice of slow uploads, which is written after the log was sent.
+        The local log may have one more line: the notice of slow uploads is written after the log is uploaded.
         """
-        there, here = self.content(folder, key), (folder / key).read_bytes()
-        later = here.removeprefix(there) if key == "train.log" and here.startswith(there) else b""
-        is_notice = b"; Ctrl-C leaves the rest to wmtp.sync" in later and later.count(b"\n") == 1
-        return there == (here.removesuffix(later) if is_notice else here)
+        remote, local = self.content(folder, key), (folder / key).read_bytes()
+        added = local.removeprefix(remote) if key == "train.log" and local.startswith(remote) else b""
+        is_notice = b"; Ctrl-C leaves the rest to wmtp.sync" in added and added.count(b"\n") == 1
+        return remote == (local.removesuffix(added) if is_notice else local)
 
 
 def read_json(path: Path) -> Any:
@@ -129,7 +129,7 @@ def read_json(path: Path) -> Any:
 
 
 def lines_of(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """Return the complete lines of a run's file; none if it does not exist yet."""
+    """Return the parsed complete lines of a JSONL file in a run's folder; an empty list if there is no file yet."""
     path = folder / name
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -141,7 +141,7 @@ def points_of(folder: Path, name: str = "train/loss") -> list[tuple[int, float]]
 
 
 def last_model(folder: Path, step: int) -> bytes:
-    """Return the content of the model file after an update."""
+    """Return the content of the model file in the checkpoint of a step."""
     return (folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors").read_bytes()
 
 

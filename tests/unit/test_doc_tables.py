@@ -1,4 +1,4 @@
-"""Calculated tables of the docs are those that the scripts write."""
+"""Tests that the calculated tables in the docs equal the output of the scripts."""
 
 import sys
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def test_the_tables_are_current(script: ModuleType, monkeypatch: pytest.MonkeyPa
     assert script.main() == 1, "the control"
 
 
-def test_a_marked_table_is_replaced_and_no_other(script: ModuleType) -> None:
+def test_only_a_marked_table_is_replaced(script: ModuleType) -> None:
     page = "| a |\n\n<!-- from scripts/x.py -->\n| b |\n| c |\n\nText.\n"
     assert script.replace_tables(page, "x", ["| d |"]) == page.replace("| b |\n| c |", "| d |")
     with pytest.raises(ValueError, match="2 tables, but 1 places"):

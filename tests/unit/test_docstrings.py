@@ -1,4 +1,4 @@
-"""Docstrings of the package: each public definition has one, and it begins as readers expect."""
+"""Tests of the docstrings of the package: each public definition has one, and it starts with plain words."""
 
 import ast
 import re
@@ -9,31 +9,31 @@ import pytest
 
 from wmtp.config.schema import PACKAGE
 
-RIDDLE = re.compile(r"(What|Of|That of|Those of|Whether|How|Where)\b")
+UNCLEAR_START = re.compile(r"(What|Of|That of|Those of|Whether|How|Where)\b")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def definitions(tree: ast.Module) -> Iterator[Definition]:
-    """Yield all classes and functions, nested ones too."""
+    """Yield all classes and functions, including nested ones."""
     yield from (node for node in ast.walk(tree) if isinstance(node, Definition))
 
 
 def problems(source: str) -> list[str]:
-    """Return the definitions whose docstrings are missing or begin with a riddle."""
+    """Return the definitions whose docstring is missing or starts with an unclear word."""
     tree, found = ast.parse(source), []
     for node in [tree, *definitions(tree)]:
         name = getattr(node, "name", "the module")
         docstring = ast.get_docstring(node)  # type: ignore[arg-type]
         if docstring is None and not name.startswith("_"):
-            found.append(f"{name} has none")
-        elif docstring is not None and RIDDLE.match(docstring):
+            found.append(f"{name} has no docstring")
+        elif docstring is not None and UNCLEAR_START.match(docstring):
             found.append(f"{name}: {docstring.splitlines()[0]}")
     return found
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_docstrings_are_plain(module: Path) -> None:
+def test_docstrings_exist_and_start_with_plain_words(module: Path) -> None:
     assert problems(module.read_text()) == []
 
 
@@ -46,5 +46,5 @@ def test_docstrings_are_plain(module: Path) -> None:
         '"""A module."""\nclass C:\n    """Of a run: its steps."""',
     ],
 )
-def test_control_a_missing_docstring_and_a_riddle_are_found(source: str) -> None:
+def test_control_a_missing_docstring_and_an_unclear_start_are_found(source: str) -> None:
     assert problems(source) != []

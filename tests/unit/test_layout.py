@@ -1,4 +1,4 @@
-"""The house: its configs compose, its presets run as they say, its pages are true."""
+"""Tests of the repository: configs compose, presets name their command, and documentation matches the files."""
 
 import re
 import subprocess
@@ -17,19 +17,19 @@ from wmtp.training.validate import config_issues
 ROOT = CONFIG_FOLDER.parent
 EXPERIMENTS = sorted((CONFIG_FOLDER / "experiment").glob("**/*.yaml"))
 CHOSEN_BY_ALGO = ("pretrain=random", "pretrain=shuffled")
-"""They look up what the control wraps, which Hydra allows only where nobody names them."""
+"""Their defaults refer to the wrapped algorithm, which Hydra does not allow for an option on the command line."""
 
 
 def options() -> list[str]:
-    """Every option of every group, as an override."""
+    """Return every option of every config group as an override."""
     paths = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.glob("*/**/*.yaml"))
     found = [f"{path.parent}={path.stem}" for path in paths if path.stem != "base"]
     found = [re.sub(r"^experiment/(.*)=", r"experiment=\1/", override) for override in found]
     return [override for override in found if override not in CHOSEN_BY_ALGO]
 
 
-def wanting(override: str) -> list[str]:
-    """An option with what else must be chosen for it to make sense."""
+def with_required_options(override: str) -> list[str]:
+    """Return an option together with the options that it requires."""
     group, _, name = override.partition("=")
     companions = {
         "pretrain": [f"algo={name}"] if name not in ("none", "baseline") else [],
@@ -39,29 +39,29 @@ def wanting(override: str) -> list[str]:
 
 
 @pytest.mark.parametrize("override", options())
-def test_every_option_composes_and_is_sound_but_for_what_only_a_user_can_say(
+def test_every_option_composes_and_is_valid_except_for_values_that_a_user_must_set(
     compose: Callable[..., DictConfig], override: str
 ) -> None:
-    faults = config_issues(compose(*wanting(override)))
+    issues = config_issues(compose(*with_required_options(override)))
     expected = {"checkpoint.remote", "data.path", "hardware.device", "hardware.num_processes", "model.path"}
-    assert [fault for fault in faults if fault.key not in expected] == []
+    assert [issue for issue in issues if issue.key not in expected] == []
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_opens_with_the_command_that_runs_it(path: Path, compose: Callable[..., DictConfig]) -> None:
-    named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("")
-    is_sweep = named.parts[0] == "sweep"
-    command, said, override = path.read_text().splitlines()[0].partition("python -m wmtp.train ")
-    assert (command, said) == ("# ", "python -m wmtp.train ")
-    assert override == f"{'-m ' if is_sweep else ''}experiment={named}"
+def test_an_experiment_starts_with_the_command_that_runs_it(path: Path, compose: Callable[..., DictConfig]) -> None:
+    name = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("")
+    is_sweep = name.parts[0] == "sweep"
+    command, command_text, override = path.read_text().splitlines()[0].partition("python -m wmtp.train ")
+    assert (command, command_text) == ("# ", "python -m wmtp.train ")
+    assert override == f"{'-m ' if is_sweep else ''}experiment={name}"
     assert is_sweep or compose(override) != compose()
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_job_of_a_named_sweep_is_sound(path: Path) -> None:
-    named = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()
-    jobs = parse_grid("train", [f"experiment={named}"]).jobs
-    assert (len(jobs) > 1) == named.startswith("sweep/")
+def test_every_job_of_a_preset_sweep_is_valid(path: Path) -> None:
+    name = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()
+    jobs = parse_grid("train", [f"experiment={name}"]).jobs
+    assert (len(jobs) > 1) == name.startswith("sweep/")
     arms = {tuple(override for override in job if not override.startswith("seed=")): job for job in jobs}
     for job in arms.values() if len(jobs) > 1 else []:
         check_overrides(TRAIN, job)
@@ -72,7 +72,7 @@ def test_a_preset_may_be_overridden(compose: Callable[..., DictConfig]) -> None:
     assert (config.max_steps, config.model.dim) == (3, 64)
 
 
-def test_every_key_of_the_trees_root_is_explained() -> None:
+def test_every_key_of_the_root_config_has_a_comment() -> None:
     for line in (CONFIG_FOLDER / "train.yaml").read_text().split("\nhydra:")[0].splitlines():
         if re.match(r"^\w+: ", line) and not line.startswith("_target_"):
             assert "#" in line, f"no comment: {line}"
@@ -80,7 +80,7 @@ def test_every_key_of_the_trees_root_is_explained() -> None:
             assert "#" in line, f"no comment: {line}"
 
 
-def test_variants_stay_small() -> None:
+def test_config_variants_are_short() -> None:
     for path in CONFIG_FOLDER.glob("*/*.yaml"):
         content = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(content, dict)
@@ -88,14 +88,14 @@ def test_variants_stay_small() -> None:
             assert len(path.read_text().splitlines()) < 10, path
 
 
-def test_every_object_of_the_tree_is_wmtps_or_torchs(compose: Callable[..., DictConfig]) -> None:
+def test_every_target_is_a_class_of_wmtp_or_torch(compose: Callable[..., DictConfig]) -> None:
     targets = [compose()["_target_"], *(node["_target_"] for _, node in iter_nodes(compose()))]
     assert targets[0] == "wmtp.training.trainer.Trainer"
     assert all(target.startswith(("wmtp.", "torch.optim.")) for target in targets)
 
 
-def test_the_readmes_tree_is_the_real_one() -> None:
-    """Every folder at the top and in `wmtp/` has a line, every command is named, and nothing that is not there."""
+def test_the_tree_in_the_readme_matches_the_files() -> None:
+    """The tree lists exactly the folders at the top and in `wmtp/`, and the modules of the commands."""
     tree = (ROOT / "README.md").read_text().split("## The code\n")[1].split("\n\nImports point down")[0]
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     tracked = [Path(name).parts for name in listed.split()]
@@ -107,8 +107,8 @@ def test_the_readmes_tree_is_the_real_one() -> None:
     assert set(re.findall(r"\w+\.py", tree)) == modules - {"__init__.py"}
 
 
-def test_the_rooms_stay_small() -> None:
-    """At most nine modules at the top of `wmtp/`, and at most twenty in any of its folders."""
+def test_packages_have_few_modules() -> None:
+    """At most nine files at the top of `wmtp/`, and at most twenty-one in any of its folders."""
     for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]:
         assert len(list(folder.glob("*.py"))) <= (9 if folder == PACKAGE else 21), folder
 
@@ -117,6 +117,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+def test_every_link_of_a_page_has_an_existing_target(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -1,4 +1,4 @@
-"""The faulty network and the guard of the servers: what other tests rely on."""
+"""Tests of two helpers of other tests: the faulty network and the guard that ends servers."""
 
 import http.client
 import os
@@ -22,10 +22,10 @@ BODY = bytes(range(256)) * 400
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Answers with the body that came; /chunks in chunks."""
+    """Answers a PUT with its body and a GET with BODY; the path /chunks is answered in chunks."""
 
     protocol_version = "HTTP/1.1"
-    hosts: list[str] = []  # noqa: RUF012 - of the class, for the tests to read
+    hosts: list[str] = []  # noqa: RUF012 - shared by all requests, for the tests to read
 
     def do_PUT(self) -> None:
         self.hosts.append(self.headers["Host"])
@@ -68,14 +68,14 @@ def send(proxy: FaultyProxy, method: str = "PUT", path: str = "/", body: bytes =
 
 @pytest.mark.parametrize("path", ["/", "/chunks"])
 @pytest.mark.parametrize("method", ["PUT", "GET"])
-def test_without_orders_all_goes_through_as_it_is(proxy: FaultyProxy, method: str, path: str) -> None:
+def test_without_faults_requests_pass_unchanged(proxy: FaultyProxy, method: str, path: str) -> None:
     for _ in range(3):
         assert send(proxy, method, path) == BODY
     assert proxy.requests == {method: 3} and proxy.done.total() == 0
     assert method == "GET" or Echo.hosts[-1] == proxy.url.removeprefix("http://")
 
 
-def test_requests_of_one_connection(proxy: FaultyProxy) -> None:
+def test_several_requests_use_one_connection(proxy: FaultyProxy) -> None:
     connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=10)
     for body in (BODY, b"", BODY[:10]):
         connection.request("PUT", "/", body)
@@ -83,7 +83,7 @@ def test_requests_of_one_connection(proxy: FaultyProxy) -> None:
     connection.close()
 
 
-def test_answers_count(proxy: FaultyProxy) -> None:
+def test_the_given_number_of_requests_get_the_error(proxy: FaultyProxy) -> None:
     proxy.answer(503, 2, ("PUT",))
     assert send(proxy, "GET") == BODY
     for _ in range(2):
@@ -92,7 +92,7 @@ def test_answers_count(proxy: FaultyProxy) -> None:
     assert send(proxy) == BODY and proxy.done["answer"] == 2
 
 
-def test_drops_close_the_connection_in_the_middle(proxy: FaultyProxy) -> None:
+def test_a_drop_closes_the_connection_in_the_middle(proxy: FaultyProxy) -> None:
     proxy.drop(2)
     with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
         send(proxy)
@@ -102,7 +102,7 @@ def test_drops_close_the_connection_in_the_middle(proxy: FaultyProxy) -> None:
     assert send(proxy) == BODY and proxy.done["drop"] == 2
 
 
-def test_flips_change_one_bit_of_large_bodies(proxy: FaultyProxy) -> None:
+def test_a_flip_changes_one_bit_of_a_large_body(proxy: FaultyProxy) -> None:
     proxy.flip(1)
     assert send(proxy, "GET") == BODY and send(proxy, body=BODY[:1024]) == BODY[:1024]
     changed = [(a, b) for a, b in zip(BODY, send(proxy), strict=True) if a != b]
@@ -112,7 +112,7 @@ def test_flips_change_one_bit_of_large_bodies(proxy: FaultyProxy) -> None:
     assert send(proxy) == BODY and send(proxy, "GET", "/chunks") != BODY
 
 
-def test_stalls_and_delays_last(proxy: FaultyProxy) -> None:
+def test_a_stall_delays_one_request_and_a_delay_every_request(proxy: FaultyProxy) -> None:
     def seconds() -> float:
         start = time.monotonic()
         assert send(proxy) == BODY
@@ -125,7 +125,7 @@ def test_stalls_and_delays_last(proxy: FaultyProxy) -> None:
     assert seconds() >= 0.5
 
 
-def test_the_dead_say_nothing_until_they_live(proxy: FaultyProxy) -> None:
+def test_a_dead_server_does_not_answer(proxy: FaultyProxy) -> None:
     proxy.dead = True
     with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
         send(proxy)
@@ -150,11 +150,11 @@ time.sleep(60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["guarded", "naive"])
-def test_servers_do_not_outlive_killed_tests(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("variant", ["guarded", "naive"])
+def test_servers_do_not_outlive_killed_tests(tmp_path: Path, variant: str) -> None:
     root = Path(__file__).parents[2]
     tests = subprocess.Popen(
-        [sys.executable, "-c", STARTER, str(tmp_path), how], stdout=subprocess.PIPE, text=True, cwd=root
+        [sys.executable, "-c", STARTER, str(tmp_path), variant], stdout=subprocess.PIPE, text=True, cwd=root
     )
     assert tests.stdout is not None
     group = int(tests.stdout.readline())
@@ -165,8 +165,8 @@ def test_servers_do_not_outlive_killed_tests(tmp_path: Path, how: str) -> None:
     processes = [psutil.Process(group), *psutil.Process(group).children()]
     tests.kill()
     tests.communicate()
-    psutil.wait_procs(processes, timeout=5 if how == "guarded" else 0.5)
-    left = [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-    if how == "naive":
+    psutil.wait_procs(processes, timeout=5 if variant == "guarded" else 0.5)
+    remaining = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    if variant == "naive":
         os.killpg(group, signal.SIGKILL)
-    assert bool(left) == (how == "naive")
+    assert bool(remaining) == (variant == "naive")

@@ -22,8 +22,8 @@ Reference = Literal["initial"] | ExistingPath
 class Observations:
     """The inputs of a weighting for one micro-batch, all detached. Inputs that the algorithm does not use are None.
 
-    Targets have the shape [head, batch, position], where head k at position t predicts the token at t + k. For an
-    algorithm with `uses_losses = "own"` they are a flat selection of these.
+    Per-target tensors have the shape [head, batch, position], where head k at position t predicts the token at t + k.
+    For an algorithm with `uses_losses = "own"` they are flat, with the targets of one chunk.
     """
 
     valid: Bool[Tensor, "*target"]
@@ -33,7 +33,7 @@ class Observations:
     losses: Float[Tensor, "*target"] | None = None
     """Cross-entropy of the policy for each target, in nats."""
     reference_losses: Float[Tensor, "*target"] | None = None
-    """Next-token cross-entropy of the reference for the same token, in nats."""
+    """Next-token cross-entropy of the reference model for the same token, in nats."""
     values: Float[Tensor, "batch position"] | None = None
     """Output of the value head after each token."""
     rewards: Float[Tensor, " batch"] | None = None
@@ -53,19 +53,26 @@ class Algorithm(ABC):
     weight_min: float
     weight_max: float
     uses_losses: Literal["none", "own", "all"] = "none"
-    """Losses that the weight of a target depends on: none, its own, or those of all targets. "own" weights are
-    computed chunk by chunk together with the losses; "all" needs an extra pass over the losses first."""
+    """The losses on which the weight of a target depends: "none", its "own" loss, or the losses of "all" targets.
+
+    With "own", weights are computed chunk by chunk together with the losses. With "all", the losses are computed first,
+    in an extra pass.
+    """
     min_heads = 1
     """Minimum number of heads; with fewer, the algorithm is equal to the baseline."""
     needs_values = False
+    """Whether the algorithm needs a value head."""
     needs_reference = False
-    needs_truth = False
-    """Needs ground truth about harmful tokens, so it is an upper bound only, not a method."""
+    """Whether the algorithm needs a reference model."""
+    needs_token_labels = False
+    """Whether the algorithm needs ground truth about harmful tokens; it is then an upper bound, not a method."""
     value_coef = 0.0
     """Coefficient of the value loss, relative to the policy loss."""
     reference: Path | Literal["initial"] | None = None
-    """Reference model: a run, a checkpoint, a pretrained model, or "initial" for the policy before training. None for
-    the model that stage 1 trained."""
+    """Reference model: a run, a checkpoint, a pretrained model, or "initial" for the policy before training.
+
+    None selects the model that stage 1 trained.
+    """
 
     @property
     def name(self) -> str:
@@ -74,16 +81,16 @@ class Algorithm(ABC):
 
     @abstractmethod
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
-        """Return the raw weights; those of invalid targets are ignored.
+        """Return the raw weights in the shape of `observed.valid`; entries without a target are ignored.
 
         With `uses_losses = "own"` the computation must be elementwise and accept losses of any shape.
         """
 
     def finish_update(self, processes: Processes) -> None:  # noqa: B027 - most algorithms have no state
-        """Update the state after an optimizer update; all ranks call it together."""
+        """Update the state after an optimizer step. All ranks must call this method."""
 
     def discard_update(self) -> None:  # noqa: B027
-        """Discard the statistics of the micro-batches since the last update, because their update was skipped."""
+        """Discard the statistics of the micro-batches of an update that was skipped."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as plain JSON values."""
@@ -108,12 +115,12 @@ def clip_weights(
 ) -> Float[Tensor, "*target"]:
     """Return the weights clipped to their range, detached, and 0 where there is no target.
 
-    A raw weight that is negative or not finite becomes NaN. This makes the loss NaN on every rank. An error raised
-    here on one rank would make the other ranks wait for it.
+    A raw weight that is negative or not finite becomes NaN, which makes the loss of the update NaN on every rank. This
+    function does not raise an error instead, because the other ranks would then wait for this rank.
     """
     weights = weights.detach().float()
-    sound = torch.isfinite(weights) & (weights >= 0)
-    return weights.clamp(weight_min, weight_max).where(sound, torch.nan).where(valid, 0.0)
+    is_usable = torch.isfinite(weights) & (weights >= 0)
+    return weights.clamp(weight_min, weight_max).where(is_usable, torch.nan).where(valid, 0.0)
 
 
 def mean_one_scale(
@@ -121,7 +128,8 @@ def mean_one_scale(
 ) -> Float[Tensor, ""]:
     """Return the factor that scales clipped weights so that Σ share·weight / Σ share = 1.
 
-    The factor is 0 if there is no target. It is infinite if every target has weight 0, which makes their loss NaN.
+    `shares` are the position weights, from `ops.targets.position_weights`. The factor is 0 if there is no target. It is
+    infinite if every target has weight 0; the loss is then NaN.
     """
     total = shares.sum()
     return torch.where(total > 0, total / (shares * weights).sum(), 0.0)

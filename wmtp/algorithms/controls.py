@@ -1,7 +1,7 @@
 """Controls: weights with the distribution of another algorithm's weights, but without their information.
 
-If a weighting is better than uniform training but not better than its own control, the reason is not that it
-finds the tokens that matter.
+If a weighting is better than uniform weights but not better than its control, its advantage does not come from finding
+the important tokens.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Control(Algorithm):
         self.of = of
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
-        self.min_heads, self.needs_truth = of.min_heads, of.needs_truth
+        self.min_heads, self.needs_token_labels = of.min_heads, of.needs_token_labels
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
 
@@ -35,10 +35,10 @@ class Control(Algorithm):
         return f"{type(self).__name__} of {self.of.name}"
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Return weights like those of the wrapped algorithm, without their information."""
+        """Return weights with the distribution of the wrapped algorithm's weights, but without their information."""
         weights = clip_weights(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
-        # One generator per micro-batch: the draws do not depend on the number of processes. The seed is hashed
-        # because torch uses only 32 bits of it, and the epoch is above these bits in the number.
+        # With one generator per micro-batch, the draws do not depend on the number of processes. The number of the
+        # micro-batch is hashed, because torch uses only 32 bits of a seed, and the epoch is in its higher bits.
         digest = hashlib.sha256(f"{self.seed} {observed.number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         return self.uninformative(weights, observed, generator)
@@ -54,7 +54,7 @@ class Control(Algorithm):
         self.of.finish_update(processes)
 
     def discard_update(self) -> None:
-        """Discard the statistics that the wrapped algorithm collected since the last update."""
+        """Discard the statistics of the wrapped algorithm for an update that was skipped."""
         self.of.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Shuffled(Control):
 
 
 class Random(Control):
-    """A control that draws log-normal weights with the mean and the standard deviation of the wrapped algorithm's."""
+    """A control that draws log-normal weights with the mean and the variance of the wrapped algorithm's weights."""
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
         """Wrap the algorithm `of`. `seed` is the seed of the draws.
@@ -97,7 +97,7 @@ class Random(Control):
     def uninformative(
         self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
-        """Return exp(x) for normal draws x, whose parameters give the mean and the variance of `weights`."""
+        """Return log-normal draws that have the mean and the variance of `weights` in expectation."""
         chosen = weights[observed.valid]
         if not len(chosen):
             return weights

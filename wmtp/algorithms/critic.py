@@ -1,8 +1,7 @@
 """Critic: weight each token by how much it improves the predicted reward of the solution.
 
-w_i = exp(Â_i / beta), where A_i is the advantage of token i, computed from a value head by generalized advantage
-estimation (Schulman et al. 2016, arXiv 1506.02438; with trace_decay = 0 it is the TD error), and Â_i is the
-whitened advantage.
+w_i = exp(Â_i / beta). A_i is the advantage of token i, computed from a value head by generalized advantage estimation
+(Schulman et al. 2016, arXiv 1506.02438); with trace_decay = 0 it is the TD error. Â_i is the whitened advantage.
 """
 
 import math
@@ -16,7 +15,7 @@ from torch import Tensor
 from wmtp.algorithms.base import Algorithm, Observations, require_range
 from wmtp.distributed.process_group import Processes
 from wmtp.field_types import PositiveFloat, Ratio
-from wmtp.ops.metric_sums import deviation
+from wmtp.ops.metric_sums import standard_deviation
 from wmtp.ops.returns import advantages, token_rewards
 from wmtp.ops.targets import shift_to_heads
 
@@ -59,7 +58,7 @@ class Whitening:
         self.discard_update()
 
     def discard_update(self) -> None:
-        """Discard the moments of the values since the last update."""
+        """Discard the statistics of the values since the last update."""
         self._sums.zero_()
 
 
@@ -68,7 +67,7 @@ def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
     count, total, squares = sums.tolist()
     if not count:
         return 0.0, 1.0
-    return total / count, deviation(total / count, squares / count) ** 2
+    return total / count, standard_deviation(total / count, squares / count) ** 2
 
 
 class Critic(Algorithm):
@@ -118,7 +117,7 @@ class Critic(Algorithm):
         self.whitening.finish_update(processes)
 
     def discard_update(self) -> None:
-        """Discard the advantages since the last update."""
+        """Discard the statistics of the advantages of an update that was skipped."""
         self.whitening.discard_update()
 
     def state_dict(self) -> dict[str, Any]:

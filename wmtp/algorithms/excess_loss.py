@@ -1,7 +1,7 @@
 """Excess loss: weight each target by the policy's loss minus the loss of a reference model.
 
 Source: Lin et al. 2024, Rho-1: Not All Tokens Are What You Need (arXiv 2404.07965), section 2.2. The excess is
-signed: targets with a higher loss under the reference than under the policy (noise) get the smallest weights.
+signed: targets with a higher loss under the reference model than under the policy (noise) get the smallest weights.
 """
 
 import math
@@ -50,7 +50,7 @@ class ExcessLoss(Algorithm):
 
 
 class TokenSkip(Algorithm):
-    """A selection of targets: each head trains on those with the largest excess loss; head 1 trains on all."""
+    """A selection of targets: heads 2 … H train on the targets with the largest excess loss, head 1 trains on all."""
 
     uses_losses = "all"
     needs_reference = True
@@ -64,20 +64,20 @@ class TokenSkip(Algorithm):
         """Create the selection.
 
         Args:
-            keep_fraction: share of a micro-batch's targets that train, for each head separately, rounded up.
+            keep_fraction: share of the targets of a micro-batch on which each head trains, rounded up.
             reference: see `Algorithm.reference`.
         """
         self.keep_fraction, self.reference = keep_fraction, reference
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Return 1 for targets that train and 0 for targets that are skipped."""
-        ranked = excess(observed).masked_fill(~observed.valid, -torch.inf)
-        kept = torch.zeros_like(ranked)
-        kept[0] = 1.0
-        for head in range(1, len(kept)):
+        """Return 1 for targets that are trained and 0 for targets that are skipped."""
+        scores = excess(observed).masked_fill(~observed.valid, -torch.inf)
+        weights = torch.zeros_like(scores)
+        weights[0] = 1.0
+        for head in range(1, len(weights)):
             count = math.ceil(self.keep_fraction * int(observed.valid[head].sum()) - 1e-9)
-            kept[head].view(-1)[ranked[head].flatten().topk(count).indices] = 1.0
-        return kept
+            weights[head].view(-1)[scores[head].flatten().topk(count).indices] = 1.0
+        return weights
 
 
 def excess(observed: Observations) -> Float[Tensor, "*target"]:

@@ -20,11 +20,11 @@ class Oracle(Algorithm):
     A token is harmful if it is noise or if it makes a wrong solution wrong.
     """
 
-    needs_truth = True
+    needs_token_labels = True
     weight_max = 1.0
 
     def __init__(self, *, misleading_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> None:
-        """Create the weighting. With `misleading_weight` 0, harmful tokens do not train."""
+        """Create the weighting. With `misleading_weight` 0, harmful tokens are not trained."""
         self.weight_min = misleading_weight
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:

@@ -1,4 +1,4 @@
-"""The two tensor formats of a checkpoint: full, written by rank 0, or sharded, written by every rank."""
+"""Tensor formats of a checkpoint: full tensors that rank 0 writes, or shards that every rank writes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wmtp.checkpoint.manifest import Entries, entries
-from wmtp.checkpoint.state import Snapshot, Tensors, live_counterpart
+from wmtp.checkpoint.state import Snapshot, Tensors, find_live_parameter
 from wmtp.distributed.process_group import Processes
 from wmtp.distributed.sharded_io import gather_full, read_shards, shard_like, write_shards
 from wmtp.runtime.atomic_files import fsync_path
@@ -23,7 +23,13 @@ def write_full(folder: Path, snapshot: Snapshot, processes: Processes) -> Entrie
 
 
 def read_full(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -> tuple[Tensors, Tensors]:
-    """Return the tensors of the model and, with `optimizer`, of the optimizer. Files are mapped into memory."""
+    """Read the files of `write_full`. Return the tensors of the model, and with `optimizer` those of the optimizer.
+
+    Args:
+        folder: folder of the checkpoint.
+        like: live parameters. A stored tensor of a sharded parameter is returned as this rank's shard.
+        optimizer: read the optimizer's tensors, too.
+    """
     return _read(folder / MODEL, like), _read(folder / OPTIMIZER, like) if optimizer else {}
 
 
@@ -43,7 +49,7 @@ def _write(path: Path, tensors: Tensors, processes: Processes) -> Entries:
 
 def _read(path: Path, like: Mapping[str, Tensor]) -> Tensors:
     with safe_open(path, framework="pt") as file:
-        return {name: shard_like(file.get_tensor(name), live_counterpart(name, like)) for name in file.keys()}  # noqa: SIM118
+        return {name: shard_like(file.get_tensor(name), find_live_parameter(name, like)) for name in file.keys()}  # noqa: SIM118
 
 
 def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Entries:
@@ -64,11 +70,11 @@ def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Ent
 
 
 def read_sharded(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -> tuple[Tensors, Tensors]:
-    """Return the tensors of the model and, with `optimizer`, of the optimizer."""
+    """Read the files of `write_sharded`. Arguments and result are those of `read_full`."""
 
     def _live(name: str) -> Tensor | None:
         prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else OPTIMIZER_PREFIX
-        return live_counterpart(name.removeprefix(prefix), like)
+        return find_live_parameter(name.removeprefix(prefix), like)
 
     tensors = read_shards(folder, lambda name: optimizer or name.startswith(MODEL_PREFIX), _live)
 

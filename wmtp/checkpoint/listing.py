@@ -1,4 +1,4 @@
-"""The checkpoints in a stage's folder, and the pointer files best.json and latest.json."""
+"""List the checkpoints in the folder of a stage, and read the pointer files best.json and latest.json."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from wmtp.checkpoint import manifest
 
 STEP = re.compile(r"step_\d{8,}")
+"""Name of a checkpoint's folder."""
 
 
 def manifest_hash(checkpoint: Path) -> str:
@@ -16,13 +17,13 @@ def manifest_hash(checkpoint: Path) -> str:
 
 
 def complete_checkpoints(stage: Path) -> list[Path]:
-    """Return the checkpoints in a stage's folder that have a manifest, oldest first. Hashes are not checked."""
+    """Return the checkpoints of a stage that have a manifest, oldest first. Hashes are not checked."""
     found = (path.parent for path in (stage / "checkpoints").glob(f"step_*/{manifest.NAME}"))
     return sorted((path for path in found if STEP.fullmatch(path.name)), key=lambda path: step_of(path.name))
 
 
 def step_of(name: str) -> int:
-    """Return the step of a checkpoint by its name."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(name.removeprefix("step_"))
 
 

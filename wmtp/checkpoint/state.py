@@ -1,4 +1,4 @@
-"""Conversion of models and optimizers to tensors and plain JSON, and back."""
+"""Convert models and optimizers to named tensors and plain JSON, and load them again."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Snapshot:
-    """A complete training state: two sets of named tensors, and plain JSON.
+    """A complete training state: named tensors of the model and of the optimizer, and plain JSON.
 
-    A sharded tensor (DTensor) represents the full tensor.
+    A tensor may be sharded over the ranks (DTensor).
     """
 
     model: Tensors
@@ -26,7 +26,7 @@ class Snapshot:
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the names that the model gives to the optimizer's parameters, in the optimizer's order."""
+    """Return the names of the optimizer's parameters in the model, in the optimizer's order."""
     names: dict[int, str] = {}
     for name, parameter in model.state_dict(keep_vars=True).items():  # state_dict also reshards gathered parameters
         names.setdefault(id(parameter), name)
@@ -47,10 +47,10 @@ def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tenso
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
-    """Load the result of `split_optimizer_state`. Full tensors of sharded parameters are sharded."""
+    """Load the result of `split_optimizer_state` into an optimizer. Full tensors of sharded parameters are sharded."""
     indices = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     live = model.state_dict()
-    tensors = {name: shard_like(tensor, live_counterpart(name, live)) for name, tensor in tensors.items()}
+    tensors = {name: shard_like(tensor, find_live_parameter(name, live)) for name, tensor in tensors.items()}
     entries: dict[int, dict[str, Any]] = {}
     for full_name, value in (tensors | state["plain"]).items():
         name, _, key = full_name.rpartition(":")
@@ -61,9 +61,12 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, 
 
 
 def load_model(model: nn.Module, tensors: Tensors, known: Collection[str] = ()) -> None:
-    """Load tensors into a model; all names and shapes must agree. Full tensors of sharded parameters are sharded.
+    """Load tensors into a model. Full tensors of sharded parameters are sharded.
 
-    Parameters named in `known` keep their values and may be missing from `tensors`.
+    Names and shapes must be those of the model. Parameters in `known` keep their values, and `tensors` may lack them.
+
+    Raises:
+        RuntimeError: names or shapes differ.
     """
     live = model.state_dict()
     kept = {name: live[name] for name in known}
@@ -72,6 +75,6 @@ def load_model(model: nn.Module, tensors: Tensors, known: Collection[str] = ()) 
         model.load_state_dict(kept | loaded, strict=True)
 
 
-def live_counterpart(name: str, live: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the live parameter of a stored tensor, whose name is `<parameter>` or `<parameter>:<key>`."""
+def find_live_parameter(name: str, live: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the live parameter to which a stored tensor `<parameter>` or `<parameter>:<key>` belongs, or None."""
     return live.get(name, live.get(name.rpartition(":")[0]))

@@ -1,9 +1,9 @@
 """Checkpoints on disk: written atomically, hashed, and verified before they are read.
 
-A checkpoint is written into a hidden folder, each file is synced to disk, the manifest with the SHA-256 of each file is
-written last, and the folder is renamed. So every folder `step_…` with a `manifest.json` is complete.
+A checkpoint is written into a hidden folder, and each file is synced to disk. The manifest, with the SHA-256 of each
+file, is written last. Then the folder is renamed. So every folder `step_…` with a `manifest.json` is complete.
 
-With several ranks, only rank 0 creates, renames and removes folders, and all ranks get its result or its error. All
+With several ranks, only rank 0 creates, renames and removes folders. All ranks receive its result or its error. All
 ranks must use the same folder on a shared file system.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wmtp.checkpoint import formats, manifest
 from wmtp.checkpoint.listing import read_pointer
-from wmtp.checkpoint.manifest import Entries, damage
+from wmtp.checkpoint.manifest import Entries, find_damage
 from wmtp.checkpoint.state import Snapshot
 from wmtp.distributed.process_group import Processes
 from wmtp.distributed.sharded_io import INDEX
@@ -26,19 +26,20 @@ from wmtp.errors import InputError
 from wmtp.field_types import Positive
 from wmtp.runtime.atomic_files import encode_json, fsync_path, replace_atomically, write_synced
 
-__all__ = ["CheckpointStore", "damage", "load"]
+__all__ = ["CheckpointStore", "find_damage", "load"]
 log = logging.getLogger(__name__)
 STAGING, REMOVED = ".staging-", ".removed-"
+"""Name prefixes of the folder of a checkpoint while it is written, and while it is removed."""
 REPLACED = ".replaced"
 """Name suffix of a checkpoint while a new one of the same step replaces it. Still a valid checkpoint."""
 STATE = "state.json"
 
 
 class CheckpointStore:
-    """Checkpoints of one run on disk: the newest `keep_last`, and the best.
+    """Checkpoints of one stage on disk: the `keep_last` newest checkpoints, and the best.
 
-    All ranks must call every method. Without `processes`, the store belongs to this process alone and is read-only
-    except `save`, since a training run may be using the same folder.
+    All ranks must call every method. Without `processes`, only this process uses the store. Such a store is read-only
+    except for `save`, because a training run may use the same folder at the same time.
     """
 
     def __init__(
@@ -47,26 +48,29 @@ class CheckpointStore:
         processes: Processes | None = None,
         *,
         keep_last: Positive = 2,
-        format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - the config's word
+        format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - name of the config key
     ) -> None:
         """Create the store.
 
         Args:
             folder: folder of the run or of stage 1; checkpoints are in its subfolder `checkpoints`.
-            processes: the ranks that call the methods.
-            keep_last: number of newest checkpoints to keep.
+            processes: the process group whose ranks call the methods.
+            keep_last: number of the newest checkpoints to keep.
             format: `whole` for full tensors written by rank 0, `sharded` for shards written by every rank.
         """
         self.folder = folder / "checkpoints"
         self.is_read_only = processes is None
-        self.processes = processes or Processes.alone()
+        self.processes = processes or Processes.single_process()
         self.keep_last, self.format = keep_last, format
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Write the checkpoint of a step, update latest.json, delete old checkpoints, and return the new folder.
+        """Write the checkpoint of a step, update latest.json, and delete superseded checkpoints.
 
-        Tensors may be live, and sharded over the ranks. If one rank fails, all ranks raise, and the earlier checkpoints
-        are unchanged.
+        Tensors may be the live tensors of the training, and may be sharded over the ranks. If one rank fails, all ranks
+        raise an error, and the earlier checkpoints are unchanged.
+
+        Returns:
+            The folder of the checkpoint.
 
         Raises:
             TypeError: the state is not plain JSON; nothing was written.
@@ -86,11 +90,11 @@ class CheckpointStore:
         return final
 
     def mark_best(self, step: int, value: float) -> None:
-        """Mark the checkpoint of a step as the best, if it exists; it is never deleted."""
+        """Mark the checkpoint of a step as the best, if it exists. The best checkpoint is never deleted."""
         self.processes.run_on_main(lambda: self._mark_best(step, value))
 
     def best(self) -> Path | None:
-        """Return the checkpoint that is marked as the best, if it exists."""
+        """Return the best checkpoint, or None if no checkpoint is marked as the best or it does not exist."""
         return self._path_of(self.processes.run_on_main(self._best))
 
     def has_any(self) -> bool:
@@ -100,11 +104,11 @@ class CheckpointStore:
     def latest(self) -> Path:
         """Verify checkpoints, newest first, and return the first undamaged one.
 
-        Damaged ones are renamed with a warning. A read-only store renames nothing.
+        Damaged checkpoints are renamed, with a warning. A read-only store renames nothing.
 
         Raises:
-            InputError: there is none.
-            OtherProcessFailed: the same, on ranks other than 0.
+            InputError: there is no undamaged checkpoint. Raised on rank 0.
+            OtherProcessFailed: there is no undamaged checkpoint. Raised on the other ranks.
         """
         path = self._path_of(self.processes.run_on_main(self._latest))
         assert path is not None
@@ -122,7 +126,7 @@ class CheckpointStore:
         return None if name is None else self.folder / name
 
     def _list(self) -> list[Path]:
-        """Return all checkpoint folders, oldest first; a checkpoint that is being replaced precedes the new one."""
+        """Return all checkpoint folders, oldest first. A checkpoint that is being replaced precedes its replacement."""
         return sorted(
             self.folder.glob("step_*"), key=lambda path: (path.name.removesuffix(REPLACED), path.suffix != REPLACED)
         )
@@ -166,7 +170,7 @@ class CheckpointStore:
         if not self.is_read_only:
             self._clean_up()
         for path in reversed(self._list()):
-            problem = damage(path)
+            problem = find_damage(path)
             if problem is None:
                 return path.name
             if self.is_read_only:
@@ -182,7 +186,7 @@ class CheckpointStore:
         replace_atomically(self.folder / f"{name}.json", encode_json(content))
 
     def _clean_up(self) -> None:
-        """Remove the files of interrupted saves and removals, and finish interrupted replacements."""
+        """Remove files that interrupted saves and removals left, and complete interrupted replacements."""
         for path in self.folder.glob(f"{STAGING}*"):
             log.warning("%s was left by an interrupted save; it is removed", path)
             self._remove(path)
@@ -213,7 +217,7 @@ class CheckpointStore:
         return [path for path in self._list()[: -self.keep_last] if path.name != best]
 
     def _remove(self, path: Path) -> None:
-        """Remove a folder if it exists. It is renamed first, so that a half-removed folder is no valid checkpoint."""
+        """Remove a folder if it exists. It is renamed first, so that a partly removed folder is never used."""
         hidden = path if path.name.startswith(".") else path.with_name(REMOVED + path.name)
         try:
             if path.exists():
@@ -235,19 +239,19 @@ def load(
 
     Args:
         path: folder of the checkpoint.
-        like: live parameters. The stored tensor of a sharded parameter is returned as this rank's shard, every other
-            tensor as a full tensor on the CPU.
-        verified: skip the verification, for a checkpoint that `latest` has just returned.
+        like: live parameters. A stored tensor of a sharded parameter is returned as this rank's shard. Every other
+            tensor is returned as a full tensor on the CPU.
+        verified: True to skip the verification, for a checkpoint that `latest` has just returned.
         optimizer: read the optimizer's tensors, too.
-        processes: the ranks that call this function; by default all ranks of the process group.
+        processes: the process group whose ranks call this function; by default the group of this process.
 
     Raises:
-        InputError: the checkpoint is damaged or does not exist.
-        OtherProcessFailed: the same, on ranks other than 0.
+        InputError: the checkpoint is damaged or does not exist. Raised on rank 0.
+        OtherProcessFailed: the checkpoint is damaged or does not exist. Raised on the other ranks.
     """
     processes = processes or Processes()
     if not verified:
-        problem = processes.run_on_main(lambda: damage(path))
+        problem = processes.run_on_main(lambda: find_damage(path))
         if problem is not None:
             raise InputError(f"{path}: no complete checkpoint: {problem}")
     return processes.run_on_all(lambda: _read(path, like or {}, optimizer))

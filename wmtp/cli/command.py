@@ -49,7 +49,7 @@ class Command:
     preflight: Callable[[DictConfig, Path], list[str]] = lambda config, folder: []
     """Function that returns warnings about a valid config, such as unreachable servers."""
     remote_keys: Mapping[str, Literal["latest", "best"]] = field(default_factory=dict)
-    """Keys that accept an S3 address, and which checkpoint of that run is downloaded."""
+    """Keys whose value may be an S3 URL, and the checkpoint of that run that is downloaded."""
     end_sweep: Callable[[Path, str], None] | None = None
     """Function that receives the folder and final state of a sweep; None if the command does not support sweeps."""
 

@@ -1,4 +1,4 @@
-"""Settings of a machine or a user instead of a run: environment variables, also from `.env` files."""
+"""Environment variables, also from `.env` files: settings of a machine or a user, which are not part of a config."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ def load_environment() -> None:
     """Load `.env` from the working directory and from the source folder; existing variables take precedence.
 
     Raises:
-        InputError: MLFLOW_TRACKING_URI contains a user and password that cannot be parsed.
+        InputError: MLFLOW_TRACKING_URI contains a user or a password that cannot be parsed.
     """
     for folder in (Path.cwd(), CONFIG_FOLDER.parent):
         load_dotenv(folder / ".env", override=False)

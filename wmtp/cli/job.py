@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 EXIT_BARRIER_S = 90.0
 """Seconds that all ranks have to close their files and connections after an error that all of them raise."""
 UPLOAD_BARRIER_S = 24 * 3600.0
-"""Seconds that the other ranks wait while rank 0 uploads the rest of the run."""
+"""Seconds that the other ranks wait while rank 0 uploads the remaining data of the run."""
 COLLECTIVE_ERRORS = (InterruptedRun, PendingError, TrainingError)
 """Errors that are raised on all ranks or on none."""
 

@@ -24,7 +24,7 @@ from wmtp.config.groups import group_options, is_group
 from wmtp.config.overrides import expand_argument, load_saved_overrides, parse_overrides, quote, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, did_you_mean
 from wmtp.distributed.worker import CONTEXT_VARIABLE
-from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst
+from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
 from wmtp.runtime.processes import kill_on_parent_death, limit_threads, started_together
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
@@ -63,7 +63,7 @@ def run(command: Command) -> NoReturn:
         runner.interrupted(exit_state(error)[0])
     finally:
         runner.close()
-    sys.exit(worst(runner.codes))
+    sys.exit(worst_exit_code(runner.codes))
 
 
 class CommandRunner:
@@ -145,7 +145,7 @@ class CommandRunner:
         return [*overrides, f"hydra.run.dir={quote(folder)}"]
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
-        """Download the S3 addresses in the arguments, and return the arguments with the paths of the local copies.
+        """Download the runs at S3 URLs in the arguments, and return the arguments with the paths of the local copies.
 
         The copies of a dry run are removed when the command ends.
         """
@@ -227,7 +227,7 @@ class CommandRunner:
             self.folder.rmdir()
         if started_together() and not self.has_shared_job:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one of the other ranks ends
-            shutdown_workers(worst(self.codes))
+            shutdown_workers(worst_exit_code(self.codes))
 
 
 def check_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:

@@ -1,8 +1,7 @@
-"""S3 addresses on the command line: download the run, and use the local copy instead."""
+"""Download the runs at S3 URLs in the command line, and replace each URL with the folder of the local copy."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -11,26 +10,30 @@ from wmtp.config.overrides import chosen_run_dir, quote
 from wmtp.config.schema import ConfigError, ConfigIssue, format_problem, validate_value
 from wmtp.runtime.run_dir import OUTPUTS
 from wmtp.s3.client import S3Options
-from wmtp.s3.fetch import fetch_run, find_run, local_folder
+from wmtp.s3.fetch import CheckpointChoice, fetch_run, find_run, local_folder
 
-Which = Literal["latest", "best"]
 COPIES = OUTPUTS / "copies"
 """Folder of models that were downloaded for evaluation, generation or export."""
 STORE_PREFIX = "checkpoint."
 """Prefix of the keys that configure the S3 store."""
 
 
-def replace_remote_args(arguments: list[str], keys: Mapping[str, Which], scratch: Path | None) -> list[str]:
-    """Download the runs at S3 addresses, and return the arguments with local folders instead of the addresses.
+def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoice], scratch: Path | None) -> list[str]:
+    """Download the runs at S3 URLs, and return the arguments with local folders instead of the URLs.
 
-    A run to resume ("latest") is copied to the same path below outputs/ that it had on its first machine, or to
-    `hydra.run.dir`, which is then removed from the arguments. A model to use ("best") is copied to a separate folder
-    below outputs/copies, in which no training is resumed. With `scratch`, all copies are below that folder instead.
+    A run that will be resumed ("latest") is copied to the path below outputs/ that it had on its first machine, or to
+    `hydra.run.dir`, which is then removed from the arguments. A model that will be used ("best") is copied to a folder
+    below outputs/copies, because no training may be resumed in it.
+
+    Args:
+        arguments: arguments of the command.
+        keys: keys whose value may be an S3 URL, and the checkpoints that are downloaded for each.
+        scratch: folder for all copies, instead of the folders above.
 
     Raises:
-        ConfigError: the settings of the store are not valid.
-        InputError: the store refuses access, or contains no such run.
-        OSError: the store does not answer.
+        ConfigError: the options of the store are not valid.
+        InputError: the store refuses access, or does not contain the run.
+        OSError: the store does not respond.
     """
     options, run_dir = store_options(arguments), chosen_run_dir(arguments)
     console = Console(markup=False, stderr=True)
@@ -42,7 +45,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, Which], scratch
             result.append(argument)
             continue
         resumes, run = keys[key] == "latest", find_run(url, options)
-        url = url if url.startswith(f"{run}/") else run  # one of its checkpoints, or the only run below the address
+        url = url if url.startswith(f"{run}/") else run  # a checkpoint of the run, or the run itself
         default = (run_dir or local_folder(url)) if resumes else COPIES / local_folder(url).relative_to(OUTPUTS)
         folder = fetch_run(url, scratch or default, options, checkpoints=keys[key], console=console)
         result.append(f"{key}={quote(folder)}")

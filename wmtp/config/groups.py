@@ -28,12 +28,12 @@ def group_options(group: str) -> list[str]:
 
 
 def selectable_options(group: str) -> list[str]:
-    """Return the options for users, without base files, which only other options use."""
+    """Return the options of a group that users may choose. Files named `base` are left out: other options use them."""
     return [option for option in group_options(group) if option.rpartition("/")[2] != "base"]
 
 
 def command_groups(command: str) -> dict[str, str]:
-    """Return the groups of a command, each with its purpose."""
+    """Return the groups of a command, with the description of each."""
     lines = (CONFIG_FOLDER / f"{command}.yaml").read_text().splitlines()
     return {found[1]: found[2] for line in lines if (found := DEFAULT.fullmatch(line))}
 

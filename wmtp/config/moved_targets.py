@@ -2,7 +2,7 @@
 
 from typing import Any
 
-MOVED = {
+MOVED_TARGETS = {
     "wmtp.checkpoint.store.RemoteCheckpointStore": "wmtp.s3.store.RemoteCheckpointStore",
     "wmtp.data.tokenization.pretrained_tokenizer": "wmtp.data.tokenizer.pretrained_tokenizer",
     "wmtp.data.tokenization.task_tokenizer": "wmtp.data.tokenizer.task_tokenizer",
@@ -21,7 +21,7 @@ MOVED = {
 
 def current_target(target: str) -> str:
     """Return the current path of a target."""
-    return MOVED.get(target, target)
+    return MOVED_TARGETS.get(target, target)
 
 
 def update_targets(value: Any) -> Any:

@@ -84,14 +84,14 @@ def load_run_config(path: Path) -> DictConfig:
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a hint with the most similar known word, or with all known words."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if matches:
+        return f"did you mean {prefix}{matches[0]}?"
     return f"valid: {', '.join(known)}" if known else "no key is valid here"
 
 
 def locate(target: str) -> Callable[..., Any]:
-    """Return the class or function that a `_target_` names.
+    """Return the class or function of a `_target_`, which may be a path from an earlier version.
 
     Raises:
         ValueError: the target is not in the allow-list, cannot be imported, or is not callable.
@@ -205,14 +205,17 @@ def node_issues(node: DictConfig, key: str, extra: dict[str, Parameter] | None =
 
 
 def build(node: DictConfig, target: Callable[..., Any] | None = None, **available: object) -> Any:
-    """Build the object of a node. This is the only place that builds objects from a config.
-
-    Args:
-        node: a node with a `_target_`, or any node if `target` is given; then keys that are not parameters are ignored.
-        target: class or function to call; None takes it from the node.
-        available: objects that the target receives if its signature has a parameter of that name.
+    """Build the object of a node and of the nodes inside it. No other function builds objects from a config.
 
     Values are converted to the types of the annotations.
+
+    Args:
+        node: a node with a `_target_`, or any node if `target` is given. Keys that are not parameters are ignored.
+        target: class or function to call; by default the `_target_` of the node.
+        available: objects that are passed to each target whose signature has a parameter of that name.
+
+    Returns:
+        The object that the target returned.
     """
     target = target or locate(str(node["_target_"]))
     parameters = schema(target)
@@ -231,9 +234,14 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
 
 
 def stage_config(config: DictConfig) -> DictConfig:
-    """Return the config of stage 1: the config of stage 2, changed by the keys of `pretrain` that are not its own."""
-    own = schema(locate(str(config.pretrain["_target_"])))
-    changes = {k: value for k, value in to_plain(config.pretrain).items() if k not in own and k not in HYDRA_KEYS}
+    """Return the config of stage 1: the config of stage 2, overridden by the keys of the node `pretrain`.
+
+    Keys that are parameters of the `_target_` of `pretrain` are not overrides; they configure the stage itself.
+    """
+    stage_keys = schema(locate(str(config.pretrain["_target_"])))
+    changes = {
+        k: value for k, value in to_plain(config.pretrain).items() if k not in stage_keys and k not in HYDRA_KEYS
+    }
     base = copy.deepcopy(config)
     OmegaConf.set_struct(base, False)
     for key, value in changes.items():

@@ -15,7 +15,7 @@ from wmtp.data.token_labels import harmful_tokens, has_token_labels
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 
-SINGLE_PROCESS = Processes.alone()
+SINGLE_PROCESS = Processes.single_process()
 
 
 class Dataset:

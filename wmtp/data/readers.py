@@ -327,9 +327,9 @@ def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors
     """Raise `InputError` unless the rejected rows may be skipped."""
     number = len(rejections)
     if on_error == "stop" and rejections:
-        shown = "\n  ".join(map(str, rejections[:MAX_SHOWN]))
+        listed = "\n  ".join(map(str, rejections[:MAX_SHOWN]))
         rest = f"\n  and {number - MAX_SHOWN} more" if number > MAX_SHOWN else ""
-        raise InputError(f"faulty rows: {number}\n  {shown}{rest}\nCorrect them, or skip them: data.on_error=skip.")
+        raise InputError(f"faulty rows: {number}\n  {listed}{rest}\nCorrect them, or skip them: data.on_error=skip.")
     if number > max_errors:
         counts = Counter(rejection.reason for rejection in rejections).most_common()
         reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)
@@ -338,7 +338,10 @@ def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors
 
 
 def _split_files(path: Path) -> list[Path | None]:
-    """Return the file of each split in a folder, None if it has none; for a file, only the file itself."""
+    """Return the files of the train, validation and test split in a folder; None for a split without a file.
+
+    If `path` is a file, the result contains only this file.
+    """
     if path.is_file():
         return [path]
     files: list[Path | None] = []

@@ -21,10 +21,10 @@ class Record(BaseModel):
     """One solution to a task. Also the schema of a line of plain JSONL.
 
     `prompt` and `solution` are tokenized separately, so their boundary is exact. `decisive` and `noise` are spans of
-    the solution's characters that decide its correctness or are unpredictable: the ground truth for the comparison of
-    weightings, empty if unknown. A test is an assertion, or for a whole program an input and its expected output.
-    `setup` is code that runs after the solution and before its tests. `preamble` is code that the solution continues,
-    and without which it is not a program.
+    the solution's characters: `decisive` characters determine its correctness, `noise` characters are unpredictable.
+    They are the ground truth for comparing weightings, and empty if unknown. A test is an assertion, or an input of the
+    whole program and its expected output. `setup` is code that runs after the solution and before its tests. `preamble`
+    is code before the solution, without which the solution is not a complete program.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -72,15 +72,17 @@ def allocate_counts(shares: list[float], n: int) -> list[int]:
 
 
 def add_mismatched(records: list[Record], seed: int) -> list[Record]:
-    """Return the records, plus one incorrect solution for each task without one: a solution of another task.
+    """Add an incorrect solution to each task that has none, and return all records.
+
+    The added solution is a correct solution of another task, drawn at random.
 
     Raises:
         InputError: all correct solutions of other tasks are also solutions of the task.
     """
-    own: dict[str, set[str]] = {}
+    solutions_of: dict[str, set[str]] = {}
     without_wrong: dict[str, Record] = {}
     for record in records:
-        own.setdefault(record.task_id, set()).add(record.solution)
+        solutions_of.setdefault(record.task_id, set()).add(record.solution)
         without_wrong[record.task_id] = record
     for record in records:
         if not record.is_correct:
@@ -90,7 +92,7 @@ def add_mismatched(records: list[Record], seed: int) -> list[Record]:
     added: list[Record] = []
     for task, record in without_wrong.items():
         start = random_.randrange(len(donors))
-        donor = next((d for d in (*donors[start:], *donors[:start]) if d.solution not in own[task]), None)
+        donor = next((d for d in (*donors[start:], *donors[:start]) if d.solution not in solutions_of[task]), None)
         if donor is None:
             raise InputError(f"data.mismatched: no other task has a solution that could be an incorrect one for {task}")
         changes = {"solution": donor.solution, "is_correct": False, "decisive": (), "noise": ()}

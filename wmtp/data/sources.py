@@ -67,7 +67,10 @@ class DataSource(ABC):
         )
 
     def selection(self, n_samples: int | None) -> Selection:
-        """Return the composition to select; `balance_correct` is a `correct_ratio` of one half."""
+        """Return the selection of `n_samples` records (None: as many as possible).
+
+        `balance_correct` has the effect of a `correct_ratio` of 0.5.
+        """
         ratio = 0.5 if self.balance_correct else self.correct_ratio
         return Selection(n_samples, ratio, self.difficulty_bins, self.seed)
 

@@ -1,4 +1,4 @@
-"""The selected records of one split as tokens, with optional values per token."""
+"""The selected and tokenized records of one split, with optional arrays of values per token."""
 
 import hashlib
 import logging

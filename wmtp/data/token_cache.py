@@ -92,8 +92,8 @@ def cached_tokens(
     Raises:
         InputError: the cached file cannot be read.
     """
-    parts = [FORMAT, records_fingerprint(records), tokenizer.fingerprint, template, max_length, long_samples]
-    path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
+    key = [FORMAT, records_fingerprint(records), tokenizer.fingerprint, template, max_length, long_samples]
+    path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:
             arrays = load_file(path)

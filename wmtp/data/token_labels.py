@@ -7,7 +7,10 @@ from wmtp.data.tokenizer import Tokenizer
 
 
 def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return three boolean arrays over the tokens of a split: decisive, noise, and part of a solution."""
+    """Return three boolean masks of shape [token]: decisive tokens, noise tokens, and all tokens of solutions.
+
+    The tokens are those of `split.samples.tokens`.
+    """
     decisive, noise, response = (np.zeros(len(split.samples.tokens), bool) for _ in range(3))
     records = [split.records[index] for index in split.samples.kept]
     token_spans = tokenizer.character_spans([record.solution for record in records])
@@ -22,7 +25,7 @@ def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarra
 
 
 def harmful_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
-    """Return a boolean array over the tokens of a split: noise, or a decisive token of an incorrect solution."""
+    """Return a boolean mask of shape [token]: noise tokens, and decisive tokens of incorrect solutions."""
     decisive, noise, _ = label_tokens(split, tokenizer)
     wrong = np.repeat(~split.is_correct, split.samples.lengths)
     harmful: np.ndarray = noise | (decisive & wrong)

@@ -27,13 +27,13 @@ class Hardware:
         strategy: Strategy = "single",
         reduce_each_micro_batch: bool = False,
         activation_checkpointing: bool = False,
-        compile: bool = False,  # noqa: A002 - torch's word
+        compile: bool = False,  # noqa: A002 - name of torch's function
         timeout: PositiveFloat = 1800.0,
     ) -> None:
         """Select the device of this process.
 
         Args:
-            device: kind of device.
+            device: device type.
             precision: precision of matrix products; parameters stay fp32.
             num_processes: number of ranks.
             strategy: "ddp" or "fsdp" with several ranks; ignored with one.
@@ -57,7 +57,7 @@ class Hardware:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def peak_memory(self) -> int:
-        """Return the peak memory in bytes: of tensors on a CUDA GPU, otherwise of this process."""
+        """Return the peak memory in bytes: the memory of tensors on a CUDA GPU, otherwise of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,13 +65,13 @@ class Hardware:
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the device of this process; the local rank selects one of several GPUs."""
+    """Return the device of this process. With several GPUs, the local rank is the index of the GPU."""
     kind = found_devices()[0] if device == "auto" else device
     return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
 
 
 def found_devices() -> list[str]:
-    """Return the kinds of device of this machine, fastest first."""
+    """Return the device types of this machine, fastest first."""
     devices = []
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -83,17 +83,19 @@ def found_devices() -> list[str]:
 def hardware_issues(device: str, num_processes: int, strategy: str) -> list[tuple[str, str]]:
     """Return (key, problem) pairs for options that this machine cannot satisfy or that contradict each other."""
     found = found_devices()
-    there = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
-    outer, here = os.environ.get("WORLD_SIZE"), int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    available = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
+    world_size, local_world_size = os.environ.get("WORLD_SIZE"), int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     kind = found[0] if device == "auto" else device
     problems = []
     if kind not in found:
-        problems.append(("device", f"this machine has no {kind} device; found: {there} ({os.cpu_count()} cores)"))
-    elif kind == "cuda" and here > torch.cuda.device_count():
-        remedy = "; more machines need torchrun on each" if outer is None else ""
-        problems.append(("num_processes", f"needs one GPU each; found: {there}{remedy}"))
-    if outer is not None and int(outer) != num_processes:
-        problems.append(("num_processes", f"torchrun started {outer} processes; set hardware.num_processes={outer}"))
+        problems.append(("device", f"this machine has no {kind} device; found: {available} ({os.cpu_count()} cores)"))
+    elif kind == "cuda" and local_world_size > torch.cuda.device_count():
+        remedy = "; more machines need torchrun on each" if world_size is None else ""
+        problems.append(("num_processes", f"needs one GPU each; found: {available}{remedy}"))
+    if world_size is not None and int(world_size) != num_processes:
+        problems.append(
+            ("num_processes", f"torchrun started {world_size} processes; set hardware.num_processes={world_size}")
+        )
     if num_processes > 1 and kind == "mps":
         problems.append(("num_processes", "must be 1 on an MPS device"))
     if num_processes > 1 and strategy == "single":

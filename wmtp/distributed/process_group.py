@@ -27,7 +27,7 @@ class OtherProcessFailed(WmtpError):
 
 
 class Processes:
-    """Collectives of the process group, from rank `rank` of `size`, on plain JSON values or tensors of equal shape.
+    """Rank and size of the process group, and collectives on plain JSON values or on tensors of equal shape.
 
     All ranks must call the same methods in the same order. Without a process group, `size` is 1 and no method waits.
     """
@@ -36,15 +36,15 @@ class Processes:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     @classmethod
-    def alone(cls) -> "Processes":
-        """Return a group of size 1 that contains this process only, whatever the real process group."""
+    def single_process(cls) -> "Processes":
+        """Return a group of size 1 with only this process, even if there is a process group."""
         processes = cls()
         processes.rank, processes.size = 0, 1
         return processes
 
     @property
     def is_main(self) -> bool:
-        """True for rank 0, the main process, which prints, tracks and writes."""
+        """True on rank 0, the main process. Only the main process prints, tracks and writes."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -76,19 +76,19 @@ class Processes:
         """Return the values of all ranks, in order of rank. A value must be plain JSON."""
         if self.size == 1:
             return [value]
-        written = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = int(self.max(len(written))[0])
+        encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = int(self.max(len(encoded))[0])
         padded = torch.full((length,), ord(" "), dtype=torch.uint8)
-        padded[: len(written)] = written
+        padded[: len(encoded)] = encoded
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded)
         return [json.loads(bytes(part.tolist())) for part in gathered]
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Run an action on every rank and return this rank's result; raise on all ranks if it failed on one.
+        """Run an action on every rank and return this rank's result. If it fails on one rank, all raise.
 
         Raises:
-            OtherProcessFailed: the action succeeded on this rank and failed on another one; names the lowest such rank.
+            OtherProcessFailed: the action succeeded here and failed on other ranks; `rank` is the lowest of them.
         """
         result, error = None, None
         try:

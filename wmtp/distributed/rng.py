@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def seed_torch(seed: int, rank: int = 0) -> None:
-    """Seed torch's generators, used for initial parameters and dropout, differently on each rank."""
+    """Seed torch's generators, differently on each rank. They are used for initial parameters and dropout."""
     torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
@@ -47,12 +47,12 @@ def restore_generators(states_by_rank: list[dict[str, str]], processes: Processe
         return
     states = states_by_rank[processes.rank]
 
-    def decode(device: str) -> torch.Tensor:
-        """Return the saved state of a device."""
+    def _decode(device: str) -> torch.Tensor:
+        """Return the saved state of the generator of a device."""
         return torch.frombuffer(bytearray(base64.b64decode(states[device])), dtype=torch.uint8)
 
-    torch.set_rng_state(decode("cpu"))
+    torch.set_rng_state(_decode("cpu"))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(decode("cuda"))
+        torch.cuda.set_rng_state(_decode("cuda"))
     if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(decode("mps"))
+        torch.mps.set_rng_state(_decode("mps"))

@@ -95,30 +95,32 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
         OtherProcessFailed: another rank could not write its shards.
     """
     writer = _Writer(folder, sync_files=False)
-    alone = not dist.is_initialized()
-    rank = 0 if alone else dist.get_rank()
+    is_single = not dist.is_initialized()
+    rank = 0 if is_single else dist.get_rank()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         try:
-            save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer, no_dist=alone)
+            save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer, no_dist=is_single)
         except CheckpointException as error:
             raise _original_error(error, rank) from error
     return [*folder.glob(f"__{rank}_*.distcp"), *([folder / INDEX] if rank == 0 else [])]
 
 
-def read_shards(folder: Path, wanted: Callable[[str], bool], like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+def read_shards(
+    folder: Path, should_read: Callable[[str], bool], like: Callable[[str], Tensor | None]
+) -> dict[str, Tensor]:
     """Read tensors from the shards of any number of ranks, without communication between the ranks.
 
     Args:
         folder: folder with the shards; its files must have been verified.
-        wanted: returns whether to read the tensor of a name.
+        should_read: returns whether to read the tensor of a name.
         like: returns the live tensor of a name. If it is sharded and has the same full shape, the returned tensor is
             sharded in the same way. Otherwise the full tensor is returned, on the CPU.
     """
     tensors: dict[str, Tensor] = {}
     for name, stored in _read_index(folder).state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        if wanted(name):
+        if should_read(name):
             live, dtype = like(name), stored.properties.dtype
             if is_shard_of(live, stored.size):
                 assert live is not None
@@ -135,7 +137,7 @@ def read_shards(folder: Path, wanted: Callable[[str], bool], like: Callable[[str
 
 
 class _Writer(FileSystemWriter):
-    """A writer whose index is JSON, and whose errors are those of the file system."""
+    """Torch's writer, with an index in JSON and with the original errors of the file system."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's shards; raise the OSError that torch's error hides."""
@@ -150,8 +152,8 @@ class _Writer(FileSystemWriter):
             raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index, with the locations of all ranks' shards."""
-        locations = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        """Write the index with the positions of the shards of all ranks."""
+        locations = {result.index: result.storage_data for rank_results in results for result in rank_results}
         index: dict[str, Any] = {}
         for name, stored in metadata.state_dict_metadata.items():
             assert isinstance(stored, TensorStorageMetadata)
@@ -167,7 +169,7 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """A reader whose index is JSON."""
+    """Torch's reader, with an index in JSON."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the index as torch's metadata."""

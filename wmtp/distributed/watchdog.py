@@ -38,9 +38,11 @@ class Watchdog:
     def __init__(self, processes: Processes, store: Store, on_hang: Callable[[int], int]) -> None:
         self.rank, self.size = processes.rank, processes.size
         self.store, self.on_hang = store, on_hang
-        everyone = processes.gather([_machine(), os.getpid()])
+        all_processes = processes.gather([_machine(), os.getpid()])
         self.pids = {
-            rank: pid for rank, (machine, pid) in enumerate(everyone) if machine == _machine() and rank != self.rank
+            rank: pid
+            for rank, (machine, pid) in enumerate(all_processes)
+            if machine == _machine() and rank != self.rank
         }
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

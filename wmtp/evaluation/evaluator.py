@@ -131,11 +131,11 @@ class Evaluator:
         problems = [p for p in unique_problems(records) if p.tests][: self.settings.limit]
         prompts = encode_prompts(source.tokenizer, source.template, [p.prompt for p in problems])
         sizes = [(len(prompt), p.task_id) for p, prompt in zip(problems, prompts, strict=True)]
-        if long := [size for size in sizes if size[0] >= source.max_length]:
-            most, task = max(long)
+        if too_long := [size for size in sizes if size[0] >= source.max_length]:
+            longest, task = max(too_long)
             raise InputError(
-                f"data: {len(long)} of {len(problems)} prompts leave no room for an answer in a context of "
-                f"{source.max_length} tokens; the longest, {task}, has {most}; set data.max_length={2 * most}, "
+                f"data: {len(too_long)} of {len(problems)} prompts leave no room for an answer in a context of "
+                f"{source.max_length} tokens; the longest, {task}, has {longest}; set data.max_length={2 * longest}, "
                 "which is more than in training"
             )
         return problems
@@ -202,9 +202,9 @@ class Evaluator:
 
     def _metric_label(self) -> str:
         """Return the data, split and decoding as a part of metric names."""
-        temperature, num = self.decoding.temperature, self.settings.limit
-        how = f"temperature_{temperature:g}" if temperature else "greedy"
-        return "-".join([self.source.name, self.split, how, *([f"first_{num}"] if num else [])])
+        temperature, limit = self.decoding.temperature, self.settings.limit
+        decoding_name = f"temperature_{temperature:g}" if temperature else "greedy"
+        return "-".join([self.source.name, self.split, decoding_name, *([f"first_{limit}"] if limit else [])])
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)

@@ -14,7 +14,7 @@ from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 from wmtp.ops.targets import targets
 
 ROWS_AT_ONCE = 2_048
@@ -30,7 +30,7 @@ def prediction_metrics(
     All are measured over the tokens of the solutions with weights 1; `perplexity` is exp(head 1's loss). Without
     samples the result is empty.
     """
-    objective, sums = MtpObjective(Uniform()), Sums()
+    objective, sums = MtpObjective(Uniform()), MetricSums()
     model.eval()
     for indices in batches_by_length(split.samples.lengths, batch_size):
         batch = collate(split, indices, tokenizer.padding).to(hardware.device)
@@ -49,9 +49,9 @@ def accuracy_sums(
     states: Float[Tensor, "head batch position dim"],
     unembedding: Float[Tensor, "vocabulary dim"],
     target: Int[Tensor, "head batch position"],
-) -> Sums:
+) -> MetricSums:
     """Return sums for `head_1_accuracy` …: the targets that are the head's most likely token, and all targets."""
-    sums = Sums()
+    sums = MetricSums()
     for k, (head_states, head_target) in enumerate(zip(states, target, strict=True), 1):
         valid = head_target != IGNORED
         rows, labels = head_states[valid], head_target[valid]

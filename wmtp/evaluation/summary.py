@@ -72,8 +72,8 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     failures = ", ".join(f"{reason} {count}" for reason, count in summary["outcomes"].items() if reason != "pass")
     if failures:
         console.print(f"not passed: {failures}", soft_wrap=True, highlight=False)
-    totals = summary["prediction"] | summary["decoding"]
-    texts = [f"{name.replace('_', ' ')} {totals[name]:.4g}" for name in PRINTED_METRICS if name in totals]
+    metrics = summary["prediction"] | summary["decoding"]
+    texts = [f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in PRINTED_METRICS if name in metrics]
     console.print(", ".join(texts), soft_wrap=True, highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""Completion and checks of the configs of evaluate and generate."""
+"""Validation of the configs of evaluate and generate, and values that depend on the run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +31,11 @@ def fill_temperature(config: DictConfig, n: object) -> DictConfig:
 
 
 def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config with data settings from the run: all of them for the run's own data, else its `max_length`.
+    """Return the config with data settings of the run that trained the checkpoint.
 
-    Overrides on the command line take precedence. A missing checkpoint is left to `checkpoint_issues`.
+    If the config names the data of that run, all its data settings are used; otherwise only its `max_length`. Overrides
+    on the command line take precedence. If there is no checkpoint, the config is returned unchanged, and
+    `checkpoint_issues` reports it.
     """
     try:
         trained = read_run_config(find_checkpoint(Path(config.checkpoint.path))[1])
@@ -46,14 +48,14 @@ def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
         if chosen is None:
             config.data = trained.data
         return config
-    same = "_target_" not in chosen or all(chosen.get(key) == trained.data.get(key) for key in SOURCE_KEYS)
-    inherited = trained.data if same else OmegaConf.masked_copy(trained.data, ["max_length"])
-    typed = OmegaConf.create()
+    is_run_data = "_target_" not in chosen or all(chosen.get(key) == trained.data.get(key) for key in SOURCE_KEYS)
+    inherited = trained.data if is_run_data else OmegaConf.masked_copy(trained.data, ["max_length"])
+    overridden = OmegaConf.create()
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if key.startswith("data."):
-            OmegaConf.update(typed, key.removeprefix("data."), OmegaConf.select(config, key))
-    config.data = OmegaConf.merge(chosen, inherited, typed)
+            OmegaConf.update(overridden, key.removeprefix("data."), OmegaConf.select(config, key))
+    config.data = OmegaConf.merge(chosen, inherited, overridden)
     return config
 
 
@@ -77,7 +79,7 @@ def evaluation_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield the issues of numbers of samples that do not fit together."""
+    """Yield issues of `n`, `k` and the temperature if their values contradict each other."""
     n, k = config.evaluation.n, config.evaluation.k
     ks = [k] if isinstance(k, int) else list(k)
     if too_large := [k for k in ks if k > n]:

@@ -1,4 +1,4 @@
-"""A model that computes sequences piece by piece with a key-value cache."""
+"""A model prepared for decoding with a key-value cache."""
 
 import copy
 from collections.abc import Sequence

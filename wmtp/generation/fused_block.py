@@ -95,6 +95,6 @@ def rotate_in_place(x: Float[Tensor, "row position head head_dim"], table: tuple
 
 
 def signed_rotary_table(table: RotaryTable, dtype: torch.dtype) -> Float[Tensor, "2 slot pair 2"]:
-    """Return the cosines for every slot, and the sines with the signs for both halves of a pair."""
+    """Return the table for `rotate_in_place`: the cosines twice, and the sines once negative and once positive."""
     cos, sin = (part[0] for part in table)
     return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).to(dtype)

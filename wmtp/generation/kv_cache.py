@@ -62,9 +62,9 @@ class KVCache:
         Twice as many slots are allocated, up to `maximum`, so that reallocation is rare.
         """
         if num_slots > self.num_slots:
-            more = min(2 * num_slots, maximum) - self.num_slots
-            self.num_slots += more
-            self.kv_blocks = [F.pad(kv_block, (0, 0, 0, more)) for kv_block in self.kv_blocks]
+            num_added = min(2 * num_slots, maximum) - self.num_slots
+            self.num_slots += num_added
+            self.kv_blocks = [F.pad(kv_block, (0, 0, 0, num_added)) for kv_block in self.kv_blocks]
 
     def copy(self, source: "KVCache", source_rows: list[int], rows: list[int], num_slots: int) -> None:
         """Copy the first `num_slots` slots of some rows of another cache."""
@@ -73,7 +73,7 @@ class KVCache:
 
 
 class CachedForward:
-    """The positions of one forward in a cache, and what is shared by its blocks.
+    """The positions of one forward in a cache, and the tensors that its blocks share.
 
     Row i processes `width` tokens from position `starts[i]`. Afterwards the longest row has `length` cached positions.
     """

@@ -35,10 +35,10 @@ def top_p_mask(logits: Float[Tensor, "*any token"], top_p: float) -> Bool[Tensor
     Source: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (arXiv 1904.09751), section 3.1.
     """
     sorted_probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    likelier = sorted_probabilities.cumsum(dim=-1) - sorted_probabilities
-    is_in = likelier < top_p
-    is_in[..., 0] = True
-    return torch.zeros_like(is_in).scatter(-1, order, is_in)
+    probability_before = sorted_probabilities.cumsum(dim=-1) - sorted_probabilities
+    is_allowed = probability_before < top_p
+    is_allowed[..., 0] = True
+    return torch.zeros_like(is_allowed).scatter(-1, order, is_allowed)
 
 
 INCREMENT = 0x9E3779B97F4A7C15 - 2**64

@@ -7,16 +7,16 @@ REPLACEMENT_CHARACTER = "\ufffd"
 
 
 class StopStrings:
-    """Search for stop strings in one growing completion, and its text as a stream of final pieces."""
+    """A search for stop strings in one growing completion, which also returns the text that is final."""
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...]) -> None:
         self._decode, self._stop = decode, stop
         self._num_searched = self._num_streamed = 0
 
     def stop_count(self, tokens: list[int]) -> int | None:
-        """Return the smallest number of tokens that contain a whole stop string; None if there is no stop string.
+        """Return the number of tokens up to the end of the first stop string; None if there is no stop string.
 
-        Only tokens that are new since the last call are searched one by one, and only if the text has a stop string.
+        The tokens that are new since the last call are searched one by one only if the text contains a stop string.
         """
         first_new, self._num_searched = self._num_searched + 1, len(tokens)
         if not self._stop or self._stop_start(self._decode(tokens)) is None:

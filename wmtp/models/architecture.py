@@ -1,4 +1,4 @@
-"""Interfaces between a multi-token model and the architecture of its blocks."""
+"""Interfaces that an architecture implements for a multi-token model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 HeadKind = Literal["transformer", "medusa"]
 """The kind of heads 2 … H: blocks on the trunk's states, like head 1, or residual layers on head 1's state."""
 Context = Any
-"""Position-dependent input of every block, such as cosines and sines; the type depends on the architecture."""
+"""Position-dependent input of a block, such as cosines and sines; its type depends on the architecture."""
 
 
 class Positions(nn.Module):
@@ -19,11 +19,11 @@ class Positions(nn.Module):
     def embed(
         self, x: Float[Tensor, "batch position dim"], positions: Int[Tensor, "#batch position"]
     ) -> Float[Tensor, "batch position dim"]:
-        """Return the token embeddings, with the position encoding added where the architecture does so."""
+        """Return the token embeddings `x`, plus the position encoding if the architecture adds it there."""
         return x
 
     def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> Context:
-        """Return the context that blocks receive for these positions, in the dtype of the residual stream `x`."""
+        """Return the context of the blocks for these positions, in the dtype of the residual stream `x`."""
         raise NotImplementedError
 
 
@@ -31,8 +31,8 @@ class Positions(nn.Module):
 class Modules:
     """The top-level modules of a model; no two of them share parameters.
 
-    A block is called with the residual stream and the context of its positions. If `unembedding` is None, the
-    embedding is used for it too (tied weights).
+    A block is called with the residual stream and the context of its positions. If `unembedding` is None, the weights
+    are tied: the matrix of the embedding is also the unembedding.
     """
 
     embedding: nn.Embedding
@@ -53,7 +53,7 @@ class Architecture(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Plain values that, together with the parameters, determine the result of a forward pass."""
+        """Plain JSON values that, together with the parameters, determine the result of a forward pass."""
 
     @property
     def max_positions(self) -> int | None:
@@ -67,4 +67,4 @@ class Architecture(Protocol):
         """Build new modules on torch's current default device."""
 
     def build_positions(self) -> Positions:
-        """Build only the position module, never on the meta device: it may hold buffers that no checkpoint contains."""
+        """Build only the position module, with real buffers, because checkpoints do not contain them."""

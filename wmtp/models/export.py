@@ -1,7 +1,8 @@
-"""Export formats of a trained model: which models support which format, and writing of the export folder.
+"""Export of a trained model: the supported formats of each architecture, and the writing of the export folder.
 
-The kind of heads decides which servers can use them: residual layers are Medusa heads (Cai et al. 2024, arXiv
-2401.10774); for transformer blocks as in Meta's models (Gloeckle et al. 2024, arXiv 2404.19737) no server is known.
+The kind of heads determines which inference servers can use them. Residual layers are Medusa heads (Cai et al. 2024,
+arXiv 2401.10774), which vLLM supports. For transformer blocks, as in Meta's models (Gloeckle et al. 2024, arXiv
+2404.19737), no server is known.
 """
 
 import os
@@ -38,14 +39,14 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model with merged adapters, its tokenizer, and where its tokenizer files are."""
+    """A trained model with merged adapters, and its tokenizer."""
 
     model: MtpModel
     tokenizer: Tokenizer
     max_length: int
     """Maximum sequence length of training, in tokens."""
     source_folder: Path | None = None
-    """Folder of `save_pretrained` from which the tokenizer was loaded; None: there is none."""
+    """Folder from which the tokenizer was loaded, written by `save_pretrained`; None for wmtp's own tokenizer."""
 
 
 def check_format(format: Format, architecture: Architecture) -> None:  # noqa: A002 - the config key
@@ -65,17 +66,17 @@ def check_format(format: Format, architecture: Architecture) -> None:  # noqa: A
         problem = "this model has one head and therefore no draft heads; export it with format=hf_trunk"
     elif format == "meta" and not isinstance(architecture, LlamaArchitecture):
         from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
-        from wmtp.models.huggingface.export import meta_obstacles  # imports transformers, which takes seconds
+        from wmtp.models.huggingface.export import meta_format_issues  # imports transformers, which takes seconds
 
         assert isinstance(architecture, HuggingFaceArchitecture)
-        if obstacles := meta_obstacles(architecture):
-            problem = f"Meta's layout does not support this model: {'; '.join(obstacles)}; export it with format=hf"
+        if issues := meta_format_issues(architecture):
+            problem = f"Meta's layout does not support this model: {'; '.join(issues)}; export it with format=hf"
     if problem:
         raise InputError(f"format={format}: {problem}")
 
 
 def write_export(trained: TrainedModel, format: Format, folder: Path) -> list[str]:  # noqa: A002 - the config key
-    """Write an export atomically to a new or empty folder, and return a description of it as lines of text.
+    """Write an export atomically to a new or empty folder, and return lines that describe it and how to load it.
 
     Raises:
         InputError: the format does not support the model, the folder is not empty or cannot be written, or the
@@ -90,13 +91,13 @@ def write_export(trained: TrainedModel, format: Format, folder: Path) -> list[st
 
 def usage_lines(model: MtpModel, format: Format, folder: Path) -> list[str]:  # noqa: A002 - the config key
     """Return lines that describe the content of an export folder and how to load it."""
-    heads, kind, plain = model.num_heads, model.architecture.head_kind, "AutoModelForCausalLM.from_pretrained"
+    heads, kind, loader = model.num_heads, model.architecture.head_kind, "AutoModelForCausalLM.from_pretrained"
     if format == "hf_trunk":
-        return [f"{folder}: trunk and head 1 of {heads}, a plain causal language model", f'{plain}("{folder}")']
+        return [f"{folder}: trunk and head 1 of {heads}, a plain causal language model", f'{loader}("{folder}")']
     if format == "hf":
         return [
             f"{folder}: all {heads} heads; without trust_remote_code only head 1 is loaded",
-            f'{plain}("{folder}", trust_remote_code=True)(…, return_all_heads=True)',
+            f'{loader}("{folder}", trust_remote_code=True)(…, return_all_heads=True)',
             f"python -m wmtp.train model=huggingface model.path={folder} model.num_heads={heads}"
             f" model.head_kind={kind}",
         ]
@@ -177,7 +178,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def folder_issue(folder: Path) -> str | None:
-    """Return why an export cannot be written to a folder; None if the folder is new or empty."""
+    """Return the reason why an export cannot be written to a folder; None if the folder is new or empty."""
     if folder.is_dir():
         return "is not empty; name a new folder" if any(folder.iterdir()) else None
     return "is a file; name a new folder" if folder.exists() else None

@@ -12,7 +12,10 @@ class ValueHead(nn.Module):
     """A linear layer, or two layers, from the trunk's hidden states to one value per position."""
 
     def __init__(self, dim: int, *, hidden_dim: Positive | None = None) -> None:
-        """Initialize all values to 0. `hidden_dim` is the width between the two layers; None: one layer."""
+        """Create a head whose values are all 0 at first.
+
+        `hidden_dim` is the width between the two layers; with None the head has one layer.
+        """
         super().__init__()
         self.norm = nn.RMSNorm(dim)  # the residual stream grows with depth and training
         self.hidden = None if hidden_dim is None else nn.Linear(dim, hidden_dim)
@@ -39,6 +42,6 @@ class ResidualHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, state: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        """Return the state that predicts a later token, from head 1's state."""
+        """Return the state that predicts a later token, given the state of head 1."""
         out: Tensor = state + F.silu(self.linear(state))
         return out

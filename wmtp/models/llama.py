@@ -101,7 +101,7 @@ class Llama(ModelSource):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Take the sizes of `LlamaArchitecture`, except the vocabulary size, which is the tokenizer's."""
+        """Create the source from the sizes of `LlamaArchitecture`; the vocabulary size is that of the tokenizer."""
         self.tokenizer, self.value_head_dim = tokenizer, value_head_dim
         self._sizes = {
             "dim": dim, "num_layers": num_layers, "num_heads": num_heads, "num_attention_heads": num_attention_heads,
@@ -111,7 +111,7 @@ class Llama(ModelSource):
 
     @property
     def num_heads(self) -> int:
-        """H, as configured."""
+        """H, the configured number of prediction heads."""
         return int(self._sizes["num_heads"])
 
     def architecture(self) -> LlamaArchitecture:
@@ -135,14 +135,14 @@ class Llama(ModelSource):
 def create_llama(architecture: LlamaArchitecture, value_head_dim: int | None = None) -> MtpModel:
     """Create a model with random parameters from torch's global generator.
 
-    The standard deviation is 1 for embeddings, 1/√inputs for matrices, and 1/√(2·depth) times that for matrices
-    that write to the residual stream. A fixed small deviation (0.02) suits wide models only: with it, attention in
-    narrow models learns to copy names and numbers far later.
+    The standard deviation is 1 for embeddings and 1/√(number of inputs) for matrices. For matrices whose result is
+    added to the residual stream, it is multiplied by 1/√(2 · `num_layers`). A fixed standard deviation of 0.02 is
+    suitable for wide models only: with it, attention in narrow models learns to copy names and numbers much later.
     """
     model = MtpModel(architecture, value_head_dim=value_head_dim)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             std = 1.0 if parameter is model.embedding.weight else parameter.shape[1] ** -0.5
-            writes = "output" in name
-            nn.init.normal_(parameter, std=std / math.sqrt(2 * architecture.num_layers) if writes else std)
+            is_residual_output = "output" in name
+            nn.init.normal_(parameter, std=std / math.sqrt(2 * architecture.num_layers) if is_residual_output else std)
     return model

@@ -25,8 +25,8 @@ MODEL_FOLDER = "model"
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """Return the path of a checkpoint and of the config.yaml of its run.
 
-    `path` is a checkpoint or the folder of a run. For a run it is the best checkpoint, or the latest if the run
-    did not validate.
+    `path` is a checkpoint or the folder of a run. For a run, the checkpoint is the best one, or the latest one if
+    the run has no validation.
 
     Raises:
         InputError: there is no checkpoint.
@@ -41,7 +41,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def read_run_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run; paths of a pretrained model are replaced by the copies in the run's folder.
+    """Load the config.yaml of a run.
+
+    If the run's folder contains copies of the files of its pretrained model, the paths in the config are replaced by
+    the folder of these copies.
 
     Raises:
         InputError: the file is missing, or its model or tokenizer is not a class of wmtp or has invalid values.
@@ -49,10 +52,10 @@ def read_run_config(path: Path) -> DictConfig:
     if not path.exists():
         raise InputError(f"{path}: is missing; it is needed to build the model of the checkpoint")
     config = load_run_config(path)
-    if (kept := path.parent / MODEL_FOLDER).is_dir():
-        config.model.tokenizer.path = str(kept)
+    if (model_folder := path.parent / MODEL_FOLDER).is_dir():
+        config.model.tokenizer.path = str(model_folder)
         if not OmegaConf.select(config, "model.lora.rank"):  # adapters need the original base weights
-            config.model.path = str(kept)
+            config.model.path = str(model_folder)
     issues: list[ConfigIssue] = []
     for key, origins in ALLOWED_TARGETS.items():
         node = OmegaConf.select(config, key)
@@ -65,7 +68,7 @@ def read_run_config(path: Path) -> DictConfig:
 
 
 def build_source(node: DictConfig, tokenizer: Tokenizer | None, cache_dir: Path) -> ModelSource:
-    """Build the source of a model from its config node, with this tokenizer instead of the one in the node."""
+    """Build the source of a model from its config node, with `tokenizer` instead of the tokenizer in the node."""
     model_node = OmegaConf.masked_copy(node, [str(key) for key in node if key != "tokenizer"])
     source: ModelSource = build(model_node, tokenizer=tokenizer, cache_dir=cache_dir)
     return source
@@ -75,8 +78,8 @@ def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardwa
     """Load the weights of a checkpoint into a model, and return the model on the device of `hardware`.
 
     Raises:
-        InputError: the checkpoint is damaged, was trained with another tokenizer or base model, or does not fit the
-            model.
+        InputError: the checkpoint is damaged, was trained with another tokenizer or base model, or does not match
+            the model.
     """
     snapshot = load(checkpoint, optimizer=False)
     stored, current = snapshot.state["identity"]["tokenizer"], tokenizer.fingerprint
@@ -97,16 +100,16 @@ def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardwa
 def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir: Path) -> MtpModel:
     """Load the model of a run, of a checkpoint, or of a folder written by `save_pretrained`.
 
-    The model of a run or checkpoint is built from the run's config.yaml and has no value head. A pretrained model
-    has one head.
+    The model of a run or of a checkpoint is built from the run's config.yaml, without a value head. A pretrained model
+    has one prediction head.
 
     Raises:
-        InputError: files are missing or damaged, or the tokenizer is a different one.
+        InputError: files are missing or damaged, or the model was trained with another tokenizer.
     """
     if (path / "config.json").is_file():
         return _load_pretrained(path, tokenizer).to(hardware.device)
-    found = hardware.processes.run_on_main(lambda: [str(each) for each in find_checkpoint(path)])
-    checkpoint, config_path = map(Path, found)
+    paths = hardware.processes.run_on_main(lambda: [str(p) for p in find_checkpoint(path)])
+    checkpoint, config_path = map(Path, paths)
     source = build_source(read_run_config(config_path).model, tokenizer, cache_dir)
     return load_weights(checkpoint, source.empty(), tokenizer, hardware)
 
@@ -116,8 +119,8 @@ def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
 
     source = Pretrained(tokenizer=tokenizer, path=path, num_heads=1, lora=Lora())
     source.key = "algo.reference"
-    if problems := list(source.issues()):
-        raise source.error("; ".join(problem for _, _, problem in problems))
+    if issues := list(source.issues()):
+        raise source.error("; ".join(problem for _, _, problem in issues))
     difference = tokenizer_difference(tokenizer, read_backend(path / "tokenizer.json"))
     if difference is not None:
         raise InputError(
@@ -138,11 +141,11 @@ def check_max_positions(model: MtpModel, length: int, key: str) -> None:
 
 
 def checkpoint_hash(checkpoint: Path) -> str:
-    """Return a hash of the manifest of a checkpoint; the files are verified by `load`, not here."""
+    """Return a hash of the manifest of a checkpoint, without verification of the other files."""
     return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def checkpoint_position(checkpoint: Path) -> tuple[int, int]:
-    """Return the step and the epoch of an intact checkpoint."""
+    """Return the step and the epoch of a checkpoint, which must be undamaged."""
     position = json.loads((checkpoint / "state.json").read_text())["position"]
     return int(position["step"]), int(position["epoch"])

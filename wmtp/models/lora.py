@@ -1,4 +1,4 @@
-"""Low-rank adapters of the trunk, by peft; the only module that imports peft.
+"""Low-rank adapters of the trunk, implemented with peft. No other module imports peft.
 
 Source: Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wmtp.errors import InputError
 from wmtp.field_types import Positive
 
-ADAPTER_MARK = "lora_"
+ADAPTER_SUBSTRING = "lora_"
 """Substring of the name of every adapter tensor."""
 
 
@@ -26,13 +26,13 @@ class Lora:
     """Numerator of the scale; None: twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] | None = None
-    """Last component of the names of adapted modules; None: all matrices of the trunk."""
+    """Last components of the names of the modules that get adapters; None: all matrices of the trunk."""
 
     def inject(self, trunk: nn.ModuleList) -> None:
-        """Add adapters to the blocks in place.
+        """Add adapters to the blocks of the trunk in place.
 
         Raises:
-            InputError: a target names no matrix of the trunk.
+            InputError: a name in `targets` is not that of a matrix of the trunk.
         """
         from peft import LoraConfig, inject_adapter_in_model  # imports transformers, which takes seconds
 
@@ -52,7 +52,7 @@ class Lora:
         )  # fmt: skip
 
     def unknown_targets(self, trunk: nn.ModuleList) -> list[str]:
-        """Return the targets that name no matrix of the trunk."""
+        """Return the names in `targets` that no matrix of the trunk has, sorted."""
         return sorted(set(self.targets or ()) - set(matrix_names(trunk)))
 
 
@@ -62,7 +62,7 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def named_matrices(trunk: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return names and modules of all linear layers."""
+    """Return the name and the module of every linear layer."""
     return [(name, m) for name, m in trunk.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)]
 
 
@@ -72,7 +72,7 @@ def matrix_names(trunk: nn.Module) -> list[str]:
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """Return the weight of a linear layer, with its adapters added."""
+    """Return the weight of a linear layer, including its active adapters."""
     if not hasattr(layer, "get_base_layer"):
         plain: Tensor = layer.weight
         return plain

@@ -52,9 +52,17 @@ class MetaCheckpoint(PretrainedSource):
         lora: Lora,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Configure the model. `num_heads` of None: as many as are stored. The parameters are converted to `dtype`.
+        """Create the source.
 
-        With `create_heads`, heads that the folder lacks are created; otherwise the model has only stored heads.
+        Args:
+            tokenizer: the tokenizer of the model; None if the source is only validated.
+            path: the folder with Meta's files.
+            num_heads: number of prediction heads; None: as many as are stored.
+            create_heads: whether heads that are not stored are created; if not, the model has only stored heads.
+            dtype: the dtype of the parameters, which are converted to it.
+            dropout: dropout probability of the blocks.
+            lora: the adapters of the trunk.
+            value_head_dim: hidden width of a value head; None: the value head is linear.
         """
         self.tokenizer, self.path, self.value_head_dim = tokenizer, path, value_head_dim
         self.lora = lora if lora.rank is not None else None
@@ -63,7 +71,7 @@ class MetaCheckpoint(PretrainedSource):
 
     @property
     def stored_heads(self) -> int:
-        """Number of heads in params.json."""
+        """Number of prediction heads in the folder, from params.json."""
         with self._error_location():
             return read_meta(self.path).params.n_future_tokens
 
@@ -74,7 +82,7 @@ class MetaCheckpoint(PretrainedSource):
         return replace(stored, num_heads=self.num_heads, dropout=self.dropout, dtype=self.dtype)
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of the folder, or else of adapters that do not fit the model."""
+        """Yield issues of the folder or, if there are none, of adapters that do not match the model."""
         try:
             read_meta(self.path).tensors()
         except InputError as error:
@@ -82,11 +90,11 @@ class MetaCheckpoint(PretrainedSource):
             return
         yield from self.adapter_issues()
 
-    def kept_files(self) -> dict[str, bytes]:
-        """Return a params.json that needs no other file, and the tokenizer."""
+    def files_to_save(self) -> dict[str, bytes]:
+        """Return a complete params.json, which needs no metadata.json, and the tokenizer files."""
         with self._error_location():
-            kept = encode_json(params_json(read_meta(self.path).architecture()))
-        return {PARAMS: kept} | tokenizer_files(self.path, self.tokenizer)
+            params = encode_json(params_json(read_meta(self.path).architecture()))
+        return {PARAMS: params} | tokenizer_files(self.path, self.tokenizer)
 
     def load_base(self) -> MtpModel:
         """Load the folder's tensors one by one into a model with parameters of the configured dtype."""
@@ -115,7 +123,7 @@ class MetaCheckpoint(PretrainedSource):
 
 
 def _split_problems(error: InputError) -> list[str]:
-    """Split the message of an error into problems: one line each, with the indented lines that follow it."""
+    """Split the message of an error into problems: each is one line and the indented lines after it."""
     return re.split(r"\n(?! )", str(error))
 
 
@@ -127,7 +135,11 @@ def write_meta(
 ) -> None:
     """Write a model to a folder in Meta's layout, which `MetaCheckpoint` reads.
 
-    `params` is the content of params.json; None: derived from the architecture.
+    Args:
+        model: a Llama model whose heads are transformer blocks.
+        folder: the folder, which is created if necessary.
+        params: the content of params.json; None: derived from the architecture.
+        layout: "pth" for consolidated.pth, "safetensors" for model.safetensors with metadata.json.
 
     Raises:
         InputError: the layout does not support the model, or `params` describes another model.
@@ -144,10 +156,10 @@ def write_meta(
     content = dict(params_json(architecture) if params is None else params)
     from_params = asdict(read_params(content, f"{folder}: {PARAMS}").architecture(architecture.vocab_size))
     actual = asdict(architecture) | {"dropout": from_params["dropout"], "dtype": from_params["dtype"]}
-    if differing := [
+    if differences := [
         f"{name}={value}, not {actual[name]}" for name, value in from_params.items() if value != actual[name]
     ]:
-        raise InputError(f"{folder}: {PARAMS} describes another model: {'; '.join(differing)}")
+        raise InputError(f"{folder}: {PARAMS} describes another model: {'; '.join(differences)}")
     state = model.state_dict()
     names = meta_names(len(model.trunk), len(model.heads))
     tensors = {theirs: _own_storage(state[ours]) for ours, theirs in names.items()}
@@ -169,6 +181,6 @@ def write_meta(
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """Return the tensor on the CPU with storage of its own: torch.save writes the whole storage of a view."""
+    """Return the tensor on the CPU, copied if it is a view: torch.save would write the complete storage."""
     tensor = tensor.cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -30,9 +30,9 @@ BLOCK = {
     "attention.output": "attention.wo", "feed_forward.gate": "feed_forward.w1", "feed_forward.up": "feed_forward.w3",
     "feed_forward.output": "feed_forward.w2", "attention_norm": "attention_norm", "feed_forward_norm": "ffn_norm",
 }  # fmt: skip
-"""Names of the modules of a block that have a weight: ours, mapped to Meta's."""
+"""Names of the modules of a block that have a weight: from the names in wmtp to Meta's names."""
 OTHER_ROTATIONS = ("use_scaled_rope", "rope_scaling", "rope_parameters")
-"""Keys of later Llama versions, which compute something else from the same tensors."""
+"""Keys of later Llama versions, whose forward pass is different although the tensors are the same."""
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
@@ -58,7 +58,7 @@ class MetaParams(BaseModel):
     """Width of the feed-forward layers; None: computed by Meta's formula."""
 
     def architecture(self, vocab_size: int) -> LlamaArchitecture:
-        """Return the architecture with all heads; `vocab_size` is used if params.json has −1."""
+        """Return the architecture with all heads; the argument `vocab_size` is used if params.json has −1."""
         return LlamaArchitecture(
             vocab_size=vocab_size if self.vocab_size == -1 else self.vocab_size, dim=self.dim,
             num_layers=self.n_layers - self.n_future_tokens + 1, num_heads=self.n_future_tokens,
@@ -77,7 +77,7 @@ def hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | Non
 
 
 def formula_keys(dim: int, width: int) -> dict[str, int | float]:
-    """Return `multiple_of`, and if needed `ffn_dim_multiplier`, for which `hidden_dim` returns `width`."""
+    """Return `multiple_of` and, if necessary, `ffn_dim_multiplier`, such that `hidden_dim` returns `width`."""
     base = hidden_dim(dim, multiple_of=1)
     if hidden_dim(dim) == width:
         return {"multiple_of": 256}
@@ -102,20 +102,20 @@ def params_json(architecture: LlamaArchitecture) -> dict[str, Any]:
 
 
 def read_params(content: Mapping[str, Any], place: str) -> MetaParams:
-    """Validate the content of a params.json; `place` is its name in messages.
+    """Validate the content of a params.json. `place` is the name of the file in messages.
 
     Raises:
         InputError: values are missing, invalid or inconsistent; the message has one line for each.
     """
-    given = {key: value for key, value in content.items() if value is not None}
-    issues = [f"{key}: belongs to an unsupported kind of model" for key in OTHER_ROTATIONS if given.get(key)]
+    values = {key: value for key, value in content.items() if value is not None}
+    issues = [f"{key}: belongs to an unsupported kind of model" for key in OTHER_ROTATIONS if values.get(key)]
     try:
-        params = MetaParams.model_validate(given)
+        params = MetaParams.model_validate(values)
     except ValidationError as error:
-        for each in error.errors():
-            value = "" if each["type"] == "missing" else f"={each['input']!r}"
-            problem = each["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
-            issues.append(f"{each['loc'][0]}{value}: {problem}")
+        for issue in error.errors():
+            value = "" if issue["type"] == "missing" else f"={issue['input']!r}"
+            problem = issue["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
+            issues.append(f"{issue['loc'][0]}{value}: {problem}")
     else:
         issues += _inconsistencies(params)
     if issues:
@@ -135,16 +135,16 @@ def _inconsistencies(params: MetaParams) -> Iterator[str]:
 
 
 def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
-    """Return the names of all tensors, ours mapped to Meta's, in the order of Meta's files."""
+    """Return a dictionary from the names of tensors in wmtp to Meta's names, in the order of Meta's files."""
 
     def _weights(blocks: dict[str, str]) -> dict[str, str]:
         named = [(f"{ours}.{{}}.weight", f"{theirs}.{{}}.weight") for ours, theirs in blocks.items()]
-        return {ours.format(own): theirs.format(other) for ours, theirs in named for own, other in BLOCK.items()}
+        return {ours.format(name): theirs.format(meta) for ours, theirs in named for name, meta in BLOCK.items()}
 
     layers = {f"trunk.{i}": f"layers.{i}" for i in range(num_trunk_blocks)} | {"heads.0": f"layers.{num_trunk_blocks}"}
-    further = {f"heads.{i}": f"extra_heads.{i - 1}" for i in range(1, num_heads)}
-    ends = {"norm.weight": "norm.weight", "unembedding.weight": "output.weight"}
-    return {"embedding.weight": EMBEDDING} | _weights(layers) | ends | _weights(further)
+    extra_heads = {f"heads.{i}": f"extra_heads.{i - 1}" for i in range(1, num_heads)}
+    outer = {"norm.weight": "norm.weight", "unembedding.weight": "output.weight"}
+    return {"embedding.weight": EMBEDDING} | _weights(layers) | outer | _weights(extra_heads)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,11 @@ class MetaFolder:
         return self.params.architecture(_num_embeddings(self._map_files()))
 
     def weight_files(self) -> list[str]:
-        """Return the names of the files that contain tensors."""
+        """Return the names of the files that contain tensors, relative to the folder.
+
+        Raises:
+            InputError: there is no such file.
+        """
         places = [TORCH] if self.metadata is None else [SAFETENSORS, f"safetensors/{SAFETENSORS}"]
         named = named_file(self.path, self.metadata or {}, "weights", "checkpoint")
         found = [named] if named else [place for place in places if (self.path / place).is_file()][:1]
@@ -183,7 +187,11 @@ class MetaFolder:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by Meta's names, memory-mapped: their values are not read yet."""
+        """Return all tensors by Meta's names. They are memory-mapped, so their values are read only when used.
+
+        Raises:
+            InputError: a file is missing or damaged, or the tensors do not match params.json.
+        """
         found = self._map_files()
         stored = self.params.architecture(_num_embeddings(found))
         state = empty_model(stored).state_dict()
@@ -195,18 +203,24 @@ class MetaFolder:
         return {name: found[name] for name in expected}
 
     def check_hashes(self) -> None:
-        """Compare the files with the sha256 of metadata.json, if it has one: a single hash, or one for each file."""
-        given, files = (self.metadata or {}).get("sha256"), self.weight_files()
-        if given is None:
+        """Compare the weight files with the sha256 in metadata.json, if it has one.
+
+        The sha256 is the hash of the first weight file, or an object with a hash for each weight file.
+
+        Raises:
+            InputError: a hash is missing or differs.
+        """
+        declared, files = (self.metadata or {}).get("sha256"), self.weight_files()
+        if declared is None:
             return
-        hashes = given if isinstance(given, dict) else dict.fromkeys(files[:1], given)
+        hashes = declared if isinstance(declared, dict) else dict.fromkeys(files[:1], declared)
         for name in files:
             if not isinstance(expected := hashes.get(name), str):
                 raise InputError(f"{METADATA}: sha256 must be a hash, or an object with one for each of {files}")
             with (self.path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected.lower():
-                raise InputError(f"{name}: its sha256 is {found}, {METADATA} has {expected}; get the file again")
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != expected.lower():
+                raise InputError(f"{name}: its sha256 is {actual}, {METADATA} has {expected}; get the file again")
 
     def _map_files(self) -> dict[str, Any]:
         content: dict[str, Any] = {}
@@ -229,15 +243,15 @@ def read_meta(path: Path) -> MetaFolder:
     config_file = named_file(path, metadata or {}, "config", "params")
     config_file = config_file or next((place for place in places if (path / place).is_file()), METADATA)
     if config_file == METADATA and metadata is None:
-        below = [each.parent for each in sorted(path.glob(f"*/{PARAMS}"))]
-        hint = f", such as {below[0]}" if below else ""
+        subfolders = [file.parent for file in sorted(path.glob(f"*/{PARAMS}"))]
+        hint = f", such as {subfolders[0]}" if subfolders else ""
         raise InputError(f"has no {PARAMS} and no {METADATA}; name the folder that contains Meta's files{hint}")
     content = _read_json(path, config_file)
     return MetaFolder(path, metadata, config_file, content, read_params(content, config_file))
 
 
 def named_file(path: Path, metadata: Mapping[str, Any], *keys: str) -> str | None:
-    """Return the file that metadata.json names under one of these keys; None if it names none.
+    """Return the file that metadata.json names under the first of `keys` that it has; None if it has none of them.
 
     Raises:
         InputError: the file does not exist or is outside the folder.
@@ -274,8 +288,8 @@ def map_tensors(path: Path) -> dict[str, Any]:
         problem = f"holds more than tensors ({match[1] if match else 'or is damaged'}), and nothing of it was run"
         raise InputError(f"{path.name}: {problem}; get it again, or save its state dict alone") from error
     except Exception as error:  # a damaged file can raise anything
-        why = f"{path.stat().st_size:,} bytes; {' '.join(str(error).split())[:100]} …"
-        raise InputError(f"{path.name}: is cut short, damaged or of another format; get it again ({why})") from error
+        reason = f"{path.stat().st_size:,} bytes; {' '.join(str(error).split())[:100]} …"
+        raise InputError(f"{path.name}: is cut short, damaged or of another format; get it again ({reason})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path.name}: holds a {type(content).__name__}, not tensors by name")
     return {str(name): tensor for name, tensor in content.items()}
@@ -298,9 +312,16 @@ def _num_embeddings(tensors: Mapping[str, Any]) -> int:
 
 
 def _tensor_issues(folder: MetaFolder, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return issues of the tensors: first wrong counts, which may explain the others, then one line per name."""
-    layers, further = (len({n.split(".")[1] for n in found if n.startswith(k)}) for k in ("layers.", "extra_heads."))
-    counts = {"n_future_tokens": (further + min(layers, 1), "heads"), "n_layers": (layers + further, "blocks")}
+    """Return issues of the tensors: first wrong numbers of heads or blocks, then one line for each wrong tensor.
+
+    The wrong numbers are first because they may be the cause of the other issues.
+    """
+    prefixes = "layers.", "extra_heads."
+    num_layers, num_extra = (len({n.split(".")[1] for n in found if n.startswith(prefix)}) for prefix in prefixes)
+    counts = {
+        "n_future_tokens": (num_extra + min(num_layers, 1), "heads"),
+        "n_layers": (num_layers + num_extra, "blocks"),
+    }
     issues = [
         f"{folder.config_file} has {key}={declared}, the file has {count} {unit}"
         for key, (count, unit) in counts.items()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from wmtp.distributed.parallelize import full_tensor
 from wmtp.models.architecture import Architecture, Context, Modules
 from wmtp.models.heads import ValueHead
-from wmtp.models.lora import ADAPTER_MARK, Lora
+from wmtp.models.lora import ADAPTER_SUBSTRING, Lora
 
 
 class Outputs(NamedTuple):
@@ -36,10 +36,13 @@ class MtpModel(nn.Module):
         lora: Lora | None = None,
         value_head_dim: int | None = None,
     ) -> None:
-        """Build a model from `modules`, which must match the architecture, or from new ones.
+        """Build a model.
 
-        `lora` adds adapters to the trunk; then only adapters, heads and value head are trained. `value_head_dim` is
-        the hidden width of the value head that `add_value_head` creates; None: the value head is linear.
+        Args:
+            architecture: the architecture.
+            modules: the modules, which must match the architecture; None: new ones.
+            lora: adapters to add to the trunk; then only adapters, heads and value head are trained.
+            value_head_dim: hidden width of the value head that `add_value_head` creates; None: it is linear.
 
         Raises:
             InputError: the adapter targets name modules that the trunk does not have.
@@ -63,7 +66,7 @@ class MtpModel(nn.Module):
 
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary dim"]:
-        """The full matrix from states to logits, with gradient; gathered if it is sharded over ranks."""
+        """The matrix from states to logits, with gradient; if it is sharded, it is gathered from all ranks."""
         return full_tensor((self.embedding if self.unembedding is None else self.unembedding).weight)
 
     @property
@@ -78,18 +81,18 @@ class MtpModel(nn.Module):
 
     @property
     def base_names(self) -> frozenset[str]:
-        """Names of the pretrained tensors that are frozen beside adapters; empty without adapters."""
+        """Names of the pretrained tensors that are frozen because the model has adapters; empty without adapters."""
         if self.lora is None:
             return frozenset()
         trained = ("heads.", "value_head.")
-        return frozenset(n for n in self.state_dict() if not n.startswith(trained) and ADAPTER_MARK not in n)
+        return frozenset(n for n in self.state_dict() if not n.startswith(trained) and ADAPTER_SUBSTRING not in n)
 
     def top_modules(self) -> Modules:
         """Return the top-level modules of the model."""
         return Modules(self.embedding, self.positions, [*self.trunk], [*self.heads], self.norm, self.unembedding)
 
     def set_trainable(self) -> None:
-        """Enable gradients of all parameters except the frozen base."""
+        """Make all parameters trainable, except those in `base_names`, which are frozen."""
         base_names = self.base_names
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in base_names)
@@ -100,7 +103,7 @@ class MtpModel(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in base_names}
 
     def add_value_head(self) -> None:
-        """Add a new value head on the trunk's hidden states."""
+        """Add a new value head, which reads the trunk's hidden states."""
         self.value_head = ValueHead(self.architecture.dim, hidden_dim=self.value_head_dim).to(
             self.embedding.weight.device
         )
@@ -120,10 +123,14 @@ class MtpModel(nn.Module):
         num_heads: int | None = None,
         hidden_states: Float[Tensor, "batch position dim"] | None = None,
     ) -> Outputs:
-        """Return the states of the first `num_heads` heads (None: all; 0: only the trunk runs), and the values.
+        """Return the states of the heads, and the values if there is a value head.
 
-        `hidden_states` are the trunk's hidden states, if they were already computed. Multiply the states by
-        `unembedding_weight` to get logits.
+        The logits are `states @ unembedding_weight.T`.
+
+        Args:
+            tokens: token ids.
+            num_heads: the first `num_heads` heads run; None: all of them; 0: only the trunk and the value head.
+            hidden_states: the trunk's hidden states; None: the trunk computes them.
         """
         x = self.trunk_states(tokens) if hidden_states is None else hidden_states
         values = None if self.value_head is None else self.value_head(x)
@@ -149,7 +156,10 @@ def _positions(tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "1 position
 
 
 def empty_model(architecture: Architecture, lora: Lora | None = None, value_head_dim: int | None = None) -> MtpModel:
-    """Build a model on the meta device: no initialization, no memory, except for buffers that no checkpoint has."""
+    """Build a model on the meta device, without memory for its parameters.
+
+    Only the buffers of the position module, which checkpoints do not contain, are on the default device.
+    """
     with torch.device("meta"):
         model = MtpModel(architecture, lora=lora, value_head_dim=value_head_dim)
     model.positions = architecture.build_positions()
@@ -157,10 +167,10 @@ def empty_model(architecture: Architecture, lora: Lora | None = None, value_head
 
 
 def unsharded_copy(model: MtpModel, keep: bool) -> MtpModel | None:
-    """Return a model that one rank can use alone; None on ranks with `keep` false.
+    """Return a model with complete parameters, which a rank can use without the others; None if `keep` is false.
 
-    If the parameters are sharded, this is a collective call that every rank must make, and the result is a copy;
-    otherwise it is the model itself.
+    If the parameters are sharded, the result is a copy, and all ranks must call this function. Otherwise the result is
+    the model itself.
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model if keep else None

@@ -1,4 +1,4 @@
-"""Sizes of a model, the input of estimates of memory and time."""
+"""Sizes of a model, from which memory and time are estimated."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from wmtp.models.architecture import HeadKind
 from wmtp.models.mtp import MtpModel
 
 BlockKind = Literal["wmtp", "llama", "qwen3", "gpt2"]
-"""Block implementation: ours, or a model type of transformers; `llama` includes Mistral and Qwen2."""
+"""Block implementation: that of wmtp, or a model type of transformers. `llama` includes Mistral and Qwen2."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ModelShape:
     """Hidden width of the value head, 0 for a linear one; None: no value head."""
     trains_values_only: bool = False
     counts: Counts | None = None
-    """Counts measured on a real model; None: `parameters`, all of them trained."""
+    """Counts of a real model; None: computed from the sizes, with all parameters trained."""
 
     @property
     def query_dim(self) -> int:
@@ -59,7 +59,7 @@ class ModelShape:
 
     @property
     def kv_dim(self) -> int:
-        """Total width of the keys of a token, and of its values."""
+        """Total width of the keys of a token; that of its values is equal."""
         return self.query_dim * (self.num_kv_heads or self.num_attention_heads) // self.num_attention_heads
 
     @property
@@ -117,19 +117,19 @@ class ModelShape:
 
     @property
     def counted(self) -> Counts:
-        """`counts` if given, otherwise counts computed from the sizes."""
+        """`counts` if they are set, otherwise counts computed from the sizes."""
         size = self.parameters * self.number_bytes
         return self.counts or Counts(self.parameters, self.parameters, size, size)
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """Return the number of elements over all ranks, and their size in bytes."""
+    """Return the number of elements of parameters and their size in bytes; sharded parameters count completely."""
     listed = list(parameters)
     return sum(p.numel() for p in listed), sum(p.numel() * p.dtype.itemsize for p in listed)
 
 
 def model_shape(model: MtpModel) -> ModelShape:
-    """Return the sizes of a model, which may be on the meta device, and what is trained."""
+    """Return the sizes and the parameter counts of a model, which may be on the meta device."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     (total, total_bytes), (trainable, trained_bytes) = (
         count_parameters(model.parameters()),
@@ -149,7 +149,7 @@ def model_shape(model: MtpModel) -> ModelShape:
 
 
 def _sizes(architecture: Any) -> dict[str, Any]:
-    """Return sizes from our own architecture or from a config of transformers."""
+    """Return the sizes of an architecture of wmtp or of transformers."""
     names = ("dim", "num_layers", "num_attention_heads", "hidden_dim", "vocab_size", "num_kv_heads")
     config = getattr(architecture, "config", None)
     if config is None:

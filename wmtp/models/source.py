@@ -1,4 +1,4 @@
-"""Sources of models: tokenizer, architecture and the parameters at the start of training."""
+"""Interface of model sources, which create a model for the start of training or to load a checkpoint into."""
 
 import hashlib
 import logging
@@ -26,14 +26,14 @@ class ModelSource(ABC):
     tokenizer: Tokenizer | None
     """Tokenizer of the model; None if the source is only validated and no model is created."""
     is_pretrained = False
-    """Whether the parameters are trained, not random."""
+    """Whether the initial parameters are pretrained, not random."""
     lora: Lora | None = None
     value_head_dim: int | None = None
 
     @property
     @abstractmethod
     def num_heads(self) -> int:
-        """H, the number of heads of the created model."""
+        """H, the number of prediction heads of the created model."""
 
     @property
     def max_positions(self) -> int | None:
@@ -50,7 +50,9 @@ class ModelSource(ABC):
 
     @abstractmethod
     def load_base(self) -> MtpModel:
-        """Load or initialize the model without adapters, in main memory; random numbers are from torch's generator.
+        """Load or initialize the model without adapters, in main memory.
+
+        Random parameters are drawn from torch's global generator.
 
         Raises:
             InputError: files are missing or damaged, or tensors have the wrong shape.
@@ -60,8 +62,8 @@ class ModelSource(ABC):
         """Yield all issues of the source that can be found without loading weights."""
         yield from ()
 
-    def kept_files(self) -> dict[str, bytes]:
-        """Return the files, by name, that a run keeps so that its checkpoints can be used without the source."""
+    def files_to_save(self) -> dict[str, bytes]:
+        """Return the files, by name, that a run saves, so that its checkpoints can be used without the source."""
         return {}
 
     def create(self) -> MtpModel:
@@ -72,7 +74,7 @@ class ModelSource(ABC):
         """
         if self.lora is None:
             return self.load_base()
-        empty_model(self.architecture(), self.lora)  # reports wrong names before weights are loaded
+        empty_model(self.architecture(), self.lora)  # raises for wrong names before the weights are loaded
         base = self.load_base()
         model = MtpModel(base.architecture, base.top_modules(), lora=self.lora, value_head_dim=self.value_head_dim)
         state = model.state_dict()
@@ -80,7 +82,11 @@ class ModelSource(ABC):
         return model
 
     def empty(self) -> MtpModel:
-        """Create a model to load a checkpoint into: parameters are uninitialized unless checkpoints lack them."""
+        """Create a model into which a checkpoint is loaded.
+
+        Parameters that checkpoints contain are not initialized. With adapters, the base is loaded, because checkpoints
+        do not contain it.
+        """
         if self.lora is not None:
             return self.create()
         model = empty_model(self.architecture(), value_head_dim=self.value_head_dim)
@@ -90,24 +96,25 @@ class ModelSource(ABC):
 
 
 class PretrainedSource(ModelSource):
-    """The source of a model with parameters in a folder; the model can get more heads than the folder has."""
+    """The source of a model with pretrained parameters in a folder; it can create more heads than are stored."""
 
     is_pretrained = True
     key = "model.path"
     """Config key of the folder, for messages."""
     path: Path
     requested_heads: int | None
-    """Configured number of heads; None: as many as the folder has."""
+    """Configured number of prediction heads; None: as many as are stored."""
     create_heads: bool
+    """Whether heads that are not stored are created."""
 
     @property
     @abstractmethod
     def stored_heads(self) -> int:
-        """Number of heads in the folder that are of the configured kind."""
+        """Number of prediction heads in the folder that are of the configured kind."""
 
     @property
     def num_heads(self) -> int:
-        """H, limited to the stored heads if no heads are to be created."""
+        """H, the number of prediction heads; at most `stored_heads` if `create_heads` is false."""
         requested = self.requested_heads or self.stored_heads
         return requested if self.create_heads else min(requested, self.stored_heads)
 
@@ -116,7 +123,7 @@ class PretrainedSource(ModelSource):
         return InputError(f"{self.key}={self.path}: {problem}")
 
     def adapter_issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of adapters that do not fit the trunk."""
+        """Yield issues of adapters that do not match the trunk."""
         if self.lora is None:
             return
         with torch.device("meta"):
@@ -128,7 +135,7 @@ class PretrainedSource(ModelSource):
             yield "lora.targets", ",".join(unknown), f"the trunk has no such matrix; it has {available}"
 
     def log_head_counts(self) -> None:
-        """Log a warning if the number of heads differs from that of the folder or of the config."""
+        """Log a warning if the number of heads differs from the stored or from the configured number."""
         stored, created = self.stored_heads, self.num_heads
         if created < (self.requested_heads or created):
             log.warning(
@@ -151,9 +158,10 @@ class PretrainedSource(ModelSource):
             raise self.error(f"has embeddings for {size} tokens, its tokenizer has {self.tokenizer.vocab_size}")
 
 
-def weights_fingerprint(model: nn.Module, without: str = "-") -> str:
-    """Return a hash of names and values of all tensors of a network, except names that start with `without`."""
-    return tensors_fingerprint({n: tensor for n, tensor in model.state_dict().items() if not n.startswith(without)})
+def weights_fingerprint(model: nn.Module, exclude_prefix: str | None = None) -> str:
+    """Return a hash of the names and values of a model's tensors, without names that start with `exclude_prefix`."""
+    tensors = model.state_dict().items()
+    return tensors_fingerprint({n: x for n, x in tensors if exclude_prefix is None or not n.startswith(exclude_prefix)})
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:

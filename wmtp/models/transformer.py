@@ -6,10 +6,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 RotaryTable = tuple[Float[Tensor, "#batch position pair"], Float[Tensor, "#batch position pair"]]
+"""Cosines and sines of the rotation of each pair of dimensions at each position."""
 
 
 def rotary_table(positions: Int[Tensor, "#batch position"], head_dim: int, theta: float) -> RotaryTable:
-    """Return cosines and sines of the rotation of each pair of dimensions by position · theta^(−2·pair/head_dim).
+    """Return cosines and sines of the rotation angles, which are position · theta^(−2·pair/head_dim) in radians.
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
     """
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch position dim"],
         table: RotaryTable,
     ) -> Float[Tensor, "batch position dim"]:
-        """Attend to the same and earlier positions."""
+        """Return the attention output; each position attends to itself and to earlier positions."""
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
         )
@@ -93,7 +94,7 @@ class Block(nn.Module):
         x: Float[Tensor, "batch position dim"],
         table: RotaryTable,
     ) -> Float[Tensor, "batch position dim"]:
-        """Add attention, then the feed-forward layer, to the residual stream."""
+        """Return the residual stream after adding the outputs of attention and of the feed-forward layer."""
         x = x + self.dropout(self.attention(self.attention_norm(x), table))
         result: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return result

@@ -8,18 +8,18 @@ from torch import Tensor
 from wmtp.data.collate import Batch
 from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 
 
 class Objective(Protocol):
-    """The loss and the metrics of a batch. The trainer's loop is the same for every objective."""
+    """A definition of the loss and the metrics of a batch. The training loop is the same for every objective."""
 
     @property
     def name(self) -> str:
-        """A short name of the training target; it must be the same when a run is resumed."""
+        """A short name of the loss; it must be the same when a run is resumed."""
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return the denominator of each part of the loss.
+        """Return the denominator of each term of the loss for one micro-batch.
 
         The trainer sums them over all micro-batches and ranks of an update. They depend on the labels only, so
         they are known before any forward pass.
@@ -35,20 +35,28 @@ class Objective(Protocol):
             TrainingError: the update has no target.
         """
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
-        """Return the batch's part of the update's loss, with gradient, and its metric sums."""
+    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
+        """Return the contribution of a micro-batch to the loss of the update, with gradient, and its metric sums.
 
-    def evaluate(self, model: MtpModel, batch: Batch) -> Sums:
+        The loss of the update is the sum of these contributions over all micro-batches and ranks.
+
+        Args:
+            model: the model.
+            batch: the micro-batch.
+            denominators: summed over all micro-batches and ranks of the update.
+        """
+
+    def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of a validation batch."""
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Return the metrics of summed batches by name; `loss` is always among them."""
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
+        """Return the metrics by name, from sums over batches and ranks; `loss` is always one of them."""
 
     def finish_update(self, processes: Processes) -> None:
-        """Update the state after an optimizer update; all ranks call it together."""
+        """Update the state after an optimizer step. All ranks must call this method."""
 
     def discard_update(self) -> None:
-        """Discard the statistics of the batches since the last update, because their update was skipped."""
+        """Discard the statistics of the micro-batches of an update that was skipped."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as plain JSON values."""
@@ -58,19 +66,19 @@ class Objective(Protocol):
 
 
 def metric_names(num_heads: int, *, values: bool, language_model_loss: bool = False) -> list[str]:
-    """Return the names of all metrics of a run; early stopping can monitor any of them.
+    """Return the names of all metrics of a training stage; early stopping can monitor any of them.
 
     Args:
         num_heads: number of prediction heads; 0 if none is trained.
-        values: the model has a value head.
-        language_model_loss: the value head trains together with the language model.
+        values: whether the model has a value head.
+        language_model_loss: whether the value head is trained together with the language model.
     """
-    measured, training = ["loss"], ["grad_norm", "lr"]
+    measured, training_only = ["loss"], ["grad_norm", "lr"]
     if num_heads:
         measured += ["mtp_loss", *(f"head_{k}_loss" for k in range(1, num_heads + 1))]
-        training += ["weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio"]
+        training_only += ["weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio"]
     if values:
         measured += ["value_loss", "value_mean", "value_variance", "value_explained_variance"]
     if language_model_loss:
         measured.append("language_model_loss")
-    return [f"val/{name}" for name in measured] + [f"train/{name}" for name in measured + training]
+    return [f"val/{name}" for name in measured] + [f"train/{name}" for name in measured + training_only]

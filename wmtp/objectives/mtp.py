@@ -1,7 +1,8 @@
 """Weighted multi-token prediction: L = Σ v·w·CE / Σ v over one update.
 
-v divides a position equally among its valid heads, w is the algorithm's weight, and CE is the cross-entropy of
-head k at position t. With one head and w = 1 this is the ordinary next-token loss.
+The sums are over all heads k and positions t. v is the position weight (see `ops.targets.position_weights`), w is the
+algorithm's weight, and CE is the cross-entropy of head k at position t in nats. With one head and w = 1 this is the
+ordinary next-token loss.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ from wmtp.errors import TrainingError
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
-from wmtp.ops.metric_sums import Sums, deviation
+from wmtp.ops.metric_sums import MetricSums, standard_deviation
 from wmtp.ops.targets import position_weights, shift_to_heads, targets
 
 
@@ -38,7 +39,7 @@ class MtpObjective:
         return self.algorithm.name
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return Σ v (the number of positions where at least one head has a target) and the number of values."""
+        """Return Σ v, the number of positions where at least one head has a target, and the number of values."""
         valid = targets(batch.labels, model.num_heads) != IGNORED
         return torch.stack([valid.any(dim=0).sum(), self.value_loss.denominator(batch)]).float()
 
@@ -51,7 +52,7 @@ class MtpObjective:
         if not denominators[0]:
             raise TrainingError("no token of the update is a target: every label is masked, so there is no loss")
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
+    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
         """Return Σ v·w·CE / Σ v, plus the value loss if the algorithm trains a value head, and the metric sums."""
         outputs = model(batch.tokens)
         loss, sums = self.loss_from_outputs(outputs, model, batch, denominators)
@@ -63,7 +64,7 @@ class MtpObjective:
 
     def loss_from_outputs(
         self, outputs: Outputs, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]
-    ) -> tuple[Tensor, Sums]:
+    ) -> tuple[Tensor, MetricSums]:
         """Return Σ v·w·CE / Σ v and the metric sums of given model outputs."""
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
@@ -83,7 +84,10 @@ class MtpObjective:
     def _weighted_sum(
         self, outputs: Outputs, model: MtpModel, batch: Batch, target: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Σ v·w·CE with gradient, and the loss and the weight of every target."""
+        """Return Σ v·w·CE with gradient, and the loss and the weight of every target, both without gradient.
+
+        `shares` are the position weights v. Losses and weights have the shape [head, batch, position].
+        """
         algorithm, unembedding = self.algorithm, model.unembedding_weight
         low, high = algorithm.weight_min, algorithm.weight_max
         observed = self.observations(outputs, batch, target)
@@ -117,7 +121,13 @@ class MtpObjective:
         return total, losses if observed.losses is None else observed.losses, weights
 
     def observations(self, outputs: Outputs, batch: Batch, target: Tensor) -> Observations:
-        """Return the inputs of the algorithm that are known before the losses."""
+        """Return the inputs of the algorithm, except the losses of the policy.
+
+        Args:
+            outputs: the outputs of the model.
+            batch: the micro-batch.
+            target: the target of each head, shape [head, batch, position].
+        """
         reference = None
         if self.algorithm.needs_reference:
             assert batch.reference_losses is not None
@@ -133,8 +143,8 @@ class MtpObjective:
         """Return the weight, the loss and the value of each token.
 
         The weight is the mean over the heads that predict the token, the loss is that of head 1, and the value is
-        the output of the value head after the token. NaN at tokens that are not targets; without a value head all
-        values are NaN.
+        the output of the value head after the token. Entries are NaN at tokens that are not targets. Without a value
+        head, all values are NaN.
         """
         target, outputs = targets(batch.labels, model.num_heads), model(batch.tokens)
         _, losses, weights = self._weighted_sum(outputs, model, batch, target, position_weights(target != IGNORED))
@@ -147,18 +157,19 @@ class MtpObjective:
         loss[:, 1:] = losses[0, :, :-1]
         return torch.stack([total / count, *(x.where(batch.response, undefined) for x in (loss, values))], dim=-1)
 
-    def evaluate(self, model: MtpModel, batch: Batch) -> Sums:
-        """Return the metric sums: the unweighted loss, the loss of each head, and the value metrics."""
+    def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
+        """Return the metric sums of the unweighted loss, the loss of each head, and the values."""
         outputs = model(batch.tokens)
         sums = self.evaluate_outputs(outputs, model, batch)
         if outputs.values is not None:
             sums.add(self.value_loss.sum(outputs.values, batch)[1])
         return sums
 
-    def evaluate_outputs(self, outputs: Outputs, model: MtpModel, batch: Batch) -> Sums:
-        """Return the unweighted loss and the loss of each head for given model outputs.
+    def evaluate_outputs(self, outputs: Outputs, model: MtpModel, batch: Batch) -> MetricSums:
+        """Return the metric sums of the unweighted loss and the loss of each head, for given model outputs.
 
-        If the batch has `harmful`, also return the loss over correct solutions without noise tokens (`clean_loss`).
+        If the batch has labels of harmful tokens, the sums include `clean_loss`, the loss over the tokens of correct
+        solutions that are not noise.
         """
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
@@ -171,13 +182,13 @@ class MtpObjective:
             sums.means["clean_loss"] = ((clean * losses).sum(), clean.sum())
         return sums
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
         """Return the loss, the loss of each head, their mean (`mtp_loss`), and statistics of weights and values."""
         values = value_metrics(sums.results())
         heads = [value for name, value in values.items() if name.startswith("head_")]
         values["mtp_loss"] = sum(heads) / len(heads)
         if "weight_square" in values:
-            values["weight_std"] = deviation(values["weight_mean"], values.pop("weight_square"))
+            values["weight_std"] = standard_deviation(values["weight_mean"], values.pop("weight_square"))
         return values
 
     def finish_update(self, processes: Processes) -> None:
@@ -185,7 +196,7 @@ class MtpObjective:
         self.algorithm.finish_update(processes)
 
     def discard_update(self) -> None:
-        """Discard the statistics that the algorithm collected since the last update."""
+        """Discard the statistics of the algorithm for an update that was skipped."""
         self.algorithm.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,10 +208,12 @@ class MtpObjective:
         self.algorithm.load_state_dict(state)
 
 
-def head_sums(losses: Tensor, valid: Tensor) -> Sums:
-    """Return the summed cross-entropy and the number of targets of each head, as `head_1_loss`, `head_2_loss`, ….
+def head_sums(losses: Tensor, valid: Tensor) -> MetricSums:
+    """Return the metric sums `head_1_loss`, `head_2_loss`, …: summed cross-entropy and number of targets of each head.
 
-    Both arguments have the shape [head, batch, position].
+    Args:
+        losses: cross-entropy in nats, 0 where there is no target, shape [head, batch, position].
+        valid: True where there is a target, shape [head, batch, position].
     """
-    denominators, counts = losses.flatten(1).sum(dim=1), valid.flatten(1).sum(dim=1)
-    return Sums({f"head_{k}_loss": (denominators[k - 1], counts[k - 1]) for k in range(1, len(valid) + 1)})
+    loss_sums, counts = losses.flatten(1).sum(dim=1), valid.flatten(1).sum(dim=1)
+    return MetricSums({f"head_{k}_loss": (loss_sums[k - 1], counts[k - 1]) for k in range(1, len(valid) + 1)})

@@ -1,4 +1,4 @@
-"""Stage 1 of critic: train the value head alone, or together with the trunk and the language model."""
+"""The objective of stage 1 for critic: train the value head alone, or together with the language model."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 
 
 class ValueObjective:
     """The objective L = value loss + `language_model_coef` · language-model loss.
 
-    Without a language model the second term is 0 and only the trunk runs. If the batch has cached hidden states,
-    the trunk does not run either.
+    With `language_model` None, the second term is 0 and no prediction head runs. If the batch has precomputed hidden
+    states, the trunk does not run either.
     """
 
     def __init__(
@@ -34,18 +34,22 @@ class ValueObjective:
         return f"value of {self.value_loss.kind}{suffix}"
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return the number of values or pairs, then the denominators of the language model."""
-        own = self.value_loss.denominator(batch).float()[None]
+        """Return the number of values (for ranking: of pairs), then the denominators of the language model, if any."""
+        num_values = self.value_loss.denominator(batch).float()[None]
         if self.language_model is None:
-            return own
-        return torch.cat([own, self.language_model.denominators(model, batch)])
+            return num_values
+        return torch.cat([num_values, self.language_model.denominators(model, batch)])
 
     def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
-        """Check the denominators of the language model; an update without values is allowed."""
+        """Check the denominators of the language model, if any; an update without values is allowed.
+
+        Raises:
+            TrainingError: the language model has no target.
+        """
         if self.language_model is not None:
             self.language_model.check_denominators(denominators[1:])
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, Sums]:
+    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
         """Return the sum of both losses, computed from one forward pass, and the metric sums."""
         if self.language_model is None:
             total, sums = self.value_loss.sum(self._values(model, batch), batch)
@@ -59,8 +63,8 @@ class ValueObjective:
         sums.add(language_model_sums)
         return total / denominators[0].clamp(min=1) + self.language_model_coef * language_model_loss, sums
 
-    def evaluate(self, model: MtpModel, batch: Batch) -> Sums:
-        """Return the value loss and, if the language model is trained, the loss of each head."""
+    def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
+        """Return the metric sums of the values and, if the language model is trained, of the heads' losses."""
         if self.language_model is None:
             return self.value_loss.sum(self._values(model, batch), batch)[1]
         outputs = model(batch.tokens)
@@ -69,8 +73,8 @@ class ValueObjective:
         sums.add(self.language_model.evaluate_outputs(outputs, model, batch))
         return sums
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Return the value metrics and those of the language model; `loss` is the trained sum of both losses."""
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
+        """Return the value metrics and those of the language model; `loss` is the training loss L."""
         if self.language_model is None:
             values = value_metrics(sums.results())
             return {"loss": values.get("value_loss", 0.0)} | values

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.data.collate import Batch
-from wmtp.ops.metric_sums import Sums, deviation
+from wmtp.ops.metric_sums import MetricSums, standard_deviation
 from wmtp.ops.returns import (
     explained_variance,
     last_of_response,
@@ -20,7 +20,7 @@ Kind = Literal["reward", "lambda_return", "ranking"]
 
 
 class ValueLoss:
-    """A loss for value heads: squared error after every token, or ranking of the last values.
+    """A loss for value heads: the squared error at every token, or a ranking loss of the last values.
 
     The target of the squared error is the reward (`kind="reward"`) or the λ-return (`"lambda_return"`). `"ranking"`
     trains the last value of a correct solution to be higher than that of an incorrect solution to the same task.
@@ -31,45 +31,48 @@ class ValueLoss:
         self.kind, self.discount, self.trace_decay = kind, discount, trace_decay
 
     def denominator(self, batch: Batch) -> Tensor:
-        """Return the number of terms of the sum: positions, or pairs for ranking."""
+        """Return the number of terms of the loss: positions with a value, or pairs for ranking."""
         if self.kind == "ranking":
             return ranking_loss(batch.rewards, batch.tasks, batch.is_correct)[1]
         return value_positions(batch.response).sum()
 
-    def sum(self, values: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], Sums]:
-        """Return the summed loss, with gradient, and the metric sums that compare values with rewards."""
+    def sum(self, values: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], MetricSums]:
+        """Return the sum of the loss over its terms, with gradient, and the metric sums of values and rewards."""
         rewards = token_rewards(batch.rewards, batch.response)
         mask = value_positions(batch.response)
         if self.kind == "ranking":
-            ends = last_of_response(batch.response)
-            loss, count = ranking_loss((values * ends).sum(dim=1), batch.tasks, batch.is_correct)
+            is_last = last_of_response(batch.response)
+            loss, count = ranking_loss((values * is_last).sum(dim=1), batch.tasks, batch.is_correct)
         else:
             target = value_targets(
                 values, rewards, batch.response,
                 kind=self.kind, discount=self.discount, trace_decay=self.trace_decay,
             )  # fmt: skip
             loss, count = (values - target)[mask].square().sum(), mask.sum()
-        outcome = batch.rewards[:, None].expand_as(mask)[mask]
+        reward = batch.rewards[:, None].expand_as(mask)[mask]
         value = values.detach()[mask]
-        error = outcome - value
-        sums = Sums({"value_loss": (loss.detach(), count)})
-        for name, x in (("value", value), ("value_target", outcome), ("value_error", error)):
+        error = reward - value
+        sums = MetricSums({"value_loss": (loss.detach(), count)})
+        for name, x in (("value", value), ("value_target", reward), ("value_error", error)):
             sums.means[f"{name}_mean"] = (x.sum(), mask.sum())
             sums.means[f"{name}_square"] = (x.square().sum(), mask.sum())
         return loss, sums
 
 
 def value_metrics(values: dict[str, float]) -> dict[str, float]:
-    """Return `values` with the moments of the value head replaced by mean, variance and explained variance."""
+    """Return the metrics `values`, with the moments of values, targets and errors replaced by three metrics.
+
+    These are `value_mean`, `value_variance` and `value_explained_variance`.
+    """
     if "value_mean" not in values:
         return values
     moments = {
         name: (values[f"{name}_mean"], values[f"{name}_square"]) for name in ("value", "value_target", "value_error")
     }
-    taken = {f"{name}_{power}" for name in moments for power in ("mean", "square")}
-    kept = {name: value for name, value in values.items() if name not in taken}
-    return kept | {
+    replaced = {f"{name}_{power}" for name in moments for power in ("mean", "square")}
+    others = {name: value for name, value in values.items() if name not in replaced}
+    return others | {
         "value_mean": moments["value"][0],
-        "value_variance": deviation(*moments["value"]) ** 2,
+        "value_variance": standard_deviation(*moments["value"]) ** 2,
         "value_explained_variance": explained_variance(*moments["value_target"], *moments["value_error"]),
     }

@@ -16,14 +16,20 @@ from torch import Tensor
 from wmtp.data.collate import IGNORED
 
 CHUNK_BYTES, GPU_CHUNK_BYTES = 56 * 2**20, 256 * 2**20
-"""Default size of the logits of one chunk on CPU and on GPU: small relative to the rest of the memory, but large
-enough for fast matrix products."""
+"""Default size of the logits of one chunk on CPU and on GPU.
+
+It is small relative to the rest of the memory, but large enough for fast matrix products.
+"""
 
 LOG2_E = 1 / math.log(2)
+"""log2(e)."""
 
 Coefficients: TypeAlias = Callable[[Float[Tensor, " row"], Int[Tensor, " row"]], Float[Tensor, " row"]]
-"""A function that maps the losses of a chunk's rows, and the rows' flat indices into head·batch·position, to the factor
-of each loss. It is called once per chunk, without gradient."""
+"""A function that returns the coefficient of each row of a chunk.
+
+Its arguments are the losses of the rows, and their flat indices into [head, batch, position]. It is called once per
+chunk, without gradient.
+"""
 
 
 Parameters = ParamSpec("Parameters")
@@ -43,7 +49,7 @@ def cross_entropy(
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None = None,
 ) -> Float[Tensor, "head batch position"]:
-    """Return −log p(target) in nats and fp32, without gradient; 0 where there is no target.
+    """Return −log p(target) in nats and at least fp32, without gradient; 0 where there is no target.
 
     At most `chunk_rows` × vocabulary logits exist at a time; None selects the default size.
     """
@@ -63,11 +69,11 @@ def weighted_cross_entropy(
     coefficients: Coefficients,
     chunk_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]]:
-    """Return Σ c·CE with gradient, the losses CE in nats and the coefficients c, the last two detached.
+    """Return Σ c·CE with gradient, the losses CE in nats and the coefficients c.
 
-    The gradients are computed together with the losses and stored until `backward`, which can run only once. Apply
-    a factor common to all rows, such as 1/Σ c, to the returned sum. Where there is no target, loss, coefficient and
-    gradient are 0.
+    Losses and coefficients are detached. The gradients are computed together with the losses and stored until
+    `backward`, which can run only once. To apply a factor common to all rows, such as 1/Σ c, multiply the returned sum.
+    Loss, coefficient and gradient are 0 where there is no target.
 
     At most `chunk_rows` × vocabulary logits exist at a time; None selects the default size. Matrix products use the
     dtype of autocast if it is on, the rest of the softmax uses fp32. This function is excluded from `torch.compile`.
@@ -83,7 +89,7 @@ def weighted_cross_entropy(
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """The autograd node of `weighted_cross_entropy`; the unembedding receives one gradient for all chunks."""
+    """The autograd function of `weighted_cross_entropy`; it accumulates the unembedding's gradient over all chunks."""
 
     @staticmethod
     def forward(
@@ -102,12 +108,12 @@ class WeightedCrossEntropy(torch.autograd.Function):
         states_gradient = states.new_zeros(targets.numel(), states.shape[-1]) if needs_gradient[0] else None
         unembedding_gradient = unembedding.new_zeros(unembedding.shape) if needs_gradient[1] else None
         losses = states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype))
-        used = torch.zeros_like(losses)
+        all_factors = torch.zeros_like(losses)
         with torch.autocast(states.device.type, enabled=False):
             for chunk in chunks(states, weight, targets, chunk_rows):
                 factors = coefficients(chunk.losses, chunk.rows).to(losses.dtype)
                 losses.index_copy_(0, chunk.rows, chunk.losses)
-                used.index_copy_(0, chunk.rows, factors)
+                all_factors.index_copy_(0, chunk.rows, factors)
                 if not any(needs_gradient):
                     continue
                 errors, factors = chunk.errors(factors)
@@ -124,9 +130,9 @@ class WeightedCrossEntropy(torch.autograd.Function):
             None if states_gradient is None else states_gradient.view(states.shape),
             unembedding_gradient,
         )
-        losses, used = losses.view(targets.shape), used.view(targets.shape)
-        ctx.mark_non_differentiable(losses, used)
-        return (losses * used).sum(), losses, used
+        losses, all_factors = losses.view(targets.shape), all_factors.view(targets.shape)
+        ctx.mark_non_differentiable(losses, all_factors)
+        return (losses * all_factors).sum(), losses, all_factors
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,7 +179,10 @@ def chunks(
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None,
 ) -> Iterator[Chunk]:
-    """Yield the rows with a target in chunks of equal size; each chunk reuses the buffers of the previous one."""
+    """Yield the rows with a target in chunks of nearly equal size.
+
+    Each chunk reuses the buffers of the previous chunk, so a chunk must be used before the next one is requested.
+    """
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
     if not len(rows):
         return
@@ -181,25 +190,25 @@ def chunks(
     vocab_size, dtype = len(unembedding), statistics_dtype(unembedding.dtype)
     size = GPU_CHUNK_BYTES if states.device.type == "cuda" else CHUNK_BYTES
     chunk_rows = chunk_rows or max(1, size // (vocab_size * dtype.itemsize))
-    pieces = rows.tensor_split(-(-len(rows) // chunk_rows))
-    exponentials = states.new_empty(len(pieces[0]), vocab_size, dtype=dtype)
+    row_chunks = rows.tensor_split(-(-len(rows) // chunk_rows))
+    exponentials = states.new_empty(len(row_chunks[0]), vocab_size, dtype=dtype)
     products = exponentials
     if unembedding.dtype != dtype:
         products = states.new_empty(exponentials.shape, dtype=unembedding.dtype)
-    for piece in pieces:
-        chunk_states = flat_states[piece].to(unembedding.dtype)
-        target = flat_targets[piece]
+    for chunk_indices in row_chunks:
+        chunk_states = flat_states[chunk_indices].to(unembedding.dtype)
+        target = flat_targets[chunk_indices]
         # logits to the base 2, because some processors compute powers of 2 several times faster than powers of e
         if products is exponentials:
-            logits = buffer = torch.mm(chunk_states * LOG2_E, unembedding.T, out=products[: len(piece)])
+            logits = buffer = torch.mm(chunk_states * LOG2_E, unembedding.T, out=products[: len(chunk_indices)])
         else:
-            logits = torch.mm(chunk_states, unembedding.T, out=products[: len(piece)])
-            buffer = torch.mul(logits, LOG2_E, out=exponentials[: len(piece)])
+            logits = torch.mm(chunk_states, unembedding.T, out=products[: len(chunk_indices)])
+            buffer = torch.mul(logits, LOG2_E, out=exponentials[: len(chunk_indices)])
         target_logits = buffer.gather(1, target.unsqueeze(1))
         largest = buffer.amax(dim=1, keepdim=True)
         sums = buffer.sub_(largest).exp2_().sum(dim=1)
         losses = (sums.log2() + (largest - target_logits).squeeze(1)) / LOG2_E
-        yield Chunk(piece, target, chunk_states, buffer, sums, losses, logits)
+        yield Chunk(chunk_indices, target, chunk_states, buffer, sums, losses, logits)
 
 
 def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:

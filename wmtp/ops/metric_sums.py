@@ -11,15 +11,19 @@ from wmtp.distributed.process_group import Processes
 
 
 @dataclass
-class Sums:
-    """Means by name, as pairs (sum, count), and extremes by name. Tensors stay on the device that computed them."""
+class MetricSums:
+    """Sums and counts of metrics that are means, and the extremes of others, by name.
+
+    Tensors stay on the device that computed them.
+    """
 
     means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Sum and count of each metric that is a mean."""
     minima: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, other: "Sums") -> None:
-        """Add the sums of another batch."""
+    def add(self, other: "MetricSums") -> None:
+        """Add the sums and counts of another batch, and update the extremes."""
         for name, (total, count) in other.means.items():
             old_total, old_count = self.means.get(name, (0.0, 0.0))
             self.means[name] = (old_total + total, old_count + count)
@@ -28,47 +32,49 @@ class Sums:
         for name, value in other.maxima.items():
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
-    def reduced(self, processes: Processes) -> "Sums":
-        """Return the sums over all ranks, bitwise equal on each rank."""
+    def reduced(self, processes: Processes) -> "MetricSums":
+        """Return the sums and extremes over all ranks, bitwise equal on each rank. All ranks must call this method."""
         if processes.size == 1:
             return self
-        total = processes.sum(self.row())
-        reduced = Sums(dict(zip(self.means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
+        total = processes.sum(self.to_vector())
+        reduced = MetricSums(dict(zip(self.means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
         if extremes := [*(-x for x in self.minima.values()), *self.maxima.values()]:
-            found = torch.tensor(processes.max(*torch.stack(extremes).tolist()))
-            reduced.minima = dict(zip(self.minima, -found, strict=False))
-            reduced.maxima = dict(zip(self.maxima, found[len(self.minima) :], strict=True))
+            largest = torch.tensor(processes.max(*torch.stack(extremes).tolist()))
+            reduced.minima = dict(zip(self.minima, -largest, strict=False))
+            reduced.maxima = dict(zip(self.maxima, largest[len(self.minima) :], strict=True))
         return reduced
 
-    def row(self) -> Tensor:
-        """Return sum, count, sum, count, … of the means as one vector, in fp64 on the CPU."""
+    def to_vector(self) -> Tensor:
+        """Return the means as one vector (sum, count, sum, count, …), in fp64 on the CPU."""
         numbers = [torch.as_tensor(x) for pair in self.means.values() for x in pair]
         device = next((x.device for x in numbers if x.device.type != "cpu"), "cpu")
         # copy all of them at once, because each copy waits for the GPU
         return torch.stack([x.to(device) for x in numbers]).cpu().double()
 
     def results(self) -> dict[str, float]:
-        """Return the means and extremes; leave out means with count 0."""
-        pairs = self.row().view(-1, 2).tolist() if self.means else []
-        out = {name: total / count for name, (total, count) in zip(self.means, pairs, strict=True) if count > 0}
-        out |= {name: float(value) for name, value in (self.minima | self.maxima).items()}
-        return out
+        """Return the means and extremes by name, without means whose count is 0."""
+        pairs = self.to_vector().view(-1, 2).tolist() if self.means else []
+        metrics = {name: total / count for name, (total, count) in zip(self.means, pairs, strict=True) if count > 0}
+        metrics |= {name: float(value) for name, value in (self.minima | self.maxima).items()}
+        return metrics
 
 
-def sum_in_order(batches: Sequence[Sums], num_batches: int, processes: Processes) -> Sums:
+def sum_in_order(batches: Sequence[MetricSums], num_batches: int, processes: Processes) -> MetricSums:
     """Sum over batches in their order, so that the result is bitwise equal for any number of ranks.
 
+    Batch i is on rank i mod `size`, where `size` is the number of ranks. All ranks must call this function.
+
     Args:
-        batches: sums of this rank's batches: every `size`-th one; all ranks have equally many.
-        num_batches: number of batches over all ranks; later ones are padding and are ignored.
+        batches: the sums of this rank's batches; every rank has the same number of them.
+        num_batches: number of batches over all ranks; batches from this index on are padding and are ignored.
         processes: the process group.
     """
     table = torch.zeros(len(batches) * processes.size, 2 * len(batches[0].means), dtype=torch.float64)
-    table[processes.rank :: processes.size] = torch.stack([sums.row() for sums in batches])
+    table[processes.rank :: processes.size] = torch.stack([sums.to_vector() for sums in batches])
     total = processes.sum(table)[:num_batches].sum(dim=0)  # same order of summation for any number of ranks
-    return Sums(dict(zip(batches[0].means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
+    return MetricSums(dict(zip(batches[0].means, total.view(-1, 2).unbind(), strict=True)))  # type: ignore[arg-type]
 
 
-def deviation(mean: float, mean_of_squares: float) -> float:
+def standard_deviation(mean: float, mean_of_squares: float) -> float:
     """Return the standard deviation, given the first two moments; 0 if rounding makes the variance negative."""
     return math.sqrt(max(mean_of_squares - mean * mean, 0.0))

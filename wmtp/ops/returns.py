@@ -1,9 +1,9 @@
 """TD errors, advantages, λ-returns and losses of a value head.
 
-V_t is the value after token t. A response is a sequence of consecutive tokens a … b of one document. Its reward R is
-given at each of its tokens and counts once, at b. If several documents are packed into a row, `documents` holds the
-document of each position, and the results of one document do not depend on another. Symbols: δ is the TD error, A the
-advantage, G the λ-return.
+V_t is the value at position t, after token t. A response is a sequence of consecutive tokens a … b of one document.
+`rewards` contains its reward R at each of its tokens, but R counts only once, at b. If several documents are packed
+into a row, `documents` contains the index of the document of each position, and the results of one document do not
+depend on another. Symbols: δ is the TD error, A is the advantage, G is the λ-return.
 """
 
 from typing import Literal
@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from wmtp.ops.metric_sums import deviation
+from wmtp.ops.metric_sums import standard_deviation
 
 
 def last_of_response(
     response: Bool[Tensor, "batch position"], documents: Int[Tensor, "batch position"] | None = None
 ) -> Bool[Tensor, "batch position"]:
-    """Return True at each b, the last token of a response."""
+    """Return a mask that is True at b, the last token of each response."""
     return response & ~_neighbor(response, +1, documents)
 
 
 def value_positions(
     response: Bool[Tensor, "batch position"], documents: Int[Tensor, "batch position"] | None = None
 ) -> Bool[Tensor, "batch position"]:
-    """Return True at a−1 … b: the last token of the prompt and all tokens of the response.
+    """Return a mask of the positions whose value is trained: a−1 … b.
 
-    These are the positions whose value is trained.
+    These are the last token of the prompt and all tokens of the response.
 
     >>> value_positions(torch.tensor([[False, False, True, True, False]])).int().tolist()
     [[0, 1, 1, 1, 0]]
@@ -53,11 +53,11 @@ def td_errors(
 ) -> Float[Tensor, "batch position"]:
     """Return δ_i = r_i + γ·V_i·[i<b] − V_{i−1} at the tokens of responses, 0 elsewhere.
 
-    r_b = R, and r_i = 0 for i < b. V_{i−1} is 0 if the document begins at i. `discount` is γ.
+    r_b = R, and r_i = 0 for i < b. V_{i−1} is 0 if i is the first token of the document. `discount` is γ.
     """
     last = last_of_response(response, documents)
-    gained = rewards.where(last, discount * values)
-    return (gained - _neighbor(values, -1, documents)).where(response, 0.0)
+    td_targets = rewards.where(last, discount * values)
+    return (td_targets - _neighbor(values, -1, documents)).where(response, 0.0)
 
 
 def advantages(
@@ -78,11 +78,11 @@ def advantages(
     errors = td_errors(values, rewards, response, documents, discount=discount)
     continues = response & ~last_of_response(response, documents)
     decays = (discount * trace_decay) * continues.to(errors.dtype)
-    following, backwards = torch.zeros_like(errors[:, 0]), []
+    advantage, reversed_advantages = torch.zeros_like(errors[:, 0]), []
     for error, decay in zip(reversed(errors.unbind(1)), reversed(decays.unbind(1)), strict=True):
-        following = torch.addcmul(error, decay, following)
-        backwards.append(following)
-    return torch.stack(backwards[::-1], dim=1)
+        advantage = torch.addcmul(error, decay, advantage)
+        reversed_advantages.append(advantage)
+    return torch.stack(reversed_advantages[::-1], dim=1)
 
 
 def lambda_returns(
@@ -123,23 +123,30 @@ def value_targets(
 
 
 def explained_variance(target_mean: float, target_square: float, error_mean: float, error_square: float) -> float:
-    """Return 1 − Var(error) / Var(target), given the means of both and of their squares; error = target − value.
+    """Return 1 − Var(error) / Var(target), where error = target − value.
 
-    The result is 0.0 if the targets do not vary, that is, if their standard deviation is at most a thousandth of
-    their root mean square: in fp32 sums, such differences are rounding errors.
+    The result is 0.0 if the standard deviation of the targets is at most a thousandth of their root mean square: such
+    a variance is a rounding error of sums in fp32.
+
+    Args:
+        target_mean: mean of the targets.
+        target_square: mean of the squared targets.
+        error_mean: mean of the errors.
+        error_square: mean of the squared errors.
     """
-    target_deviation = deviation(target_mean, target_square)
+    target_deviation = standard_deviation(target_mean, target_square)
     if target_deviation**2 <= 1e-6 * target_square:
         return 0.0
-    return 1.0 - (deviation(error_mean, error_square) / target_deviation) ** 2
+    return 1.0 - (standard_deviation(error_mean, error_square) / target_deviation) ** 2
 
 
 def ranking_loss(
     scores: Float[Tensor, " batch"], tasks: Int[Tensor, " batch"], is_correct: Bool[Tensor, " batch"]
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Return Σ −log σ(score of the correct − score of the incorrect sample) over pairs, and the number of pairs.
+    """Return Σ −log σ(s⁺ − s⁻) over all pairs, and the number of pairs.
 
-    A pair is a correct and an incorrect sample of the same task. Without pairs both are 0.
+    A pair is a correct sample with score s⁺ and an incorrect sample with score s⁻ of the same task. Without pairs, both
+    results are 0.
     Source: Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs: I.
     """
     pairs = (tasks[:, None] == tasks) & is_correct[:, None] & ~is_correct
@@ -151,6 +158,6 @@ def _neighbor(
     x: Shaped[Tensor, "batch position"], offset: Literal[-1, 1], documents: Int[Tensor, "batch position"] | None
 ) -> Shaped[Tensor, "batch position"]:
     """Return x[t + offset] at position t; 0 if t + offset is outside the row or in another document."""
-    same = torch.ones_like(x, dtype=torch.bool) if documents is None else documents.roll(-offset, 1) == documents
-    same[:, -1 if offset > 0 else 0] = False
-    return x.roll(-offset, 1).masked_fill(~same, 0)
+    is_valid = torch.ones_like(x, dtype=torch.bool) if documents is None else documents.roll(-offset, 1) == documents
+    is_valid[:, -1 if offset > 0 else 0] = False
+    return x.roll(-offset, 1).masked_fill(~is_valid, 0)

@@ -1,4 +1,4 @@
-"""Targets of each head at each position, and the weight of a position's heads."""
+"""Targets of each head at each position, and the weights that make all positions count equally."""
 
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -9,9 +9,9 @@ from wmtp.data.collate import IGNORED
 def shift_to_heads(
     values: Shaped[Tensor, "batch position"], num_heads: int, fill: int | float
 ) -> Shaped[Tensor, "head batch position"]:
-    """Shift one entry per token to the positions from which each head predicts it.
+    """Shift values of tokens to the positions at which each head predicts these tokens.
 
-    out[k−1, :, t] = values[:, t + k], and `fill` past the end. Labels and token weights use this same function.
+    out[k−1, :, t] = values[:, t + k], and `fill` past the end. Labels and token weights both use this function.
 
     >>> import torch
     >>> shift_to_heads(torch.tensor([[5, 6, 7]]), num_heads=2, fill=-100).tolist()
@@ -28,9 +28,9 @@ def targets(
     num_heads: int,
     documents: Int[Tensor, "batch position"] | None = None,
 ) -> Int[Tensor, "head batch position"]:
-    """Return the token that head k predicts at position t, or −100 if there is none.
+    """Return the target of each head at each position: the id of the token at t + k, or −100 if there is no target.
 
-    There is no target past the end, at a masked label, and where the token and position t belong to different
+    There is no target past the end, for a masked label (−100), and if the positions t and t + k belong to different
     `documents`.
     """
     out = shift_to_heads(labels, num_heads, IGNORED)
@@ -40,5 +40,8 @@ def targets(
 
 
 def position_weights(valid: Bool[Tensor, "head batch position"]) -> Float[Tensor, "head batch position"]:
-    """Return v[k, t] = 1/|K(t)| for the valid heads K(t) of a position, else 0, so that each position counts once."""
+    """Return v[k, t] = 1 / |K(t)| for the heads K(t) that have a target at position t, else 0.
+
+    The weights of a position sum to 1, so every position counts equally.
+    """
     return valid / valid.sum(dim=0).clamp(min=1)

@@ -23,7 +23,7 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
     """Check that all runs use the same data and tokenizer, and return notes on runs that do not record them.
 
     Raises:
-        InputError: The training data, validation set or tokenizer of two runs differ.
+        InputError: the training data, validation set or tokenizer of two runs differ.
     """
     data_by_run = {run: dict(run.provenance.get("data", {})) for run in runs}
     problems, notes = [], []
@@ -61,7 +61,7 @@ def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:
     """Check that a metric has the same meaning in all runs.
 
     Raises:
-        InputError: The metric is a mean over heads, and the runs have different numbers of heads.
+        InputError: the metric is a mean over heads, and the runs have different numbers of heads.
     """
     heads = runs_by_num_heads(runs)
     if metric in MEANS_OVER_HEADS and len(heads) > 1:

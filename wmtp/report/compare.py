@@ -68,13 +68,13 @@ def compare_runs(
     """Compare groups of runs with the baseline group, seed by seed.
 
     Args:
-        runs: Runs in any state; only finished ones are compared.
-        baseline: Label of the baseline group, or a part of it that no other label has.
+        runs: runs in any state; only finished ones are compared.
+        baseline: label of the baseline group, or a part of it that no other label has.
         metric: `val/…` or `pass@k`.
         at: "best" for the best checkpoint, "last" for the last model; ignored for `pass@k`.
 
     Raises:
-        InputError: There are no two groups with common seeds, the baseline or the metric is unknown, or the runs
+        InputError: there are no two groups with common seeds, the baseline or the metric is unknown, or the runs
             differ in data, tokenizer or (for a mean over heads) number of heads.
     """
     notes: list[str] = []
@@ -98,14 +98,14 @@ def finished_runs(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord
     """Return the runs that finished, and add a note for each other run.
 
     Raises:
-        InputError: No run has finished.
+        InputError: no run has finished.
     """
     done = [run for run in runs if run.status.get("state") == "FINISHED" and run.summary]
     for run in runs:
         if run not in done:
             state = str(run.status.get("state"))
-            why = "it has no summary.json" if state == "FINISHED" else f"it is {state}, not FINISHED"
-            notes.append(f"{run.folder} is left out: {why}")
+            reason = "it has no summary.json" if state == "FINISHED" else f"it is {state}, not FINISHED"
+            notes.append(f"{run.folder} is left out: {reason}")
     if not done:
         raise InputError(
             f"none of the {len(runs)} runs has finished; wait, or resume them: python -m wmtp.train resume=RUN"
@@ -117,7 +117,7 @@ def pair_by_seed(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baselin
     """Return the groups that have seeds in common with the baseline, and their failed seeds.
 
     Raises:
-        InputError: There is only one group, the baseline is unknown, or no other group has a seed of the baseline.
+        InputError: there is only one group, the baseline is unknown, or no other group has a seed of the baseline.
     """
     groups = {label: latest_run_per_seed(label, group, notes) for label, group in group_runs(runs).items()}
     if len(groups) < 2:
@@ -148,9 +148,9 @@ def failed_seeds(
     """Return the seeds of each group whose runs all failed; add a note for a group without a finished run."""
     labels = {run: label for label, group in groups.items() for run in group.values()}
     found: dict[str, set[int]] = {}
-    for name, together in group_runs([*labels, *failed]).items():
-        seeds = {run.seed for run in together if run not in labels}
-        if label := next((labels[run] for run in together if run in labels), None):
+    for name, members in group_runs([*labels, *failed]).items():
+        seeds = {run.seed for run in members if run not in labels}
+        if label := next((labels[run] for run in members if run in labels), None):
             found[label] = seeds - groups[label].keys()
         else:
             notes.append(f"{name} is left out: {FailedRuns(len(seeds), len(seeds))}")
@@ -176,7 +176,7 @@ def find_baseline(baseline: str, labels: Sequence[str]) -> str:
     order of preference.
 
     Raises:
-        InputError: No label or more than one matches.
+        InputError: no label or more than one matches.
     """
     name = baseline.removeprefix("algo=")
     for matches in (
@@ -220,21 +220,21 @@ def metric_comparison(study: Study, metric: MetricValues, notes: list[str]) -> M
     """Compare one metric of all groups with the baseline.
 
     Raises:
-        InputError: No pair of runs has a finite value.
+        InputError: no pair of runs has a finite value.
     """
     notes += metric.notes
-    lost = {label: study.failed_runs(label, metric) for label in study.groups}
-    values = [group_values(label, group, metric, lost[label]) for label, group in study.groups.items()]
+    failed_runs = {label: study.failed_runs(label, metric) for label in study.groups}
+    values = [group_values(label, group, metric, failed_runs[label]) for label, group in study.groups.items()]
     raw = {label: differences(study, label, metric) for label in study.others}
     estimates = {label: estimate_mean_difference(list(pairs.values())) for label, pairs in raw.items() if pairs}
     if not estimates:
         raise InputError(f"metric={metric.name}: no pair of runs has a finite value; choose another metric")
     labels = list(estimates)
-    signed_ranks = [wilcoxon_p(list(raw[label].values())) for label in labels]
-    problems = [mcnemar(study, label, metric) for label in labels]
+    wilcoxon = [wilcoxon_p(list(raw[label].values())) for label in labels]
+    mcnemar_tests = [mcnemar(study, label, metric) for label in labels]
     corrected = holm([estimates[label].p for label in labels])
-    signed_ranks_corrected = holm(signed_ranks)
-    problems_corrected = holm([None if test is None else test.p for test in problems])
+    wilcoxon_corrected = holm(wilcoxon)
+    mcnemar_corrected = holm([None if test is None else test.p for test in mcnemar_tests])
     result = list[Difference]()
     for number, label in enumerate(labels):
         estimate, pairs = estimates[label], raw[label]
@@ -242,30 +242,32 @@ def metric_comparison(study: Study, metric: MetricValues, notes: list[str]) -> M
         spread = stdev(pairs.values()) if len(pairs) > 1 else 0.0
         result.append(Difference(
             label, pairs, mean_difference, estimate.low, estimate.high, estimate.p, corrected[number],
-            signed_ranks[number], signed_ranks_corrected[number], smallest_wilcoxon_p(len(pairs)), problems[number],
-            problems_corrected[number],
-            verdict(raw[label], corrected[number], metric.lower_is_better, lost[label], lost[study.baseline]),
-            None if estimate.p is None else seeds_needed(mean_difference, spread, len(labels)), lost[label],
-            lost[study.baseline],
+            wilcoxon[number], wilcoxon_corrected[number], smallest_wilcoxon_p(len(pairs)),
+            mcnemar_tests[number], mcnemar_corrected[number],
+            verdict(pairs, corrected[number], metric.lower_is_better, failed_runs[label], failed_runs[study.baseline]),
+            None if estimate.p is None else seeds_needed(mean_difference, spread, len(labels)), failed_runs[label],
+            failed_runs[study.baseline],
         ))  # fmt: skip
         add_limit_notes(metric.name, result[-1], notes)
     notes += [
-        f"{label}: {each}; {metric.name} covers only the other runs" for label, each in lost.items() if each.failed
+        f"{label}: {each}; {metric.name} covers only the other runs"
+        for label, each in failed_runs.items()
+        if each.failed
     ]
     return MetricComparison(metric.name, metric.lower_is_better, metric.at, values, result)
 
 
-def group_values(label: str, group: RunsBySeed, metric: MetricValues, lost: FailedRuns) -> GroupValues:
+def group_values(label: str, group: RunsBySeed, metric: MetricValues, failed_runs: FailedRuns) -> GroupValues:
     """Return the values of one group, in the order of the seeds.
 
     Raises:
-        InputError: No value is finite.
+        InputError: no value is finite.
     """
     values = {seed: metric.values[run] for seed, run in group.items() if run in metric.values}
     if not values:
         raise InputError(f"metric={metric.name}: no run of {label} has a finite value; choose another metric")
     deviation = stdev(values.values()) if len(values) > 1 else None
-    return GroupValues(label, values, mean(values.values()), deviation, lost)
+    return GroupValues(label, values, mean(values.values()), deviation, failed_runs)
 
 
 def differences(study: Study, label: str, metric: MetricValues) -> dict[int, float]:
@@ -290,21 +292,25 @@ def mcnemar(study: Study, label: str, metric: MetricValues) -> McNemar | None:
 
 
 def verdict(
-    pairs: Mapping[int, float], p_holm: float | None, lower_is_better: bool, lost: FailedRuns, baseline_lost: FailedRuns
+    pairs: Mapping[int, float],
+    p_holm: float | None,
+    lower_is_better: bool,
+    failed_runs: FailedRuns,
+    baseline_failed_runs: FailedRuns,
 ) -> Verdict:
-    """Return the verdict at the 5 % level; a side with failed runs cannot win."""
+    """Return the verdict at the 5 % level. If the better side has failed runs, the verdict is "runs failed"."""
     if len(pairs) < MIN_PAIRS:
         return "too few seeds"
     if p_holm is None or p_holm >= LEVEL:
         return "no difference shown"
     is_better = (sum(pairs.values()) < 0) == lower_is_better
-    if (lost if is_better else baseline_lost).failed:
+    if (failed_runs if is_better else baseline_failed_runs).failed:
         return "runs failed"
     return "better" if is_better else "worse"
 
 
 def add_limit_notes(metric: str, difference: Difference, notes: list[str]) -> None:
-    """Add notes on what too few pairs, or pairs with equal differences, cannot show."""
+    """Add a note if there are too few pairs for a test, or if all differences are equal."""
     num = len(difference.pairs)
     if num < MIN_PAIRS:
         pairs = f"{num} pair{'s' if num > 1 else ''}"

@@ -44,17 +44,17 @@ def plot_values_by_seed(metric: MetricComparison, name: str) -> Plot | None:
     groups = [group for group in metric.groups if group.values_by_seed]
     if not groups:
         return None
-    figure, axes, places = _create_rows([group.label for group in groups], metric.metric)
+    figure, axes, row_positions = _create_rows([group.label for group in groups], metric.metric)
     for seed in sorted({seed for group in groups for seed in group.values_by_seed}):
-        line = [(group.values_by_seed.get(seed), place) for group, place in zip(groups, places, strict=True)]
+        line = [(group.values_by_seed.get(seed), y) for group, y in zip(groups, row_positions, strict=True)]
         for (start, above), (end, below) in pairwise(line):
             if start is not None and end is not None:
                 axes.plot([start, end], [above, below], color=QUIET, alpha=0.55, linewidth=0.8)
-    for number, (group, place) in enumerate(zip(groups, places, strict=True)):
+    for number, (group, y) in enumerate(zip(groups, row_positions, strict=True)):
         values = list(group.values_by_seed.values())
         style = line_style(number)
-        axes.plot([group.mean, group.mean], [place - 0.3, place + 0.3], color=style.color, linewidth=2.5, alpha=0.5)
-        axes.plot(values, [place] * len(values), style.marker, color=style.color, markersize=6, markeredgecolor=PAPER)
+        axes.plot([group.mean, group.mean], [y - 0.3, y + 0.3], color=style.color, linewidth=2.5, alpha=0.5)
+        axes.plot(values, [y] * len(values), style.marker, color=style.color, markersize=6, markeredgecolor=PAPER)
     label = "; ".join(f"{group.label}: mean {group.mean:.4g} of {len(group.values_by_seed)}" for group in groups)
     better = "lower" if metric.lower_is_better else "higher"
     caption = f"{metric.metric} of each run, {metric.at}; {better} is better. Bars: means; lines join runs of one seed."
@@ -66,15 +66,15 @@ def plot_forest(metric: MetricComparison, baseline: str, name: str) -> Plot | No
     differences = [difference for difference in metric.differences if difference.pairs]
     if not differences:
         return None
-    figure, axes, places = _create_rows([each.label for each in differences], f"difference in {metric.metric}")
+    figure, axes, row_positions = _create_rows([each.label for each in differences], f"difference in {metric.metric}")
     axes.axvline(0, color=INK, linewidth=1.0)
-    for each, place in zip(differences, places, strict=True):
+    for each, y in zip(differences, row_positions, strict=True):
         color = VERDICT_COLORS.get(each.verdict, QUIET)
         pairs = list(each.pairs.values())
-        axes.plot(pairs, [place + 0.27] * len(pairs), "o", color=QUIET, markersize=3, alpha=0.65, markeredgewidth=0)
+        axes.plot(pairs, [y + 0.27] * len(pairs), "o", color=QUIET, markersize=3, alpha=0.65, markeredgewidth=0)
         if each.low is not None and each.high is not None:
-            axes.plot([each.low, each.high], [place, place], "|-", color=color, linewidth=2, markersize=7)
-        axes.plot([each.mean], [place], "D", color=color, markersize=6, markeredgecolor=PAPER)
+            axes.plot([each.low, each.high], [y, y], "|-", color=color, linewidth=2, markersize=7)
+        axes.plot([each.mean], [y], "D", color=color, markersize=6, markeredgecolor=PAPER)
     low, high = axes.get_xlim()
     limit = max(abs(low), abs(high))
     axes.set_xlim(min(low, -0.15 * limit), max(high, 0.15 * limit))
@@ -99,7 +99,7 @@ def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[
     curves = {label: kept for label, members in curves.items() if (kept := [each for each in members if each])}
     if not curves:
         return []
-    end = max(place for members in curves.values() for member in members for place, _ in member)
+    end = max(x for members in curves.values() for member in members for x, _ in member)
     late = {
         label: [[pair for pair in member if pair[0] >= end / 2] for member in members]
         for label, members in curves.items()
@@ -107,14 +107,14 @@ def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[
     late = {label: kept for label, members in late.items() if (kept := [each for each in members if len(each) > 1])}
     caption = "Lines: means over seeds, where all runs of a group have values; bands: one standard deviation"
     caption += "; thin lines: runs." if len(curves) <= MAX_GROUPS_WITH_RUNS else "."
-    shown = [_plot_group_curves(curves, by_tokens, "curves", metric, caption)]
+    plots = [_plot_group_curves(curves, by_tokens, "curves", metric, caption)]
     if late:
-        shown.append(
+        plots.append(
             _plot_group_curves(
                 late, by_tokens, "late-curves", f"{metric}, second half", "The second half on a larger scale."
             )
         )
-    return shown
+    return plots
 
 
 def _plot_group_curves(
@@ -149,33 +149,33 @@ def validation_curve(run: RunRecord, metric: str, by_tokens: bool) -> Series:
         if metric in line
     ]
     finite = [pair for pair in curve if math.isfinite(pair[1])]
-    return [finite[place] for place in downsample_indices(np.array([value for _, value in finite]))] if finite else []
+    return [finite[index] for index in downsample_indices(np.array([value for _, value in finite]))] if finite else []
 
 
 def plot_tokens_to_target(results: Sequence[TokensToTarget], baseline: str) -> Plot | None:
     """Plot the tokens to the baseline's best loss, as ratios."""
-    shown = [each for each in results if any(pair.tokens is not None for pair in each.pairs)]
-    if not shown:
+    plotted = [each for each in results if any(pair.tokens is not None for pair in each.pairs)]
+    if not plotted:
         return None
-    figure, axes, places = _create_rows([each.label for each in shown], f"tokens relative to {baseline}")
+    figure, axes, row_positions = _create_rows([each.label for each in plotted], f"tokens relative to {baseline}")
     axes.axvline(1, color=INK, linewidth=1.0)
-    known = [ratio for each in shown for ratio in (each.low, each.high, *_ratios(each)) if ratio is not None]
+    known = [ratio for each in plotted for ratio in (each.low, each.high, *_ratios(each)) if ratio is not None]
     start, end = min(0.9, *known) / 1.05, max(1.1, *known) * 1.05
     axes.set_xlim(start, end)
-    for each, place in zip(shown, places, strict=True):
+    for each, y in zip(plotted, row_positions, strict=True):
         ratios = _ratios(each)
-        axes.plot(ratios, [place + 0.27] * len(ratios), "o", color=QUIET, markersize=3, alpha=0.65, markeredgewidth=0)
+        axes.plot(ratios, [y + 0.27] * len(ratios), "o", color=QUIET, markersize=3, alpha=0.65, markeredgewidth=0)
         if each.never:
-            axes.plot([end], [place + 0.27], ">", color=QUIET, markersize=4, clip_on=False)
+            axes.plot([end], [y + 0.27], ">", color=QUIET, markersize=4, clip_on=False)
         if each.low is not None:
             high = end if each.high is None else each.high
-            axes.plot([each.low, high], [place, place], "|-", color=LINES[0], linewidth=2, markersize=7)
+            axes.plot([each.low, high], [y, y], "|-", color=LINES[0], linewidth=2, markersize=7)
         if each.high is None and each.has_interval:
-            axes.plot([end], [place], ">", color=LINES[0], markersize=6, clip_on=False)
+            axes.plot([end], [y], ">", color=LINES[0], markersize=6, clip_on=False)
         if each.ratio is not None:
-            axes.plot([each.ratio], [place], "D", color=LINES[0], markersize=6, markeredgecolor=PAPER)
+            axes.plot([each.ratio], [y], "D", color=LINES[0], markersize=6, markeredgecolor=PAPER)
     set_log_x_axis(axes)
-    label = "; ".join(f"{each.label} {'never' if each.ratio is None else f'{each.ratio:.3g}'}" for each in shown)
+    label = "; ".join(f"{each.label} {'never' if each.ratio is None else f'{each.ratio:.3g}'}" for each in plotted)
     caption = (
         "Left of the line is faster. Diamonds: medians with 95 % intervals; dots: seeds. Arrows: a seed that never "
         "reached the loss, or an interval without an upper end."
@@ -192,9 +192,9 @@ def _create_rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, lis
     names = [textwrap.fill(label, MAX_NAME_LETTERS, max_lines=MAX_NAME_LINES, placeholder=" …") for label in labels]
     heights = [max(2.2, 1.15 * (name.count("\n") + 1) + 0.6) / 2.2 for name in names]
     edges = np.concatenate([[0], np.cumsum(heights)])
-    places = [float(start + end) / 2 for start, end in pairwise(edges)]
+    row_positions = [float(start + end) / 2 for start, end in pairwise(edges)]
     figure, (axes,) = create_panels([""], height=0.36 * edges[-1] + 0.1, left=NAME_WIDTH, x_label=x_label)
-    axes.set_yticks(places, names, horizontalalignment="left")
+    axes.set_yticks(row_positions, names, horizontalalignment="left")
     axes.tick_params(axis="y", pad=72 * NAME_WIDTH - 2)
     axes.set_ylim(edges[-1], 0)
     axes.grid(axis="y", visible=False)
@@ -202,18 +202,18 @@ def _create_rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, lis
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS, min_n_ticks=3))
     axes.margins(x=0.06)
     axes.spines["left"].set_visible(False)
-    return figure, axes, places
+    return figure, axes, row_positions
 
 
 def _add_group_curve(axes: Axes, members: Sequence[Series], number: int, label: str, with_runs: bool) -> None:
     style = line_style(number)
     for member in members if with_runs else ():
         axes.plot(*zip(*member, strict=True), color=style.color, linewidth=0.5, alpha=0.4)
-    grid = np.unique([place for member in members for place, _ in member])
+    grid = np.unique([x for member in members for x, _ in member])
     first, last = (pick(member[end][0] for member in members) for pick, end in ((max, 0), (min, -1)))
     grid = grid[(grid >= first) & (grid <= last)]
     values = np.array([
-        np.interp(grid, [place for place, _ in member], [value for _, value in member]) for member in members
+        np.interp(grid, [x for x, _ in member], [value for _, value in member]) for member in members
     ])  # fmt: skip
     mean = values.mean(axis=0)
     axes.plot(

@@ -1,4 +1,4 @@
-"""compare.html: the page of a comparison, with verdicts, plots, tests, and the compared runs."""
+"""Write compare.html, the page of a comparison with verdicts, plots, tests, and the compared runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,8 @@ from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import FILE_NAME
 from wmtp.report.statistics import SEEDS_CAP
 
-KINDS = {"better": "good", "worse": "bad"}
+CSS_CLASSES = {"better": "good", "worse": "bad"}
+"""CSS class of a verdict; `quiet` for the others."""
 ABSENT = "–"
 
 
@@ -45,13 +46,13 @@ def write_comparison_report(path: Path, comparison: Comparison) -> None:
 
 def _sections(path: Path, comparison: Comparison) -> list[Section]:
     baseline = comparison.baseline
-    shown = [
+    metric_sections = [
         Section(f"metric-{number}", metric.metric, _metric(metric, baseline, f"metric-{number}"))
         for number, metric in enumerate(comparison.metrics, 1)
     ]
     return [
         Section("answer", "Result", _result(comparison)),
-        *shown,
+        *metric_sections,
         Section("curves", f"{comparison.loss} over the training", _curves(comparison)),
         Section(
             "reach",
@@ -65,14 +66,14 @@ def _sections(path: Path, comparison: Comparison) -> list[Section]:
 
 
 def _curves(comparison: Comparison) -> Markup:
-    shown, metric = (
+    plots, metric = (
         figures(comparison_plots.plot_curves(comparison.groups, comparison.loss)),
         comparison.metrics[0].metric,
     )
-    if not shown or metric == comparison.loss:
-        return shown
+    if not plots or metric == comparison.loss:
+        return plots
     return (
-        muted_paragraph(f"{metric} is not a loss that all validations have; the curves show {comparison.loss}.") + shown
+        muted_paragraph(f"{metric} is not a loss that all validations have; the curves show {comparison.loss}.") + plots
     )
 
 
@@ -93,7 +94,7 @@ def _result(comparison: Comparison) -> Markup:
     if not requested.differences:
         return muted_paragraph("There is only one group, so nothing can be compared.")
     body = cards(
-        card(each.label, KINDS.get(each.verdict, "quiet"), each.verdict, paragraph(describe_difference(each)))
+        card(each.label, CSS_CLASSES.get(each.verdict, "quiet"), each.verdict, paragraph(describe_difference(each)))
         for each in requested.differences
     )
     if len(comparison.metrics) > 1:
@@ -136,7 +137,7 @@ def _describe_pairs(difference: Difference, seeds: str) -> str:
 def _describe_failed_runs(difference: Difference) -> str:
     """Return sentences on failed runs and their effect on the verdict."""
     sides = (("runs", difference.lost), ("baseline runs", difference.baseline_lost))
-    text = "".join(f" {lost.failed} of {lost.runs} {name} failed." for name, lost in sides if lost.failed)
+    text = "".join(f" {side.failed} of {side.runs} {name} failed." for name, side in sides if side.failed)
     if difference.verdict == "runs failed":
         text += " The remaining runs may be better than average, so no verdict favors that side."
     return text
@@ -152,11 +153,11 @@ def _describe_seeds_needed(difference: Difference) -> str:
 
 def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:
     better = "Lower is better" if metric.lower_is_better else "Higher is better"
-    with_lost = any(group.lost.failed for group in metric.groups)
+    with_failed = any(group.lost.failed for group in metric.groups)
     rows = [
         [breakable(group.label), len(group.values_by_seed), f"{group.mean:.4g}" if group.values_by_seed else ABSENT,
          ABSENT if group.deviation is None else f"{group.deviation:.2g}",
-         *([str(group.lost) if group.lost.failed else ABSENT] if with_lost else [])]
+         *([str(group.lost) if group.lost.failed else ABSENT] if with_failed else [])]
         for group in metric.groups
     ]  # fmt: skip
     plots = figures(
@@ -165,7 +166,7 @@ def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:
             comparison_plots.plot_forest(metric, baseline, f"{name}-forest"),
         ]
     )
-    head = ["group", "seeds", "mean", "deviation", *(["without a value"] if with_lost else [])]
+    head = ["group", "seeds", "mean", "deviation", *(["without a value"] if with_failed else [])]
     means = table(head, rows, numbers=range(1, len(head)), names=[0])
     return paragraph(f"{better}. Measured: {metric.at}.") + means + plots + _tests(metric)
 
@@ -308,8 +309,8 @@ def _find_difference(metric: MetricComparison, label: str) -> Difference | None:
 def _verdict(difference: Difference | None) -> Markup | str:
     if difference is None:
         return ABSENT
-    kind = KINDS.get(difference.verdict, "quiet")
-    return Markup('<span class="{}">{}</span>').format(kind, difference.verdict)
+    css_class = CSS_CLASSES.get(difference.verdict, "quiet")
+    return Markup('<span class="{}">{}</span>').format(css_class, difference.verdict)
 
 
 def _format_signed(value: float) -> str:

@@ -11,7 +11,7 @@ IGNORED_KEYS = (
     "checkpoint", "sweep", "report", "num_validation_samples", "num_samples", "sandbox", "log_interval",
     "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
-"""Config keys that do not make two runs different: paths, tracking, extra measurements, and the seed."""
+"""Config keys that do not distinguish groups: the seed, paths, tracking, and additional measurements."""
 
 
 def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:

@@ -76,9 +76,9 @@ def join(parts: Iterable[str]) -> Markup:
     return Markup("").join(parts)
 
 
-def paragraph(text: str, kind: str = "") -> Markup:
+def paragraph(text: str, css_class: str = "") -> Markup:
     """Return a paragraph with an optional CSS class."""
-    return Markup("<p{}>{}</p>\n").format(_class(kind), text)
+    return Markup("<p{}>{}</p>\n").format(_class(css_class), text)
 
 
 def muted_paragraph(text: str) -> Markup:
@@ -88,14 +88,14 @@ def muted_paragraph(text: str) -> Markup:
 
 def figures(plots: Iterable[Plot | None], beside: Markup = _NOTHING) -> Markup:
     """Return plots, and optionally other content beside them, in a grid; None in `plots` is skipped."""
-    shown = [
+    elements = [
         Markup("<figure>\n{}\n<figcaption>{}</figcaption>\n</figure>\n").format(to_svg(plot), plot.caption)
         for plot in plots
         if plot is not None
     ]
     if beside:
-        shown.append(Markup("<div>{}</div>\n").format(beside))
-    return Markup('<div class="figures">\n{}</div>\n').format(join(shown)) if shown else Markup()
+        elements.append(Markup("<div>{}</div>\n").format(beside))
+    return Markup('<div class="figures">\n{}</div>\n').format(join(elements)) if elements else Markup()
 
 
 def table(
@@ -109,11 +109,11 @@ def table(
     """Return a table in a scrollable container.
 
     Args:
-        head: Column headings.
+        head: column headings.
         rows: A cell for each column.
-        numbers: Columns that are right-aligned.
-        wide: Columns that may be broken at any character.
-        names: Columns that are broken only between words.
+        numbers: columns that are right-aligned.
+        wide: columns that may be broken at any character.
+        names: columns that are broken only between words.
     """
     kinds = dict.fromkeys(numbers, "number") | dict.fromkeys(wide, "wide") | dict.fromkeys(names, "name")
     classes = [_class(kinds.get(column, "")) for column in range(len(head))]
@@ -154,11 +154,11 @@ def cards(entries: Iterable[Markup]) -> Markup:
     return Markup('<div class="cards">\n{}</div>\n').format(join(entries))
 
 
-def card(name: str, kind: str, verdict: str, body: Markup) -> Markup:
-    """Return a card with a name, a verdict and a body; `kind` is `good`, `bad` or `quiet`."""
+def card(name: str, css_class: str, verdict: str, body: Markup) -> Markup:
+    """Return a card with a name, a verdict and a body; `css_class` is `good`, `bad` or `quiet`."""
     return Markup(
         '<article class="card"><header><h3>{}</h3><span class="{}">{}</span></header>\n{}</article>\n'
-    ).format(name, kind, verdict, body)
+    ).format(name, css_class, verdict, body)
 
 
 def details(summary: str, body: Markup, *, printed: bool = False, is_open: bool = False) -> Markup:

@@ -27,7 +27,7 @@ class MetricValues:
     name: str
     lower_is_better: bool
     at: str
-    """The measured model, in words."""
+    """Label of the measured model, such as "best checkpoint"."""
     values: dict[RunRecord, float]
     """Finite values only."""
     solved: dict[RunRecord, dict[str, float]] = field(default_factory=dict)
@@ -40,7 +40,7 @@ def metric_values(metric: str, runs: Sequence[RunRecord], at: str) -> MetricValu
 
     Args:
         metric: `val/…` or `pass@k`.
-        runs: Finished runs.
+        runs: finished runs.
         at: "best" for the best checkpoint, "last" for the last model; only for `val/…`.
 
     Raises:
@@ -65,7 +65,7 @@ def is_lower_better(metric: str) -> bool:
     """Return whether lower values of a metric are better.
 
     Raises:
-        InputError: The direction of the metric is unknown.
+        InputError: the direction of the metric is unknown.
     """
     if metric.endswith(LOWER_IS_BETTER):
         return True
@@ -84,11 +84,11 @@ def missing_metric_message(metric: str, runs: Sequence[RunRecord], at: str) -> s
     if PASS_AT_K.fullmatch(metric):
         remedy = "run the same evaluation for each run: python -m wmtp.evaluate checkpoint=RUN"
         return f"metric={metric}: not all runs have it; {others}; {remedy}"
-    having = [run for run in runs if metric in run.summary.get(at, {})]
-    if not metric.startswith("val/") or not having:
+    with_metric = [run for run in runs if metric in run.summary.get(at, {})]
+    if not metric.startswith("val/") or not with_metric:
         return f"metric={metric}: is not measured at a validation; {others}"
-    lacking = next(run for run in runs if run not in having)
-    return f"metric={metric}: {having[0].folder} has it, {lacking.folder} does not; {others}"
+    without_metric = next(run for run in runs if run not in with_metric)
+    return f"metric={metric}: {with_metric[0].folder} has it, {without_metric.folder} does not; {others}"
 
 
 def common_metrics(runs: Sequence[RunRecord], at: str) -> list[str]:
@@ -117,15 +117,15 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
                 values,
                 {run: problem_pass_rates(rows) for run, rows in samples.items()},
             )
-    fitting = [evaluation for evaluation in common_evaluations(runs) if k in evaluation.ks]
-    if not fitting:
+    candidates = [evaluation for evaluation in common_evaluations(runs) if k in evaluation.ks]
+    if not candidates:
         return None
-    chosen = max(fitting, key=lambda evaluation: (evaluation.num_problems, evaluation.name))
-    several_note = f"pass@{k} is from {chosen.name}, one of {len(fitting)} evaluations that all runs have"
+    chosen = max(candidates, key=lambda evaluation: (evaluation.num_problems, evaluation.name))
+    several_note = f"pass@{k} is from {chosen.name}, one of {len(candidates)} evaluations that all runs have"
     summaries = {run: _json(folder / "summary.json") for run, folder in chosen.folders.items()}
     values = {run: float(summary["pass_at_k"][str(k)]["value"]) for run, summary in summaries.items()}
     solved = {run: problem_pass_rates(_lines(folder / "results.jsonl")) for run, folder in chosen.folders.items()}
-    notes = [several_note] if len(fitting) > 1 else []
+    notes = [several_note] if len(candidates) > 1 else []
     return MetricValues(f"pass@{k}", False, f"evaluation {chosen.name}", values, solved, notes)
 
 

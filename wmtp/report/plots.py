@@ -91,23 +91,23 @@ def create_panels(
     Margins are fixed, so that plots line up in the page; `legend_rows` reserves space above the first panel.
 
     Args:
-        titles: Title of each panel.
-        height: Height of a panel in inches.
-        legend_rows: Number of rows of the legend.
-        left: Left margin in inches.
-        x_label: Label of the horizontal axis.
+        titles: title of each panel.
+        height: height of a panel in inches.
+        legend_rows: number of rows of the legend.
+        left: left margin in inches.
+        x_label: label of the horizontal axis.
     """
-    head = (TITLE_HEIGHT if titles[0] else 0.08) + LEGEND_ROW_HEIGHT * legend_rows
-    foot, width = 0.4 if x_label else 0.22, WIDTH - left - RIGHT_MARGIN
-    total = head + len(titles) * height + (len(titles) - 1) * PANEL_GAP + foot
+    top_margin = (TITLE_HEIGHT if titles[0] else 0.08) + LEGEND_ROW_HEIGHT * legend_rows
+    bottom_margin, width = 0.4 if x_label else 0.22, WIDTH - left - RIGHT_MARGIN
+    total = top_margin + len(titles) * height + (len(titles) - 1) * PANEL_GAP + bottom_margin
     figure = Figure(figsize=(WIDTH, total))
     axes: list[Axes] = []
     for number, title in enumerate(titles):
-        bottom = total - head - (number + 1) * height - number * PANEL_GAP
-        place = (left / WIDTH, bottom / total, width / WIDTH, height / total)
-        axes.append(figure.add_axes(place, sharex=axes[0] if axes else None))
-        room = LEGEND_ROW_HEIGHT * 72 * legend_rows if number == 0 else 0
-        axes[-1].set_title(title, pad=8 + room, x=-left / width)
+        bottom = total - top_margin - (number + 1) * height - number * PANEL_GAP
+        rectangle = (left / WIDTH, bottom / total, width / WIDTH, height / total)
+        axes.append(figure.add_axes(rectangle, sharex=axes[0] if axes else None))
+        legend_points = LEGEND_ROW_HEIGHT * 72 * legend_rows if number == 0 else 0
+        axes[-1].set_title(title, pad=8 + legend_points, x=-left / width)
         axes[-1].tick_params(labelbottom=number == len(titles) - 1)
         axes[-1].grid(axis="x", visible=False)
         axes[-1].yaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS, min_n_ticks=3))

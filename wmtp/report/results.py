@@ -32,6 +32,7 @@ class GroupValues:
     deviation: float | None
     """Standard deviation over seeds (n − 1 in the denominator); None for one run."""
     lost: FailedRuns
+    """Runs of the group without a value."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Difference:
     `SEEDS_CAP` + 1 means more than `SEEDS_CAP`; None if it cannot be estimated.
     """
     lost: FailedRuns
+    """Runs of the group without a value."""
     baseline_lost: FailedRuns
+    """Runs of the baseline without a value."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class MetricComparison:
     metric: str
     lower_is_better: bool
     at: str
-    """The measured model, in words: "best checkpoint" or "last model"."""
+    """Label of the measured model: "best checkpoint", "last model", or the name of an evaluation."""
     groups: list[GroupValues]
     """The baseline first."""
     differences: list[Difference]
@@ -144,7 +147,7 @@ class Comparison:
     tokens_to_target: list[TokensToTarget]
     """Empty if tokens were not recorded; `notes` gives the reason."""
     notes: list[str] = field(default_factory=list)
-    """Runs that were left out, seeds without a partner, tests without power."""
+    """Messages about runs that were left out, unpaired seeds, and tests that cannot show a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)

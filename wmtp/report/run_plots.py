@@ -91,11 +91,11 @@ def plot_updates(run: RunRecord) -> Plot | None:
         upper.axhline(level, linewidth=1.2, color=color, linestyle=dashes, label=label)
     for label, first, last in spans:
         for axes in (upper, lower):
-            shown = label if axes is upper else None
+            legend_label = label if axes is upper else None
             if first == last:
-                axes.axvline(last, color=INK, linewidth=1.2, label=shown)
+                axes.axvline(last, color=INK, linewidth=1.2, label=legend_label)
             else:
-                axes.axvspan(first, last, color=LINES[4], alpha=0.25, linewidth=0, label=shown)
+                axes.axvspan(first, last, color=LINES[4], alpha=0.25, linewidth=0, label=legend_label)
     set_log_y_axis(upper)
     finish_axes(upper, 2)
     set_integer_x_axis(lower)
@@ -179,18 +179,18 @@ def best_validation(run: RunRecord) -> tuple[int, float] | None:
 
 def plot_values(lines: Sequence[Mapping[str, Any]], name: str, caption: str) -> Plot | None:
     """Plot the value loss, and the share of the rewards' variance that the values explain."""
-    shown = {
+    series_by_metric = {
         metric: (metric_series(lines, f"train/{metric}"), metric_series(lines, f"val/{metric}"))
         for metric in ("value_loss", "value_explained_variance")
     }
-    if not any(series for pair in shown.values() for series in pair):
+    if not any(series for pair in series_by_metric.values() for series in pair):
         return None
     figure, axes = create_panels(["value loss", "explained variance of the rewards"], height=1.4, legend_rows=1)
-    for place, pair in zip(axes, shown.values(), strict=True):
-        plot_training_and_validation(place, *pair)
+    for panel, pair in zip(axes, series_by_metric.values(), strict=True):
+        plot_training_and_validation(panel, *pair)
     axes[1].axhline(0, color=INK, linewidth=1.0, linestyle=":")
     finish_axes(axes[0], 2)
-    training, validation = shown["value_explained_variance"]
+    training, validation = series_by_metric["value_explained_variance"]
     last = (validation or training or [(0, math.nan)])[-1][1]
     label = f"Value loss and explained variance over the updates; the last explained variance is {last:.3g}"
     return Plot(figure, name, label, caption)

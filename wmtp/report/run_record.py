@@ -17,7 +17,7 @@ from wmtp.tracking.jsonl import FILE_NAME, read_metrics
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The folder of a run. Files are read on first access; a missing file is empty."""
+    """The folder of a run. Files are read on first access. For a missing file, the content is empty."""
 
     folder: Path
     final_status: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -124,5 +124,5 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file that a run appends to, without a last line that a crash cut off."""
+    """Return the lines of a JSONL file. An incomplete last line, left by a crash, is ignored."""
     return list(read_metrics(path)) if path.exists() else []

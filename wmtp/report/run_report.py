@@ -1,4 +1,4 @@
-"""report.html: the page of a run, with results, plots, samples and config."""
+"""Write report.html, the page of a run with results, plots, samples and config."""
 
 import logging
 import shlex
@@ -35,7 +35,7 @@ from wmtp.report.token_heatmap import style_sheet, token_heatmaps
 
 FILE_NAME = "report.html"
 NUM_SHOWN, MAX_SAMPLES = 8, 200
-"""Samples that are shown, and samples that are shown or collapsed."""
+"""Number of visible samples, and maximum number of samples including the collapsed ones."""
 log = logging.getLogger(__name__)
 STATES = {"FINISHED": "good", "RUNNING": "quiet", "FAILED": "bad", "KILLED": "bad"}
 
@@ -44,8 +44,8 @@ def write_run_report(folder: Path, final_status: Mapping[str, Any] | None = None
     """Write the page of the run in `folder` atomically and return its path. Missing data is left out.
 
     Args:
-        folder: The run's folder.
-        final_status: Fields that override status.json, while the run is about to end.
+        folder: the run's folder.
+        final_status: fields that override status.json, while the run is about to end.
     """
     run, path = RunRecord(folder, final_status or {}), folder / FILE_NAME
     with plot_style():
@@ -64,7 +64,7 @@ def _sections(run: RunRecord) -> list[Section]:
         Section("stage", "Stage 1", _pretrain(run)),
         Section("answers", "Samples", _sampling(run)),
         Section("config", "Config", _config(run)),
-        Section("origin", "Provenance", _origin(run)),
+        Section("origin", "Provenance", _provenance(run)),
     ]
 
 
@@ -87,8 +87,8 @@ def _description(run: RunRecord) -> str:
     chosen = [f"{group} {run.choices[group]}" for group in ("algo", "model", "data") if group in run.choices]
     started, ended = _parse_time(run.status.get("started")), _parse_time(run.status.get("ended"))
     when = [f"{started:%d %B %Y, %H:%M}".lstrip("0")] if started else []
-    took = [f"{_format_duration(ended - started)}"] if started and ended else []
-    return " · ".join([*chosen, f"seed {run.config.get('seed', '–')}", *when, *took])
+    duration = [f"{_format_duration(ended - started)}"] if started and ended else []
+    return " · ".join([*chosen, f"seed {run.config.get('seed', '–')}", *when, *duration])
 
 
 def _result(run: RunRecord) -> Markup:
@@ -119,7 +119,7 @@ def _result(run: RunRecord) -> Markup:
 
 
 def _training(run: RunRecord) -> Markup:
-    shown = figures(
+    plots = figures(
         [
             run_plots.plot_loss(run),
             run_plots.plot_head_losses(run),
@@ -127,7 +127,7 @@ def _training(run: RunRecord) -> Markup:
             run_plots.plot_speed(run),
         ]
     )
-    return shown or muted_paragraph("No metrics are recorded yet.")
+    return plots or muted_paragraph("No metrics are recorded yet.")
 
 
 def _weights(run: RunRecord) -> Markup:
@@ -135,12 +135,12 @@ def _weights(run: RunRecord) -> Markup:
         "decisive_wrong_auc": "Wrong solutions: decisive tokens against other tokens",
         "noise_auc": "All solutions: noise tokens against other tokens",
     }
-    quality = {name: area for name, area in (run.summary.get("weights") or {}).items() if area is not None}
+    quality = {name: auc for name, auc in (run.summary.get("weights") or {}).items() if auc is not None}
     beside = Markup()
     if run_plots.has_uniform_weights(run):
         beside += muted_paragraph("Every target has the weight 1.")
     if quality:
-        rows = [(names.get(name, name), f"{area:.3f}") for name, area in quality.items()]
+        rows = [(names.get(name, name), f"{auc:.3f}") for name, auc in quality.items()]
         beside += paragraph(
             "Do the weights identify harmful tokens? Probability that such a token has a lower weight than another "
             "token of its solution: 1 is perfect, 0.5 is chance."
@@ -173,18 +173,18 @@ def _pretrain(run: RunRecord) -> Markup:
         return Markup()
     stage = run.summary.get("pretrain") or {}
     updates, tokens = stage.get("total_steps"), stage.get("total_tokens")
-    lead = f"{updates:,} updates on {tokens:,} tokens, before stage 2." if updates and tokens else ""
+    introduction = f"{updates:,} updates on {tokens:,} tokens, before stage 2." if updates and tokens else ""
     caption = "The value head during stage 1."
-    shown = figures(
+    plots = figures(
         [run_plots.plot_pretrain_loss(run), run_plots.plot_values(run.pretrain_metrics, "value-before", caption)]
     )
-    return (paragraph(lead) if lead else Markup()) + shown
+    return (paragraph(introduction) if introduction else Markup()) + plots
 
 
 def _sampling(run: RunRecord) -> Markup:
     rows = _pass_rows(run)
-    shown = figures([run_plots.plot_pass_rate(run), run_plots.plot_pass_at_k(rows)])
-    body = shown + _samples(run)
+    plots = figures([run_plots.plot_pass_rate(run), run_plots.plot_pass_at_k(rows)])
+    body = plots + _samples(run)
     return body or muted_paragraph(
         "No samples: the data has no tests, or num_samples and num_validation_samples are 0."
     )
@@ -217,7 +217,7 @@ def _config(run: RunRecord) -> Markup:
     return table(["changed key", "default", "this run"], rows, names=[0], wide=[1, 2]) + full
 
 
-def _origin(run: RunRecord) -> Markup:
+def _provenance(run: RunRecord) -> Markup:
     provenance, summary = run.provenance, run.summary
     data = provenance.get("data") or {}
     versions = provenance.get("versions") or summary.get("versions") or {}
@@ -234,8 +234,10 @@ def _origin(run: RunRecord) -> Markup:
     ]
     command = provenance.get("command")
     overrides = [each.lstrip("+").replace("experiment@_global_=", "experiment=") for each in command or []]
-    shown = code_block(shlex.join(["python", "-m", "wmtp.train", *overrides])) if command is not None else Markup()
-    return shown + facts(entries)
+    command_block = (
+        code_block(shlex.join(["python", "-m", "wmtp.train", *overrides])) if command is not None else Markup()
+    )
+    return command_block + facts(entries)
 
 
 def _optional_code(text: str | None) -> Markup | None:

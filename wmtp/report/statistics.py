@@ -74,8 +74,8 @@ def bootstrap_t(
     Args:
         studies: float[study, pair], at least three pairs, not all equal.
         level: 1 − the coverage.
-        resamples: Number of resamples, even.
-        seed: Seed of the resamples, the same for each study.
+        resamples: number of resamples, even.
+        seed: seed of the resamples, the same for each study.
 
     Returns:
         p-values and half widths, each float[study].
@@ -132,9 +132,9 @@ def mcnemar_p(won: int, lost: int) -> float:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Return p-values with Holm's correction, which limits the chance of any false difference to the level.
+    """Return p-values with Holm's correction, which limits the probability of any false positive to the level.
 
-    None, a comparison without a test, stays None and counts as a comparison.
+    None stands for a comparison without a test. It stays None, and counts as a comparison.
 
     Source: Holm 1979, A Simple Sequentially Rejective Multiple Test Procedure.
 
@@ -157,9 +157,9 @@ def seeds_needed(mean: float, deviation: float, num_comparisons: int = 1) -> int
     at most one pair more.
 
     Args:
-        mean: Mean difference.
-        deviation: Standard deviation of the differences.
-        num_comparisons: Number of groups that are compared with the baseline.
+        mean: mean difference.
+        deviation: standard deviation of the differences.
+        num_comparisons: number of groups that are compared with the baseline.
 
     Returns:
         The number, `SEEDS_CAP` + 1 if it is larger than `SEEDS_CAP`, or None if `mean` or `deviation` is 0.

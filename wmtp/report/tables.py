@@ -33,12 +33,12 @@ def values_table(metric: MetricComparison) -> Table:
     """Return a table of each group's mean over seeds."""
     direction = "lower" if metric.lower_is_better else "higher"
     title, columns = f"{metric.metric} of the {metric.at}; {direction} is better", ["runs", "mean", "deviation"]
-    with_lost = any(group.lost.failed for group in metric.groups)
-    table = new_table(title, *columns, *(["without a value"] if with_lost else []))
+    with_failed = any(group.lost.failed for group in metric.groups)
+    table = new_table(title, *columns, *(["without a value"] if with_failed else []))
     for group in metric.groups:
         deviation = ABSENT if group.deviation is None else f"± {group.deviation:.3g}"
         row = [group.label, str(len(group.values_by_seed)), f"{group.mean:.5g}", deviation]
-        table.add_row(*row, *([str(group.lost) if group.lost.failed else ABSENT] if with_lost else []))
+        table.add_row(*row, *([str(group.lost) if group.lost.failed else ABSENT] if with_failed else []))
     return table
 
 
@@ -75,27 +75,27 @@ def problems_table(metric: MetricComparison) -> Table:
     return table
 
 
-def tokens_to_target_table(reaches: list[TokensToTarget]) -> Table:
+def tokens_to_target_table(results: list[TokensToTarget]) -> Table:
     """Return a table of the tokens to the baseline's best loss, as ratios."""
-    title = f"Tokens to reach the baseline's best {reaches[0].metric}, relative to the baseline"
+    title = f"Tokens to reach the baseline's best {results[0].metric}, relative to the baseline"
     table = new_table(title, "median", "95 % interval", "never reached")
-    for each in reaches:
+    for each in results:
         between = "∞" if each.low is None else f"{each.low:.3g} to {format_ratio(each.high)}"
         never = f"{each.never} of {len(each.pairs)}"
         table.add_row(each.label, format_ratio(each.ratio), between if each.has_interval else ABSENT, never)
     return table
 
 
-def pretrain_sentence(baseline: str, reaches: Sequence[TokensToTarget]) -> str | None:
+def pretrain_sentence(baseline: str, results: Sequence[TokensToTarget]) -> str | None:
     """Return a sentence on each group's mean number of stage 1 tokens, or None if all are 0."""
-    of_baseline = mean(pair.baseline_stage_tokens for pair in reaches[0].pairs)
-    taken = {reach.label: mean(pair.stage_tokens for pair in reach.pairs) for reach in reaches} | {
-        baseline: of_baseline
+    baseline_tokens = mean(pair.baseline_stage_tokens for pair in results[0].pairs)
+    tokens_by_label = {result.label: mean(pair.stage_tokens for pair in result.pairs) for result in results} | {
+        baseline: baseline_tokens
     }
-    if not any(taken.values()):
+    if not any(tokens_by_label.values()):
         return None
     by_count: dict[int, list[str]] = {}
-    for label, count in taken.items():
+    for label, count in tokens_by_label.items():
         by_count.setdefault(round(count), []).append(label)
     parts = [f"{count:,} in {'; '.join(labels)}" for count, labels in sorted(by_count.items())]
     return f"These include the tokens of stage 1: {' – '.join(parts)}."

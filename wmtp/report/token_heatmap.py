@@ -78,21 +78,21 @@ TOKEN_METRICS = (
 
 def token_heatmaps(samples: Sequence[Mapping[str, Any]]) -> Markup:
     """Return the samples with a metric switch, a legend, and the values as tables."""
-    shown = [metric for metric in TOKEN_METRICS if _varies(samples, metric.name)] or [TOKEN_METRICS[1]]
+    metrics = [metric for metric in TOKEN_METRICS if _varies(samples, metric.name)] or [TOKEN_METRICS[1]]
     switch = join(
         Markup('<label><input type="radio" name="measure" id="by-{0}"{1}> {0}</label>\n').format(
-            metric.name, Markup(" checked") if metric is shown[0] else ""
+            metric.name, Markup(" checked") if metric is metrics[0] else ""
         )
-        for metric in shown
+        for metric in metrics
     )
     note = (
         ""
-        if TOKEN_METRICS[0] in shown
+        if TOKEN_METRICS[0] in metrics
         else muted_paragraph("Every token has the weight 1, so tokens are not colored by weight.")
     )
     return Markup(
         '<div class="tokens">\n{}<fieldset class="switch"><legend>Color by</legend>\n{}</fieldset>\n{}{}{}</div>\n'
-    ).format(note, switch, join(map(_legend, shown)), _TRUTH_LEGEND, cards(map(_sample, samples)))
+    ).format(note, switch, join(map(_legend, metrics)), _TRUTH_LEGEND, cards(map(_sample, samples)))
 
 
 def style_sheet() -> str:
@@ -141,16 +141,16 @@ def _token(token: Mapping[str, Any]) -> Markup:
 
 
 def _numbers(tokens: Sequence[Mapping[str, Any]]) -> Markup:
-    shown = [m.name for m in TOKEN_METRICS if any(token.get(m.name) is not None for token in tokens)]
+    names = [m.name for m in TOKEN_METRICS if any(token.get(m.name) is not None for token in tokens)]
     rows = [
         [
             Markup("<code>{}</code>").format(repr(token["text"])[1:-1].replace(" ", "␣") or "end"),
-            *("" if token.get(name) is None else f"{token[name]:.3f}" for name in shown),
+            *("" if token.get(name) is None else f"{token[name]:.3f}" for name in names),
             token.get("truth") or "",
         ]
         for token in tokens
     ]
-    return table(["token", *shown, "ground truth"], rows, numbers=range(1, 1 + len(shown)))
+    return table(["token", *names, "ground truth"], rows, numbers=range(1, 1 + len(names)))
 
 
 def _css_color(color: Color) -> str:

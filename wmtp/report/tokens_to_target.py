@@ -53,9 +53,9 @@ def tokens_to_target(
     A pair whose baseline has no finite loss is left out.
 
     Args:
-        label: Label of the group.
-        pairs: Pairs (baseline run, group run) by seed.
-        metric: Name of the loss.
+        label: label of the group.
+        pairs: pairs (baseline run, group run) by seed.
+        metric: name of the loss.
 
     Returns:
         The result, or None if tokens are not recorded or no pair is left.

@@ -1,4 +1,4 @@
-"""Write files such that readers, and restarts after a crash, never see a partly written file."""
+"""Write files atomically: a reader, or a restart after a crash, never sees a partly written file."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def read_or_none(path: Path) -> bytes | None:
 
 
 def folder_size(folder: Path) -> int:
-    """Return the total bytes of the files in a folder; files that are removed meanwhile count as 0."""
+    """Return the total bytes of the files in a folder; files that are removed at the same time count as 0."""
     total = 0
     with suppress(FileNotFoundError):
         for path in list(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Send the files and records of a run to a server in a background thread, with retries."""
+"""Send the data of a run to a server from a background thread, with retries."""
 
 import logging
 import textwrap
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 MAX_PAUSE_S, MAX_PAUSE_AT_END_S = 30.0, 1.0
 """Longest pause in seconds between two attempts, during training and while the run closes."""
 FAILING_SERVER_GRACE_S = 5.0
-"""Seconds to wait for a failing server while the run closes."""
+"""Minimum seconds that a closing run waits for a stalled server, unless `stall_s` is shorter."""
 SHUTDOWN_STALL_S, SHUTDOWN_LIMIT_S = 5.0, 40.0
 """Upper bounds of `stall_s` and `limit_s` for a failed or interrupted run, because it is often killed soon."""
 POLL_S = 0.1
@@ -29,8 +29,8 @@ class Cancelled(Exception):
 class BackgroundSender:
     """A thread that sends data to one server, with retries and a circuit breaker.
 
-    While calls fail, a single call is retried at growing intervals, and no other call is made. While the run closes,
-    a server that has not answered for long is given up.
+    After a call fails, it is repeated at growing intervals, and no other call is made until it succeeds. While the run
+    closes, sending is cancelled if the server does not respond for too long.
     """
 
     def __init__(self, server: str, send: Callable[[], None]) -> None:
@@ -65,20 +65,20 @@ class BackgroundSender:
         return self._cancelled.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait before the next look for new data; return True as soon as the run is closing."""
+        """Wait until the next search for new data. Return True as soon as the run is closing."""
         self.heartbeat()
         return self._closing.wait(seconds)
 
     def heartbeat(self) -> None:
-        """Record that the server works, for example after each part of a large file that it received."""
+        """Record that the server responds, for example after it has received a part of a large file."""
         self.extend_deadline(0)
 
     def extend_deadline(self, seconds: float) -> None:
-        """Record that the server works and that its next answer may take this many seconds."""
+        """Record that the server responds, and that its next response may take this many seconds."""
         self._alive_at = time.monotonic() + seconds
 
     def retry(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Return the result of a call, repeated until it succeeds; raise its last error once sending is cancelled.
+        """Repeat a call until it succeeds, and return its result. If sending is cancelled, raise the last error.
 
         Raises:
             Cancelled: sending was cancelled before the first attempt.
@@ -107,8 +107,8 @@ class BackgroundSender:
         """Wait until everything is sent or sending is cancelled; yield several times a second.
 
         Args:
-            stall_s: seconds since the last sign of life after which a failing or silent server is given up.
-            limit_s: seconds after which waiting ends in any case.
+            stall_s: seconds without a response after which sending to a failing server is cancelled.
+            limit_s: maximum seconds that the method waits.
         """
         self._closing_at = time.monotonic()
         self._closing.set()

@@ -15,7 +15,7 @@ POLL_S = 0.2
 
 
 class LockHeld(Exception):
-    """Another process holds the lock, and waiting for it was given up."""
+    """Another process holds the lock, and this process stopped waiting for it."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Life and CPU cores of processes. Imports little, because worker processes import it first."""
+"""Lifetime, timeouts, CPU cores and arguments of processes. Imports little: worker processes import it first."""
 
 import ctypes
 import os
@@ -40,7 +40,10 @@ def is_alive(pid: int) -> bool:
 
 
 def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
-    """Return whether a call returned within `seconds`; raise its error. After a timeout, its thread keeps running."""
+    """Run a call in a thread and return whether it ended within `seconds`. An error of the call is raised.
+
+    After a timeout, the call continues in its thread.
+    """
     failures: list[BaseException] = []
 
     def _run() -> None:
@@ -58,11 +61,11 @@ def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
 
 
 CORES_VARIABLE = "WMTP_CORES"
-"""Environment variable of a sweep's job: its number of cores when several jobs run at the same time."""
+"""Environment variable with the number of CPU cores of a job of a sweep."""
 
 
 def num_cores() -> int:
-    """Return the number of cores for this process: its part of the cores in a sweep, otherwise all available cores."""
+    """Return the number of CPU cores for this process. In a sweep, concurrent jobs share the available cores."""
     if CORES_VARIABLE in os.environ:
         return int(os.environ[CORES_VARIABLE])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,7 +24,7 @@ RESUMES = "resumes.jsonl"
 RUN = "run.json"
 """Name of the file with the run's `id`, which is the same on all machines, and its S3 address `remote`, if any."""
 SYNC_STATE = "mlflow.json"
-"""Name of the file with the MLflow run of a folder, and how much of each file was sent."""
+"""Name of the file with the MLflow run of a folder, and the data that were sent to it."""
 SWEEP = "sweep.json"
 """Name of the file, in the parent folder of the jobs, with the overrides, state and result of each job of a sweep."""
 TOKENS = "tokens.json"
@@ -135,7 +135,7 @@ class FolderLock:
 
 
 def is_running(folder: Path) -> bool:
-    """Return whether another command is running in a folder, on this machine or another with the same file system."""
+    """Return whether another command is running in a folder, on any machine with the same file system."""
     path = folder / LOCK
     if not path.exists() or _holder(path) == f"process {os.getpid()} on {socket.gethostname()}":
         return False

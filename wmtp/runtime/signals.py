@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise `InterruptedAtOnce` on a signal, anywhere in the block. After the second, the next signal kills."""
+    """Raise `InterruptedAtOnce` when a signal arrives in the block. The third signal kills the process."""
     count = 0
 
     def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -51,14 +51,15 @@ def is_sigterm_ignored() -> bool:
 
 
 def interrupt_error(number: int) -> InterruptedAtOnce:
-    """Return the exception for a signal that is not deferred."""
+    """Return the exception for a signal that ends the run at once."""
     return InterruptedAtOnce(number, f"interrupted by {signal.Signals(number).name}")
 
 
 class DeferredSignals:
-    """A block in which the first signal only sets `received`; a second raises `InterruptedAtOnce`, a third kills.
+    """A context in which the first signal only sets `received`.
 
-    After an error in one of several processes, SIGTERM is ignored.
+    The second signal raises `InterruptedAtOnce`, and the third kills the process. If an error leaves the context in one
+    of several processes, SIGTERM is ignored from then on.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A folder in an S3 bucket. Every upload is verified against the ETag that the store returns."""
+"""Read and write objects below a prefix of an S3 bucket. Every upload is verified with the ETag of the object."""
 
 import hashlib
 import json
@@ -17,23 +17,25 @@ from wmtp.s3.errors import ObjectMissing, StoreError, StoreUnreachable, UploadNo
 from wmtp.s3.multipart import (
     MAX_CONCURRENT_PARTS,
     MIN_PART_BYTES,
-    Body,
     LocalFileError,
     Part,
+    RequestBody,
     Retry,
-    local_errors,
+    check_sha256,
     md5,
     no_progress,
     no_retry,
-    require_sha256,
     send_parts,
+    translate_local_errors,
 )
-from wmtp.s3.options import KEYS, S3Options, check_endpoint, redact, split_url
+from wmtp.s3.options import CREDENTIAL_VARIABLES, S3Options, check_endpoint, redact, split_url
 
 __all__ = ["LocalFileError", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
 log = logging.getLogger(__name__)
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 2
+"""Timeouts of one request in seconds, and number of attempts per request."""
 CHECK_SECONDS = 10.0
+"""Time limit of `S3Folder.check` in seconds."""
 VERBOSE_LOGGERS = ("boto3", "botocore", "urllib3")
 """Loggers that write request headers, including tokens, at level DEBUG."""
 CHUNK_BYTES = 2**20
@@ -41,14 +43,19 @@ MAX_KEYS_PER_DELETE = 1000
 
 
 class S3Folder:
-    """The objects of a bucket below a prefix, by keys relative to the prefix. Safe to share between threads.
+    """The objects of a bucket whose keys start with a prefix. Threads may share an instance.
 
-    Every method raises `InputError` if the store refuses, `StoreUnreachable` if it does not respond, and `StoreError`
-    if it fails otherwise. The messages have one line and hold no keys.
+    Keys in arguments and results are relative to the prefix. Every method raises `InputError` if the store refuses the
+    request, `StoreUnreachable` if the store does not respond, and `StoreError` for any other failure. Error messages
+    have one line and contain no credentials.
     """
 
     def __init__(self, url: str, options: S3Options | None = None) -> None:
-        """Create the client; no request is sent.
+        """Create the boto3 client. No request is sent.
+
+        Args:
+            url: `s3://bucket` or `s3://bucket/prefix`.
+            options: connection options of the store.
 
         Raises:
             InputError: the URL or an option is invalid, or the AWS profile does not exist.
@@ -58,7 +65,9 @@ class S3Folder:
             self.bucket, self.prefix = split_url(url)
         except ValueError as error:
             raise InputError(f"{redact(url)}: {error}") from error
-        self.url = self.where = url.rstrip("/")
+        self.url = url.rstrip("/")
+        self.display_url = self.url
+        """URL for messages. It includes the endpoint if the store is not AWS."""
         if options.endpoint_url is not None:
             try:
                 check_endpoint(options.endpoint_url)
@@ -67,23 +76,28 @@ class S3Folder:
         self._client = self._create_client(options)
         endpoint = str(self._client.meta.endpoint_url)
         if not endpoint.endswith(".amazonaws.com"):
-            self.where = f"{self.url} at {redact(endpoint)}"
+            self.display_url = f"{self.url} at {redact(endpoint)}"
 
     def check(self) -> None:
-        """Check within ten seconds that objects can be written, listed, read and deleted here."""
-        if not run_with_timeout(CHECK_SECONDS, self._try_all_actions):
-            raise StoreUnreachable(f"{self.where}: did not answer within {CHECK_SECONDS:g} s")
+        """Check that objects can be written, listed, read and deleted. Takes at most ten seconds.
 
-    def _try_all_actions(self) -> None:
+        Raises:
+            InputError: the store refuses one of these actions.
+            StoreUnreachable: the store does not respond in time.
+        """
+        if not run_with_timeout(CHECK_SECONDS, self._check_permissions):
+            raise StoreUnreachable(f"{self.display_url}: did not answer within {CHECK_SECONDS:g} s")
+
+    def _check_permissions(self) -> None:
         key = f".wmtp-check-{secrets.token_hex(8)}"
         self.put_bytes(b"Written by wmtp to check its permissions.", key)
         try:
             next(self.list_objects(key), None)
             self.get(key)
         finally:
-            problems = self.delete([key])
-        if problems:
-            raise InputError(f"{self.where}: objects can be written there, but not deleted: {problems[key]}")
+            errors = self.delete([key])
+        if errors:
+            raise InputError(f"{self.display_url}: objects can be written there, but not deleted: {errors[key]}")
 
     def put(
         self,
@@ -94,35 +108,41 @@ class S3Folder:
         retry: Retry = no_retry,
         on_progress: Callable[[int], None] = no_progress,
     ) -> None:
-        """Upload a file with its current length, and verify the object.
+        """Upload a file and verify the uploaded object.
 
-        A large file is sent in parts, from several threads; the object becomes visible when all parts have arrived.
+        Only the bytes that the file has at the start of the call are uploaded. A file larger than `MIN_PART_BYTES` is
+        uploaded in parts, from several threads. Its object becomes visible when all parts are uploaded.
 
         Args:
             path: the file.
             key: key of the object.
-            sha256: expected SHA-256 of the file; a file with another content is not uploaded.
-            retry: makes each request to the store. A large file needs many.
-            on_progress: called with the number of bytes that arrived, and with 0 whenever some were sent.
+            sha256: expected SHA-256 of the file. If the file has another SHA-256, no object is created.
+            retry: function that calls the store. It receives each request separately, so that it can repeat a request
+                without sending the whole file again.
+            on_progress: called with the number of bytes of each completed request, and with 0 while bytes are sent.
 
         Raises:
-            LocalFileError: the file is missing or unreadable, or has another content.
+            LocalFileError: the file is missing or unreadable, or its SHA-256 differs.
         """
-        with local_errors(path), path.open("rb") as file:
+        with translate_local_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MIN_PART_BYTES:
                 self._put_large(file, size, key, sha256, retry, on_progress)
                 return
             data = file.read(size)
-            require_sha256(sha256, hashlib.sha256(data).hexdigest())
+            check_sha256(sha256, hashlib.sha256(data).hexdigest())
             retry(lambda: self.put_bytes(data, key, on_progress))
             on_progress(size)
 
     def put_bytes(self, data: bytes, key: str, on_progress: Callable[[int], None] = no_progress) -> None:
-        """Upload a small object and verify it. Call `on_progress` with 0 whenever some bytes were sent."""
+        """Upload a small object in one request and verify it. Call `on_progress` with 0 while bytes are sent."""
         with self._translate_errors("write"):
-            response = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=Body(data, on_progress))
-        self._verify(key, _get_field(response, "ETag", self.where), md5(data).hex(), hashlib.sha256(data).hexdigest())
+            response = self._client.put_object(
+                Bucket=self.bucket, Key=self.prefix + key, Body=RequestBody(data, on_progress)
+            )
+        self._verify(
+            key, _get_field(response, "ETag", self.display_url), md5(data).hex(), hashlib.sha256(data).hexdigest()
+        )
 
     def get(self, key: str) -> bytes | None:
         """Return the content of an object, or None if it does not exist."""
@@ -132,18 +152,20 @@ class S3Folder:
         return content
 
     def has_content_of(self, path: Path, key: str) -> bool:
-        """Return whether an object is known to equal a small file. False if the file is large or the ETag is no MD5.
+        """Return whether the ETag of an object shows that the object is equal to a file.
+
+        The result is False if the file is larger than `MIN_PART_BYTES`, or if the ETag is not an MD5.
 
         Raises:
             LocalFileError: the file is missing or unreadable.
         """
-        with local_errors(path):
+        with translate_local_errors(path):
             data = path.read_bytes() if path.stat().st_size <= MIN_PART_BYTES else None
         response = self._get(key) if data is not None else None
         if response is None or data is None:
             return False
         response["Body"].close()
-        return _is_tag(response["ETag"], md5(data).hex())
+        return _etag_matches(response["ETag"], md5(data).hex())
 
     def read_json(self, key: str) -> dict[str, Any] | None:
         """Return the content of a JSON object, or None if it does not exist.
@@ -161,9 +183,15 @@ class S3Folder:
         return content
 
     def download(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
-        """Download an object of `size` bytes, and return the SHA-256 of the file.
+        """Download an object to a file, and return the SHA-256 of the complete file.
 
-        Bytes that the file already has, from an interrupted download, are kept and not requested again.
+        If the file exists because an earlier download was interrupted, only the missing bytes are requested.
+
+        Args:
+            key: key of the object.
+            path: the file.
+            size: length of the object in bytes.
+            on_progress: called with the number of bytes of each received chunk.
 
         Raises:
             ObjectMissing: the object does not exist.
@@ -178,7 +206,7 @@ class S3Folder:
             with self._translate_errors("read"):
                 response = self._get(key, start=file.tell())
                 if response is None:
-                    raise ObjectMissing(f"{self.where}: {key} is not there")
+                    raise ObjectMissing(f"{self.display_url}: {key} does not exist")
                 for chunk in response["Body"].iter_chunks(CHUNK_BYTES):
                     content.update(chunk)
                     file.write(chunk)
@@ -186,7 +214,7 @@ class S3Folder:
         return content.hexdigest()
 
     def list_objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Yield key and size in bytes of every object whose key starts with `prefix`."""
+        """Yield the key and the size in bytes of every object whose key starts with `prefix`."""
         with self._translate_errors("list"):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
@@ -194,16 +222,16 @@ class S3Folder:
                     yield entry["Key"].removeprefix(self.prefix), entry["Size"]
 
     def delete(self, keys: Iterable[str]) -> dict[str, str]:
-        """Delete objects, and return the keys that could not be deleted, with the reason."""
-        problems: dict[str, str] = {}
+        """Delete objects. Return the error code of each key that could not be deleted."""
+        errors: dict[str, str] = {}
         entries = [{"Key": self.prefix + key} for key in keys]
         for start in range(0, len(entries), MAX_KEYS_PER_DELETE):
             batch = {"Objects": entries[start : start + MAX_KEYS_PER_DELETE], "Quiet": True}
             with self._translate_errors("delete"):
                 response = self._client.delete_objects(Bucket=self.bucket, Delete=batch)
-            for error in response.get("Errors", []):
-                problems[error["Key"].removeprefix(self.prefix)] = str(error.get("Code") or error.get("Message"))
-        return problems
+            for entry in response.get("Errors", []):
+                errors[entry["Key"].removeprefix(self.prefix)] = str(entry.get("Code") or entry.get("Message"))
+        return errors
 
     def abort_uploads(self) -> int:
         """Abort all unfinished multipart uploads below the prefix, and return their number."""
@@ -212,7 +240,7 @@ class S3Folder:
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix):
                 for upload in page.get("Uploads", []):
-                    self._abort({"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]})
+                    self._abort_upload({"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]})
                     count += 1
         return count
 
@@ -226,60 +254,69 @@ class S3Folder:
         on_progress: Callable[[int], None],
     ) -> None:
         target = {"Bucket": self.bucket, "Key": self.prefix + key}
-        upload = target | {"UploadId": retry(lambda: self._begin(target))}
+        upload = target | {"UploadId": retry(lambda: self._create_upload(target))}
         try:
             sent = send_parts(file, size, lambda part: self._put_part(upload, part, on_progress), retry, on_progress)
-            require_sha256(sha256, sent.sha256)
-            tag = retry(lambda: self._complete(upload, sent.tags))
+            check_sha256(sha256, sent.sha256)
+            etag = retry(lambda: self._complete_upload(upload, sent.etags))
         except BaseException:
-            self._abort_if_possible(upload)
+            self._try_abort_upload(upload)
             raise
-        self._verify(key, tag, f"{md5(b''.join(sent.digests)).hex()}-{len(sent.digests)}", sent.sha256)
+        self._verify(key, etag, f"{md5(b''.join(sent.md5s)).hex()}-{len(sent.md5s)}", sent.sha256)
 
     def _put_part(self, upload: dict[str, str], part: Part, on_progress: Callable[[int], None]) -> str:
-        """Send a part, a second time if it arrived damaged, and return its ETag."""
-        for _ in range(2):  # if the store's ETags are no MD5, only the complete object can be verified
+        """Upload a part and return its ETag. If the ETag shows that the part was damaged, upload the part once more."""
+        for _ in range(2):  # if the ETags are not MD5s, only the complete object can be verified, later
             with self._translate_errors("write"):
-                body = Body(part.data, on_progress)
+                body = RequestBody(part.data, on_progress)
                 response = self._client.upload_part(**upload, PartNumber=part.number, Body=body)
-            if _is_tag(response["ETag"], part.digest.hex()) or "SSEKMSKeyId" in response:
+            if _etag_matches(response["ETag"], part.digest.hex()) or "SSEKMSKeyId" in response:
                 break
-            log.warning("%s: part %d of %s arrived damaged", self.where, part.number, upload["Key"])
+            log.warning("%s: part %d of %s arrived damaged", self.display_url, part.number, upload["Key"])
         return str(response["ETag"])
 
-    def _begin(self, target: dict[str, str]) -> str:
+    def _create_upload(self, target: dict[str, str]) -> str:
         with self._translate_errors("write"):
-            return _get_field(self._client.create_multipart_upload(**target), "UploadId", self.where)
+            return _get_field(self._client.create_multipart_upload(**target), "UploadId", self.display_url)
 
-    def _complete(self, upload: dict[str, str], tags: list[str]) -> str:
-        """Complete a multipart upload, and return the object's ETag (empty if the object is not found)."""
-        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+    def _complete_upload(self, upload: dict[str, str], etags: list[str]) -> str:
+        """Complete a multipart upload. Return the ETag of the object, or an empty string if the object is not found."""
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         try:
             with self._translate_errors("write"):
                 response = self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
-        except UploadNotFound:  # the upload may be complete already, if the response to an earlier request was lost
+        except UploadNotFound:  # an earlier request may have completed the upload while its response was lost
             response = self._get(upload["Key"].removeprefix(self.prefix)) or {"ETag": ""}
             if "Body" in response:
                 response["Body"].close()
         return str(response["ETag"])
 
-    def _abort(self, upload: dict[str, str]) -> None:
-        with suppress(UploadNotFound), self._translate_errors("give up unfinished uploads"):
+    def _abort_upload(self, upload: dict[str, str]) -> None:
+        with suppress(UploadNotFound), self._translate_errors("abort unfinished uploads"):
             self._client.abort_multipart_upload(**upload)
 
-    def _abort_if_possible(self, upload: dict[str, str]) -> None:
+    def _try_abort_upload(self, upload: dict[str, str]) -> None:
         try:
-            self._abort(upload)
+            self._abort_upload(upload)
         except (StoreError, InputError) as error:
-            log.info("a failed upload stays unfinished in the store until the next start: %s", error)
+            log.info("a failed upload could not be aborted; the next start aborts it: %s", error)
 
-    def _verify(self, key: str, tag: str, expected: str, sha256: str) -> None:
-        """Check an uploaded object, and delete it if it differs from the file.
+    def _verify(self, key: str, etag: str, expected: str, sha256: str) -> None:
+        """Compare an uploaded object with the file, and delete the object if it differs.
 
-        The ETag of most stores is the MD5 of the received bytes. If it is not, for example because the store encrypts
-        with keys of a service (SSE-KMS), the object is downloaded and compared.
+        In most stores, the ETag is the MD5 of the received bytes. In other stores, for example with SSE-KMS encryption,
+        it is not. Then the object is downloaded, and its SHA-256 is compared.
+
+        Args:
+            key: key of the object.
+            etag: ETag that the store returned.
+            expected: ETag of an undamaged object if the store's ETags are MD5s.
+            sha256: SHA-256 of the file.
+
+        Raises:
+            StoreError: the object differs.
         """
-        if _is_tag(tag, expected):
+        if _etag_matches(etag, expected):
             return
         content = hashlib.sha256()
         with self._translate_errors("read"):
@@ -288,10 +325,10 @@ class S3Folder:
                 content.update(chunk)
         if content.hexdigest() != sha256:
             self.delete([key])
-            raise StoreError(f"{self.where}: {key} arrived damaged; it was deleted there")
+            raise StoreError(f"{self.display_url}: {key} arrived damaged; it was deleted there")
 
     def _get(self, key: str, start: int = 0) -> dict[str, Any] | None:
-        """Return the response for an object from byte `start` on, or None if the object does not exist."""
+        """Request an object from byte `start` to its end. Return the response, or None if the object does not exist."""
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
             with self._translate_errors("read"):
@@ -320,35 +357,35 @@ class S3Folder:
         try:
             return boto3.session.Session().client("s3", endpoint_url=options.endpoint_url, config=config)
         except BotoCoreError as error:
-            raise InputError(f"{self.where}: {error}; set {KEYS}, or AWS_PROFILE") from error
+            raise InputError(f"{self.display_url}: {error}; set {CREDENTIAL_VARIABLES}, or AWS_PROFILE") from error
         except ValueError as error:
             problem = (
                 f"{redact(str(error))}; set endpoint_url, or AWS_ENDPOINT_URL_S3, to one such as https://host:port"
             )
-            raise InputError(f"{self.where}: {problem}") from error
+            raise InputError(f"{self.display_url}: {problem}") from error
 
     @contextmanager
     def _translate_errors(self, action: str) -> Iterator[None]:
-        """Raise exceptions of boto3 as those of this package; `action` is a verb for the message."""
+        """Replace exceptions of boto3 with exceptions of this package. `action` is a verb for the message."""
         from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError  # noqa: A004
 
         try:
             yield
         except ClientError as error:
-            raise to_error(self.where, action, error.response) from error
+            raise to_error(self.display_url, action, error.response) from error
         except (ConnectionError, HTTPClientError) as error:
-            raise StoreUnreachable(f"{self.where}: does not answer: {_to_line(error)}") from error
+            raise StoreUnreachable(f"{self.display_url}: does not answer: {_format_error(error)}") from error
         except BotoCoreError as error:
             if "Credential" in type(error).__name__ or "Token" in type(error).__name__:
-                raise InputError(f"{self.where}: {error}; set {KEYS}, or AWS_PROFILE") from error
-            raise StoreError(f"{self.where}: {_to_line(error)}") from error
+                raise InputError(f"{self.display_url}: {error}; set {CREDENTIAL_VARIABLES}, or AWS_PROFILE") from error
+            raise StoreError(f"{self.display_url}: {_format_error(error)}") from error
 
 
 def _get_field(response: dict[str, Any], name: str, where: str) -> str:
     """Return a field of a response.
 
     Raises:
-        InputError: the field is missing, which happens if the endpoint is some web server and not an S3 store.
+        InputError: the field is missing. This happens if the endpoint is a web server but not an S3 store.
     """
     if name not in response:
         problem = "does not answer as an S3 store does; see checkpoint.endpoint_url and AWS_ENDPOINT_URL_S3"
@@ -356,9 +393,9 @@ def _get_field(response: dict[str, Any], name: str, where: str) -> str:
     return str(response[name])
 
 
-def _is_tag(tag: str, expected: str) -> bool:
-    return tag.strip('"').lower() == expected
+def _etag_matches(etag: str, expected: str) -> bool:
+    return etag.strip('"').lower() == expected
 
 
-def _to_line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return redact(textwrap.shorten(f"{type(error).__name__}: {error}", 300))

@@ -1,4 +1,4 @@
-"""Download of one checkpoint from S3, verified before it becomes visible in its folder."""
+"""Download checkpoints from S3. A checkpoint is verified before it gets its final folder name."""
 
 import logging
 import shutil
@@ -10,7 +10,7 @@ from rich.console import Console
 from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from wmtp.checkpoint import manifest
-from wmtp.checkpoint.manifest import Entries, damage
+from wmtp.checkpoint.manifest import Entries, find_damage
 from wmtp.runtime.atomic_files import fsync_path, read_or_none, write_synced
 from wmtp.s3.client import S3Folder
 from wmtp.s3.errors import ObjectMissing, StoreError
@@ -20,13 +20,19 @@ from wmtp.s3.progress import TransferProgress
 
 log = logging.getLogger(__name__)
 STAGING = ".fetching-"
-"""Name prefix of a checkpoint folder whose download is not complete."""
+"""Name prefix of the folder of a checkpoint while it is downloaded."""
 ATTEMPTS = 5
 Result = TypeVar("Result")
 
 
 def retry_on_store_error(call: Callable[[], Result]) -> Result:
-    """Return the result of a call, tried up to `ATTEMPTS` times if the store fails."""
+    """Return the result of a call. If the store fails, make up to `ATTEMPTS` attempts.
+
+    Raises:
+        StoreError: all attempts failed.
+        ObjectMissing: the object does not exist; there is no second attempt.
+        InputError: the store refuses the request; there is no second attempt.
+    """
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, StoreError) and not isinstance(error, ObjectMissing)),
         stop=stop_after_attempt(ATTEMPTS),
@@ -38,27 +44,32 @@ def retry_on_store_error(call: Callable[[], Result]) -> Result:
 
 
 class CheckpointDownloader:
-    """Downloads checkpoints of a run into the run's folder."""
+    """Download of single checkpoints of a run into the run's folder."""
 
     def __init__(self, remote: S3Folder, folder: Path, console: Console | None) -> None:
         self.remote, self.folder, self.console = remote, folder, console
 
     def fetch(self, stage: str, name: str) -> bool:
-        """Download a checkpoint unless it exists. Return False, after a warning, if it is incomplete in S3."""
+        """Download a checkpoint unless an undamaged one exists. Warn and return False if it is incomplete in S3.
+
+        Args:
+            stage: path prefix of the stage, one of `STAGES`.
+            name: name of the checkpoint.
+        """
         key, final = f"{stage}checkpoints/{name}", self.folder / stage / "checkpoints" / name
         staged = final.with_name(STAGING + name)
         try:
-            written = retry_on_store_error(lambda: self.remote.get(f"{key}/{manifest.NAME}"))
-            if written is None:
+            manifest_bytes = retry_on_store_error(lambda: self.remote.get(f"{key}/{manifest.NAME}"))
+            if manifest_bytes is None:
                 raise ValueError(f"it has no {manifest.NAME}")
-            files = manifest.parse(written)
-            if final.exists() and damage(final) is None:
-                if (final / manifest.NAME).read_bytes() == written:
+            files = manifest.parse(manifest_bytes)
+            if final.exists() and find_damage(final) is None:
+                if (final / manifest.NAME).read_bytes() == manifest_bytes:
                     mark_uploaded(final, self.remote.url)
                 return True
-            self._stage(key, staged, written, files)
-        except (ValueError, ObjectMissing) as problem:
-            log.warning("%s/%s is not complete there (%s); the previous one is used", self.remote.url, key, problem)
+            self._stage(key, staged, manifest_bytes, files)
+        except (ValueError, ObjectMissing) as error:
+            log.warning("%s/%s is incomplete (%s); the previous checkpoint is used", self.remote.url, key, error)
             shutil.rmtree(staged, ignore_errors=True)
             return False
         if final.exists():
@@ -69,20 +80,20 @@ class CheckpointDownloader:
         staged.rename(final)
         fsync_path(final.parent)
         mark_uploaded(final, self.remote.url)
-        for path in final.parent.glob(f"{STAGING}*"):  # interrupted downloads of older checkpoints
+        for path in final.parent.glob(f"{STAGING}*"):  # left by interrupted downloads of other checkpoints
             shutil.rmtree(path)
         return True
 
-    def _stage(self, key: str, staged: Path, written: bytes, files: Entries) -> None:
-        """Download the files of a checkpoint into a hidden folder.
+    def _stage(self, key: str, staged: Path, manifest_bytes: bytes, files: Entries) -> None:
+        """Download the files of a checkpoint into a temporary folder.
 
         Raises:
-            ValueError: a file differs from the manifest.
+            ValueError: the SHA-256 of a file differs from the manifest, also after a second download.
         """
-        if read_or_none(staged / manifest.NAME) != written:
+        if read_or_none(staged / manifest.NAME) != manifest_bytes:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-            write_synced(staged / manifest.NAME, written)
+            write_synced(staged / manifest.NAME, manifest_bytes)
         total = sum(entry["bytes"] for entry in files.values())
         done = sum(path.stat().st_size for name in files if (path := staged / name).exists())
         with TransferProgress(self.console, f"fetching {self.remote.url}/{key}") as progress:
@@ -104,7 +115,7 @@ class CheckpointDownloader:
         fsync_path(staged)
 
     def fetch_file(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
-        """Download a file and return its SHA-256. The number of attempts starts anew whenever some bytes arrived."""
+        """Download a file and return its SHA-256. An attempt that received bytes resets the count of attempts."""
         while True:
             before = path.stat().st_size if path.exists() else 0
             try:

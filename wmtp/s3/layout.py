@@ -1,4 +1,4 @@
-"""Which files of a run are uploaded, and the marker file of an uploaded checkpoint."""
+"""Selection of the files of a run that are uploaded, and the marker file of an uploaded checkpoint."""
 
 import json
 from collections.abc import Container
@@ -9,27 +9,28 @@ from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PROVENANCE, RESUMES, RUN, SAVED_OVERRIDES, SYNC_STATE
 
 MARKER = "uploaded.json"
+"""Name of the file in a checkpoint's folder that contains the S3 URL to which the checkpoint was uploaded."""
 STAGES = ("pretrain/", "")
-"""Folders of the two stages within a run. Stage 1 comes first, since stage 2 cannot be resumed without it."""
+"""Path prefixes of stage 1 and stage 2 within a run. Stage 1 is first: stage 2 cannot be resumed without it."""
 RECORDS = (
     RUN, "config.yaml", PROVENANCE, SYNC_STATE, "metrics.jsonl", "samples.jsonl", RESUMES, ".hydra/*.yaml",
     str(SAVED_OVERRIDES), "system.jsonl", "pretrain/config.yaml", "pretrain/metrics.jsonl",
     "pretrain/value_head.safetensors", "model/*", "pretrain/model/*",
 )  # fmt: skip
-"""Files sent before each checkpoint, so that a visible checkpoint always has its config and metrics."""
+"""Files that are uploaded before each checkpoint, so that every visible checkpoint has a config and metrics."""
 FINAL_FILES = ("summary.json", "report.html", "train.log")
-"""Files sent when the run ends."""
+"""Files that are uploaded when the run ends."""
 STAGE1_RESULT = "pretrain/result.json"
-"""Result of stage 1. It names a checkpoint and is sent after that checkpoint."""
+"""File with the result of stage 1. It contains the name of a checkpoint, and is uploaded after this checkpoint."""
 
 
 def mark_uploaded(checkpoint: Path, url: str) -> None:
-    """Write the marker file into a checkpoint that is completely uploaded to a run's URL."""
+    """Write the marker file of a checkpoint. `url` is the S3 URL of the run to which it was uploaded."""
     replace_atomically(checkpoint / MARKER, encode_json({"url": url, "manifest": manifest_hash(checkpoint)}))
 
 
 def is_uploaded(checkpoint: Path, url: str | None) -> bool:
-    """Return whether the current content of a checkpoint is uploaded to a run's URL."""
+    """Return whether the current content of a checkpoint was uploaded to the run at `url`."""
     try:
         marker = json.loads((checkpoint / MARKER).read_bytes())
         return bool(marker["url"] == url and marker["manifest"] == manifest_hash(checkpoint))
@@ -37,10 +38,11 @@ def is_uploaded(checkpoint: Path, url: str | None) -> bool:
         return False
 
 
-def to_upload(folder: Path, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:
-    """Return the checkpoints of a run that S3 should hold, in upload order.
+def checkpoints_to_upload(folder: Path, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:
+    """Return the checkpoints of a run that belong in S3, uploaded or not, in upload order.
 
-    These are the newest `keep_last` and the best of each stage, the newest first; `damaged` ones are ignored.
+    These are the `keep_last` newest checkpoints and the best checkpoint of each stage. Stage 1 is first; within a
+    stage, newer checkpoints are first. Checkpoints in `damaged` are left out.
     """
     found: list[Path] = []
     for stage in STAGES:
@@ -53,13 +55,13 @@ def to_upload(folder: Path, keep_last: int, damaged: Container[Path] = ()) -> li
     return found
 
 
-def pending(folder: Path, url: str, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:
-    """Return the checkpoints of `to_upload` that are not uploaded yet, in upload order."""
-    return [path for path in to_upload(folder, keep_last, damaged) if not is_uploaded(path, url)]
+def pending_checkpoints(folder: Path, url: str, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:
+    """Return the checkpoints from `checkpoints_to_upload` that are not uploaded yet, in upload order."""
+    return [path for path in checkpoints_to_upload(folder, keep_last, damaged) if not is_uploaded(path, url)]
 
 
 def stage_of(folder: Path, checkpoint: Path) -> str:
-    """Return the stage of a checkpoint of a run, one of `STAGES`."""
+    """Return the path prefix of the stage to which a checkpoint belongs, one of `STAGES`."""
     stage = checkpoint.relative_to(folder).as_posix().partition("checkpoints/")[0]
     assert stage in STAGES, stage
     return stage

@@ -1,4 +1,4 @@
-"""Upload of a local file in parts: read and hashed once, sent by a few threads at a time."""
+"""Upload a local file in parts. The file is read and hashed once, and a few threads send the parts."""
 
 import hashlib
 import io
@@ -18,23 +18,23 @@ from wmtp.s3.errors import StoreError, UploadNotFound
 
 MIB = 2**20
 MIN_PART_BYTES, MAX_PARTS = 8 * MIB, 9000
-"""Limits of a multipart upload. A store accepts at most 10,000 parts of one object."""
+"""Limits of a multipart upload. S3 accepts at most 10,000 parts for one object."""
 MAX_CONCURRENT_PARTS = 4
 
 
 class LocalFileError(Exception):
-    """A local file to upload is missing, unreadable, or does not have the expected content."""
+    """A local file that should be uploaded is missing or unreadable, or its SHA-256 differs from the expected one."""
 
 
 class Retry(Protocol):
-    """A function that makes one call to the store, with or without retries."""
+    """A function that calls the store, and may repeat a call that failed."""
 
     def __call__(self, call: Callable[[], Any], /) -> Any:
         """Return the result of the call."""
 
 
 def no_retry(call: Callable[[], Any], /) -> Any:
-    """Call once; errors are raised to the caller."""
+    """Make the call once, without retries."""
     return call()
 
 
@@ -42,11 +42,11 @@ def no_progress(count: int, /) -> None:
     """Ignore the number of transferred bytes."""
 
 
-class Body(io.BytesIO):
-    """The body of one request, as a file: plain bytes would have to be sent within the connect timeout."""
+class RequestBody(io.BytesIO):
+    """Body of one request, as a file object. With plain bytes, all bytes must be sent within the connect timeout."""
 
     def __init__(self, data: bytes, on_progress: Callable[[int], None]) -> None:
-        """Call `on_progress` with 0 bytes at each read: whether they arrive is not known yet."""
+        """Create the body. Each read calls `on_progress` with 0, because the store has not confirmed the bytes yet."""
         super().__init__(data)
         self._on_progress = on_progress
 
@@ -58,7 +58,7 @@ class Body(io.BytesIO):
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file. The first part has number 1."""
+    """One part of a file. The first part has number 1."""
 
     number: int
     data: bytes
@@ -71,10 +71,10 @@ class Part:
 
 @dataclass(frozen=True)
 class SentParts:
-    """The parts of a sent file: MD5 and ETag of each part, and the SHA-256 of the whole file."""
+    """Result of `send_parts`: MD5 and ETag of each part, and the SHA-256 of the complete file."""
 
-    digests: list[bytes]
-    tags: list[str]
+    md5s: list[bytes]
+    etags: list[str]
     sha256: str
 
 
@@ -85,53 +85,58 @@ def send_parts(
     retry: Retry = no_retry,
     on_progress: Callable[[int], None] = no_progress,
 ) -> SentParts:
-    """Read `size` bytes of a file and send them part by part, several at once.
+    """Read the first `size` bytes of a file and send them in parts, at most `MAX_CONCURRENT_PARTS` at a time.
 
-    A part that fails is sent again alone, through `retry`.
+    Args:
+        file: the file, opened for reading.
+        size: number of bytes to send.
+        put: uploads one part and returns its ETag.
+        retry: repeats `put` for a part whose first attempt failed.
+        on_progress: called with the number of bytes of each uploaded part.
 
     Raises:
-        UploadNotFound: the store has dropped the multipart upload, so that a retry of one part is useless.
+        UploadNotFound: the multipart upload does not exist any more, so sending a part again is useless.
     """
     content = hashlib.sha256()
-    digests, tags = list[bytes](), list[str]()
-    sending: deque[tuple[Part, Future[str]]] = deque()
+    md5s, etags = list[bytes](), list[str]()
+    in_flight: deque[tuple[Part, Future[str]]] = deque()
 
-    def _put_again(part: Part) -> str | UploadNotFound:
+    def _resend(part: Part) -> str | UploadNotFound:
         try:
             return put(part)
         except UploadNotFound as error:
             return error
 
     def _finish_oldest() -> None:
-        part, future = sending.popleft()
+        part, future = in_flight.popleft()
         try:
-            tag: str | UploadNotFound = future.result()
+            etag: str | UploadNotFound = future.result()
         except (StoreError, InputError):
-            tag = retry(lambda: _put_again(part))
-        if isinstance(tag, UploadNotFound):
-            raise tag
-        digests.append(part.digest)
-        tags.append(tag)
+            etag = retry(lambda: _resend(part))
+        if isinstance(etag, UploadNotFound):
+            raise etag
+        md5s.append(part.digest)
+        etags.append(etag)
         on_progress(len(part.data))
 
     for part in _read_parts(file, size):
         content.update(part.data)
-        sending.append((part, _call_in_thread(put, part)))
-        if len(sending) == MAX_CONCURRENT_PARTS:
+        in_flight.append((part, _call_in_thread(put, part)))
+        if len(in_flight) == MAX_CONCURRENT_PARTS:
             _finish_oldest()
-    while sending:
+    while in_flight:
         _finish_oldest()
-    return SentParts(digests, tags, content.hexdigest())
+    return SentParts(md5s, etags, content.hexdigest())
 
 
 def md5(data: bytes) -> bytes:
-    """Return the MD5 of some bytes, from which most stores build ETags."""
+    """Return the MD5 of some bytes. Most stores compute ETags from it."""
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 @contextmanager
-def local_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the local file as `LocalFileError`, and errors of the store unchanged."""
+def translate_local_errors(path: Path) -> Iterator[None]:
+    """Replace errors of the local file with `LocalFileError`. Errors of the store are raised unchanged."""
     try:
         yield
     except StoreError:
@@ -142,11 +147,11 @@ def local_errors(path: Path) -> Iterator[None]:
         raise LocalFileError(f"{path}: {error}") from error
 
 
-def require_sha256(expected: str | None, found: str) -> None:
-    """Check the SHA-256 of a file; None accepts any.
+def check_sha256(expected: str | None, found: str) -> None:
+    """Check that the SHA-256 of a file is the expected one. If `expected` is None, nothing is checked.
 
     Raises:
-        LocalFileError: the hash differs.
+        LocalFileError: the SHA-256 differs.
     """
     if expected is not None and found != expected:
         raise LocalFileError("does not have the content that was written")
@@ -159,7 +164,7 @@ def _read_parts(file: BinaryIO, size: int) -> Iterator[Part]:
 
 
 def _call_in_thread(call: Callable[[Part], str], part: Part) -> Future[str]:
-    """Make a call in a daemon thread, which does not delay the end of the process."""
+    """Start `call(part)` in a daemon thread and return its future. A daemon thread does not delay the process exit."""
     future: Future[str] = Future()
 
     def _run() -> None:

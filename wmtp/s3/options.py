@@ -1,4 +1,4 @@
-"""S3 URLs and connection options. Keys are never part of either."""
+"""S3 URLs and connection options. Neither of them may contain credentials."""
 
 import re
 from dataclasses import dataclass
@@ -8,15 +8,18 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator
 
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.\-]{1,61}[a-z0-9])(?:/(.*))?")
-KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or in .env"
-CREDENTIALS_IN_URL = f"holds a user or a password; set {KEYS}, instead"
+CREDENTIAL_VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or in .env"
+CREDENTIALS_IN_URL = f"holds a user or a password; set {CREDENTIAL_VARIABLES}, instead"
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Return the bucket of an S3 URL, and its prefix with a trailing slash (or an empty string).
+    """Return the bucket and the key prefix of an S3 URL. The prefix is empty or ends with a slash.
+
+    >>> split_url("s3://bucket/runs")
+    ('bucket', 'runs/')
 
     Raises:
-        ValueError: not an S3 URL, or it holds credentials. The message does not repeat the URL.
+        ValueError: the URL is not an S3 URL, or it contains credentials. The message does not repeat the URL.
     """
     first = url.removeprefix("s3://").partition("/")[0]
     if url.startswith("s3://") and ("@" in first or ":" in first):
@@ -28,10 +31,10 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def check_endpoint(url: str) -> str:
-    """Return the URL of a store unchanged.
+    """Check the endpoint URL of a store, and return it unchanged.
 
     Raises:
-        ValueError: not an HTTP URL, or it holds credentials. The message does not repeat the URL.
+        ValueError: the URL is not an HTTP URL, or it contains credentials. The message does not repeat the URL.
     """
     parts = urlsplit(url)
     if "@" in url:
@@ -42,7 +45,7 @@ def check_endpoint(url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return a text with the user and password of every URL removed."""
+    """Return a text in which `…` replaces the user and the password of every URL."""
     return re.sub(r"://\S*@", "://…@", text)
 
 
@@ -52,7 +55,7 @@ def _check_url(url: str) -> str:
 
 
 S3Url = Annotated[str, AfterValidator(_check_url)]
-"""`s3://bucket/prefix`, without a trailing slash."""
+"""S3 URL in a config, `s3://bucket/prefix`. A trailing slash is removed."""
 Endpoint = Annotated[str, AfterValidator(check_endpoint)]
 AddressingStyle = Literal["auto", "path", "virtual"]
 Checksums = Literal["when_supported", "when_required"]
@@ -60,7 +63,7 @@ Checksums = Literal["when_supported", "when_required"]
 
 @dataclass(frozen=True, kw_only=True)
 class S3Options:
-    """Connection options of a store. boto3 finds the keys itself; they never are in a config."""
+    """Connection options of a store. Credentials are not options: boto3 reads them from the environment."""
 
     endpoint_url: Endpoint | None = None
     addressing_style: AddressingStyle = "auto"

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay in its bucket."""
+"""Deletion of superseded checkpoints in S3."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -10,13 +10,13 @@ from wmtp.s3.client import S3Folder
 
 
 def delete_superseded(remote: S3Folder, stage: str, keep_last: int, keep: Collection[str]) -> dict[str, str]:
-    """Delete all checkpoints of a stage except the newest `keep_last` complete ones and those in `keep`.
+    """Delete the superseded checkpoints of a stage in S3.
 
-    Incomplete checkpoints are deleted, too. Manifests are deleted first, so that a half-deleted checkpoint never
-    looks complete.
+    The `keep_last` newest complete checkpoints and the checkpoints in `keep` are kept. All others are deleted, also
+    incomplete ones. Manifests are deleted first, so that a partly deleted checkpoint never looks complete.
 
     Returns:
-        The keys that could not be deleted, with the reason.
+        The error code of each key that could not be deleted.
     """
     checkpoints: dict[str, list[str]] = defaultdict(list)
     for key, _ in remote.list_objects(f"{stage}checkpoints/step_"):
@@ -27,20 +27,20 @@ def delete_superseded(remote: S3Folder, stage: str, keep_last: int, keep: Collec
     kept = {*sorted(complete, key=lambda name: int(name[5:]))[-keep_last:], *keep}
     superseded = [name for name in checkpoints if name not in kept]
     manifests = [_manifest_key(stage, name) for name in superseded if name in complete]
-    problems = remote.delete(manifests)
-    rest = [key for name in superseded if _manifest_key(stage, name) not in problems for key in checkpoints[name]]
-    return problems | remote.delete(key for key in rest if key not in manifests)
+    errors = remote.delete(manifests)
+    rest = [key for name in superseded if _manifest_key(stage, name) not in errors for key in checkpoints[name]]
+    return errors | remote.delete(key for key in rest if key not in manifests)
 
 
 def newest_remote_step(remote: S3Folder, stage: str) -> int:
-    """Return the step of the newest checkpoint of a stage in the bucket, or 0 if there is none."""
+    """Return the step of the newest checkpoint of a stage in S3, or 0 if there is none."""
     keys = (key.split("/") for key, _ in remote.list_objects(f"{stage}checkpoints/step_"))
     names = [name for *_, name, file in keys if file == manifest.NAME and STEP.fullmatch(name)]
     return max(map(step_of, names), default=0)
 
 
 def read_remote_best(remote: S3Folder, stage: str) -> str | None:
-    """Return the checkpoint name in the bucket's best.json, or None if the file is missing.
+    """Return the checkpoint name in a stage's best.json in S3, or None if the file is missing.
 
     Raises:
         InputError: the file is damaged.

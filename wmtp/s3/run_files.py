@@ -1,4 +1,4 @@
-"""Upload of the files of a run that are not part of a checkpoint: records, and pointers such as best.json."""
+"""Upload the files of a run that are not part of a checkpoint: config, metrics, and pointer files such as best.json."""
 
 import json
 import logging
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 
 
 class RunFilesUploader:
-    """Uploads the files of a run that are not part of a checkpoint, whenever they have changed."""
+    """Uploader of the changed files of a run that are not part of a checkpoint."""
 
     def __init__(self, folder: Path, remote: S3Folder, send: Callable[[Path, str], None], retry: Retry) -> None:
-        """Prepare the upload; nothing is sent yet.
+        """Create the uploader. Nothing is sent yet.
 
         Args:
             folder: the run's folder.
-            remote: the run's S3 URL.
+            remote: the folder of the run in S3.
             send: uploads a file under a key; raises `LocalFileError` if the file does not exist any more.
-            retry: makes a call to the store, repeated on errors.
+            retry: calls the store and repeats failed calls.
         """
         self.folder, self.remote = folder, remote
         self.num_sent = 0
@@ -33,7 +33,7 @@ class RunFilesUploader:
         self._pointers: dict[str, bytes] = {}
 
     def send_changed(self, patterns: Iterable[str]) -> None:
-        """Upload the files that match the glob `patterns` and differ from their copies in S3."""
+        """Upload the files that match the glob `patterns` and are new or have changed since their last upload."""
         for path in [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]:
             key = path.relative_to(self.folder).as_posix()
             try:
@@ -44,13 +44,13 @@ class RunFilesUploader:
                 if path in self._versions or not self._is_sent(path, key):
                     self._send(path, key)
                     self.num_sent += 1
-            except (LocalFileError, FileNotFoundError) as problem:
-                log.warning("%s cannot be uploaded: %s", path, problem)
+            except (LocalFileError, FileNotFoundError) as error:
+                log.warning("%s cannot be uploaded: %s", path, error)
             else:
                 self._versions[path] = version
 
     def send_pointers(self) -> set[str]:
-        """Upload the files that name a checkpoint, once it is uploaded. Return the stages whose pointers changed."""
+        """Upload changed pointer files whose checkpoint is uploaded. Return the stages of the sent pointer files."""
         pointers = {f"{stage}checkpoints/{name}.json": "folder" for stage in STAGES for name in ("best", "latest")}
         changed: set[str] = set()
         for key, field in [*pointers.items(), (STAGE1_RESULT, "saved")]:
@@ -73,12 +73,12 @@ class RunFilesUploader:
         return changed
 
     def _is_sent(self, path: Path, key: str) -> bool:
-        """Return whether an earlier process has sent the current content of a file."""
+        """Return whether an earlier process has uploaded the current content of a file."""
 
         def _compare() -> bool | LocalFileError:
             try:
                 return self.remote.has_content_of(path, key)
-            except LocalFileError as error:  # a retry is useless
+            except LocalFileError as error:  # returned instead of raised, because a retry is useless
                 return error
 
         result: bool | LocalFileError = self._retry(_compare)

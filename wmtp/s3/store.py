@@ -1,4 +1,4 @@
-"""A checkpoint store that keeps checkpoints until they are uploaded."""
+"""A checkpoint store on disk that keeps checkpoints until they are uploaded to S3."""
 
 import logging
 import shutil
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class RemoteCheckpointStore(CheckpointStore):
-    """Checkpoints on disk that a `CheckpointUploader` copies to S3.
+    """Checkpoints on disk that a `CheckpointUploader` uploads to S3.
 
-    A checkpoint that is not uploaded is kept until `keep_last` newer ones are. If the disk is nearly full, the oldest
-    of them is deleted anyway.
+    A checkpoint that is not uploaded is kept until `keep_last` newer checkpoints are uploaded. If the disk is nearly
+    full (free space below the size of two checkpoints), the oldest of these checkpoints are deleted without upload.
     """
 
     def __init__(
@@ -30,20 +30,20 @@ class RemoteCheckpointStore(CheckpointStore):
         *,
         remote: S3Url,
         keep_last: Positive = 2,
-        format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - the config's word
+        format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - name of the config key
         endpoint_url: Endpoint | None = None,
         addressing_style: AddressingStyle = "auto",
         checksums: Checksums = "when_supported",
         stall_seconds: PositiveFloat = 30.0,
         close_seconds: PositiveFloat = 1200.0,
     ) -> None:
-        """Create the store. Keywords that `CheckpointStore` does not have are ignored here; the uploader uses them."""
+        """Create the store. Parameters that `CheckpointStore` does not have are for the uploader and unused here."""
         super().__init__(folder, processes, keep_last=keep_last, format=format)
-        self.run = folder
+        self.run_folder = folder
 
     def _remote_url(self) -> str | None:
-        """Return the S3 URL of the run, whose folder is `self.run` or, in stage 1, its parent."""
-        run = read_run(self.run) or read_run(self.run.parent)
+        """Return the S3 URL of the run, whose folder is `self.run_folder` or, in stage 1, its parent."""
+        run = read_run(self.run_folder) or read_run(self.run_folder.parent)
         return None if run is None else run["remote"]
 
     def _superseded(self, best: str | None) -> list[Path]:

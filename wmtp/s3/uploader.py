@@ -1,4 +1,4 @@
-"""Copy a run's checkpoints and files to S3 in the background while they are written."""
+"""Upload the checkpoints and files of a run to S3 from a background thread, while the run writes them."""
 
 import logging
 import math
@@ -18,7 +18,15 @@ from wmtp.runtime.background import SHUTDOWN_LIMIT_S, SHUTDOWN_STALL_S, Backgrou
 from wmtp.runtime.locks import file_lock
 from wmtp.runtime.run_dir import display_path
 from wmtp.s3.client import LocalFileError, S3Folder, StoreError, StoreUnreachable
-from wmtp.s3.layout import FINAL_FILES, RECORDS, STAGES, mark_uploaded, pending, stage_of, to_upload
+from wmtp.s3.layout import (
+    FINAL_FILES,
+    RECORDS,
+    STAGES,
+    checkpoints_to_upload,
+    mark_uploaded,
+    pending_checkpoints,
+    stage_of,
+)
 from wmtp.s3.progress import TransferProgress
 from wmtp.s3.retention import delete_superseded, read_remote_best
 from wmtp.s3.run_files import RunFilesUploader
@@ -28,10 +36,10 @@ LOCK = Path(".hydra") / "upload.lock"
 
 
 class CheckpointUploader:
-    """Uploader that keeps a copy of a run in S3, from a background thread.
+    """Background uploader that keeps a copy of a run in S3.
 
-    The manifest of a checkpoint is uploaded last and makes the checkpoint visible. Only one process at a time uploads
-    a run; other processes wait for a lock.
+    The manifest of a checkpoint is uploaded last. A checkpoint without a manifest is ignored, so an incomplete
+    checkpoint is never used. Only one process at a time uploads a run; other processes wait for a lock.
     """
 
     poll_seconds = 1.0
@@ -48,39 +56,39 @@ class CheckpointUploader:
         stall_seconds: PositiveFloat,
         close_seconds: PositiveFloat,
     ) -> None:
-        """Start uploading.
+        """Start the background thread.
 
         Args:
             folder: the run's folder.
-            remote: the run's S3 URL.
-            console: shows the progress of uploads that `close` waits for.
-            is_training: limit the time that `close` may wait, since the hardware may be reserved for others.
-            keep_last: number of newest checkpoints of each stage that stay in S3, besides the best.
-            stall_seconds: seconds that `close` waits for a store that does not respond.
-            close_seconds: seconds that `close` waits for uploads that make progress.
+            remote: the folder of the run in S3.
+            console: console for the progress display of `close`.
+            is_training: apply the time limits to `close`, because the hardware may be reserved for others afterwards.
+            keep_last: number of the newest checkpoints of each stage that are kept in S3, in addition to the best.
+            stall_seconds: maximum seconds that `close` waits for a store that does not respond.
+            close_seconds: maximum seconds that `close` waits while the store responds.
         """
         self.folder, self.remote, self.console = folder, remote, console
         self.is_training, self.keep_last = is_training, keep_last
         self.stall_seconds, self.close_seconds = stall_seconds, close_seconds
         self.uploaded: list[str] = []
-        """Checkpoints that were uploaded, as paths relative to the folder."""
+        """Checkpoints that this uploader has uploaded, as paths relative to the run's folder."""
         self._damaged: dict[Path, bytes] = {}
-        self._sender = BackgroundSender(remote.where, self._upload)
+        self._sender = BackgroundSender(remote.display_url, self._upload)
         self._files = RunFilesUploader(folder, remote, self._send, self._sender.retry)
         self._bytes_sent = self._bytes_of_current = 0
-        self._current = ""
+        self._current_key = ""
         self._stages_to_prune = set(STAGES)
         self._waits_for_lock = False
         self._sender.start()
 
     @property
     def server(self) -> str:
-        """The store, for messages."""
-        return self.remote.where
+        """Name of the store for messages."""
+        return self.remote.display_url
 
     @property
     def report(self) -> str:
-        """A description of the data that was sent."""
+        """Message about the number of uploaded checkpoints and files."""
         num_checkpoints, num_files = len(self.uploaded), self._files.num_sent
         if not num_checkpoints and not num_files:
             return f"{self.remote.url}: nothing was missing"
@@ -88,13 +96,16 @@ class CheckpointUploader:
         return f"{checkpoints} and {num_files} other file{'' if num_files == 1 else 's'} sent to {self.remote.url}"
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Do nothing: metrics are uploaded together with the next checkpoint."""
+        """Do nothing: metrics.jsonl is uploaded with the next checkpoint."""
 
     def close(self, state: str) -> None:
-        """Wait until everything is uploaded, within the time limits.
+        """Wait until all data are uploaded, or until the time limits of the constructor are reached.
+
+        Args:
+            state: final state of the run. The time limits are shorter unless it is FINISHED.
 
         Raises:
-            PendingError: something was not uploaded.
+            PendingError: some data were not uploaded.
         """
         limit, stall = self.close_seconds if self.is_training else math.inf, self.stall_seconds
         if self.is_training and state != "FINISHED":
@@ -104,31 +115,33 @@ class CheckpointUploader:
         with TransferProgress(self.console, f"uploading to {self.remote.url}") as progress:
             for _ in self._sender.drain(stall, limit):
                 if to_send > 0:
-                    progress.update(self._bytes_sent - before, to_send, self._current)
+                    progress.update(self._bytes_sent - before, to_send, self._current_key)
             if self._pending() or not self._sender.is_done:
                 raise PendingError(self.unsent())
 
     def unsent(self) -> str:
-        """Return a message about the data that was not uploaded: reason, location, and remedy."""
-        total = len(to_upload(self.folder, self.keep_last, self._damaged_checkpoints()))
+        """Return a message about the data that were not uploaded: number of checkpoints, folder, reason, and remedy."""
+        total = len(checkpoints_to_upload(self.folder, self.keep_last, self._damaged_checkpoints()))
         num_pending, folder = len(self._pending()), display_path(self.folder)
         error = self._sender.last_error
         reason = format_error(error) if error is not None else "waiting ended before they were sent"
         if self._waits_for_lock:
             reason = "another process is still uploading this run"
-        rest = "the rest is" if num_pending else "but not all files that belong to them, which are"
+        rest = "the rest is" if num_pending else "but other files of the run are pending; they are"
         return (
-            f"{total - num_pending} of {total} checkpoints uploaded to {self.remote.where}, {rest} in {folder}: "
+            f"{total - num_pending} of {total} checkpoints uploaded to {self.remote.display_url}, {rest} in {folder}: "
             f"{reason.rstrip('.')}. `python -m wmtp.sync {shlex.quote(folder)}` uploads them"
         )
 
     def _upload(self) -> None:
-        """Upload until the run closes. Runs in the background thread."""
+        """Upload new data until the run ends. This method runs in the background thread."""
         with self._upload_lock():
             self._abort_interrupted_uploads()
             self._files.send_changed(RECORDS)
             while True:
-                is_last = self._sender.is_closing  # read first, so that the last search follows the end of the run
+                is_last = (
+                    self._sender.is_closing
+                )  # read before the search for new data, so that the last search is after the end of the run
                 self._send_new()
                 if is_last:
                     break
@@ -139,7 +152,7 @@ class CheckpointUploader:
 
     @contextmanager
     def _upload_lock(self) -> Iterator[None]:
-        """Hold the lock that lets one process at a time upload this run."""
+        """Hold the lock file of uploads of this run, so that only one process uploads at a time."""
 
         def _should_give_up() -> bool:
             if not self._waits_for_lock:
@@ -152,7 +165,7 @@ class CheckpointUploader:
             yield
 
     def _abort_interrupted_uploads(self) -> None:
-        """Abort multipart uploads of a killed process, with a warning if the store does not allow it."""
+        """Abort the multipart uploads of a killed process. Log a warning if the store does not allow this."""
 
         def _abort() -> int:
             try:
@@ -160,14 +173,14 @@ class CheckpointUploader:
             except StoreUnreachable:
                 raise
             except (StoreError, InputError) as error:
-                log.warning("interrupted uploads stay in the store, hidden: %s", error)
+                log.warning("interrupted uploads cannot be removed from the store: %s", error)
                 return 0
 
         if count := self._sender.retry(_abort):
-            log.info("%s: %d interrupted uploads were removed", self.remote.where, count)
+            log.info("%s: %d interrupted uploads were removed", self.remote.display_url, count)
 
     def _send_new(self) -> None:
-        """Upload all pending checkpoints and changed files, and delete superseded checkpoints in S3."""
+        """Upload all pending checkpoints and changed pointer files, and delete superseded checkpoints in S3."""
         while True:
             path = next(iter(self._pending()), None)
             if path is not None:
@@ -182,80 +195,82 @@ class CheckpointUploader:
                 return
 
     def _pending(self) -> list[Path]:
-        return pending(self.folder, self.remote.url, self.keep_last, self._damaged_checkpoints())
+        return pending_checkpoints(self.folder, self.remote.url, self.keep_last, self._damaged_checkpoints())
 
     def _damaged_checkpoints(self) -> set[Path]:
-        """Return the checkpoints that were found damaged and have not been replaced since."""
-        return {path for path, written in self._damaged.items() if read_or_none(path / manifest.NAME) == written}
+        """Return the checkpoints that are known to be damaged and were not written again."""
+        return {path for path, damaged in self._damaged.items() if read_or_none(path / manifest.NAME) == damaged}
 
     def _send_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint, its manifest last. A damaged checkpoint is skipped, now and later, with a warning."""
-        self._current = key = path.relative_to(self.folder).as_posix()
-        written = read_or_none(path / manifest.NAME)
-        if written is None:
-            return  # it was deleted in the meantime
+        """Upload a checkpoint, its manifest last. Log a warning for a damaged checkpoint; it is not tried again."""
+        self._current_key = key = path.relative_to(self.folder).as_posix()
+        manifest_bytes = read_or_none(path / manifest.NAME)
+        if manifest_bytes is None:
+            return  # the checkpoint was deleted in the meantime
         try:
-            self._send_files(path, key, written)
-        except LocalFileError as problem:
-            if read_or_none(path / manifest.NAME) == written:
-                self._damaged[path] = written
-                log.warning("%s is damaged and is not uploaded: %s", path, problem)
+            self._send_files(path, key, manifest_bytes)
+        except LocalFileError as error:
+            if read_or_none(path / manifest.NAME) == manifest_bytes:
+                self._damaged[path] = manifest_bytes
+                log.warning("%s is damaged and is not uploaded: %s", path, error)
         finally:
-            self._current, self._bytes_of_current = "", 0
+            self._current_key, self._bytes_of_current = "", 0
 
-    def _send_files(self, path: Path, key: str, written: bytes) -> None:
+    def _send_files(self, path: Path, key: str, manifest_bytes: bytes) -> None:
         try:
-            files = manifest.parse(written)
+            files = manifest.parse(manifest_bytes)
         except ValueError as error:
             raise LocalFileError(str(error)) from error
         remote_manifest = self._sender.retry(self.remote.get, f"{key}/{manifest.NAME}")
-        if remote_manifest != written:
-            if remote_manifest is not None:  # another checkpoint of the same step
+        if remote_manifest != manifest_bytes:
+            if remote_manifest is not None:  # S3 has another checkpoint of the same step
                 self._sender.retry(self._delete, f"{key}/{manifest.NAME}")
             for name, entry in files.items():
                 self._send(path / name, f"{key}/{name}", entry["sha256"])
-            self._sender.retry(self.remote.put_bytes, written, f"{key}/{manifest.NAME}")
+            self._sender.retry(self.remote.put_bytes, manifest_bytes, f"{key}/{manifest.NAME}")
             self.uploaded.append(key)
-        self._sender.retry(self._mark_uploaded, path, written)
+        self._sender.retry(self._mark_uploaded, path, manifest_bytes)
 
-    def _mark_uploaded(self, path: Path, written: bytes) -> None:
-        if read_or_none(path / manifest.NAME) == written:
-            with suppress(FileNotFoundError):  # it was deleted in the meantime
+    def _mark_uploaded(self, path: Path, manifest_bytes: bytes) -> None:
+        if read_or_none(path / manifest.NAME) == manifest_bytes:
+            with suppress(FileNotFoundError):  # the checkpoint was deleted in the meantime
                 mark_uploaded(path, self.remote.url)
 
     def _delete(self, key: str) -> None:
-        if problems := self.remote.delete([key]):
-            raise StoreError(f"{self.remote.where}: {key} cannot be deleted: {problems[key]}")
+        if errors := self.remote.delete([key]):
+            raise StoreError(f"{self.remote.display_url}: {key} cannot be deleted: {errors[key]}")
 
     def _send(self, path: Path, key: str, sha256: str | None = None) -> None:
         def _put() -> LocalFileError | None:
             retry = self._sender.retry
             try:
                 self.remote.put(path, key, sha256=sha256, retry=retry, on_progress=self._count_bytes)
-            except LocalFileError as error:  # a retry is useless
+            except LocalFileError as error:  # returned instead of raised, because a retry is useless
                 return error
             return None
 
-        problem = self._sender.retry(_put)
-        if problem is not None:
-            raise problem
+        error = self._sender.retry(_put)
+        if error is not None:
+            raise error
 
     def _count_bytes(self, count: int) -> None:
         self._bytes_sent += count
-        self._bytes_of_current += count if self._current else 0
+        self._bytes_of_current += count if self._current_key else 0
         self._sender.heartbeat()
 
     def _prune(self, changed: set[str]) -> None:
-        """Delete superseded checkpoints in S3. Failures are logged, and tried again after the next upload."""
+        """Delete superseded checkpoints in S3. A failure is logged; the deletion is repeated after the next upload."""
         for stage in sorted(changed | self._stages_to_prune):
             try:
-                problems = self._delete_superseded(stage)
+                errors = self._delete_superseded(stage)
             except (StoreError, InputError) as error:
-                problems = {stage: str(error)}
-            if problems:
+                errors = {stage: str(error)}
+            if errors:
                 self._stages_to_prune.add(stage)
-                key, problem = next(iter(problems.items()))
-                log.warning("%s: superseded checkpoints cannot be deleted yet: %s %s", self.remote.where, key, problem)
+                key, reason = next(iter(errors.items()))
+                log.warning(
+                    "%s: superseded checkpoints cannot be deleted yet: %s %s", self.remote.display_url, key, reason
+                )
             else:
                 self._stages_to_prune.discard(stage)
 
@@ -263,7 +278,8 @@ class CheckpointUploader:
         try:
             best = read_pointer(self.folder / stage / "checkpoints" / "best.json")
         except (ValueError, KeyError, TypeError):
-            return {}  # the best checkpoint is unknown, so delete none
-        local = {path.name for path in to_upload(self.folder, self.keep_last) if stage_of(self.folder, path) == stage}
+            return {}  # the best checkpoint is unknown, so delete nothing
+        selected = checkpoints_to_upload(self.folder, self.keep_last)
+        local = {path.name for path in selected if stage_of(self.folder, path) == stage}
         keep = local | {name for name in (best, read_remote_best(self.remote, stage)) if name is not None}
         return delete_superseded(self.remote, stage, self.keep_last, keep)

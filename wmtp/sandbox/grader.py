@@ -278,27 +278,30 @@ def _exit_failure(exit_code: int, stderr: str) -> ProgramFailed:
     return ProgramFailed(reason, last or f"it ended with code {exit_code}")
 
 
-def _compare(written: list[str], expected: list[str]) -> None:
+def _compare(words: list[str], expected: list[str]) -> None:
     """Compare the words of the output with the expected words.
 
     Raises:
         ProgramFailed: a word differs, or the number of words does.
     """
-    for number, (got, wanted) in enumerate(zip(written, expected, strict=False), start=1):
-        if not _is_equal(got, wanted):
-            raise ProgramFailed("wrong", f"word {number} is {got[:80]!r}, not {wanted[:80]!r}")
-    if len(written) != len(expected):
-        raise ProgramFailed("wrong", f"{len(written)} words instead of {len(expected)}")
+    for number, (actual, expected_word) in enumerate(zip(words, expected, strict=False), start=1):
+        if not _is_equal(actual, expected_word):
+            raise ProgramFailed("wrong", f"word {number} is {actual[:80]!r}, not {expected_word[:80]!r}")
+    if len(words) != len(expected):
+        raise ProgramFailed("wrong", f"{len(words)} words instead of {len(expected)}")
 
 
-def _is_equal(got: str, wanted: str) -> bool:
-    """Return whether two words are equal, or close numbers if the expected word has a decimal point."""
-    if got == wanted:
+def _is_equal(actual: str, expected: str) -> bool:
+    """Return whether two words are equal.
+
+    If the expected word has a decimal point, numbers within `TOLERANCE` are equal.
+    """
+    if actual == expected:
         return True
-    if "." not in wanted:
+    if "." not in expected:
         return False
     try:
-        pair = float(got), float(wanted)
+        pair = float(actual), float(expected)
     except ValueError:
         return False
     return all(map(math.isfinite, pair)) and math.isclose(*pair, rel_tol=TOLERANCE, abs_tol=TOLERANCE)

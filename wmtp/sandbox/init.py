@@ -42,8 +42,8 @@ def call(name: str, *arguments: Any) -> None:
     converted = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
     if getattr(library, name)(*converted) < 0:
         number = ctypes.get_errno()
-        shown = ", ".join(repr(argument) for argument in arguments)
-        raise OSError(number, f"{name}({shown}): {os.strerror(number)}")
+        arguments_text = ", ".join(repr(argument) for argument in arguments)
+        raise OSError(number, f"{name}({arguments_text}): {os.strerror(number)}")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -52,7 +52,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
 
 
 def restrict_mount(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
-    """Add attributes to a mount; its present attributes stay."""
+    """Add attributes to a mount; its other attributes do not change."""
     structure = struct.pack("QQQQ", attributes, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, structure, len(structure))
 

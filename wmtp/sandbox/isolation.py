@@ -43,7 +43,7 @@ class Isolation(ABC):
 
     @abstractmethod
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
-        """Return the command line that runs init.py.
+        """Return the words to put before the command that runs init.py.
 
         Args:
             limits: limits of the program.
@@ -92,7 +92,7 @@ class Bubblewrap(Isolation):
 
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
         """Return the command line of bubblewrap."""
-        visible = layout()
+        paths = layout()
         privileges = (
             ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
             if self.as_root
@@ -102,11 +102,11 @@ class Bubblewrap(Isolation):
             shutil.which("bwrap") or "bwrap", *privileges,
             "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
             "--unshare-cgroup-try", "--hostname", "sandbox", "--info-fd", str(namespace_fd),
-            *(word for path in visible.folders for word in ("--perms", "0755", "--dir", path)),
-            *(word for path in visible.binds for word in ("--ro-bind", path, path)),
-            *(word for path in visible.hidden for word in ("--tmpfs", path, "--remount-ro", path)),
-            *(word for path in visible.devices for word in ("--dev-bind", path, path)),
-            *(word for target, path in visible.links for word in ("--symlink", target, path)),
+            *(word for path in paths.folders for word in ("--perms", "0755", "--dir", path)),
+            *(word for path in paths.binds for word in ("--ro-bind", path, path)),
+            *(word for path in paths.hidden for word in ("--tmpfs", path, "--remount-ro", path)),
+            *(word for path in paths.devices for word in ("--dev-bind", path, path)),
+            *(word for target, path in paths.links for word in ("--symlink", target, path)),
             "--proc", "/proc", "--remount-ro", "/proc",
             "--perms", "1777", "--size", str(limits.folder_bytes), "--tmpfs", "/tmp",
             "--remount-ro", "/", "--chdir", "/tmp", "--",
@@ -138,12 +138,12 @@ class NoIsolation(Isolation):
         return []
 
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
-        kept = super()._resource_limits(limits)
-        del kept["NPROC"]  # the kernel counts all processes of the user
-        del kept["MSGQUEUE"]
+        resource_limits = super()._resource_limits(limits)
+        del resource_limits["NPROC"]  # the kernel counts all processes of the user
+        del resource_limits["MSGQUEUE"]
         if sys.platform == "darwin":
-            del kept["AS"]  # the kernel of macOS does not support it
-        return kept
+            del resource_limits["AS"]  # the kernel of macOS does not support it
+        return resource_limits
 
 
 @cache
@@ -155,21 +155,21 @@ def find_isolation(choice: Choice = "auto") -> Isolation:
     """
     if choice == "none":
         return NoIsolation()
-    kinds = [kind for kind in (Bubblewrap, Unshare) if choice in ("auto", kind.name)]
+    classes = [cls for cls in (Bubblewrap, Unshare) if choice in ("auto", cls.name)]
     if sys.platform != "linux":
         raise _unavailable(f"sandboxes need Linux, this is {platform.system()}: run wmtp in a Linux container")
-    tried = []
-    for kind in kinds:
-        if kind is Bubblewrap and not shutil.which("bwrap"):
-            tried.append("bubblewrap: not installed (its program bwrap is not on the PATH)")
+    failures = []
+    for cls in classes:
+        if cls is Bubblewrap and not shutil.which("bwrap"):
+            failures.append("bubblewrap: not installed (its program bwrap is not on the PATH)")
             continue
         for as_root in (True, False) if os.geteuid() == 0 else (False,):
-            isolation = kind(as_root)
+            isolation = cls(as_root)
             problem = _self_test_error(isolation)
             if problem is None:
                 return isolation
-            tried.append(f"{kind.name}{' with root privileges' if as_root else ' in a user namespace'}: {problem}")
-    raise _unavailable(*tried)
+            failures.append(f"{cls.name}{' with root privileges' if as_root else ' in a user namespace'}: {problem}")
+    raise _unavailable(*failures)
 
 
 def _self_test_error(isolation: Isolation) -> str | None:

@@ -137,7 +137,7 @@ class Process:
         return self._popen.poll() is not None
 
     def kill(self) -> None:
-        """Kill the process and all its descendants, and wait until they are gone."""
+        """Kill the process and all its descendants, and wait until they have ended."""
         if self._init_pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
@@ -210,12 +210,12 @@ class PipeLoop:
 
     def steps(self, deadline: float) -> Iterator[None]:
         """Read and write once per step until the deadline, a value of `time.monotonic`."""
-        while (left := deadline - time.monotonic()) > 0:
+        while (remaining := deadline - time.monotonic()) > 0:
             for process in self._processes:
                 if process.has_pending_input and process.stdin.fileno() not in self._selector.get_map():
                     self._selector.register(process.stdin, selectors.EVENT_WRITE, process)
             before = {process: process.num_received for process in self._processes if process.has_exited}
-            for key, _ in self._selector.select(min(left, self.STEP_SECONDS)):
+            for key, _ in self._selector.select(min(remaining, self.STEP_SECONDS)):
                 process = key.data
                 is_active = process.write() if key.fileobj is process.stdin else process.read(key.fileobj)
                 if not is_active:

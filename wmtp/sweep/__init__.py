@@ -1,1 +1,1 @@
-"""Many jobs of one command: which, where they run, what became of them."""
+"""Sweeps: the jobs of a sweep, the launchers that run them, and their results."""

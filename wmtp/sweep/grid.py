@@ -53,7 +53,7 @@ class Grid:
     """Hydra's launcher config."""
     is_dry_run: bool
     has_job_overrides: bool
-    """True if there are other overrides than those of the sweep."""
+    """True if the arguments contain overrides for the jobs, not only `SWEEP_KEYS`."""
 
 
 def parse_grid(command: str, arguments: Sequence[str]) -> Grid:

@@ -86,7 +86,7 @@ def submit(
 
 
 def create_executor(launcher: Mapping[str, Any], folder: Path) -> "tuple[submitit.AutoExecutor, str]":
-    """Return a submitit executor with the settings of Hydra's launcher, and the kind of its cluster."""
+    """Return a submitit executor with the settings of Hydra's launcher, and its cluster, "slurm" or "local"."""
     import submitit
 
     cluster = "slurm" if str(launcher["_target_"]).endswith("SlurmLauncher") else "local"

@@ -109,7 +109,7 @@ class SweepState:
         self.write()
 
     def record_dead_jobs(self) -> None:
-        """Record the ends of jobs whose state is RUNNING, because their sweep was killed before it could.
+        """Record the end of each job whose state is RUNNING. Its sweep was killed before the job ended.
 
         Raises:
             InputError: one of these jobs still runs.
@@ -132,7 +132,7 @@ def job_state(exit_code: int) -> State:
 
 
 def find_traceback(log: Path, stderr_tail: str) -> str | None:
-    """Return the last traceback of a log file, or else of the end of standard error, or None."""
+    """Return the last traceback in a log file, otherwise the last one in `stderr_tail`, otherwise None."""
     for text in (log.read_text(errors="replace") if log.exists() else "", stderr_tail):
         if (start := text.rfind(TRACEBACK_START)) >= 0:
             return text[start:][-MAX_TRACEBACK:]

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from wmtp.checkpoint.manifest import NAME
 from wmtp.config.overrides import quote
 from wmtp.config.schema import ConfigError, ConfigIssue
-from wmtp.errors import InputError, InterruptedRun, PendingError, worst
+from wmtp.errors import InputError, InterruptedRun, PendingError, worst_exit_code
 from wmtp.report.grouping import group_runs
 from wmtp.report.metrics import MODEL_LABELS, is_lower_better
 from wmtp.report.run_record import RunRecord
@@ -84,7 +84,7 @@ class Sweep:
         try:
             self._print(f"The folder of the sweep is {display_path(self.folder)}: {len(self.state.jobs)} jobs")
             interruption = self._run_unfinished_jobs()
-            code = worst(1 if job.exit_code is None else job.exit_code for job in self.state.jobs)
+            code = worst_exit_code(1 if job.exit_code is None else job.exit_code for job in self.state.jobs)
             code = code if interruption is None else interruption.exit_code
             all_finished = all(job.state == "FINISHED" for job in self.state.jobs)
             state = "FINISHED" if all_finished else "KILLED" if code >= 128 else "FAILED"
@@ -92,7 +92,7 @@ class Sweep:
                 on_end(self.folder, state)
             except PendingError as error:
                 print(error, file=sys.stderr)
-                code = worst([code, error.exit_code])
+                code = worst_exit_code([code, error.exit_code])
         finally:
             status.end(state, code, JobProgress())
         print_results(self.console, self.state, self.grid.options)
@@ -155,7 +155,7 @@ class Sweep:
         if self.grid.is_dry_run:
             return named or Path("outputs/<date>/<sweep>")
         if named is not None and (named / SWEEP).exists():
-            problem = f"holds a sweep already; resume it with sweep.resume={named}, or name another folder"
+            problem = f"already contains a sweep; resume it with sweep.resume={named}, or use another folder"
             raise ConfigError([ConfigIssue("hydra.sweep.dir", str(named), problem)])
         folder = named or create_run_folder(suffix="-sweep")
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,9 +171,9 @@ class Sweep:
         before, now = [job.overrides for job in jobs], self.grid.jobs
         if self.grid.has_job_overrides and before != now:
             differing = next((pair for pair in zip(before, now, strict=False) if pair[0] != pair[1]), None)
-            difference = f"{len(before)} jobs there, {len(now)} here"
+            difference = f"{len(before)} jobs in the folder, {len(now)} in the command"
             if differing is not None:
-                difference = f"there {' '.join(differing[0])}, here {' '.join(differing[1])}"
+                difference = f"in the folder {' '.join(differing[0])}, in the command {' '.join(differing[1])}"
             problem = f"is a sweep of other jobs ({difference}); repeat its command, or give only sweep.resume"
             raise ConfigError([ConfigIssue("sweep.resume", str(folder), problem)])
         return jobs
@@ -279,10 +279,10 @@ def results_table(runs: list[RunRecord], options: SweepOptions) -> Table:
         known = [value for run in members if (value := metric_value(run, options)) is not None]
         seeds = ", ".join(str(run.seed) for run in sorted(members, key=lambda run: run.seed))
         average = mean(known) if known else None
-        shown = "-" if average is None else f"{average:.4f}"
+        mean_text = "-" if average is None else f"{average:.4f}"
         spread = f"± {stdev(known):.4f}" if len(known) > 1 else ""
         best = "-" if not known else f"{(min if is_lower_better(metric) else max)(known):.4f}"
-        rows.append((average, [escape(label), seeds, shown, spread, best]))
+        rows.append((average, [escape(label), seeds, mean_text, spread, best]))
     sign = 1 if is_lower_better(metric) else -1
     rows.sort(key=lambda row: (row[0] is None, sign * (row[0] or 0.0)))
     right = [Column(name, justify="right") for name in (f"mean {metric}", "deviation", "best")]

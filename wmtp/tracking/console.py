@@ -12,7 +12,7 @@ from wmtp.tracking.base import State
 
 
 class ConsoleTracker:
-    """Tracker that shows epoch, step, loss, the loss of each head, tokens/s and the remaining time."""
+    """Tracker that prints epoch, step, loss, the loss of each head, tokens/s and the remaining time."""
 
     def __init__(self, console: Console, num_updates: int, updates_per_epoch: int, first_step: int) -> None:
         self.console, self.num_updates, self.first_step = console, num_updates, first_step
@@ -32,18 +32,18 @@ class ConsoleTracker:
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Show the metrics of an update or of a validation."""
         this_epoch, epochs = (math.ceil(n / self.updates_per_epoch) for n in (step, self.num_updates))
-        where = f"epoch {this_epoch}/{epochs}  step {step}/{self.num_updates}"
+        position = f"epoch {this_epoch}/{epochs}  step {step}/{self.num_updates}"
         line = format_metrics(metrics)
         if self.live is None:
-            self.console.print(f"{where}  {line}{self._time_left(step, metrics)}", soft_wrap=True, highlight=False)
+            self.console.print(f"{position}  {line}{self._time_left(step, metrics)}", soft_wrap=True, highlight=False)
             return
-        self.bar.update(self.task, completed=step, description=where)
+        self.bar.update(self.task, completed=step, description=position)
         text = self.training if "train/loss" in metrics else self.validation
         text.plain = line
         self.live.refresh()
 
     def close(self, state: State) -> None:
-        """Stop the live display; its last state stays on the screen."""
+        """Stop the live display. The last values stay on the screen."""
         if self.live is not None:
             self.live.stop()
 
@@ -56,16 +56,16 @@ class ConsoleTracker:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Return one line with the loss, the loss of each head, the pass rate, the value loss and tokens/s, if present."""
-    part = "train" if "train/loss" in metrics else "val"
+    """Return one line of text with the loss, and with head losses, pass rate, value loss and tokens/s if present."""
+    split = "train" if "train/loss" in metrics else "val"
     heads: list[str] = []
-    while (name := f"{part}/head_{len(heads) + 1}_loss") in metrics:
+    while (name := f"{split}/head_{len(heads) + 1}_loss") in metrics:
         heads.append(f"{metrics[name]:.3f}")
-    line = f"{part:5} loss {metrics[f'{part}/loss']:.4f}"
+    line = f"{split:5} loss {metrics[f'{split}/loss']:.4f}"
     line += f"  heads {' '.join(heads)}" if heads else ""
-    passes = metrics.get(f"{part}/pass_rate")
-    line += f"  pass {passes:.2f}" if passes is not None else ""
-    value_loss = metrics.get(f"{part}/value_loss")
+    pass_rate = metrics.get(f"{split}/pass_rate")
+    line += f"  pass {pass_rate:.2f}" if pass_rate is not None else ""
+    value_loss = metrics.get(f"{split}/value_loss")
     line += f"  value {value_loss:.3f}" if value_loss is not None and heads else ""
     speed = metrics.get("train/tokens_per_second")
     return line + (f"  {speed:,.0f} tokens/s" if speed else "")

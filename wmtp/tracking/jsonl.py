@@ -15,7 +15,7 @@ FILE_NAME = "metrics.jsonl"
 class MetricsFile:
     """Tracker that appends to a run's metrics.jsonl.
 
-    A resumed run first removes the lines after `resume_step`, since it writes them again.
+    When a run is resumed, the lines after `resume_step` are removed first, because training writes them again.
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None) -> None:
@@ -25,7 +25,7 @@ class MetricsFile:
         self._file = self.path.open("a")
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Append and flush one line. A value that is not finite is written as a string."""
+        """Append one line and flush the file. A value that is not finite is written as a string."""
         values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         line = {"step": step, "epoch": epoch, "time": time.time()} | values
         self._file.write(json.dumps(line) + "\n")
@@ -38,6 +38,6 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics.jsonl, without a last line that a crash has cut off."""
+    """Return the lines of a metrics.jsonl. An incomplete last line, left by a crash, is ignored."""
     complete, _, _ = path.read_text().rpartition("\n")
     return [json.loads(line) for line in complete.splitlines()]

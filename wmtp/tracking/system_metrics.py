@@ -1,4 +1,4 @@
-"""system.jsonl: usage of the machine during training, under the metric names that MLflow uses."""
+"""Write system.jsonl: CPU, memory, disk and GPU usage during training, with MLflow's names for system metrics."""
 
 import json
 import logging
@@ -12,24 +12,24 @@ import psutil
 from wmtp.runtime.atomic_files import replace_atomically
 
 FILE_NAME = "system.jsonl"
-GROUP = "system/"
+PREFIX = "system/"
 MEGABYTE = 1e6
 
 log = logging.getLogger(__name__)
 
 
 class SystemSampler:
-    """Thread that appends a line to a run's system.jsonl every `seconds` seconds. Steps count the lines."""
+    """Thread that appends a line to a run's system.jsonl every `seconds` seconds. The step of a line is its number."""
 
     def __init__(self, folder: Path, seconds: float, first_step: int = 0) -> None:
-        """Start sampling. An existing file is continued; the first new line has at least step `first_step`."""
+        """Start the thread. New lines are appended to an existing file; the first has at least step `first_step`."""
         self.path, self.seconds, self.first_step = folder / FILE_NAME, seconds, first_step
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop sampling."""
+        """Stop the thread."""
         self._stopped.set()
         self._thread.join(self.seconds)
 
@@ -37,19 +37,21 @@ class SystemSampler:
         try:
             step = max(self.first_step, drop_torn_line(self.path))
             gpus, process = Gpus(), psutil.Process()
-            psutil.cpu_percent()  # the next call measures the time since this one
+            psutil.cpu_percent()  # the next call returns the usage since this call
             with self.path.open("a") as file:
                 while not self._stopped.wait(self.seconds):
-                    usage = {f"{GROUP}{name}": value for name, value in (machine_usage(process) | gpus.usage()).items()}
+                    usage = {
+                        f"{PREFIX}{name}": value for name, value in (machine_usage(process) | gpus.usage()).items()
+                    }
                     file.write(json.dumps({"step": step, "epoch": 0, "time": time.time()} | usage) + "\n")
                     file.flush()
                     step += 1
-        except Exception as error:  # noqa: BLE001 - not needed for training
+        except Exception as error:  # noqa: BLE001 - training does not need these metrics
             log.warning("system metrics are no longer recorded: %s: %s", type(error).__name__, error)
 
 
 class Gpus:
-    """The NVIDIA GPUs of this machine, if there are any."""
+    """The NVIDIA GPUs of this machine; none if the driver is not available."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -64,12 +66,12 @@ class Gpus:
         self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
 
     def usage(self) -> dict[str, float]:
-        """Return memory (megabytes, %), utilization (%) and power (watts, %) of each GPU, if the GPU reports them."""
+        """Return used memory (MB, %), utilization (%) and power (W, %) of each GPU, if the GPU reports them."""
         values: dict[str, float] = {}
         for i, handle in enumerate(self._handles):
-            for measure in (self._memory, self._utilization, self._power):
+            for query in (self._memory, self._utilization, self._power):
                 try:
-                    values |= {f"gpu_{i}_{name}": round(value, 1) for name, value in measure(handle).items()}
+                    values |= {f"gpu_{i}_{name}": round(value, 1) for name, value in query(handle).items()}
                 except self._nvml.NVMLError as error:
                     log.debug("GPU %d does not report all metrics: %s", i, error)
         return values
@@ -90,7 +92,7 @@ class Gpus:
 
 
 def machine_usage(process: psutil.Process) -> dict[str, float]:
-    """Return the usage of processors, memory and disk, and the memory usage of `process`."""
+    """Return the usage of CPU (%), memory and disk (MB, %) of the machine, and the memory of `process` (MB)."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -104,7 +106,7 @@ def machine_usage(process: psutil.Process) -> dict[str, float]:
 
 
 def drop_torn_line(path: Path) -> int:
-    """Remove an incomplete last line, and return the step after that of the last complete line."""
+    """Remove an incomplete last line. Return the next step: the step of the last complete line plus one, or 0."""
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)

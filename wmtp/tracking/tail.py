@@ -1,4 +1,4 @@
-"""Read new lines of a metrics.jsonl, which grows, and is truncated when its run is resumed."""
+"""Read the new lines of a metrics.jsonl. The file grows, and is truncated when its run is resumed."""
 
 import json
 import re
@@ -11,32 +11,34 @@ Point = tuple[str, float, int, int]
 """Name, value, milliseconds since 1970, and step of a metric."""
 
 NOT_METRICS = ("step", "epoch", "time")
+"""Keys of a line that are not metrics."""
 POINTS_PER_CALL = 500
-"""Number of points in one request to MLflow."""
+"""Maximum number of points in one request to MLflow."""
 MAX_NAME_LENGTH = 250
+"""Maximum length that MLflow accepts for names of metrics, parameters and tags."""
 BYTES_PER_READ = 1_000_000
 
 
 @dataclass(frozen=True)
 class Position:
-    """A position in a file: number of lines read, their size in bytes, and the last line."""
+    """Position of a reader in a file: the number of lines read, their size in bytes, and the last of them."""
 
     lines: int = 0
     size: int = 0
     last: str = ""
 
     def after(self, lines: Sequence[bytes]) -> "Position":
-        """Return the position after the next lines."""
+        """Return the position after `lines`, which follow this position in the file."""
         size = self.size + sum(len(line) for line in lines)
         return Position(self.lines + len(lines), size, lines[-1].decode() if lines else self.last)
 
 
 class AlreadyLogged:
-    """The points of one file that MLflow already has, from `first_step` on, as counts for each metric and step.
+    """Number of points that MLflow has from one file, for each metric and each step from `first_step` on.
 
-    Only the number of points is compared, not their values: a step that is computed again after a resume has another
-    speed and, on a GPU, other last bits. The points that were sent first are kept. If several lines of a step have the
-    same value of a metric, they count as one point.
+    Only the number of points is compared, not their values. A step that is computed again after a resume has another
+    speed and, on a GPU, slightly different values. MLflow keeps the points that were sent first. Lines of one step with
+    the same value of a metric count as one point.
     """
 
     def __init__(self, first_step: int) -> None:
@@ -46,12 +48,12 @@ class AlreadyLogged:
         self._step = first_step
 
     def add(self, name: str, step: int) -> None:
-        """Count a point that MLflow has."""
+        """Count one point that MLflow has."""
         if step >= self.first_step:
             self._counts[name, step] += 1
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
-        """Return those of the file's next points that MLflow lacks; all of them count as sent afterwards."""
+        """Return the points that MLflow does not have. `points` follow in the file; all count as sent afterwards."""
         missing = []
         for point in points:
             name, value, _, step = point
@@ -71,10 +73,10 @@ class AlreadyLogged:
 
 
 def lines_after(path: Path, position: Position) -> list[bytes] | None:
-    """Return the next complete lines, at most about a megabyte; None if the file was truncated before `position`.
+    """Return the complete lines after `position`, at most about one megabyte; None if `position` is not valid anymore.
 
-    Lines hold the time at which they were written. So a file that was truncated and grew again has a different line
-    at the position of the last line read.
+    A position becomes invalid when the file is truncated before it. Each line contains the time at which it was
+    written. So if the file has grown again since, the last line that was read is not found at its place.
     """
     if not path.exists():
         return []
@@ -87,7 +89,7 @@ def lines_after(path: Path, position: Position) -> list[bytes] | None:
 
 
 def lines_before(path: Path, position: Position) -> list[bytes]:
-    """Return the last complete lines up to `position`, at most about a megabyte."""
+    """Return the complete lines before `position`, at most about one megabyte: those nearest to `position`."""
     if not path.exists():
         return []
     start = max(0, position.size - BYTES_PER_READ)
@@ -98,13 +100,13 @@ def lines_before(path: Path, position: Position) -> list[bytes]:
 
 
 def count_lines(path: Path, position: Position) -> tuple[int, int]:
-    """Return the number of lines in a file, and of those after `position`."""
+    """Return the number of lines in a file, and the number of lines after `position`."""
     written = path.read_bytes().count(b"\n") if path.exists() else 0
     return written, written if lines_after(path, position) is None else max(0, written - position.lines)
 
 
 def clean_name(name: str) -> str:
-    """Return the closest name that MLflow accepts for a metric, parameter or tag."""
+    """Return a similar name that MLflow accepts for a metric, parameter or tag."""
     allowed = re.sub(r"[^/\w.\- :]", "_", name)[:MAX_NAME_LENGTH]
     # MLflow accepts only normalized relative paths.
     parts = ["_" if part in (".", "..") else part for part in allowed.split("/") if part]
@@ -113,32 +115,32 @@ def clean_name(name: str) -> str:
 
 
 def step_of(line: bytes) -> int:
-    """Return the step of a line."""
+    """Return the step of a line of metrics.jsonl or system.jsonl."""
     return int(json.loads(line)["step"])
 
 
-def line_points(line: dict[str, float | str], group: str = "") -> list[Point]:
-    """Return the metrics of a line, with names that start with `group`.
+def line_points(line: dict[str, float | str], prefix: str = "") -> list[Point]:
+    """Return the metrics of a line. `prefix` is added to names that do not start with it.
 
-    Values that are not finite, which are strings, are not returned, but counted in the metric `nonfinite`.
+    Values that are not finite are strings in the file. They are not returned; the metric `nonfinite` is their number.
     """
     timestamp, step = int(float(line["time"]) * 1000), int(line["step"])
     metrics = {name: value for name, value in line.items() if name not in NOT_METRICS}
     points = [
-        (clean_name(name if name.startswith(group) else group + name), float(value), timestamp, step)
+        (clean_name(name if name.startswith(prefix) else prefix + name), float(value), timestamp, step)
         for name, value in metrics.items()
         if not isinstance(value, str)
     ]
     if not_finite := len(metrics) - len(points):
-        points.append((f"{group}nonfinite", float(not_finite), timestamp, step))
+        points.append((f"{prefix}nonfinite", float(not_finite), timestamp, step))
     return points
 
 
-def batches(lines: Sequence[bytes], group: str = "") -> Iterator[tuple[list[bytes], list[Point]]]:
-    """Yield batches of lines with at most `POINTS_PER_CALL` points; a line with more points is a batch of its own."""
+def batches(lines: Sequence[bytes], prefix: str = "") -> Iterator[tuple[list[bytes], list[Point]]]:
+    """Yield batches of lines, each with its points: at most `POINTS_PER_CALL` of them, or those of a single line."""
     batch, points = list[bytes](), list[Point]()
     for line in lines:
-        more = line_points(json.loads(line), group)
+        more = line_points(json.loads(line), prefix)
         if batch and len(points) + len(more) > POINTS_PER_CALL:
             yield batch, points
             batch, points = [], []

@@ -51,19 +51,26 @@ class Components:
 
 
 def build_components(config: DictConfig) -> Components:
-    """Set up the hardware, read the data and build the algorithm."""
+    """Set up the hardware, read the data and build the algorithm.
+
+    Raises:
+        InputError: the data, the tokenizer or the settings of the algorithm cannot be used.
+    """
     hardware: Hardware = build(config.hardware)
     tokenizer = build_tokenizer(config, hardware)
     data = build_data(config, hardware, tokenizer)
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
     algorithm: Algorithm = build(config.algo)
-    if algorithm.needs_truth:
+    if algorithm.needs_token_labels:
         attach_token_labels(data)
     return Components(hardware, data, algorithm, columns)
 
 
 def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
-    """Return the model's tokenizer. Rank 0 writes its files to the cache first; the other ranks then read them."""
+    """Return the model's tokenizer.
+
+    Rank 0 builds it first and writes its files to the cache. The other ranks then read these files.
+    """
 
     def _build() -> Tokenizer:
         tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=Path(config.cache_dir))
@@ -98,7 +105,14 @@ def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> 
 
 
 def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
-    """Set the reward of every sample to the score of a reward model, which runs on rank 0 only."""
+    """Set the reward of every sample to the score of a reward model.
+
+    The model runs on rank 0 only; the other ranks receive its scores. The hash of its weights becomes part of the
+    fingerprint of the data.
+
+    Raises:
+        InputError: the folder at `path` contains no usable reward model, or a sample is too long for it.
+    """
     splits = (data.train, data.validation)
 
     def _score() -> tuple[str, list[list[float]]]:
@@ -114,7 +128,7 @@ def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
 
 
 def attach_token_labels(data: Dataset) -> None:
-    """Label every token as harmful or not, from the spans in the records.
+    """Label every token of both splits as harmful or not, from the spans in the records (see `harmful_tokens`).
 
     Raises:
         InputError: the records contain no such spans.
@@ -128,10 +142,15 @@ def attach_token_labels(data: Dataset) -> None:
 
 
 def build_model(config: DictConfig, components: Components, *, values: bool) -> MtpModel:
-    """Return the model with its initial weights.
+    """Return the model with its initial weights, on the device of the hardware.
 
     Random weights are a pure function of the seed. The value head is initialized last, so the other weights do not
     depend on it.
+
+    Args:
+        config: the config of the run or of stage 1.
+        components: the objects shared by all stages.
+        values: whether to add a value head.
     """
     seed_torch(config.seed)
     model = build_source(config.model, components.tokenizer, Path(config.cache_dir)).create()
@@ -205,8 +224,8 @@ def build_trainer(
     if hardware.compile:
         for block in blocks:
             block.compile()
-    values = [] if model.value_head is None else [model.value_head]  # always fp32
-    parallelize(model, blocks, hardware.strategy, hardware.precision, keep_fp32=values)
+    value_heads = [] if model.value_head is None else [model.value_head]  # always fp32
+    parallelize(model, blocks, hardware.strategy, hardware.precision, keep_fp32=value_heads)
     optimizer = build(config.optimizer, params=parameter_groups(model))
     plan = build(config, Plan, num_samples=len(data.train), num_processes=processes.size)
     trainer: Trainer = build(
@@ -226,7 +245,7 @@ def build_trainer(
 
 
 def build_stage(config: DictConfig, components: Components) -> Stage | None:
-    """Return stage 1, or None if the config has none or `algo.reference` names a reference."""
+    """Return stage 1; None if the config has no stage 1, or if `algo.reference` names a reference model instead."""
     if config.pretrain is None or components.algorithm.reference is not None:
         return None
     stage: Stage = build(config.pretrain)

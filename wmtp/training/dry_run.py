@@ -1,4 +1,4 @@
-"""A dry run: print what would be trained, and run one update and one validation batch of every stage."""
+"""A dry run: print the config, and run one update and one validation batch of every stage."""
 
 import gc
 import time
@@ -35,7 +35,7 @@ from wmtp.training.trainer import Trainer
 
 
 def dry_run(config: DictConfig, folder: Path) -> None:
-    """Print what would be trained, and run one update and one validation batch of every stage.
+    """Print the config, and run one update and one validation batch of every stage.
 
     No checkpoint, metric or summary is written.
 
@@ -76,9 +76,9 @@ def _run_one_update(console: Console, trainer: Trainer) -> None:
 
 
 def describe_cost(trainer: Trainer, seconds: float) -> str:
-    """Describe the expected memory for the longest samples, and the time extrapolated from the first update.
+    """Return the expected memory for the longest samples and the expected time of the run, as text.
 
-    `seconds` is the duration of the first update.
+    The time is extrapolated from the first update, which took `seconds`.
     """
     hardware, plan, lengths = trainer.hardware, trainer.plan, trainer.data.train.samples.lengths
     setting = ParallelSetting(
@@ -98,16 +98,16 @@ def describe_cost(trainer: Trainer, seconds: float) -> str:
 
 
 def describe_training(trainer: Trainer) -> str:
-    """Describe the model's size, the hardware, the data and the planned updates in three lines."""
+    """Return the size of the model, the hardware, the sizes of the data and the planned updates, as three lines."""
     model, data, plan = trainer.model, trainer.data, trainer.plan
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = "" if trained == model.num_parameters else f", {trained:,} of them trained"
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = "" if num_trained == model.num_parameters else f", {num_trained:,} of them trained"
     heads = f"{model.num_heads} heads" if model.num_heads > 1 else "1 head"
     hardware = trainer.hardware
     size = hardware.processes.size
-    where = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
+    devices = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
     return (
-        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {where}\n"
+        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {devices}\n"
         f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )

@@ -1,4 +1,4 @@
-"""Early stopping: decide from observed metrics when a run ends before its plan."""
+"""Early stopping: end a run before its last planned update if its metrics meet a criterion."""
 
 import math
 from collections import deque
@@ -17,16 +17,16 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class EarlyStopping:
     """Early stopping with three optional criteria.
 
-    - *converged*: the last `patience` measurements of `monitor` are not more than `min_delta` below the best. A value
-      that is not finite counts as a measurement without improvement and is never the best.
+    - *converged*: none of the last `patience` measurements of `monitor` is more than `min_delta` below the best one
+      before. A value that is not finite counts as no improvement and never becomes the best.
     - *unstable*: in the last `window` updates, the share of gradient norms above `threshold` is at least `ratio`. A
-      norm that is not finite counts as above. The criterion is off until the window is full.
-    - *out of range*: the value variance of the latest update is outside `variance_min` and `variance_max`. A variance
-      that is not finite is outside. Without a value head the criterion is off.
+      norm that is not finite counts as above the threshold. The criterion is off until the window is full.
+    - *out of range*: the value variance of the latest update is below `variance_min` or above `variance_max`. A
+      variance that is not finite is out of range. Without a value head the criterion is off.
 
     `mode="any"` stops if one criterion holds; `"all"` stops if the run has converged and is neither unstable nor out of
-    range; `"loss_only"` stops if it has converged. A decision is final. It depends only on the observed values, so with
-    several ranks each rank must observe the global values.
+    range; `"loss_only"` stops if it has converged. A decision is final. It depends only on the observed values, so
+    each rank must observe the global values, not those of its own batches.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class EarlyStopping:
         variance_min: NonNegative | None = None,
         variance_max: PositiveFloat | None = None,
     ) -> None:
-        """Create the criteria. None for `patience`, for `window` or for both variances turns that criterion off.
+        """Create the criteria.
+
+        A criterion is off if its setting is None: `patience` for *converged*, `window` for *unstable*, and both
+        `variance_min` and `variance_max` for *out of range*.
 
         Raises:
             InputError: `mode` needs a `patience`, or the range of variances is empty.
@@ -66,7 +69,7 @@ class EarlyStopping:
         return self._reason
 
     def stop(self, reason: str) -> None:
-        """Stop for a reason that another rank found."""
+        """Stop for the reason of another rank."""
         self._reason = reason
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
@@ -87,7 +90,7 @@ class EarlyStopping:
         self._decide()
 
     def metrics(self) -> dict[str, float]:
-        """Return the known values of the active criteria as `early_stopping/*` metrics."""
+        """Return the current values of the active criteria as `early_stopping/*` metrics, if they are finite."""
         values: dict[str, float | None] = {}
         if self.patience is not None:
             values |= {"counter": float(self._counter), "best": self._best}
@@ -111,11 +114,11 @@ class EarlyStopping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the observed values, under the current settings.
 
-        A smaller window keeps the newest updates; a different `monitor` resets its measurements. If settings have
-        changed, the decision to stop is made again.
+        If the window is smaller than before, only its newest updates are kept. If `monitor` has changed, the best value
+        and the counter are reset. If any setting has changed, the decision to stop is made again.
         """
-        same = state["settings"]["monitor"] == self.monitor
-        self._best, self._counter = (state["best"], state["counter"]) if same else (None, 0)
+        same_monitor = state["settings"]["monitor"] == self.monitor
+        self._best, self._counter = (state["best"], state["counter"]) if same_monitor else (None, 0)
         self._exceeded = deque(state["exceeded"], maxlen=self.window or 0)
         self._variance = None if state["value_variance"] is None else float(state["value_variance"])
         self._reason = state["reason"]
@@ -142,10 +145,10 @@ class EarlyStopping:
     def _converged(self) -> str | None:
         if self.patience is None or self._counter < self.patience:
             return None
-        by = f" by more than {self.min_delta}" if self.min_delta else ""
+        required = f" by more than {self.min_delta}" if self.min_delta else ""
         best = "no value was finite" if self._best is None else f"best {self._best:.6g}"
         measurements = "measurement" if self._counter == 1 else "measurements"
-        return f"converged: {self.monitor} has not improved{by} in {self._counter} {measurements} ({best})"
+        return f"converged: {self.monitor} has not improved{required} in {self._counter} {measurements} ({best})"
 
     def _unstable(self) -> str | None:
         ratio = self._unstable_ratio()
@@ -178,7 +181,7 @@ class EarlyStopping:
 
 
 def monitor_problem(monitor: str, available: Iterable[str]) -> str | None:
-    """Return why a metric cannot be monitored, or None if it is one of the available metrics."""
+    """Return the reason why a metric cannot be monitored; None if it is one of the available metrics."""
     names = sorted(set(available))
     if monitor in names:
         return None

@@ -1,6 +1,6 @@
-"""Calculated cost of a training run: memory by use, operations, traffic, and time on a known GPU.
+"""Estimates of a training run: memory by use, FLOPs, network traffic, and time on an A100.
 
-Memory and traffic are in bytes. docs/scaling.md and docs/presets.md list the sources of the figures.
+Memory and traffic are in bytes. docs/scaling.md and docs/presets.md list the sources of the numbers.
 """
 
 from collections.abc import Iterable
@@ -27,15 +27,15 @@ NODE_RING_BANDWIDTH = 160 * GB
 Assumed: 80 % of 8 · 25 GB/s; rings use all cards.
 """
 UTILIZATION = (0.40, 0.65)
-"""Share of the peak that all matrix products reach, including recomputed ones: slow and fast end, assumed."""
+"""Share of the peak FLOP/s that matrix products reach, including recomputed ones: low and high estimate, assumed."""
 BACKWARD_WORK = 1.07
-"""Peak memory of the backward of a block, relative to the bytes that autograd kept of its forward; measured on CPU."""
+"""Peak memory of a block's backward, divided by the bytes that autograd keeps of its forward; measured on CPU."""
 ADAM_TRAFFIC = 92
 """Bytes per parameter that gradient clipping and AdamW (foreach) read and write."""
 
 
 class ParallelSetting(NamedTuple):
-    """The parallel strategy, the precision of matrix products, and the number of optimizer moments per parameter."""
+    """The parallel strategy, the precision of matrix products, and the optimizer's values per parameter (`moments`)."""
 
     strategy: str
     activation_checkpointing: bool
@@ -49,7 +49,8 @@ class ParallelSetting(NamedTuple):
 class Machine:
     """The number of processes, their devices, and the size of an update.
 
-    `memory` is nominal, in GB per device; `ring` is in bytes per second and GPU.
+    `memory` is the nominal memory of a device in GB. `ring` is the bandwidth of a ring in bytes per second and GPU
+    (None: the published value for this number of processes). `sequence` is in tokens, `batch_size` in samples.
     """
 
     processes: int
@@ -63,7 +64,7 @@ class Machine:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second and GPU of a ring."""
+        """Bandwidth of a ring, in bytes per second and GPU."""
         return self.ring or (RING_BANDWIDTH if self.processes <= 8 else NODE_RING_BANDWIDTH)
 
     def micro_batches(self, setting: ParallelSetting) -> int:
@@ -72,27 +73,27 @@ class Machine:
 
 
 def product_bytes(shape: ModelShape, setting: ParallelSetting) -> int:
-    """Return the bytes of an element of a matrix product's result."""
+    """Return the bytes per element of the result of a matrix product."""
     return min(shape.number_bytes, 2 if setting.precision == "bf16" else 4)
 
 
 def has_fused_norm(shape: ModelShape, machine: Machine) -> bool:
-    """Return whether a norm is one kernel, for which autograd keeps the input and one statistic.
+    """Return whether a norm is computed by one kernel.
 
-    On CPU, on MPS and in transformers RMSNorm consists of several kernels, and the gradient of its weight needs the
-    scaled input.
+    For one kernel, autograd keeps the input and one number per token. On CPU, on MPS and in transformers, RMSNorm
+    consists of several kernels, and the gradient of its weight also needs the scaled input.
     """
     return shape.kind == "gpt2" or (shape.kind == "wmtp" and machine.device == "cuda")
 
 
 def normed_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
-    """Return the bytes of an element of a norm's result; on CUDA, autocast runs the norms of torch in fp32."""
+    """Return the bytes per element of the result of a norm; on CUDA, autocast runs the norms of torch in fp32."""
     is_raised = setting.precision == "bf16" and machine.device == "cuda" and has_fused_norm(shape, machine)
     return 4 if is_raised else shape.number_bytes
 
 
 def kept_input_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
-    """Return the bytes of an element of a norm's input, as autograd keeps it.
+    """Return the bytes per element of a norm's input in the form that autograd keeps.
 
     A norm of several kernels first converts its input to fp32.
     """
@@ -100,7 +101,10 @@ def kept_input_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetti
 
 
 def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
-    """Return the bytes per token that autograd keeps of a norm, without those of the layers that read its result."""
+    """Return the bytes per token that autograd keeps for a norm.
+
+    The result of the norm is not included, because it is counted for the layers that read it.
+    """
     scaled = 0
     if not has_fused_norm(shape, machine) and not frozen:
         scaled = 4 if shape.kind == "wmtp" else shape.number_bytes
@@ -108,12 +112,12 @@ def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, fr
 
 
 def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
-    """Return the bytes per token that autograd keeps of a block; a `frozen` block has adapters.
+    """Return the bytes per token that autograd keeps for a block; a `frozen` block has adapters.
 
-    Autocast makes a separate copy of the normed state for each matrix that reads it. Attention keeps queries, keys,
-    values, its result and, per head, a log-sum in fp32; the implementation of wmtp repeats keys that several heads
+    Autocast makes a separate copy of the normalized state for each matrix that reads it. Attention keeps queries, keys,
+    values, its result and, per head, a log-sum in fp32. The implementation of wmtp repeats keys that several heads
     share. SwiGLU keeps the gate, its activation, the other half and their product. GPT-2's GELU consists of several
-    kernels and keeps five tensors; on CUDA, autocast makes three of them fp32.
+    kernels and keeps five tensors; on CUDA, autocast converts three of them to fp32.
     """
     dim, size, is_gpt2 = shape.dim, product_bytes(shape, setting), shape.kind == "gpt2"
     is_cast = size < normed_bytes(shape, machine, setting)
@@ -123,7 +127,7 @@ def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, f
         feed_forward = 16 if setting.precision == "bf16" and machine.device == "cuda" else 5 * size
     kept = 2 * norm_bytes(shape, machine, setting, frozen) + (5 if is_cast and not is_gpt2 else 2) * size * dim
     kept += 2 * size * (shape.query_dim + keys) + 4 * shape.num_attention_heads + feed_forward * shape.hidden_dim
-    if shape.kind == "qwen3":  # queries and keys are normed too
+    if shape.kind == "qwen3":  # queries and keys are normalized too
         kept += (4 + (0 if frozen else size)) * (shape.query_dim + shape.kv_dim)
     if shape.has_dropout:
         kept += 2 * (1 if machine.device == "cuda" else size) * dim
@@ -135,24 +139,25 @@ def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, f
 def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
     """Return the bytes per token that autograd keeps between forward and backward.
 
-    With activation checkpointing these are the inputs of the blocks; all heads share one input. The last norm keeps
-    its input, the stacked heads. Heads that are residual layers share the input of their matrices, unless autocast
-    makes a copy for each, and keep the results of the matrices.
+    With activation checkpointing, these are the inputs of the blocks; all heads share one input. The last norm keeps
+    its input, which is the states of all heads. Heads that are residual layers keep the results of their matrices, and
+    share the input of the matrices unless autocast makes a copy for each head.
     """
     values = 0 if shape.value_dim is None else 8 * (shape.dim + shape.value_dim)
     if shape.trains_values_only:
         return values
-    heads, is_frozen, stream = shape.num_head_blocks, shape.adapter_rank is not None, shape.number_bytes * shape.dim
-    last = heads * norm_bytes(shape, machine, setting, is_frozen) + values
-    if further := shape.num_heads - heads:
+    heads, is_frozen = shape.num_head_blocks, shape.adapter_rank is not None
+    stream_bytes = shape.number_bytes * shape.dim
+    outputs = heads * norm_bytes(shape, machine, setting, is_frozen) + values
+    if num_residual := shape.num_heads - heads:
         size, normed = product_bytes(shape, setting), normed_bytes(shape, machine, setting)
-        last += (further * size + (further * size if size < normed else normed)) * shape.dim
+        outputs += (num_residual * size + (num_residual * size if size < normed else normed)) * shape.dim
     if setting.activation_checkpointing:
-        return shape.num_layers * stream + last
+        return shape.num_layers * stream_bytes + outputs
     is_shared = kept_input_bytes(shape, machine, setting) == shape.number_bytes  # no separate copy for each head
     blocks = shape.num_trunk_blocks * block_bytes(shape, machine, setting, is_frozen)
-    blocks += heads * block_bytes(shape, machine, setting) - (heads - 1) * (stream if is_shared else 0)
-    return blocks + last
+    blocks += heads * block_bytes(shape, machine, setting) - (heads - 1) * (stream_bytes if is_shared else 0)
+    return blocks + outputs
 
 
 def all_logits_bytes(shape: ModelShape, tokens: int) -> int:
@@ -161,7 +166,7 @@ def all_logits_bytes(shape: ModelShape, tokens: int) -> int:
 
 
 def chunk_bytes(machine: Machine) -> int:
-    """Return the size of the logits of one chunk of the loss."""
+    """Return the bytes of the logits of one chunk of the loss."""
     return cross_entropy.GPU_CHUNK_BYTES if machine.device == "cuda" else cross_entropy.CHUNK_BYTES
 
 
@@ -185,36 +190,36 @@ def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
 
 
 def work_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
-    """Return the bytes of temporary buffers: gathered blocks, gradients being reduced, and one block's backward."""
+    """Return the bytes of temporary buffers: gathered parameters, buffers of gradients, and the backward of a block."""
     size, kept, number = product_bytes(shape, setting), block_bytes(shape, machine, setting), shape.number_bytes
     already_counted = number * shape.dim if setting.activation_checkpointing else kept
-    running = 0.0 if shape.trains_values_only else (BACKWARD_WORK * kept - already_counted) * tokens
+    backward = 0.0 if shape.trains_values_only else (BACKWARD_WORK * kept - already_counted) * tokens
     if setting.strategy != "fsdp":
         # autocast's copies of the matrices are kept until the backward
-        copies = 2 * shape.counted.parameters if size < number else 0
+        cast_copies = 2 * shape.counted.parameters if size < number else 0
         buckets = shape.counted.trained_bytes if setting.strategy == "ddp" else 0
-        return copies + buckets + running
+        return cast_copies + buckets + backward
     gathered = 2 * 2 * size * shape.block_parameters  # two blocks and the buffers they are gathered into
     vocabulary = shape.num_vocabulary_matrices * number * shape.vocabulary_parameters
     if shape.trains_values_only:
         return gathered + vocabulary
-    reducing = (size + 2 * 4) * shape.block_parameters  # a gradient and two fp32 buffers to reduce it
+    reduction = (size + 2 * 4) * shape.block_parameters  # a gradient and two fp32 buffers to reduce it
     embedding = number * shape.vocabulary_parameters if shape.adapter_rank is None else 0  # its gradient
-    return gathered + reducing + vocabulary + embedding + running
+    return gathered + reduction + vocabulary + embedding + backward
 
 
 def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dict[str, float]:
-    """Return the bytes of one process by use, and the peak as `total`.
+    """Return the bytes of one process by use, and the peak under the key `total`.
 
-    If an update has only one forward pass, the total is less than the sum, because activations are freed while
-    gradients are allocated.
+    If an update has only one forward pass, the total is less than the sum of the uses, because activations are freed
+    while gradients are allocated.
     """
     tokens, counts = setting.micro_batch_size * machine.sequence, shape.counted
     shards = machine.processes if setting.strategy == "fsdp" else 1
     gradients, accumulates = counts.trained_bytes / shards, machine.micro_batches(setting) > 1
     if shards > 1 and accumulates and not setting.reduce_each_micro_batch:
         gradients = float(4 * counts.trained if setting.precision == "bf16" else counts.trained_bytes)
-    parts = {
+    uses = {
         "parameters": counts.parameter_bytes / shards,
         "gradients": gradients,
         "optimizer": setting.moments * counts.trained_bytes / shards,
@@ -222,11 +227,11 @@ def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dic
         "loss": loss_bytes(shape, machine, setting, tokens),
         "work": work_bytes(shape, machine, setting, tokens),
     }
-    state, held = parts["parameters"] + parts["optimizer"], parts["activations"] + parts["loss"]
-    most = gradients + held if accumulates else max(gradients, held)
+    state, forward = uses["parameters"] + uses["optimizer"], uses["activations"] + uses["loss"]
+    peak = gradients + forward if accumulates else max(gradients, forward)
     # AdamW (foreach) keeps the square roots in a separate list
-    roots = counts.trained_bytes / shards if machine.device == "cuda" else 0.0
-    return parts | {"total": state + max(most + parts["work"], counts.trained_bytes / shards + roots)}
+    square_roots = counts.trained_bytes / shards if machine.device == "cuda" else 0.0
+    return uses | {"total": state + max(peak + uses["work"], counts.trained_bytes / shards + square_roots)}
 
 
 def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_batches: int) -> tuple[float, float]:
@@ -240,32 +245,36 @@ def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_b
     if setting.strategy != "fsdp":
         return 0.0, 2 * share * counts.trained_bytes
     blocks = shape.num_blocks * shape.block_parameters
-    others = shape.number_bytes * (counts.parameters - blocks)
-    times = 1 if shape.trains_values_only else 2
-    gathered = share * (times * product_bytes(shape, setting) * blocks + others)
+    other_bytes = shape.number_bytes * (counts.parameters - blocks)
+    num_gathers = 1 if shape.trains_values_only else 2
+    gathered = share * (num_gathers * product_bytes(shape, setting) * blocks + other_bytes)
     reductions = micro_batches if setting.reduce_each_micro_batch else 1
     return micro_batches * gathered, reductions * share * 4 * counts.trained
 
 
 def flops_per_token(shape: ModelShape, sequence: int) -> tuple[float, float]:
-    """Return the FLOPs per token of forward and backward, and those of the recomputation with checkpointing.
+    """Return the FLOPs per token of forward and backward, and those of the recomputation for activation checkpointing.
 
-    Attention counts all pairs of positions, as published utilizations do, although causal attention needs only half.
-    The recomputation stops before the last product of a block, which no gradient needs. Frozen matrices need no
-    gradient. The cost of adapters is left out.
+    All pairs of positions count for attention, as in published utilizations, although causal attention needs only half
+    of them. The recomputation stops before the last matrix product of a block, because no gradient needs its result.
+    Frozen matrices need no gradient. The FLOPs of adapters are not included.
     """
     products, attention = 2 * shape.block_matrices, 4 * sequence * shape.query_dim
     if shape.trains_values_only:
         return float(shape.num_trunk_blocks * (products + attention)), 0.0
-    passes = 3 if shape.adapter_rank is None else 2
-    blocks = shape.num_trunk_blocks * passes * products + 3 * shape.num_head_blocks * products
+    num_passes = 3 if shape.adapter_rank is None else 2
+    blocks = shape.num_trunk_blocks * num_passes * products + 3 * shape.num_head_blocks * products
     blocks += 3 * shape.num_blocks * attention + 3 * 2 * shape.residual_parameters
-    again = shape.num_blocks * (products + attention - 2 * shape.dim * shape.hidden_dim)
-    return float(blocks + passes * 2 * shape.num_heads * shape.vocabulary_parameters), float(again)
+    recomputed = shape.num_blocks * (products + attention - 2 * shape.dim * shape.hidden_dim)
+    return float(blocks + num_passes * 2 * shape.num_heads * shape.vocabulary_parameters), float(recomputed)
 
 
 class Speed(NamedTuple):
-    """The speed of an update: seconds of products (at the peak), traffic and optimizer, and tokens per second."""
+    """The parts of an update's time, and the resulting speed.
+
+    The times are in seconds: matrix products at the peak FLOP/s, network traffic, optimizer. `slow` and `fast` are the
+    low and the high estimate of the speed, in tokens per second.
+    """
 
     peak_seconds: float
     traffic_seconds: float
@@ -275,27 +284,29 @@ class Speed(NamedTuple):
 
 
 def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Speed:
-    """Return the speed of an update.
+    """Return the speed of an update on A100 GPUs.
 
-    The slow end assumes low utilization and no overlap of traffic with computation; the fast end assumes high
+    The low estimate assumes low utilization, and no overlap of traffic with computation. The high estimate assumes high
     utilization and complete overlap.
     """
-    model, again = flops_per_token(shape, machine.sequence)
+    model, recomputed = flops_per_token(shape, machine.sequence)
     tokens = machine.batch_size * machine.sequence
-    flops = (model + (again if setting.activation_checkpointing else 0)) * tokens / machine.processes
+    flops = (model + (recomputed if setting.activation_checkpointing else 0)) * tokens / machine.processes
     shards = machine.processes if setting.strategy == "fsdp" else 1
-    optimizer = ADAM_TRAFFIC * shape.counted.trained / shards / MEMORY_BANDWIDTH
-    wire = sum(traffic(shape, machine.processes, setting, machine.micro_batches(setting))) / machine.bandwidth
+    optimizer_seconds = ADAM_TRAFFIC * shape.counted.trained / shards / MEMORY_BANDWIDTH
+    sent = traffic(shape, machine.processes, setting, machine.micro_batches(setting))
+    traffic_seconds = sum(sent) / machine.bandwidth
     peak = flops / PEAK_FLOPS
-    slow = tokens / (peak / UTILIZATION[0] + wire + optimizer)
-    fast = tokens / (max(peak / UTILIZATION[1], wire) + optimizer)
-    return Speed(peak, wire, optimizer, slow, fast)
+    slow = tokens / (peak / UTILIZATION[0] + traffic_seconds + optimizer_seconds)
+    fast = tokens / (max(peak / UTILIZATION[1], traffic_seconds) + optimizer_seconds)
+    return Speed(peak, traffic_seconds, optimizer_seconds, slow, fast)
 
 
 class Estimate(NamedTuple):
-    """An estimate of memory (bytes of one process by use) and time (seconds of an update, slow and fast end).
+    """An estimate of memory and time.
 
-    `seconds` is None for devices other than an A100.
+    `memory` has the bytes of one process by use. `seconds` has the time of an update, as (high estimate, low estimate);
+    it is None for devices other than an A100.
     """
 
     memory: dict[str, float]
@@ -306,8 +317,8 @@ def estimate(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> E
     """Return the memory of one process and, on an A100 in bf16, the time of an update."""
     seconds = None
     if machine.device == "cuda" and "A100" in machine.name and setting.precision == "bf16":
-        found, tokens = speed(shape, machine, setting), machine.batch_size * machine.sequence
-        seconds = tokens / found.slow, tokens / found.fast
+        rates, tokens = speed(shape, machine, setting), machine.batch_size * machine.sequence
+        seconds = tokens / rates.slow, tokens / rates.fast
     return Estimate(memory(shape, machine, setting), seconds)
 
 
@@ -317,24 +328,24 @@ def device_name(device: torch.device) -> str:
 
 
 def moments_per_parameter(optimizer: Optimizer) -> int:
-    """Return the number of values per parameter in the state of an optimizer after its first step; 2 for Adam."""
-    found = [sum(getattr(x, "shape", None) == p.shape for x in state.values()) for p, state in optimizer.state.items()]
-    return max(found, default=0)
+    """Return the number of values per parameter in the optimizer's state after its first step: 2 for Adam."""
+    counts = [sum(getattr(x, "shape", None) == p.shape for x in state.values()) for p, state in optimizer.state.items()]
+    return max(counts, default=0)
 
 
-def format_estimate(found: Estimate, machine: Machine, setting: ParallelSetting) -> str:
-    """Return an estimate as text: the memory with its uses (without those below 0.05 units), and the time if known."""
-    total = found.memory["total"]
+def format_estimate(estimated: Estimate, machine: Machine, setting: ParallelSetting) -> str:
+    """Return an estimate as text: the total memory, each use of at least 0.05 MB or GB, and the time if it is known."""
+    total = estimated.memory["total"]
     unit, name = (GB, "GB") if total >= GB else (1e6, "MB")
-    parts = {part: f"{size / unit:,.1f}" for part, size in found.memory.items() if part != "total"}
-    parts = {part: size for part, size in parts.items() if size != "0.0"}
-    if "gradients" in parts and machine.micro_batches(setting) == 1:
-        parts["gradients"] += " (reuse activations)"
-    which = f"{setting.micro_batch_size} x {machine.sequence:,} tokens"
-    listed = ", ".join(f"{part} {size}" for part, size in parts.items())
-    lines = [f"memory: about {total / unit:,.1f} {name} a process with {which}: {listed}"]
-    if found.seconds is not None:
-        slow, fast = map(format_duration, found.seconds)
+    uses = {use: f"{size / unit:,.1f}" for use, size in estimated.memory.items() if use != "total"}
+    uses = {use: size for use, size in uses.items() if size != "0.0"}
+    if "gradients" in uses and machine.micro_batches(setting) == 1:
+        uses["gradients"] += " (reuse activations)"
+    batch = f"{setting.micro_batch_size} x {machine.sequence:,} tokens"
+    uses_text = ", ".join(f"{use} {size}" for use, size in uses.items())
+    lines = [f"memory: about {total / unit:,.1f} {name} a process with {batch}: {uses_text}"]
+    if estimated.seconds is not None:
+        slow, fast = map(format_duration, estimated.seconds)
         lines.append(f"calculated for an A100: {fast} to {slow} for an update with the longest samples")
     return wrap_lines(lines)
 

@@ -24,13 +24,16 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def warmup_factor(step: int, num_updates: int, warmup_ratio: float) -> float | None:
-    """Return the factor during warm-up, which reaches 1 at the first update after it; None after warm-up."""
+    """Return the learning rate during warm-up, relative to the full one; None after warm-up.
+
+    The factor grows linearly and would reach 1 at the first update after warm-up. `step` counts updates from 0.
+    """
     warmup = math.ceil(warmup_ratio * num_updates)
     return (step + 1) / (warmup + 1) if step < warmup else None
 
 
 def decay_progress(step: int, num_updates: int, warmup_ratio: float) -> float:
-    """Return the completed part of the decay: 0 at the end of warm-up, 1 after the last update."""
+    """Return the completed fraction of the decay: 0 at the end of warm-up, 1 after the last update."""
     warmup = math.ceil(warmup_ratio * num_updates)
     return min(1.0, (step - warmup) / max(1, num_updates - warmup))
 

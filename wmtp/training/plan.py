@@ -9,10 +9,10 @@ from wmtp.field_types import Positive, PositiveFloat
 
 @dataclass(frozen=True)
 class Position:
-    """A position between two updates, which determines the next sample.
+    """A position between two updates. It determines the samples of the next update.
 
-    `step` counts updates, `epoch` complete passes over the data, `batch_in_epoch` the micro-batches done in this
-    pass, and `tokens` all tokens trained on.
+    `step` counts updates, `epoch` counts complete passes over the data, `batch_in_epoch` counts the micro-batches
+    completed in the current pass, and `tokens` counts all tokens trained on.
     """
 
     step: int = 0
@@ -53,9 +53,9 @@ class Plan:
         return position.batch_in_epoch // self.micro_batches_per_update
 
     def for_resume(self, micro_batch_size: int) -> "Plan":
-        """Return the plan for resuming a run whose micro-batches had this size.
+        """Return the plan for resuming a run that used `micro_batch_size`.
 
-        The size is kept, unless the user has set another one or it would leave a process without samples.
+        The plan keeps that size, unless the config sets another one or some process would get no samples.
         """
         plan = copy.copy(self)
         if self.is_default_size and micro_batch_size <= self.max_micro_batch_size:
@@ -64,12 +64,15 @@ class Plan:
         return plan
 
     def convert_position(self, position: Position, micro_batch_size: int) -> Position:
-        """Convert a position, counted in micro-batches of `micro_batch_size`, to this plan's micro-batches."""
+        """Convert a position that counts micro-batches of `micro_batch_size` to the micro-batches of this plan."""
         updates = position.batch_in_epoch // math.ceil(self.batch_size / micro_batch_size)
         return replace(position, batch_in_epoch=updates * self.micro_batches_per_update)
 
-    def after(self, position: Position, num_tokens: int) -> Position:
-        """Return the position after one more update; the end of an epoch is the start of the next one."""
+    def next_position(self, position: Position, num_tokens: int) -> Position:
+        """Return the position after one more update of `num_tokens` tokens.
+
+        The position at the end of an epoch is the start of the next epoch.
+        """
         step, tokens = position.step + 1, position.tokens + num_tokens
         if self.update_in_epoch(position) + 1 == self.updates_per_epoch:
             return Position(step, position.epoch + 1, 0, tokens)

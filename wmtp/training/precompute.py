@@ -27,23 +27,24 @@ from wmtp.ops.targets import targets
 from wmtp.runtime.locks import file_lock
 
 FORMAT = 1
+"""Version of the cached files, part of their key."""
 BATCH_SIZE = 32
 
 
 class TokenColumns:
     """A disk cache of per-token arrays (columns) that a frozen model computes for the splits of a data set.
 
-    The key of a file covers the tokens, the tokenizer, the weights of the model and everything else that determines
-    its forward pass. Later epochs, runs and jobs of a sweep reuse the file. Stale entries are never read.
+    The name of a file contains a hash of the tokens, the tokenizer, the weights of the model and everything else that
+    determines its forward pass. Later epochs, runs and jobs of a sweep reuse the file. Stale files are never read.
     """
 
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
     def attach_reference_losses(self, model: MtpModel, data: Dataset) -> None:
-        """Set `reference_losses` of both splits to the next-token cross-entropy of `model`, in nats.
+        """Set `reference_losses` of both splits to the next-token cross-entropy of `model` in nats, shape [token].
 
-        Tokens outside solutions get 0.
+        The value is 0 for tokens outside solutions. All ranks must call this method.
 
         Raises:
             InputError: the cached file cannot be read.
@@ -54,18 +55,20 @@ class TokenColumns:
             losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
             return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token
 
-        weights = weights_fingerprint(model, without="value_head.")
+        weights = weights_fingerprint(model, exclude_prefix="value_head.")
         for split in (data.train, data.validation):
             split.reference_losses = self._column("reference-losses", weights, split, (), model, _reference_losses)
         data.extend_fingerprint(weights)
 
     def attach_hidden_states(self, model: MtpModel, data: Dataset) -> None:
-        """Set `hidden_states` of both splits: the hidden state of the trunk after each token.
+        """Set `hidden_states` of both splits to the hidden state of the trunk at each token, shape [token, dim].
+
+        All ranks must call this method.
 
         Raises:
             InputError: the cached file cannot be read.
         """
-        weights = weights_fingerprint(model, without="value_head.")
+        weights = weights_fingerprint(model, exclude_prefix="value_head.")
         for split in (data.train, data.validation):
             split.hidden_states = self._column(
                 "hidden-states",
@@ -81,18 +84,18 @@ class TokenColumns:
         name: str,
         weights: str,
         split: TokenizedSplit,
-        tail: tuple[int, ...],
+        value_shape: tuple[int, ...],
         model: MtpModel,
-        measure: Callable[[Batch], Tensor],
+        compute: Callable[[Batch], Tensor],
     ) -> np.ndarray:
-        parts: list[Any] = [FORMAT, split.fingerprint, self.tokenizer.fingerprint, weights, self.hardware.precision]
-        parts.append(model.architecture.settings)
-        path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
+        key: list[Any] = [FORMAT, split.fingerprint, self.tokenizer.fingerprint, weights, self.hardware.precision]
+        key.append(model.architecture.settings)
+        path = self.cache_dir / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         processes = self.hardware.processes
         with file_lock(path.with_suffix(".lock")) if processes.is_main else nullcontext():
             if not processes.run_on_main(path.exists):
-                self._write(path, (len(split.samples.tokens), *tail), model, split, measure)
+                self._write(path, (len(split.samples.tokens), *value_shape), model, split, compute)
             processes.barrier()
         try:
             column: np.ndarray = np.load(path, mmap_mode="r")
@@ -107,16 +110,16 @@ class TokenColumns:
         shape: tuple[int, ...],
         model: MtpModel,
         split: TokenizedSplit,
-        measure: Callable[[Batch], Tensor],
+        compute: Callable[[Batch], Tensor],
     ) -> None:
         model.eval()
         if not self.hardware.processes.is_main:
-            fill_column(None, split, self.tokenizer, self.hardware, measure)
+            fill_column(None, split, self.tokenizer, self.hardware, compute)
             return
         staged = path.with_suffix(f".{os.getpid()}.tmp")
         column = np.lib.format.open_memmap(staged, mode="w+", dtype=np.float32, shape=shape)
         try:
-            fill_column(column, split, self.tokenizer, self.hardware, measure)
+            fill_column(column, split, self.tokenizer, self.hardware, compute)
             column.flush()
             with staged.open("rb") as file:
                 os.fsync(file.fileno())
@@ -130,27 +133,34 @@ def fill_column(
     split: TokenizedSplit,
     tokenizer: Tokenizer,
     hardware: Hardware,
-    measure: Callable[[Batch], Tensor],
+    compute: Callable[[Batch], Tensor],
 ) -> None:
-    """Compute `measure` for every batch of a split and write its values to `column`, one entry per token.
+    """Compute values for all tokens of a split and write them to `column`.
 
-    Each rank computes every `size`-th batch and broadcasts the values. All ranks must call this function; those with
-    `column=None` store nothing.
+    Each rank computes the values of every `size`-th batch, where `size` is the number of ranks, and broadcasts them.
+    All ranks must call this function.
+
+    Args:
+        column: the output, shape [token, ...]; None on ranks that do not store the values.
+        split: the split.
+        tokenizer: the tokenizer of the split, for padding.
+        hardware: device, precision and processes.
+        compute: returns the values of a batch, shape [batch, position, ...].
     """
     processes, offsets, lengths = hardware.processes, split.samples.offsets, split.samples.lengths
     batches = batches_by_length(lengths, BATCH_SIZE)
     for first in range(0, len(batches), processes.size):
         group = batches[first : first + processes.size]
-        mine = items_for_rank(group, processes.rank, processes.size)[0]
-        batch = collate(split, mine, tokenizer.padding).to(hardware.device)
+        indices = items_for_rank(group, processes.rank, processes.size)[0]
+        batch = collate(split, indices, tokenizer.padding).to(hardware.device)
         with hardware.autocast():
-            values = measure(batch).float()
-        for rank, chosen in enumerate(group):
-            shape = (len(chosen), int(lengths[chosen].max()))
-            own = values if rank == processes.rank else values.new_empty(*shape, *values.shape[2:])
-            found = processes.broadcast(own, rank)
+            values = compute(batch).float()
+        for rank, rank_indices in enumerate(group):
+            shape = (len(rank_indices), int(lengths[rank_indices].max()))
+            local_values = values if rank == processes.rank else values.new_empty(*shape, *values.shape[2:])
+            rank_values = processes.broadcast(local_values, rank)
             if column is None:
                 continue
-            rows = found.cpu().numpy()
-            for row, index in enumerate(chosen):
+            rows = rank_values.cpu().numpy()
+            for row, index in enumerate(rank_indices):
                 column[offsets[index] : offsets[index + 1]] = rows[row, : lengths[index]]

@@ -1,4 +1,4 @@
-"""The id of a run, its S3 URL, and the code and data it was started with."""
+"""Write the id and the S3 URL of a run, and the versions of its code and data."""
 
 import re
 import uuid
@@ -13,7 +13,7 @@ from wmtp.runtime.versions import versions
 
 
 def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, list[Any]], data: Dataset) -> None:
-    """Write provenance.json: code versions, overrides and data of the last start of a run.
+    """Write provenance.json: the code versions, overrides and data of the most recent start of a run.
 
     `changed` maps each key that the overrides changed to its default and its value.
     """
@@ -32,7 +32,10 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
 
 
 def write_run_id(folder: Path, remote: str | None) -> None:
-    """Write run.json with the permanent id of the run and its URL below `remote` (None: no copy in S3)."""
+    """Write run.json with the permanent id of the run and its URL below `remote`.
+
+    With `remote` None, the run has no copy in S3.
+    """
     run = read_run(folder)
     run_id = run["id"] if run else uuid.uuid4().hex
     before = run["remote"] if run else None
@@ -44,14 +47,14 @@ def write_run_id(folder: Path, remote: str | None) -> None:
 def remote_url(folder: Path, remote: str, before: str | None = None) -> str:
     """Return the URL of a run below `remote`.
 
-    `before`, the current URL of the run, is kept if it is below `remote`. Otherwise the URL ends with the run's path
-    below outputs/: the folder named by a date and all folders below it.
+    If `before`, the current URL of the run, is below `remote`, it is returned unchanged. Otherwise the URL is `remote`
+    and the last components of the run's path, starting at the folder that is named by a date.
     """
     remote = remote.rstrip("/")
     if before is not None and before.startswith(f"{remote}/"):
         return before
     path = folder.resolve()
-    dated = next((n for n, part in enumerate(path.parts) if re.fullmatch(r"\d{4}-\d\d-\d\d", part)), None)
-    if dated is None:
-        dated = -2 if (path.parent / SWEEP).exists() else -1  # the folder of a sweep's job is named only by its number
-    return f"{remote}/{'/'.join(path.parts[dated:])}"
+    start = next((n for n, part in enumerate(path.parts) if re.fullmatch(r"\d{4}-\d\d-\d\d", part)), None)
+    if start is None:
+        start = -2 if (path.parent / SWEEP).exists() else -1  # the folder of a sweep's job is named only by its number
+    return f"{remote}/{'/'.join(path.parts[start:])}"

@@ -12,13 +12,13 @@ from wmtp.objectives.base import Objective
 from wmtp.training.plan import Plan
 
 OVERRIDABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
-"""Settings that `resume_override` may name. A change of another one makes the tensors or the position invalid."""
+"""Settings that `resume_override` may name. With any other change, the saved tensors or position would be invalid."""
 
 
 def training_identity(
     data: Dataset, objective: Objective, plan: Plan, model: MtpModel, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Return the settings that decide the order of the samples and how the model is trained on them."""
+    """Return the settings that determine the order of the samples and the training on them, as plain JSON values."""
     return {
         "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
@@ -61,7 +61,7 @@ def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequ
 
 
 def describe_change(old: object, new: object) -> str:
-    """Describe a changed setting in one line; for dictionaries, only the first difference."""
+    """Return a line that describes a changed setting; of two dictionaries, only the first difference."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         return f"{len(keys)} entries differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"

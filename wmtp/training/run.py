@@ -61,7 +61,14 @@ class Run:
     """A run in its folder: stage 1, if there is one, and stage 2."""
 
     def __init__(self, config: DictConfig, folder: Path, progress: JobProgress, overrides: Sequence[str]) -> None:
-        """Prepare a run: `overrides` are the user's overrides, `progress` receives the step and the stop reason."""
+        """Create a run.
+
+        Args:
+            config: the config of the run.
+            folder: the folder of the run.
+            progress: receives the step and the stop reason of the run.
+            overrides: the overrides on the command line.
+        """
         config = with_absolute_model_path(config)
         self.config, self.folder, self.progress, self.overrides = config, folder, progress, list(overrides)
         self.processes = Processes()
@@ -93,21 +100,21 @@ class Run:
                 log.info("the run ended with state %s", state, exc_info=error)
                 self.progress.logged = error
                 self._write_report(state, code, str(error) or type(error).__name__)
-            for problem in close_all(self.uploaders, state):
-                log.warning("%s", problem)
+            for upload_error in close_all(self.uploaders, state):
+                log.warning("%s", upload_error)
             raise
-        problems = close_all(self.uploaders, "FINISHED")
+        upload_errors = close_all(self.uploaders, "FINISHED")
         for store in self.stores:
             store.prune()
         if self.processes.is_main:
             print_summary(self.console, self.folder, summary, longer_run_override(self.config, result))
         self.progress.stop_reason = result.stop_reason
-        if problems:
-            raise pending_error(problems)
+        if upload_errors:
+            raise pending_error(upload_errors)
         return result.final_loss
 
     def _prepare(self) -> Trainer:
-        """Train or load stage 1, and return the trainer of stage 2 at its start or resume position."""
+        """Train or load stage 1, and return the trainer of stage 2, restored from a checkpoint if the run resumes."""
         self._print(f"Run folder: {self.folder}")
         components = build_components(self.config)
         stage = build_stage(self.config, components)
@@ -137,7 +144,7 @@ class Run:
         return build_policy(self.config, components, stage_model)
 
     def _stage_1_model(self, stage: Stage, components: Components) -> MtpModel:
-        """Return the model of stage 1, which is trained here, loaded from this run, or copied from another run."""
+        """Return the model of stage 1: trained now, loaded from the run's folder, or copied from another run."""
         self.processes.run_on_all(lambda: require_unchanged(self.folder, self.config))
         if self.processes.run_on_main(lambda: read_stage_result(self.folder)) is None:
             if stage.reuse is None:
@@ -157,7 +164,11 @@ class Run:
         return load_weights(saved, model, components.tokenizer, components.hardware)
 
     def _train_stage_1(self, stage: Stage, components: Components) -> None:
-        """Train stage 1 to its end, and write its result to the run's folder."""
+        """Train stage 1 to its end, and write its result to the run's folder.
+
+        Raises:
+            InterruptedRun: a signal was received during stage 1.
+        """
         folder = self.folder / PRETRAIN
         trainer = build_stage_trainer(self.config, folder, components, stage)
         self._restore(trainer)
@@ -172,7 +183,7 @@ class Run:
             split.hidden_states = None  # not used in stage 2
         saved = trainer.checkpoints.best() or trainer.checkpoints.latest()
         if stage.saves_value_head:
-            head = value_head_tensors(load(saved, optimizer=False, verified=True))  # this process has just written it
+            head = value_head_tensors(load(saved, optimizer=False, verified=True))  # just written: skip verification
             self.processes.run_on_main(lambda: save_file(head, folder / "value_head.safetensors"))
         record = asdict(result) | {"saved": str(saved.relative_to(self.folder))}
         self.processes.run_on_main(lambda: write_stage_result(self.folder, record))
@@ -193,8 +204,8 @@ class Run:
             return trainer.fit([*trackers, *self.uploaders])
         finally:
             self.progress.step = trainer.position.step
-            for problem in close_trackers(trackers, "RUNNING"):
-                log.warning("%s", problem)
+            for error in close_trackers(trackers, "RUNNING"):
+                log.warning("%s", error)
 
     def _restore(self, trainer: Trainer) -> None:
         """Load the latest checkpoint if the run is resumed and the stage has one."""
@@ -223,12 +234,12 @@ class Run:
     def _save_model_files(self, config: DictConfig, folder: Path, components: Components) -> None:
         """Copy the files that describe a pretrained model to the folder of the config that names it."""
         source = build_source(config.model, components.tokenizer, Path(config.cache_dir))
-        for name, content in source.kept_files().items():
+        for name, content in source.files_to_save().items():
             (folder / MODEL_FOLDER).mkdir(exist_ok=True)
             replace_atomically(folder / MODEL_FOLDER / name, content)
 
     def _record_resume(self, checkpoint: Path, changes: dict[str, str]) -> None:
-        """Append the checkpoint, the number of processes and the declared changes to the run's list of resumes."""
+        """Append the checkpoint, the number of processes and the declared changes to the file `RESUMES`."""
         line = {"checkpoint": str(checkpoint.relative_to(self.folder)), "processes": self.processes.size}
         with (self.folder / RESUMES).open("a") as file:
             file.write(json.dumps({"time": time.time(), **line, "declared_changes": changes}) + "\n")
@@ -250,15 +261,15 @@ class Run:
         }
 
     def _write_report(self, state: str, exit_code: int, error: str | None = None) -> None:
-        """Write report.html if `report` is true. An error is only logged, because the run is valid without it."""
+        """Write report.html if `report` is true. Errors are only logged, because the run is valid without a report."""
         if not (self.config.report and self.processes.is_main and self.is_recorded):
             return
         from wmtp.report.run_report import write_run_report  # imports matplotlib, which takes a second
 
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        about = {"state": state, "exit_code": exit_code, "error": error, "step": self.progress.step, "ended": now}
+        status = {"state": state, "exit_code": exit_code, "error": error, "step": self.progress.step, "ended": now}
         try:
-            write_run_report(self.folder, about)
+            write_run_report(self.folder, status)
         except Exception as error:
             log.warning("report.html could not be written: %s: %s", type(error).__name__, error, exc_info=True)
 
@@ -271,7 +282,7 @@ class Run:
 
 
 def with_absolute_model_path(config: DictConfig) -> DictConfig:
-    """Return the config with an absolute path of the pretrained model, if it has one."""
+    """Return the config with `model.path`, the path of a pretrained model, made absolute if there is one."""
     path = config.model.get("path")
     if path is None:
         return config
@@ -281,13 +292,13 @@ def with_absolute_model_path(config: DictConfig) -> DictConfig:
 
 
 def value_head_tensors(snapshot: Snapshot) -> Tensors:
-    """Return the tensors of the value head by their names within the head."""
+    """Return the tensors of the value head, by their names without the prefix `value_head.`."""
     prefix = "value_head."
     return {name.removeprefix(prefix): x for name, x in snapshot.model.items() if name.startswith(prefix)}
 
 
 def longer_run_override(config: DictConfig, result: Result) -> str:
-    """Return an override with which a finished run can be resumed for more updates."""
+    """Return an override that makes a finished run train for more updates when it is resumed."""
     if result.stop_reason is not None:
         return "early_stopping=none"
     return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"

@@ -19,7 +19,7 @@ FIXED_KEYS = ("pretrain", "model", "data", "seed")
 
 
 def resolved_stage_config(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved config of stage 1, with the keys of the stage itself under `pretrain`."""
+    """Return the resolved config of stage 1 as plain values; `pretrain` contains the options of the stage itself."""
     return to_plain(stage_config(config)) | {"pretrain": to_plain(config.pretrain)}
 
 
@@ -49,7 +49,7 @@ def write_stage_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def read_stage_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of a run's stage 1; None if it is not finished."""
+    """Return the result of a run's stage 1; None if stage 1 is not finished."""
     path = folder / PRETRAIN / "result.json"
     if not path.exists():
         return None
@@ -80,17 +80,18 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
     """Return the result of another run's finished stage 1.
 
     Raises:
-        InputError: its stage 1 is missing or not finished, or its kind or model differs from this config's.
+        InputError: that run has no finished stage 1, or the class or the model of its stage 1 differs from this
+            config's.
     """
-    result, theirs, ours = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
+    result, reused, current = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
     if result is None:
         raise InputError(f"pretrain.reuse={source}: stage 1 of that run is not finished")
-    theirs, ours = (
-        flatten({"model": stage["model"], "kind": stage["pretrain"]["_target_"]}) for stage in (theirs, ours)
+    reused, current = (
+        flatten({"model": stage["model"], "kind": stage["pretrain"]["_target_"]}) for stage in (reused, current)
     )
-    changed = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    changed = sorted(key for key in reused.keys() | current.keys() if reused.get(key) != current.get(key))
     if changed:
-        lines = [f"  {key}: there {theirs.get(key)}, here {ours.get(key)}" for key in changed]
+        lines = [f"  {key}: there {reused.get(key)}, here {current.get(key)}" for key in changed]
         raise InputError("\n".join([f"pretrain.reuse={source}: stage 1 of that run differs:", *lines]))
     return result
 
@@ -99,7 +100,7 @@ def copy_stage(source: Path, folder: Path, config: DictConfig) -> None:
     """Copy the finished stage 1 of another run to this run's folder.
 
     Raises:
-        InputError: its stage 1 is missing or not finished, or does not match the config.
+        InputError: that run has no finished stage 1, or its stage 1 does not match the config.
     """
     result = require_same_stage(source, config)
     staged = folder / f".{PRETRAIN}-copy"

@@ -1,7 +1,8 @@
 """Stage 1, the pretraining stage: a value head for critic, a reference model for rho1.
 
-Stage 1 uses the same Trainer with another objective. Keys of `pretrain` that are not parameters of the classes below
-are keys of train.yaml, and override them in stage 1 only: `pretrain.num_epochs`, `pretrain.optimizer.lr`.
+Stage 1 uses the same Trainer with another objective. All keys of `pretrain` that are not parameters of the classes
+below override the keys of train.yaml with the same name, in stage 1 only. Examples are `pretrain.num_epochs` and
+`pretrain.optimizer.lr`.
 """
 
 from pathlib import Path
@@ -22,11 +23,11 @@ class Stage(Protocol):
     """The interface of a pretraining stage."""
 
     reuse: Path | None
-    """An earlier run whose finished stage 1 is copied instead of training a new one."""
+    """Folder of an earlier run, whose finished stage 1 is copied; None: train stage 1."""
     trains_policy: bool
     """Whether stage 2 continues to train the model of this stage."""
     needs_hidden_states: bool
-    """Whether it trains on precomputed hidden states of a frozen trunk."""
+    """Whether the stage trains on precomputed hidden states of a frozen trunk."""
     saves_value_head: bool
     """Whether the value head is also saved in a separate file."""
 
@@ -41,7 +42,7 @@ class Stage(Protocol):
 
 
 class ValueStage:
-    """Training of the policy's value head, alone on a frozen trunk or together with the language model.
+    """A stage that trains the policy's value head, alone on a frozen trunk or together with the language model.
 
     Stage 2 continues to train the model of this stage.
     """
@@ -59,7 +60,17 @@ class ValueStage:
         save_value_head: bool = True,
         reuse: Path | None = None,
     ) -> None:
-        """If `reuse` names an earlier run, its finished stage 1 is copied instead of training a new one."""
+        """Create the stage.
+
+        Args:
+            trains: "all" trains the value head together with the language model, "head" only the value head.
+            loss: the value loss, see `ValueLoss`.
+            discount: γ of the λ-return.
+            trace_decay: λ of the λ-return.
+            language_model_coef: coefficient of the language-model loss; not used with `trains="head"`.
+            save_value_head: whether the value head is also saved in a separate file.
+            reuse: an earlier run, whose finished stage 1 is copied; None: train stage 1.
+        """
         self.trains, self.language_model_coef = trains, language_model_coef
         self.value_loss = ValueLoss(loss, discount, trace_decay)
         self.saves_value_head, self.reuse = save_value_head, reuse
@@ -78,20 +89,20 @@ class ValueStage:
                 parameter.requires_grad_(name.startswith("value_head."))
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """Return the names of the value metrics, and of the heads' metrics if the heads are trained."""
+        """Return the names of the value metrics, and those of the prediction heads if these are trained."""
         trains_heads = self.trains == "all"
         return metric_names(num_heads if trains_heads else 0, values=True, language_model_loss=trains_heads)
 
 
 class ReferenceStage:
-    """Training of a separate reference model on curated data, as an ordinary language model."""
+    """A stage that trains a separate reference model on curated data, as an ordinary language model."""
 
     trains_policy = False
     needs_hidden_states = False
     saves_value_head = False
 
     def __init__(self, *, reuse: Path | None = None) -> None:
-        """If `reuse` names an earlier run, its finished stage 1 is copied instead of training a new one."""
+        """Create the stage. `reuse` is an earlier run, whose finished stage 1 is copied; None: train stage 1."""
         self.reuse = reuse
 
     def objective(self) -> Objective:
@@ -102,5 +113,5 @@ class ReferenceStage:
         """Leave all parameters trainable."""
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """Return the names of the heads' metrics."""
+        """Return the names of the metrics of the prediction heads."""
         return metric_names(num_heads, values=False)

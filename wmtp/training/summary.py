@@ -17,7 +17,7 @@ from wmtp.training.trainer import Result, Trainer
 
 
 def last_and_best(folder: Path) -> dict[str, Any]:
-    """Return the last and the best validation, as logged in metrics.jsonl."""
+    """Return the metrics of the last and of the best validation in metrics.jsonl; empty without a validation."""
     validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
     if not validations:
         return {"last": {}, "best": {}}
@@ -37,7 +37,7 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
         **asdict(result),
         **last_and_best(folder),
         "tokens_per_second": median_speed(folder),
-        "skipped_updates": trainer.gate.num_skipped,
+        "skipped_updates": trainer.finite_check.num_skipped,
         "device": str(trainer.hardware.device),
         "processes": trainer.processes.size,
         "strategy": trainer.hardware.strategy,

@@ -23,11 +23,11 @@ from wmtp.errors import InterruptedRun, TrainingError
 from wmtp.field_types import Positive, PositiveFloat
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
-from wmtp.ops.metric_sums import Sums, sum_in_order
+from wmtp.ops.metric_sums import MetricSums, sum_in_order
 from wmtp.runtime.signals import DeferredSignals
 from wmtp.tracking.base import Tracker
 from wmtp.training.early_stopping import EarlyStopping
-from wmtp.training.nonfinite import Action, FiniteGate
+from wmtp.training.nonfinite import Action, FiniteCheck
 from wmtp.training.plan import Plan, Position
 from wmtp.training.resume_check import declared_changes, training_identity
 
@@ -41,7 +41,10 @@ class SampleEvaluator(Protocol):
 
 @dataclass
 class Result:
-    """The result of a run. Losses are those of the last and the best validation; None without a validation."""
+    """The result of a training stage.
+
+    `final_loss` and `best_loss` are the losses of the last and of the best validation; None without a validation.
+    """
 
     total_steps: int
     total_tokens: int
@@ -86,7 +89,7 @@ class Trainer:
         self.early_stopping, self.sample_evaluation = early_stopping, sample_evaluation
         self.max_grad_norm = max_grad_norm
         self.log_interval, self.eval_interval, self.save_interval = log_interval, eval_interval, save_interval
-        self.gate = FiniteGate(on_nonfinite, max_skipped_updates, self.processes)
+        self.finite_check = FiniteCheck(on_nonfinite, max_skipped_updates, self.processes)
         self.trackers: Sequence[Tracker] = ()
         self.position = Position()
         self.last_validation: dict[str, float] = {}
@@ -135,19 +138,26 @@ class Trainer:
         return self.position.step >= self.plan.num_updates or self.early_stopping.reason is not None
 
     def train_update(self) -> dict[str, float]:
-        """Make one update from the gradients of all its micro-batches, and return its `train/` metrics."""
+        """Run one update: accumulate the gradients of its micro-batches and make the optimizer step.
+
+        Returns:
+            The `train/` metrics of the update, over all ranks.
+
+        Raises:
+            TrainingError: the update has no target, or its loss or gradient is not finite (see `FiniteCheck`).
+        """
         started = time.perf_counter()
         batches = [batch.to(self.hardware.device) for batch in self._next_micro_batches()]
         sums = self._accumulate_gradients(batches)
         grad_norm = clip_gradients(self.model, self.max_grad_norm)
         values = self.objective.metrics(sums.reduced(self.processes))
         values |= {"grad_norm": grad_norm, "lr": float(self.scheduler.get_last_lr()[0])}
-        if self.gate.passes(self.position.step + 1, values["loss"], grad_norm, sums, batches):
+        if self.finite_check.passes(self.position.step + 1, values["loss"], grad_norm, sums, batches):
             self.optimizer.step()
             self.objective.finish_update(self.processes)
         else:
             self.objective.discard_update()
-            values["skipped_updates"] = float(self.gate.num_skipped)
+            values["skipped_updates"] = float(self.finite_check.num_skipped)
         self._step_scheduler()
         self.optimizer.zero_grad(set_to_none=True)
         self._tokens += self._advance()
@@ -157,18 +167,18 @@ class Trainer:
         self.early_stopping.observe_metrics(metrics)
         return metrics
 
-    def _accumulate_gradients(self, batches: list[Batch]) -> Sums:
-        """Accumulate the gradient of the update's loss in the parameters, and return this process's metric sums."""
-        parts = torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)
-        denominators = self.processes.sum(parts)
+    def _accumulate_gradients(self, batches: list[Batch]) -> MetricSums:
+        """Accumulate the gradient of the update's loss in the parameters, and return this rank's metric sums."""
+        local_denominators = torch.stack([self.objective.denominators(self.model, batch) for batch in batches])
+        denominators = self.processes.sum(local_denominators.sum(dim=0))
         self.objective.check_denominators(denominators)
-        sums = Sums()
+        sums = MetricSums()
         self.model.train()
         for number, batch in enumerate(batches, start=1):
             synchronize_gradients(self.model, number == len(batches) or self.hardware.reduce_each_micro_batch)
             with self.hardware.autocast():
                 loss, batch_sums = self.objective.loss(self.model, batch, denominators)
-            # gradients are averaged over processes, but the loss is the sum over processes
+            # torch averages gradients over ranks, but the loss of the update is the sum over ranks
             torch.autograd.backward(loss * self.processes.size)
             sums.add(batch_sums)
         return sums
@@ -179,17 +189,18 @@ class Trainer:
             self.scheduler.step()
 
     def _advance(self) -> int:
-        """Move the position past the update just made, and return the update's number of tokens."""
+        """Advance the position by one update, and return the number of tokens of that update."""
         update = self.plan.update_in_epoch(self.position)
         num_tokens = self.data.num_tokens(self.position.epoch, update, self.plan.batch_size)
-        self.position = self.plan.after(self.position, num_tokens)
+        self.position = self.plan.next_position(self.position, num_tokens)
         return num_tokens
 
     @torch.no_grad()
     def validate(self, max_batches: int | None = None) -> bool:
-        """Measure the validation split, or its first `max_batches` batches.
+        """Measure the validation split, or its first `max_batches` batches, and log the metrics.
 
-        Returns whether the validation loss is the best so far. Without a validation split, nothing is measured.
+        Returns:
+            Whether the validation loss is the best so far; False if there is no validation split.
 
         Raises:
             TrainingError: the validation loss is not finite.
@@ -227,7 +238,7 @@ class Trainer:
             self.checkpoints.mark_best(self.position.step, self.best_loss)
 
     def snapshot(self) -> Snapshot:
-        """Return the complete training state: a run resumed from it continues exactly as without an interruption."""
+        """Return the complete training state, from which a resumed run continues exactly as without interruption."""
         optimizer_tensors, optimizer_state = split_optimizer_state(self.model, self.optimizer)
         state = {
             "position": asdict(self.position),
@@ -237,17 +248,20 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "validation": {"last": self.last_validation, "best_loss": self.best_loss, "best_step": self.best_step},
-            "skipped_updates": self.gate.num_skipped,
+            "skipped_updates": self.finite_check.num_skipped,
             "identity": self._identity(),
         }
         return Snapshot(self.model.checkpoint_tensors(), optimizer_tensors, state)
 
     def restore(self, snapshot: Snapshot, declared: Sequence[str] = ()) -> dict[str, str]:
-        """Load the training state of a snapshot, and return the declared changes, described in words.
+        """Load the training state of a snapshot.
 
         Args:
             snapshot: the state to load.
             declared: names of settings that are allowed to differ from the snapshot (`resume_override`).
+
+        Returns:
+            A description of the change for each declared setting that differs.
 
         Raises:
             InputError: the data, the tokenizer, the batch size or another setting differs from the snapshot's, and
@@ -261,7 +275,7 @@ class Trainer:
         restore_optimizer(self.model, self.optimizer, snapshot.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         restore_generators(state["generators"], self.processes)
-        self.gate.num_skipped = state["skipped_updates"]
+        self.finite_check.num_skipped = state["skipped_updates"]
         self.objective.load_state_dict(state["objective"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         validation = state["validation"]
@@ -313,7 +327,7 @@ class Trainer:
 def interruption_error(trainer: Trainer) -> InterruptedRun:
     """Return the error to raise after a signal ended the run and the last update was saved."""
     assert trainer.interrupted_by is not None
-    where = f"{trainer.checkpoints.folder}/step_{trainer.position.step:08d}"
+    checkpoint = f"{trainer.checkpoints.folder}/step_{trainer.position.step:08d}"
     return InterruptedRun(
-        trainer.interrupted_by, f"interrupted after update {trainer.position.step}, which is saved in {where}"
+        trainer.interrupted_by, f"interrupted after update {trainer.position.step}, which is saved in {checkpoint}"
     )

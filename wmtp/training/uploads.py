@@ -1,4 +1,4 @@
-"""Uploaders of a run to MLflow and S3, created from its config and its folder only."""
+"""Uploads of a run to MLflow and S3. They need only the config and the folder of the run."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
 WAIT_NOTICE_S = 3.0
-"""Seconds at the end of a run after which a log message names the server that it waits for."""
+"""Seconds that the end of a run waits for a server before a log message names this server."""
 
 
 class RemoteIsAhead(InputError):
@@ -56,24 +56,24 @@ def check_servers(config: DictConfig, folder: Path) -> list[str]:
         InputError: a server rejects the run, or the run's S3 URL belongs to a different run.
         RemoteIsAhead: the copy in S3 has a later checkpoint than `folder`.
     """
-    problems: list[str] = []
+    unreachable: list[str] = []
     if config.tracking is not None:
         try:
             check_server(config.tracking.uri, config.tracking.experiment)
         except ServerUnreachable as error:
-            problems.append(f"{error}; metrics are kept in the run's folder until it can be reached")
+            unreachable.append(f"{error}; metrics are kept in the run's folder until it can be reached")
     if remote := config.checkpoint.get("remote"):
-        known = read_run(folder) or {"id": None, "remote": None}
-        s3_folder = S3Folder(remote_url(folder, remote, known["remote"]), build(config.checkpoint, S3Options))
+        run = read_run(folder) or {"id": None, "remote": None}
+        s3_folder = S3Folder(remote_url(folder, remote, run["remote"]), build(config.checkpoint, S3Options))
         try:
             s3_folder.check()
-            require_same_run(s3_folder, folder, known["id"])
+            require_same_run(s3_folder, folder, run["id"])
         except StoreUnreachable as error:
-            problems.append(f"{error}; checkpoints are kept in the run's folder until it can be reached")
+            unreachable.append(f"{error}; checkpoints are kept in the run's folder until it can be reached")
         except StoreError as error:
-            problem = "if the store does not support this request, try checkpoint.checksums=when_required"
-            raise InputError(f"{error}; {problem}") from error
-    return problems
+            hint = "if the store does not support this request, try checkpoint.checksums=when_required"
+            raise InputError(f"{error}; {hint}") from error
+    return unreachable
 
 
 def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> None:
@@ -83,16 +83,16 @@ def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> N
         InputError: the URL holds a different run.
         RemoteIsAhead: the copy in S3 has a later checkpoint.
     """
-    found = s3_folder.read_json(RUN)
-    if found is not None and found["id"] != run_id:
-        problem = "holds another run; name another folder (hydra.run.dir) or remote"
-        raise InputError(f"checkpoint.remote: {s3_folder.url} {problem}")
+    remote_run = s3_folder.read_json(RUN)
+    if remote_run is not None and remote_run["id"] != run_id:
+        message = "holds another run; name another folder (hydra.run.dir) or remote"
+        raise InputError(f"checkpoint.remote: {s3_folder.url} {message}")
     for stage in reversed(STAGES):
         newest = newest_remote_step(s3_folder, stage)
         newest_local = max((step_of(path.name) for path in complete_checkpoints(folder / stage)), default=0)
         if newest > newest_local:
-            problem = f"is at update {newest} and the local folder at {newest_local}: the run was resumed elsewhere"
-            raise RemoteIsAhead(f"{s3_folder.url} {problem}; continue it with resume={s3_folder.url}")
+            message = f"is at update {newest} and the local folder at {newest_local}: the run was resumed elsewhere"
+            raise RemoteIsAhead(f"{s3_folder.url} {message}; continue it with resume={s3_folder.url}")
         if newest_local:
             break
 
@@ -111,12 +111,12 @@ def open_uploaders(
     if config.tracking is not None:
         tags = {str(key): str(value) for key, value in config.tags.items()}
         name = config.run_name or folder.name
-        about = {"folder": folder, "run_name": name, "parameters": parameters, "tags": tags}
-        uploaders.append(build(config.tracking, MlflowTracker, **about, is_training=is_training))
+        options = {"folder": folder, "run_name": name, "parameters": parameters, "tags": tags}
+        uploaders.append(build(config.tracking, MlflowTracker, **options, is_training=is_training))
     if run is not None and run["remote"] is not None and config.checkpoint.get("remote"):
         remote = S3Folder(run["remote"], build(config.checkpoint, S3Options))
-        about = {"folder": folder, "remote": remote, "console": console, "is_training": is_training}
-        uploaders.append(build(config.checkpoint, CheckpointUploader, **about))
+        options = {"folder": folder, "remote": remote, "console": console, "is_training": is_training}
+        uploaders.append(build(config.checkpoint, CheckpointUploader, **options))
     return uploaders
 
 
@@ -140,15 +140,15 @@ def send_pending(folder: Path, state: State) -> list[str]:
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
-    named = [key for key in ("tracking", "checkpoint") if config[key] is not None]
-    if faults := [fault for key in named for fault in node_issues(config[key], key)]:
-        raise ConfigError(faults)
+    keys = [key for key in ("tracking", "checkpoint") if config[key] is not None]
+    if issues := [issue for key in keys for issue in node_issues(config[key], key)]:
+        raise ConfigError(issues)
     unreachable = check_servers(config, folder)
     console = Console(markup=False)
     uploaders = open_uploaders(config, folder, console, is_training=False, short_timeouts=bool(unreachable))
-    problems = close_all(uploaders, state)
-    if problems:
-        raise pending_error(problems)
+    errors = close_all(uploaders, state)
+    if errors:
+        raise pending_error(errors)
     _prune(config, folder)
     return [uploader.report for uploader in uploaders]
 
@@ -164,17 +164,17 @@ def _prune(config: DictConfig, folder: Path) -> None:
         return
     try:
         for stage in (folder, folder / PRETRAIN):
-            build(config.checkpoint, folder=stage, processes=Processes.alone()).prune()
+            build(config.checkpoint, folder=stage, processes=Processes.single_process()).prune()
     finally:
         lock.release()
 
 
 def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | OSError]:
-    """Close all uploaders of a run, and return the errors, including data that is still pending.
+    """Close all uploaders of a run, and return their errors, including those about data that is still pending.
 
-    If the run has finished, an interruption (Ctrl-C) only ends the wait for the current server.
+    If the run has finished, an interruption (Ctrl-C) does not raise: it only ends the wait for the current server.
     """
-    problems: list[WmtpError | OSError] = []
+    errors: list[WmtpError | OSError] = []
     for uploader in uploaders:
         notice = threading.Timer(
             WAIT_NOTICE_S, log.warning, ("waiting for %s; Ctrl-C leaves the rest to wmtp.sync", uploader.server)
@@ -182,27 +182,27 @@ def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | O
         notice.daemon = True
         notice.start()
         try:
-            problems += close_trackers([uploader], state)
+            errors += close_trackers([uploader], state)
         except InterruptedRun:
             if state != "FINISHED":
                 raise
-            problems.append(PendingError(uploader.unsent()))
+            errors.append(PendingError(uploader.unsent()))
         finally:
             notice.cancel()
-    return problems
+    return errors
 
 
 def close_trackers(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:
     """Close every tracker, also after an error in one of them, and return the errors."""
-    problems: list[WmtpError | OSError] = []
+    errors: list[WmtpError | OSError] = []
     for tracker in trackers:
         try:
             tracker.close(state)
-        except (WmtpError, OSError) as problem:
-            problems.append(problem)
-    return problems
+        except (WmtpError, OSError) as error:
+            errors.append(error)
+    return errors
 
 
-def pending_error(problems: list[WmtpError | OSError]) -> PendingError:
+def pending_error(errors: list[WmtpError | OSError]) -> PendingError:
     """Return one error that lists the pending data of all uploaders."""
-    return PendingError("\n".join(str(problem) for problem in problems))
+    return PendingError("\n".join(str(error) for error in errors))

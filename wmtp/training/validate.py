@@ -39,7 +39,7 @@ from wmtp.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The keys of train.yaml that are options of the run, not of the trainer or its plan."""
+    """The keys of train.yaml that are options of the whole run, not of the trainer or its plan."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_name: str | None
@@ -60,7 +60,9 @@ REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_sto
 
 
 def config_issues(config: DictConfig, stage: Stage | None = None) -> list[ConfigIssue]:
-    """Return all issues of a training config: first those of each node, then those between valid nodes.
+    """Return all issues of a training config.
+
+    The issues within each node are first; issues between nodes follow, but only for nodes that are valid.
 
     Args:
         config: the composed config.
@@ -88,7 +90,10 @@ def config_issues(config: DictConfig, stage: Stage | None = None) -> list[Config
 
 
 def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """Yield issues of a config group that contains no object: a required group is null, or has a plain value."""
+    """Yield issues of the value of a config group that names no class.
+
+    A required group must not be null, and a group must not be a plain value or have keys of its own.
+    """
     options = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / name).glob("*.yaml") if path.stem != "base"))
     if value is None:
         if name in REQUIRED_GROUPS:
@@ -107,9 +112,12 @@ def stage_overridable_keys() -> dict[str, Parameter]:
 
 
 def cross_issues(config: DictConfig, invalid: set[str], stage: Stage | None) -> Iterator[ConfigIssue]:
-    """Yield issues between groups, and resources that are not available; skip groups that are already `invalid`."""
-    if "model" not in invalid and config.get("model") is not None and (problems := list(model_issues(config))):
-        yield from problems
+    """Yield issues between groups, and resources that are not available.
+
+    Groups in `invalid`, which already have issues, are skipped.
+    """
+    if "model" not in invalid and config.get("model") is not None and (found_issues := list(model_issues(config))):
+        yield from found_issues
         invalid = invalid | {"model"}
     for group, check in (
         ("data", data_issues),
@@ -143,7 +151,7 @@ def batch_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def model_source(config: DictConfig) -> ModelSource:
-    """Return the model's source without its tokenizer, which takes time to build.
+    """Return the source of the model without the tokenizer, because building the tokenizer takes time.
 
     Raises:
         InputError: files of the model are missing.
@@ -152,11 +160,14 @@ def model_source(config: DictConfig) -> ModelSource:
 
 
 def model_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield issues of the model that can be found without its weights, and a `data.max_length` above its maximum."""
+    """Yield issues of the model that can be found without loading weights.
+
+    A `data.max_length` above the maximum length of the model is one of them.
+    """
     source = model_source(config)
-    problems = [ConfigIssue(f"model.{key}", value, problem) for key, value, problem in source.issues()]
-    yield from problems
-    limit = None if problems else source.max_positions
+    source_issues = [ConfigIssue(f"model.{key}", value, problem) for key, value, problem in source.issues()]
+    yield from source_issues
+    limit = None if source_issues else source.max_positions
     length = config.data.get("max_length") if isinstance(config.data, DictConfig) else None
     if limit is not None and isinstance(length, int) and length > limit:
         yield ConfigIssue("data.max_length", str(length), f"the model reads {limit} tokens at most")
@@ -171,7 +182,7 @@ def data_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def algorithm_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield issues of stage 1, the data and the model with respect to the algorithm."""
+    """Yield settings of stage 1, the data and the model that the algorithm does not support."""
     try:
         algorithm: Algorithm = build(config.algo)
     except InputError as error:
@@ -205,7 +216,7 @@ def algorithm_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
-    """Yield settings that stage 1 must not override, and issues of the settings that its loss requires."""
+    """Yield settings that stage 1 must not override, and settings that its loss does not support."""
     changed = stage_config(config)
     if not (isinstance(changed.data, DictConfig) and isinstance(changed.model, DictConfig)):
         return
@@ -250,7 +261,7 @@ def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[C
 
 
 def needs_values(config: DictConfig) -> bool:
-    """Return whether the algorithm trains a value head, from its class or that of the algorithm it wraps."""
+    """Return whether the algorithm, or for a control the wrapped algorithm, trains a value head."""
     node = config.algo
     while "of" in node:
         node = node.of
@@ -258,7 +269,7 @@ def needs_values(config: DictConfig) -> bool:
 
 
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield the error, if any, of constructing the optimizer for a parameter with one element."""
+    """Yield an issue if the optimizer cannot be constructed, tried with a parameter of one element."""
     options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
     try:
         locate(config.optimizer["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)

@@ -1,4 +1,4 @@
-"""Test the oracle: its token labels and its weights."""
+"""Tests of the oracle: its token labels and its weights."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ CPU = Hardware(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def noisy(tokenizer: Tokenizer, cache: Path) -> Dataset:
-    """Right and wrong solutions, half of them with noise."""
+def noisy_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
+    """Return a data set of correct and incorrect solutions, half of them with noise."""
     source = TaskSource(
         tokenizer=tokenizer, num_train=8, num_validation=12, num_test=1, difficulties={1: 1, 2: 1}, noise=0.5
     )
@@ -34,7 +34,7 @@ def noisy(tokenizer: Tokenizer, cache: Path) -> Dataset:
 
 
 def text_of(split: TokenizedSplit, tokenizer: Tokenizer, index: int, chosen: np.ndarray) -> str:
-    """The chosen tokens of a sample, one after the other."""
+    """Return the concatenated text of the chosen tokens of a sample."""
     first, end = split.samples.offsets[index : index + 2]
     return tokenizer.decode([int(t) for t in split.samples.tokens[first:end][chosen[first:end]]])
 
@@ -49,11 +49,11 @@ def test_noise_and_decisive_tokens_of_wrong_solutions_are_harmful(tokenizer: Tok
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
     split = TokenizedSplit("train", records, source, None, tmp_path)
     harmful = harmful_tokens(split, tokenizer)
-    by_rightness = {
+    text_by_correctness = {
         bool(split.is_correct[index]): text_of(split, tokenizer, index, harmful).replace(" ", "") for index in (0, 1)
     }
-    assert "00417" in by_rightness[True] and "17" not in by_rightness[True].replace("00417", "")
-    assert "17" in by_rightness[False].replace("00417", "") and "00417" in by_rightness[False]
+    assert "00417" in text_by_correctness[True] and "17" not in text_by_correctness[True].replace("00417", "")
+    assert "17" in text_by_correctness[False].replace("00417", "") and "00417" in text_by_correctness[False]
 
 
 def test_weight_of_a_harmful_token_reaches_every_head() -> None:
@@ -64,19 +64,19 @@ def test_weight_of_a_harmful_token_reaches_every_head() -> None:
     assert Uniform().weights(observed)[:, 0, :2].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-def test_oracle_weights_find_all_harmful_tokens(noisy: Dataset) -> None:
-    measured = measure_tokens(MtpObjective(Oracle()), tiny_model(), noisy, CPU)
+def test_oracle_weights_find_all_harmful_tokens(noisy_data: Dataset) -> None:
+    measured = measure_tokens(MtpObjective(Oracle()), tiny_model(), noisy_data, CPU)
     weights = measured[:, TOKEN_METRICS.index("weight")]
     known = np.isfinite(weights)
-    assert noisy.validation.harmful is not None
-    harmful = noisy.validation.harmful[known]
+    assert noisy_data.validation.harmful is not None
+    harmful = noisy_data.validation.harmful[known]
     assert (weights[known][harmful] == 0).all() and (weights[known][~harmful] > 0).all()
-    assert weight_quality(weights, noisy)["noise_auc"] > 0.95  # type: ignore[operator]
+    assert weight_quality(weights, noisy_data)["noise_auc"] > 0.95  # type: ignore[operator]
 
 
-def test_token_labels_reach_the_batch(noisy: Dataset) -> None:
-    split = noisy.validation
-    batch = collate(split, [3, 1], noisy.tokenizer.padding)
+def test_token_labels_reach_the_batch(noisy_data: Dataset) -> None:
+    split = noisy_data.validation
+    batch = collate(split, [3, 1], noisy_data.tokenizer.padding)
     assert batch.harmful is not None and batch.harmful.dtype == torch.bool and split.harmful is not None
     for row, index in enumerate((3, 1)):
         first, end = split.samples.offsets[index : index + 2]
@@ -95,13 +95,13 @@ def test_data_without_token_labels_is_rejected(invoke: Invoke, tmp_path: Path) -
 # tokens.json
 
 
-def test_shown_tokens_spell_the_solution_and_carry_what_was_measured(noisy: Dataset) -> None:
-    measured = np.arange(3 * len(noisy.validation.samples.tokens), dtype=np.float32).reshape(-1, 3)
-    samples = describe_samples(noisy.validation, noisy.tokenizer, measured, [4, 0])
+def test_tokens_in_tokens_json_concatenate_to_the_solution_and_have_the_measured_values(noisy_data: Dataset) -> None:
+    measured = np.arange(3 * len(noisy_data.validation.samples.tokens), dtype=np.float32).reshape(-1, 3)
+    samples = describe_samples(noisy_data.validation, noisy_data.tokenizer, measured, [4, 0])
     for index, sample in zip((4, 0), samples, strict=True):
-        record = noisy.validation.records[noisy.validation.samples.kept[index]]
+        record = noisy_data.validation.records[noisy_data.validation.samples.kept[index]]
         assert "".join(token["text"] for token in sample["tokens"]) == record.solution
-        first = noisy.validation.samples.offsets[index] + noisy.validation.samples.prompt_lengths[index]
+        first = noisy_data.validation.samples.offsets[index] + noisy_data.validation.samples.prompt_lengths[index]
         assert [token["weight"] for token in sample["tokens"]] == [
             measured[first + n, 0] for n in range(len(sample["tokens"]))
         ]
@@ -109,8 +109,8 @@ def test_shown_tokens_spell_the_solution_and_carry_what_was_measured(noisy: Data
         assert "decisive" in known and ("noise" in known) == bool(record.noise)
 
 
-def test_values_are_calibrated_where_they_are_the_share_of_right_solutions(noisy: Dataset) -> None:
-    split = noisy.validation
+def test_calibration_compares_values_with_the_share_of_correct_solutions(noisy_data: Dataset) -> None:
+    split = noisy_data.validation
     values = np.full(len(split.samples.tokens), np.nan, np.float32)
     values[:40], values[40:60] = 0.52, 1.7
     bins = calibration(split, values)

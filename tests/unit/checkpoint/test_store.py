@@ -58,7 +58,7 @@ def test_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     load(store.latest(), verified=True)
     assert sorted(hashed) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     load(store.latest())
-    assert len(hashed) == 9, "without `verified` it is verified again"
+    assert len(hashed) == 9, "the control: without `verified`, the checkpoint is verified again"
 
 
 @pytest.mark.parametrize("owned", [True, False])
@@ -68,8 +68,8 @@ def test_read_only_store_changes_no_folder(tmp_path: Path, owned: bool) -> None:
     (second / "model.safetensors").write_bytes(b"")
     (store.folder / ".staging-step_00000003").mkdir()
     assert store.latest() == first
-    there = {path.name for path in store.folder.iterdir() if path.is_dir()} - {"step_00000001"}
-    assert there == ({"damaged-step_00000002"} if owned else {"step_00000002", ".staging-step_00000003"})
+    remaining = {path.name for path in store.folder.iterdir() if path.is_dir()} - {"step_00000001"}
+    assert remaining == ({"damaged-step_00000002"} if owned else {"step_00000002", ".staging-step_00000003"})
 
 
 @FORMATS
@@ -114,12 +114,12 @@ def test_failed_removal_is_logged_and_tried_again(
     store = CheckpointStore(tmp_path, Processes(), keep_last=2)
     original = shutil.rmtree
 
-    def stubborn(path: Path, *arguments: Any, **options: Any) -> None:
+    def fail_once(path: Path, *arguments: Any, **options: Any) -> None:
         if "step_00000003" in str(path):
             raise OSError(16, "Device or resource busy")
         original(path, *arguments, **options)
 
-    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    monkeypatch.setattr(shutil, "rmtree", fail_once)
     for step in range(1, 8):
         store.save(step, snapshot(step))
         if step == 2:
@@ -130,8 +130,8 @@ def test_failed_removal_is_logged_and_tried_again(
     assert (store.folder / ".removed-step_00000003").exists()
     monkeypatch.undo()
     store.save(8, snapshot(8))
-    there = [path.name for path in sorted(store.folder.glob("*step_*"))]
-    assert there == ["step_00000002", "step_00000007", "step_00000008"]
+    remaining = [path.name for path in sorted(store.folder.glob("*step_*"))]
+    assert remaining == ["step_00000002", "step_00000007", "step_00000008"]
 
 
 def test_best_is_kept_if_best_json_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,8 +193,8 @@ def test_optimizers_resume_bit_for_bit(make: Any) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    straight, straight_optimizer = fresh()
-    train(straight, straight_optimizer, range(6))
+    uninterrupted, uninterrupted_optimizer = fresh()
+    train(uninterrupted, uninterrupted_optimizer, range(6))
 
     first, first_optimizer = fresh()
     train(first, first_optimizer, range(3))
@@ -204,5 +204,5 @@ def test_optimizers_resume_bit_for_bit(make: Any) -> None:
     load_model(second, weights)
     restore_optimizer(second, second_optimizer, tensors, json.loads(json.dumps(state)))
     train(second, second_optimizer, range(3, 6))
-    for name, value in straight.state_dict().items():
+    for name, value in uninterrupted.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])

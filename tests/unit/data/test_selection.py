@@ -62,13 +62,13 @@ def test_counts_sum_to_n_and_are_near_their_shares(weights: list[float], n: int)
     assert all(abs(count - share * n) < 1 + 1e-6 for count, share in zip(counts, shares, strict=True))
 
 
-def of_task(task: int, solution: str, *, is_correct: bool = True) -> Record:
+def create_record(task: int, solution: str, *, is_correct: bool = True) -> Record:
     return Record(task_id=f"t{task}", prompt=f"p{task}", solution=solution, is_correct=is_correct, decisive=((0, 1),))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("abcd"), st.booleans()), min_size=1, max_size=12))
-def test_every_task_gets_an_incorrect_solution_that_is_not_a_correct_one(rows: list[tuple[int, str, bool]]) -> None:
-    given_records = [of_task(task, solution, is_correct=right) for task, solution, right in rows]
+def test_every_task_gets_an_incorrect_solution_from_another_task(rows: list[tuple[int, str, bool]]) -> None:
+    given_records = [create_record(task, solution, is_correct=right) for task, solution, right in rows]
     try:
         everything = add_mismatched(given_records, seed=3)
     except InputError:
@@ -76,7 +76,9 @@ def test_every_task_gets_an_incorrect_solution_that_is_not_a_correct_one(rows: l
         tasks = {record.task_id for record in given_records}
         solutions = {task: {r.solution for r in given_records if r.task_id == task} for task in tasks}
         right = {r.solution for r in given_records if r.is_correct}
-        assert any(right <= solutions[task] for task in tasks), "another task could have helped"
+        assert any(right <= solutions[task] for task in tasks), (
+            "another task has a solution that is incorrect for this task"
+        )
     assert everything[: len(given_records)] == given_records[: len(everything)]
     for record in everything[len(given_records) :]:
         own = [r for r in given_records if r.task_id == record.task_id]
@@ -92,6 +94,6 @@ def test_the_seed_determines_mismatched_solutions() -> None:
     assert add_mismatched(everything, seed=1) != add_mismatched(everything, seed=2)
 
 
-def test_a_solution_of_all_tasks_cannot_be_mismatched() -> None:
+def test_a_solution_shared_by_all_tasks_cannot_be_mismatched() -> None:
     with pytest.raises(InputError, match="data.mismatched: no other task"):
-        add_mismatched([of_task(1, "same"), of_task(2, "same")], seed=0)
+        add_mismatched([create_record(1, "same"), create_record(2, "same")], seed=0)

@@ -46,7 +46,7 @@ def test_an_incorrect_solution_differs_exactly_in_its_decisive_span() -> None:
         assert wrong.solution[:start] == right.solution[:start]
         assert wrong.solution[end:] == right.solution[len(right.solution) - tail :]
         assert wrong.solution != right.solution
-        if end - start > 12:  # a step was replaced: the span excludes the common text
+        if end - start > 12:  # the span of a replaced step excludes the common text
             assert wrong.solution[start] != right.solution[start]
             assert wrong.solution[end - 1] != right.solution[len(right.solution) - tail - 1]
 
@@ -91,7 +91,7 @@ def test_splits_share_no_task() -> None:
     train, validation, test = _programs("train"), _programs("validation"), _programs("test")
     assert not train & validation and not train & test and not validation & test
     assert len(validation) == len(test) == 150
-    assert train & _programs("train"), "the control: equal tasks would be seen"
+    assert train & _programs("train"), "the control: equal tasks are not detected"
 
 
 def test_too_many_different_tasks_raise_an_error() -> None:
@@ -99,7 +99,7 @@ def test_too_many_different_tasks_raise_an_error() -> None:
         tasks.generate("test", 5_000, {1: 1.0}, noise=0.0, seed=0)
 
 
-def test_an_endless_program_is_stopped() -> None:
+def test_an_endless_program_is_stopped_at_the_step_limit() -> None:
     with pytest.raises(tasks.StepLimitError):
         tasks.execute("def f():\n    while True:\n        pass\n", ["f()"])
 
@@ -107,20 +107,20 @@ def test_an_endless_program_is_stopped() -> None:
 def test_garbage_collector_callbacks_do_not_affect_the_step_limit() -> None:
     collections = 0
 
-    def busy(*about: object) -> None:
+    def run_many_steps(*about: object) -> None:
         nonlocal collections
         collections += 1
         for _ in range(3 * tasks.STEP_LIMIT):
             pass
 
     threshold = gc.get_threshold()
-    gc.callbacks.append(busy)
+    gc.callbacks.append(run_many_steps)
     gc.set_threshold(100)
     try:
         assert tasks.execute("def f():\n    return len([[i] for i in range(1000)])\n", ["f()"]) == ["1000"]
         assert collections > 0
-        with pytest.raises(tasks.StepLimitError):  # not in a callback, where Python would ignore it and stop the count
+        with pytest.raises(tasks.StepLimitError):  # Python ignores errors in callbacks
             tasks.execute("def f():\n    kept = []\n    for _ in range(9000):\n        kept.append([])\n", ["f()"])
     finally:
         gc.set_threshold(*threshold)
-        gc.callbacks.remove(busy)
+        gc.callbacks.remove(run_many_steps)

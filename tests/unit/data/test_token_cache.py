@@ -52,11 +52,11 @@ def test_labels_cover_exactly_the_solution_and_its_end(tokenizer: Tokenizer, tmp
 
 
 @given(st.integers(3, 30))
-def test_a_sample_that_is_too_long_is_counted_and_dropped_or_cut_if_asked(max_length: int) -> None:
+def test_a_sample_that_is_too_long_is_counted_and_dropped_or_truncated(max_length: int) -> None:
     tokenizer = LENGTHS
-    whole = tokenize(RECORDS, tokenizer, "{prompt}\n", 1_000, "drop")
+    untruncated = tokenize(RECORDS, tokenizer, "{prompt}\n", 1_000, "drop")
     dropped = tokenize(RECORDS, tokenizer, "{prompt}\n", max_length, "drop")
-    assert dropped.num_long == int((whole.lengths > max_length).sum()) == len(RECORDS) - len(dropped)
+    assert dropped.num_long == int((untruncated.lengths > max_length).sum()) == len(RECORDS) - len(dropped)
     cut = tokenize(RECORDS, tokenizer, "{prompt}\n", max_length, "cut")
     assert cut.num_long == dropped.num_long
     assert (cut.lengths <= max_length).all()
@@ -77,21 +77,21 @@ LENGTHS = _Characters()
 
 
 def test_changed_inputs_are_tokenized_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    def cached(
+    def tokenize_records(
         records: list[Record] = RECORDS, template: str = "{prompt}\n", max_length: int = 100
     ) -> TokenizedRecords:
         return cached_tokens(records, tokenizer, template, max_length, "drop", tmp_path)
 
-    first = cached()
+    first = tokenize_records()
     (path,) = tmp_path.glob("tokens-*")
     written = path.stat().st_mtime_ns
-    again = cached()
+    again = tokenize_records()
     assert np.array_equal(again.tokens, first.tokens) and path.stat().st_mtime_ns == written
 
     changed = [RECORDS[0], RECORDS[1].model_copy(update={"solution": "quit\n"})]
-    assert not np.array_equal(cached(changed).tokens, first.tokens)
-    assert not np.array_equal(cached(template="{prompt}:").tokens, first.tokens)
-    assert len(cached(max_length=20)) < len(first)
+    assert not np.array_equal(tokenize_records(changed).tokens, first.tokens)
+    assert not np.array_equal(tokenize_records(template="{prompt}:").tokens, first.tokens)
+    assert len(tokenize_records(max_length=20)) < len(first)
     assert len(list(tmp_path.glob("tokens-*"))) == 4
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_cache_error_contains_the_file_to_delete(tokenizer: Tokenizer,
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 5))
-def test_every_epoch_has_every_sample_once_in_its_own_order(count: int, batch_size: int, epoch: int) -> None:
+def test_every_epoch_has_every_sample_once_in_a_different_order(count: int, batch_size: int, epoch: int) -> None:
     lengths = np.arange(count) % 17 + 1
     batches = epoch_batches(lengths, batch_size, 7, epoch)
     assert sorted(index for batch in batches for index in batch) == list(range(count))

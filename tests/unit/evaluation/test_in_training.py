@@ -1,4 +1,4 @@
-"""Samples for held-out problems during training, and their pass rate."""
+"""Tests of samples for held-out problems during training, and of their pass rate."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_every_validation_samples_the_same_problems_and_the_end_others(invoke: Invoke) -> None:
+def test_every_validation_samples_the_same_problems_and_the_end_of_training_others(invoke: Invoke) -> None:
     done = invoke("max_steps=6", "eval_interval=2", "num_validation_samples=3", "hydra.run.dir=run")
     assert done.code == 0, done.err
     samples = lines(Path("run/samples.jsonl"))
@@ -39,7 +39,7 @@ def test_every_validation_samples_the_same_problems_and_the_end_others(invoke: I
 @pytest.mark.slow
 def test_a_resumed_run_drops_samples_after_its_checkpoint(invoke: Invoke) -> None:
     options = ["eval_interval=2", "num_validation_samples=2", "num_samples=0"]
-    assert invoke("max_steps=6", *options, "hydra.run.dir=whole").code == 0
+    assert invoke("max_steps=6", *options, "hydra.run.dir=uninterrupted").code == 0
     assert invoke("max_steps=4", *options, "hydra.run.dir=run").code == 0
     path = Path("run/samples.jsonl")
     with path.open("a") as file:  # samples after the last checkpoint; the last line is cut off
@@ -83,10 +83,10 @@ def test_a_correct_solution_passes(tiny_data: Dataset, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_without_a_sandbox_warns_and_has_no_pass_rate(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unavailable(choice: str) -> None:
+    def raise_unavailable(choice: str) -> None:
         raise SandboxUnavailable("no namespaces; install bubblewrap")
 
-    monkeypatch.setattr("wmtp.training.builders.find_isolation", unavailable)
+    monkeypatch.setattr("wmtp.training.builders.find_isolation", raise_unavailable)
     done = invoke("max_steps=2", "num_validation_samples=2", "hydra.run.dir=run")
     assert done.code == 0, done.err
     assert "no val/pass_rate" in done.err

@@ -1,4 +1,4 @@
-"""pass@k against its definition, the public estimator and manual resampling."""
+"""Tests of pass@k against its definition, the public estimator and manual resampling."""
 
 from itertools import combinations
 
@@ -25,7 +25,7 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_passing_sample() -> None:
         assert pass_at_k(8, 3, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
-def test_the_plug_in_estimate_differs() -> None:
+def test_control_the_plug_in_estimate_differs() -> None:
     assert pass_at_k(10, 3, 5) == pytest.approx(0.916667, abs=1e-6)
     assert pytest.approx(0.83193, abs=1e-5) == 1 - (1 - 0.3) ** 5  # the biased estimate
 

@@ -1,4 +1,4 @@
-"""Losses and accuracies of an evaluation, compared with a loop over all targets."""
+"""Tests of the losses and accuracies of an evaluation against a loop over all targets."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from wmtp.evaluation.perplexity import prediction_metrics
 from wmtp.ops.targets import targets
 
 
-def by_hand(model: torch.nn.Module, data: Dataset) -> dict[str, float]:
+def metrics_by_loop(model: torch.nn.Module, data: Dataset) -> dict[str, float]:
     """Return the metrics from a loop over heads, samples and targets."""
     hits: dict[int, list[bool]] = {k: [] for k in range(1, 5)}
     losses: dict[int, list[float]] = {k: [] for k in range(1, 5)}
@@ -26,11 +26,11 @@ def by_hand(model: torch.nn.Module, data: Dataset) -> dict[str, float]:
         labels = batch.labels[0].tolist()
         for k in hits:
             for position in range(len(labels) - k):
-                wanted = labels[position + k]
-                if wanted != IGNORED:
+                target = labels[position + k]
+                if target != IGNORED:
                     row = logits[k - 1, 0, position]
-                    hits[k].append(int(row.argmax()) == wanted)
-                    losses[k].append(float(row.logsumexp(0) - row[wanted]))
+                    hits[k].append(int(row.argmax()) == target)
+                    losses[k].append(float(row.logsumexp(0) - row[target]))
     values = {f"head_{k}_accuracy": sum(found) / len(found) for k, found in hits.items()}
     return values | {"perplexity": math.exp(sum(losses[1]) / len(losses[1]))}
 
@@ -56,10 +56,10 @@ def test_metrics_equal_those_of_a_loop_over_targets(
 ) -> None:
     monkeypatch.setattr(perplexity, "ROWS_AT_ONCE", rows_at_once)
     model = trained_model(tiny_data)
-    expected = by_hand(model, tiny_data)
+    expected = metrics_by_loop(model, tiny_data)
     got = prediction_metrics(model, tiny_data.validation, tiny_data.tokenizer, Hardware(device="cpu"), 3)  # type: ignore[arg-type]
     assert expected["head_1_accuracy"] > 0.2
-    assert len(set(expected.values())) > 2  # heads differ, so confusing them would be detected
+    assert len(set(expected.values())) > 2  # the heads differ, so exchanging them would be detected
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=1e-5)
     assert got["mtp_loss"] == pytest.approx(sum(got[f"head_{k}_loss"] for k in range(1, 5)) / 4)

@@ -1,4 +1,4 @@
-"""Decoding, compared with full forwards without a cache, one sequence and one token at a time."""
+"""Tests of decoding against full forwards without a cache, one sequence and one token at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,7 +28,7 @@ from wmtp.generation.stop_strings import StopStrings
 from wmtp.models.mtp import MtpModel
 
 CONTEXT = 48
-MANY = settings(
+MANY_SAMPLES = settings(
     max_examples=30, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
@@ -56,7 +56,7 @@ def texts(tiny_data: Dataset) -> list[str]:
 
 @pytest.fixture(scope="session")
 def models(texts: list[str], tokenizer: Tokenizer) -> dict[int, MtpModel]:
-    """Models with 1, 2 and 4 heads, partly trained on the texts; in float64, so rounding has no effect."""
+    """Return models with 1, 2 and 4 heads, briefly trained on the texts, in float64 so that rounding has no effect."""
     rows = torch.tensor([[*tokens, *[tokenizer.end] * 48][:48] for tokens in tokenizer.encode(texts)])
     four = trained(tiny_model(4, dropout=0.1), rows, 34).double()
     some = {heads: tiny_model(heads, dropout=0.1).double() for heads in (1, 2)}
@@ -67,56 +67,60 @@ def models(texts: list[str], tokenizer: Tokenizer) -> dict[int, MtpModel]:
 
 @pytest.fixture(scope="session")
 def prompts(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Beginnings of the texts with different lengths; the first two have one token."""
+    """Return beginnings of the texts with different lengths; the first two have one token."""
     lengths = [1, 1, 5, 9, 14, 20, 25, 30]
     return [tokens[:length] for tokens, length in zip(tokenizer.encode(texts), lengths, strict=True)]
 
 
-def plain(model: MtpModel, tokenizer: Tokenizer, request: Request, how: Decoding, context: int) -> Completion:
+def decode_plainly(
+    model: MtpModel, tokenizer: Tokenizer, request: Request, config: Decoding, context: int
+) -> Completion:
     """Decode by definition: a full forward for each token."""
     tokens: list[int] = []
     while True:
         position = len(request.prompt) + len(tokens)
-        token = head_choices(model, request, tokens, how)[0]
+        token = head_choices(model, request, tokens, config)[0]
         if token == tokenizer.end:
             finish = "end"
             break
         tokens.append(token)
-        if any(stop in tokenizer.decode(tokens) for stop in how.stop):
+        if any(stop in tokenizer.decode(tokens) for stop in config.stop):
             finish = "stop"
             break
-        if position + 1 == context or len(tokens) == how.max_new_tokens:
+        if position + 1 == context or len(tokens) == config.max_new_tokens:
             finish = "length"
             break
     text = tokenizer.decode(tokens)
-    cut = min((text.index(stop) for stop in how.stop if stop in text), default=None)
+    cut = min((text.index(stop) for stop in config.stop if stop in text), default=None)
     return Completion(tokens, text[:cut], finish, len(tokens) + (finish == "end"), (), ())
 
 
-def speculative(model: MtpModel, tokenizer: Tokenizer, request: Request, how: Decoding, context: int) -> Completion:
+def decode_speculatively(
+    model: MtpModel, tokenizer: Tokenizer, request: Request, config: Decoding, context: int
+) -> Completion:
     """Return the same completion with the expected counts of forwards and drafts of speculation."""
-    result = plain(model, tokenizer, request, how, context)
+    result = decode_plainly(model, tokenizer, request, config, context)
     final = [*result.tokens, *([tokenizer.end] if result.finish == "end" else [])]
-    most = min(context - len(request.prompt), how.max_new_tokens or context)
+    most = min(context - len(request.prompt), config.max_new_tokens or context)
     accepted, drafted = [0] * (model.num_heads - 1), [0] * (model.num_heads - 1)
     known, forwards = 1, 1
     while known < len(final):
-        drafts = head_choices(model, request, final[: known - 1], how)[1:]
+        drafts = head_choices(model, request, final[: known - 1], config)[1:]
         matches = [draft == token for draft, token in zip(drafts, final[known:], strict=False)]
-        right = matches.index(False) if False in matches else len(matches)
-        is_finished = known + right + 1 >= len(final)
+        num_accepted = matches.index(False) if False in matches else len(matches)
+        is_finished = known + num_accepted + 1 >= len(final)
         for number in range(min(len(drafts), (len(final) if is_finished else most) - known)):
             drafted[number] += 1
-            accepted[number] += number < right
-        known, forwards = known + right + 1, forwards + 1
+            accepted[number] += number < num_accepted
+        known, forwards = known + num_accepted + 1, forwards + 1
     return replace(result, forwards=forwards, accepted=tuple(accepted), drafted=tuple(drafted))
 
 
-def head_choices(model: MtpModel, request: Request, tokens: list[int], how: Decoding) -> list[int]:
+def head_choices(model: MtpModel, request: Request, tokens: list[int], config: Decoding) -> list[int]:
     """Return the token of every head after a prompt and the first tokens of its completion."""
     logits = last_logits(model, (*request.prompt, *tokens))
     positions = len(request.prompt) + len(tokens) + torch.arange(model.num_heads)
-    return sample_tokens(logits, torch.full_like(positions, request.seed), positions, how).tolist()
+    return sample_tokens(logits, torch.full_like(positions, request.seed), positions, config).tolist()
 
 
 @cache
@@ -127,20 +131,20 @@ def last_logits(model: MtpModel, tokens: tuple[int, ...]) -> Tensor:
 
 
 def completions(
-    model: MtpModel, tokenizer: Tokenizer, requests: list[Request], how: Decoding, context: int = CONTEXT
+    model: MtpModel, tokenizer: Tokenizer, requests: list[Request], config: Decoding, context: int = CONTEXT
 ) -> list[Completion]:
     """Return the completions of `generate` in the order of the requests."""
-    found = dict(generate(model, tokenizer, requests, how, context))
+    found = dict(generate(model, tokenizer, requests, config, context))
     return [found[index] for index in range(len(requests))]
 
 
 def check(
-    model: MtpModel, tokenizer: Tokenizer, requests: list[Request], how: Decoding, context: int = CONTEXT
+    model: MtpModel, tokenizer: Tokenizer, requests: list[Request], config: Decoding, context: int = CONTEXT
 ) -> list[Completion]:
     """Compare all fields of every completion with the definition."""
-    got = completions(model, tokenizer, requests, how, context)
-    define = speculative if how.speculative else plain
-    assert got == [define(model, tokenizer, request, how, context) for request in requests]
+    got = completions(model, tokenizer, requests, config, context)
+    define = decode_speculatively if config.speculative else decode_plainly
+    assert got == [define(model, tokenizer, request, config, context) for request in requests]
     return got
 
 
@@ -149,15 +153,15 @@ SAMPLED = Decoding(temperature=0.9, top_p=0.9)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-@pytest.mark.parametrize("how", [PLAIN, SPECULATIVE, SAMPLED, replace(SAMPLED, speculative=False)])
+@pytest.mark.parametrize("config", [PLAIN, SPECULATIVE, SAMPLED, replace(SAMPLED, speculative=False)])
 def test_completions_of_prompts_of_different_lengths_equal_those_of_full_forwards(
-    models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, num_heads: int
+    models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], config: Decoding, num_heads: int
 ) -> None:
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-    got = check(models[num_heads], tokenizer, requests, replace(how, batch_size=5))
+    got = check(models[num_heads], tokenizer, requests, replace(config, batch_size=5))
     assert {"end", "length"} <= {completion.finish for completion in got}
     assert len({len(completion.tokens) for completion in got}) > 4
-    if how.speculative:
+    if config.speculative:
         rates = speculation_metrics([completion.stats for completion in got])
         assert list(rates) == ["tokens_per_forward", *(f"head_{k}_acceptance" for k in range(2, num_heads + 1))]
         assert all(0 < rates[f"head_{k}_acceptance"] < 1 for k in range(2, num_heads + 1))
@@ -166,14 +170,14 @@ def test_completions_of_prompts_of_different_lengths_equal_those_of_full_forward
         assert speculation_metrics([completion.stats for completion in got]) == {"tokens_per_forward": 1.0}
 
 
-@MANY
+@MANY_SAMPLES
 @given(data=st.data())
 def test_any_settings_and_any_batch_equal_the_definition(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], data: st.DataObject
 ) -> None:
     chosen = data.draw(st.lists(st.sampled_from(prompts), min_size=1, max_size=6))
     requests = [Request(prompt, data.draw(st.integers(0, 2**63 - 1))) for prompt in chosen]
-    how = Decoding(
+    config = Decoding(
         temperature=data.draw(st.sampled_from([0.0, 0.4, 1.0, 2.0])),
         top_p=data.draw(st.sampled_from([0.5, 0.95, 1.0])),
         max_new_tokens=data.draw(st.none() | st.integers(1, 9)), batch_size=data.draw(st.integers(1, 7)),
@@ -181,7 +185,7 @@ def test_any_settings_and_any_batch_equal_the_definition(
         speculative=data.draw(st.booleans()),
     )  # fmt: skip
     context = data.draw(st.integers(max(map(len, chosen)) + 1, CONTEXT))
-    check(models[data.draw(st.sampled_from([1, 2, 4]))], tokenizer, requests, how, context)
+    check(models[data.draw(st.sampled_from([1, 2, 4]))], tokenizer, requests, config, context)
 
 
 def accept_everything(patch: pytest.MonkeyPatch) -> None:
@@ -189,12 +193,12 @@ def accept_everything(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(decoding._Sequence, "update", lambda self, chosen, new: update(self, [*self.drafts, chosen[-1]], new))
 
 
-def show_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
+def output_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
     mask = fused_block.causal_mask
     patch.setattr(fused_block, "causal_mask", lambda positions, *rest: mask(positions + 1, *rest))
 
 
-def keep_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
+def cache_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
     position = decoding._Sequence.last_position.fget
     patch.setattr(decoding._Sequence, "last_position", property(lambda self: position(self) + (sum(self._drafted) > 3)))
 
@@ -208,9 +212,9 @@ def draft_after_the_first_token(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_depends_on_the_row(patch: pytest.MonkeyPatch) -> None:
-    def by_row(logits: Tensor, seeds: Tensor, positions: Tensor, how: Decoding) -> Tensor:
+    def by_row(logits: Tensor, seeds: Tensor, positions: Tensor, config: Decoding) -> Tensor:
         rows = torch.arange(len(seeds)).view(-1, *[1] * (seeds.ndim - 1))
-        return sample_tokens(logits, seeds * 0 + rows, positions, how)
+        return sample_tokens(logits, seeds * 0 + rows, positions, config)
 
     patch.setattr(decoding, "sample_tokens", by_row)
 
@@ -219,7 +223,7 @@ def same_noise_for_all_positions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         decoding,
         "sample_tokens",
-        lambda logits, seeds, positions, how: sample_tokens(logits, seeds, positions * 0, how),
+        lambda logits, seeds, positions, config: sample_tokens(logits, seeds, positions * 0, config),
     )
 
 
@@ -251,23 +255,23 @@ STOPPING = Decoding(stop=("Return", "s = "), batch_size=3)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("breakage", "how"),
+    ("breakage", "config"),
     [
-        (accept_everything, SPECULATIVE), (show_rejected_drafts, SPECULATIVE), (show_rejected_drafts, PLAIN),
-        (keep_rejected_drafts, SPECULATIVE), (draft_after_the_first_token, SPECULATIVE),
+        (accept_everything, SPECULATIVE), (output_rejected_drafts, SPECULATIVE), (output_rejected_drafts, PLAIN),
+        (cache_rejected_drafts, SPECULATIVE), (draft_after_the_first_token, SPECULATIVE),
         (noise_depends_on_the_row, SAMPLED), (noise_from_a_generator, SAMPLED), (same_noise_for_all_positions, SAMPLED),
         (stop_within_a_token, STOPPING), (stop_at_the_last_token, STOPPING),
     ],
 )  # fmt: skip
-def test_the_comparisons_detect_errors(
+def test_control_the_comparisons_detect_errors(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]],
-    breakage: Callable[[pytest.MonkeyPatch], None], how: Decoding, monkeypatch: pytest.MonkeyPatch,
+    breakage: Callable[[pytest.MonkeyPatch], None], config: Decoding, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     requests = [Request(prompt, 9 - seed) for seed, prompt in enumerate(prompts[1:])]
-    check(models[4], tokenizer, requests, how)
+    check(models[4], tokenizer, requests, config)
     breakage(monkeypatch)
     with pytest.raises(AssertionError):
-        check(models[4], tokenizer, requests, how)
+        check(models[4], tokenizer, requests, config)
 
 
 @pytest.mark.slow
@@ -282,13 +286,13 @@ def test_samples_of_one_prompt_differ_and_compute_it_once(
         return prefill(batch, new)
 
     monkeypatch.setattr(decoding._Batch, "_prefill", counted)
-    how = Decoding(temperature=1.0, batch_size=3)
+    config = Decoding(temperature=1.0, batch_size=3)
     requests = [Request(prompt, seed) for seed in range(4) for prompt in (prompts[3], prompts[5])]
-    got = check(models[4], tokenizer, requests, how)
+    got = check(models[4], tokenizer, requests, config)
     assert sorted(lengths) == [9, 20]
     assert len({tuple(completion.tokens) for completion in got}) > 4
     lengths.clear()
-    completions(models[4], tokenizer, [Request(prompts[3], seed) for seed in range(3)], replace(how, batch_size=1))
+    completions(models[4], tokenizer, [Request(prompts[3], seed) for seed in range(3)], replace(config, batch_size=1))
     assert lengths == [9]
 
 
@@ -305,18 +309,20 @@ def test_the_context_is_filled_and_never_exceeded(
     assert not list(generate(models[4], tokenizer, [], SPECULATIVE, 31))
 
 
-def test_speculation_leaves_the_same_cache_as_plain_decoding(
+def test_speculation_fills_the_same_cache_as_plain_decoding(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[kv_cache.KVCache] = []
     new_cache = CachedModel.new_cache
     monkeypatch.setattr(
-        CachedModel, "new_cache", lambda *arguments, **named: made.append(new_cache(*arguments, **named)) or made[-1]
+        CachedModel,
+        "new_cache",
+        lambda *arguments, **options: made.append(new_cache(*arguments, **options)) or made[-1],
     )
     sides = []
-    for how in (PLAIN, SPECULATIVE):
+    for config in (PLAIN, SPECULATIVE):
         made.clear()
-        (completion,) = completions(models[4], tokenizer, [Request(prompts[4])], replace(how, max_new_tokens=12))
+        (completion,) = completions(models[4], tokenizer, [Request(prompts[4])], replace(config, max_new_tokens=12))
         assert completion.finish == "length"
         sides.append(made[0].kv_blocks)
     known = len(prompts[4]) + 12 - 1
@@ -328,7 +334,7 @@ def test_speculation_leaves_the_same_cache_as_plain_decoding(
         assert one[:, :, :known].any(dim=-1).all()
 
 
-def test_the_model_stays_in_its_mode_and_gradients_on_also_between_completions(
+def test_generation_changes_neither_the_mode_of_the_model_nor_gradients(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> None:
     model = models[4].train()
@@ -405,13 +411,15 @@ def test_noise_is_uniform_and_independent_along_seeds_positions_and_tokens() -> 
     assert len(np.unique(values)) > 0.98 * values.size
 
 
-def pair_probabilities(model: MtpModel, prompt: list[int], how: Decoding, firsts: list[int]) -> dict[int, np.ndarray]:
+def pair_probabilities(
+    model: MtpModel, prompt: list[int], config: Decoding, firsts: list[int]
+) -> dict[int, np.ndarray]:
     """Return, for each first token, the probability of it and each second token: softmax, then `top_p`."""
 
     def distribution(tokens: list[int]) -> np.ndarray:
-        p = (last_logits(model, tuple(tokens))[0] / how.temperature).softmax(-1).numpy()
+        p = (last_logits(model, tuple(tokens))[0] / config.temperature).softmax(-1).numpy()
         order = np.argsort(-p, kind="stable")
-        kept = order[: int(np.searchsorted(np.cumsum(p[order]), how.top_p)) + 1]
+        kept = order[: int(np.searchsorted(np.cumsum(p[order]), config.top_p)) + 1]
         cut = np.zeros_like(p)
         cut[kept] = p[kept] / p[kept].sum()
         return cut
@@ -421,14 +429,14 @@ def pair_probabilities(model: MtpModel, prompt: list[int], how: Decoding, firsts
 
 
 def joint_pvalue(
-    model: MtpModel, tokenizer: Tokenizer, prompt: list[int], how: Decoding, num_samples: int = 1500
+    model: MtpModel, tokenizer: Tokenizer, prompt: list[int], config: Decoding, num_samples: int = 1500
 ) -> float:
     """Return the p-value of the samples' pairs of tokens under the model's distribution."""
     requests = [Request(prompt, seed) for seed in range(num_samples)]
-    how = replace(how, max_new_tokens=2, batch_size=512)
-    pairs = [tuple([*c.tokens, tokenizer.end][:2]) for c in completions(model, tokenizer, requests, how)]
+    config = replace(config, max_new_tokens=2, batch_size=512)
+    pairs = [tuple([*c.tokens, tokenizer.end][:2]) for c in completions(model, tokenizer, requests, config)]
     firsts = sorted({pair[0] for pair in pairs if pair[0] != tokenizer.end})
-    expected = {(a, b): q * num_samples for a, row in pair_probabilities(model, prompt, how, firsts).items()
+    expected = {(a, b): q * num_samples for a, row in pair_probabilities(model, prompt, config, firsts).items()
                 for b, q in enumerate(row)}  # fmt: skip
     assert all(expected.get(pair, 1) > 0 for pair in pairs)
     likely = [pair for pair, count in expected.items() if count >= 8]
@@ -444,23 +452,25 @@ PAIRS = Decoding(temperature=0.4)
 PROMPT = [400, 269, 416]
 
 
-@pytest.mark.parametrize("how", [
+@pytest.mark.parametrize("config", [
     PAIRS, replace(PAIRS, top_p=0.8), replace(PAIRS, speculative=False),
 ])  # fmt: skip
-def test_pairs_of_tokens_are_drawn_from_the_models_distribution(tokenizer: Tokenizer, how: Decoding) -> None:
-    assert joint_pvalue(tiny_model(seed=2).double(), tokenizer, PROMPT, how) > 1e-3
+def test_pairs_of_tokens_are_drawn_from_the_models_distribution(tokenizer: Tokenizer, config: Decoding) -> None:
+    assert joint_pvalue(tiny_model(seed=2).double(), tokenizer, PROMPT, config) > 1e-3
 
 
 def temperature_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         decoding, "sample_tokens",
-        lambda logits, seeds, positions, how: sample_tokens(logits * how.temperature, seeds, positions, how),
+        lambda logits, seeds, positions, config: sample_tokens(
+            logits * config.temperature, seeds, positions, config
+        ),
     )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("breakage", [temperature_ignored, accept_everything])
-def test_another_distribution_is_detected(
+def test_control_another_distribution_is_detected(
     tokenizer: Tokenizer, breakage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breakage(monkeypatch)
@@ -549,9 +559,9 @@ def test_text_is_streamed_during_generation(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> None:
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-    for how in (SPECULATIVE, STOPPING, Decoding(temperature=2.5)):
+    for config in (SPECULATIVE, STOPPING, Decoding(temperature=2.5)):
         given: list[tuple[int, str]] = []
-        running = generate(models[4], tokenizer, requests, how, CONTEXT, lambda *piece, to=given: to.append(piece))
+        running = generate(models[4], tokenizer, requests, config, CONTEXT, lambda *piece, to=given: to.append(piece))
         for index, completion in running:
             pieces = [piece for which, piece in given if which == index]
             assert all(pieces)

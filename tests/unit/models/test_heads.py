@@ -22,14 +22,14 @@ def test_the_head_starts_at_zero_and_learns(hidden_dim: int | None) -> None:
     head, states = ValueHead(6, hidden_dim=hidden_dim), torch.randn(8, 16, 6)
     assert head(states).tolist() == [[0.0] * 16] * 8
     normed = nn.functional.rms_norm(states, (6,))
-    wanted = normed.sum(dim=-1).abs() if hidden_dim else normed.sum(dim=-1)
+    target = normed.sum(dim=-1).abs() if hidden_dim else normed.sum(dim=-1)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
     for _ in range(200):
-        loss = (head(states) - wanted).square().mean()
+        loss = (head(states) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.05 * wanted.var()
+    assert loss < 0.05 * target.var()
 
 
 def test_only_the_hidden_layer_makes_values_nonlinear() -> None:
@@ -37,8 +37,8 @@ def test_only_the_hidden_layer_makes_values_nonlinear() -> None:
     for hidden_dim, is_linear in ((None, True), (16, False)):
         head = ValueHead(6, hidden_dim=hidden_dim)
         nn.init.ones_(head.output.weight)
-        bent = head(states) + head(-states) - 2 * head.output.bias
-        assert torch.allclose(bent, torch.zeros(5), atol=1e-5) is is_linear
+        even_part = head(states) + head(-states) - 2 * head.output.bias
+        assert torch.allclose(even_part, torch.zeros(5), atol=1e-5) is is_linear
 
 
 @pytest.mark.parametrize("hidden_dim", [None, 16])
@@ -71,7 +71,7 @@ def test_a_models_value_head_trains_and_is_saved(tmp_path: Path) -> None:
     new = {name for name, _ in model.named_parameters()} - without
     assert {name.split(".")[0] for name in new} == {"value_head"}
     outputs = model(data.tokens)
-    assert torch.equal(outputs.states, states), "a new head changes nothing of the others"
+    assert torch.equal(outputs.states, states), "a new head changed the outputs of the other heads"
     assert outputs.values is not None and outputs.values.tolist() == [[0.0] * data.tokens.shape[1]] * 16
 
     objective = MtpObjective(Critic())
@@ -114,14 +114,14 @@ def test_only_the_requested_number_of_heads_runs(num_heads: int | None) -> None:
     assert model.value_head is not None
     nn.init.normal_(model.value_head.output.weight)
     tokens = torch.randint(2, 512, (3, 9))
-    whole = model(tokens)
+    all_outputs = model(tokens)
     calls: list[int] = []
     for head in model.heads:
         head.register_forward_hook(lambda *arguments: calls.append(1))
-    some = model(tokens, num_heads=num_heads)
+    outputs = model(tokens, num_heads=num_heads)
     expected = 4 if num_heads is None else num_heads
-    assert len(calls) == len(some.states) == expected
-    torch.testing.assert_close(some.states, whole.states[:expected], rtol=0, atol=0)
-    assert some.values is not None and whole.values is not None
-    assert torch.equal(some.values, whole.values)
-    torch.testing.assert_close(some.values, model.value_head(model.trunk_states(tokens)), rtol=0, atol=0)
+    assert len(calls) == len(outputs.states) == expected
+    torch.testing.assert_close(outputs.states, all_outputs.states[:expected], rtol=0, atol=0)
+    assert outputs.values is not None and all_outputs.values is not None
+    assert torch.equal(outputs.values, all_outputs.values)
+    torch.testing.assert_close(outputs.values, model.value_head(model.trunk_states(tokens)), rtol=0, atol=0)

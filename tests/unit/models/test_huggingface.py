@@ -1,4 +1,4 @@
-"""Tests of models of transformers as trunk and head 1: equality with the original, training, checkpoints."""
+"""Tests of models from transformers as trunk and head 1: equality with the original, training, checkpoints."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import Invoke, composed
+from tests.conftest import Invoke, compose_config
 from tests.support.families import FAMILIES, write_family, write_tokenizer
 from tests.support.world import lines_of
 from wmtp.algorithms.uniform import Uniform
@@ -26,7 +26,7 @@ from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 from wmtp.training.validate import config_issues
 
 LENGTH = 24
@@ -83,14 +83,14 @@ def test_before_training_every_head_is_the_original_model(
     assert len(logits) == 3
     for head in logits:
         torch.testing.assert_close(head, original, rtol=1e-4, atol=1e-4)
-    without_its_block = model.norm(model.trunk_states(texts)) @ model.unembedding_weight.T
-    assert (without_its_block - original).abs().max() > 0.1, "the control: the trunk alone is another model"
+    trunk_only = model.norm(model.trunk_states(texts)) @ model.unembedding_weight.T
+    assert (trunk_only - original).abs().max() > 0.1, "the control: the trunk alone equals the original model"
 
 
 def test_heads_are_copies_and_no_aliases(folders: Callable[[str], Path], tokenizer: Tokenizer) -> None:
     model = source(folders("llama"), tokenizer).create()
     places = [p.data_ptr() for head in model.heads for p in head.parameters()]
-    assert len(places) == len(set(places)), "each head has parameters of its own"
+    assert len(places) == len(set(places)), "heads share parameters"
 
 
 def test_the_sliding_window_is_respected(folders: Callable[[str], Path], tokenizer: Tokenizer, texts: Tensor) -> None:
@@ -120,7 +120,7 @@ def test_layers_with_and_without_a_window_are_distinguished(
 def test_head_1_starts_at_the_original_models_loss(
     family: str, folders: Callable[[str], Path], tokenizer: Tokenizer, tiny_data: Dataset
 ) -> None:
-    path, objective, sums = folders(family), MtpObjective(Uniform()), Sums()
+    path, objective, sums = folders(family), MtpObjective(Uniform()), MetricSums()
     model, original = source(path, tokenizer).create().eval(), AutoModelForCausalLM.from_pretrained(path).eval()
     total, count = 0.0, 0
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_greedy_completions_equal_those_of_transformers_with_and_without_drafts(
     path, new = folders(family), 20
     model = source(path, tokenizer, head_kind=kind).create()
     torch.manual_seed(3)
-    for head in model.heads[1:]:  # so that some drafts are right
+    for head in model.heads[1:]:  # so that some drafts are accepted
         for parameter in head.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
     original = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -155,10 +155,10 @@ def test_greedy_completions_equal_those_of_transformers_with_and_without_drafts(
             out = original.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0
             )
-            wanted = out[0, len(prompts[index]) :].tolist()
-            assert answer.tokens == wanted[: len(answer.tokens)]
-            assert len(answer.tokens) == new or wanted[len(answer.tokens)] == tokenizer.end
-        assert model.training, "the model is left as it was"
+            expected = out[0, len(prompts[index]) :].tolist()
+            assert answer.tokens == expected[: len(answer.tokens)]
+            assert len(answer.tokens) == new or expected[len(answer.tokens)] == tokenizer.end
+        assert model.training, "generation changed the model"
 
 
 @pytest.mark.slow
@@ -174,15 +174,15 @@ def test_tied_embeddings_stay_tied(folders: Callable[[str], Path], invoke: Invok
     assert names["llama"] - names["llama-tied"] == {"unembedding.weight"}
 
 
-@pytest.mark.parametrize(("stored", "asked"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
-def test_parameters_have_the_configured_dtype(stored: str, asked: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(("stored", "dtype"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_parameters_have_the_configured_dtype(stored: str, dtype: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     path = write_family(tmp_path / "model", "qwen2", tokenizer, types[stored])
     assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(path).parameters()} == {types[stored]}, "the control"
-    model = source(path, tokenizer, dtype=asked).create()
-    assert {p.dtype for p in model.parameters()} == {types[asked]}
-    assert model.positions.rotary.inv_freq.dtype == torch.float32, "frequencies are no parameters"
-    assert {p.dtype for p in source(path, tokenizer, dtype=asked).empty().parameters()} == {types[asked]}
+    model = source(path, tokenizer, dtype=dtype).create()
+    assert {p.dtype for p in model.parameters()} == {types[dtype]}
+    assert model.positions.rotary.inv_freq.dtype == torch.float32, "rotary frequencies have the dtype of parameters"
+    assert {p.dtype for p in source(path, tokenizer, dtype=dtype).empty().parameters()} == {types[dtype]}
 
 
 @pytest.mark.slow
@@ -216,19 +216,19 @@ def test_missing_heads_are_created_or_omitted_with_a_warning(
     assert "has 1 of 4 heads; the other heads are new" in caplog.text
     caplog.clear()
     assert source(folders("qwen3"), tokenizer, num_heads=1).create().num_heads == 1
-    assert not caplog.records, "the control: nothing to say"
+    assert not caplog.records, "the control: a warning was logged"
     without = source(folders("qwen3"), tokenizer, num_heads=4, create_heads=False)
     assert without.num_heads == without.create().num_heads == 1
     assert "model.num_heads=4" in caplog.text and "the model has 1" in caplog.text
 
 
 def test_validation_uses_the_number_of_heads_of_the_created_model(folders: Callable[[str], Path]) -> None:
-    wish = ["model=huggingface", f"model.path={folders('llama')}", "early_stopping.monitor=val/head_4_loss"]
-    assert not config_issues(composed(*wish))
-    assert "head_4_loss" in str(config_issues(composed(*wish, "model.create_heads=false"))[0])
+    overrides = ["model=huggingface", f"model.path={folders('llama')}", "early_stopping.monitor=val/head_4_loss"]
+    assert not config_issues(compose_config(*overrides))
+    assert "head_4_loss" in str(config_issues(compose_config(*overrides, "model.create_heads=false"))[0])
 
 
-def damaged(path: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_weights(path: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Apply `change` to the weights in a file."""
     tensors = load_file(path / name)
     change(tensors)
@@ -237,7 +237,7 @@ def damaged(path: Path, name: str, change: Callable[[dict[str, Tensor]], None]) 
 
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "lacks and has too much": (
-        lambda path: damaged(
+        lambda path: change_weights(
             path, "model.safetensors",
             lambda t: t.update({"model.layers.9.other": t.pop("model.layers.0.mlp.up_proj.weight")}),
         ),
@@ -257,11 +257,11 @@ def test_a_wrong_folder_is_refused_before_training(
     case: str, folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(folders("llama"), tmp_path / "wrong"))
-    change, said = WRONG[case]
+    change, message = WRONG[case]
     change(path)
     outcome = invoke("model=huggingface", f"model.path={path}", f"hydra.run.dir={tmp_path / 'run'}", tiny=False)
     assert outcome.code == 2, outcome.err
-    assert said in outcome.err and "Traceback" not in outcome.err
+    assert message in outcome.err and "Traceback" not in outcome.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -277,10 +277,10 @@ def test_too_few_embeddings_for_the_tokenizer_are_refused(tmp_path: Path, tokeni
 
 
 def test_texts_longer_than_learned_positions_are_refused(folders: Callable[[str], Path]) -> None:
-    wish = ["model=huggingface", f"model.path={folders('gpt2')}"]
-    assert not config_issues(composed(*wish, "data.max_length=512"))
-    (fault,) = config_issues(composed(*wish, "data.max_length=513"))
-    assert (fault.key, fault.problem) == ("data.max_length", "the model reads 512 tokens at most")
+    overrides = ["model=huggingface", f"model.path={folders('gpt2')}"]
+    assert not config_issues(compose_config(*overrides, "data.max_length=512"))
+    (issue,) = config_issues(compose_config(*overrides, "data.max_length=513"))
+    assert (issue.key, issue.problem) == ("data.max_length", "the model reads 512 tokens at most")
 
 
 @pytest.mark.slow
@@ -290,17 +290,17 @@ def test_a_finished_run_does_not_need_its_models_folder(
 ) -> None:
     path = Path(shutil.copytree(folders(family), tmp_path / "original"))
     model = ["model=huggingface", f"model.path={path}", "model.num_heads=2", *QUICK]
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert invoke(*model, "max_steps=4", f"hydra.run.dir={whole}", tiny=False).code == 0
+    run, uninterrupted = tmp_path / "run", tmp_path / "whole"
+    assert invoke(*model, "max_steps=4", f"hydra.run.dir={uninterrupted}", tiny=False).code == 0
     assert invoke(*model, "max_steps=4", "save_interval=2", f"hydra.run.dir={run}", tiny=False).code == 0
     shutil.rmtree(run / "checkpoints" / "step_00000004")
     resumed = invoke(f"resume={run}", tiny=False)
     assert resumed.code == 0, resumed.err
-    last = [folder / "checkpoints/step_00000004/model.safetensors" for folder in (run, whole)]
-    assert last[0].read_bytes() == last[1].read_bytes(), "a resumed run is the uninterrupted one"
+    last = [folder / "checkpoints/step_00000004/model.safetensors" for folder in (run, uninterrupted)]
+    assert last[0].read_bytes() == last[1].read_bytes(), "the resumed run differs from the uninterrupted run"
     shutil.rmtree(path)
-    answered = invoke(f"checkpoint={run}", "prompt=Write f(x).", "generation.max_new_tokens=4", command="generate")
-    assert answered.code == 0, answered.err
+    generated = invoke(f"checkpoint={run}", "prompt=Write f(x).", "generation.max_new_tokens=4", command="generate")
+    assert generated.code == 0, generated.err
     options = [f"checkpoint={run}", "evaluation.limit=2", "generation.max_new_tokens=4"]
     assert invoke(*options, command="evaluate").code == 0
 
@@ -321,16 +321,16 @@ def test_the_algorithms_train_a_pretrained_model(
 
 
 @pytest.mark.slow
-def test_the_excess_over_the_unchanged_model_starts_at_zero(
+def test_the_excess_over_the_initial_model_starts_at_zero(
     folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
-    """Head 1 equals the reference, so all its targets have the same weight."""
+    """At the start, head 1 equals the reference, so all targets of head 1 have the same weight."""
     options = ["algo=rho1", "algo.reference=initial", "model=huggingface", f"model.path={folders('llama')}"]
     options += ["model.num_heads=1", f"hydra.run.dir={tmp_path}"]
     assert invoke(*options, *QUICK, "log_interval=1", tiny=False).code == 0
     first, second = (line for line in lines_of(tmp_path) if "train/loss" in line)
     assert first["train/weight_std"] == pytest.approx(0, abs=1e-3)
-    assert second["train/weight_std"] > 0.01, "the control: once it has learned, they differ"
+    assert second["train/weight_std"] > 0.01, "the control: weights do not differ after training"
 
 
 @pytest.mark.slow
@@ -339,12 +339,12 @@ def test_a_randomly_initialized_model_cannot_be_its_own_reference(invoke: Invoke
     assert outcome.code == 2 and "algo.reference=initial: is for pretrained models" in outcome.err
 
 
-def swapped(path: Path) -> None:
+def swap_token_ids(path: Path) -> None:
     """Exchange the ids of two tokens in a folder's tokenizer."""
     content = json.loads((path / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
-    by_id = {number: token for token, number in vocabulary.items()}
-    vocabulary[by_id[300]], vocabulary[by_id[301]] = 301, 300
+    token_by_id = {number: token for token, number in vocabulary.items()}
+    vocabulary[token_by_id[300]], vocabulary[token_by_id[301]] = 301, 300
     (path / "tokenizer.json").write_text(json.dumps(content))
 
 
@@ -354,8 +354,10 @@ def test_a_reference_with_two_ids_swapped_is_refused(
 ) -> None:
     reference = Path(shutil.copytree(folders("qwen2"), tmp_path / "reference"))
     options = ["algo=rho1", "pretrain=none", f"algo.reference={reference}", *QUICK, "hydra.run.dir=run"]
-    assert invoke(*options, "hydra.run.dir=control").code == 0, "the control: with the same tokenizer it is taken"
-    swapped(reference)
+    assert invoke(*options, "hydra.run.dir=control").code == 0, (
+        "the control: a reference with the same tokenizer is refused"
+    )
+    swap_token_ids(reference)
     outcome = invoke(*options)
     assert outcome.code == 2
     assert "token 300 is" in outcome.err and "reference" in outcome.err
@@ -363,7 +365,7 @@ def test_a_reference_with_two_ids_swapped_is_refused(
 
 
 @pytest.mark.slow
-def test_labels_in_a_config_do_not_prevent_resuming(
+def test_labels_in_the_models_config_do_not_prevent_resuming(
     folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(folders("llama"), tmp_path / "labelled"))
@@ -402,5 +404,5 @@ def test_a_config_that_transformers_cannot_use_is_an_issue(folders: Callable[[st
     for name, value in {"hidden_act": "nosuch", "quantization_config": {"quant_method": "gptq", "bits": 4}}.items():
         config = json.loads((folders("llama") / "config.json").read_text()) | {name: value}
         (path / "config.json").write_text(json.dumps(config))
-        (fault,) = config_issues(composed("model=huggingface", f"model.path={path}"))
-        assert fault.key == "model.path", fault
+        (issue,) = config_issues(compose_config("model=huggingface", f"model.path={path}"))
+        assert issue.key == "model.path", issue

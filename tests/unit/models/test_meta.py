@@ -79,7 +79,7 @@ def published_shapes(params: dict[str, Any], width: int) -> dict[str, tuple[int,
     return shapes
 
 
-def synthetic(params: dict[str, Any], width: int = 96, dtype: torch.dtype = torch.float32) -> Tensors:
+def random_tensors(params: dict[str, Any], width: int = 96, dtype: torch.dtype = torch.float32) -> Tensors:
     """Return random weights with the published names and shapes."""
     generator = torch.Generator().manual_seed(0)
 
@@ -96,7 +96,7 @@ def with_tokenizer(folder: Path, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def in_layout(folder: Path, params: object, tensors: object, metadata: dict[str, Any] | None = None) -> Path:
+def write_folder(folder: Path, params: object, tensors: object, metadata: dict[str, Any] | None = None) -> Path:
     """Write a folder in Meta's own layout, or with `metadata` in the layout with safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
@@ -113,7 +113,7 @@ def source(folder: Path, tokenizer: Tokenizer | None, **options: Any) -> MetaChe
     return MetaCheckpoint(**({"tokenizer": tokenizer, "path": folder, "lora": Lora()} | options))
 
 
-def refusal(folder: Path, tokenizer: Tokenizer) -> str:
+def load_error(folder: Path, tokenizer: Tokenizer) -> str:
     """Return the error of loading a folder, and check that validation reports the same issues."""
     with pytest.raises(InputError) as refused:
         source(folder, tokenizer).load_base()
@@ -127,7 +127,7 @@ def refusal(folder: Path, tokenizer: Tokenizer) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a valid folder with four heads."""
-    return in_layout(tmp_path / "meta", SIZES, synthetic(SIZES))
+    return write_folder(tmp_path / "meta", SIZES, random_tensors(SIZES))
 
 
 def by_complex_numbers(x: Tensor, theta: float) -> Tensor:
@@ -135,10 +135,10 @@ def by_complex_numbers(x: Tensor, theta: float) -> Tensor:
     length, head_dim = x.shape[1], x.shape[-1]
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(length).float(), frequencies)
-    turned = (
+    rotated = (
         torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.polar(torch.ones_like(angles), angles)[:, None]
     )
-    return torch.view_as_real(turned).flatten(-2)
+    return torch.view_as_real(rotated).flatten(-2)
 
 
 def by_halves(x: Tensor, theta: float) -> Tensor:
@@ -149,7 +149,7 @@ def by_halves(x: Tensor, theta: float) -> Tensor:
 
 
 def published_block(
-    x: Tensor, weights: Tensors, prefix: str, params: dict[str, Any], turn: Callable[[Tensor, float], Tensor]
+    x: Tensor, weights: Tensors, prefix: str, params: dict[str, Any], rotary: Callable[[Tensor, float], Tensor]
 ) -> Tensor:
     """Compute a block as in Meta's model.py."""
     w = {name.removeprefix(f"{prefix}."): value for name, value in weights.items() if name.startswith(f"{prefix}.")}
@@ -164,7 +164,7 @@ def published_block(
     queries = (normed @ w["attention.wq.weight"].T).view(batch, length, heads, head_dim)
     keys = (normed @ w["attention.wk.weight"].T).view(batch, length, kv_heads, head_dim)
     values = (normed @ w["attention.wv.weight"].T).view(batch, length, kv_heads, head_dim)
-    queries, keys = turn(queries, params["rope_theta"]), turn(keys, params["rope_theta"])
+    queries, keys = rotary(queries, params["rope_theta"]), rotary(keys, params["rope_theta"])
     keys, values = (part.repeat_interleave(heads // kv_heads, dim=2).transpose(1, 2) for part in (keys, values))
     scores = queries.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(head_dim)
     scores = scores + torch.full((length, length), float("-inf")).triu(1)
@@ -179,17 +179,17 @@ def published_logits(
     weights: Tensors,
     params: dict[str, Any],
     tokens: Tensor,
-    turn: Callable[[Tensor, float], Tensor] = by_complex_numbers,
+    rotary: Callable[[Tensor, float], Tensor] = by_complex_numbers,
     from_trunk: bool = True,
 ) -> Tensor:
     """Return logits [batch, position, head, token] by the published description; `from_trunk`: all heads read it."""
     layers = params["n_layers"] - params.get("n_future_tokens", 1) + 1
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(layers - 1):
-        x = published_block(x, weights, f"layers.{i}", params, turn)
+        x = published_block(x, weights, f"layers.{i}", params, rotary)
     states = []
     for prefix in (f"layers.{layers - 1}", *(f"extra_heads.{i}" for i in range(params.get("n_future_tokens", 1) - 1))):
-        states.append(published_block(x, weights, prefix, params, turn))
+        states.append(published_block(x, weights, prefix, params, rotary))
         x = x if from_trunk else states[-1]
     stacked = torch.stack(states, dim=-2)
     normed = stacked * torch.rsqrt(stacked.pow(2).mean(-1, keepdim=True) + params["norm_eps"]) * weights["norm.weight"]
@@ -210,19 +210,19 @@ def test_every_head_computes_the_published_description(
     name: str, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     params = SIZES | CONFIGS[name]
-    weights = synthetic(params, width=112 if "ffn_dim_multiplier" in params else 96)
-    model = source(in_layout(tmp_path / "meta", params, weights, metadata), tokenizer).load_base()
+    weights = random_tensors(params, width=112 if "ffn_dim_multiplier" in params else 96)
+    model = source(write_folder(tmp_path / "meta", params, weights, metadata), tokenizer).load_base()
     got = logits(model, TOKENS)
     assert got.shape == (2, 17, params["n_future_tokens"], VOCABULARY)
     torch.testing.assert_close(got, published_logits(weights, params, TOKENS), rtol=0, atol=1e-5)
-    assert (got - published_logits(weights, params, TOKENS, turn=by_halves)).abs().max() > 0.1
+    assert (got - published_logits(weights, params, TOKENS, rotary=by_halves)).abs().max() > 0.1
     if params["n_future_tokens"] > 1:
         chained = published_logits(weights, params, TOKENS, from_trunk=False)
         assert (got[:, :, 0] - chained[:, :, 0]).abs().max() < 1e-5
         assert (got[:, :, 1] - chained[:, :, 1]).abs().max() > 0.1
 
 
-def test_7b_has_291_tensors_of_the_published_names_and_shapes() -> None:
+def test_the_7b_model_has_291_tensors_of_the_published_names_and_shapes() -> None:
     params = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 32000, "norm_eps": 1e-5,
               "rope_theta": 10000.0, "n_future_tokens": 4}  # fmt: skip
     architecture = read_params(params, "params.json").architecture(0)
@@ -235,35 +235,37 @@ def test_7b_has_291_tensors_of_the_published_names_and_shapes() -> None:
     assert found == expected
     assert len(found) == 291
     assert (model.num_heads, len(model.trunk)) == (4, 28)
-    assert model.num_parameters == 6_738_415_616  # equal to Llama 2 7B: same blocks and vocabulary
+    assert model.num_parameters == 6_738_415_616  # equal to Llama 2 7B, which has the same blocks and vocabulary
     assert list(names.values()) == list(published_shapes(params, 11008))
     assert len(set(names.values())) == len(names)
 
 
-def test_a_7b_of_one_head_has_one_layer_for_each_block() -> None:
-    theirs = {name: own for own, name in meta_names(31, 1).items()}
-    assert {name.split(".")[1] for name in theirs if name.startswith("layers.")} == set(map(str, range(32)))
-    assert not any(name.startswith("extra_heads") for name in theirs)
-    assert theirs["layers.31.attention.wq.weight"] == "heads.0.attention.query.weight"
+def test_a_7b_model_with_one_head_has_one_layer_for_each_block() -> None:
+    name_in_file = {name: own for own, name in meta_names(31, 1).items()}
+    assert {name.split(".")[1] for name in name_in_file if name.startswith("layers.")} == set(map(str, range(32)))
+    assert not any(name.startswith("extra_heads") for name in name_in_file)
+    assert name_in_file["layers.31.attention.wq.weight"] == "heads.0.attention.query.weight"
 
 
-@pytest.mark.parametrize(("stored", "asked"), product(["float16", "bfloat16", "float32", "float64"], ["fp32", "bf16"]))
+@pytest.mark.parametrize(
+    ("stored", "parameter_dtype"), product(["float16", "bfloat16", "float32", "float64"], ["fp32", "bf16"])
+)
 @pytest.mark.parametrize("metadata", [None, {}], ids=["pth", "safetensors"])
 def test_parameters_have_the_configured_dtype_for_every_stored_dtype(
-    stored: str, asked: str, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
+    stored: str, parameter_dtype: str, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    weights = synthetic(SIZES, dtype=getattr(torch, stored))
-    folder = in_layout(tmp_path / "meta", SIZES, weights, metadata)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
-    made = source(folder, tokenizer, dtype=asked)
+    weights = random_tensors(SIZES, dtype=getattr(torch, stored))
+    folder = write_folder(tmp_path / "meta", SIZES, weights, metadata)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parameter_dtype]
+    made = source(folder, tokenizer, dtype=parameter_dtype)
     model = made.create()
-    for ours, theirs in meta_names(2, 4).items():
+    for ours, name_in_file in meta_names(2, 4).items():
         assert model.state_dict()[ours].dtype == dtype
-        assert torch.equal(model.state_dict()[ours], weights[theirs].to(dtype)), theirs
+        assert torch.equal(model.state_dict()[ours], weights[name_in_file].to(dtype)), name_in_file
     assert {parameter.dtype for parameter in made.empty().parameters()} == {dtype}
     assert isinstance(made.architecture(), LlamaArchitecture)
     exact = published_logits({name: value.float() for name, value in weights.items()}, SIZES, TOKENS)
-    bound = 0.2 if asked == "bf16" else 1e-4  # bf16 keeps 8 bits, over six blocks
+    bound = 0.2 if parameter_dtype == "bf16" else 1e-4  # rounding errors of bf16, which has 8 bits, over six blocks
     assert (logits(model, TOKENS) - exact).abs().max() < bound
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -296,7 +298,7 @@ PLACES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", PLACES)
 def test_metadata_json_may_name_the_files_of_sizes_and_weights(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     metadata, files, weights = PLACES[name]
-    tensors = synthetic(SIZES)
+    tensors = random_tensors(SIZES)
     for file, content in ({META: metadata} | files).items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(json.dumps(content))
@@ -306,9 +308,9 @@ def test_metadata_json_may_name_the_files_of_sizes_and_weights(name: str, tmp_pa
     torch.testing.assert_close(logits(model, TOKENS), published_logits(tensors, SIZES, TOKENS), rtol=0, atol=1e-5)
 
 
-def test_weights_may_be_in_several_files_without_duplicates(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    tensors = synthetic(SIZES)
-    folder = in_layout(tmp_path, SIZES, {}, {})
+def test_weights_may_be_in_several_files_without_duplicate_tensors(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tensors = random_tensors(SIZES)
+    folder = write_folder(tmp_path, SIZES, {}, {})
     (folder / "model.safetensors").unlink()
     (folder / "safetensors").mkdir()
     names = list(tensors)
@@ -327,27 +329,27 @@ def test_weights_may_be_in_several_files_without_duplicates(tmp_path: Path, toke
         source(folder, tokenizer).load_base()
     (folder / META).write_text("{}")
     save_file({"norm.weight": tensors["norm.weight"]}, folder / "safetensors/part2.safetensors")
-    assert "part2.safetensors: contains tensors that another file contains too: norm.weight" in refusal(
+    assert "part2.safetensors: contains tensors that another file contains too: norm.weight" in load_error(
         folder, tokenizer
     )
 
 
 @pytest.mark.parametrize("extra", ["rope.freqs", "layers.0.attention.inner_attention.rope.freqs"])
 def test_rotary_frequencies_in_the_file_are_ignored(extra: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    folder = in_layout(tmp_path, SIZES, synthetic(SIZES) | {extra: torch.ones(4)})
+    folder = write_folder(tmp_path, SIZES, random_tensors(SIZES) | {extra: torch.ones(4)})
     assert source(folder, tokenizer).load_base().num_heads == 4
-    torch.save(synthetic(SIZES) | {f"{extra}2": torch.ones(4)}, folder / PTH)
-    assert f"unexpected: {extra}2" in refusal(folder, tokenizer)
+    torch.save(random_tensors(SIZES) | {f"{extra}2": torch.ones(4)}, folder / PTH)
+    assert f"unexpected: {extra}2" in load_error(folder, tokenizer)
 
 
 def test_a_vocabulary_size_of_minus_one_means_that_of_the_embedding(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    weights = synthetic(SIZES | {"vocab_size": 520})
-    folder = in_layout(tmp_path, SIZES | {"vocab_size": -1}, weights)
+    weights = random_tensors(SIZES | {"vocab_size": 520})
+    folder = write_folder(tmp_path, SIZES | {"vocab_size": -1}, weights)
     assert [*source(folder, None).issues()] == []
     made = source(folder, tokenizer)
     assert made.architecture().vocab_size == 520
     assert torch.equal(made.load_base().embedding.weight, weights["tok_embeddings.weight"])
-    assert json.loads(made.kept_files()["params.json"])["vocab_size"] == 520
+    assert json.loads(made.files_to_save()["params.json"])["vocab_size"] == 520
 
 
 def test_the_loaded_model_is_independent_of_the_file(folder: Path, tokenizer: Tokenizer) -> None:
@@ -357,13 +359,13 @@ def test_the_loaded_model_is_independent_of_the_file(folder: Path, tokenizer: To
         file.write(bytes((folder / PTH).stat().st_size))
     assert torch.equal(logits(model, TOKENS), logits(model, TOKENS))
     torch.testing.assert_close(
-        logits(model, TOKENS), published_logits(synthetic(SIZES), SIZES, TOKENS), rtol=0, atol=1e-5
+        logits(model, TOKENS), published_logits(random_tensors(SIZES), SIZES, TOKENS), rtol=0, atol=1e-5
     )
     assert not lazy.any()  # values that were mapped but not read are lost
 
 
-def test_additional_heads_start_as_copies_of_head_1(folder: Path, tokenizer: Tokenizer) -> None:
-    weights = synthetic(SIZES)
+def test_additional_heads_are_initially_copies_of_head_1(folder: Path, tokenizer: Tokenizer) -> None:
+    weights = random_tensors(SIZES)
     model = source(folder, tokenizer, num_heads=6, dropout=0.25).load_base()
     assert model.num_heads == 6
     assert {block.dropout.p for block in (*model.trunk, *model.heads)} == {0.25}
@@ -377,7 +379,7 @@ def test_additional_heads_start_as_copies_of_head_1(folder: Path, tokenizer: Tok
 
 def test_fewer_heads_are_the_first_ones(folder: Path, tokenizer: Tokenizer) -> None:
     model = source(folder, tokenizer, num_heads=2).load_base()
-    expected = published_logits(synthetic(SIZES), SIZES, TOKENS)[:, :, :2]
+    expected = published_logits(random_tensors(SIZES), SIZES, TOKENS)[:, :, :2]
     torch.testing.assert_close(logits(model, TOKENS), expected, rtol=0, atol=1e-5)
 
 
@@ -390,15 +392,15 @@ def test_missing_heads_are_created_or_omitted_with_a_warning(
 ) -> None:  # fmt: skip
     made = source(folder, tokenizer, num_heads=num_heads, create_heads=create_heads)
     assert made.num_heads == made.load_base().num_heads == has
-    said = f"model.num_heads=6, but {folder} has 4, and model.create_heads=false: the model has 4"
+    message = f"model.num_heads=6, but {folder} has 4, and model.create_heads=false: the model has 4"
     new = f"{folder} has 4 of {has} heads; the other heads are new and start as head 1"
-    assert caplog.messages == ([said] if has < (num_heads or 0) else [new] if has > 4 else [])
+    assert caplog.messages == ([message] if has < (num_heads or 0) else [new] if has > 4 else [])
 
 
 def test_adapters_do_not_change_the_checkpoints_weights(folder: Path, tokenizer: Tokenizer) -> None:
     model = source(folder, tokenizer, lora=Lora(rank=2, targets=("query", "value"))).create()
     torch.testing.assert_close(
-        logits(model, TOKENS), published_logits(synthetic(SIZES), SIZES, TOKENS), rtol=0, atol=1e-5
+        logits(model, TOKENS), published_logits(random_tensors(SIZES), SIZES, TOKENS), rtol=0, atol=1e-5
     )
     model.unembedding(model.train()(TOKENS).states).square().mean().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -413,14 +415,14 @@ def test_adapters_that_do_not_fit_are_reported_before_loading_weights(folder: Pa
     assert (key, value) == ("lora.targets", "wq")
     assert "it has down" not in problem
     assert "it has gate, key, output, query, up, value" in problem
-    bare = in_layout(tmp_path / "bare", SIZES | {"n_layers": 4}, synthetic(SIZES | {"n_layers": 4}))
+    bare = write_folder(tmp_path / "bare", SIZES | {"n_layers": 4}, random_tensors(SIZES | {"n_layers": 4}))
     assert [*source(bare, None, lora=Lora(rank=2)).issues()] == [
         ("lora.rank", "2", "the trunk has no blocks that could have adapters")
     ]
 
 
 def test_all_mismatched_tensors_are_listed_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    tensors: dict[str, Any] = synthetic(SIZES)
+    tensors: dict[str, Any] = random_tensors(SIZES)
     del tensors["layers.0.attention.wk.weight"], tensors["norm.weight"]
     tensors |= {
         "layers.0.attention.wk.bias": torch.zeros(32),
@@ -430,8 +432,8 @@ def test_all_mismatched_tensors_are_listed_at_once(tmp_path: Path, tokenizer: To
         "extra_heads.1.feed_forward.w2.weight": torch.zeros(32, 96).to_sparse(),
         "extra_heads.0.feed_forward.w2.weight": torch.zeros(32, 96, device="meta"),
     }
-    folder = in_layout(tmp_path, SIZES, tensors)
-    assert refusal(folder, tokenizer) == "\n    ".join([
+    folder = write_folder(tmp_path, SIZES, tensors)
+    assert load_error(folder, tokenizer) == "\n    ".join([
         f"model.path={folder}: consolidated.pth: does not match params.json:",
         "missing: layers.0.attention.wk.weight",
         "missing: norm.weight",
@@ -445,15 +447,15 @@ def test_all_mismatched_tensors_are_listed_at_once(tmp_path: Path, tokenizer: To
 
 
 def test_mismatched_tensors_of_safetensors_are_listed_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    tensors = synthetic(SIZES) | {"norm.weight": torch.ones(31), "layers.1.ffn_norm.weight": torch.ones(32).long()}
+    tensors = random_tensors(SIZES) | {"norm.weight": torch.ones(31), "layers.1.ffn_norm.weight": torch.ones(32).long()}
     tensors["value_head.weight"] = tensors.pop("extra_heads.0.attention.wo.weight")
-    said = refusal(in_layout(tmp_path, SIZES, tensors, {}), tokenizer)
-    assert "model.safetensors: does not match params.json" in said
-    for fault in (
+    message = load_error(write_folder(tmp_path, SIZES, tensors, {}), tokenizer)
+    assert "model.safetensors: does not match params.json" in message
+    for problem in (
         "missing: extra_heads.0.attention.wo.weight", "unexpected: value_head.weight",
         "mis-shaped: norm.weight is [31], params.json needs [32]", "mis-typed: layers.1.ffn_norm.weight is torch.int64",
     ):  # fmt: skip
-        assert fault in said
+        assert problem in message
 
 
 @pytest.mark.parametrize(
@@ -469,7 +471,7 @@ def test_a_wrong_number_of_heads_or_blocks_is_reported_before_the_names(
     change: dict[str, Any], hint: str, other: str, folder: Path, tokenizer: Tokenizer
 ) -> None:
     (folder / "params.json").write_text(json.dumps(SIZES | change))
-    first, second, *names = refusal(folder, tokenizer).split("\n    ")
+    first, second, *names = load_error(folder, tokenizer).split("\n    ")
     assert first.endswith("consolidated.pth: does not match params.json:")
     assert second == hint
     assert (
@@ -503,35 +505,37 @@ def test_all_invalid_sizes_are_reported(
     change: dict[str, Any], lines: list[str], folder: Path, tokenizer: Tokenizer
 ) -> None:
     (folder / "params.json").write_text(json.dumps(SIZES | change))
-    said = refusal(folder, tokenizer).splitlines()
-    assert len(said) == len(lines)
-    for line, expected in zip(said, lines, strict=True):
+    message = load_error(folder, tokenizer).splitlines()
+    assert len(message) == len(lines)
+    for line, expected in zip(message, lines, strict=True):
         assert line.startswith(f"model.path={folder}: params.json: {expected}")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"dim": 32', "\xff"])
 @pytest.mark.parametrize("name", ["params.json", META])
-def test_files_that_are_not_valid_json_are_named(name: str, text: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    folder = in_layout(tmp_path, SIZES, synthetic(SIZES), {})
+def test_files_that_are_not_valid_json_are_reported(name: str, text: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = write_folder(tmp_path, SIZES, random_tensors(SIZES), {})
     (folder / name).write_bytes(text.encode("latin-1"))
-    assert f"model.path={folder}: {name}: " in refusal(folder, tokenizer)
+    assert f"model.path={folder}: {name}: " in load_error(folder, tokenizer)
 
 
 def test_missing_files_are_reported_with_a_remedy(folder: Path, tokenizer: Tokenizer) -> None:
     above = folder.parent
     assert f"has no params.json and no metadata.json; name the folder that contains Meta's files, such as {folder}" in (
-        refusal(above, tokenizer)
+        load_error(above, tokenizer)
     )
-    assert "has no params.json and no metadata.json" in refusal(above / "nowhere", tokenizer)
+    assert "has no params.json and no metadata.json" in load_error(above / "nowhere", tokenizer)
     shutil.copytree(folder, above / "without")
     (above / "without" / PTH).unlink()
-    assert "has no consolidated.pth, and no metadata.json beside safetensors" in refusal(above / "without", tokenizer)
+    assert "has no consolidated.pth, and no metadata.json beside safetensors" in load_error(
+        above / "without", tokenizer
+    )
     (above / "without" / META).write_text("{}")
-    assert "has no model.safetensors or safetensors/model.safetensors" in refusal(above / "without", tokenizer)
+    assert "has no model.safetensors or safetensors/model.safetensors" in load_error(above / "without", tokenizer)
     (above / "without" / META).write_text(json.dumps({"files": ["model.safetensors"]}))
-    assert "files=['model.safetensors']: must be an object" in refusal(above / "without", tokenizer)
+    assert "files=['model.safetensors']: must be an object" in load_error(above / "without", tokenizer)
     (above / "without" / META).write_text(json.dumps({"files": {"weights": "there.safetensors"}}))
-    assert "files.weights=there.safetensors: there is no such file" in refusal(above / "without", tokenizer)
+    assert "files.weights=there.safetensors: there is no such file" in load_error(above / "without", tokenizer)
 
 
 @pytest.mark.parametrize("key", ["config", "params", "weights", "checkpoint"])
@@ -544,17 +548,19 @@ def test_metadata_json_cannot_name_files_outside_the_folder(
     outside = tmp_path / f"outside{ending}"
     if isinstance(name, str):
         name = name.replace("{outside}", str(tmp_path / "outside")) + ending
-    in_layout(folder, SIZES, synthetic(SIZES), {"files": {key: name}})
+    write_folder(folder, SIZES, random_tensors(SIZES), {"files": {key: name}})
     (folder / "inside").mkdir()
     content = folder / ("params.json" if is_sizes else "model.safetensors")
     shutil.copy(content, outside)
-    assert f"metadata.json: files.{key}={name}: must be a path inside the folder" in refusal(folder, tokenizer)
-    (folder / META).write_text(json.dumps({"files": {key: content.name}}))  # the control: the same file, inside
+    assert f"metadata.json: files.{key}={name}: must be a path inside the folder" in load_error(folder, tokenizer)
+    (folder / META).write_text(
+        json.dumps({"files": {key: content.name}})
+    )  # the control: the same file inside the folder
     assert source(folder, tokenizer).load_base().num_heads == 4
 
 
 def test_the_hash_of_metadata_json_is_compared(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    folder = in_layout(tmp_path, SIZES, synthetic(SIZES), {})
+    folder = write_folder(tmp_path, SIZES, random_tensors(SIZES), {})
     path = folder / "model.safetensors"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for given_hash in (digest, digest.upper(), {"model.safetensors": digest}):
@@ -587,15 +593,15 @@ class Payload:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_checkpoint_is_not_run(zipped: bool, folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    content = synthetic(SIZES) | {"rope.freqs": Payload(marker)}
+    content = random_tensors(SIZES) | {"rope.freqs": Payload(marker)}
     if zipped:
         torch.save(content, folder / PTH)
         assert "consolidated.pth: holds more than tensors (io.open), and nothing of it was run" in (
-            refusal(folder, tokenizer)
+            load_error(folder, tokenizer)
         )
     else:
         (folder / PTH).write_bytes(pickle.dumps({"rope.freqs": Payload(marker)}))
-        assert "consolidated.pth: is cut short, damaged or of another format" in refusal(folder, tokenizer)
+        assert "consolidated.pth: is cut short, damaged or of another format" in load_error(folder, tokenizer)
     assert not marker.exists()
     if zipped:
         torch.load(folder / PTH, weights_only=False)
@@ -609,34 +615,34 @@ def test_code_in_a_checkpoint_is_not_run(zipped: bool, folder: Path, tokenizer: 
 def test_a_truncated_file_is_reported(
     percent: int, metadata: dict[str, Any] | None, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    folder = in_layout(tmp_path, SIZES, synthetic(SIZES), metadata)
+    folder = write_folder(tmp_path, SIZES, random_tensors(SIZES), metadata)
     path = folder / (PTH if metadata is None else "model.safetensors")
     content = path.read_bytes()
     size = len(content) * percent // 100
     path.write_bytes(content[:size])
-    said = refusal(folder, tokenizer)
-    assert f"{path.name}: is cut short, damaged or of another format; get it again ({size:,} bytes" in said
+    message = load_error(folder, tokenizer)
+    assert f"{path.name}: is cut short, damaged or of another format; get it again ({size:,} bytes" in message
     path.write_bytes(content)
     source(folder, tokenizer).load_base()
 
 
 def test_a_file_without_tensors_by_name_is_reported(folder: Path, tokenizer: Tokenizer) -> None:
     torch.save([torch.ones(2)], folder / PTH)
-    assert "consolidated.pth: holds a list, not tensors by name" in refusal(folder, tokenizer)
-    torch.save({"model": synthetic(SIZES)}, folder / PTH)
-    assert "unexpected: model\n" in refusal(folder, tokenizer) + "\n"
+    assert "consolidated.pth: holds a list, not tensors by name" in load_error(folder, tokenizer)
+    torch.save({"model": random_tensors(SIZES)}, folder / PTH)
+    assert "unexpected: model\n" in load_error(folder, tokenizer) + "\n"
 
 
 def test_a_vocabulary_that_is_too_small_is_reported_with_both_sizes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     params = SIZES | {"vocab_size": 511}
-    folder = in_layout(tmp_path / "small", params, synthetic(params))
+    folder = write_folder(tmp_path / "small", params, random_tensors(params))
     with pytest.raises(InputError, match="has embeddings for 511 tokens, its tokenizer has 512"):
         source(folder, tokenizer).create()
     params = SIZES | {"vocab_size": 513}
-    assert source(in_layout(tmp_path / "large", params, synthetic(params)), tokenizer).create().num_heads == 4
+    assert source(write_folder(tmp_path / "large", params, random_tensors(params)), tokenizer).create().num_heads == 4
 
 
-SAID = {
+ROUND_TRIP_PARAMS = {
     "as Meta writes it": SIZES | {"max_seq_len": 4096, "n_kv_heads": None},
     "minus one": SIZES | {"vocab_size": -1, "ffn_dim_multiplier": 1.3, "multiple_of": 4},
     "with a width": SIZES | {"intermediate_size": 40},
@@ -645,15 +651,15 @@ SAID = {
 
 @pytest.mark.parametrize("layout", ["pth", "safetensors"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize("name", ROUND_TRIP_PARAMS)
 def test_a_loaded_model_is_written_back_unchanged(
     name: str, dtype: str, layout: Any, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    params = SAID[name]
+    params = ROUND_TRIP_PARAMS[name]
     width = params.get("intermediate_size") or hidden_dim(32, params["multiple_of"], params.get("ffn_dim_multiplier"))
-    weights = synthetic(params, width, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    weights = random_tensors(params, width, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     metadata = None if layout == "pth" else {}
-    first = read_meta(in_layout(tmp_path / "first", params, weights, metadata))
+    first = read_meta(write_folder(tmp_path / "first", params, weights, metadata))
     model = source(tmp_path / "first", tokenizer, dtype=dtype).load_base()
     write_meta(model, tmp_path / "second", first.content, layout)
     assert json.loads((tmp_path / "second/params.json").read_text()) == params
@@ -663,9 +669,9 @@ def test_a_loaded_model_is_written_back_unchanged(
     if layout == "pth":
         assert type(written) is dict
         assert list(written) == list(weights)
-    for theirs, tensor in weights.items():
-        assert written[theirs].dtype == tensor.dtype
-        assert torch.equal(written[theirs], tensor)
+    for name_in_file, tensor in weights.items():
+        assert written[name_in_file].dtype == tensor.dtype
+        assert torch.equal(written[name_in_file], tensor)
     third = source(tmp_path / "second", tokenizer, dtype=dtype).load_base()
     assert torch.equal(logits(third, TOKENS), logits(model, TOKENS))
     expected = {"params.json", path.name} | ({META} if layout == "safetensors" else set())
@@ -678,7 +684,7 @@ def test_a_model_is_written_without_given_params_and_read_again(
 ) -> None:
     model = tiny_model(num_heads=3)
     write_meta(model, tmp_path / "out", layout=layout)
-    write_meta(model, tmp_path / "out", layout=layout)  # again
+    write_meta(model, tmp_path / "out", layout=layout)  # overwrites the first output
     made = source(tmp_path / "out", tokenizer)
     assert [*made.issues()] == []
     assert made.architecture() == model.architecture
@@ -717,10 +723,10 @@ def test_models_that_the_layout_does_not_support_are_refused(
     folder: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     out = tmp_path / "out"
-    adapted = source(folder, tokenizer, lora=Lora(rank=2)).create()
-    judging = tiny_model()
-    judging.add_value_head()
-    for model in (adapted, judging):
+    with_adapters = source(folder, tokenizer, lora=Lora(rank=2)).create()
+    with_value_head = tiny_model()
+    with_value_head.add_value_head()
+    for model in (with_adapters, with_value_head):
         with pytest.raises(InputError, match="does not support adapters and value heads"):
             write_meta(model, out)
     medusa = create_llama(LlamaArchitecture(
@@ -738,9 +744,9 @@ def test_models_that_the_layout_does_not_support_are_refused(
     wrong = SIZES | {"norm_eps": 1e-6, "n_future_tokens": 3, "multiple_of": 32, "vocab_size": 7}
     with pytest.raises(InputError) as refused:
         write_meta(model, out, wrong)
-    for said in ("vocab_size=7, not 512", "num_layers=4, not 3", "num_heads=3, not 4", "norm_eps=1e-06, not 0.001"):
-        assert said in str(refused.value)
-    assert "hidden_dim" not in str(refused.value)  # 32 gives 96 too
+    for message in ("vocab_size=7, not 512", "num_layers=4, not 3", "num_heads=3, not 4", "norm_eps=1e-06, not 0.001"):
+        assert message in str(refused.value)
+    assert "hidden_dim" not in str(refused.value)  # multiple_of=32 also gives 96
     with pytest.raises(InputError, match="dim: is missing"):
         write_meta(model, out, {})
     assert not out.exists()
@@ -757,24 +763,24 @@ def test_the_formula_gives_the_widths_of_llama() -> None:
 @settings(max_examples=500, deadline=None)
 def test_formula_keys_exist_for_every_width(dim: int, width: int) -> None:
     keys = formula_keys(dim, width)
-    told = json.loads(json.dumps(keys))
-    assert hidden_dim(dim, int(told["multiple_of"]), told.get("ffn_dim_multiplier")) == width
-    read = {"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 1, "norm_eps": 1e-5} | told
-    if told.get("ffn_dim_multiplier", 1) <= 1024:
+    parsed = json.loads(json.dumps(keys))
+    assert hidden_dim(dim, int(parsed["multiple_of"]), parsed.get("ffn_dim_multiplier")) == width
+    read = {"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": 1, "norm_eps": 1e-5} | parsed
+    if parsed.get("ffn_dim_multiplier", 1) <= 1024:
         assert isinstance(read_params(read, "here"), MetaParams)
 
 
-@pytest.mark.parametrize("name", [*SAID, "hugging face"])
+@pytest.mark.parametrize("name", [*ROUND_TRIP_PARAMS, "hugging face"])
 def test_checkpoints_can_be_used_with_the_files_kept_by_the_run(
     name: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    params = SAID.get(name, HUGGING_FACE)
+    params = ROUND_TRIP_PARAMS.get(name, HUGGING_FACE)
     width = params.get("intermediate_size") or hidden_dim(32, params["multiple_of"], params.get("ffn_dim_multiplier"))
-    weights = synthetic(SIZES | params, width)
-    folder = with_tokenizer(in_layout(tmp_path / "meta", params, weights), tokenizer)
+    weights = random_tensors(SIZES | params, width)
+    folder = with_tokenizer(write_folder(tmp_path / "meta", params, weights), tokenizer)
     options = {"num_heads": 6, "dropout": 0.25, "dtype": "bf16"}
     made = source(folder, tokenizer, **options)
-    kept = made.kept_files()
+    kept = made.files_to_save()
     assert kept.keys() == {"params.json", "tokenizer.json", "tokenizer_config.json"}
     assert kept["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
     (tmp_path / "model").mkdir()
@@ -782,25 +788,25 @@ def test_checkpoints_can_be_used_with_the_files_kept_by_the_run(
         (tmp_path / "model" / file).write_bytes(content)
     again = source(tmp_path / "model", tokenizer, **options)
     assert again.architecture() == made.architecture()
-    assert again.kept_files() == kept
+    assert again.files_to_save() == kept
     blank = again.empty()
     assert blank.architecture == made.architecture()
     assert blank.load_state_dict(made.load_base().state_dict(), strict=True)
     assert source(tmp_path / "model", tokenizer).num_heads == 4
-    assert "has no consolidated.pth" in refusal(tmp_path / "model", tokenizer)
+    assert "has no consolidated.pth" in load_error(tmp_path / "model", tokenizer)
 
 
 def test_a_tokenizer_of_another_folder_is_kept_too(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for other in (None, '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'):
         if other is not None:
             (folder / "tokenizer.json").write_text(other)
-        for file, content in source(folder, tokenizer).kept_files().items():
+        for file, content in source(folder, tokenizer).files_to_save().items():
             (tmp_path / file).write_bytes(content)
         kept = pretrained_tokenizer(path=tmp_path)
         assert (kept.fingerprint, kept.end, kept.padding) == (tokenizer.fingerprint, tokenizer.end, tokenizer.padding)
 
 
-def test_train_works_and_the_finished_run_does_not_need_the_folder(
+def test_a_finished_run_does_not_need_the_models_folder(
     invoke: Invoke, folder: Path, tokenizer: Tokenizer, cache: Path, tmp_path: Path
 ) -> None:
     with_tokenizer(folder, tokenizer)
@@ -811,7 +817,7 @@ def test_train_works_and_the_finished_run_does_not_need_the_folder(
     assert done.code == 0, done.err
     shutil.rmtree(folder)
     model = load_trained(run, tokenizer, Hardware(device="cpu"), cache)
-    start = synthetic(SIZES)
+    start = random_tensors(SIZES)
     moved = (
         (model.state_dict()["heads.3.attention.query.weight"] - start["extra_heads.2.attention.wq.weight"]).abs().max()
     )

@@ -52,7 +52,7 @@ def as_llama(model: MtpModel) -> LlamaForCausalLM:
     return llama.eval()
 
 
-def test_the_first_head_is_hugging_faces_llama() -> None:
+def test_trunk_and_first_head_equal_the_llama_of_hugging_face() -> None:
     model = tiny_model().eval()
     tokens = torch.randint(0, 512, (2, 17))
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_the_first_head_is_hugging_faces_llama() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_weights_of_a_one_head_model_are_a_subset() -> None:
+def test_the_weights_of_a_one_head_model_are_a_subset_of_those_with_four_heads() -> None:
     one, four = tiny_model(num_heads=1), tiny_model(num_heads=4)
     assert set(one.state_dict()) < set(four.state_dict())
     one.load_state_dict({name: four.state_dict()[name] for name in one.state_dict()}, strict=True)
@@ -69,7 +69,7 @@ def test_the_weights_of_a_one_head_model_are_a_subset() -> None:
     torch.testing.assert_close(one(tokens).states[0], four(tokens).states[0])
 
 
-def test_no_head_sees_the_future() -> None:
+def test_no_head_depends_on_later_tokens() -> None:
     model = tiny_model().eval()
     tokens = torch.randint(0, 512, (1, 12))
     changed = tokens.clone()
@@ -80,7 +80,7 @@ def test_no_head_sees_the_future() -> None:
     assert not torch.allclose(before[:, :, 8], after[:, :, 8])
 
 
-def test_micro_has_about_one_and_a_half_million_parameters(compose, cache: Path) -> None:
+def test_the_micro_model_has_about_one_and_a_half_million_parameters(compose, cache: Path) -> None:
     model = build(compose("model=micro").model, cache_dir=cache).create()
     assert 1.4e6 < model.num_parameters < 1.65e6
     assert model.num_heads == 4

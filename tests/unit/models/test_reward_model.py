@@ -68,12 +68,12 @@ def gpt2(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
-    """Return a copy of the Llama model, to be damaged."""
+    """Return the folder of a copy of the Llama model, which a test may damage."""
     return Path(shutil.copytree(llama, tmp_path / "reward-model"))
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def loaded_folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return the folders whose weights were loaded."""
     folders: list[Path] = []
     load = reward._load
@@ -110,14 +110,14 @@ def test_rewards_do_not_depend_on_the_other_samples_of_a_batch(
     tiny_data: Dataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def mixed(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    def score_in_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
         shuffled = np.random.default_rng(0).permutation(len(lengths))
         return [chosen.tolist() for chosen in np.array_split(shuffled, 3)]
 
     model = RewardModel(request.getfixturevalue(name), tokenizer, CPU)
     monkeypatch.setattr(reward, "BATCH_SIZE", 1)
     alone = model.rewards(tiny_data.train)
-    monkeypatch.setattr(reward, "batches_by_length", mixed)
+    monkeypatch.setattr(reward, "batches_by_length", score_in_batches)
     assert len(set(tiny_data.train.samples.lengths)) > 5
     np.testing.assert_allclose(model.rewards(tiny_data.train), alone, atol=1e-5, rtol=0)
     model.model.config.pad_token_id = OTHER_PADDING  # as in the folder: padding is scored
@@ -131,7 +131,7 @@ def test_the_model_computes_in_fp32_without_dropout_for_every_saved_dtype(llama:
     assert not model.training
 
 
-def changed(backend: BackendTokenizer, change: Callable[[dict[str, Any]], None]) -> BackendTokenizer:
+def with_changed_backend(backend: BackendTokenizer, change: Callable[[dict[str, Any]], None]) -> BackendTokenizer:
     content = json.loads(backend.to_str())
     change(content)
     return BackendTokenizer.from_str(json.dumps(content))
@@ -149,35 +149,35 @@ def swap_merges(content: dict[str, Any]) -> None:
 
 
 def other_size(tokenizer: Tokenizer) -> BackendTokenizer:
-    backend = changed(tokenizer.backend, lambda content: None)
+    backend = with_changed_backend(tokenizer.backend, lambda content: None)
     backend.add_tokens(["<more>"])
     return backend
 
 
 def normalizing(tokenizer: Tokenizer) -> BackendTokenizer:
-    backend = changed(tokenizer.backend, lambda content: None)
+    backend = with_changed_backend(tokenizer.backend, lambda content: None)
     backend.normalizer = normalizers.NFC()
     return backend
 
 
 def with_prefix_space(tokenizer: Tokenizer) -> BackendTokenizer:
-    backend = changed(tokenizer.backend, lambda content: None)
+    backend = with_changed_backend(tokenizer.backend, lambda content: None)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return backend
 
 
-def greedy_special_tokens(ours: Tokenizer) -> BackendTokenizer:
+def greedy_special_tokens(expected: Tokenizer) -> BackendTokenizer:
     """Return a tokenizer whose special tokens include the following space."""
 
     def change(content: dict[str, Any]) -> None:
         for token in content["added_tokens"]:
             token["rstrip"] = True
 
-    return changed(ours.backend, change)
+    return with_changed_backend(expected.backend, change)
 
 
 def single_digits(tokenizer: Tokenizer) -> BackendTokenizer:
-    backend = changed(tokenizer.backend, lambda content: None)
+    backend = with_changed_backend(tokenizer.backend, lambda content: None)
     parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return backend
@@ -185,8 +185,11 @@ def single_digits(tokenizer: Tokenizer) -> BackendTokenizer:
 
 OTHERS: dict[str, tuple[Callable[[Tokenizer], BackendTokenizer], str]] = {
     "size": (other_size, "it has 513 tokens, ours has 512"),
-    "swapped ids": (lambda ours: changed(ours.backend, swap_tokens), "token 400 is '.*', in ours it is '.*'"),
-    "swapped merges": (lambda ours: changed(ours.backend, swap_merges), "merge 20 is"),
+    "swapped ids": (
+        lambda expected: with_changed_backend(expected.backend, swap_tokens),
+        "token 400 is '.*', in ours it is '.*'",
+    ),
+    "swapped merges": (lambda expected: with_changed_backend(expected.backend, swap_merges), "merge 20 is"),
     "normaliser": (normalizing, "splits text differently"),
     "prefix space": (with_prefix_space, "splits text differently"),
     "digits": (single_digits, "splits text differently"),
@@ -196,39 +199,41 @@ OTHERS: dict[str, tuple[Callable[[Tokenizer], BackendTokenizer], str]] = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_reward_model_with_another_tokenizer_is_refused_before_its_weights_are_loaded(
-    other: str, folder: Path, tokenizer: Tokenizer, loaded: list[Path]
+    other: str, folder: Path, tokenizer: Tokenizer, loaded_folders: list[Path]
 ) -> None:
     make, problem = OTHERS[other]
     make(tokenizer).save(str(folder / "tokenizer.json"))
-    theirs = Tokenizer(BackendTokenizer.from_file(str(folder / "tokenizer.json"))).fingerprint
+    other_tokenizer = Tokenizer(BackendTokenizer.from_file(str(folder / "tokenizer.json"))).fingerprint
     with pytest.raises(InputError, match=problem) as refused:
         RewardModel(folder, tokenizer, CPU)
     assert refused.value.exit_code == 2
-    for part in (str(folder), theirs[:16], tokenizer.fingerprint[:16]):
+    for part in (str(folder), other_tokenizer[:16], tokenizer.fingerprint[:16]):
         assert part in str(refused.value)
-    assert theirs != tokenizer.fingerprint
-    assert loaded == []
+    assert other_tokenizer != tokenizer.fingerprint
+    assert loaded_folders == []
 
 
-def test_if_only_sizes_were_compared_swapped_ids_would_pass(
-    folder: Path, tokenizer: Tokenizer, loaded: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_control_a_comparison_of_sizes_accepts_swapped_ids(
+    folder: Path, tokenizer: Tokenizer, loaded_folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sizes_differ(ours: Tokenizer, theirs: BackendTokenizer) -> str | None:
-        return None if theirs.get_vocab_size() == ours.vocab_size else "size"
+    def sizes_differ(expected: Tokenizer, other_tokenizer: BackendTokenizer) -> str | None:
+        return None if other_tokenizer.get_vocab_size() == expected.vocab_size else "size"
 
-    changed(tokenizer.backend, swap_tokens).save(str(folder / "tokenizer.json"))
+    with_changed_backend(tokenizer.backend, swap_tokens).save(str(folder / "tokenizer.json"))
     monkeypatch.setattr(reward, "tokenizer_difference", sizes_differ)
     RewardModel(folder, tokenizer, CPU)
-    assert loaded == [folder]
+    assert loaded_folders == [folder]
 
 
-def test_special_tokens_around_a_text_do_not_make_a_tokenizer_different(folder: Path, tokenizer: Tokenizer) -> None:
-    backend = changed(tokenizer.backend, lambda content: None)
+def test_special_tokens_around_a_text_are_not_compared(folder: Path, tokenizer: Tokenizer) -> None:
+    backend = with_changed_backend(tokenizer.backend, lambda content: None)
     backend.enable_padding(length=300, pad_id=0, pad_token=PADDING)
     backend.enable_truncation(5)
     backend.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, tokenizer.end)])
     backend.save(str(folder / "tokenizer.json"))
-    assert tokenizer_difference(tokenizer, backend) is not None, "the control: as it stands it encodes otherwise"
+    assert tokenizer_difference(tokenizer, backend) is not None, (
+        "the control: without normalization, the tokenizer encodes differently"
+    )
     assert RewardModel(folder, tokenizer, CPU).model.config.pad_token_id == tokenizer.padding
 
 
@@ -252,7 +257,7 @@ def cut_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
-def headless(folder: Path) -> None:
+def without_score_head(folder: Path) -> None:
     config = (folder / "config.json").read_bytes()
     resave(folder, LlamaForCausalLM)
     (folder / "config.json").write_bytes(config)
@@ -264,18 +269,18 @@ def other_widths(folder: Path) -> None:
     (folder / "config.json").write_bytes(config)
 
 
-def own_code(folder: Path) -> None:
+def with_custom_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text("raise SystemExit('ran')")
 
 
-FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+INVALID_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not usable"),
     "unknown kind": (lambda f: (f / "config.json").write_text("{}"), "config.json is not usable"),
-    "own code": (own_code, "config.json is not usable"),
+    "own code": (with_custom_code, "config.json is not usable"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "is not a readable tokenizer.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
@@ -290,21 +295,21 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut weights": (cut_weights, "cannot be loaded"),
     "other widths": (other_widths, "cannot be loaded"),
-    "no head": (headless, "lack 1 tensors, such as score.weight"),
+    "no head": (without_score_head, "lack 1 tensors, such as score.weight"),
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *DAMAGES])
+@pytest.mark.parametrize("invalid", [*INVALID_FOLDERS, *DAMAGES])
 def test_a_folder_that_is_not_a_reward_model_is_refused(
-    fault: str, folder: Path, tokenizer: Tokenizer, loaded: list[Path]
+    invalid: str, folder: Path, tokenizer: Tokenizer, loaded_folders: list[Path]
 ) -> None:
-    damage, problem = (FAULTS | DAMAGES)[fault]
+    damage, problem = (INVALID_FOLDERS | DAMAGES)[invalid]
     damage(folder)
     with pytest.raises(InputError, match=problem) as refused:
         RewardModel(folder, tokenizer, CPU)
     assert str(folder) in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert loaded == ([] if fault in FAULTS else [folder])
+    assert loaded_folders == ([] if invalid in INVALID_FOLDERS else [folder])
 
 
 def test_a_padding_token_that_also_ends_samples_is_refused(folder: Path, tokenizer: Tokenizer) -> None:
@@ -334,12 +339,12 @@ def test_a_score_that_is_not_finite_is_refused(llama: Path, tokenizer: Tokenizer
 
 
 def test_train_refuses_a_reward_model_with_another_tokenizer_before_training(
-    invoke: Invoke, folder: Path, tokenizer: Tokenizer, loaded: list[Path]
+    invoke: Invoke, folder: Path, tokenizer: Tokenizer, loaded_folders: list[Path]
 ) -> None:
-    theirs = changed(tokenizer.backend, swap_tokens)
-    theirs.save(str(folder / "tokenizer.json"))
+    other_tokenizer = with_changed_backend(tokenizer.backend, swap_tokens)
+    other_tokenizer.save(str(folder / "tokenizer.json"))
     outcome = invoke("algo=critic", f"data.reward_model={folder}")
     assert outcome.code == 2
-    for fingerprint in (Tokenizer(theirs).fingerprint, tokenizer.fingerprint):
+    for fingerprint in (Tokenizer(other_tokenizer).fingerprint, tokenizer.fingerprint):
         assert fingerprint[:16] in outcome.err
-    assert loaded == []
+    assert loaded_folders == []

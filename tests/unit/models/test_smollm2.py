@@ -1,4 +1,4 @@
-"""Tests of SmolLM2 from its package: converted once, and equal to the model that transformers reads."""
+"""Tests of SmolLM2 from its package: it is converted once and equals the model that transformers loads."""
 
 import importlib.util
 import shutil
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import Invoke, composed
+from tests.conftest import Invoke, compose_config
 from wmtp.models.huggingface import smollm2
 from wmtp.models.huggingface.smollm2 import (
     FILE,
@@ -43,11 +43,11 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compose: Callable[..., object]
 ) -> None:
     cache = tmp_path / "cache"
-    assert not config_issues(composed("model=smollm2", f"cache_dir={cache}")), "nothing is converted to be checked"
+    assert not config_issues(compose_config("model=smollm2", f"cache_dir={cache}")), "validation converted the model"
     assert not cache.exists()
     tokenizer = smollm2_tokenizer(cache)
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.end])) == (49152, "")
-    monkeypatch.setattr(smollm2, "_convert", lambda folder: pytest.fail("it was converted before"))
+    monkeypatch.setattr(smollm2, "_convert", lambda folder: pytest.fail("the model was converted again"))
     assert ensure_converted(cache) == converted_folder(cache)
 
     started = time.monotonic()
@@ -56,7 +56,7 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
     one_head = model.num_parameters - sum(p.numel() for p in model.heads[1].parameters())
     assert one_head == 134_515_008
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.unembedding is None, "its embeddings are tied"
+    assert model.unembedding is None, "the embeddings are not tied"
 
     package = importlib.util.find_spec(PACKAGE)
     assert package is not None and package.origin is not None
@@ -66,9 +66,9 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
         states = model(tokens).states
         for head in states @ model.unembedding_weight.T:
             torch.testing.assert_close(head, read(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert not config_issues(composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
-    fault, *_ = config_issues(
-        composed("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4", "model.lora.targets=[x]")
+    assert not config_issues(compose_config("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
+    issue, *_ = config_issues(
+        compose_config("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4", "model.lora.targets=[x]")
     )
-    assert "q_proj" in fault.problem
+    assert "q_proj" in issue.problem
     shutil.rmtree(cache)

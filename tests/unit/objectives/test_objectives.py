@@ -1,4 +1,4 @@
-"""Test objectives against plain implementations with all logits and explicit sums."""
+"""Tests of objectives against plain implementations with all logits and explicit sums."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ from wmtp.objectives.base import Objective
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 from wmtp.ops.targets import position_weights, targets
 from wmtp.training.stages import ValueStage
 
@@ -33,7 +33,7 @@ OBJECTIVE = MtpObjective(Uniform())
 
 
 def gradients(model: MtpModel, batches: list[Batch], objective: Objective = OBJECTIVE, late: bool = True) -> Tensor:
-    """The gradient of one update over micro-batches; divided once at the end, or (wrongly) in each."""
+    """Return the gradient of one update; `late=False` divides by the wrong denominators, those of each micro-batch."""
     model.zero_grad()
     denominators = torch.stack([objective.denominators(model, batch) for batch in batches]).sum(dim=0)
     for batch in batches:
@@ -53,11 +53,11 @@ def split(data: Dataset, size: int) -> list[Batch]:
 @pytest.mark.parametrize("size", [4, 1])
 def test_splitting_a_batch_changes_nothing(tiny_data: Dataset, size: int) -> None:
     model = tiny_model()
-    whole, parts = gradients(model, split(tiny_data, 8)), gradients(model, split(tiny_data, size))
-    assert difference(whole, parts) <= 1e-6
+    one_batch, parts = gradients(model, split(tiny_data, 8)), gradients(model, split(tiny_data, size))
+    assert difference(one_batch, parts) <= 1e-6
 
     naive = gradients(model, split(tiny_data, size), late=False)
-    assert difference(whole, naive) > 1e-3
+    assert difference(one_batch, naive) > 1e-3
 
 
 def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_data: Dataset) -> None:
@@ -78,23 +78,23 @@ def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_da
     assert OBJECTIVE.metrics(sums)["loss"] == pytest.approx(total / positions, rel=1e-5)
 
 
-def measured(objective: Objective, model: MtpModel, batches: list[Batch]) -> dict[str, float]:
-    sums = Sums()
+def evaluate(objective: Objective, model: MtpModel, batches: list[Batch]) -> dict[str, float]:
+    sums = MetricSums()
     for batch in batches:
         sums.add(objective.evaluate(model, batch))
     return objective.metrics(sums)
 
 
-def test_every_head_and_their_mean_are_measured_the_same_over_any_split(tiny_data: Dataset) -> None:
+def test_the_losses_of_heads_and_their_mean_do_not_depend_on_the_split(tiny_data: Dataset) -> None:
     model = tiny_model()
-    whole = measured(OBJECTIVE, model, split(tiny_data, 8))
-    assert set(whole) == {"loss", "mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))}
-    assert whole["mtp_loss"] == pytest.approx(sum(whole[f"head_{k}_loss"] for k in range(1, 5)) / 4)
-    for name, value in measured(OBJECTIVE, model, split(tiny_data, 3)).items():
-        assert value == pytest.approx(whole[name], rel=1e-5)
+    one_batch = evaluate(OBJECTIVE, model, split(tiny_data, 8))
+    assert set(one_batch) == {"loss", "mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))}
+    assert one_batch["mtp_loss"] == pytest.approx(sum(one_batch[f"head_{k}_loss"] for k in range(1, 5)) / 4)
+    for name, value in evaluate(OBJECTIVE, model, split(tiny_data, 3)).items():
+        assert value == pytest.approx(one_batch[name], rel=1e-5)
 
 
-def test_training_measures_weights_and_the_share_of_targets(tiny_data: Dataset) -> None:
+def test_training_reports_statistics_of_weights_and_the_share_of_targets(tiny_data: Dataset) -> None:
     model, (batch,) = tiny_model(), split(tiny_data, 8)
     _, sums = OBJECTIVE.loss(model, batch, OBJECTIVE.denominators(model, batch))
     values = OBJECTIVE.metrics(sums)
@@ -105,11 +105,11 @@ def test_training_measures_weights_and_the_share_of_targets(tiny_data: Dataset) 
 # Weighted losses
 
 RUNS = [(6, 12), (1, 7), (3, 4), (2, 9)]
-"""Where each row's solution begins and ends. With four heads, nothing is predicted at the first row's start."""
+"""Start and end of the solution in each row. In the first row, four heads predict nothing at the first positions."""
 
 
 def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
-    """A batch with everything that an algorithm may need; a run of length 0 leaves its row without a label."""
+    """Return a batch with all inputs of any algorithm; a solution of length 0 gives a row without labels."""
     source = torch.Generator().manual_seed(seed)
     size, length = len(runs), 12
     tokens = torch.randint(2, 512, (size, length), generator=source)
@@ -124,14 +124,14 @@ def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
 
 
 def rows(batch: Batch, *chosen: int) -> Batch:
-    """Some rows of a batch."""
+    """Return the chosen rows of a batch."""
     kept = list(chosen)
     tensors = {name: value[kept] for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **tensors, record_ids=tuple(batch.record_ids[row] for row in kept))
 
 
 def model_with_values(num_heads: int = 4, seed: int = 0) -> MtpModel:
-    """A model whose value head has an output other than zero."""
+    """Return a model whose value head has outputs other than zero."""
     model = tiny_model(num_heads, seed=seed)
     model.add_value_head()
     assert model.value_head is not None
@@ -139,8 +139,8 @@ def model_with_values(num_heads: int = 4, seed: int = 0) -> MtpModel:
     return model
 
 
-class Sloping(Algorithm):
-    """Every target has its own weight, independent of the observations."""
+class ByTarget(Algorithm):
+    """Weights that depend on the indices of the target only."""
 
     weight_min, weight_max = 0.1, 5.0
 
@@ -150,8 +150,8 @@ class Sloping(Algorithm):
         return 0.05 + 0.3 * head + 0.7 * row + 0.4 * (position % 5)
 
 
-class ByLoss(Algorithm):
-    """The weight of a target depends on its own loss."""
+class SquaredLoss(Algorithm):
+    """Weights equal to the square of the target's own loss."""
 
     uses_losses = "own"
     weight_min, weight_max = 0.5, 50.0
@@ -161,8 +161,8 @@ class ByLoss(Algorithm):
         return observed.losses.square()
 
 
-def plain_advantages(values: list[float], start: int, stop: int, reward: float) -> dict[int, float]:
-    """A of each token of one solution, with γ = 1 and λ = 0.95."""
+def naive_advantages(values: list[float], start: int, stop: int, reward: float) -> dict[int, float]:
+    """Return the advantage of each token of one solution, with γ = 1 and λ = 0.95."""
     found, following = {}, 0.0
     for i in reversed(range(start, stop)):
         gained = reward if i == stop - 1 else values[i]
@@ -172,7 +172,7 @@ def plain_advantages(values: list[float], start: int, stop: int, reward: float) 
 
 
 def plain_critic(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
-    found = [plain_advantages(values[row].tolist(), *run, batch.rewards[row].item()) for row, run in enumerate(RUNS)]
+    found = [naive_advantages(values[row].tolist(), *run, batch.rewards[row].item()) for row, run in enumerate(RUNS)]
     pooled = [advantage for solution in found for advantage in solution.values()]
     mean, deviation = np.mean(pooled), np.std(pooled)
     weights = torch.ones_like(losses)
@@ -194,29 +194,32 @@ def plain_token_skip(batch: Batch, values: Tensor, losses: Tensor, excess: Tenso
 
 
 Raw = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]
-"""Clipped weights from the batch, the values, the losses of all targets and their excess."""
+"""A function from the batch, the values, the losses of all targets and their excess to clipped weights."""
 
 WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     "uniform": (Uniform(), lambda batch, values, losses, excess: torch.ones_like(losses)),
     "critic": (Critic(), plain_critic),
     "excess loss": (ExcessLoss(), lambda batch, values, losses, excess: excess.exp().clamp(0.1, 5.0)),
     "token skip": (TokenSkip(), plain_token_skip),
-    "sloping": (Sloping(), lambda batch, values, losses, excess: Sloping().weights(seen(losses)).clamp(0.1, 5.0)),
-    "by loss": (ByLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
+    "by target": (
+        ByTarget(),
+        lambda batch, values, losses, excess: ByTarget().weights(observations_of(losses)).clamp(0.1, 5.0),
+    ),
+    "by loss": (SquaredLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
     "random": (Random(of=ExcessLoss()), None),
 }
 
 
-def seen(losses: Tensor) -> Observations:
+def observations_of(losses: Tensor) -> Observations:
     return Observations(losses > 0, losses[0] > 0)
 
 
 def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Batch, scale: bool = True) -> Tensor:
-    """L = Σ v·w·CE / Σ v (+ value_coef · Σ (V − R)² / its count), all logits at once, for autograd.
+    """Return L = Σ v·w·CE / Σ v (+ value_coef · Σ (V − R)² / their number) from all logits at once, for autograd.
 
-    What is random has no formula: its raw weights come from a copy of the algorithm.
+    Random weights have no formula, so a copy of the algorithm computes them.
     """
     outputs = model(batch.tokens)
     size, length = batch.tokens.shape
@@ -258,24 +261,24 @@ def gradient_of(loss: Tensor, model: MtpModel) -> Tensor:
 
 @pytest.mark.parametrize("num_heads", [1, 4])
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_gradients_are_those_of_all_logits_with_the_weights_as_constants(name: str, num_heads: int) -> None:
+def test_gradients_equal_those_of_all_logits_with_constant_weights(name: str, num_heads: int) -> None:
     algorithm, raw = WEIGHTINGS[name]
     algorithm, model, batch = copy.deepcopy(algorithm), model_with_values(num_heads), ragged()
-    wanted = plain_loss(model, algorithm, raw, batch)
-    wanted_gradient = gradient_of(wanted, model)
+    expected = plain_loss(model, algorithm, raw, batch)
+    expected_gradient = gradient_of(expected, model)
     unscaled = gradient_of(plain_loss(model, algorithm, raw, batch, scale=False), model)
     unweighted = gradient_of(plain_loss(model, algorithm, WEIGHTINGS["uniform"][1], batch), model)
 
     objective = MtpObjective(algorithm)
     loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert difference(wanted_gradient, gradient_of(loss, model)) <= 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert difference(expected_gradient, gradient_of(loss, model)) <= 1e-5
     values = objective.metrics(sums)
     assert values["weight_mean"] == pytest.approx(1.0, abs=1e-5)
-    one_for_all = name == "uniform" or (num_heads == 1 and "token skip" in name)  # head 1 skips nothing
-    if not one_for_all:
-        assert difference(wanted_gradient, unscaled) > 1e-2
-        assert difference(wanted_gradient, unweighted) > 1e-2
+    weights_are_one = name == "uniform" or (num_heads == 1 and "token skip" in name)  # head 1 skips nothing
+    if not weights_are_one:
+        assert difference(expected_gradient, unscaled) > 1e-2
+        assert difference(expected_gradient, unweighted) > 1e-2
         assert values["weight_std"] > 0.1
 
 
@@ -296,10 +299,10 @@ def test_no_gradient_reaches_the_value_head_through_the_weights() -> None:
         model.unembedding(outputs.states).movedim(-1, 1), target, reduction="none", ignore_index=IGNORED
     )
     leaking = torch.autograd.grad((weights * losses).sum(), list(model.value_head.parameters()))
-    assert any(gradient.any() for gradient in leaking)  # the control: weights that were not detached
+    assert any(gradient.any() for gradient in leaking)  # the control: the weights are not detached
 
 
-def test_splitting_changes_nothing_where_every_part_has_the_same_weights() -> None:
+def test_splitting_changes_nothing_if_all_parts_have_the_same_weights() -> None:
     class ByPosition(Algorithm):
         weight_min, weight_max = 0.1, 5.0
 
@@ -307,11 +310,11 @@ def test_splitting_changes_nothing_where_every_part_has_the_same_weights() -> No
             return 0.2 + (torch.arange(observed.valid.shape[2]) % 3).expand(observed.valid.shape).float()
 
     model, batch, objective = tiny_model(), ragged([(3, 10)] * 4), MtpObjective(ByPosition())
-    whole = gradients(model, [batch], objective)
+    one_batch = gradients(model, [batch], objective)
     for parts in ([(0, 1), (2, 3)], [(0, 1, 2), (3,)], [(0,), (1,), (2,), (3,)]):
-        assert difference(whole, gradients(model, [rows(batch, *part) for part in parts], objective)) <= 1e-6
+        assert difference(one_batch, gradients(model, [rows(batch, *part) for part in parts], objective)) <= 1e-6
     uneven = [rows(batch, 0, 1, 2), rows(batch, 3)]
-    assert difference(whole, gradients(model, uneven, objective, late=False)) > 1e-3
+    assert difference(one_batch, gradients(model, uneven, objective, late=False)) > 1e-3
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -325,46 +328,46 @@ def test_weights_have_mean_one_in_every_micro_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_an_update_without_any_label_is_refused_but_not_a_micro_batch_of_it(name: str) -> None:
+def test_an_update_without_labels_is_refused_but_a_micro_batch_without_labels_is_not(name: str) -> None:
     model = model_with_values()
     algorithm = WEIGHTINGS[name][0]
     full, empty = ragged(), ragged([(0, 0)] * 4, seed=1)
-    alone, beside = MtpObjective(copy.deepcopy(algorithm)), MtpObjective(copy.deepcopy(algorithm))
+    alone, mixed = MtpObjective(copy.deepcopy(algorithm)), MtpObjective(copy.deepcopy(algorithm))
     with pytest.raises(TrainingError, match="every label is masked"):
         alone.check_denominators(alone.denominators(model, empty) + alone.denominators(model, empty))
     alone.check_denominators(alone.denominators(model, empty) + alone.denominators(model, full))
-    with_empty = gradients(model, [full, empty], beside)
+    with_empty = gradients(model, [full, empty], mixed)
     assert torch.isfinite(with_empty).all()
     assert torch.equal(with_empty, gradients(model, [full], MtpObjective(copy.deepcopy(algorithm))))
-    _, sums = beside.loss(model, empty, beside.denominators(model, full))
-    sums.add(beside.loss(model, full, beside.denominators(model, full))[1])
-    assert all(math.isfinite(value) for value in beside.metrics(sums).values())
+    _, sums = mixed.loss(model, empty, mixed.denominators(model, full))
+    sums.add(mixed.loss(model, full, mixed.denominators(model, full))[1])
+    assert all(math.isfinite(value) for value in mixed.metrics(sums).values())
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_validation_does_not_depend_on_the_algorithm(name: str) -> None:
     algorithm, model, batch = copy.deepcopy(WEIGHTINGS[name][0]), model_with_values(), ragged()
     objective, before = MtpObjective(algorithm), copy.deepcopy(algorithm.state_dict())
-    assert measured(objective, model, [batch]) == measured(OBJECTIVE, model, [batch])
+    assert evaluate(objective, model, [batch]) == evaluate(OBJECTIVE, model, [batch])
     assert algorithm.state_dict() == before
-    if name != "uniform":  # the control: training does
+    if name != "uniform":  # the control: the training loss does
         _, sums = objective.loss(model, batch, objective.denominators(model, batch))
-        assert objective.metrics(sums)["loss"] != pytest.approx(measured(OBJECTIVE, model, [batch])["loss"], rel=1e-4)
+        assert objective.metrics(sums)["loss"] != pytest.approx(evaluate(OBJECTIVE, model, [batch])["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_training_measures_every_heads_loss_without_weights(name: str) -> None:
+def test_training_reports_the_unweighted_loss_of_every_head(name: str) -> None:
     objective, model, batch = MtpObjective(copy.deepcopy(WEIGHTINGS[name][0])), model_with_values(), ragged()
     _, sums = objective.loss(model, batch, objective.denominators(model, batch))
-    trained, expected = objective.metrics(sums), measured(OBJECTIVE, model, [batch])
+    trained, expected = objective.metrics(sums), evaluate(OBJECTIVE, model, [batch])
     for measure in ("mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))):
         assert trained[measure] == pytest.approx(expected[measure], rel=1e-5), measure
 
 
 def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
     model, batch = tiny_model(), ragged()
-    objective = MtpObjective(Sloping())
-    raw = Sloping().weights(Observations(torch.zeros(4, *batch.labels.shape) > 0, batch.response)).clamp(0.1, 5.0)
+    objective = MtpObjective(ByTarget())
+    raw = ByTarget().weights(Observations(torch.zeros(4, *batch.labels.shape) > 0, batch.response)).clamp(0.1, 5.0)
     got, loss, value = objective.token_metrics(model, batch).unbind(dim=-1)
     expected = torch.full(got.shape, torch.nan)
     for row, (start, stop) in enumerate(RUNS):
@@ -372,13 +375,13 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
             heads = [raw[k - 1, row, i - k] for k in range(1, 5) if i - k >= 0]
             expected[row, i] = torch.stack(heads).mean()
     assert torch.equal(got.isnan(), expected.isnan())
-    there = ~got.isnan()
-    ratios = got[there] / expected[there]
+    has_weight = ~got.isnan()
+    ratios = got[has_weight] / expected[has_weight]
     torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-5, atol=0)
     assert value.isnan().all() and torch.equal(loss.isnan(), got.isnan())
 
 
-def test_a_tokens_loss_is_head_1s_and_its_value_comes_after_it() -> None:
+def test_a_tokens_loss_is_that_of_head_1_and_its_value_is_that_after_the_token() -> None:
     model, batch = model_with_values(), ragged()
     _, loss, value = MtpObjective(Uniform()).token_metrics(model, batch).unbind(dim=-1)
     outputs = model(batch.tokens)
@@ -393,37 +396,37 @@ def test_a_tokens_loss_is_head_1s_and_its_value_comes_after_it() -> None:
     assert inside == batch.response.sum()
 
 
-def test_clean_loss_leaves_out_wrong_solutions_and_harmful_tokens() -> None:
-    """With everything harmful but one token, it is that token's loss, each head counting as it does in the loss."""
+def test_clean_loss_excludes_incorrect_solutions_and_harmful_tokens() -> None:
+    """If one token is not harmful, the clean loss is its mean loss over heads, weighted by their shares."""
     model, batch = tiny_model(), ragged()
-    assert "clean_loss" not in measured(OBJECTIVE, model, [batch])
+    assert "clean_loss" not in evaluate(OBJECTIVE, model, [batch])
     harmful = torch.ones_like(batch.response)
-    row, place = 0, RUNS[0][1] - 1
-    harmful[row, place] = False
-    harmful[1, RUNS[1][1] - 1] = False  # of a wrong solution
-    right = torch.zeros_like(batch.is_correct)
-    right[row] = True
-    known = replace(batch, harmful=harmful, is_correct=right)
-    values = measured(OBJECTIVE, model, [known])
+    row, last = 0, RUNS[0][1] - 1
+    harmful[row, last] = False
+    harmful[1, RUNS[1][1] - 1] = False  # a token of an incorrect solution
+    is_correct = torch.zeros_like(batch.is_correct)
+    is_correct[row] = True
+    known = replace(batch, harmful=harmful, is_correct=is_correct)
+    values = evaluate(OBJECTIVE, model, [known])
     states = model(batch.tokens).states
     target = targets(batch.labels, 4)
     shares = position_weights(target != IGNORED)
     total = weight = 0.0
     for k in range(1, 5):
-        losses = (states[k - 1, row, place - k] @ model.unembedding_weight.T).log_softmax(dim=-1)
-        share = shares[k - 1, row, place - k].item()
-        total, weight = total - share * losses[batch.tokens[row, place]].item(), weight + share
+        losses = (states[k - 1, row, last - k] @ model.unembedding_weight.T).log_softmax(dim=-1)
+        share = shares[k - 1, row, last - k].item()
+        total, weight = total - share * losses[batch.tokens[row, last]].item(), weight + share
     assert values["clean_loss"] == pytest.approx(total / weight, rel=1e-4)
-    assert values["loss"] == measured(OBJECTIVE, model, [batch])["loss"]
-    of_all = replace(known, harmful=torch.zeros_like(harmful), is_correct=torch.ones_like(right))
-    assert measured(OBJECTIVE, model, [of_all])["clean_loss"] == pytest.approx(values["loss"], rel=1e-5)
+    assert values["loss"] == evaluate(OBJECTIVE, model, [batch])["loss"]
+    all_clean = replace(known, harmful=torch.zeros_like(harmful), is_correct=torch.ones_like(is_correct))
+    assert evaluate(OBJECTIVE, model, [all_clean])["clean_loss"] == pytest.approx(values["loss"], rel=1e-5)
 
 
 # Values
 
 
-class ValuesBeside(Uniform):
-    """Uniform weights, and a value head that trains beside the policy."""
+class UniformWithValues(Uniform):
+    """Uniform weights with a value head that trains together with the policy."""
 
     needs_values, value_coef = True, 0.5
 
@@ -437,8 +440,8 @@ def value_positions_of(batch: Batch) -> list[tuple[int, int]]:
     ]
 
 
-def test_the_value_loss_has_a_denominator_of_its_own() -> None:
-    model, batch, objective = model_with_values(), ragged(), MtpObjective(ValuesBeside())
+def test_the_value_loss_has_its_own_denominator() -> None:
+    model, batch, objective = model_with_values(), ragged(), MtpObjective(UniformWithValues())
     denominators = objective.denominators(model, batch)
     loss, _ = objective.loss(model, batch, denominators)
     policy, _ = OBJECTIVE.loss_from_outputs(model(batch.tokens), model, batch, denominators)
@@ -451,10 +454,10 @@ def test_the_value_loss_has_a_denominator_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(2,), (0, 1, 3)]])
-@pytest.mark.parametrize("stage", ["beside", "reward", "lambda_return", "ranking", "with language model"])
-def test_splitting_changes_nothing_in_the_values_loss(stage: str, parts: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("stage", ["with policy", "reward", "lambda_return", "ranking", "with language model"])
+def test_splitting_does_not_change_the_value_loss(stage: str, parts: list[tuple[int, ...]]) -> None:
     kinds: dict[str, Objective] = {
-        "beside": MtpObjective(ValuesBeside()),
+        "with policy": MtpObjective(UniformWithValues()),
         "with language model": ValueObjective(ValueLoss(), OBJECTIVE, 0.7),
     }
     objective = kinds[stage] if stage in kinds else ValueObjective(ValueLoss(stage))
@@ -462,14 +465,14 @@ def test_splitting_changes_nothing_in_the_values_loss(stage: str, parts: list[tu
     if stage == "ranking":  # a task's solutions stay in one micro-batch
         parts, batch = [(0, 1), (2, 3, 4, 5)], ragged([*RUNS, (2, 5), (4, 11)])
         batch = replace(batch, tasks=torch.tensor([0, 0, 1, 1, 1, 1]))
-    whole = gradients(model, [batch], objective)
+    one_batch = gradients(model, [batch], objective)
     batches = [rows(batch, *part) for part in parts]
-    assert difference(whole, gradients(model, batches, objective)) <= 1e-5
-    assert difference(whole, gradients(model, batches, objective, late=False)) > 1e-3
+    assert difference(one_batch, gradients(model, batches, objective)) <= 1e-5
+    assert difference(one_batch, gradients(model, batches, objective, late=False)) > 1e-3
 
 
 @pytest.mark.parametrize("parts", [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(3,), (0,), (1, 2)]])
-def test_values_are_measured_on_the_pooled_data_over_any_split(parts: list[tuple[int, ...]]) -> None:
+def test_value_metrics_are_those_of_the_pooled_data_for_any_split(parts: list[tuple[int, ...]]) -> None:
     model, batch = model_with_values(), ragged()
     values = model(batch.tokens).values
     assert values is not None
@@ -482,10 +485,10 @@ def test_values_are_measured_on_the_pooled_data_over_any_split(parts: list[tuple
         "value_variance": value.var(),
         "value_explained_variance": 1 - np.var(reward - value) / np.var(reward),
     }
-    for objective in (MtpObjective(ValuesBeside()), ValueObjective(ValueLoss())):
-        got = measured(objective, model, [rows(batch, *part) for part in parts])
+    for objective in (MtpObjective(UniformWithValues()), ValueObjective(ValueLoss())):
+        got = evaluate(objective, model, [rows(batch, *part) for part in parts])
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-        trained = Sums()
+        trained = MetricSums()
         for part in parts:
             trained.add(objective.loss(model, rows(batch, *part), objective.denominators(model, batch))[1])
         assert {name: objective.metrics(trained)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -494,12 +497,12 @@ def test_values_are_measured_on_the_pooled_data_over_any_split(parts: list[tuple
 
 
 def plain_value_loss(kind: Kind, batch: Batch, values: Tensor) -> float:
-    """γ = 0.9, λ = 0.5."""
+    """Return the value loss by explicit sums, with γ = 0.9 and λ = 0.5."""
     rewards = batch.rewards.tolist()
     if kind == "ranking":
         ends = [values[row, stop - 1].item() for row, (_, stop) in enumerate(RUNS)]
-        pairs = [(0, 1), (2, 3)]  # right and wrong solutions of the same task
-        return sum(math.log1p(math.exp(ends[wrong] - ends[right])) for right, wrong in pairs) / len(pairs)
+        pairs = [(0, 1), (2, 3)]  # correct and incorrect solutions of the same task
+        return sum(math.log1p(math.exp(ends[wrong] - ends[is_correct])) for is_correct, wrong in pairs) / len(pairs)
     errors = []
     for row, (start, stop) in enumerate(RUNS):
         v, target = values[row].tolist(), rewards[row]
@@ -512,7 +515,7 @@ def plain_value_loss(kind: Kind, batch: Batch, values: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
-def test_stage_1_value_loss_by_hand(kind: Kind) -> None:
+def test_the_value_loss_of_stage_1_equals_that_computed_by_hand(kind: Kind) -> None:
     model, batch = model_with_values(), ragged()
     objective = ValueObjective(ValueLoss(kind, discount=0.9, trace_decay=0.5))
     values = model(batch.tokens).values
@@ -521,7 +524,7 @@ def test_stage_1_value_loss_by_hand(kind: Kind) -> None:
     loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert objective.metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
-    assert measured(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
+    assert evaluate(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
     others: list[Kind] = ["reward", "lambda_return", "ranking"]
     assert all(plain_value_loss(o, batch, values) != pytest.approx(expected, rel=1e-3) for o in others if o != kind)
 
@@ -533,13 +536,13 @@ def test_stage_1_loss_is_value_loss_plus_language_model_loss(tiny_data: Dataset)
     language, _ = OBJECTIVE.loss(tiny_model(), batch, OBJECTIVE.denominators(model, batch))
     loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
     assert loss.item() == pytest.approx(value.item() + 0.3 * language.item(), rel=1e-5)
-    for values in (objective.metrics(sums), measured(objective, model, [batch])):
+    for values in (objective.metrics(sums), evaluate(objective, model, [batch])):
         assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert values["language_model_loss"] == pytest.approx(language.item(), rel=1e-5)
         assert values["value_loss"] == pytest.approx(value.item(), rel=1e-5)
 
 
-def test_an_update_without_a_pair_to_rank_has_the_loss_zero() -> None:
+def test_an_update_without_pairs_to_rank_has_zero_loss() -> None:
     model, batch = model_with_values(), replace(ragged(), tasks=torch.arange(4))
     objective = ValueObjective(ValueLoss("ranking"))
     loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
@@ -555,31 +558,31 @@ def test_hidden_states_of_the_batch_replace_the_trunk(kind: Kind, monkeypatch: p
     with torch.no_grad():
         cached = replace(batch, hidden_states=model.trunk_states(batch.tokens))
     through_trunk = gradients(model, [batch], objective)
-    expected = measured(objective, model, [batch])
+    expected = evaluate(objective, model, [batch])
 
-    def never(*arguments: object, **options: object) -> None:
+    def fail_if_called(*arguments: object, **options: object) -> None:
         raise AssertionError("the trunk ran")
 
-    monkeypatch.setattr(model, "trunk_states", never)
+    monkeypatch.setattr(model, "trunk_states", fail_if_called)
     assert difference(through_trunk, gradients(model, [cached], objective)) <= 1e-6
-    assert measured(objective, model, [cached]) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(objective, model, [cached]) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(AssertionError, match="the trunk ran"):
         gradients(model, [batch], objective)
 
 
-def test_without_a_language_model_no_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_language_model_loss_no_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_with_values(), ragged()
-    expected = measured(ValueObjective(ValueLoss()), model, [batch])
+    expected = evaluate(ValueObjective(ValueLoss()), model, [batch])
     for head in model.heads:
         head.register_forward_hook(lambda *arguments: pytest.fail("a head ran"))
-    assert measured(ValueObjective(ValueLoss()), model, [batch]) == expected
+    assert evaluate(ValueObjective(ValueLoss()), model, [batch]) == expected
 
 
-def test_a_frozen_trunk_gets_no_gradient_and_the_head_does() -> None:
+def test_with_a_frozen_trunk_only_the_value_head_gets_a_gradient() -> None:
     model, batch = model_with_values(), ragged()
     stage = ValueStage(trains="head")
     gradients(model, [batch], stage.objective())
-    assert model.embedding.weight.grad is not None  # the control: it would train
+    assert model.embedding.weight.grad is not None  # the control: without freezing, it gets a gradient
     model = model_with_values()
     stage.freeze(model)
     gradients(model, [batch], stage.objective())

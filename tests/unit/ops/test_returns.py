@@ -29,7 +29,7 @@ Compute = Callable[..., Tensor]
 
 @dataclass
 class Document:
-    """A prompt, one response and what comes after it; a value for each token."""
+    """A prompt, one response and the tokens after it, with a value for each token."""
 
     num_prompt: int
     num_response: int
@@ -44,7 +44,7 @@ class Document:
 
 @dataclass
 class Rows:
-    """The arguments of the functions under test."""
+    """Arguments of the functions under test."""
 
     values: Tensor
     rewards: Tensor
@@ -56,7 +56,7 @@ class Rows:
 
 
 def packed(documents: list[Document]) -> Rows:
-    """One row with all of them."""
+    """Return one row with all documents."""
     response = [is_response for document in documents for is_response in document.response]
     rewards = [document.reward * is_response for document in documents for is_response in document.response]
     values = [value for document in documents for value in document.values]
@@ -64,8 +64,8 @@ def packed(documents: list[Document]) -> Rows:
     return Rows(torch.tensor([values]), torch.tensor([rewards]), torch.tensor([response]), torch.tensor([numbers]))
 
 
-def apart(documents: list[Document], padding: int = 0, filler: float = 7.0) -> Rows:
-    """A row for each, padded."""
+def separate_rows(documents: list[Document], padding: int = 0, filler: float = 7.0) -> Rows:
+    """Return one padded row for each document."""
     length = max(len(document.values) for document in documents) + padding
     values = torch.full((len(documents), length), filler)
     response = torch.zeros(len(documents), length, dtype=torch.bool)
@@ -83,17 +83,17 @@ def document(draw: st.DrawFn, min_prompt: int = 0) -> Document:
     return Document(num_prompt, num_response, draw(st.lists(numbers, min_size=length, max_size=length)), draw(numbers))
 
 
-examples = settings(deadline=None)  # the first example waits for what torch imports late
+examples = settings(deadline=None)  # the first example takes longer, because torch imports modules lazily
 several = st.lists(document(), min_size=1, max_size=4)
 ratio = st.floats(0, 1, width=16)
 
 TWO = [Document(2, 3, [9.0, 0.5, 1.0, 0.5, 7.0, 9.0], 1.0), Document(0, 2, [0.25, -3.0, 0.0], -1.0)]
-"""Two documents in which everything that must not matter is far from zero; for the naive versions."""
+"""Two documents whose irrelevant values are far from zero, so that naive versions are detected."""
 FACTORS = {"discount": 0.5, "trace_decay": 0.5}
 
 
 def bootstrapping(compute: Compute) -> Compute:
-    """Naive: counts the value after the last token, as if the response continued."""
+    """Return a naive version that adds the value after the last token, as if the response continued."""
 
     def naive(
         values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
@@ -105,7 +105,7 @@ def bootstrapping(compute: Compute) -> Compute:
 
 
 def leaking(compute: Compute) -> Compute:
-    """Naive: takes a row for one document."""
+    """Return a naive version that treats a row as one document."""
 
     def naive(
         values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
@@ -116,7 +116,7 @@ def leaking(compute: Compute) -> Compute:
 
 
 def unmasked(compute: Compute) -> Compute:
-    """Naive: takes padding for response."""
+    """Return a naive version that treats padding as part of the response."""
 
     def naive(
         values: Tensor, rewards: Tensor, response: Tensor, documents: Tensor | None = None, **rest: float
@@ -127,13 +127,13 @@ def unmasked(compute: Compute) -> Compute:
     return naive
 
 
-def of_definition(document: Document, discount: float, trace_decay: float) -> tuple[list[float], list[float]]:
-    """A as the sum over l, and G as the forward view of n-step returns, for a document with a prompt."""
+def by_definition(document: Document, discount: float, trace_decay: float) -> tuple[list[float], list[float]]:
+    """Return A as a sum over TD errors and G as the forward view of n-step returns, for a document with a prompt."""
     a, b = document.num_prompt, document.num_prompt + document.num_response - 1
     value = document.values
 
     def n_step(i: int, n: int) -> float:
-        """The discounted rewards of tokens i … i+n−1, then the value of the state there unless it is the end."""
+        """Return the discounted rewards of tokens i … i+n−1, plus the value after them if the response continues."""
         if i + n - 1 >= b:
             return discount ** (b - i) * document.reward
         return discount**n * value[i + n - 1]
@@ -150,8 +150,8 @@ def of_definition(document: Document, discount: float, trace_decay: float) -> tu
     return sums, returns
 
 
-def test_a_response_of_three_tokens_by_hand() -> None:
-    rows = apart(TWO[:1])  # a = 2, b = 4, R = 1; V_1 … V_4 = 0.5, 1, 0.5, 7
+def test_results_for_three_tokens_equal_those_computed_by_hand() -> None:
+    rows = separate_rows(TWO[:1])  # a = 2, b = 4, R = 1; V_1 … V_4 = 0.5, 1, 0.5, 7
     assert rows.rewards.tolist() == [[0, 0, 1, 1, 1, 0]]
     # δ_2 = 0.5·1 − 0.5, δ_3 = 0.5·0.5 − 1, δ_4 = 1 − 0.5
     assert rows(td_errors, discount=0.5).tolist() == [[0, 0, 0.0, -0.75, 0.5, 0]]
@@ -162,12 +162,14 @@ def test_a_response_of_three_tokens_by_hand() -> None:
     assert rows(bootstrapping(td_errors), discount=0.5).tolist() != [[0, 0, 0.0, -0.75, 0.5, 0]]
 
 
-def test_which_positions_belong_to_a_response() -> None:
+def test_last_tokens_and_value_positions_of_responses() -> None:
     rows = packed(TWO)
     assert rows.response.int().tolist() == [[0, 0, 1, 1, 1, 0, 1, 1, 0]]
     assert last_of_response(rows.response, rows.documents).int().tolist() == [[0, 0, 0, 0, 1, 0, 0, 1, 0]]
     assert value_positions(rows.response, rows.documents).int().tolist() == [[0, 1, 1, 1, 1, 0, 1, 1, 0]]
-    assert value_positions(rows.response).int().tolist() == [[0, 1, 1, 1, 1, 1, 1, 1, 0]]  # the neighbour's last token
+    assert value_positions(rows.response).int().tolist() == [
+        [0, 1, 1, 1, 1, 1, 1, 1, 0]
+    ]  # includes the last token of the previous document
 
 
 def test_adjacent_responses_have_separate_last_tokens() -> None:
@@ -176,10 +178,10 @@ def test_adjacent_responses_have_separate_last_tokens() -> None:
     assert last_of_response(response).int().tolist() == [[0, 0, 1]]
 
 
-def public_advantages(
+def stable_baselines3_results(
     documents: list[Document], discount: float, trace_decay: float, *, ends: bool = True, separate: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and G of every response token in turn, by stable-baselines3: a response is an episode, a token a step."""
+    """Return A and G of all response tokens from stable-baselines3: each response is an episode, each token a step."""
     num_steps = sum(document.num_response for document in documents)
     box = spaces.Box(0, 1, (1,))
     buffer = RolloutBuffer(num_steps, box, box, "cpu", gae_lambda=trace_decay, gamma=discount)
@@ -197,56 +199,58 @@ def public_advantages(
 
 @examples
 @given(several, ratio, ratio)
-def test_advantages_and_returns_are_those_of_stable_baselines3(
+def test_advantages_and_returns_equal_those_of_stable_baselines3(
     documents: list[Document], discount: float, trace_decay: float
 ) -> None:
     rows = packed(documents)
-    expected, expected_returns = public_advantages(documents, discount, trace_decay)
+    advantage, expected_returns = stable_baselines3_results(documents, discount, trace_decay)
     factors = {"discount": discount, "trace_decay": trace_decay}
     got = rows(advantages, **factors)
-    torch.testing.assert_close(got[rows.response], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[rows.response], torch.tensor(advantage), atol=1e-5, rtol=1e-5)
     assert not got[~rows.response].any()
 
-    states = rows(lambda_returns, **factors).roll(1, dims=1)  # the state before a token stands one position earlier
+    states = rows(lambda_returns, **factors).roll(1, dims=1)  # the state before a token is one position earlier
     for number, document in enumerate(documents):
         of_document = rows.response & (rows.documents == number)
-        first = 0 if document.num_prompt else 1  # without a prompt, no state stands before the first token
-        wanted = torch.tensor(expected_returns[: document.num_response][first:])
-        torch.testing.assert_close(states[of_document][first:], wanted, atol=1e-5, rtol=1e-5)
+        first = 0 if document.num_prompt else 1  # without a prompt, there is no state before the first token
+        expected = torch.tensor(expected_returns[: document.num_response][first:])
+        torch.testing.assert_close(states[of_document][first:], expected, atol=1e-5, rtol=1e-5)
         expected_returns = expected_returns[document.num_response :]
 
 
-@pytest.mark.parametrize("wrong", [{"ends": False}, {"separate": False}], ids=["goes on past the end", "one episode"])
-def test_comparison_with_stable_baselines3_detects_a_wrong_end(wrong: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"ends": False}, {"separate": False}], ids=["no end of the last episode", "one episode"]
+)
+def test_control_the_comparison_with_stable_baselines3_detects_a_wrong_end(wrong: dict[str, bool]) -> None:
     rows = packed(TWO)
     got = rows(advantages, **FACTORS)[rows.response]
-    assert torch.allclose(got, torch.tensor(public_advantages(TWO, 0.5, 0.5)[0]))
-    assert not torch.allclose(got, torch.tensor(public_advantages(TWO, 0.5, 0.5, **wrong)[0]))
+    assert torch.allclose(got, torch.tensor(stable_baselines3_results(TWO, 0.5, 0.5)[0]))
+    assert not torch.allclose(got, torch.tensor(stable_baselines3_results(TWO, 0.5, 0.5, **wrong)[0]))
 
 
 @examples
 @given(document(min_prompt=1), ratio, ratio)
-def test_advantages_and_returns_are_those_of_the_definition(
-    document: Document, discount: float, trace_decay: float
-) -> None:
-    rows, factors = apart([document]), {"discount": discount, "trace_decay": trace_decay}
-    expected, expected_returns = of_definition(document, discount, trace_decay)
-    torch.testing.assert_close(rows(advantages, **factors)[rows.response], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+def test_advantages_and_returns_equal_the_definition(document: Document, discount: float, trace_decay: float) -> None:
+    rows, factors = separate_rows([document]), {"discount": discount, "trace_decay": trace_decay}
+    advantage, expected_returns = by_definition(document, discount, trace_decay)
+    torch.testing.assert_close(
+        rows(advantages, **factors)[rows.response], torch.tensor(advantage), atol=1e-5, rtol=1e-5
+    )
     got_returns = rows(lambda_returns, **factors)[value_positions(rows.response)]
-    wanted = torch.tensor([*expected_returns, document.reward])
-    torch.testing.assert_close(got_returns, wanted, atol=1e-5, rtol=1e-5)
+    expected = torch.tensor([*expected_returns, document.reward])
+    torch.testing.assert_close(got_returns, expected, atol=1e-5, rtol=1e-5)
 
 
 COMPUTES = [advantages, lambda_returns]
 
 
 def ignores_padding(compute: Compute, documents: list[Document], padding: int, **factors: float) -> bool:
-    bare = apart(documents)
-    length = bare.values.shape[1]
+    without_padding = separate_rows(documents)
+    length = without_padding.values.shape[1]
     return all(
-        torch.equal(padded(compute, **factors)[:, :length], bare(compute, **factors))
+        torch.equal(padded(compute, **factors)[:, :length], without_padding(compute, **factors))
         and not padded(compute, **factors)[:, length:].any()
-        for padded in (apart(documents, padding), apart(documents, padding, filler=math.nan))
+        for padded in (separate_rows(documents, padding), separate_rows(documents, padding, filler=math.nan))
     )
 
 
@@ -259,23 +263,23 @@ def test_padding_changes_nothing(
     assert ignores_padding(compute, documents, padding, discount=discount, trace_decay=trace_decay)
 
 
-def is_same_packed(compute: Compute, documents: list[Document], **factors: float) -> bool:
-    together, alone = packed(documents)(compute, **factors)[0], apart(documents)(compute, **factors)
+def packing_changes_nothing(compute: Compute, documents: list[Document], **factors: float) -> bool:
+    together, unpacked = packed(documents)(compute, **factors)[0], separate_rows(documents)(compute, **factors)
     pieces = together.split([len(document.values) for document in documents])
-    return all(torch.equal(piece, row[: len(piece)]) for piece, row in zip(pieces, alone, strict=True))
+    return all(torch.equal(piece, row[: len(piece)]) for piece, row in zip(pieces, unpacked, strict=True))
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
 @examples
 @given(documents=several, discount=ratio, trace_decay=ratio)
-def test_documents_of_one_row_are_independent(
+def test_documents_in_one_row_are_independent(
     compute: Compute, documents: list[Document], discount: float, trace_decay: float
 ) -> None:
-    assert is_same_packed(compute, documents, discount=discount, trace_decay=trace_decay)
+    assert packing_changes_nothing(compute, documents, discount=discount, trace_decay=trace_decay)
 
 
 def depends_only_on_states_before_tokens(compute: Compute, documents: list[Document], **factors: float) -> bool:
-    """Whether values at b, after it and in the prompt before a−1 leave the result alone, as do their gradients."""
+    """Return whether values at b, after b and in the prompt before a−1 affect neither the result nor its gradients."""
     rows = packed(documents)
     before_a_token = value_positions(rows.response, rows.documents) & ~last_of_response(rows.response, rows.documents)
     before = rows(compute, **factors)
@@ -295,9 +299,9 @@ def test_values_without_a_following_token_do_not_matter(
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
-def test_the_three_properties_detect_naive_versions(compute: Compute) -> None:
+def test_control_the_three_properties_detect_naive_versions(compute: Compute) -> None:
     assert not ignores_padding(unmasked(compute), TWO[:1], 2, **FACTORS)
-    assert not is_same_packed(leaking(compute), TWO, **FACTORS)
+    assert not packing_changes_nothing(leaking(compute), TWO, **FACTORS)
     assert not depends_only_on_states_before_tokens(bootstrapping(compute), TWO, **FACTORS)
 
 
@@ -308,49 +312,49 @@ def test_without_a_trace_advantages_are_td_errors(documents: list[Document], dis
     assert torch.equal(rows(advantages, discount=discount, trace_decay=0.0), rows(td_errors, discount=discount))
 
 
-def is_what_the_value_missed(compute: Compute, documents: list[Document], **factors: float) -> bool:
-    rows = apart(documents)
-    missed = rows.rewards - nn.functional.pad(rows.values, (1, -1))
-    return torch.allclose(rows(compute, **factors), missed.where(rows.response, 0.0), atol=1e-5)
+def is_reward_minus_value(compute: Compute, documents: list[Document], **factors: float) -> bool:
+    rows = separate_rows(documents)
+    difference = rows.rewards - nn.functional.pad(rows.values, (1, -1))
+    return torch.allclose(rows(compute, **factors), difference.where(rows.response, 0.0), atol=1e-5)
 
 
 @examples
 @given(several)
 def test_full_trace_without_discount_gives_reward_minus_value(documents: list[Document]) -> None:
-    assert is_what_the_value_missed(advantages, documents, discount=1.0, trace_decay=1.0)
+    assert is_reward_minus_value(advantages, documents, discount=1.0, trace_decay=1.0)
 
 
 @examples
 @given(document(min_prompt=1))
 def test_td_errors_are_zero_if_values_equal_the_reward(document: Document) -> None:
     document.values = [document.reward] * len(document.values)
-    rows = apart([document])
+    rows = separate_rows([document])
     assert not rows(td_errors, discount=1.0).any()
     if document.reward:
         assert rows(bootstrapping(td_errors), discount=1.0).any()
         assert rows(td_errors, discount=0.5)[rows.response][:-1].all()
 
 
-def test_the_special_cases_detect_other_settings() -> None:
+def test_control_the_special_cases_detect_other_settings() -> None:
     rows = packed(TWO)
     assert not torch.equal(rows(advantages, **FACTORS), rows(td_errors, discount=0.5))
-    assert not is_what_the_value_missed(advantages, TWO, discount=1.0, trace_decay=0.9)
-    assert not is_what_the_value_missed(bootstrapping(advantages), TWO, discount=1.0, trace_decay=1.0)
+    assert not is_reward_minus_value(advantages, TWO, discount=1.0, trace_decay=0.9)
+    assert not is_reward_minus_value(bootstrapping(advantages), TWO, discount=1.0, trace_decay=1.0)
 
 
 @examples
 @given(several, ratio, ratio)
-def test_targets_are_at_value_positions(documents: list[Document], discount: float, trace_decay: float) -> None:
+def test_value_targets_are_at_value_positions(documents: list[Document], discount: float, trace_decay: float) -> None:
     rows, factors = packed(documents), {"discount": discount, "trace_decay": trace_decay}
     rows.values.requires_grad_()
-    learned = value_positions(rows.response, rows.documents)
+    has_target = value_positions(rows.response, rows.documents)
     rewards = torch.tensor([document.reward for document in documents])
 
     plain = rows(value_targets, kind="reward", **factors)
-    assert torch.equal(plain, rewards[rows.documents].where(learned, 0.0))
+    assert torch.equal(plain, rewards[rows.documents].where(has_target, 0.0))
     returns = rows(value_targets, kind="lambda_return", **factors)
     assert torch.equal(returns, rows(lambda_returns, **factors))
-    assert not returns[~learned].any()
+    assert not returns[~has_target].any()
     assert not plain.requires_grad and not returns.requires_grad and rows(lambda_returns, **factors).requires_grad
 
 
@@ -358,7 +362,7 @@ def moments(numbers: Tensor) -> tuple[float, float]:
     return float(numbers.mean()), float(numbers.square().mean())
 
 
-def test_explained_variance_is_that_of_stable_baselines3() -> None:
+def test_explained_variance_equals_that_of_stable_baselines3() -> None:
     torch.manual_seed(0)
     target = torch.rand(500).round() * 3 + 1
     for value in (target + 0.3, target + torch.randn(500), torch.randn(500) - 2, torch.zeros(500)):
@@ -368,7 +372,7 @@ def test_explained_variance_is_that_of_stable_baselines3() -> None:
     shifted = target + 0.3
     determination = 1 - (target - shifted).square().mean() / target.var(correction=0)
     assert explained_variance(*moments(target), *moments(target - shifted)) == pytest.approx(1.0, abs=1e-4)
-    assert determination < 0.99  # a constant error explains no less, though it is an error
+    assert determination < 0.99  # the coefficient of determination also counts a constant error
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7])
@@ -377,7 +381,7 @@ def test_explained_variance_of_constant_targets_is_zero(reward: float) -> None:
     assert explained_variance(*moments(target), *moments(target - value)) == 0.0
 
 
-def test_rounding_is_not_taken_for_variance() -> None:
+def test_control_rounding_alone_gives_a_nonzero_variance() -> None:
     mean, mean_of_squares = moments(torch.full((1000,), 0.7))
     assert mean_of_squares != mean * mean
 
@@ -394,7 +398,9 @@ def naive_ranking(scores: list[float], tasks: list[int], is_correct: list[bool])
 
 @examples
 @given(st.lists(st.tuples(st.floats(-5, 5, width=16), st.integers(0, 2), st.booleans()), min_size=1, max_size=8))
-def test_ranking_compares_correct_with_incorrect_samples_of_a_task(samples: list[tuple[float, int, bool]]) -> None:
+def test_the_ranking_loss_compares_correct_with_incorrect_samples_of_a_task(
+    samples: list[tuple[float, int, bool]],
+) -> None:
     scores, tasks, is_correct = ([*column] for column in zip(*samples, strict=True))
     total, count = ranking_loss(torch.tensor(scores), torch.tensor(tasks), torch.tensor(is_correct))
     expected_total, expected_count = naive_ranking(scores, tasks, is_correct)
@@ -402,17 +408,21 @@ def test_ranking_compares_correct_with_incorrect_samples_of_a_task(samples: list
     assert count.item() == expected_count
 
 
-def test_ranking_by_hand() -> None:
+def test_the_ranking_loss_equals_that_computed_by_hand() -> None:
     scores, tasks = torch.tensor([2.0, 2.0, 0.0], requires_grad=True), torch.tensor([4, 4, 5])
     total, count = ranking_loss(scores, tasks, torch.tensor([True, False, False]))
     assert (total.item(), count.item()) == (pytest.approx(math.log(2)), 1)
     (gradient,) = torch.autograd.grad(total, scores)
-    assert gradient.tolist() == [-0.5, 0.5, 0.0]  # the correct one up, the incorrect one down, the other task alone
-    across, _ = ranking_loss(scores, torch.zeros_like(tasks), torch.tensor([True, False, False]))
-    assert torch.autograd.grad(across, scores)[0][2] != 0
+    assert gradient.tolist() == [
+        -0.5,
+        0.5,
+        0.0,
+    ]  # raises the correct sample, lowers the incorrect one, ignores the other task
+    other_task_included, _ = ranking_loss(scores, torch.zeros_like(tasks), torch.tensor([True, False, False]))
+    assert torch.autograd.grad(other_task_included, scores)[0][2] != 0
 
 
-def test_ranking_without_pairs_is_zero() -> None:
+def test_the_ranking_loss_without_pairs_is_zero() -> None:
     scores = torch.tensor([300.0, -300.0], requires_grad=True)
     total, count = ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([True, False]))
     assert (total.item(), count.item()) == (0.0, 0)

@@ -7,7 +7,7 @@ from wmtp.ops.targets import position_weights, shift_to_heads, targets
 
 
 def naive_targets(labels: list[int], documents: list[int], num_heads: int) -> list[list[int]]:
-    """The definition of valid(t, k)."""
+    """Return the target of each head and position by the definition of valid(t, k)."""
     length = len(labels)
     return [
         [
@@ -40,14 +40,14 @@ def test_no_target_is_in_another_document() -> None:
     st.lists(st.tuples(st.sampled_from([IGNORED, 5, 6, 7]), st.integers(0, 2)), min_size=1, max_size=8),
     st.integers(1, 10),
 )
-def test_targets_are_those_of_the_definition(tokens: list[tuple[int, int]], num_heads: int) -> None:
+def test_targets_equal_the_definition(tokens: list[tuple[int, int]], num_heads: int) -> None:
     labels, documents = [label for label, _ in tokens], [document for _, document in tokens]
     got = targets(torch.tensor([labels]), num_heads, torch.tensor([documents]))[:, 0].tolist()
     assert got == naive_targets(labels, documents, num_heads)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 8))
-def test_weights_and_labels_are_shifted_alike(values: list[int], num_heads: int) -> None:
+def test_weights_and_labels_are_shifted_equally(values: list[int], num_heads: int) -> None:
     labels, weights = torch.tensor([values]), torch.tensor([values]).float() / 10
     shifted_labels, shifted_weights = (
         shift_to_heads(labels, num_heads, IGNORED),
@@ -57,7 +57,7 @@ def test_weights_and_labels_are_shifted_alike(values: list[int], num_heads: int)
     assert torch.equal(shifted_labels[valid] / 10, shifted_weights[valid])
 
 
-def test_each_position_counts_once_whatever_the_number_of_its_heads() -> None:
+def test_every_position_has_total_weight_one_for_any_number_of_heads() -> None:
     valid = torch.tensor([[True, True, False], [True, False, False]])[:, None]
     shares = position_weights(valid)
     assert shares.tolist() == [[[0.5, 1.0, 0.0]], [[0.5, 0.0, 0.0]]]

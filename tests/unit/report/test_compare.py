@@ -33,7 +33,7 @@ def study(folder: Path, **losses: Sequence[float]) -> Path:
     return folder
 
 
-def compared(folder: Path, **options: Any) -> Comparison:
+def compare_study(folder: Path, **options: Any) -> Comparison:
     return compare_runs(find_runs([folder]), **options)
 
 
@@ -49,7 +49,7 @@ def printed(comparison: Comparison) -> str:
 
 
 def test_differences_are_paired_by_seed_and_get_a_verdict(tmp_path: Path) -> None:
-    comparison = compared(study(tmp_path, critic=BETTER, baseline=BASELINE, rho1=SAME))
+    comparison = compare_study(study(tmp_path, critic=BETTER, baseline=BASELINE, rho1=SAME))
     found = difference(comparison, "critic")
     pairs = [a - b for a, b in zip(BETTER, BASELINE, strict=True)]
     assert list(found.pairs) == [0, 1, 2, 3, 4]
@@ -67,20 +67,20 @@ def test_differences_are_paired_by_seed_and_get_a_verdict(tmp_path: Path) -> Non
 
 def test_rounding_errors_are_no_difference(tmp_path: Path) -> None:
     folder = study(tmp_path, baseline=[0.1, 0.2, 0.4], critic=[0.4, 0.1, 0.2])
-    found = difference(compared(folder), "critic")
+    found = difference(compare_study(folder), "critic")
     assert np.mean(list(found.pairs.values())) != 0.0
     assert str(found.mean) == "0.0" and found.seeds_needed is None
 
 
 def test_pairing_shows_a_difference_that_an_unpaired_test_does_not(tmp_path: Path) -> None:
     slightly = [loss - 0.03 + 0.002 * seed for seed, loss in enumerate(BASELINE)]
-    found = difference(compared(study(tmp_path, baseline=BASELINE, critic=slightly)), "critic")
+    found = difference(compare_study(study(tmp_path, baseline=BASELINE, critic=slightly)), "critic")
     assert found.verdict == "better"
     assert stats.ttest_ind(BASELINE, slightly).pvalue > 0.3
 
 
-def test_the_signed_rank_p_equals_scipys_and_its_limit_is_noted(tmp_path: Path) -> None:
-    comparison = compared(study(tmp_path, baseline=BASELINE, critic=BETTER, rho1=[1.2, 1.0, 1.3, 0.9, 1.5]))
+def test_the_signed_rank_p_equals_that_of_scipy_and_its_limit_is_noted(tmp_path: Path) -> None:
+    comparison = compare_study(study(tmp_path, baseline=BASELINE, critic=BETTER, rho1=[1.2, 1.0, 1.3, 0.9, 1.5]))
     for label in ("critic", "rho1"):
         found = difference(comparison, label)
         assert found.wilcoxon == stats.wilcoxon(list(found.pairs.values())).pvalue
@@ -89,17 +89,17 @@ def test_the_signed_rank_p_equals_scipys_and_its_limit_is_noted(tmp_path: Path) 
 
 
 def test_p_values_are_corrected_for_the_number_of_groups(tmp_path: Path) -> None:
-    alone = difference(compared(study(tmp_path / "a", baseline=BASELINE, critic=BETTER)), "critic")
+    single = difference(compare_study(study(tmp_path / "a", baseline=BASELINE, critic=BETTER)), "critic")
     many = difference(
-        compared(study(tmp_path / "b", baseline=BASELINE, critic=BETTER, rho1=SAME, random=SAME)), "critic"
+        compare_study(study(tmp_path / "b", baseline=BASELINE, critic=BETTER, rho1=SAME, random=SAME)), "critic"
     )
-    assert alone.p == alone.p_holm == many.p
+    assert single.p == single.p_holm == many.p
     assert many.p is not None and many.p_holm == pytest.approx(3 * many.p)
-    assert alone.seeds_needed is not None and many.seeds_needed is not None
-    assert alone.seeds_needed <= many.seeds_needed
+    assert single.seeds_needed is not None and many.seeds_needed is not None
+    assert single.seeds_needed <= many.seeds_needed
     slightly = [loss - 0.01 * (seed % 2) for seed, loss in enumerate(BASELINE)]
-    few = compared(study(tmp_path / "c", baseline=BASELINE, critic=slightly))
-    more = compared(study(tmp_path / "d", baseline=BASELINE, critic=slightly, rho1=SAME, random=SAME))
+    few = compare_study(study(tmp_path / "c", baseline=BASELINE, critic=slightly))
+    more = compare_study(study(tmp_path / "d", baseline=BASELINE, critic=slightly, rho1=SAME, random=SAME))
     assert (difference(few, "critic").seeds_needed or 0) < (difference(more, "critic").seeds_needed or 0)
 
 
@@ -113,19 +113,19 @@ def test_the_verdict_depends_on_the_direction_of_the_metric(tmp_path: Path) -> N
     for metric, verdict in (
         ("val/pass_rate", "worse"), ("val/value_explained_variance", "worse"), ("val/head_1_loss", "better"),
     ):  # fmt: skip
-        assert difference(compared(tmp_path, metric=metric), "critic").verdict == verdict
+        assert difference(compare_study(tmp_path, metric=metric), "critic").verdict == verdict
 
 
-def test_at_selects_the_best_checkpoint_or_the_last_model(tmp_path: Path) -> None:
+def test_the_option_at_selects_the_best_checkpoint_or_the_last_model(tmp_path: Path) -> None:
     folder = study(tmp_path, baseline=BASELINE, critic=BETTER)
-    best, last = (compared(folder, at=at).metrics[0] for at in ("best", "last"))
+    best, last = (compare_study(folder, at=at).metrics[0] for at in ("best", "last"))
     assert list(best.groups[0].values_by_seed.values()) == BASELINE
     assert list(last.groups[0].values_by_seed.values()) == [x + 0.1 for x in BASELINE]
     assert (best.at, last.at) == ("best checkpoint", "last model")
 
 
 def test_two_pairs_are_too_few_and_noted(tmp_path: Path) -> None:
-    comparison = compared(study(tmp_path, baseline=BASELINE[:2], critic=BETTER[:2]))
+    comparison = compare_study(study(tmp_path, baseline=BASELINE[:2], critic=BETTER[:2]))
     found = difference(comparison, "critic")
     assert (found.low, found.high, found.p, found.p_holm, found.seeds_needed) == (None,) * 5
     assert found.verdict == "too few seeds"
@@ -133,7 +133,7 @@ def test_two_pairs_are_too_few_and_noted(tmp_path: Path) -> None:
 
 
 def test_seeds_without_a_partner_are_noted_and_left_out(tmp_path: Path) -> None:
-    comparison = compared(study(tmp_path, baseline=BASELINE, critic=BETTER[:4]))
+    comparison = compare_study(study(tmp_path, baseline=BASELINE, critic=BETTER[:4]))
     assert list(difference(comparison, "critic").pairs) == [0, 1, 2, 3]
     assert any("unpaired: baseline has seed 4, critic does not" in note for note in comparison.notes)
     assert len(comparison.metrics[0].groups[0].values_by_seed) == 5
@@ -142,7 +142,7 @@ def test_seeds_without_a_partner_are_noted_and_left_out(tmp_path: Path) -> None:
 def test_unfinished_runs_are_noted_and_left_out(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     failed = fake_run(tmp_path / "failed", algo="critic", seed=7, state="FAILED")
-    comparison = compared(tmp_path)
+    comparison = compare_study(tmp_path)
     assert f"{failed} is left out: it is FAILED, not FINISHED" in comparison.notes
     assert 7 not in comparison.metrics[0].groups[1].values_by_seed
 
@@ -150,7 +150,7 @@ def test_unfinished_runs_are_noted_and_left_out(tmp_path: Path) -> None:
 def test_the_later_of_two_runs_with_one_seed_is_used(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     later = fake_run(tmp_path / "a", algo="critic", seed=2, val_losses=[0.5], started="2026-11-22T09:30:00+00:00")
-    comparison = compared(tmp_path)
+    comparison = compare_study(tmp_path)
     assert comparison.metrics[0].groups[1].values_by_seed[2] == 0.5
     assert any(note.startswith(f"{tmp_path / 'critic' / '2'} is left out: {later}") for note in comparison.notes)
 
@@ -160,23 +160,23 @@ def test_a_nonfinite_value_is_noted_and_left_out(tmp_path: Path) -> None:
         for seed, value in enumerate(values):
             measured: Any = {"val/value_loss": [value, value]}
             fake_run(tmp_path / algo / str(seed), algo=algo, seed=seed, metrics=measured)
-    comparison = compared(tmp_path, metric="val/value_loss")
+    comparison = compare_study(tmp_path, metric="val/value_loss")
     assert list(difference(comparison, "critic").pairs) == [1, 2]
     assert any("critic/0 is left out of val/value_loss: its value is nan" in note for note in comparison.notes)
 
 
-@pytest.mark.parametrize("typed", ["critic, optimizer.lr=0.01", "optimizer.lr=0.01", "0.01"])
-def test_the_baseline_can_be_given_by_a_part_of_its_label(tmp_path: Path, typed: str) -> None:
+@pytest.mark.parametrize("part", ["critic, optimizer.lr=0.01", "optimizer.lr=0.01", "0.01"])
+def test_the_baseline_can_be_given_by_a_part_of_its_label(tmp_path: Path, part: str) -> None:
     for number, (algo, lr) in enumerate([("baseline", 0.001), ("critic", 0.001), ("critic", 0.01)]):
         for seed in range(3):
             fake_run(tmp_path / f"{number}-{seed}", algo=algo, seed=seed, **{"optimizer.lr": lr})
-    assert compared(tmp_path, baseline=typed).baseline == "critic, optimizer.lr=0.01"
+    assert compare_study(tmp_path, baseline=part).baseline == "critic, optimizer.lr=0.01"
     with pytest.raises(
         InputError, match=r"baseline=critic: matches several groups; .*baseline='critic, optimizer.lr=0.0"
     ):
-        compared(tmp_path, baseline="critic")
+        compare_study(tmp_path, baseline="critic")
     with pytest.raises(InputError, match=r"baseline=rho1: there is no such group; the groups are baseline='baseline',"):
-        compared(tmp_path, baseline="rho1")
+        compare_study(tmp_path, baseline="rho1")
 
 
 def test_one_group_or_no_common_seed_is_an_error(tmp_path: Path) -> None:
@@ -184,20 +184,20 @@ def test_one_group_or_no_common_seed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="5 finished runs form only one group, because their configs differ at most in the seed"
     ):
-        compared(tmp_path / "one")
+        compare_study(tmp_path / "one")
     for seed, algo in enumerate(["baseline", "critic"]):
         fake_run(tmp_path / "two" / algo, algo=algo, seed=seed)
     with pytest.raises(InputError, match=r"no group has a seed in common .*\n  baseline: seeds 0\n  critic: seeds 1"):
-        compared(tmp_path / "two")
+        compare_study(tmp_path / "two")
     fake_run(tmp_path / "three", state="RUNNING")
     with pytest.raises(InputError, match="none of the 1 runs has finished"):
-        compared(tmp_path / "three")
+        compare_study(tmp_path / "three")
 
 
 def test_a_group_without_a_common_seed_is_left_out(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     fake_run(tmp_path / "rho1", algo="rho1", seed=9)
-    comparison = compared(tmp_path)
+    comparison = compare_study(tmp_path)
     assert list(comparison.groups) == ["baseline", "critic"]
     assert "rho1 is left out: it has no seed in common with baseline" in comparison.notes
 
@@ -205,11 +205,11 @@ def test_a_group_without_a_common_seed_is_left_out(tmp_path: Path) -> None:
 def test_an_unknown_metric_lists_the_common_metrics(tmp_path: Path) -> None:
     folder = study(tmp_path, baseline=BASELINE, critic=BETTER)
     with pytest.raises(InputError, match=r"metric=val/los: is not measured at a validation; all of them have val/loss"):
-        compared(folder, metric="val/los")
+        compare_study(folder, metric="val/los")
     with pytest.raises(InputError, match=r"metric=pass@5: not all runs have it; .* python -m wmtp.evaluate"):
-        compared(folder, metric="pass@5")
+        compare_study(folder, metric="pass@5")
     with pytest.raises(InputError, match="metric=tokens: is not measured at a validation"):
-        compared(folder, metric="tokens")
+        compare_study(folder, metric="tokens")
 
 
 @pytest.mark.parametrize(
@@ -224,10 +224,10 @@ def test_runs_with_different_data_are_refused(tmp_path: Path, key: str, name: st
     one = fake_run(tmp_path / "a", algo="baseline", **{config: 77})
     other = fake_run(tmp_path / "b", algo="critic", provenance={key: "other"}, **{config: 99})
     with pytest.raises(InputError) as raised:
-        compared(tmp_path)
-    said = str(raised.value)
-    assert f"  {name} differs between {one} and {other}:\n    {config}: 77 and 99\n" in said
-    assert "Compare only runs that use the same data, or train again" in said
+        compare_study(tmp_path)
+    message = str(raised.value)
+    assert f"  {name} differs between {one} and {other}:\n    {config}: 77 and 99\n" in message
+    assert "Compare only runs that use the same data, or train again" in message
     assert raised.value.exit_code == 2
 
 
@@ -237,20 +237,21 @@ def test_different_files_with_equal_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="the configs are equal below data, so the files that they refer to must have changed"
     ):
-        compared(tmp_path)
+        compare_study(tmp_path)
 
 
 def test_the_fingerprint_with_reference_losses_may_differ(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="rho1", provenance={"fingerprint": "with the reference's losses"})
-    assert compared(tmp_path).notes == ["rho1: 1 pair of runs cannot rule out chance; train at least 3 seeds"]
+    assert compare_study(tmp_path).notes == ["rho1: 1 pair of runs cannot rule out chance; train at least 3 seeds"]
 
 
 def test_runs_without_recorded_data_are_compared_with_a_note(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="critic", provenance={"train_fingerprint": None})
     assert any(
-        note.startswith("cannot check that all runs use the same training data: ") for note in compared(tmp_path).notes
+        note.startswith("cannot check that all runs use the same training data: ")
+        for note in compare_study(tmp_path).notes
     )
 
 
@@ -263,12 +264,12 @@ def test_means_over_different_numbers_of_heads_are_refused(tmp_path: Path) -> No
         with pytest.raises(
             InputError, match=r"mean over heads, but model.num_heads is 1 in .* and 4 in .*metric=val/head_1_loss"
         ):
-            compared(tmp_path, baseline="model.num_heads=1", metric=metric)
-    comparison = compared(tmp_path, baseline="model.num_heads=1", metric="val/head_1_loss")
+            compare_study(tmp_path, baseline="model.num_heads=1", metric=metric)
+    comparison = compare_study(tmp_path, baseline="model.num_heads=1", metric="val/head_1_loss")
     assert comparison.tokens_to_target[0].metric == "val/head_1_loss"
 
 
-def passing(folder: Path, **passes: Sequence[Sequence[int]]) -> Path:
+def study_with_results(folder: Path, **passes: Sequence[Sequence[int]]) -> Path:
     """Write a run for each seed of each algorithm, with the result of each test problem."""
     for algo, rows in passes.items():
         for seed, row in enumerate(rows):
@@ -277,23 +278,23 @@ def passing(folder: Path, **passes: Sequence[Sequence[int]]) -> Path:
 
 
 def test_pass_at_1_is_compared_in_addition_to_any_metric(tmp_path: Path) -> None:
-    folder = passing(tmp_path, baseline=[[1, 0, 0, 0], [1, 1, 0, 0]], critic=[[1, 1, 1, 0], [1, 0, 0, 1]])
-    comparison = compared(folder)
+    folder = study_with_results(tmp_path, baseline=[[1, 0, 0, 0], [1, 1, 0, 0]], critic=[[1, 1, 1, 0], [1, 0, 0, 1]])
+    comparison = compare_study(folder)
     assert [metric.metric for metric in comparison.metrics] == ["val/loss", "pass@1"]
     found = difference(comparison, "critic", metric=1)
     assert list(found.pairs.values()) == [0.5, 0.0]
     assert not comparison.metrics[1].lower_is_better
-    alone = compared(folder, metric="pass@1")
-    assert [metric.metric for metric in alone.metrics] == ["pass@1"]
+    single = compare_study(folder, metric="pass@1")
+    assert [metric.metric for metric in single.metrics] == ["pass@1"]
 
 
 def test_a_problem_is_won_by_the_group_with_more_passing_seeds(tmp_path: Path) -> None:
-    folder = passing(
+    folder = study_with_results(
         tmp_path,
         baseline=[[1, 0, 0, 0, 1], [1, 0, 0, 1, 1], [1, 0, 0, 1, 1]],
         critic=[[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 1, 1]],
     )
-    test = difference(compared(folder, metric="pass@1"), "critic").mcnemar
+    test = difference(compare_study(folder, metric="pass@1"), "critic").mcnemar
     assert test is not None
     assert (test.won, test.lost, test.tied) == (2, 1, 2)
     assert test.p == stats.binomtest(2, 3).pvalue
@@ -302,8 +303,8 @@ def test_a_problem_is_won_by_the_group_with_more_passing_seeds(tmp_path: Path) -
 def test_with_one_seed_the_problem_test_is_mcnemars_exact_test(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     base, group = generator.random(60) < 0.4, generator.random(60) < 0.7
-    folder = passing(tmp_path, baseline=[base.astype(int)], critic=[group.astype(int)])
-    found = difference(compared(folder, metric="pass@1"), "critic")
+    folder = study_with_results(tmp_path, baseline=[base.astype(int)], critic=[group.astype(int)])
+    found = difference(compare_study(folder, metric="pass@1"), "critic")
     assert found.mcnemar is not None and found.mcnemar_holm == found.mcnemar.p
     won, lost = int((group & ~base).sum()), int((base & ~group).sum())
     assert found.mcnemar.p == stats.binomtest(won, won + lost).pvalue
@@ -311,10 +312,10 @@ def test_with_one_seed_the_problem_test_is_mcnemars_exact_test(tmp_path: Path) -
 
 
 def test_runs_with_different_problems_have_no_common_pass_at_1(tmp_path: Path) -> None:
-    folder = passing(tmp_path, baseline=[[1, 0, 0]], critic=[[1, 0]])
-    assert [metric.metric for metric in compared(folder).metrics] == ["val/loss"]
+    folder = study_with_results(tmp_path, baseline=[[1, 0, 0]], critic=[[1, 0]])
+    assert [metric.metric for metric in compare_study(folder).metrics] == ["val/loss"]
     with pytest.raises(InputError, match="metric=pass@1: not all runs have it"):
-        compared(folder, metric="pass@1")
+        compare_study(folder, metric="pass@1")
 
 
 def test_pass_at_k_is_from_the_same_evaluation_of_each_run(tmp_path: Path) -> None:
@@ -324,13 +325,13 @@ def test_pass_at_k_is_from_the_same_evaluation_of_each_run(tmp_path: Path) -> No
             rows = [[sample < share + (seed + number) % 2 for sample in range(5)] for number in range(6)]
             fake_evaluation(run, "first", rows, k=2)
             fake_evaluation(run, "second", rows, k=4, **{"generation.temperature": 0.1 * seed})
-    comparison = compared(tmp_path, metric="pass@2")
+    comparison = compare_study(tmp_path, metric="pass@2")
     found = difference(comparison, "critic")
     assert comparison.metrics[0].at == "evaluation first"
     assert found.mcnemar is not None and (found.mcnemar.won, found.mcnemar.lost) == (6, 0)
     assert all(value > 0 for value in found.pairs.values())
     with pytest.raises(InputError, match=r"metric=pass@4: not all runs have it; all of them have pass@2, val/loss"):
-        compared(tmp_path, metric="pass@4")
+        compare_study(tmp_path, metric="pass@4")
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_tokens_to_target_include_stage_1(tmp_path: Path) -> None:
     for seed in range(5):
         fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[3.0, 2.0, 1.0, 1.5])
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[2.0, 0.0, 0.0, 0.0], stage_tokens=1_000)
-    reach = compared(tmp_path).tokens_to_target[0]
+    reach = compare_study(tmp_path).tokens_to_target[0]
     pair = reach.pairs[0]
     assert (pair.target, pair.baseline_tokens, pair.tokens) == (1.0, 30_000, 16_000)
     assert (pair.stage_tokens, pair.baseline_stage_tokens) == (1_000, 0)
@@ -368,7 +369,7 @@ def test_a_target_that_is_never_reached_counts_as_infinite(tmp_path: Path) -> No
         ends = 4.0 if seed < 2 else 1.0
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, ends])
         fake_run(tmp_path / f"r{seed}", algo="rho1", seed=seed, val_losses=[3.0, 2.5])
-    critic, rho1 = compared(tmp_path).tokens_to_target
+    critic, rho1 = compare_study(tmp_path).tokens_to_target
     assert (critic.never, critic.high) == (2, None)
     assert critic.ratio == critic.low == pytest.approx(0.75)
     assert (rho1.never, rho1.ratio, rho1.low, rho1.has_interval) == (5, None, None, True)
@@ -377,7 +378,7 @@ def test_a_target_that_is_never_reached_counts_as_infinite(tmp_path: Path) -> No
 def test_tokens_to_target_are_left_out_with_a_note_if_not_recorded(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="critic", tokens=False)
-    comparison = compared(tmp_path)
+    comparison = compare_study(tmp_path)
     assert comparison.tokens_to_target == []
     assert any("tokens to reach the baseline's best val/loss are left out" in note for note in comparison.notes)
 
@@ -387,7 +388,7 @@ def test_curves_and_tokens_to_target_use_the_requested_loss(tmp_path: Path) -> N
         fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[3.0, 2.0], metrics={"val/clean_loss": [2.0, 1.0]})
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, 2.9], passes=None,
                  metrics={"val/clean_loss": [1.0, 0.5]})  # fmt: skip
-    clean, noisy = (compared(tmp_path, metric=metric) for metric in ("val/clean_loss", "val/loss"))
+    clean, noisy = (compare_study(tmp_path, metric=metric) for metric in ("val/clean_loss", "val/loss"))
     assert (clean.loss, clean.tokens_to_target[0].metric, clean.tokens_to_target[0].ratio) == (
         "val/clean_loss",
         "val/clean_loss",
@@ -400,20 +401,20 @@ def test_curves_and_tokens_to_target_use_the_requested_loss(tmp_path: Path) -> N
     )
     assert comparison_to_dict(clean)["loss"] == "val/clean_loss"
     for comparison in (clean, noisy):
-        said = f"Tokens to reach the baseline's best {comparison.loss}, relative to the baseline"
-        assert said in " ".join(printed(comparison).split())
+        message = f"Tokens to reach the baseline's best {comparison.loss}, relative to the baseline"
+        assert message in " ".join(printed(comparison).split())
 
 
 def test_curves_show_a_loss_if_the_metric_is_not_a_loss(tmp_path: Path) -> None:
-    folder = passing(tmp_path, baseline=[[1, 0]] * 3, critic=[[1, 1]] * 3)
-    assert compared(folder, metric="pass@1").loss == "val/loss"
+    folder = study_with_results(tmp_path, baseline=[[1, 0]] * 3, critic=[[1, 1]] * 3)
+    assert compare_study(folder, metric="pass@1").loss == "val/loss"
 
 
 def test_a_nonfinite_loss_is_not_a_target(tmp_path: Path) -> None:
     for seed in range(3):
         fake_run(tmp_path / f"b{seed}", seed=seed, val_losses=[float("nan"), 3.0, 2.0])
         fake_run(tmp_path / f"c{seed}", algo="critic", seed=seed, val_losses=[3.0, 2.0, 1.0])
-    (reach,) = compared(tmp_path, at="last").tokens_to_target
+    (reach,) = compare_study(tmp_path, at="last").tokens_to_target
     assert [pair.target for pair in reach.pairs] == [2.0] * 3
     assert reach.ratio == pytest.approx(2 / 3)
 
@@ -433,20 +434,20 @@ def test_no_verdict_favors_a_side_with_failed_runs(
     study(tmp_path, baseline=BASELINE, critic=BETTER, rho1=SAME)
     for number, state in enumerate(states):
         fake_run(tmp_path / "lost" / str(number), algo=side, seed=5 + number, state=state)
-    forth, back = compared(tmp_path), compared(tmp_path, baseline="critic")
-    assert (difference(forth, "critic").verdict, difference(back, "baseline").verdict) == verdicts
+    swapped, original = compare_study(tmp_path), compare_study(tmp_path, baseline="critic")
+    assert (difference(swapped, "critic").verdict, difference(original, "baseline").verdict) == verdicts
     num_failed = states.count("FAILED")
-    lost = {group.label: (group.lost.failed, group.lost.runs) for group in forth.metrics[0].groups}
+    lost = {group.label: (group.lost.failed, group.lost.runs) for group in swapped.metrics[0].groups}
     assert lost == {"baseline": (0, 5), "critic": (0, 5), "rho1": (0, 5)} | {side: (num_failed, 5 + num_failed)}
-    assert ("1 of 6 runs failed" in printed(forth)) == bool(num_failed)
-    assert (f"{side}: 1 of 6 runs failed; val/loss covers only the other runs" in forth.notes) == bool(num_failed)
+    assert ("1 of 6 runs failed" in printed(swapped)) == bool(num_failed)
+    assert (f"{side}: 1 of 6 runs failed; val/loss covers only the other runs" in swapped.notes) == bool(num_failed)
 
 
 def test_a_failed_run_is_not_counted_if_its_seed_has_a_finished_run(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     for place, started in (("before", "2026-11-20T09:30:00+00:00"), ("after", "2026-11-22T09:30:00+00:00")):
         fake_run(tmp_path / place, algo="critic", seed=2, state="FAILED", started=started)
-    assert difference(compared(tmp_path), "critic").verdict == "better"
+    assert difference(compare_study(tmp_path), "critic").verdict == "better"
 
 
 def test_a_nonfinite_value_counts_as_failed(tmp_path: Path) -> None:
@@ -454,7 +455,7 @@ def test_a_nonfinite_value_counts_as_failed(tmp_path: Path) -> None:
         for seed, value in enumerate(values):
             measured: Any = {"val/value_loss": [value, "nan" if (algo, seed) == ("critic", 4) else value]}
             fake_run(tmp_path / algo / str(seed), algo=algo, seed=seed, metrics=measured)
-    last, best = compared(tmp_path, metric="val/value_loss", at="last"), compared(tmp_path)
+    last, best = compare_study(tmp_path, metric="val/value_loss", at="last"), compare_study(tmp_path)
     assert (difference(last, "critic").verdict, str(difference(last, "critic").lost)) == (
         "runs failed", "1 of 5 runs failed",
     )  # fmt: skip
@@ -465,18 +466,18 @@ def test_a_group_without_finished_runs_is_noted(tmp_path: Path) -> None:
     study(tmp_path, baseline=BASELINE, critic=BETTER)
     for seed in range(2):
         fake_run(tmp_path / "rho1" / str(seed), algo="rho1", seed=seed, state="FAILED")
-    assert "rho1 is left out: 2 of 2 runs failed" in compared(tmp_path).notes
+    assert "rho1 is left out: 2 of 2 runs failed" in compare_study(tmp_path).notes
 
 
 def test_one_pair_has_no_signed_rank_p(tmp_path: Path) -> None:
-    one, two = (compared(study(tmp_path / str(n), baseline=BASELINE[:n], critic=BETTER[:n])) for n in (1, 2))
+    one, two = (compare_study(study(tmp_path / str(n), baseline=BASELINE[:n], critic=BETTER[:n])) for n in (1, 2))
     assert difference(one, "critic").wilcoxon is None and "1.000" not in printed(one)
     assert difference(two, "critic").wilcoxon == 0.5
 
 
 def test_the_json_has_the_values_of_the_tables(tmp_path: Path) -> None:
-    folder = passing(tmp_path, baseline=[[1, 0], [0, 0], [1, 0]], critic=[[1, 1], [1, 0], [1, 1]])
-    comparison = compared(folder)
+    folder = study_with_results(tmp_path, baseline=[[1, 0], [0, 0], [1, 0]], critic=[[1, 1], [1, 0], [1, 1]])
+    comparison = compare_study(folder)
     content = json.loads(encode_json(comparison_to_dict(comparison)))
     assert content["metrics"][1]["differences"][0]["pairs"] == {"0": 0.5, "1": 0.5, "2": 0.5}
     assert content["groups"]["critic"][0] == {"name": "0", "folder": str(folder / "critic" / "0"), "seed": 0}
@@ -492,7 +493,7 @@ def test_tables_fit_80_columns_without_broken_numbers(tmp_path: Path) -> None:
                     tmp_path / f"{algo}{seed}{lr}", algo=algo, seed=seed, val_losses=[3.0, loss + lr * seed],
                     passes=[loss > 1, seed > 1, True], stage_tokens=123_456, **{"optimizer.weight_decay": lr},
                 )  # fmt: skip
-    comparison = compared(tmp_path, baseline="baseline, optimizer.weight_decay=0.001")
+    comparison = compare_study(tmp_path, baseline="baseline, optimizer.weight_decay=0.001")
     text = printed(comparison)
     assert max(map(len, text.splitlines())) <= 80
     for each in comparison.metrics[0].differences:

@@ -75,7 +75,7 @@ def test_a_folder_without_runs_is_an_error_with_a_remedy(tmp_path: Path, name: s
         find_runs([tmp_path / name])
 
 
-def test_missing_files_are_empty(tmp_path: Path) -> None:
+def test_missing_files_are_read_as_empty(tmp_path: Path) -> None:
     run = RunRecord(fake_run(tmp_path / "a", state="FAILED"))
     assert (run.summary, run.samples, run.pretrain_metrics, run.tokens, run.evaluations) == ({}, [], [], {}, [])
     assert run.series("val/loss") == [(10, 2.0), (20, 1.0)]

@@ -74,7 +74,7 @@ def comparison_page(comparison: Comparison) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
 def test_the_page_of_a_run_has_no_fault(browser: "Browser", run_page: Path, width: int, scheme: str) -> None:  # noqa: F811
-    assert faults(browser, run_page, width, scheme, choose=SWITCHES if width > 1_000 else ()) == []
+    assert faults(browser, run_page, width, scheme, switches=SWITCHES if width > 1_000 else ()) == []
 
 
 @in_browser
@@ -105,9 +105,9 @@ def test_the_page_of_a_comparison_has_no_fault(
         ("<figure><svg viewBox='0 0 9000 99'><text x=0 y=50>one</text></svg></figure>", 'small text: text "one"'),
     ],
 )  # fmt: skip
-def test_a_broken_page_has_faults(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:  # noqa: F811
+def test_control_a_broken_page_has_faults(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:  # noqa: F811
     (tmp_path / "page.html").write_text(f"<!doctype html><body>{broken}</body>")
-    assert any(fault.startswith(found) for fault in faults(browser, tmp_path / "page.html", 1280, "light"))
+    assert any(problem.startswith(found) for problem in faults(browser, tmp_path / "page.html", 1280, "light"))
 
 
 @in_browser
@@ -189,13 +189,13 @@ def test_headings_are_in_order(run_page: Path, comparison_page: Path) -> None:
 
 def test_the_page_of_a_run_shows_all_parts(run_page: Path) -> None:
     text = Tags(run_page).text
-    for said in (
+    for text_part in (
         "Stopped early at update 400", "30 of the last 40 gradient norms", "stopped early at 400",
         "the last 40 updates", "too large: above 3", "0.710", "algo.beta", "python -m wmtp.train algo=critic",
         "best: 0.5498 at 400", "Crosses: not finite (1)", "8 of 16 pass", "8 more", "head 4",
         "pass@4, difficulty 2",
     ):  # fmt: skip
-        assert said in text, said
+        assert text_part in text, text_part
     assert "train_head" not in text
 
 
@@ -225,10 +225,10 @@ def test_uniform_weights_are_noted(tmp_path: Path, run_page: Path) -> None:
 
 def test_a_truncated_last_sample_is_left_out(tmp_path: Path) -> None:
     run = rich_run(tmp_path / "run")
-    whole = Tags(write_run_report(run)).text
+    complete_text = Tags(write_run_report(run)).text
     with (run / "samples.jsonl").open("a") as file:
         file.write('{"step": 999, "task_id": "te')
-    assert Tags(write_run_report(run)).text == whole
+    assert Tags(write_run_report(run)).text == complete_text
     (run / "samples.jsonl").write_text("torn\n" + (run / "samples.jsonl").read_text())
     with pytest.raises(json.JSONDecodeError):
         write_run_report(run)
@@ -297,7 +297,7 @@ def test_high_and_low_weights_differ_in_brightness(paper: int) -> None:
     assert more > 1.3 * less > 1.3
 
 
-def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+def contrast(first: tuple[int, ...], second: tuple[int, ...]) -> float:
     """Return the contrast ratio of two colors, as defined by WCAG 2."""
 
     def luminance(color: tuple[int, ...]) -> float:
@@ -305,7 +305,7 @@ def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -325,10 +325,10 @@ def test_the_page_of_a_comparison_has_the_result_in_words(comparison: Comparison
 
 
 def test_an_interval_that_excludes_zero_does_not_contradict_the_verdict(comparison: Comparison) -> None:
-    shown, other = comparison.metrics[0].differences
-    beside = replace(other, low=0.001, high=0.01, mean=0.005)
+    shown, second = comparison.metrics[0].differences
+    beside = replace(second, low=0.001, high=0.01, mean=0.005)
     assert "corrected, it would include zero" in describe_difference(beside)
-    assert "corrected, it would include zero" not in describe_difference(other) + describe_difference(shown)
+    assert "corrected, it would include zero" not in describe_difference(second) + describe_difference(shown)
 
 
 def test_too_few_seeds_give_no_verdict(comparison: Comparison) -> None:
@@ -338,16 +338,16 @@ def test_too_few_seeds_give_no_verdict(comparison: Comparison) -> None:
 
 
 def test_failed_runs_and_their_effect_on_the_verdict_are_shown(tmp_path: Path, comparison: Comparison) -> None:
-    asked, *rest = comparison.metrics
-    said = " 2 of 5 runs failed. The remaining runs may be better than average"
-    lost = replace(asked.differences[0], verdict="runs failed", lost=FailedRuns(2, 5))
-    groups = [asked.groups[0], replace(asked.groups[1], lost=FailedRuns(2, 5)), *asked.groups[2:]]
-    failed = replace(asked, groups=groups, differences=[lost, *asked.differences[1:]])
+    requested, *rest = comparison.metrics
+    text_part = " 2 of 5 runs failed. The remaining runs may be better than average"
+    lost = replace(requested.differences[0], verdict="runs failed", lost=FailedRuns(2, 5))
+    groups = [requested.groups[0], replace(requested.groups[1], lost=FailedRuns(2, 5)), *requested.groups[2:]]
+    failed = replace(requested, groups=groups, differences=[lost, *requested.differences[1:]])
     write_comparison_report(tmp_path / "failed.html", replace(comparison, metrics=[failed, *rest]))
     write_comparison_report(tmp_path / "whole.html", comparison)
     for name, expected in (("failed.html", True), ("whole.html", False)):
         text = Tags(tmp_path / name).text
-        assert (said in text) == ("without a value" in text) == expected
+        assert (text_part in text) == ("without a value" in text) == expected
     baseline = describe_difference(replace(lost, lost=FailedRuns(0, 5), baseline_lost=FailedRuns(1, 5)))
     assert " 1 of 5 baseline runs failed." in baseline
 
@@ -413,7 +413,7 @@ def test_a_comparison_of_one_group_has_a_page(tmp_path: Path, comparison: Compar
         ),
     ],
 )
-def test_reports_import_little(modules: str, absent: list[str]) -> None:
+def test_report_modules_do_not_import_unneeded_packages(modules: str, absent: list[str]) -> None:
     script = f"import {modules}, sys; print([name for name in {[*absent, 'json']} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['json']"

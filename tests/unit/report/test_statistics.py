@@ -59,7 +59,7 @@ def test_false_positive_rate_with_five_seeds_is_at_most_eight_percent(noise: str
     assert np.mean([min(p for p in study if p is not None) < 0.05 for study in corrected]) <= 0.08
 
 
-def test_without_correction_three_comparisons_exceed_eight_percent() -> None:
+def test_control_without_correction_three_comparisons_exceed_eight_percent() -> None:
     means = differences(NOISES["normal"], 3, seed=1).reshape(STUDIES, 3, SEEDS)
     uncorrected = stats.ttest_1samp(means, 0, axis=2).pvalue
     assert np.mean(uncorrected.min(axis=1) < 0.05) > 0.08
@@ -129,14 +129,14 @@ def test_too_few_or_equal_pairs_have_no_interval() -> None:
     assert estimate_mean_difference([0.1, 0.2, 0.3][:MIN_PAIRS]).p is not None
 
 
-def test_t_equals_scipys() -> None:
+def test_t_statistics_equal_those_of_scipy() -> None:
     values = np.random.default_rng(8).standard_normal((20, 6)) + 0.3
     assert absolute_t(values) == pytest.approx(np.abs(stats.ttest_1samp(values, 0, axis=1).statistic))
 
 
 @settings(deadline=None, max_examples=30)
 @given(LISTS)
-def test_the_signed_rank_p_equals_scipys(values: list[float]) -> None:
+def test_the_signed_rank_p_equals_that_of_scipy(values: list[float]) -> None:
     if not any(values):
         assert wilcoxon_p(values) is None
         return
@@ -147,7 +147,7 @@ def test_the_signed_rank_p_equals_scipys(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("num_pairs", range(2, 9))
-def test_the_smallest_signed_rank_p_equals_scipys_for_differences_of_one_sign(num_pairs: int) -> None:
+def test_the_smallest_signed_rank_p_equals_that_of_scipy_for_differences_of_one_sign(num_pairs: int) -> None:
     assert stats.wilcoxon(np.arange(1, num_pairs + 1)).pvalue == smallest_wilcoxon_p(num_pairs)
 
 
@@ -187,8 +187,8 @@ def test_the_seeds_needed_give_80_percent_power() -> None:
     needed = seeds_needed(1.0, 1.0, num_comparisons=3)
     assert needed is not None and needed > 10
     studies = np.random.default_rng(9).standard_normal((600, needed)) + 1.0
-    shown = np.mean(bootstrap_t(studies, resamples=RESAMPLES)[0] < 0.05 / 3)
-    assert 0.72 < shown < 0.86
+    power = np.mean(bootstrap_t(studies, resamples=RESAMPLES)[0] < 0.05 / 3)
+    assert 0.72 < power < 0.86
 
 
 def test_seeds_needed_have_a_maximum_and_a_minimum() -> None:

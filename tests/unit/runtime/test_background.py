@@ -12,21 +12,21 @@ from wmtp.runtime.background import BackgroundSender, Cancelled
 
 
 class Server:
-    """A server that fails while `is_down`; it counts calls and the largest number at the same time."""
+    """A server that fails while `is_down`; it counts calls and the maximum number of concurrent calls."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.is_down, self.seconds = False, seconds
-        self.calls = self.taken = self.at_once = self.most_at_once = 0
+        self.calls = self.num_done = self.in_progress = self.max_in_progress = 0
 
     def call(self) -> str:
         self.calls += 1
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.in_progress += 1
+        self.max_in_progress = max(self.max_in_progress, self.in_progress)
         time.sleep(self.seconds)
-        self.at_once -= 1
+        self.in_progress -= 1
         if self.is_down:
             raise OSError("is down")
-        self.taken += 1
+        self.num_done += 1
         return "thanks"
 
 
@@ -66,12 +66,12 @@ def test_failed_calls_are_retried_and_failure_and_recovery_are_logged_once(caplo
         assert not sender.is_done and str(sender.last_error) == "is down"
         server.is_down = False
         drain(sender, 10, 10)
-    assert sender.is_done and server.taken == 3 and sender.last_error is None
+    assert sender.is_done and server.num_done == 3 and sender.last_error is None
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
         "the server failed and is tried again: OSError: is down",
         "the server works again",
-    ], "the terminal shows the first failure and the recovery; the log file has the rest"
+    ], "only the first failure and the recovery are warnings"
 
 
 def test_a_failing_server_gets_one_call_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,23 +86,23 @@ def test_a_failing_server_gets_one_call_at_growing_intervals(monkeypatch: pytest
     monkeypatch.setattr(BackgroundSender, "_note_failure", recover)
     sender = start_sender(server, 1)
     drain(sender, 10, 10)
-    assert sender.is_done and server.most_at_once == 1
-    assert max(pauses) <= module.MAX_PAUSE_S, "the end of a long outage is noticed within half a minute"
-    assert sum(pauses[-100:]) > 20 * sum(pauses[:5]), "the pauses grow"
+    assert sender.is_done and server.max_in_progress == 1
+    assert max(pauses) <= module.MAX_PAUSE_S, "a pause is longer than half a minute"
+    assert sum(pauses[-100:]) > 20 * sum(pauses[:5]), "the pauses do not grow"
     assert len({round(pause, 3) for pause in pauses[-100:]}) > 50, (
-        "the pauses are random, so that many clients do not retry at the same time"
+        "the pauses are not random, so many clients would retry at the same time"
     )
 
 
 @pytest.mark.slow
-def test_a_dead_server_is_given_up_and_a_slow_one_is_not() -> None:
+def test_sending_is_given_up_for_a_dead_server_but_not_for_a_slow_one() -> None:
     dead, slow = Server(), Server(seconds=0.2)
     dead.is_down = True
     dead_sender, slow_sender = start_sender(dead, 1), start_sender(slow, 10)
     wait_for(lambda: dead_sender.last_error is not None)
     assert 0.3 < drain(dead_sender, stall_s=0.5, limit_s=60) < 3 and not dead_sender.is_done
     assert drain(slow_sender, stall_s=0.5, limit_s=60) > 1 and slow_sender.is_done, (
-        "a slow server that answers is not given up"
+        "sending to a slow server was given up"
     )
 
 
@@ -139,7 +139,7 @@ def test_the_limit_holds_for_a_working_server_and_the_thread_ends(caplog: pytest
 
 
 def test_closing_ends_a_pause_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pause alone would last 30 s."""
+    """Without closing, the pause would last 30 s."""
     monkeypatch.setattr(module, "wait_random_exponential", lambda **limits: lambda state: 30.0)
     server = Server()
     server.is_down = True

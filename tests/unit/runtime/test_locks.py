@@ -21,7 +21,7 @@ def hold(path: Path, ready: str) -> None:
         time.sleep(60)
 
 
-def test_a_lock_can_be_given_up_and_is_released_by_process_death(tmp_path: Path) -> None:
+def test_waiting_for_a_lock_can_be_given_up_and_process_death_releases_it(tmp_path: Path) -> None:
     path, ready = tmp_path / "some" / "lock", tmp_path / "ready"
     other = multiprocessing.get_context("fork").Process(target=hold, args=(path, str(ready)))
     other.start()
@@ -45,16 +45,16 @@ def test_a_file_system_without_locks_is_a_warning(
 ) -> None:
     """Control: any other error is raised."""
 
-    def fails_with(number: int) -> None:
+    def fail_with(number: int) -> None:
         def flock(*_: object) -> None:
             raise OSError(number, "flock")
 
         monkeypatch.setattr(fcntl, "flock", flock)
 
-    fails_with(errno.EOPNOTSUPP)
+    fail_with(errno.EOPNOTSUPP)
     with file_lock(tmp_path / "lock"):
         assert "has no locks" in caplog.text
-    fails_with(errno.EIO)
+    fail_with(errno.EIO)
     with pytest.raises(OSError, match="flock"), file_lock(tmp_path / "lock"):
         pass
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import ONE, Started
+from tests.support.launching import ONE_PROCESS, StartedCommand
 from wmtp.errors import InterruptedAtOnce
 from wmtp.runtime.signals import SIGNALS, DeferredSignals, raise_on_signals
 
@@ -39,16 +39,16 @@ def test_outside_training_the_first_signal_raises() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("is_single", [True, False])
 def test_sigterm_is_ignored_after_an_error_in_one_of_several_processes(
-    monkeypatch: pytest.MonkeyPatch, alone: bool
+    monkeypatch: pytest.MonkeyPatch, is_single: bool
 ) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1" if alone else "2"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1" if is_single else "2"}.items():
         monkeypatch.setenv(name, value)
     with raise_on_signals():
         with pytest.raises(ValueError, match="out of luck"), DeferredSignals():
             raise ValueError("out of luck")
-        if alone:
+        if is_single:
             with pytest.raises(InterruptedAtOnce):
                 send(signal.SIGTERM)
         else:
@@ -58,7 +58,7 @@ def test_sigterm_is_ignored_after_an_error_in_one_of_several_processes(
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once_with_status_killed(tmp_path: Path) -> None:
     """The control is in test_launcher: with the default handler, a second signal leaves the status at RUNNING."""
-    run = Started(tmp_path, *ONE, "+tags.saving=30.0")
+    run = StartedCommand(tmp_path, *ONE_PROCESS, "+tags.saving=30.0")
     run.wait_for("step-0")
     run.send(signal.SIGTERM)
     run.wait_for("saving-0")
@@ -71,7 +71,7 @@ def test_a_second_signal_ends_a_run_at_once_with_status_killed(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.3, 1.8])
 def test_a_signal_at_any_moment_leaves_no_traceback_and_no_folder_without_status(tmp_path: Path, moment: float) -> None:
-    runs = {number: Started(tmp_path / str(number), *ONE) for number in SIGNALS}
+    runs = {number: StartedCommand(tmp_path / str(number), *ONE_PROCESS) for number in SIGNALS}
     time.sleep(moment)
     for number, run in runs.items():
         run.send(number)

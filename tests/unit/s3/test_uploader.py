@@ -16,30 +16,30 @@ import pytest
 from rich.console import Console
 
 from tests.support.proxy import FaultyProxy
-from tests.support.runs_in_s3 import Make, RunInS3, step
+from tests.support.runs_in_s3 import MakeRun, RunInS3, step
 from tests.support.servers import ObjectStore
 from wmtp.checkpoint import store
-from wmtp.checkpoint.manifest import damage
+from wmtp.checkpoint.manifest import find_damage
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.config.schema import ConfigIssue, build, node_issues
 from wmtp.errors import PendingError
 from wmtp.runtime.locks import file_lock
 from wmtp.s3.client import S3Folder
-from wmtp.s3.layout import is_uploaded, pending
+from wmtp.s3.layout import is_uploaded, pending_checkpoints
 from wmtp.s3.uploader import LOCK, CheckpointUploader
 
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.slow,
     pytest.mark.xdist_group("servers"),
-    pytest.mark.usefixtures("keys"),
+    pytest.mark.usefixtures("s3_credentials"),
 ]
 MEGABYTE = 250_000
 """Number of 4-byte values in one megabyte."""
 
 
 @pytest.fixture
-def make(object_store: ObjectStore, tmp_path: Path) -> Make:
+def make_run(object_store: ObjectStore, tmp_path: Path) -> MakeRun:
     def run(**options: Any) -> RunInS3:
         return RunInS3(tmp_path / "run", f"s3://{object_store.bucket}/runs/2026-11-21/one", **options)
 
@@ -53,8 +53,8 @@ def wait_until(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_newest_and_best_of_both_stages_are_uploaded(make: Make) -> None:
-    run = make()
+def test_newest_and_best_of_both_stages_are_uploaded(make_run: MakeRun) -> None:
+    run = make_run()
     for number in (1, 2):
         run.save(number, stage="pretrain", best=1.0 if number == 1 else None)
     (run.folder / "pretrain" / "result.json").write_text(json.dumps({"saved": f"pretrain/checkpoints/{step(1)}"}))
@@ -76,33 +76,37 @@ def test_newest_and_best_of_both_stages_are_uploaded(make: Make) -> None:
     assert uploader.report.startswith("9 checkpoints and ") and uploader.report.endswith(f"sent to {run.url}")
 
 
-def test_an_unchanged_run_is_not_sent_again(make: Make, proxy: FaultyProxy) -> None:
-    run = make(endpoint_url=proxy.url)
+def test_an_unchanged_run_is_not_sent_again(make_run: MakeRun, proxy: FaultyProxy) -> None:
+    run = make_run(endpoint_url=proxy.url)
     run.save(1, best=0.5)
     run.upload_all()
-    (run.folder / "checkpoints" / step(1) / "uploaded.json").unlink()  # the process was killed just before it
+    (
+        run.folder / "checkpoints" / step(1) / "uploaded.json"
+    ).unlink()  # as if the process was killed just before writing this file
     before = proxy.requests["PUT"]
-    again = run.upload_all()
-    assert again.uploaded == [] and proxy.requests["PUT"] == before
-    assert again.report == f"{run.url}: nothing was missing"
-    assert pending(run.folder, run.url, 2) == [] and pending(run.folder, run.url + "-b", 2) != []
+    second_upload = run.upload_all()
+    assert second_upload.uploaded == [] and proxy.requests["PUT"] == before
+    assert second_upload.report == f"{run.url}: nothing was missing"
+    assert (
+        pending_checkpoints(run.folder, run.url, 2) == [] and pending_checkpoints(run.folder, run.url + "-b", 2) != []
+    )
 
 
-def test_manifest_is_visible_only_after_all_its_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make()
+def test_manifest_is_visible_only_after_all_its_files(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
     problems: list[str] = []
     original = S3Folder.put_bytes
 
-    def seen(self: S3Folder, data: bytes, key: str, *rest: Any) -> None:
+    def check_keys(self: S3Folder, data: bytes, key: str, *rest: Any) -> None:
         original(self, data, key, *rest)
         if key.endswith("/manifest.json"):
             keys = {key for key, _ in self.list_objects()}
             folder = key.rpartition("/")[0]
-            wanted = {f"{folder}/{name}" for name in json.loads(data)["files"]} | {"config.yaml", "run.json"}
+            required = {f"{folder}/{name}" for name in json.loads(data)["files"]} | {"config.yaml", "run.json"}
             last = json.loads((self.get("metrics.jsonl") or b"").splitlines()[-1])["step"]
-            problems.extend([*(wanted - keys), *(["metrics"] if last < int(folder[-8:]) else [])])
+            problems.extend([*(required - keys), *(["metrics"] if last < int(folder[-8:]) else [])])
 
-    monkeypatch.setattr(S3Folder, "put_bytes", seen)
+    monkeypatch.setattr(S3Folder, "put_bytes", check_keys)
     uploader = run.start_uploader()
     for number in range(1, 5):
         path = run.save(number)
@@ -111,45 +115,45 @@ def test_manifest_is_visible_only_after_all_its_files(make: Make, monkeypatch: p
     assert problems == [] and len(uploader.uploaded) == 4
 
 
-def test_upload_survives_errors_drops_and_a_stall(make: Make, proxy: FaultyProxy) -> None:
-    run = make(endpoint_url=proxy.url)
+def test_upload_survives_errors_drops_and_a_stall(make_run: MakeRun, proxy: FaultyProxy) -> None:
+    run = make_run(endpoint_url=proxy.url)
     proxy.answer(503, 5), proxy.drop(2), proxy.stall(8.0)
-    path = run.save(1, numbers=5 * MEGABYTE)
-    began = time.monotonic()
+    path = run.save(1, num_values=5 * MEGABYTE)
+    started = time.monotonic()
     uploader = run.start_uploader(stall_seconds=30.0, close_seconds=60.0)
     uploader.log(1, 0, {})
-    assert time.monotonic() - began < 1, "training does not wait"
+    assert time.monotonic() - started < 1, "training waited for the upload"
     uploader.close("FINISHED")
-    assert time.monotonic() - began < 60 and is_uploaded(path, run.url)
+    assert time.monotonic() - started < 60 and is_uploaded(path, run.url)
     assert (proxy.done["answer"], proxy.done["drop"], proxy.done["stall"]) == (5, 2, 1)
 
 
 def test_checkpoints_are_uploaded_after_an_outage(
-    make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make(endpoint_url=proxy.url)
+    run = make_run(endpoint_url=proxy.url)
     monkeypatch.chdir(run.folder.parent)
     proxy.dead = True
-    uploader, began = run.start_uploader(stall_seconds=1.0), time.monotonic()
+    uploader, started = run.start_uploader(stall_seconds=1.0), time.monotonic()
     for number in range(1, 6):
         run.save(number, best=0.5 if number == 2 else None)
-    assert time.monotonic() - began < 5, "saving does not wait"
+    assert time.monotonic() - started < 5, "saving waited for the upload"
     with pytest.raises(PendingError) as raised:
         uploader.close("FINISHED")
-    said = str(raised.value)
-    assert said.startswith(f"0 of 3 checkpoints uploaded to {run.url} at {proxy.url}, the rest is in run: ")
-    assert "`python -m wmtp.sync run`" in said and "\n" not in said
+    message = str(raised.value)
+    assert message.startswith(f"0 of 3 checkpoints uploaded to {run.url} at {proxy.url}, the rest is in run: ")
+    assert "`python -m wmtp.sync run`" in message and "\n" not in message
     run.store.prune()
     assert run.local_steps() == [step(number) for number in range(1, 6)]
     proxy.dead = False
-    again = run.upload_all()  # while the thread of the first uploader ends
-    assert len(again.uploaded) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
+    second_upload = run.upload_all()  # meanwhile, the thread of the first uploader ends
+    assert len(second_upload.uploaded) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
     run.store.prune()
     assert run.local_steps() == [step(2), step(4), step(5)]
 
 
-def test_control_plain_store_deletes_checkpoints_before_their_upload(make: Make, proxy: FaultyProxy) -> None:
-    run = make(endpoint_url=proxy.url)
+def test_control_plain_store_deletes_checkpoints_before_their_upload(make_run: MakeRun, proxy: FaultyProxy) -> None:
+    run = make_run(endpoint_url=proxy.url)
     proxy.dead = True
     run.store = CheckpointStore(run.folder, run.store.processes, keep_last=2)  # type: ignore[assignment]
     for number in range(1, 6):
@@ -158,24 +162,24 @@ def test_control_plain_store_deletes_checkpoints_before_their_upload(make: Make,
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "KILLED"])
-def test_close_respects_the_time_limit(make: Make, proxy: FaultyProxy, state: str) -> None:
-    run = make(endpoint_url=proxy.url)
+def test_close_respects_the_time_limit(make_run: MakeRun, proxy: FaultyProxy, state: str) -> None:
+    run = make_run(endpoint_url=proxy.url)
     run.save(1)
     proxy.delay = 1.0
-    began = time.monotonic()
+    started = time.monotonic()
     out = StringIO()
     uploader = run.start_uploader(close_seconds=2.0, console=Console(file=out))
     with pytest.raises(PendingError, match=r"0 of 1 checkpoints uploaded .* waiting ended before they were sent"):
         uploader.close(state)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - started < 4
     assert "uploading to" in out.getvalue() and "done" not in out.getvalue()
     proxy.delay = 0.0
     run.upload_all(is_training=False, close_seconds=0.001)
-    assert run.remote_steps() == [step(1)], "without training, there is no time limit"
+    assert run.remote_steps() == [step(1)], "the time limit applied without training"
 
 
-def test_slow_store_gets_newest_and_best(make: Make, proxy: FaultyProxy) -> None:
-    run = make(endpoint_url=proxy.url)
+def test_a_slow_store_gets_the_newest_and_the_best_checkpoint(make_run: MakeRun, proxy: FaultyProxy) -> None:
+    run = make_run(endpoint_url=proxy.url)
     proxy.delay = 0.05
     uploader = run.start_uploader()
     for number in range(1, 7):
@@ -187,19 +191,19 @@ def test_slow_store_gets_newest_and_best(make: Make, proxy: FaultyProxy) -> None
 
 
 def test_three_checkpoints_remain_after_slow_uploads_and_a_failed_removal(
-    make: Make, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_run: MakeRun, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make(endpoint_url=proxy.url)
+    run = make_run(endpoint_url=proxy.url)
     original = shutil.rmtree
-    lost: list[str] = []
+    failed: list[str] = []
 
-    def stubborn(path: Path, *arguments: Any, **options: Any) -> None:
-        if step(3) in str(path) and not lost:
-            lost.append(str(path))
+    def fail_once(path: Path, *arguments: Any, **options: Any) -> None:
+        if step(3) in str(path) and not failed:
+            failed.append(str(path))
             raise OSError(16, "Device or resource busy")
         original(path, *arguments, **options)
 
-    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    monkeypatch.setattr(shutil, "rmtree", fail_once)
     proxy.delay = 0.02
     proxy.answer(500, 3, ("POST",))  # all attempts of boto3 for the first removal in S3
     uploader = run.start_uploader()
@@ -207,10 +211,10 @@ def test_three_checkpoints_remain_after_slow_uploads_and_a_failed_removal(
         path = run.save(number, best=0.5 if number == 2 else None)
         assert run.local_steps()[-1] == step(number)
         assert run.store.best() is None or (run.store.best() or path).name == step(2)
-        waiting = set(pending(run.folder, run.url, 2))
-        assert all(path.exists() for path in waiting), "pending checkpoints are kept"
+        waiting = set(pending_checkpoints(run.folder, run.url, 2))
+        assert all(path.exists() for path in waiting), "a pending checkpoint was deleted"
         if number % 2:
-            wait_until(lambda: not pending(run.folder, run.url, 2))
+            wait_until(lambda: not pending_checkpoints(run.folder, run.url, 2))
     uploader.close("FINISHED")
     run.store.prune()
     assert run.local_steps() == run.remote_steps() == [step(2), step(6), step(7)] and not run.incomplete_steps()
@@ -220,33 +224,33 @@ def test_three_checkpoints_remain_after_slow_uploads_and_a_failed_removal(
 
 
 def test_pending_checkpoint_is_deleted_if_the_disk_is_nearly_full(
-    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make()
+    run = make_run()
     for number in range(1, 5):
         run.save(number, best=0.5 if number == 1 else None)
     assert run.local_steps() == [step(number) for number in range(1, 5)]
     usage = shutil.disk_usage(run.folder)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=9000))  # 2 × 5 kB are needed
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=9000))  # saving needs 2 × 5 kB
     run.save(5)
     assert run.local_steps() == [step(number) for number in (1, 3, 4, 5)] and "the disk is nearly full" in caplog.text
     monkeypatch.undo()
 
 
-def test_damaged_checkpoint_is_not_uploaded(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    run = make(keep_last=1)
+def test_damaged_checkpoint_is_not_uploaded(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(keep_last=1)
     run.save(1)
-    bad = run.save(2)
-    content = bytearray((bad / "model.safetensors").read_bytes())
+    damaged = run.save(2)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-5] ^= 1
-    (bad / "model.safetensors").write_bytes(content)
+    (damaged / "model.safetensors").write_bytes(content)
     run.upload_all()
     assert run.remote_steps() == [step(1)] and not run.incomplete_steps()
-    assert f"{bad} is damaged and is not uploaded" in caplog.text and not is_uploaded(bad, run.url)
+    assert f"{damaged} is damaged and is not uploaded" in caplog.text and not is_uploaded(damaged, run.url)
 
 
-def test_checkpoints_may_be_written_and_deleted_during_uploads(make: Make, proxy: FaultyProxy) -> None:
-    run = make(endpoint_url=proxy.url, keep_last=1)
+def test_checkpoints_may_be_written_and_deleted_during_uploads(make_run: MakeRun, proxy: FaultyProxy) -> None:
+    run = make_run(endpoint_url=proxy.url, keep_last=1)
     proxy.delay = 0.01
     uploader = run.start_uploader()
     for number in range(60):
@@ -258,35 +262,35 @@ def test_checkpoints_may_be_written_and_deleted_during_uploads(make: Make, proxy
     assert run.remote_steps() == [step(9)] and is_uploaded(last, run.url) and not run.incomplete_steps()
 
 
-def test_new_checkpoint_of_the_same_step_replaces_the_old_one(make: Make) -> None:
-    run = make()
+def test_new_checkpoint_of_the_same_step_replaces_the_old_one(make_run: MakeRun) -> None:
+    run = make_run()
     run.save(1)
     run.upload_all()
     shutil.rmtree(run.folder / "checkpoints")
-    path = run.save(1, numbers=2000)
+    path = run.save(1, num_values=2000)
     run.upload_all()
     for name in ("manifest.json", *json.loads((path / "manifest.json").read_text())["files"]):
         assert run.remote.get(f"checkpoints/{step(1)}/{name}") == (path / name).read_bytes()
 
 
-def test_incomplete_checkpoint_in_s3_is_deleted(make: Make) -> None:
-    run = make()
+def test_incomplete_checkpoint_in_s3_is_deleted(make_run: MakeRun) -> None:
+    run = make_run()
     run.remote.put_bytes(b"half", f"checkpoints/{step(1)}/model.safetensors")
     run.save(2)
     run.upload_all()
     assert run.remote_steps() == [step(2)] and not run.incomplete_steps()
 
 
-def test_file_with_flipped_byte_is_sent_again(make: Make, proxy: FaultyProxy, tmp_path: Path) -> None:
-    run = make(endpoint_url=proxy.url, checksums="when_required")
+def test_file_with_flipped_byte_is_sent_again(make_run: MakeRun, proxy: FaultyProxy, tmp_path: Path) -> None:
+    run = make_run(endpoint_url=proxy.url, checksums="when_required")
     proxy.flip(1)
-    path = run.save(1, numbers=MEGABYTE)
+    path = run.save(1, num_values=MEGABYTE)
     run.upload_all()
     assert proxy.done["flip"] == 1
     for name in json.loads((path / "manifest.json").read_text())["files"]:
         (tmp_path / name).write_bytes(run.remote.get(f"checkpoints/{step(1)}/{name}") or b"")
     shutil.copy(path / "manifest.json", tmp_path)
-    assert damage(tmp_path) is None
+    assert find_damage(tmp_path) is None
 
 
 SENDER = """
@@ -300,12 +304,12 @@ CheckpointUploader(folder, remote, keep_last=2, stall_seconds=30, close_seconds=
 
 
 def test_killed_uploader_leaves_no_visible_checkpoint(
-    make: Make, proxy: FaultyProxy, object_store: ObjectStore
+    make_run: MakeRun, proxy: FaultyProxy, object_store: ObjectStore
 ) -> None:
-    run = make()
+    run = make_run()
     run.save(1)
     run.upload_all()
-    latest = run.save(2, numbers=10 * MEGABYTE)
+    latest = run.save(2, num_values=10 * MEGABYTE)
     proxy.delay = 0.2
     process = subprocess.Popen(
         [sys.executable, "-c", SENDER, str(run.folder), run.url], env=os.environ | object_store.environment(proxy.url)
@@ -317,7 +321,7 @@ def test_killed_uploader_leaves_no_visible_checkpoint(
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert "Uploads" in client.list_multipart_uploads(Bucket=object_store.bucket), (
-        "control: the unfinished upload is in the store"
+        "the control: there is no unfinished upload in the store"
     )
     assert run.remote_steps() == [step(1)] and json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 1
     run.upload_all()
@@ -326,8 +330,8 @@ def test_killed_uploader_leaves_no_visible_checkpoint(
     assert json.loads(run.remote.get("checkpoints/latest.json") or b"")["step"] == 2
 
 
-def test_only_one_process_uploads_a_run(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    run = make()
+def test_only_one_process_uploads_a_run(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run()
     run.save(1)
     taken, done = threading.Event(), threading.Event()
 
@@ -349,33 +353,35 @@ def test_only_one_process_uploads_a_run(make: Make, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_close_shows_the_progress(make: Make, proxy: FaultyProxy, is_terminal: bool) -> None:
-    run = make(endpoint_url=proxy.url)
+def test_close_prints_the_progress(make_run: MakeRun, proxy: FaultyProxy, is_terminal: bool) -> None:
+    run = make_run(endpoint_url=proxy.url)
     run.save(1)
     proxy.delay = 0.1
     out = StringIO()
     run.upload_all(console=Console(file=out, force_terminal=is_terminal, width=200))
-    said = out.getvalue()
-    assert f"uploading to {run.url}" in said and (not is_terminal or "step_00000001" in said)
-    assert ("\x1b[" in said) == is_terminal and (is_terminal or said.count("\n") == 2)
+    message = out.getvalue()
+    assert f"uploading to {run.url}" in message and (not is_terminal or "step_00000001" in message)
+    assert ("\x1b[" in message) == is_terminal and (is_terminal or message.count("\n") == 2)
 
 
-def test_message_at_the_end_has_the_error_of_the_store(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_message_contains_the_error_of_the_store(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
-    run = make()
+    run = make_run()
     run.save(1)
-    said = run.pending()
-    assert "does not accept the keys (SignatureDoesNotMatch)" in said and "wrong-secret" not in said
+    message = run.pending()
+    assert "does not accept the keys (SignatureDoesNotMatch)" in message and "wrong-secret" not in message
 
 
-def faults(compose: Any, *overrides: str) -> list[ConfigIssue]:
+def config_errors(compose: Any, *overrides: str) -> list[ConfigIssue]:
     return list(node_issues(compose("checkpoint=s3", *overrides).checkpoint, "checkpoint"))
 
 
 def test_config_errors_are_reported(compose: Any) -> None:
-    assert [str(fault) for fault in faults(compose)] == ["checkpoint.remote: missing; set it with checkpoint.remote=…"]
-    assert faults(compose, "checkpoint.remote=s3://bucket/runs/") == []
-    for override, said in {
+    assert [str(error) for error in config_errors(compose)] == [
+        "checkpoint.remote: missing; set it with checkpoint.remote=…"
+    ]
+    assert config_errors(compose, "checkpoint.remote=s3://bucket/runs/") == []
+    for override, message in {
         "checkpoint.remote=bucket/runs": "must be s3://bucket or s3://bucket/prefix",
         "checkpoint.remote='s3://user:topsecret@bucket'": "holds a user or a password",
         "checkpoint.endpoint_url='https://user:topsecret@host'": "holds a user or a password",
@@ -383,12 +389,12 @@ def test_config_errors_are_reported(compose: Any) -> None:
         "checkpoint.stall_seconds=0": "greater than 0",
     }.items():
         remote = [] if "remote" in override else ["checkpoint.remote=s3://bucket"]
-        text = "\n".join(map(str, faults(compose, *remote, override)))
-        assert said in text and "topsecret" not in text
+        text = "\n".join(map(str, config_errors(compose, *remote, override)))
+        assert message in text and "topsecret" not in text
 
 
-def test_config_builds_store_and_uploader(make: Make, compose: Any) -> None:
-    run = make()
+def test_config_builds_store_and_uploader(make_run: MakeRun, compose: Any) -> None:
+    run = make_run()
     config = compose("checkpoint=s3", f"checkpoint.remote={run.url}", "checkpoint.keep_last=3").checkpoint
     built = build(config, folder=run.folder)
     uploader = build(config, CheckpointUploader, folder=run.folder, remote=run.remote, console=None)

@@ -1,4 +1,4 @@
-"""Verdicts on correct and on faulty programs."""
+"""Tests of verdicts on correct and on faulty programs."""
 
 import math
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.sandboxes import judged, pytest_generate_tests, verdict_of  # noqa: F401
+from tests.support.sandboxes import grade_program, pytest_generate_tests, verdict_of  # noqa: F401
 from wmtp.data.records import StdioTest
 from wmtp.sandbox.grader import MAX_DETAIL, Program
 from wmtp.sandbox.isolation import Choice, Isolation
@@ -160,25 +160,25 @@ def test_trusted_definitions_cannot_be_replaced(isolation: Choice) -> None:
         "def check(candidate):\n    assert math.fabs(poly([-6, 2], candidate([-6, 2]))) < 1e-4 and LIMIT == 5\n"
         "check(root)"
     )
-    right, wrong = "    return 3.0\n", "    return 1.0\n\ndef poly(xs, x):\n    return 0\n"
-    exec(f"{preamble}{wrong}{test}", {})  # the control: in one process, the program's own `poly` is used
+    correct, incorrect = "    return 3.0\n", "    return 1.0\n\ndef poly(xs, x):\n    return 0\n"
+    exec(f"{preamble}{incorrect}{test}", {})  # the control: in one process, the program's own `poly` is used
 
-    def outcome(body: str, cut: str = preamble) -> str:
-        return judged(Program(preamble + body, (test,), preamble=cut), isolation).outcome
+    def outcome(body: str, removed_preamble: str = preamble) -> str:
+        return grade_program(Program(preamble + body, (test,), preamble=removed_preamble), isolation).outcome
 
-    assert (outcome(right), outcome(wrong)) == ("pass", "fail")
-    assert outcome(right, preamble.replace("    '''A zero of poly.'''\n", "")) == "pass"
+    assert (outcome(correct), outcome(incorrect)) == ("pass", "fail")
+    assert outcome(correct, preamble.replace("    '''A zero of poly.'''\n", "")) == "pass"
 
 
-def test_setup_comes_between_program_and_tests(isolation: Choice) -> None:
+def test_setup_code_runs_between_program_and_tests(isolation: Choice) -> None:
     node = (
         "class Node:\n  def __init__(self, n): self.n, self.left = n, None\n"
         "def depth(t): return 1 + depth(t.left) if t else 0"
     )
     setup = "root = Node(1)\nroot.left = Node(2)"
     tests = ("assert depth(root) == 2", "assert depth(root.left) == 1", "assert root.left.n == 2")
-    assert judged(Program(node, tests, setup=setup), isolation).outcome == "pass"
-    verdict = judged(Program("def depth(t): return 2", tests, setup=setup), isolation)
+    assert grade_program(Program(node, tests, setup=setup), isolation).outcome == "pass"
+    verdict = grade_program(Program("def depth(t): return 2", tests, setup=setup), isolation)
     assert (verdict.outcome, verdict.reason) == ("fail", "exception")
 
 
@@ -197,7 +197,7 @@ def test_setup_comes_between_program_and_tests(isolation: Choice) -> None:
     ],
 )
 def test_errors_of_the_tests_are_not_failures_of_the_program(program: Program, reason: str, isolation: Choice) -> None:
-    verdict = judged(program, isolation)
+    verdict = grade_program(program, isolation)
     assert (verdict.outcome, verdict.reason) == ("sandbox error", reason), verdict
 
 
@@ -210,14 +210,14 @@ def test_the_detail_reports_a_comparison_with_an_object_of_the_program(test: str
     assert "compare" not in verdict_of("def f(x): return x", isolation).detail
 
 
-def test_requests_that_grow_are_rejected_at_once(isolation: Choice) -> None:
+def test_requests_above_the_size_limit_are_rejected_at_once(isolation: Choice) -> None:
     started = time.monotonic()
     verdict = verdict_of("def f(x): return 'x' * 60_000", isolation, "assert f(f(3) * 300) == 4", Limits())
     assert (verdict.outcome, verdict.reason) == ("fail", "output")
     assert time.monotonic() - started < 10
 
 
-class Broken(Isolation):
+class MissingCommand(Isolation):
     """An isolation whose program does not exist."""
 
     name = "broken"
@@ -226,16 +226,16 @@ class Broken(Isolation):
         return ["/no/such/program"]
 
 
-class Silent(Broken):
+class SilentFailure(MissingCommand):
     """An isolation that fails without a message."""
 
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
         return ["/bin/false"]
 
 
-@pytest.mark.parametrize("kind", [Broken, Silent])
+@pytest.mark.parametrize("kind", [MissingCommand, SilentFailure])
 @pytest.mark.parametrize("test", ["assert f == 1", StdioTest(stdin="", stdout="")])
-def test_a_broken_sandbox_is_not_a_failure_of_the_program(kind: type[Broken], test: str | StdioTest) -> None:
+def test_a_broken_sandbox_is_not_a_failure_of_the_program(kind: type[MissingCommand], test: str | StdioTest) -> None:
     verdict = verdict_of("f = 1", kind(as_root=False), test)
     assert (verdict.outcome, verdict.reason) == ("sandbox error", "isolation")
 
@@ -246,7 +246,7 @@ def test_limits_too_small_for_the_sandbox_are_not_a_failure(isolation: Choice) -
 
 def test_a_program_without_tests_is_refused(isolation: Choice) -> None:
     with pytest.raises(ValueError, match="without tests"):
-        judged(Program("f = 1", ()), isolation)
+        grade_program(Program("f = 1", ()), isolation)
 
 
 STDIO = {
@@ -261,7 +261,7 @@ STDIO = {
     "too few": ("print(4)", "4 5", "wrong"),
     "too many": ("print(4, 5)", "4", "wrong"),
     "leaves early": ("print(4)\nexit()", "4", ""),
-    "leaves with a fault": ("print(4)\nimport sys\nsys.exit(3)", "4", "exit"),
+    "a nonzero exit code": ("print(4)\nimport sys\nsys.exit(3)", "4", "exit"),
     "raises after all": ("print(4)\n1 / 0", "4", "exception"),
     "is main": ("if __name__ == '__main__': print(4)", "4", ""),
     "reads all": ("import sys\nprint(len(open(0).read()) + 2)", "4", ""),
@@ -276,7 +276,7 @@ STDIO = {
 
 
 @pytest.mark.parametrize("name", slow(STDIO, "waits", "works for long"))
-def test_whole_programs(name: str, isolation: Choice) -> None:
+def test_programs_with_standard_input_and_output_get_the_right_verdict(name: str, isolation: Choice) -> None:
     source, stdout, reason = STDIO[name]
     verdict = verdict_of(source, isolation, StdioTest(stdin="3\n", stdout=stdout))
     assert (verdict.outcome, verdict.reason) == ("fail" if reason else "pass", reason), verdict
@@ -296,16 +296,16 @@ def test_output_is_complete_when_this_process_is_busy(isolation: Choice) -> None
     """With busy threads, a program can exit between waiting for its output and checking whether it runs."""
     stop = threading.Event()
 
-    def spin() -> None:
+    def keep_busy() -> None:
         while not stop.is_set():
             sum(range(100))
 
-    threads = [threading.Thread(target=spin) for _ in range(2)]
+    threads = [threading.Thread(target=keep_busy) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
         test = StdioTest(stdin="1\n", stdout="7 " * 60_000)
-        slow = Limits(wall_seconds=60)  # also on a busy machine
+        slow = Limits(wall_seconds=60)  # the limit also holds on a busy machine
         verdicts = [verdict_of("print('7 ' * 60_000)", isolation, test, slow) for _ in range(12)]
     finally:
         stop.set()
@@ -316,7 +316,7 @@ def test_output_is_complete_when_this_process_is_busy(isolation: Choice) -> None
 
 def test_grading_stops_at_the_first_failure(isolation: Choice) -> None:
     tests = tuple(StdioTest(stdin=str(n), stdout=str(min(n, 1))) for n in range(60))
-    verdict = judged(Program("print(input())", tests), isolation)
+    verdict = grade_program(Program("print(input())", tests), isolation)
     assert verdict.detail == "test 3: word 1 is '2', not '1'"
 
 

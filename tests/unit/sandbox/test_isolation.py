@@ -1,4 +1,4 @@
-"""Untrusted programs that try to pass although they are wrong. Each passes if it shares a process with its tests."""
+"""Tests with incorrect programs that try to pass. Each of them passes if it shares a process with its tests."""
 
 import subprocess
 import sys
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sandboxes import ANSWER, pytest_generate_tests, verdict_of  # noqa: F401
+from tests.support.sandboxes import ASSERTION, pytest_generate_tests, verdict_of  # noqa: F401
 from wmtp.sandbox.isolation import Choice
 
 ONE_IS_ENOUGH = True
 CHEATS = {
-    "sys.exit": ("import sys\nsys.exit(0)", ANSWER),
-    "os._exit": ("import os\nos._exit(0)", ANSWER),
-    "os._exit when called": ("import os\ndef f(x): os._exit(0)", ANSWER),
-    "always equal": ("class A:\n  def __eq__(self, other): return True\ndef f(x): return A()", ANSWER),
+    "sys.exit": ("import sys\nsys.exit(0)", ASSERTION),
+    "os._exit": ("import os\nos._exit(0)", ASSERTION),
+    "os._exit when called": ("import os\ndef f(x): os._exit(0)", ASSERTION),
+    "always equal": ("class A:\n  def __eq__(self, other): return True\ndef f(x): return A()", ASSERTION),
     "equal by the metaclass": (
         "class M(type):\n  def __eq__(s, o): return True\n  __hash__ = type.__hash__\n"
-        "class A(metaclass=M): pass\ndef f(x): return A", ANSWER,
+        "class A(metaclass=M): pass\ndef f(x): return A", ASSERTION,
     ),
     "an integer that equals all": (
-        "class A(int):\n  def __eq__(s, o): return True\n  __hash__ = int.__hash__\ndef f(x): return A(1)", ANSWER,
+        "class A(int):\n  def __eq__(s, o): return True\n  __hash__ = int.__hash__\ndef f(x): return A(1)", ASSERTION,
     ),
     "a string that equals all": (
         "class A(str):\n  def __eq__(s, o): return True\n  __hash__ = str.__hash__\ndef f(x): return A()",
@@ -32,7 +32,7 @@ CHEATS = {
     "a walk through the frames": (
         "import sys\ndef f(x):\n  frame = sys._getframe(1)\n  while frame:\n"
         "    for found in frame.f_code.co_consts:\n      if type(found) is int and found > 1000: return found\n"
-        "    frame = frame.f_back", ANSWER,
+        "    frame = frame.f_back", ASSERTION,
     ),
     "a search of all objects": (
         "import gc\ndef f(x):\n  for thing in gc.get_objects():\n"
@@ -44,12 +44,12 @@ CHEATS = {
         "+ glob.glob('/proc/*/fd/*') + glob.glob('/tmp/*') + ['/proc/self/cmdline']:\n    try:\n"
         "      import os\n      if '/fd/' in path and not os.path.isfile(path): continue\n"
         "      found = re.search(r'f\\(3\\) == (\\d{4})', open(path, errors='replace').read(1 << 20))\n"
-        "      if found: return int(found[1])\n    except OSError: pass", ANSWER,
+        "      if found: return int(found[1])\n    except OSError: pass", ASSERTION,
     ),
     "writing verdicts": (
         "import os\nfor line in (b'PASSED\\n', b'=[\"pass\",\"\",\"\"]\\n', b'{\"id\":1,\"value\":4711}\\n'):\n"
         "  for number in range(1, 200):\n    try: os.write(number, line)\n    except OSError: pass\ndef f(x): return 0",
-        ANSWER,
+        ASSERTION,
     ),
     "other builtins": ("import builtins\nbuiltins.sorted = lambda items: [1, 2]\ndef f(x): return 5",
         "assert sorted(f(3)) == [1, 2]"),
@@ -61,12 +61,12 @@ CHEATS = {
     "another assertion": ("AssertionError = SystemExit\nimport builtins\n"
         "builtins.AssertionError = type('E', (Exception,), {})\n"
                           "import sys\nsys.excepthook = lambda *a: __import__('os')._exit(0)\n"
-                              "def f(x): return 5", ANSWER),
+                              "def f(x): return 5", ASSERTION),
     "emptying the arguments": ("def f(xs):\n  xs.clear()\n  return []", "xs = [2, 1]\nassert f(xs) == sorted(xs)"),
     "the end of the tests' own loop": (
         "def f(x): raise StopIteration", "assert all(map(lambda p: f(p) == 1, [1, 2, 3]))",
     ),
-    "at exit": ("import atexit, os\natexit.register(lambda: os._exit(0))\ndef f(x): return 5", ANSWER),
+    "at exit": ("import atexit, os\natexit.register(lambda: os._exit(0))\ndef f(x): return 5", ASSERTION),
 }  # fmt: skip
 
 
@@ -80,6 +80,6 @@ def naive(source: str, test: str, folder: Path) -> bool:
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_program_cheats_the_grader(name: str, isolation: Choice, tmp_path: Path) -> None:
     source, test = CHEATS[name]
-    assert naive(source, test, tmp_path), "the control is not cheated"
+    assert naive(source, test, tmp_path), "the control: the program does not pass in one process"
     verdict = verdict_of(source, isolation, test)
     assert verdict.outcome == "fail", verdict

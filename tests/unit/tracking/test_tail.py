@@ -1,4 +1,4 @@
-"""Reading the files of a run from where they were last read, and what their lines say in MLflow's words."""
+"""Tests of reading new lines of a run's files, and of converting them to names and points of MLflow."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from wmtp.tracking.tail import Position, batches, clean_name, count_lines, line_
 
 
 @given(st.text(max_size=300) | st.text("./ _a[]=@:é\n", max_size=300))
-def test_clean_names_are_taken_by_mlflow(name: str) -> None:
+def test_clean_names_are_valid_in_mlflow(name: str) -> None:
     cleaned = clean_name(name)
     _validate_metric_name(cleaned)
     assert 0 < len(cleaned) <= 250
@@ -30,11 +30,11 @@ def test_clean_names_are_taken_by_mlflow(name: str) -> None:
         ("", "_"),
     ],
 )
-def test_clean_names(name: str, cleaned: str) -> None:
+def test_invalid_characters_of_names_are_replaced(name: str, cleaned: str) -> None:
     assert clean_name(name) == cleaned
 
 
-def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
+def test_every_complete_line_is_read_once(tmp_path: Path) -> None:
     path, position = tmp_path / "lines", Position()
     assert lines_after(path, position) == []
     path.write_bytes(b"a\nb")
@@ -49,7 +49,7 @@ def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "cut", "pending"),
+    ("content", "chunks", "pending"),
     [
         (b"aa\nbb\ncc\n", False, 1),
         (b"aa\nbb\n", False, 0),
@@ -58,25 +58,25 @@ def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
         (b"", True, 0),
     ],
 )
-def test_a_file_that_was_cut_is_noticed_whatever_was_written_since(
-    tmp_path: Path, content: bytes, cut: bool, pending: int
+def test_a_truncated_file_is_detected_also_after_new_lines(
+    tmp_path: Path, content: bytes, chunks: bool, pending: int
 ) -> None:
     path = tmp_path / "lines"
     path.write_bytes(content)
     position = Position().after([b"aa\n", b"bb\n"])
-    assert (lines_after(path, position) is None) == cut
+    assert (lines_after(path, position) is None) == chunks
     assert count_lines(path, position) == (content.count(b"\n"), pending)
 
 
 @given(st.lists(st.integers(0, 600), max_size=12))
-def test_batches_hold_whole_lines(sizes: list[int]) -> None:
+def test_batches_contain_complete_lines(sizes: list[int]) -> None:
     lines = [
         json.dumps({"step": step, "epoch": 0, "time": 1.5} | {f"m{i}": i for i in range(size)}).encode()
         for step, size in enumerate(sizes)
     ]
-    cut = list(batches(lines))
-    assert [line for batch, _ in cut for line in batch] == lines
-    assert all(len(points) <= 500 or len(batch) == 1 for batch, points in cut)
-    assert [point for _, points in cut for point in points] == [
+    chunks = list(batches(lines))
+    assert [line for batch, _ in chunks for line in batch] == lines
+    assert all(len(points) <= 500 or len(batch) == 1 for batch, points in chunks)
+    assert [point for _, points in chunks for point in points] == [
         point for line in lines for point in line_points(json.loads(line))
     ]

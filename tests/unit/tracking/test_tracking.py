@@ -17,7 +17,7 @@ from wmtp.tracking.system_metrics import Gpus, SystemSampler
 TRAINED = {"train/loss": 1.25, "train/head_1_loss": 1.0, "train/head_2_loss": 1.5, "train/tokens_per_second": 12345.6}
 
 
-def test_metrics_are_lines_of_json_and_what_is_not_finite_stays_readable(tmp_path: Path) -> None:
+def test_metrics_are_lines_of_valid_json_also_with_nonfinite_values(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path)
     metrics.log(1, 0, TRAINED)
     metrics.log(2, 0, {"train/loss": math.nan})
@@ -43,10 +43,10 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resuming_replaces_the_metrics_whole_and_puts_them_on_the_disk(
+def test_resuming_replaces_the_metrics_atomically_and_syncs_them_to_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control is a rename alone, which a power cut may leave with nothing behind it."""
+    """The control only renames; after a power failure, its file may be empty."""
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(tmp_path)
     for step in range(1, 8):
@@ -55,32 +55,32 @@ def test_resuming_replaces_the_metrics_whole_and_puts_them_on_the_disk(
     before = path.read_bytes()
 
     def calls(rewrite: Callable[[], object]) -> list[str]:
-        made, sync, replace = [], os.fsync, os.replace
+        operations, sync, replace = [], os.fsync, os.replace
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda *args: (made.append("fsync"), sync(*args)))
-            patch.setattr(os, "replace", lambda *args: (made.append("replace"), replace(*args)))
+            patch.setattr(os, "fsync", lambda *args: (operations.append("fsync"), sync(*args)))
+            patch.setattr(os, "replace", lambda *args: (operations.append("replace"), replace(*args)))
             rewrite()
-        return made
+        return operations
 
-    def renamed() -> None:
+    def rename_only() -> None:
         (tmp_path / "staged").write_bytes(before)
         os.replace(tmp_path / "staged", path)
 
-    assert calls(renamed) == ["replace"]
+    assert calls(rename_only) == ["replace"]
     assert calls(lambda: MetricsFile(tmp_path, resume_step=5)) == ["fsync", "replace", "fsync"]
-    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:5]), "a line that is kept is not changed"
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:5]), "a remaining line changed"
 
-    def full(*args: object) -> None:
+    def fail_disk_full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     before = path.read_bytes()
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", fail_disk_full)
     with pytest.raises(OSError, match="No space"):
         MetricsFile(tmp_path, resume_step=1)
     assert path.read_bytes() == before
 
 
-def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
     tracker = ConsoleTracker(Console(), num_updates=20, updates_per_epoch=10, first_step=0)
     tracker.log(10, 1, TRAINED)
     tracker.close("FINISHED")
@@ -91,7 +91,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_on_a_terminal_a_live_bar_fits_the_width(width: int, tmp_path: Path) -> None:
+def test_the_progress_bar_fits_the_width_of_the_terminal(width: int, tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w") as file:
         console = Console(file=file, force_terminal=True, width=width)
         tracker = ConsoleTracker(console, num_updates=1000, updates_per_epoch=400, first_step=0)
@@ -104,13 +104,13 @@ def test_on_a_terminal_a_live_bar_fits_the_width(width: int, tmp_path: Path) -> 
     assert max(len(Console().render_str(line).plain) for line in format_metrics(TRAINED).splitlines()) <= width
 
 
-def test_every_heads_loss_is_shown() -> None:
+def test_every_heads_loss_is_printed() -> None:
     values = {"val/loss": 1.0} | {f"val/head_{k}_loss": float(k) for k in range(1, 9)}
     assert format_metrics(values).endswith("heads 1.000 2.000 3.000 4.000 5.000 6.000 7.000 8.000")
 
 
-def sampled(folder: Path, count: int, first_step: int = 0) -> list[dict[str, float]]:
-    """The lines of system.jsonl once it has so many."""
+def sample_system(folder: Path, count: int, first_step: int = 0) -> list[dict[str, float]]:
+    """Sample until system.jsonl has `count` lines, and return all its lines."""
     path, sampler = folder / "system.jsonl", SystemSampler(folder, 0.02, first_step)
     deadline = time.monotonic() + 20
     while not path.exists() or path.read_bytes().count(b"\n") < count:
@@ -120,26 +120,26 @@ def sampled(folder: Path, count: int, first_step: int = 0) -> list[dict[str, flo
     return read_metrics(path)
 
 
-def test_the_machine_is_looked_at_and_a_later_attempt_counts_on(tmp_path: Path) -> None:
-    first = sampled(tmp_path, 3)
+def test_system_metrics_are_sampled_and_a_resumed_run_continues_their_steps(tmp_path: Path) -> None:
+    first = sample_system(tmp_path, 3)
     with (tmp_path / "system.jsonl").open("a") as file:
         file.write('{"step": 77, "ti')  # cut off by a crash
-    both = sampled(tmp_path, len(first) + 3)
+    both = sample_system(tmp_path, len(first) + 3)
     assert [line["step"] for line in both] == list(range(len(both))) and both[: len(first)] == first
     values = both[-1]
     assert 0 < values["system/process_memory_usage_megabytes"] < values["system/system_memory_usage_megabytes"]
     assert 0 <= values["system/cpu_utilization_percentage"] <= 100
     (tmp_path / "elsewhere").mkdir()
-    assert sampled(tmp_path / "elsewhere", 1, first_step=9)[0]["step"] == 9
+    assert sample_system(tmp_path / "elsewhere", 1, first_step=9)[0]["step"] == 9
 
 
-def test_what_a_gpu_tells_is_named_as_mlflow_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no GPU here, so NVIDIA's library is played. This one, as some do, says nothing of its power."""
+def test_gpu_metrics_have_the_names_of_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's library is replaced by a fake whose GPUs, like some real ones, do not report their power."""
 
     class NVMLError(Exception):
         pass
 
-    def refuses(handle: object) -> float:
+    def not_supported(handle: object) -> float:
         raise NVMLError("not supported")
 
     library = ModuleType("pynvml")
@@ -147,15 +147,15 @@ def test_what_a_gpu_tells_is_named_as_mlflow_names_it(monkeypatch: pytest.Monkey
     vars(library).update(
         NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=str,
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=20e9, total=80e9),
-        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97), nvmlDeviceGetPowerUsage=refuses,
-        nvmlDeviceGetEnforcedPowerLimit=refuses,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97), nvmlDeviceGetPowerUsage=not_supported,
+        nvmlDeviceGetEnforcedPowerLimit=not_supported,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", library)
     one = {"memory_usage_megabytes": 20000.0, "memory_usage_percentage": 25.0, "utilization_percentage": 97.0}
     assert Gpus().usage() == {f"gpu_{i}_{name}": value for i in range(2) for name, value in one.items()}
 
 
-def test_a_full_disk_ends_the_machines_metrics_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_error_ends_only_the_system_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "system.jsonl").mkdir()
     sampler = SystemSampler(tmp_path, 0.02)
     sampler._thread.join(10)

@@ -1,4 +1,4 @@
-"""Test exactly when a run stops early; for each property a naive stopper violates it."""
+"""Tests of the exact update at which a run stops early; for each property, a naive stopper violates it."""
 
 import itertools
 import json
@@ -34,8 +34,8 @@ def observe(stopper: EarlyStopping, event: Event) -> None:
         stopper.observe_update(*event)
 
 
-def resumed(stopper: EarlyStopping, kind: Stopper, settings: dict[str, Any]) -> EarlyStopping:
-    """The stopper of a run that was killed and resumed."""
+def saved_and_resumed(stopper: EarlyStopping, kind: Stopper, settings: dict[str, Any]) -> EarlyStopping:
+    """Return a new stopper with the saved state of `stopper`."""
     text = json.dumps(stopper.state_dict(), allow_nan=False)
     after = kind(**settings)
     after.load_state_dict(json.loads(text))
@@ -43,21 +43,21 @@ def resumed(stopper: EarlyStopping, kind: Stopper, settings: dict[str, Any]) -> 
 
 
 def stops_at(
-    kind: Stopper, settings: dict[str, Any], events: Sequence[Event], cut: int | None = None
+    kind: Stopper, settings: dict[str, Any], events: Sequence[Event], resume_at: int | None = None
 ) -> tuple[int, str] | None:
-    """The index of the event that stops a run, and why; the run is saved and resumed before event `cut`."""
+    """Return the index and the reason of the stop, or None; the run resumes before the event `resume_at`."""
     stopper = kind(**settings)
     for index, event in enumerate(events):
-        if index == cut:
-            stopper = resumed(stopper, kind, settings)
+        if index == resume_at:
+            stopper = saved_and_resumed(stopper, kind, settings)
         observe(stopper, event)
         if stopper.reason is not None:
             return index, stopper.reason
     return None
 
 
-def fails(check: Callable[[Stopper], None], naive: Stopper) -> None:
-    """The control: a naive stopper does not pass the check."""
+def check_detects(check: Callable[[Stopper], None], naive: Stopper) -> None:
+    """Check as a control that a naive stopper fails `check`."""
     with pytest.raises(AssertionError):
         check(naive)
 
@@ -65,8 +65,8 @@ def fails(check: Callable[[Stopper], None], naive: Stopper) -> None:
 # Gradients
 
 
-class RatioOfThoseSeen(EarlyStopping):
-    """Does not wait until the window is full."""
+class IgnoresWindowSize(EarlyStopping):
+    """Naive: does not wait until the window is full."""
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
         super().observe_update(grad_norm, value_variance)
@@ -75,67 +75,67 @@ class RatioOfThoseSeen(EarlyStopping):
 
 
 class MissesNan(EarlyStopping):
-    """Checks `norm > threshold`, which is false for NaN."""
+    """Naive: checks `norm > threshold`, which is false for NaN."""
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
         super().observe_update(grad_norm if grad_norm > self.threshold else 0.0, value_variance)
 
 
 class ForgetsWindow(EarlyStopping):
-    """Starts a new window after each resume."""
+    """Naive: starts a new window after each resume."""
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"exceeded": []}
 
 
-class CountsInProducts(EarlyStopping):
-    """Compares counts with ratio · window."""
+class ComparesProducts(EarlyStopping):
+    """Naive: compares counts with the product ratio · window, which is rounded."""
 
     def _unstable_ratio(self) -> float | None:
         full = self.window is not None and len(self._exceeded) == self.window
         return math.inf if full and sum(self._exceeded) >= self.ratio * len(self._exceeded) else None
 
 
-def check_six_run_on_and_seven_stop(kind: Stopper) -> None:
-    for cut in [None, *range(10)]:
-        assert stops_at(kind, R5, SIX_OF_TEN, cut) is None
-        stopped = stops_at(kind, R5, SEVEN_OF_TEN, cut)
+def check_six_continue_and_seven_stop(kind: Stopper) -> None:
+    for resume_at in [None, *range(10)]:
+        assert stops_at(kind, R5, SIX_OF_TEN, resume_at) is None
+        stopped = stops_at(kind, R5, SEVEN_OF_TEN, resume_at)
         assert stopped == (9, "unstable: 7 of the last 10 gradient norms exceeded 50")
 
 
-def test_six_of_ten_continue_and_seven_of_ten_stop_wherever_the_run_was_resumed() -> None:
-    check_six_run_on_and_seven_stop(EarlyStopping)
-    fails(check_six_run_on_and_seven_stop, RatioOfThoseSeen)
-    fails(check_six_run_on_and_seven_stop, ForgetsWindow)
+def test_six_of_ten_continue_and_seven_of_ten_stop_for_any_resume() -> None:
+    check_six_continue_and_seven_stop(EarlyStopping)
+    check_detects(check_six_continue_and_seven_stop, IgnoresWindowSize)
+    check_detects(check_six_continue_and_seven_stop, ForgetsWindow)
 
 
-def check_window_moves(kind: Stopper) -> None:
-    calm: list[Event] = [(1.0, None)] * 10
-    for cut in range(len(calm) + 7):
-        stopped = stops_at(kind, R5, [*calm, *[(50.5, None)] * 10], cut)
+def check_only_newest_count(kind: Stopper) -> None:
+    small_norms: list[Event] = [(1.0, None)] * 10
+    for resume_at in range(len(small_norms) + 7):
+        stopped = stops_at(kind, R5, [*small_norms, *[(50.5, None)] * 10], resume_at)
         assert stopped is not None and stopped[0] == 16
-    assert stops_at(kind, R5, [(50.0, None)] * 30) is None, "the threshold itself is allowed"
+    assert stops_at(kind, R5, [(50.0, None)] * 30) is None, "a norm equal to the threshold stopped the run"
 
 
 def test_only_the_newest_updates_count() -> None:
-    check_window_moves(EarlyStopping)
-    fails(check_window_moves, ForgetsWindow)
+    check_only_newest_count(EarlyStopping)
+    check_detects(check_only_newest_count, ForgetsWindow)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_fifty_norms_that_are_not_finite_stop_with_the_first_full_window(norm: float) -> None:
+def test_nonfinite_norms_stop_at_the_first_full_window(norm: float) -> None:
     def check(kind: Stopper) -> None:
-        for cut in range(10):
-            stopped = stops_at(kind, R5, [(norm, None)] * 50, cut)
+        for resume_at in range(10):
+            stopped = stops_at(kind, R5, [(norm, None)] * 50, resume_at)
             assert stopped is not None and stopped[0] == 9
 
     check(EarlyStopping)
-    fails(check, RatioOfThoseSeen)
+    check_detects(check, IgnoresWindowSize)
     if math.isnan(norm):
-        fails(check, MissesNan)
+        check_detects(check, MissesNan)
 
 
-def check_every_ratio_is_met_exactly(kind: Stopper) -> None:
+def check_ratios_are_exact(kind: Stopper) -> None:
     for window in (10, 25, 100):
         for count in range(1, window + 1):
             settings = R5 | {"window": window, "ratio": float(f"{count * 100 // window}e-2")}
@@ -144,9 +144,9 @@ def check_every_ratio_is_met_exactly(kind: Stopper) -> None:
             assert stops_at(kind, settings, [*enough[1:], (0.0, None)]) is None, settings
 
 
-def test_a_share_that_equals_the_ratio_is_enough_whatever_the_rounding() -> None:
-    check_every_ratio_is_met_exactly(EarlyStopping)
-    fails(check_every_ratio_is_met_exactly, CountsInProducts)
+def test_a_share_equal_to_the_ratio_stops_despite_rounding() -> None:
+    check_ratios_are_exact(EarlyStopping)
+    check_detects(check_ratios_are_exact, ComparesProducts)
 
 
 # The monitored metric
@@ -156,8 +156,8 @@ def losses(*values: float) -> list[Event]:
     return [{"val/loss": value} for value in values]
 
 
-class NanSticks(EarlyStopping):
-    """Keeps min(value, best), which stays NaN after a first NaN."""
+class KeepsNan(EarlyStopping):
+    """Naive: keeps min(value, best), which stays NaN after a first NaN."""
 
     def observe_metrics(self, metrics: dict[str, float]) -> None:
         best = self._best
@@ -165,8 +165,8 @@ class NanSticks(EarlyStopping):
         self._best = min(metrics[self.monitor], metrics[self.monitor] if best is None else best)
 
 
-class InfinityIsBest(EarlyStopping):
-    """Takes any smaller number for an improvement."""
+class AcceptsInfinity(EarlyStopping):
+    """Naive: accepts negative infinity as an improvement."""
 
     def observe_metrics(self, metrics: dict[str, float]) -> None:
         if metrics[self.monitor] == -math.inf:
@@ -175,8 +175,8 @@ class InfinityIsBest(EarlyStopping):
             super().observe_metrics(metrics)
 
 
-class EqualIsBetter(EarlyStopping):
-    """Takes an improvement of exactly `min_delta` for one."""
+class AcceptsMinDelta(EarlyStopping):
+    """Naive: accepts a difference of exactly `min_delta` as an improvement."""
 
     def observe_metrics(self, metrics: dict[str, float]) -> None:
         if self._best is not None and self._best - metrics[self.monitor] == self.min_delta:
@@ -195,10 +195,10 @@ def check_nan_is_never_best(kind: Stopper) -> None:
     assert stopper.metrics()["early_stopping/best"] == 1.5 and stopper.reason is None
 
 
-def test_value_that_is_not_finite_is_never_the_best_but_counts() -> None:
+def test_a_nonfinite_value_is_never_the_best_but_counts_as_no_improvement() -> None:
     check_nan_is_never_best(EarlyStopping)
-    fails(check_nan_is_never_best, NanSticks)
-    fails(check_nan_is_never_best, InfinityIsBest)
+    check_detects(check_nan_is_never_best, KeepsNan)
+    check_detects(check_nan_is_never_best, AcceptsInfinity)
     never = stops_at(EarlyStopping, {"patience": 3}, losses(*[math.nan] * 5))
     assert never == (2, "converged: val/loss has not improved in 3 measurements (no value was finite)")
 
@@ -213,20 +213,20 @@ def check_min_delta_is_no_improvement(kind: Stopper) -> None:
     assert stops_at(kind, {"patience": 1}, losses(1.0, 1.0)) is not None
 
 
-def test_an_improvement_of_exactly_min_delta_is_none() -> None:
+def test_a_difference_of_exactly_min_delta_is_no_improvement() -> None:
     check_min_delta_is_no_improvement(EarlyStopping)
-    fails(check_min_delta_is_no_improvement, EqualIsBetter)
+    check_detects(check_min_delta_is_no_improvement, AcceptsMinDelta)
 
 
-def test_many_small_steps_add_up_to_an_improvement() -> None:
+def test_many_small_improvements_add_up() -> None:
     settings = {"patience": 3, "min_delta": 0.25}
     assert stops_at(EarlyStopping, settings, losses(2.0, 1.875, 1.75, 1.625, 1.5, 1.375)) is None
 
 
 def test_patience_counts_measurements_in_a_row() -> None:
     values = losses(1.0, 1.1, 1.2, 0.9, 1.0, 1.0, 1.0)
-    for cut in range(len(values)):
-        assert stops_at(EarlyStopping, {"patience": 3}, values, cut) == (
+    for resume_at in range(len(values)):
+        assert stops_at(EarlyStopping, {"patience": 3}, values, resume_at) == (
             6,
             "converged: val/loss has not improved in 3 measurements (best 0.9)",
         )
@@ -237,7 +237,7 @@ def test_reason_with_patience_one_uses_the_singular() -> None:
     assert stopped == (1, "converged: val/loss has not improved in 1 measurement (best 1)")
 
 
-def test_only_measurements_of_the_monitor_count() -> None:
+def test_only_measurements_of_the_monitored_metric_count() -> None:
     stopper = EarlyStopping(monitor="val/head_1_loss", patience=1)
     for metrics in ({}, {"train/loss": 9.0}, {"val/loss": math.nan}):
         stopper.observe_metrics(metrics)
@@ -261,7 +261,7 @@ def test_unknown_monitor_is_reported_with_the_available_names() -> None:
 
 
 class ComparesVariance(EarlyStopping):
-    """Checks `variance < min or variance > max`, which is false for NaN."""
+    """Naive: checks `variance < min or variance > max`, which is false for NaN."""
 
     def _out_of_range(self) -> str | None:
         return None if self._variance is not None and math.isnan(self._variance) else super()._out_of_range()
@@ -278,15 +278,17 @@ def check_range(kind: Stopper) -> None:
         math.inf: "out of range: value variance inf is not finite",
     }.items():
         assert stops_at(kind, RANGE, [(1.0, 1.0), (1.0, variance)]) == (1, reason)
-    assert stops_at(kind, RANGE, [(1.0, variance) for variance in (0.01, 2.0, 1.0)]) is None, "the limits are within"
+    assert stops_at(kind, RANGE, [(1.0, variance) for variance in (0.01, 2.0, 1.0)]) is None, (
+        "a variance equal to a limit stopped the run"
+    )
 
 
-def test_a_variance_beyond_its_limits_or_not_finite_stops() -> None:
+def test_a_variance_out_of_range_or_nonfinite_stops() -> None:
     check_range(EarlyStopping)
-    fails(check_range, ComparesVariance)
+    check_detects(check_range, ComparesVariance)
 
 
-def test_one_limit_may_be_left_out() -> None:
+def test_one_limit_is_optional() -> None:
     assert stops_at(EarlyStopping, {"variance_max": 2.0}, [(1.0, 0.0)]) is None
     assert stops_at(EarlyStopping, {"variance_max": 2.0}, [(1.0, 3.0)]) is not None
     assert stops_at(EarlyStopping, {"variance_min": 0.01}, [(1.0, 3.0)]) is None
@@ -301,14 +303,14 @@ def test_range_is_ignored_without_a_value_head() -> None:
 
 ALL_ON: dict[str, Any] = {"patience": 2, "window": 2, "ratio": 1.0, "threshold": 50.0, **RANGE}
 MODES: dict[Mode, Callable[[bool, bool, bool], bool]] = {
-    "any": lambda converged, unstable, outside: converged or unstable or outside,
-    "all": lambda converged, unstable, outside: converged and not unstable and not outside,
-    "loss_only": lambda converged, unstable, outside: converged,
+    "any": lambda converged, unstable, out_of_range: converged or unstable or out_of_range,
+    "all": lambda converged, unstable, out_of_range: converged and not unstable and not out_of_range,
+    "loss_only": lambda converged, unstable, out_of_range: converged,
 }
 
 
-class AllMeansAll(EarlyStopping):
-    """In mode all, waits until all three criteria hold."""
+class NeedsAllCriteria(EarlyStopping):
+    """Naive: in mode all, waits until all three criteria hold."""
 
     def _decide(self) -> None:
         found = [self._converged(), self._unstable(), self._out_of_range()]
@@ -321,21 +323,21 @@ class AllMeansAll(EarlyStopping):
 def check_truth_table(kind: Stopper) -> None:
     for mode, expected in MODES.items():
         for holds in itertools.product([False, True], repeat=3):
-            converged, unstable, outside = holds
+            converged, unstable, out_of_range = holds
             stopper = kind(mode=mode, **ALL_ON)
             for _ in range(2):
-                stopper.observe_update(99.0 if unstable else 1.0, 9.0 if outside else 1.0)
+                stopper.observe_update(99.0 if unstable else 1.0, 9.0 if out_of_range else 1.0)
             for value in (1.0, 2.0, 2.0) if converged else (1.0, 0.5, 0.25):
                 stopper.observe_metrics({"val/loss": value})
             assert (stopper.reason is not None) == expected(*holds), (mode, holds)
 
 
-def test_each_mode_stops_for_its_combinations_of_criteria() -> None:
+def test_each_mode_stops_for_the_right_combinations_of_criteria() -> None:
     check_truth_table(EarlyStopping)
-    fails(check_truth_table, AllMeansAll)
+    check_detects(check_truth_table, NeedsAllCriteria)
 
 
-def test_every_criterion_that_holds_at_the_stop_is_named() -> None:
+def test_the_reason_contains_every_criterion_that_holds() -> None:
     settings = {"patience": 1, "window": 1, "threshold": 2.5, **RANGE}
     stopped = stops_at(EarlyStopping, settings, [*losses(1.0), (3.0, 5.0)])
     assert stopped == (
@@ -344,20 +346,20 @@ def test_every_criterion_that_holds_at_the_stop_is_named() -> None:
     )
 
 
-@pytest.mark.parametrize("cut", [None, *range(8)])
-def test_mode_all_stops_once_converged_and_neither_unstable_nor_out_of_range(cut: int | None) -> None:
+@pytest.mark.parametrize("resume_at", [None, *range(8)])
+def test_mode_all_stops_when_converged_and_neither_unstable_nor_out_of_range(resume_at: int | None) -> None:
     events: list[Event] = [
         *losses(1.0), (99.0, 1.0), (99.0, 1.0), *losses(1.0, 1.0),  # converged, but unstable
         (1.0, math.nan), *losses(1.0), (1.0, 1.0), (1.0, 1.0),
     ]  # fmt: skip
-    assert stops_at(EarlyStopping, ALL_ON | {"mode": "all"}, events, cut) == (
+    assert stops_at(EarlyStopping, ALL_ON | {"mode": "all"}, events, resume_at) == (
         7,
         "converged: val/loss has not improved in 3 measurements (best 1)",
     )
 
 
-class ChangesItsMind(EarlyStopping):
-    """Reports the current criteria instead of the final decision."""
+class RevokesDecision(EarlyStopping):
+    """Naive: reports the current criteria instead of the first decision."""
 
     def _decide(self) -> None:
         self._reason = None
@@ -375,23 +377,23 @@ def check_final(kind: Stopper) -> None:
         for event in [*losses(0.5), (1.0, 1.0)]:
             observe(stopper, event)
             assert stopper.reason == reason
-            stopper = resumed(stopper, kind, settings)
-            assert stopper.reason == reason, "a stopped run makes no step after it was resumed"
+            stopper = saved_and_resumed(stopper, kind, settings)
+            assert stopper.reason == reason, "the reason is lost after a resume"
 
 
-def test_a_decision_is_final_also_across_a_resume() -> None:
+def test_a_decision_is_final_also_after_a_resume() -> None:
     check_final(EarlyStopping)
-    fails(check_final, ChangesItsMind)
+    check_detects(check_final, RevokesDecision)
 
 
 # State
 
 
 EVENTS: list[Event] = [*losses(3.0, 3.0, 2.0), (99.0, 9.0), (99.0, 1.0), *losses(math.nan), (1.0, 9.0), *losses(2.5)]
-"""Converged with the last event in mode loss_only, never in mode all, at once in mode any."""
+"""Events that stop with the last one in mode loss_only, never in mode all, and early in mode any."""
 
 
-def states(kind: Stopper) -> dict[str, Any]:
+def final_state(kind: Stopper) -> dict[str, Any]:
     stopper = kind(mode="loss_only", **ALL_ON)
     for event in EVENTS:
         observe(stopper, event)
@@ -399,7 +401,7 @@ def states(kind: Stopper) -> dict[str, Any]:
 
 
 def test_the_state_is_plain_json() -> None:
-    state = states(EarlyStopping)
+    state = final_state(EarlyStopping)
     settings = state.pop("settings")
     assert settings["monitor"] == "val/loss" and settings["patience"] == 2
     assert state == {
@@ -409,64 +411,66 @@ def test_the_state_is_plain_json() -> None:
         "value_variance": 9.0,
         "reason": "converged: val/loss has not improved in 2 measurements (best 2)",
     }
-    assert json.loads(json.dumps(states(EarlyStopping), allow_nan=False)) == states(EarlyStopping)
+    assert json.loads(json.dumps(final_state(EarlyStopping), allow_nan=False)) == final_state(EarlyStopping)
     stopper = EarlyStopping(window=3, variance_max=1.0, mode="all", patience=9)
     stopper.observe_update(math.nan, math.nan)
     assert stopper.state_dict()["value_variance"] == "nan"
-    after = resumed(stopper, EarlyStopping, {"window": 3}).state_dict()
+    after = saved_and_resumed(stopper, EarlyStopping, {"window": 3}).state_dict()
     assert after | {"settings": None} == stopper.state_dict() | {"settings": None}
 
 
-def check_every_cut(kind: Stopper) -> None:
-    """Runs that differ by one observation before the cut, so that each part of the state decides one of them."""
+def check_every_resume(kind: Stopper) -> None:
+    """Check that a resume at any event changes nothing; every part of the state decides at least one of the runs."""
     norms = [(99.0, 1.0), (99.0, 1.0), (1.0, 1.0), (99.0, 1.0), (99.0, 1.0), (1.0, 9.0)]
     for mode in MODES:
         for variance_max in (None, 2.0):
             settings = ALL_ON | {"mode": mode, "variance_max": variance_max}
             for events in ([*losses(1.0, 2.0), *norms, *losses(1.5, 1.5)], EVENTS, norms, losses(1.0, 2.0, 2.0, 2.0)):
-                whole = outcome(kind, settings, events, None)
-                for cut in range(len(events)):
-                    assert outcome(kind, settings, events, cut) == whole, (mode, cut)
+                uninterrupted = reasons_of(kind, settings, events, None)
+                for resume_at in range(len(events)):
+                    assert reasons_of(kind, settings, events, resume_at) == uninterrupted, (mode, resume_at)
 
 
-def outcome(kind: Stopper, settings: dict[str, Any], events: Sequence[Event], cut: int | None) -> list[str | None]:
-    """The reason after each event, also after the decision."""
-    stopper, said = kind(**settings), []
+def reasons_of(
+    kind: Stopper, settings: dict[str, Any], events: Sequence[Event], resume_at: int | None
+) -> list[str | None]:
+    """Return the reason after each event, including those after the decision."""
+    stopper, reasons = kind(**settings), []
     for index, event in enumerate(events):
-        if index == cut:
-            stopper = resumed(stopper, kind, settings)
+        if index == resume_at:
+            stopper = saved_and_resumed(stopper, kind, settings)
         observe(stopper, event)
-        said.append(stopper.reason)
-    return said
+        reasons.append(stopper.reason)
+    return reasons
 
 
-def test_each_part_of_the_state_is_needed() -> None:
-    check_every_cut(EarlyStopping)
+def test_every_part_of_the_state_is_needed() -> None:
+    check_every_resume(EarlyStopping)
     fresh = EarlyStopping().state_dict()
     for part in set(fresh) - {"monitor"}:
 
-        class Forgets(EarlyStopping):
-            forgotten = part
+        class ResetsPart(EarlyStopping):
+            reset_part = part
 
             def state_dict(self) -> dict[str, Any]:
-                return super().state_dict() | {self.forgotten: fresh[self.forgotten]}
+                return super().state_dict() | {self.reset_part: fresh[self.reset_part]}
 
-        fails(check_every_cut, Forgets)
+        check_detects(check_every_resume, ResetsPart)
 
 
-def test_settings_are_those_of_the_config_not_of_the_checkpoint() -> None:
+def test_settings_are_from_the_config_and_not_from_the_checkpoint() -> None:
     before = EarlyStopping(patience=2, **R5)
     for event in [*SEVEN_OF_TEN[:9], *losses(1.0, 1.0)]:
         observe(before, event)
-    patient = resumed(before, EarlyStopping, {"patience": 4, **R5})
-    assert (patient.patience, patient.window) == (4, 10)
+    restored = saved_and_resumed(before, EarlyStopping, {"patience": 4, **R5})
+    assert (restored.patience, restored.window) == (4, 10)
     for event, stops in zip(losses(1.0, 1.0, 1.0), (False, False, True), strict=True):
-        observe(patient, event)
-        assert (patient.reason is not None) == stops
+        observe(restored, event)
+        assert (restored.reason is not None) == stops
 
 
 class KeepsOldest(EarlyStopping):
-    """A window that shrank keeps its first entries."""
+    """Naive: a smaller window keeps its oldest entries."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state | {"exceeded": state["exceeded"][: self.window]})
@@ -476,47 +480,47 @@ def check_shrunk_window(kind: Stopper) -> None:
     before = kind(**R5 | {"ratio": 1.0})
     for norm in [99.0] * 6 + [1.0] * 3:
         before.observe_update(norm, None)
-    after = resumed(before, kind, R5 | {"window": 4, "ratio": 0.25})
+    after = saved_and_resumed(before, kind, R5 | {"window": 4, "ratio": 0.25})
     assert after.state_dict()["exceeded"] == [1, 0, 0, 0]
     observe(after, (1.0, None))
     assert after.reason is None and after.metrics() == {"early_stopping/unstable_ratio": 0.0}
 
 
-def test_a_window_that_shrank_keeps_the_newest_and_one_that_grew_fills_up() -> None:
+def test_a_smaller_window_keeps_the_newest_entries_and_a_larger_one_fills_up() -> None:
     check_shrunk_window(EarlyStopping)
-    fails(check_shrunk_window, KeepsOldest)
+    check_detects(check_shrunk_window, KeepsOldest)
     before = EarlyStopping(**R5 | {"window": 4, "ratio": 1.0})
     for _ in range(3):
         before.observe_update(99.0, None)
-    after = resumed(before, EarlyStopping, R5 | {"window": 5})
+    after = saved_and_resumed(before, EarlyStopping, R5 | {"window": 5})
     after.observe_update(99.0, None)
     assert after.reason is None
     after.observe_update(1.0, None)
     assert after.reason == "unstable: 4 of the last 5 gradient norms exceeded 50"
-    assert resumed(after, EarlyStopping, {}).metrics() == {}
+    assert saved_and_resumed(after, EarlyStopping, {}).metrics() == {}
 
 
-def test_stopped_run_continues_under_settings_that_would_not_have_stopped_it() -> None:
+def test_a_stopped_run_continues_with_settings_that_would_not_have_stopped_it() -> None:
     before = EarlyStopping(patience=2)
     for event in losses(0.5, 0.6, 0.7):
         observe(before, event)
     assert before.reason is not None
-    assert resumed(before, EarlyStopping, {"patience": 2}).reason == before.reason
-    assert resumed(before, EarlyStopping, {"patience": 1}).reason is not None
+    assert saved_and_resumed(before, EarlyStopping, {"patience": 2}).reason == before.reason
+    assert saved_and_resumed(before, EarlyStopping, {"patience": 1}).reason is not None
     for settings in ({"patience": 3}, {}):
-        assert resumed(before, EarlyStopping, settings).reason is None
+        assert saved_and_resumed(before, EarlyStopping, settings).reason is None
 
 
 def test_different_monitor_resets_its_measurements() -> None:
     before = EarlyStopping(patience=2)
     for event in losses(0.5, 0.6):
         observe(before, event)
-    after = resumed(before, EarlyStopping, {"patience": 2, "monitor": "train/loss"})
+    after = saved_and_resumed(before, EarlyStopping, {"patience": 2, "monitor": "train/loss"})
     after.observe_metrics({"train/loss": 3.0})
     assert after.metrics() == {"early_stopping/counter": 0.0, "early_stopping/best": 3.0}
 
 
-def test_metrics_are_finite_and_only_of_active_criteria() -> None:
+def test_metrics_are_finite_and_contain_only_active_criteria() -> None:
     assert EarlyStopping().metrics() == {}
     stopper = EarlyStopping(mode="all", **ALL_ON)
     assert stopper.metrics() == {"early_stopping/counter": 0.0}
@@ -531,7 +535,7 @@ def test_metrics_are_finite_and_only_of_active_criteria() -> None:
     }
 
 
-# Any sequence
+# Random sequences
 
 
 number = st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 50.0, 50.5, 99.0, math.nan, math.inf, -math.inf])
@@ -552,8 +556,8 @@ setting = st.fixed_dictionaries(
 )
 
 
-def from_history(settings: dict[str, Any], events: Sequence[Event]) -> int | None:
-    """The index that stops, from the definitions over the whole history, in exact numbers and without state."""
+def stop_by_definition(settings: dict[str, Any], events: Sequence[Event]) -> int | None:
+    """Return the index of the stop, computed from the whole history with exact numbers and without state."""
     low, high = settings["variance_min"], settings["variance_max"]
     for index in range(len(events)):
         history = events[: index + 1]
@@ -569,25 +573,27 @@ def from_history(settings: dict[str, Any], events: Sequence[Event]) -> int | Non
         full = bool(recent) and len(recent) == settings["window"]
         unstable = full and Fraction(len(over), len(recent)) >= Fraction(str(settings["ratio"]))
         variance = updates[-1][1] if updates else None
-        judged = variance is not None and (low is not None or high is not None)
+        is_checked = variance is not None and (low is not None or high is not None)
         within = variance is not None and math.isfinite(variance) and (low or 0) <= variance <= (high or math.inf)
-        if MODES[settings["mode"]](since >= settings["patience"], unstable, judged and not within):
+        if MODES[settings["mode"]](since >= settings["patience"], unstable, is_checked and not within):
             return index
     return None
 
 
 @given(setting, st.lists(event, max_size=14), st.integers(0, 14))
-def test_resumed_run_stops_where_the_definitions_say(settings: dict[str, Any], events: list[Event], cut: int) -> None:
-    whole = stops_at(EarlyStopping, settings, events)
-    assert stops_at(EarlyStopping, settings, events, cut) == whole
-    assert (whole and whole[0]) == from_history(settings, events)
+def test_a_resumed_run_stops_as_the_definitions_require(
+    settings: dict[str, Any], events: list[Event], resume_at: int
+) -> None:
+    uninterrupted = stops_at(EarlyStopping, settings, events)
+    assert stops_at(EarlyStopping, settings, events, resume_at) == uninterrupted
+    assert (uninterrupted and uninterrupted[0]) == stop_by_definition(settings, events)
 
 
 # Config
 
 
 def test_each_variant_is_valid_for_both_stages(compose: Callable[..., DictConfig]) -> None:
-    for name, on in {
+    for name, active in {
         "none": {},
         "patience": {"patience": 5},
         "stability": {"patience": 5, "window": 10, "variance_max": 1.0},
@@ -597,7 +603,7 @@ def test_each_variant_is_valid_for_both_stages(compose: Callable[..., DictConfig
         stopper = build(config.early_stopping)
         assert isinstance(stopper, EarlyStopping)
         criteria = {key: vars(stopper)[key] for key in ("patience", "window", "variance_min", "variance_max")}
-        assert {key: value for key, value in criteria.items() if value is not None} == on
+        assert {key: value for key, value in criteria.items() if value is not None} == active
         assert config.stage.early_stopping.patience == 5 and config.stage.early_stopping.window is None
 
 
@@ -605,11 +611,11 @@ def test_a_run_without_early_stopping_is_never_stopped(compose: Callable[..., Di
     settings = OmegaConf.to_container(compose("early_stopping=none").early_stopping)
     assert isinstance(settings, dict)
     del settings["_target_"]
-    bad: list[Event] = [(math.nan, math.nan), *losses(math.nan)]
-    assert stops_at(EarlyStopping, {str(key): value for key, value in settings.items()}, bad * 50) is None
+    bad_events: list[Event] = [(math.nan, math.nan), *losses(math.nan)]
+    assert stops_at(EarlyStopping, {str(key): value for key, value in settings.items()}, bad_events * 50) is None
 
 
-FAULTS = {
+INVALID_SETTINGS = {
     "mode=some": "must be 'any', 'all' or 'loss_only'",
     "patience=0": "must be greater than or equal to 1",
     "patience=2.5": "must be a valid integer",
@@ -631,16 +637,16 @@ FAULTS = {
 def test_settings_out_of_range_are_reported(compose: Callable[..., DictConfig]) -> None:
     node = compose("early_stopping=stability").early_stopping
     OmegaConf.set_struct(node, False)
-    for override, problem in FAULTS.items():
+    for override, problem in INVALID_SETTINGS.items():
         changed = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
         assert isinstance(changed, DictConfig)
-        (fault,) = node_issues(changed, "early_stopping")
-        assert fault.key == f"early_stopping.{override.partition('=')[0]}"
-        assert problem in fault.problem
+        (issue,) = node_issues(changed, "early_stopping")
+        assert issue.key == f"early_stopping.{override.partition('=')[0]}"
+        assert problem in issue.problem
 
 
 @pytest.mark.parametrize("mode", ["all", "loss_only"])
-def test_settings_that_contradict_each_other_are_refused(mode: Mode) -> None:
+def test_contradictory_settings_are_refused(mode: Mode) -> None:
     with pytest.raises(InputError, match=f"mode={mode} stops only a run that has converged"):
         EarlyStopping(mode=mode, window=10)
     with pytest.raises(InputError, match="variance_min=2.0 is above variance_max=1.0"):

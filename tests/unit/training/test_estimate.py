@@ -1,4 +1,4 @@
-"""Test the estimates of dry runs and presets against torch: kept tensors, allocations and operations."""
+"""Tests of the estimates of dry runs and presets against torch: saved tensors, allocations and operations."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import Invoke
-from tests.unit.training.test_scaling import blocks_of_tables, saved
+from tests.unit.training.test_scaling import saved_tensors
 from wmtp.models.architecture import Architecture
 from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
 from wmtp.models.llama import LlamaArchitecture
@@ -50,7 +50,7 @@ OURS = {
     "vocab_size": VOCABULARY, "dim": 128, "num_layers": 4, "num_heads": 3, "num_attention_heads": 8, "num_kv_heads": 4,
     "hidden_dim": 344,
 }  # fmt: skip
-THEIRS = {
+SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "intermediate_size": 344, "tie_word_embeddings": True, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 2,
@@ -64,7 +64,7 @@ def gpt2(dropout: float) -> transformers.GPT2Config:
 
 
 def architectures() -> dict[str, Architecture]:
-    llama, qwen3 = transformers.LlamaConfig(**THEIRS), transformers.Qwen3Config(**THEIRS, head_dim=32)
+    llama, qwen3 = transformers.LlamaConfig(**SIZES), transformers.Qwen3Config(**SIZES, head_dim=32)
     return {
         "ours": LlamaArchitecture(**OURS),  # type: ignore[arg-type]
         "ours, bf16": LlamaArchitecture(**OURS, dtype="bf16"),  # type: ignore[arg-type]
@@ -83,20 +83,20 @@ CPU = Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="cpu", name="cpu
 TOKENS = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
 
 
-def alone(
+def single_process(
     precision: str = "fp32", activation_checkpointing: bool = False, micro_batch_size: int = SAMPLES
 ) -> ParallelSetting:
-    """The setting of one process."""
+    """Return the parallel setting of one process."""
     return ParallelSetting("single", activation_checkpointing, False, micro_batch_size, precision)
 
 
-def built(kind: str, rank: int | None = None) -> MtpModel:
+def create_model(kind: str, rank: int | None = None) -> MtpModel:
     torch.manual_seed(0)
     return MtpModel(architectures()[kind], lora=None if rank is None else Lora(rank=rank)).train()
 
 
-def loss_of(model: MtpModel, tokens: Tensor) -> Tensor:
-    """The chunked loss of all heads, plus a loss of the values."""
+def total_loss(model: MtpModel, tokens: Tensor) -> Tensor:
+    """Return the chunked loss of all heads, plus a loss of the values if there is a value head."""
     outputs = model(tokens)
     targets = tokens.expand(len(outputs.states), *tokens.shape)
     total, _, _ = losses.weighted_cross_entropy(
@@ -110,26 +110,26 @@ def autocast(precision: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_are_counted_and_follow_from_the_sizes(kind: str) -> None:
+def test_parameters_equal_those_of_the_model_and_of_the_formula(kind: str) -> None:
     model = empty_model(architectures()[kind])
     shape = model_shape(model)
     assert shape.counts is not None
     assert shape.counts.parameters == shape.counts.trained == model.num_parameters
     assert shape.counts.parameter_bytes == model.num_parameters * (2 if "bf16" in kind else 4)
-    positions = POSITIONS * shape.dim if "gpt2" in kind else 0  # which the sizes do not tell
+    positions = POSITIONS * shape.dim if "gpt2" in kind else 0  # learned positions are not in the formula
     assert shape.parameters + positions == model.num_parameters
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [None, 8])
-def test_activations_are_those_that_autograd_keeps(kind: str, precision: str, rank: int | None) -> None:
-    model = built(kind, rank)
-    with autocast(precision), saved(model) as kept:
+def test_activations_equal_what_autograd_saves(kind: str, precision: str, rank: int | None) -> None:
+    model = create_model(kind, rank)
+    with autocast(precision), saved_tensors(model) as saved_by_autograd:
         model(TOKENS)
-    shape, setting = model_shape(model), alone(precision)
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
-    if product_bytes(shape, setting) < shape.number_bytes:  # copies of the matrices are counted as work
+    shape, setting = model_shape(model), single_process(precision)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved_by_autograd.values()) / TOKENS.numel()
+    if product_bytes(shape, setting) < shape.number_bytes:  # bf16 copies of the matrices are counted as work memory
         copies = shape.num_blocks * shape.block_matrices + shape.residual_parameters
         measured -= 2 * copies / TOKENS.numel()
     expected = activation_bytes(shape, CPU, setting)
@@ -139,27 +139,27 @@ def test_activations_are_those_that_autograd_keeps(kind: str, precision: str, ra
 
 
 @pytest.mark.parametrize("kind", ["ours", "llama", "llama, bf16", "gpt2"])
-def test_checkpointing_keeps_the_inputs_of_blocks(kind: str) -> None:
-    model = built(kind)
+def test_activation_checkpointing_saves_the_inputs_of_blocks(kind: str) -> None:
+    model = create_model(kind)
     model.activation_checkpointing = True
-    with saved(model) as kept:
+    with saved_tensors(model) as saved_by_autograd:
         model(TOKENS)
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
-    expected = activation_bytes(model_shape(model), CPU, alone(activation_checkpointing=True))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved_by_autograd.values()) / TOKENS.numel()
+    expected = activation_bytes(model_shape(model), CPU, single_process(activation_checkpointing=True))
     assert expected == pytest.approx(measured, rel=0.03)
 
 
-def test_attention_of_several_kernels_keeps_all_pairs() -> None:
-    model, on_mps = built("llama"), Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="mps", name="mps")
-    with sdpa_kernel(SDPBackend.MATH), saved(model) as kept:
+def test_unfused_attention_saves_all_pairs_of_positions() -> None:
+    model, on_mps = create_model("llama"), Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="mps", name="mps")
+    with sdpa_kernel(SDPBackend.MATH), saved_tensors(model) as saved_by_autograd:
         model(TOKENS)
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / TOKENS.numel()
-    assert activation_bytes(model_shape(model), on_mps, alone()) == pytest.approx(measured, rel=0.08)
-    assert activation_bytes(model_shape(model), CPU, alone()) < 0.85 * measured
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved_by_autograd.values()) / TOKENS.numel()
+    assert activation_bytes(model_shape(model), on_mps, single_process()) == pytest.approx(measured, rel=0.08)
+    assert activation_bytes(model_shape(model), CPU, single_process()) < 0.85 * measured
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Peak bytes of tensors, without those that existed before."""
+    """Return the peak bytes of tensors that `function` allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     events: Any = profiled.profiler
@@ -173,18 +173,18 @@ def peak(function: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize(("kind", "forwards"), [("ours", 1), ("ours", 2), ("llama", 2), ("gpt2", 1)])
 def test_update_needs_at_most_the_estimated_memory(kind: str, forwards: int) -> None:
-    model = built(kind)
+    model = create_model(kind)
 
     def update() -> None:
         for tokens in TOKENS.chunk(forwards):
-            loss_of(model, tokens).backward()  # type: ignore[no-untyped-call]
+            total_loss(model, tokens).backward()  # type: ignore[no-untyped-call]
 
-    update()  # what is allocated once only, is by now
+    update()  # the first update also allocates memory that later updates reuse
     model.zero_grad()
     measured, shape = peak(update), model_shape(model)
-    found = memory(shape, CPU, alone(micro_batch_size=SAMPLES // forwards))
-    assert found["total"] - found["parameters"] - found["optimizer"] == pytest.approx(measured, rel=0.2)
-    assert found["activations"] + found["loss"] < (1.1 if forwards == 1 else 0.75) * measured
+    estimated = memory(shape, CPU, single_process(micro_batch_size=SAMPLES // forwards))
+    assert estimated["total"] - estimated["parameters"] - estimated["optimizer"] == pytest.approx(measured, rel=0.2)
+    assert estimated["activations"] + estimated["loss"] < (1.1 if forwards == 1 else 0.75) * measured
 
 
 def test_the_loss_takes_less_than_all_logits() -> None:
@@ -192,35 +192,35 @@ def test_the_loss_takes_less_than_all_logits() -> None:
     chunked = loss_bytes(shape, Machine(4), ParallelSetting("fsdp", False, True, 2), tokens)
     assert chunked < all_logits_bytes(shape, tokens) / 2
     assert all_logits_bytes(shape, tokens) == 2 * 4 * 4 * 32000 * tokens
-    tiny = ModelShape(dim=8, num_attention_heads=1, vocab_size=10)  # all of its logits are one chunk
-    assert loss_bytes(tiny, CPU, alone(), 3) == (2 * 4 * 4 * 8 + 4 * 4 * 10) * 3 + 4 * 10 * 8
+    tiny = ModelShape(dim=8, num_attention_heads=1, vocab_size=10)  # all logits fit in one chunk
+    assert loss_bytes(tiny, CPU, single_process(), 3) == (2 * 4 * 4 * 8 + 4 * 4 * 10) * 3 + 4 * 10 * 8
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("llama", None), ("llama, medusa", None), ("gpt2", None), ("ours", 8)])
-def test_operations_are_those_that_torch_counts(kind: str, rank: int | None) -> None:
-    model = built(kind, rank)
+def test_operations_equal_those_that_torch_counts(kind: str, rank: int | None) -> None:
+    model = create_model(kind, rank)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss_of(model, TOKENS).backward()  # type: ignore[no-untyped-call]
+        total_loss(model, TOKENS).backward()  # type: ignore[no-untyped-call]
     counted = counter.get_total_flops() / TOKENS.numel()
     adapters = 0
-    if rank:  # they are left out, as they cost little beside wider matrices
+    if rank:  # the estimate omits adapters, which are cheap compared with wide matrices
         adapters = 6 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert flops_per_token(model_shape(model), POSITIONS)[0] + adapters == pytest.approx(counted, rel=0.02)
 
 
 def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
-    model = built("llama", rank=4)
+    model = create_model("llama", rank=4)
     shape = model_shape(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = memory(shape, CPU, alone())
-    assert (found["gradients"], found["optimizer"]) == (4 * trained, 8 * trained)
-    assert found["parameters"] == 4 * model.num_parameters > 4 * trained
+    estimated = memory(shape, CPU, single_process())
+    assert (estimated["gradients"], estimated["optimizer"]) == (4 * trained, 8 * trained)
+    assert estimated["parameters"] == 4 * model.num_parameters > 4 * trained
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("value_head."))
     model.add_value_head()
-    values_only = memory(model_shape(model), CPU, alone())
+    values_only = memory(model_shape(model), CPU, single_process())
     assert values_only["loss"] == values_only["work"] == 0
-    assert values_only["activations"] < 0.05 * found["activations"]
+    assert values_only["activations"] < 0.05 * estimated["activations"]
 
 
 @pytest.mark.parametrize(
@@ -233,21 +233,21 @@ def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
 )
 def test_moments_of_the_optimizer_are_counted(optimizer: Callable[..., torch.optim.Optimizer], expected: int) -> None:
     parameter = torch.nn.Parameter(torch.ones(3, 2))
-    made = optimizer([parameter])
+    instance = optimizer([parameter])
     parameter.sum().backward()  # type: ignore[no-untyped-call]
-    made.step()
-    assert moments_per_parameter(made) == expected
+    instance.step()
+    assert moments_per_parameter(instance) == expected
 
 
-def test_time_is_calculated_for_a_known_gpu_alone() -> None:
+def test_time_is_estimated_only_for_a_known_gpu() -> None:
     setting = ParallelSetting("fsdp", False, True, 2)
-    known = estimate(ModelShape(), Machine(4, name="NVIDIA A100-SXM4-80GB"), setting)
-    assert known.seconds is not None and known.seconds[0] > known.seconds[1] > 20
+    with_gpu = estimate(ModelShape(), Machine(4, name="NVIDIA A100-SXM4-80GB"), setting)
+    assert with_gpu.seconds is not None and with_gpu.seconds[0] > with_gpu.seconds[1] > 20
     assert estimate(ModelShape(), Machine(4, name="NVIDIA GeForce"), setting).seconds is None
     assert estimate(ModelShape(), CPU, setting).seconds is None
-    text = format_estimate(known, Machine(4), setting)
+    text = format_estimate(with_gpu, Machine(4), setting)
     assert max(map(len, text.splitlines())) <= 80
-    total = known.memory["total"] / 1e9
+    total = with_gpu.memory["total"] / 1e9
     assert f"about {total:.1f} GB a process with 2 x 2,048 tokens" in text and "for an A100" in text
 
 
@@ -255,17 +255,17 @@ def test_dry_run_prints_memory_and_time_of_each_stage(invoke: Invoke) -> None:
     outcome = invoke("dry_run=true", "algo=critic", "pretrain.trains=head")
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
-    said = [i for i, line in enumerate(lines) if line.startswith("memory: about ")]
+    memory_lines = [i for i, line in enumerate(lines) if line.startswith("memory: about ")]
     times = [line for line in lines if line.startswith("time: up to ")]
-    assert len(said) == len(times) == 2
-    assert "activations" in lines[said[1]] + lines[said[1] + 1]
+    assert len(memory_lines) == len(times) == 2
+    assert "activations" in lines[memory_lines[1]] + lines[memory_lines[1] + 1]
     assert all(re.search(r"for \d+ updates; the first took [\d.]+ s, at [\d,]+ tokens/s", line) for line in times)
-    assert max(len(line) for line in [*times, *(lines[i + j] for i in said for j in (0, 1))]) <= 80
+    assert max(len(line) for line in [*times, *(lines[i + j] for i in memory_lines for j in (0, 1))]) <= 80
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """The script that prints the page's tables."""
+    """Return the script that prints the tables of docs/presets.md."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import estimate_presets
@@ -274,13 +274,7 @@ def script() -> ModuleType:
     return estimate_presets
 
 
-@pytest.mark.slow
-def test_the_pages_tables_are_what_the_script_prints(script: ModuleType) -> None:
-    on_page = [table.strip() for table in blocks_of_tables(PAGE.read_text())]
-    assert [table for table in on_page if not table.startswith(("| preset | for", "| measured"))] == script.tables()
-
-
-def test_the_page_names_every_preset_and_shows_what_a_dry_run_prints(script: ModuleType) -> None:
+def test_the_page_contains_every_preset_and_the_output_of_a_dry_run(script: ModuleType) -> None:
     text = PAGE.read_text()
     assert all(f"`{preset}`" in text for preset in script.presets())
     assert re.search(r"^memory: about .* a process with 16 x \d+ tokens", text, re.MULTILINE)
@@ -288,7 +282,7 @@ def test_the_page_names_every_preset_and_shows_what_a_dry_run_prints(script: Mod
 
 
 @pytest.mark.parametrize("preset", ["meta_7b/baseline", "meta_7b/critic", "meta_7b/rho1", "meta_7b/rho1_token_skip"])
-def test_presets_of_the_7b_have_the_named_algorithm(compose: Callable[..., DictConfig], preset: str) -> None:
+def test_presets_of_the_7b_model_have_the_right_algorithm(compose: Callable[..., DictConfig], preset: str) -> None:
     config = compose(f"experiment={preset}")
     assert "MetaCheckpoint" in config.model._target_ and config.hardware.num_processes == 4
     assert (config.pretrain is None) == (preset == "meta_7b/baseline")

@@ -1,4 +1,4 @@
-"""Test per-token columns, and the order and the selection of samples."""
+"""Tests of precomputed per-token columns, and of the order and the selection of samples."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -34,8 +34,8 @@ def columns(tmp_path: Path, tokenizer: Tokenizer) -> TokenColumns:
     return TokenColumns(tmp_path, tokenizer, CPU)
 
 
-def attached(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -> Dataset:
-    """A copy of the data set with the column."""
+def with_column(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -> Dataset:
+    """Return a copy of the data set with the column."""
     data = copy.copy(data)
     data.train, data.validation = copy.copy(data.train), copy.copy(data.validation)
     attach = {
@@ -46,50 +46,50 @@ def attached(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -
     return data
 
 
-def column(kind: str, split: TokenizedSplit) -> np.ndarray:
+def get_column(kind: str, split: TokenizedSplit) -> np.ndarray:
     found: np.ndarray = getattr(split, KINDS[kind])
     return found
 
 
-def written(columns: TokenColumns) -> set[str]:
+def cache_files(columns: TokenColumns) -> set[str]:
     return {path.name for path in columns.cache_dir.glob("*.npy")}
 
 
-def pieces(split: TokenizedSplit) -> Iterator[tuple[int, int, int, torch.Tensor]]:
-    """Start and end of each sample, the length of its prompt, and its tokens."""
+def iter_samples(split: TokenizedSplit) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+    """Yield start, end, prompt length and tokens of each sample."""
     samples = split.samples
     for start, stop, prompt in zip(samples.offsets, samples.offsets[1:], samples.prompt_lengths, strict=False):
         yield start, stop, prompt, torch.from_numpy(samples.tokens[start:stop]).long()
 
 
 @torch.no_grad()
-def test_a_reference_loss_is_that_of_the_token_after_its_true_prefix(columns: TokenColumns, tiny_data: Dataset) -> None:
+def test_a_reference_loss_is_that_of_a_token_after_its_prefix(columns: TokenColumns, tiny_data: Dataset) -> None:
     model = tiny_model(dropout=0.3)
-    data = attached(columns, "reference losses", model, tiny_data)
+    data = with_column(columns, "reference losses", model, tiny_data)
     model.eval()
     shifted = 0.0
     for split in (data.train, data.validation):
-        losses = column("reference losses", split)
+        losses = get_column("reference losses", split)
         assert losses.shape == split.samples.tokens.shape and losses.dtype == np.float32
-        for start, stop, prompt, tokens in pieces(split):
+        for start, stop, prompt, tokens in iter_samples(split):
             log_p = torch.log_softmax(model.unembedding(model(tokens[None]).states[0, 0]), dim=-1)
             expected = np.zeros(len(tokens), np.float32)
             for i in range(prompt, len(tokens)):
                 expected[i] = -log_p[i - 1, tokens[i]]
             np.testing.assert_allclose(losses[start:stop], expected, rtol=1e-4, atol=1e-5)
             shifted = max(shifted, float(np.abs(losses[start : stop - 1] - expected[1:]).max()))
-    assert shifted > 1.0  # a column that stands one token off is noticed
+    assert shifted > 1.0  # a column shifted by one token would be detected
 
 
 @torch.no_grad()
 def test_hidden_states_equal_those_of_the_trunk(columns: TokenColumns, tiny_data: Dataset) -> None:
     model = tiny_model(dropout=0.3)
-    data = attached(columns, "hidden states", model, tiny_data)
+    data = with_column(columns, "hidden states", model, tiny_data)
     model.eval()
     for split in (data.train, data.validation):
-        states = column("hidden states", split)
+        states = get_column("hidden states", split)
         assert states.shape == (len(split.samples.tokens), 64)
-        for start, stop, _, tokens in pieces(split):
+        for start, stop, _, tokens in iter_samples(split):
             np.testing.assert_allclose(states[start:stop], model.trunk_states(tokens[None])[0], rtol=1e-4, atol=1e-4)
             assert not np.allclose(states[start:stop], model(tokens[None]).states[0, 0], atol=1e-2)
 
@@ -98,26 +98,26 @@ def test_hidden_states_equal_those_of_the_trunk(columns: TokenColumns, tiny_data
 def test_a_column_is_computed_once_and_read_memory_mapped(
     kind: str, columns: TokenColumns, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = attached(columns, kind, tiny_model(), tiny_data)
+    first = with_column(columns, kind, tiny_model(), tiny_data)
     for split in (first.train, first.validation):
-        assert isinstance(column(kind, split), np.memmap) and not column(kind, split).flags.writeable
-    names = written(columns)
+        assert isinstance(get_column(kind, split), np.memmap) and not get_column(kind, split).flags.writeable
+    names = cache_files(columns)
     assert len(names) == 2 and not list(columns.cache_dir.glob("*.tmp"))
 
-    def never(*arguments: object, **options: object) -> None:
+    def fail_if_called(*arguments: object, **options: object) -> None:
         raise AssertionError("a forward ran")
 
-    monkeypatch.setattr(MtpModel, "trunk_states", never)
-    again = attached(TokenColumns(columns.cache_dir, columns.tokenizer, CPU), kind, tiny_model(), tiny_data)
-    assert np.array_equal(column(kind, again.train), column(kind, first.train))
-    assert written(columns) == names
+    monkeypatch.setattr(MtpModel, "trunk_states", fail_if_called)
+    again = with_column(TokenColumns(columns.cache_dir, columns.tokenizer, CPU), kind, tiny_model(), tiny_data)
+    assert np.array_equal(get_column(kind, again.train), get_column(kind, first.train))
+    assert cache_files(columns) == names
     with pytest.raises(AssertionError, match="a forward ran"):
-        attached(columns, kind, tiny_model(seed=1), tiny_data)
-    assert written(columns) == names, "what was not finished is never found"
+        with_column(columns, kind, tiny_model(seed=1), tiny_data)
+    assert cache_files(columns) == names, "an unfinished column was written"
 
 
 def with_shape(num_attention_heads: int = 4, num_kv_heads: int = 2, **options: float) -> MtpModel:
-    """The same parameters in a different architecture."""
+    """Return a model with equal parameters in a different architecture."""
     torch.manual_seed(0)
     return create_llama(LlamaArchitecture(
         vocab_size=512, dim=64, num_layers=2, num_heads=4, num_attention_heads=num_attention_heads,
@@ -138,10 +138,10 @@ OTHERS: dict[str, Callable[[], MtpModel]] = {
 def test_another_model_never_reads_a_stale_column(
     kind: str, other: str, columns: TokenColumns, tiny_data: Dataset
 ) -> None:
-    first = attached(columns, kind, tiny_model(), tiny_data)
-    second = attached(columns, kind, OTHERS[other](), tiny_data)
-    assert len(written(columns)) == 4
-    assert np.abs(column(kind, first.validation) - column(kind, second.validation)).max() > 1e-4
+    first = with_column(columns, kind, tiny_model(), tiny_data)
+    second = with_column(columns, kind, OTHERS[other](), tiny_data)
+    assert len(cache_files(columns)) == 4
+    assert np.abs(get_column(kind, first.validation) - get_column(kind, second.validation)).max() > 1e-4
 
 
 @pytest.mark.slow
@@ -149,27 +149,27 @@ def test_other_data_tokenizer_or_precision_never_read_a_stale_column(
     columns: TokenColumns, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     model = tiny_model()
-    swapped = copy.copy(tiny_data)
-    swapped.train, swapped.validation = tiny_data.validation, tiny_data.train
-    attached(columns, "reference losses", model, tiny_data)
-    attached(columns, "reference losses", model, swapped)
-    assert len(written(columns)) == 2  # a file for each split, whatever it is used for
+    swapped_splits = copy.copy(tiny_data)
+    swapped_splits.train, swapped_splits.validation = tiny_data.validation, tiny_data.train
+    with_column(columns, "reference losses", model, tiny_data)
+    with_column(columns, "reference losses", model, swapped_splits)
+    assert len(cache_files(columns)) == 2  # one file for each split, independent of its use
     other = task_tokenizer(tmp_path / "other", vocab_size=400)
-    attached(TokenColumns(columns.cache_dir, other, CPU), "reference losses", model, tiny_data)
-    assert len(written(columns)) == 4
+    with_column(TokenColumns(columns.cache_dir, other, CPU), "reference losses", model, tiny_data)
+    assert len(cache_files(columns)) == 4
     bf16 = Hardware(device="cpu", precision="bf16")
-    attached(TokenColumns(columns.cache_dir, columns.tokenizer, bf16), "reference losses", model, tiny_data)
-    assert len(written(columns)) == 6
-    attached(columns, "hidden states", model, tiny_data)
-    assert len(written(columns)) == 8
-    model.add_value_head()  # no column depends on it
-    attached(columns, "reference losses", model, tiny_data)
-    assert len(written(columns)) == 8
+    with_column(TokenColumns(columns.cache_dir, columns.tokenizer, bf16), "reference losses", model, tiny_data)
+    assert len(cache_files(columns)) == 6
+    with_column(columns, "hidden states", model, tiny_data)
+    assert len(cache_files(columns)) == 8
+    model.add_value_head()  # no column depends on the value head
+    with_column(columns, "reference losses", model, tiny_data)
+    assert len(cache_files(columns)) == 8
 
 
-def test_a_data_set_with_another_reference_is_another_data_set(columns: TokenColumns, tiny_data: Dataset) -> None:
+def test_the_fingerprint_of_a_data_set_depends_on_the_reference(columns: TokenColumns, tiny_data: Dataset) -> None:
     fingerprints = [
-        attached(columns, "reference losses", tiny_model(seed=seed), tiny_data).fingerprint for seed in (0, 0, 1)
+        with_column(columns, "reference losses", tiny_model(seed=seed), tiny_data).fingerprint for seed in (0, 0, 1)
     ]
     assert fingerprints[0] == fingerprints[1]
     assert len({*fingerprints, tiny_data.fingerprint}) == 3
@@ -179,17 +179,19 @@ def test_a_data_set_with_another_reference_is_another_data_set(columns: TokenCol
 def test_damaged_column_is_reported_with_the_file_to_delete(
     damage: str, columns: TokenColumns, tiny_data: Dataset
 ) -> None:
-    whole = np.array(column("reference losses", attached(columns, "reference losses", tiny_model(), tiny_data).train))
+    original = np.array(
+        get_column("reference losses", with_column(columns, "reference losses", tiny_model(), tiny_data).train)
+    )
     path = max(columns.cache_dir.glob("*.npy"), key=lambda path: path.stat().st_size)
     content = path.read_bytes()
     path.write_bytes(
         {"half": content[: len(content) // 2], "header": content[:20], "nothing": b"", "text": b"text" * 99}[damage]
     )
     with pytest.raises(InputError, match=f"{path}.*delete this file"):
-        attached(columns, "reference losses", tiny_model(), tiny_data)
+        with_column(columns, "reference losses", tiny_model(), tiny_data)
     path.unlink()
-    again = attached(columns, "reference losses", tiny_model(), tiny_data)
-    assert np.array_equal(column("reference losses", again.train), whole)
+    again = with_column(columns, "reference losses", tiny_model(), tiny_data)
+    assert np.array_equal(get_column("reference losses", again.train), original)
 
 
 def test_batch_has_the_reference_loss_of_each_target(columns: TokenColumns, tokenizer: Tokenizer) -> None:
@@ -201,9 +203,9 @@ def test_batch_has_the_reference_loss_of_each_target(columns: TokenColumns, toke
     assert batch.reference_losses is not None and batch.hidden_states is not None
     target = targets(batch.labels, 1)[0]
     log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states[0]), dim=-1)
-    wanted = -log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0].where(target != IGNORED, 0.0)
-    assert len(set(batch.response.sum(dim=1).tolist())) > 1  # ragged
-    torch.testing.assert_close(shift_to_heads(batch.reference_losses, 1, 0.0)[0], wanted.detach(), rtol=1e-4, atol=1e-5)
+    option = -log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0].where(target != IGNORED, 0.0)
+    assert len(set(batch.response.sum(dim=1).tolist())) > 1  # the samples have different lengths
+    torch.testing.assert_close(shift_to_heads(batch.reference_losses, 1, 0.0)[0], option.detach(), rtol=1e-4, atol=1e-5)
     real = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for row, index in enumerate([3, 0, 5]):
         real[row, : data.train.samples.lengths[index]] = True
@@ -214,18 +216,18 @@ def test_batch_has_the_reference_loss_of_each_target(columns: TokenColumns, toke
 # The order and choice of samples
 
 
-def torn(batches: list[list[int]], groups: np.ndarray) -> int:
-    """How many groups are not in one batch."""
-    places: dict[int, set[int]] = {}
+def count_split_groups(batches: list[list[int]], groups: np.ndarray) -> int:
+    """Return the number of groups that are in more than one batch."""
+    batches_of_group: dict[int, set[int]] = {}
     for number, batch in enumerate(batches):
         for index in batch:
-            places.setdefault(int(groups[index]), set()).add(number)
-    return sum(len(found) > 1 for found in places.values())
+            batches_of_group.setdefault(int(groups[index]), set()).add(number)
+    return sum(len(found) > 1 for found in batches_of_group.values())
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 4))
-def test_both_solutions_of_a_task_come_in_one_batch_and_every_sample_once(
+def test_both_solutions_of_a_task_are_in_one_batch_and_every_sample_occurs_once(
     num_tasks: int, half_size: int, epoch: int
 ) -> None:
     random = np.random.default_rng(num_tasks)
@@ -234,10 +236,12 @@ def test_both_solutions_of_a_task_come_in_one_batch_and_every_sample_once(
     batches = epoch_batches(lengths, 2 * half_size, 7, epoch, groups)
     assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
     assert all(len(batch) == 2 * half_size for batch in batches[:-1])
-    assert torn(batches, groups) == 0
+    assert count_split_groups(batches, groups) == 0
     if num_tasks > 20 and num_tasks > 5 * half_size:
         assert batches != epoch_batches(lengths, 2 * half_size, 7, epoch + 1, groups)
-        assert torn(epoch_batches(lengths, 2 * half_size, 7, epoch), groups) > 0  # the control: without groups
+        assert (
+            count_split_groups(epoch_batches(lengths, 2 * half_size, 7, epoch), groups) > 0
+        )  # the control: without groups
 
 
 @settings(deadline=None)
@@ -247,10 +251,12 @@ def test_only_groups_at_the_edge_of_a_batch_are_split(sizes: list[int], batch_si
     lengths = np.random.default_rng(0).integers(5, 60, len(groups))
     batches = epoch_batches(lengths, batch_size, 0, 0, groups)
     assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
-    for batch in batches:  # what belongs together stands together
+    for batch in batches:  # the samples of a group are adjacent
         numbers = [int(groups[index]) for index in batch]
         assert len([i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]]) == len(set(numbers)) - 1
-    assert torn(batches, groups) <= sum(max(0, -(-size // batch_size)) for size in sizes) + len(batches) - 1
+    assert (
+        count_split_groups(batches, groups) <= sum(max(0, -(-size // batch_size)) for size in sizes) + len(batches) - 1
+    )
 
 
 def both_solutions(tokenizer: Tokenizer, cache: Path, **options: bool) -> Dataset:
@@ -263,20 +269,20 @@ def both_solutions(tokenizer: Tokenizer, cache: Path, **options: bool) -> Datase
 
 def test_group_tasks_pairs_the_solutions_of_a_data_set(tokenizer: Tokenizer, cache: Path) -> None:
     def pairs(data: Dataset) -> int:
-        """Tasks that have both solutions in one micro-batch."""
+        """Return the number of tasks with both solutions in one micro-batch."""
         trained = [b for update in range(10) for b in data.micro_batches(0, update, 8, 4)]
         return sum(len(b.tasks) - len(b.tasks.unique()) for b in (*trained, *data.validation_batches(4)))
 
-    grouped, loose = (both_solutions(tokenizer, cache, group_tasks=wanted) for wanted in (True, False))
+    grouped, ungrouped = (both_solutions(tokenizer, cache, group_tasks=option) for option in (True, False))
     assert pairs(grouped) == 40 + 11
-    assert pairs(loose) < 30
-    assert grouped.fingerprint != loose.fingerprint
+    assert pairs(ungrouped) < 30
+    assert grouped.fingerprint != ungrouped.fingerprint
     batches = list(grouped.validation_batches(4))
     assert sorted(record for b in batches for record in b.record_ids) == sorted(grouped.validation.record_ids)
 
 
-def test_curated_data_has_neither_wrong_nor_noisy_solutions(tokenizer: Tokenizer, cache: Path) -> None:
-    everything, curated = (both_solutions(tokenizer, cache, curated=wanted) for wanted in (False, True))
+def test_curated_data_has_no_incorrect_or_noisy_solutions(tokenizer: Tokenizer, cache: Path) -> None:
+    everything, curated = (both_solutions(tokenizer, cache, curated=option) for option in (False, True))
     for name in ("train", "validation"):
         before: list[Record] = getattr(everything, name).records
         after: list[Record] = getattr(curated, name).records

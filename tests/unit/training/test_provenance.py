@@ -1,4 +1,4 @@
-"""Test the id of a run and its URL in S3."""
+"""Tests of the id of a run, its URL in S3, its final status and its Git revision."""
 
 import json
 import os
@@ -20,7 +20,7 @@ import os, sys, time
 from pathlib import Path
 from wmtp.runtime.run_dir import RunStatus
 status = RunStatus(Path(sys.argv[1]))
-print("holds it", flush=True)
+print("holds the lock", flush=True)
 time.sleep(60)
 """
 
@@ -33,19 +33,19 @@ time.sleep(60)
         ("/scratch/first try", "s3://b/p/first try"),
     ],
 )
-def test_url_of_a_run_ends_with_its_folder(folder: str, expected: str) -> None:
+def test_the_url_of_a_run_ends_with_its_folder(folder: str, expected: str) -> None:
     assert remote_url(Path(folder), "s3://b/p") == remote_url(Path(folder), "s3://b/p/") == expected
 
 
-def test_url_of_a_job_contains_the_sweep(tmp_path: Path) -> None:
-    """Its own name is a number, which the jobs of every sweep have; the control is a folder that is no sweep's."""
+def test_the_url_of_a_job_contains_the_sweep(tmp_path: Path) -> None:
+    """The name of a job's folder is only a number. The control is a parent folder that is not a sweep."""
     (tmp_path / "first" / "0").mkdir(parents=True)
     assert remote_url(tmp_path / "first" / "0", "s3://b") == "s3://b/0"
     (tmp_path / "first" / SWEEP).touch()
     assert remote_url(tmp_path / "first" / "0", "s3://b") == "s3://b/first/0"
 
 
-def test_id_is_permanent_and_url_is_kept_below_the_same_remote(tmp_path: Path) -> None:
+def test_the_id_is_permanent_and_the_url_is_kept_for_the_same_remote(tmp_path: Path) -> None:
     write_run_id(tmp_path, None)
     first = read_run(tmp_path)
     assert first is not None and len(first["id"]) == 32 and first["remote"] is None
@@ -53,17 +53,19 @@ def test_id_is_permanent_and_url_is_kept_below_the_same_remote(tmp_path: Path) -
     write_run_id(tmp_path, "s3://b/p")
     moved = tmp_path.rename(tmp_path.with_name("another name"))
     write_run_id(moved, "s3://b/p")
-    assert read_run(moved) == {"id": first["id"], "remote": f"s3://b/p/{tmp_path.name}"}, "a copy goes on in its place"
+    assert read_run(moved) == {"id": first["id"], "remote": f"s3://b/p/{tmp_path.name}"}, (
+        "the URL of a renamed run changed"
+    )
 
     write_run_id(moved, None)
-    assert read_run(moved) == {"id": first["id"], "remote": None}, "nothing of it goes there now"
+    assert read_run(moved) == {"id": first["id"], "remote": None}, "a run without remote has a URL"
     write_run_id(moved, "s3://b/other")
     assert read_run(moved) == {"id": first["id"], "remote": "s3://b/other/another name"}
 
 
-def test_dead_run_with_status_running_was_killed(tmp_path: Path) -> None:
+def test_a_dead_run_with_status_running_becomes_killed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "holds it\n"
+    assert process.stdout is not None and process.stdout.readline() == "holds the lock\n"
     with pytest.raises(InputError, match="is in use by process"):
         mark_dead_run(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
@@ -81,7 +83,7 @@ def test_dead_run_with_status_running_was_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
-def test_a_run_that_has_ended_keeps_its_state(tmp_path: Path, state: str) -> None:
+def test_an_ended_run_keeps_its_state(tmp_path: Path, state: str) -> None:
     RunStatus(tmp_path).end(state, 0, JobProgress(step=3))
     before = (tmp_path / "status.json").read_bytes()
     assert mark_dead_run(tmp_path) == state and (tmp_path / "status.json").read_bytes() == before
@@ -91,21 +93,21 @@ def test_a_run_that_has_ended_keeps_its_state(tmp_path: Path, state: str) -> Non
 def test_code_installed_in_an_unrelated_repository_has_no_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control is the same file once that repository tracks it."""
+    """The control is the same file after the repository tracks it."""
 
     def git(*arguments: str) -> str:
-        who = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
-        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        author = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+        done = subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
     installed = tmp_path / "venv" / "wmtp" / "versions.py"
     installed.parent.mkdir(parents=True)
     installed.write_text("# ours\n")
     monkeypatch.setattr(versions, "__file__", str(installed))
-    assert git_revision() is None, "no repository"
+    assert git_revision() is None, "a revision without a repository"
     git("init")
     git("commit", "--allow-empty", "--message", "theirs")
-    assert git_revision() is None, "a repository that does not know it"
+    assert git_revision() is None, "a revision of a repository that does not track the file"
 
     git("add", "venv")
     git("commit", "--message", "ours")

@@ -1,4 +1,4 @@
-"""A resumed run of twenty updates equals an uninterrupted one bit for bit, and needs every part of the state."""
+"""Tests that a resumed run equals an uninterrupted one bit for bit, and that this needs every part of the state."""
 
 import json
 import shutil
@@ -24,18 +24,18 @@ FEW_SAVES = "save_interval=null"
 
 
 @pytest.fixture(scope="module")
-def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run of twenty updates with a checkpoint after each."""
-    folder = tmp_path_factory.mktemp("straight")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run_command(["tracking=none", f"cache_dir={cache}", *TINY, *RUN, "hydra.run.dir=run"], patch) == 0
     return folder / "run"
 
 
-def start_over(straight: Path, name: str) -> Path:
+def start_over(uninterrupted: Path, name: str) -> Path:
     """Copy a run's folder into the current folder."""
-    shutil.copytree(straight, name)
+    shutil.copytree(uninterrupted, name)
     return Path(name)
 
 
@@ -61,12 +61,12 @@ def trace(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", [7, 10], ids=["mid-epoch", "epoch-end"])
-def test_a_resumed_run_equals_an_uninterrupted_one(invoke: Invoke, straight: Path, step: int) -> None:
-    resumed = cut_back(straight, step, "resumed")
+def test_a_resumed_run_equals_an_uninterrupted_one(invoke: Invoke, uninterrupted: Path, step: int) -> None:
+    resumed = cut_back(uninterrupted, step, "resumed")
     outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
     assert outcome.code == 0, outcome.err
     assert f"/{resumed}/checkpoints/step_{step:08d}" in outcome.out
-    assert trace(resumed) == trace(straight)
+    assert trace(resumed) == trace(uninterrupted)
     assert json.loads((resumed / "status.json").read_text())["state"] == "FINISHED"
 
 
@@ -115,30 +115,32 @@ MUTANTS = {
 
 @pytest.mark.slow
 def test_a_resume_without_any_part_of_the_state_gives_another_run(
-    invoke: Invoke, straight: Path, monkeypatch: pytest.MonkeyPatch
+    invoke: Invoke, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert json.loads((straight / "checkpoints" / "best.json").read_text())["step"] < 7
+    assert json.loads((uninterrupted / "checkpoints" / "best.json").read_text())["step"] < 7
     for name, mutate in MUTANTS.items():
-        resumed = cut_back(straight, 7, name.replace(" ", "-"))
+        resumed = cut_back(uninterrupted, 7, name.replace(" ", "-"))
         with monkeypatch.context() as patch:
             mutate(patch)
             outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
         last = resumed / "checkpoints" / "step_00000020"
-        assert outcome.code != 0 or not last.exists() or trace(resumed) != trace(straight), f"{name} is not needed"
+        assert outcome.code != 0 or not last.exists() or trace(resumed) != trace(uninterrupted), (
+            f"{name}: the resumed run equals the uninterrupted run"
+        )
 
 
-def test_a_finished_run_can_be_resumed_with_the_same_or_a_longer_plan(invoke: Invoke, straight: Path) -> None:
-    run = start_over(straight, "finished")
+def test_a_finished_run_can_be_resumed_with_the_same_or_a_longer_plan(invoke: Invoke, uninterrupted: Path) -> None:
+    run = start_over(uninterrupted, "finished")
     assert invoke(f"resume={run}", tiny=False).code == 0
-    assert trace(run) == trace(straight)
+    assert trace(run) == trace(uninterrupted)
     assert json.loads((run / "status.json").read_text())["step"] == 20
     assert invoke(f"resume={run}", "max_steps=22", tiny=False).code == 0
     assert json.loads((run / "status.json").read_text())["step"] == 22
 
 
 @pytest.mark.slow
-def test_a_changed_setting_that_must_stay_the_same_is_named(invoke: Invoke, straight: Path) -> None:
-    run = start_over(straight, "changed")
+def test_a_changed_setting_that_must_stay_the_same_is_reported(invoke: Invoke, uninterrupted: Path) -> None:
+    run = start_over(uninterrupted, "changed")
     for change, name in (
         ("seed=1", "seed"),
         ("data.num_train=36", "data"),
@@ -149,16 +151,16 @@ def test_a_changed_setting_that_must_stay_the_same_is_named(invoke: Invoke, stra
         outcome = invoke(f"resume={run}", "max_steps=30", change, tiny=False)
         assert outcome.code == 2
         assert f"  {name}: " in outcome.err
-    assert (run / "status.json").read_bytes() == (straight / "status.json").read_bytes()
-    assert (run / "config.yaml").read_bytes() == (straight / "config.yaml").read_bytes()
-    assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "a refused resume changes nothing"
+    assert (run / "status.json").read_bytes() == (uninterrupted / "status.json").read_bytes()
+    assert (run / "config.yaml").read_bytes() == (uninterrupted / "config.yaml").read_bytes()
+    assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "a refused resume changed the run"
 
 
 @pytest.mark.slow
-def test_the_previous_checkpoint_is_used_if_the_last_one_is_damaged(invoke: Invoke, straight: Path) -> None:
-    resumed = cut_back(straight, 10, "resumed")
+def test_the_previous_checkpoint_is_used_if_the_last_one_is_damaged(invoke: Invoke, uninterrupted: Path) -> None:
+    resumed = cut_back(uninterrupted, 10, "resumed")
     model = resumed / "checkpoints" / "step_00000010" / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1])
     outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
     assert "step_00000010 is damaged" in outcome.err and "step_00000009" in outcome.out
-    assert trace(resumed) == trace(straight)
+    assert trace(resumed) == trace(uninterrupted)

@@ -1,4 +1,4 @@
-"""docs/scaling.md: its formulas against torch on small models, and its tables against the script that prints them."""
+"""Tests of docs/scaling.md: its formulas against torch on small models, its recommendations against the script."""
 
 import importlib.util
 import re
@@ -33,32 +33,32 @@ SAMPLES, POSITIONS = 4, 64
 SMALL = {"dim": 256, "num_layers": 4, "num_heads": 3, "num_attention_heads": 4, "hidden_dim": 688, "vocab_size": 96}
 
 
-def loaded() -> ModuleType:
-    """The script as a module."""
+def load_script() -> ModuleType:
+    """Return the script as a module."""
     spec = importlib.util.spec_from_file_location("estimate_scaling", ROOT / "scripts" / "estimate_scaling.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
-script = loaded()
+script = load_script()
 GPUS = Machine(4)
 
 
 def setting(activation_checkpointing: bool, micro_batch_size: int = SAMPLES) -> ParallelSetting:
-    """As the page recommends it."""
+    """Return the parallel setting that the page recommends."""
     return ParallelSetting("fsdp", activation_checkpointing, True, micro_batch_size)
 
 
-def built(**sizes: int) -> MtpModel:
-    """wmtp's model of a shape."""
+def create_model(**sizes: int) -> MtpModel:
+    """Return a model of wmtp with the given sizes."""
     return create_llama(LlamaArchitecture(num_kv_heads=sizes["num_attention_heads"], **sizes))  # type: ignore[arg-type]
 
 
-class NormOfGpu(torch.autograd.Function):
-    """What CUDA's kernel keeps of an RMSNorm: its input and a statistic; under autocast in fp32, as its result."""
+class GpuNorm(torch.autograd.Function):
+    """RMSNorm that, like CUDA's kernel, saves its input and a statistic; under autocast, in and output are fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,82 +74,82 @@ class NormOfGpu(torch.autograd.Function):
 @pytest.fixture
 def gpu_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        result: Tensor = NormOfGpu.apply(x.float(), norm.weight.float(), norm.eps)  # type: ignore[no-untyped-call]
+        result: Tensor = GpuNorm.apply(x.float(), norm.weight.float(), norm.eps)  # type: ignore[no-untyped-call]
         return result
 
     monkeypatch.setattr(nn.RMSNorm, "forward", forward)
 
 
-def gathered_in_bf16(model: MtpModel) -> MtpModel:
-    """A model whose blocks have bf16 parameters, as they do while FSDP has gathered them."""
+def with_bf16_blocks(model: MtpModel) -> MtpModel:
+    """Return the model with bf16 parameters in its blocks, like those that FSDP gathers."""
     for block in [*model.trunk, *model.heads]:
         block.to(torch.bfloat16)
     return model
 
 
 @contextmanager
-def saved(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Every storage that autograd keeps, once, besides the parameters."""
+def saved_tensors(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Collect one tensor of each storage that autograd saves, except parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved_by_autograd: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
         if storage not in own:
-            kept[storage] = tensor
+            saved_by_autograd[storage] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield saved_by_autograd
 
 
 def saved_per_token(model: MtpModel) -> float:
-    """Bytes that autograd keeps of a forward under bf16 autocast, for each token."""
+    """Return the bytes per token that autograd saves in a forward under bf16 autocast."""
     tokens = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16), saved(model) as kept:
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors(model) as saved_by_autograd:
         outputs = model(tokens)
     assert outputs.states.dtype == torch.float32
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens.numel()
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved_by_autograd.values()) / tokens.numel()
 
 
-def test_parameters_are_those_of_the_model() -> None:
+def test_parameters_equal_those_of_the_model() -> None:
     with torch.device("meta"):
-        large = built(**{name: getattr(ModelShape(), name) for name in script.SIZES})
+        large = create_model(**{name: getattr(ModelShape(), name) for name in script.SIZES})
     assert large.num_parameters == ModelShape().parameters == 6_738_415_616
     assert len(large.state_dict()) == 291
     shape = ModelShape(**SMALL)
-    assert built(**SMALL).num_parameters == shape.parameters
-    assert shape.block_parameters == sum(parameter.numel() for parameter in built(**SMALL).trunk[0].parameters())
+    assert create_model(**SMALL).num_parameters == shape.parameters
+    assert shape.block_parameters == sum(parameter.numel() for parameter in create_model(**SMALL).trunk[0].parameters())
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_activations_are_those_that_autograd_keeps(gpu_norms: None, activation_checkpointing: bool) -> None:
-    model = gathered_in_bf16(built(**SMALL))
+def test_activations_equal_what_autograd_saves(gpu_norms: None, activation_checkpointing: bool) -> None:
+    model = with_bf16_blocks(create_model(**SMALL))
     model.activation_checkpointing = activation_checkpointing
     measured = saved_per_token(model)
     shape = ModelShape(**SMALL)
     expected = estimate.activation_bytes(shape, GPUS, setting(activation_checkpointing))
     assert measured == pytest.approx(expected, rel=0.02)
 
-    one_cast = 2 * 2 * shape.dim  # the control: a normed state that all its readers share
+    one_cast = 2 * 2 * shape.dim  # the control: one bf16 copy of a normalized state instead of one per consumer
     if not activation_checkpointing:
         naive = measured - shape.num_blocks * (5 * 2 * shape.dim - one_cast)
         assert naive < 0.9 * expected
     else:
         unshared = shape.num_blocks * 4 * shape.dim + 4 * shape.num_heads * shape.dim
-        assert unshared > 1.1 * measured  # as if every head had an input of its own
+        assert unshared > 1.1 * measured  # as if every head had its own input
 
 
-def test_without_sharding_autocast_also_keeps_a_bf16_copy_of_each_matrix(gpu_norms: None) -> None:
+def test_without_sharding_autocast_also_saves_a_bf16_copy_of_each_matrix(gpu_norms: None) -> None:
     shape = ModelShape(**SMALL)
     copies = 2 * shape.num_blocks * shape.block_matrices / (SAMPLES * POSITIONS)
     expected = estimate.activation_bytes(shape, GPUS, setting(False))
-    assert saved_per_token(built(**SMALL)) == pytest.approx(expected + copies, rel=0.02)
+    assert saved_per_token(create_model(**SMALL)) == pytest.approx(expected + copies, rel=0.02)
     assert copies > 0.1 * expected
 
 
 def weighted_loss(model: MtpModel) -> Tensor:
-    """The loss of all heads at every position."""
+    """Return the loss of all heads at every position."""
     tokens = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
         states = model(tokens).states
@@ -161,21 +161,21 @@ def weighted_loss(model: MtpModel) -> Tensor:
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_operations_are_those_that_torch_counts(activation_checkpointing: bool) -> None:
-    model = built(**SMALL)
+def test_operations_equal_those_that_torch_counts(activation_checkpointing: bool) -> None:
+    model = create_model(**SMALL)
     model.activation_checkpointing = activation_checkpointing
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
     shape = ModelShape(**SMALL)
-    model_flops, again = estimate.flops_per_token(shape, POSITIONS)
-    wanted = model_flops + (again if activation_checkpointing else 0)
-    assert counter.get_total_flops() / (SAMPLES * POSITIONS) == pytest.approx(wanted, rel=0.001)
+    model_flops, recomputed = estimate.flops_per_token(shape, POSITIONS)
+    expected = model_flops + (recomputed if activation_checkpointing else 0)
+    assert counter.get_total_flops() / (SAMPLES * POSITIONS) == pytest.approx(expected, rel=0.001)
     rule_of_thumb = (8 if activation_checkpointing else 6) * shape.parameters
-    assert abs(rule_of_thumb - wanted) > 0.01 * wanted
+    assert abs(rule_of_thumb - expected) > 0.01 * expected
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that collectives gather and reduce, whole, not only this rank's part."""
+    """Mode that counts the total bytes that collectives gather and reduce, not only this rank's part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Traffic(TorchDispatchMode):
 
 @pytest.fixture
 def group_of_four() -> Iterator[int]:
-    """A process group that sends nothing."""
+    """Create a fake process group of four ranks, and return its size."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield 4
     dist.destroy_process_group()
@@ -199,8 +199,8 @@ def group_of_four() -> Iterator[int]:
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_bytes_are_those_that_fsdp_sends(group_of_four: int, activation_checkpointing: bool) -> None:
-    model = built(**SMALL)
+def test_traffic_equals_the_bytes_that_fsdp_sends(group_of_four: int, activation_checkpointing: bool) -> None:
+    model = create_model(**SMALL)
     model.activation_checkpointing = activation_checkpointing
     parallelize(model, [*model.trunk, *model.heads], "fsdp", "bf16")
     with Traffic() as counted:
@@ -210,81 +210,64 @@ def test_bytes_are_those_that_fsdp_sends(group_of_four: int, activation_checkpoi
     gathered, reduced = estimate.traffic(shape, group_of_four, setting(activation_checkpointing), micro_batches=1)
     assert (share * counted.gathered, share * counted.reduced) == (gathered, reduced)
     blocks = shape.num_blocks * shape.block_parameters
-    assert gathered > 1.4 * share * (2 * blocks + 4 * (shape.parameters - blocks))  # the control: for the forward only
+    assert gathered > 1.4 * share * (
+        2 * blocks + 4 * (shape.parameters - blocks)
+    )  # the control: parameters gathered in the forward only
 
 
 def test_memory_is_sharded() -> None:
     shape = ModelShape()
-    each = estimate.memory(shape, GPUS, setting(True, 2))
-    once = estimate.memory(shape, GPUS, setting(True, 2)._replace(reduce_each_micro_batch=False))
-    state = each["parameters"] + each["gradients"] + each["optimizer"]
+    per_gpu = estimate.memory(shape, GPUS, setting(True, 2))
+    accumulated = estimate.memory(shape, GPUS, setting(True, 2)._replace(reduce_each_micro_batch=False))
+    state = per_gpu["parameters"] + per_gpu["gradients"] + per_gpu["optimizer"]
     assert state == 16 * shape.parameters / 4
-    assert once["gradients"] == 4 * shape.parameters  # accumulated without reducing: one GPU holds them all
+    assert accumulated["gradients"] == 4 * shape.parameters  # accumulated without reducing: each GPU has all gradients
 
 
-def blocks_of_tables(text: str) -> list[str]:
-    """The tables of a Markdown text."""
-    return re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE)
-
-
-def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The output of the script."""
+def script_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the output of the script."""
     monkeypatch.setattr(sys, "argv", ["estimate_scaling.py", *arguments])
     script.main()
     return capsys.readouterr().out
 
 
-def test_the_pages_tables_are_what_the_script_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def tables() -> list[str]:
-        return [table.strip() for table in blocks_of_tables(printed(monkeypatch, capsys))]
-
-    on_page = [table.strip() for table in blocks_of_tables(PAGE.read_text())]
-    computed = [table for table in on_page if not table.startswith("| machine")]
-    assert len(computed) == 4
-    assert computed == tables()
-    monkeypatch.setattr(estimate, "RING_BANDWIDTH", 210e9)
-    assert computed != tables()
-
-
-def recommended() -> list[list[str]]:
-    """The overrides of every training command of the page."""
+def recommended_overrides() -> list[list[str]]:
+    """Return the overrides of every training command of the page."""
     text = PAGE.read_text().replace("\\\n", " ")
     lines = re.findall(r"-m wmtp\.train (.*)", text)
     return [[word for word in line.split() if "=" in word] for line in lines]
 
 
-def test_the_page_recommends_what_fits_and_is_fastest() -> None:
+def test_the_page_recommends_the_fastest_setting_that_fits() -> None:
     machines = [Machine(4, 40), Machine(4, 80), Machine(64, 80)]
-    assert len(recommended()) == len(machines)
-    for machine, overrides in zip(machines, recommended(), strict=True):
-        said = dict(override.split("=", 1) for override in overrides)
+    assert len(recommended_overrides()) == len(machines)
+    for machine, overrides in zip(machines, recommended_overrides(), strict=True):
+        page_values = dict(override.split("=", 1) for override in overrides)
         recommendation = ParallelSetting(
-            "fsdp",  # of hardware=a100x4
-            said.get("hardware.activation_checkpointing") == "true",
-            said.get("hardware.reduce_each_micro_batch") == "true" or machine.processes == 64,
-            int(said["micro_batch_size"]),
+            "fsdp",  # the strategy of hardware=a100x4
+            page_values.get("hardware.activation_checkpointing") == "true",
+            page_values.get("hardware.reduce_each_micro_batch") == "true" or machine.processes == 64,
+            int(page_values["micro_batch_size"]),
         )
-        assert said["hardware"] == "a100x4"
-        assert int(said.get("hardware.num_processes", "4")) == machine.processes
-        assert int(said["batch_size"]) == machine.batch_size
+        assert page_values["hardware"] == "a100x4"
+        assert int(page_values.get("hardware.num_processes", "4")) == machine.processes
+        assert int(page_values["batch_size"]) == machine.batch_size
         assert recommendation == script.best(ModelShape(), machine)
 
 
-def test_the_page_expects_what_was_computed() -> None:
+def test_the_rates_on_the_page_equal_those_computed() -> None:
     rows = re.findall(r"^\| (\d+) × A100 (\d+) GB \|.*\| ([\d,]+) – ([\d,]+) tokens/s", PAGE.read_text(), re.MULTILINE)
     assert [(int(row[0]), int(row[1])) for row in rows] == [(4, 40), (4, 80), (64, 80)]
     for gpus, memory, *rates in rows:
         machine = Machine(int(gpus), int(memory))
         found = estimate.speed(ModelShape(), machine, script.best(ModelShape(), machine))
-        said = [int(rate.replace(",", "")) for rate in rates]
-        assert said == pytest.approx([found.slow, found.fast], rel=0.05)
+        page_values = [int(rate.replace(",", "")) for rate in rates]
+        assert page_values == pytest.approx([found.slow, found.fast], rel=0.05)
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_pages_overrides_compose(compose: Callable[..., DictConfig], number: int) -> None:
-    assert compose(*recommended()[number]).hardware.strategy == "fsdp"
+def test_the_overrides_of_the_page_compose(compose: Callable[..., DictConfig], number: int) -> None:
+    assert compose(*recommended_overrides()[number]).hardware.strategy == "fsdp"
 
 
 @pytest.mark.parametrize(
@@ -297,17 +280,17 @@ def test_the_pages_overrides_compose(compose: Callable[..., DictConfig], number:
         ),
     ],
 )
-def test_page_shows_the_results_of_its_options(
+def test_the_page_has_the_results_of_the_options_that_it_mentions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, expected: str
 ) -> None:
     assert f"`{options}`" in PAGE.read_text() and expected in PAGE.read_text()
-    found = re.search(r"\*\*([\d,]+) – ([\d,]+)\*\*", printed(monkeypatch, capsys, *options.split()))
+    found = re.search(r"\*\*([\d,]+) – ([\d,]+)\*\*", script_output(monkeypatch, capsys, *options.split()))
     assert found is not None
-    said = [int(rate.replace(",", "")) for rate in expected.split(" – ")]
-    assert said == pytest.approx([int(rate.replace(",", "")) for rate in found.groups()], rel=0.05)
+    page_values = [int(rate.replace(",", "")) for rate in expected.split(" – ")]
+    assert page_values == pytest.approx([int(rate.replace(",", "")) for rate in found.groups()], rel=0.05)
 
 
 def test_options_select_one_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(monkeypatch, capsys, "--gpus", "8", "--memory", "40", "--sequence", "1024", "--ring", "150")
+    text = script_output(monkeypatch, capsys, "--gpus", "8", "--memory", "40", "--sequence", "1024", "--ring", "150")
     assert "| 8 × 40 GB | fsdp |" in text
     assert "| 4 ×" not in text and "network of a node" not in text

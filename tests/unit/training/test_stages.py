@@ -145,12 +145,12 @@ def test_stage_2_starts_from_the_value_head_and_the_trunk_of_stage_1(runs: Path)
 def test_stage_1_can_be_reused_from_another_run(invoke: Invoke, runs: Path) -> None:
     outcome = invoke(*RUN, "algo=critic", f"pretrain.reuse={runs / 'critic'}", "hydra.run.dir=reused")
     assert outcome.code == 0, outcome.err
-    mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (Path("reused"), runs / "critic"))
-    assert mine["final_loss"] == theirs["final_loss"]
-    assert mine["pretrain"]["total_steps"] == 6
+    summary, expected = (json.loads((run / "summary.json").read_text()) for run in (Path("reused"), runs / "critic"))
+    assert summary["final_loss"] == expected["final_loss"]
+    assert summary["pretrain"]["total_steps"] == 6
     shutil.rmtree("reused/checkpoints/step_00000012")
     other = invoke("resume=reused", f"pretrain.reuse={Path('gone')}", tiny=False)
-    assert other.code == 0, "the copied stage belongs to this run"
+    assert other.code == 0, "the copied stage does not have the id of this run"
 
 
 @pytest.mark.slow
@@ -191,13 +191,13 @@ def test_a_signal_in_the_last_update_of_stage_1_is_not_lost(
 ) -> None:
     validate = Trainer.validate
 
-    def interrupted(self: Trainer, max_batches: int | None = None) -> bool:
+    def validate_with_signal(self: Trainer, max_batches: int | None = None) -> bool:
         if self.position.step == 6:
             signal.raise_signal(signal.SIGTERM)
         return validate(self, max_batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "validate", interrupted)
+        patch.setattr(Trainer, "validate", validate_with_signal)
         outcome = invoke(*RUN, *ALGORITHMS["critic"], "hydra.run.dir=stopped")
     assert outcome.code == 143 and "resume=stopped" in outcome.err
     assert json.loads(Path("stopped/status.json").read_text())["state"] == "KILLED"
@@ -209,23 +209,25 @@ def test_a_signal_in_the_last_update_of_stage_1_is_not_lost(
 @pytest.mark.slow
 def test_a_named_reference_replaces_stage_1_with_equal_results(invoke: Invoke, runs: Path) -> None:
     reference = runs / "rho1" / "pretrain"
-    outcome = invoke(*RUN, "algo=rho1", f"algo.reference={reference}", "hydra.run.dir=named")
+    outcome = invoke(*RUN, "algo=rho1", f"algo.reference={reference}", "hydra.run.dir=reference_run")
     assert outcome.code == 0, outcome.err
-    mine, theirs = (json.loads((run / "summary.json").read_text()) for run in (Path("named"), runs / "rho1"))
-    assert mine["final_loss"] == theirs["final_loss"] and mine["pretrain"] is None
+    summary, expected = (
+        json.loads((run / "summary.json").read_text()) for run in (Path("reference_run"), runs / "rho1")
+    )
+    assert summary["final_loss"] == expected["final_loss"] and summary["pretrain"] is None
 
 
 @pytest.mark.slow
 def test_reference_losses_are_cached_for_later_runs(
     invoke: Invoke, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*arguments: object) -> None:
+    def fail_if_called(*arguments: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("wmtp.training.precompute.TokenColumns._write", never)
+    monkeypatch.setattr("wmtp.training.precompute.TokenColumns._write", fail_if_called)
     reference = f"algo.reference={runs / 'rho1' / 'pretrain'}"
     assert invoke(*RUN, "algo=rho1_token_skip", reference).code == 0
-    assert invoke(*RUN, "algo=rho1", reference, "data.seed=1").code == 1, "other data need other losses"
+    assert invoke(*RUN, "algo=rho1", reference, "data.seed=1").code == 1, "losses of other data were used"
 
 
 @pytest.mark.slow
@@ -336,13 +338,13 @@ def test_a_signal_during_the_last_save_of_stage_1_ends_the_run_before_stage_2(
 ) -> None:
     save = CheckpointStore.save
 
-    def signalled(self: CheckpointStore, step: int, snapshot: Snapshot) -> Path:
+    def save_with_signal(self: CheckpointStore, step: int, snapshot: Snapshot) -> Path:
         path = save(self, step, snapshot)
         if path.parts[-3] == "pretrain":
             signal.raise_signal(signal.SIGTERM)
         return path
 
-    monkeypatch.setattr(CheckpointStore, "save", signalled)
+    monkeypatch.setattr(CheckpointStore, "save", save_with_signal)
     outcome = invoke("algo=rho1", "max_steps=2", "hydra.run.dir=run")
     assert outcome.code == 143 and not Path("run/checkpoints").exists()
     assert json.loads(Path("run/status.json").read_text())["state"] == "KILLED"
@@ -356,4 +358,4 @@ def test_a_run_without_stage_1_cannot_be_resumed_with_one(invoke: Invoke) -> Non
     refused = invoke("resume=run", "algo=critic", tiny=False)
     assert refused.code == 2 and "its training has begun without a stage 1" in refused.err
     assert {path: path.read_bytes() for path in before} == before and not Path("run/pretrain").exists()
-    assert invoke("resume=run", "max_steps=3", tiny=False).code == 0, "a refused resume changes nothing"
+    assert invoke("resume=run", "max_steps=3", tiny=False).code == 0, "a refused resume changed the run"

@@ -1,4 +1,4 @@
-"""Test the quality of weights: area under the curve, token labels, and known weights."""
+"""Tests of the quality of weights: area under the ROC curve, token labels, and weights of known quality."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,9 @@ CPU = Hardware(device="cpu")
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans(), st.integers(0, 2)), min_size=1, max_size=60))
-def test_the_area_is_scikit_learns_within_groups_also_with_ties(rows: list[tuple[int, bool, bool, int]]) -> None:
+def test_the_area_equals_that_of_scikit_learn_within_groups_also_with_ties(
+    rows: list[tuple[int, bool, bool, int]],
+) -> None:
     scores, positive, among, groups = (np.array(column) for column in zip(*rows, strict=True))
     got = area_under_roc(scores.astype(np.float32) / 3, positive, among, groups)
     areas, pairs = [], []
@@ -45,7 +47,7 @@ def test_ties_count_half() -> None:
     scores, positive, among = np.array([1.0, 1, 2, 0]), np.array([True, False, True, False]), np.ones(4, bool)
     assert area_under_roc(scores, positive, among, np.zeros(4, int)) == (0.5 + 1 + 1 + 1) / 4
     without_ties = np.mean([a > b for a in (1.0, 2.0) for b in (1.0, 0.0)])
-    assert without_ties == 0.75  # the control
+    assert without_ties == 0.75  # the control: ties are not counted
 
 
 SOLUTION = "def compute(xs):\n    xs = [x + 17 for x in xs]\n    return xs\n# id: 00417\n"
@@ -55,8 +57,8 @@ def spans_of(*parts: str) -> tuple[tuple[int, int], ...]:
     return tuple((SOLUTION.index(part), SOLUTION.index(part) + len(part)) for part in parts)
 
 
-def example(tokenizer: Tokenizer, folder: Path) -> TokenizedSplit:
-    """Two records of which the second one is marked, behind one that is too long to be kept."""
+def labeled_split(tokenizer: Tokenizer, folder: Path) -> TokenizedSplit:
+    """Return a split of three records: one that is too long and is dropped, one without spans, one with spans."""
     records = [
         Record(task_id="long", prompt="word " * 300, solution=SOLUTION, decisive=((0, len(SOLUTION)),)),
         Record(task_id="plain", prompt="Say 17", solution="print(17)\n"),
@@ -69,43 +71,47 @@ def example(tokenizer: Tokenizer, folder: Path) -> TokenizedSplit:
     return TokenizedSplit("validation", records, source, None, folder)
 
 
-def test_exactly_the_tokens_that_overlap_a_span_are_marked(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    split = example(tokenizer, tmp_path)
+def test_exactly_the_tokens_that_overlap_a_span_are_labeled(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    split = labeled_split(tokenizer, tmp_path)
     decisive, noise, response = label_tokens(split, tokenizer)
     samples = split.samples
     assert samples.kept.tolist() == [1, 2]
     first, stop = samples.offsets[1] + samples.prompt_lengths[1], samples.offsets[2]
     assert samples.tokens[stop - 1] == tokenizer.end
-    assert not decisive[:first].any() and not noise[:first].any()  # the other record, and the prompt with its 17
+    assert (
+        not decisive[:first].any() and not noise[:first].any()
+    )  # the record without spans, and the prompt, which also contains 17
     assert not decisive[stop - 1] and not noise[stop - 1]
     expected = np.zeros(len(samples.tokens), bool)
     for index in range(2):
         expected[samples.offsets[index] + samples.prompt_lengths[index] : samples.offsets[index + 1]] = True
     assert np.array_equal(response, expected)
 
-    text, marks = "", []
-    for place in range(first, stop - 1):
-        piece = tokenizer.decode([int(samples.tokens[place])])
-        marks.append((len(text), len(text) + len(piece), bool(decisive[place]), bool(noise[place])))
+    text, token_labels = "", []
+    for position in range(first, stop - 1):
+        piece = tokenizer.decode([int(samples.tokens[position])])
+        token_labels.append((len(text), len(text) + len(piece), bool(decisive[position]), bool(noise[position])))
         text += piece
     assert text == SOLUTION
-    for spans, which in ((spans_of("+", "17"), 2), (spans_of("00417"), 3)):
-        inside = {i for start, end in spans for i in range(start, end)}
-        for mark in marks:
-            assert mark[which] is bool(inside & set(range(*mark[:2])))
-        assert 0 < sum(mark[which] for mark in marks) < 6
+    for spans, field in ((spans_of("+", "17"), 2), (spans_of("00417"), 3)):
+        span_positions = {i for start, end in spans for i in range(start, end)}
+        for label in token_labels:
+            assert label[field] is bool(span_positions & set(range(*label[:2])))
+        assert 0 < sum(label[field] for label in token_labels) < 6
 
 
 @pytest.fixture(scope="module")
-def both(tokenizer: Tokenizer, cache: Path) -> Dataset:
-    """Right and wrong solutions, half of them with noise."""
+def noisy_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
+    """Return a data set of correct and incorrect solutions, half of them with noise."""
     source = TaskSource(
         tokenizer=tokenizer, num_train=2, num_validation=12, num_test=1, difficulties={1: 1, 2: 1}, noise=0.5
     )
     return Dataset(source, cache, seed=0)
 
 
-def judged(data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None) -> dict[str, float | None]:
+def quality_of(
+    data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None
+) -> dict[str, float | None]:
     data.validation.reference_losses = reference_losses
     return quality(MtpObjective(algorithm), data)
 
@@ -117,45 +123,47 @@ def quality(objective: MtpObjective, data: Dataset) -> dict[str, float | None]:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
-def test_right_weights_score_one_constant_ones_half_and_inverted_ones_zero(name: str, both: Dataset) -> None:
-    decisive, noise, _ = label_tokens(both.validation, both.tokenizer)
+def test_correct_weights_score_one_inverted_weights_zero_and_random_weights_half(
+    name: str, noisy_data: Dataset
+) -> None:
+    decisive, noise, _ = label_tokens(noisy_data.validation, noisy_data.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
-    hard_for_the_reference = 1000 * truth.astype(np.float32)
-    assert judged(both, ExcessLoss(), hard_for_the_reference)[name] == 1.0
-    assert judged(both, ExcessLoss(), 1000 - hard_for_the_reference)[name] == 0.0
-    drawn = judged(both, Random(of=ExcessLoss()), hard_for_the_reference)[name]
+    high_on_labels = 1000 * truth.astype(np.float32)
+    assert quality_of(noisy_data, ExcessLoss(), high_on_labels)[name] == 1.0
+    assert quality_of(noisy_data, ExcessLoss(), 1000 - high_on_labels)[name] == 0.0
+    drawn = quality_of(noisy_data, Random(of=ExcessLoss()), high_on_labels)[name]
     assert drawn is not None and 0.3 < drawn < 0.7
-    assert judged(both, Uniform()) == {}, "nothing is to be said of equal weights"
+    assert quality_of(noisy_data, Uniform()) == {}, "equal weights have a quality"
 
 
 @pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
-def test_shuffled_labels_give_chance(name: str, tokenizer: Tokenizer, cache: Path) -> None:
+def test_shuffled_weights_score_half(name: str, tokenizer: Tokenizer, cache: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=2, num_validation=80, num_test=1, difficulties={1: 1}, noise=0.5)
     data = Dataset(source, cache, seed=0)
     decisive, noise, response = label_tokens(data.validation, data.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
-    shuffled = judged(data, Shuffled(of=ExcessLoss()), 1000 * truth.astype(np.float32))[name]
+    shuffled = quality_of(data, Shuffled(of=ExcessLoss()), 1000 * truth.astype(np.float32))[name]
     assert shuffled is not None and 0.45 < shuffled < 0.55
 
     if name == "decisive_wrong_auc":
-        return  # every wrong solution has as much of it as any other, so nothing can leak between solutions
-    # the control: over all solutions at once, permuted weights still say which of them have noise
+        return  # all incorrect solutions have equally many decisive tokens, so the control does not apply
+    # the control: pooled over all solutions, shuffled weights still show which solutions have noise
     weights = measure_tokens(MtpObjective(Shuffled(of=ExcessLoss())), tiny_model(), data, CPU)[:, 0]
     pooled = area_under_roc(-weights, truth, response & np.isfinite(weights), np.zeros(len(truth), int))
     assert pooled is not None and pooled > 0.55
 
 
-def test_decisive_tokens_count_in_wrong_solutions_only(both: Dataset) -> None:
-    decisive, _, _ = label_tokens(both.validation, both.tokenizer)
-    wrong_of, lengths = ~both.validation.is_correct, both.validation.samples.lengths
-    wrong = np.repeat(wrong_of, lengths)
-    assert (decisive & ~wrong).any()
-    of_wrong_ones = 1000 * (decisive & wrong).astype(np.float32)
-    assert judged(both, ExcessLoss(), of_wrong_ones)["decisive_wrong_auc"] == 1.0
-    everywhere = area_under_roc(
-        of_wrong_ones, decisive, np.ones(len(decisive), bool), np.repeat(range(len(wrong_of)), lengths)
+def test_decisive_tokens_count_only_in_incorrect_solutions(noisy_data: Dataset) -> None:
+    decisive, _, _ = label_tokens(noisy_data.validation, noisy_data.tokenizer)
+    is_incorrect, lengths = ~noisy_data.validation.is_correct, noisy_data.validation.samples.lengths
+    in_incorrect = np.repeat(is_incorrect, lengths)
+    assert (decisive & ~in_incorrect).any()
+    high_on_decisive = 1000 * (decisive & in_incorrect).astype(np.float32)
+    assert quality_of(noisy_data, ExcessLoss(), high_on_decisive)["decisive_wrong_auc"] == 1.0
+    pooled = area_under_roc(
+        high_on_decisive, decisive, np.ones(len(decisive), bool), np.repeat(range(len(is_incorrect)), lengths)
     )
-    assert everywhere is not None and everywhere < 1.0  # the control: right solutions judged too
+    assert pooled is not None and pooled < 1.0  # the control: correct solutions are included
 
 
 def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -163,10 +171,10 @@ def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -
     plain = TokenizedSplit("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
     data = SimpleNamespace(validation=plain, tokenizer=tokenizer)
     assert quality(MtpObjective(Uniform()), data) == {}
-    nothing = TokenizedSplit("validation", [], source, None, tmp_path)
-    data = SimpleNamespace(validation=nothing, tokenizer=tokenizer)
+    no_records = TokenizedSplit("validation", [], source, None, tmp_path)
+    data = SimpleNamespace(validation=no_records, tokenizer=tokenizer)
     assert quality(MtpObjective(Uniform()), data) == {}
-    only_noise = example(tokenizer, tmp_path)
+    only_noise = labeled_split(tokenizer, tmp_path)
     only_noise.is_correct[:] = True
     data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
     only_noise.reference_losses = np.arange(len(only_noise.samples.tokens), dtype=np.float32)

@@ -29,7 +29,7 @@ from wmtp.errors import TrainingError
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.ops.metric_sums import Sums
+from wmtp.ops.metric_sums import MetricSums
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.optim import constant, cosine, linear, parameter_groups
 from wmtp.training.plan import Plan, Position
@@ -73,7 +73,7 @@ class FakeData:
         return [[] for _ in self.validation_batches(batch_size)]
 
 
-class Ragged(FakeData):
+class VariableLengthData(FakeData):
     """Solutions of 0 to 11 tokens. All samples are also the validation split, in batches."""
 
     def __init__(self, num_samples: int) -> None:
@@ -86,7 +86,7 @@ class Ragged(FakeData):
 
 
 @dataclass
-class Recorder:
+class RecordingTracker:
     """A tracker that keeps all logged metrics."""
 
     lines: list[tuple[int, dict[str, float]]]
@@ -134,7 +134,7 @@ def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path:
 
     exact: list[float] = []
 
-    class InOrder(HuggingFaceTrainer):
+    class InOrderTrainer(HuggingFaceTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -150,16 +150,16 @@ def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path:
     )  # fmt: skip
     rows = [{"input_ids": data.tokens[i], "labels": data.labels[i]} for i in range(80)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
-    InOrder(model=llama, args=arguments, train_dataset=rows, optimizers=(optimizer, schedule)).train()
+    InOrderTrainer(model=llama, args=arguments, train_dataset=rows, optimizers=(optimizer, schedule)).train()
 
-    recorder = Recorder([])
+    recorder = RecordingTracker([])
     plan = Plan(80, num_epochs=1.0, batch_size=4)
     trainer_of(tmp_path, data, model, plan, log_interval=1).fit([recorder])
     ours = recorder.values("train/loss")
     assert len(ours) == len(exact) == 20
     assert max(abs(a - b) / b for a, b in zip(ours, exact, strict=True)) <= 1e-5
 
-    control = Recorder([])  # control: without clipping the losses differ
+    control = RecordingTracker([])  # the control: without clipping, the losses differ
     trainer_of(tmp_path, data, tiny_model(num_heads=1), plan, log_interval=1, max_grad_norm=1e9).fit([control])
     assert max(abs(a - b) / b for a, b in zip(control.values("train/loss"), exact, strict=True)) > 1e-5
 
@@ -172,19 +172,19 @@ def test_the_plan_counts_the_updates_that_will_run(epochs: float, max_steps: int
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
-def test_positions_walk_through_every_update_of_every_epoch(samples: int, batch: int, micro: int) -> None:
+def test_positions_cover_every_update_of_every_epoch(samples: int, batch: int, micro: int) -> None:
     plan = Plan(samples, num_epochs=2.0, batch_size=batch, micro_batch_size=min(micro, batch))
-    position, seen = Position(), []
+    position, visited = Position(), []
     for _ in range(plan.num_updates):
         update = plan.update_in_epoch(position)
-        seen.append((position.epoch, update))
-        position = plan.after(position, min(batch, samples - update * batch))
-    assert seen == [(epoch, update) for epoch in (0, 1) for update in range(plan.updates_per_epoch)]
+        visited.append((position.epoch, update))
+        position = plan.next_position(position, min(batch, samples - update * batch))
+    assert visited == [(epoch, update) for epoch in (0, 1) for update in range(plan.updates_per_epoch)]
     assert position == Position(plan.num_updates, 2, 0, 2 * samples)
 
 
-def test_intervals_epoch_ends_and_the_end_decide_what_happens_when(tmp_path: Path) -> None:
-    recorder = Recorder([])
+def test_logging_validation_and_saving_happen_at_intervals_epoch_ends_and_the_end(tmp_path: Path) -> None:
+    recorder = RecordingTracker([])
     plan = Plan(20, num_epochs=1.6, batch_size=4)
     trainer = trainer_of(
         tmp_path, FakeData(20), tiny_model(), plan, log_interval=2, eval_interval=3, save_interval=7, lr=0.0
@@ -213,7 +213,7 @@ def test_a_non_finite_loss_or_gradient_stops_before_the_update(tmp_path: Path, w
         trainer.train_update()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
-    trainer.optimizer.step()  # control: the update that was not made
+    trainer.optimizer.step()  # the control: the refused update would change the parameters
     assert not torch.equal(model.embedding.weight, before["embedding.weight"])
 
 
@@ -258,57 +258,57 @@ def test_norms_and_embeddings_do_not_decay() -> None:
 # Micro-batches
 
 
-class DividesEach(MtpObjective):
+class DividesEachMicroBatch(MtpObjective):
     """An objective that divides each micro-batch by its own number of positions, as if all were equal."""
 
     def __init__(self, num_parts: int) -> None:
         super().__init__(Uniform())
         self.num_parts = num_parts
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         return super().loss(model, batch, self.denominators(model, batch).clamp(min=1) * self.num_parts)
 
 
 def parameters_after(folder: Path, micro_batch_size: int, naive: bool = False) -> torch.Tensor:
-    """Return all parameters after three updates of eight ragged samples."""
+    """Return all parameters after three updates of eight samples of different lengths."""
     model, plan = tiny_model(), Plan(24, num_epochs=1.0, batch_size=8, micro_batch_size=micro_batch_size)
-    objective = DividesEach(8 // micro_batch_size) if naive else None
+    objective = DividesEachMicroBatch(8 // micro_batch_size) if naive else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    trainer = trainer_of(folder, Ragged(24), model, plan, objective=objective, optimizer=optimizer)
+    trainer = trainer_of(folder, VariableLengthData(24), model, plan, objective=objective, optimizer=optimizer)
     for _ in range(3):
         trainer.train_update()
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_an_update_is_the_same_in_micro_batches_of_any_size(tmp_path: Path) -> None:
-    whole, start = parameters_after(tmp_path, 8), torch.cat([p.flatten() for p in tiny_model().parameters()])
-    assert (whole - start).norm() > 0.1
+def test_an_update_is_the_same_for_any_micro_batch_size(tmp_path: Path) -> None:
+    one_batch, start = parameters_after(tmp_path, 8), torch.cat([p.flatten() for p in tiny_model().parameters()])
+    assert (one_batch - start).norm() > 0.1
     for size in (2, 1):
-        torch.testing.assert_close(parameters_after(tmp_path, size), whole, rtol=0, atol=1e-6)
-        assert (parameters_after(tmp_path, size, naive=True) - whole).abs().max() > 1e-4
-    torch.testing.assert_close(parameters_after(tmp_path, 8, naive=True), whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(parameters_after(tmp_path, size), one_batch, rtol=0, atol=1e-6)
+        assert (parameters_after(tmp_path, size, naive=True) - one_batch).abs().max() > 1e-4
+    torch.testing.assert_close(parameters_after(tmp_path, 8, naive=True), one_batch, rtol=0, atol=1e-6)
 
 
 # Validation
 
 
 def test_validation_uses_no_dropout_and_pools_the_sums_of_its_batches(tmp_path: Path) -> None:
-    model, data = tiny_model(dropout=0.3), Ragged(10)
+    model, data = tiny_model(dropout=0.3), VariableLengthData(10)
     trainer = trainer_of(tmp_path, data, model, Plan(10, batch_size=5, micro_batch_size=3))
     assert trainer.validate()
     first = trainer.last_validation
-    assert not trainer.validate(), "the same again is no improvement"
+    assert not trainer.validate(), "an equal loss counted as an improvement"
     assert trainer.last_validation == first
 
     objective, every = trainer.objective, data.batch(0, 10)
-    whole = objective.metrics(objective.evaluate(model, every))
-    assert first == pytest.approx({f"val/{name}": value for name, value in whole.items()}, rel=1e-5)
+    one_batch = objective.metrics(objective.evaluate(model, every))
+    assert first == pytest.approx({f"val/{name}": value for name, value in one_batch.items()}, rel=1e-5)
     parts = [objective.metrics(objective.evaluate(model, batch)) for batch in data.validation_batches(3)]
-    assert sum(part["loss"] for part in parts) / len(parts) != pytest.approx(whole["loss"], rel=1e-4)
+    assert sum(part["loss"] for part in parts) / len(parts) != pytest.approx(one_batch["loss"], rel=1e-4)
 
     model.train()
     dropped = [objective.metrics(objective.evaluate(model, every))["loss"] for _ in range(2)]
-    assert dropped[0] != dropped[1] and whole["loss"] not in dropped
+    assert dropped[0] != dropped[1] and one_batch["loss"] not in dropped
 
 
 def test_validation_does_not_change_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_validation_does_not_change_the_training(tmp_path: Path, monkeypatch: py
     for validates in (False, True):
         model = tiny_model(dropout=0.3)
         torch.manual_seed(3)
-        trainer = trainer_of(tmp_path, Ragged(16), model, Plan(16, batch_size=8, micro_batch_size=4))
+        trainer = trainer_of(tmp_path, VariableLengthData(16), model, Plan(16, batch_size=8, micro_batch_size=4))
         for _ in range(3):
             before = trainer.position
             trainer.train_update()
@@ -328,9 +328,9 @@ def test_validation_does_not_change_the_training(tmp_path: Path, monkeypatch: py
         ends.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
-    model = tiny_model(dropout=0.3)  # control: if validation left the model in eval mode
+    model = tiny_model(dropout=0.3)  # the control: validation leaves the model in eval mode
     torch.manual_seed(3)
-    trainer = trainer_of(tmp_path, Ragged(16), model, Plan(16, batch_size=8, micro_batch_size=4))
+    trainer = trainer_of(tmp_path, VariableLengthData(16), model, Plan(16, batch_size=8, micro_batch_size=4))
     model.eval()
     monkeypatch.setattr(model, "train", lambda mode=True: model)
     for _ in range(3):
@@ -341,7 +341,7 @@ def test_validation_does_not_change_the_training(tmp_path: Path, monkeypatch: py
 # Early stopping
 
 
-class Scripted(MtpObjective):
+class GivenLosses(MtpObjective):
     """An objective with given validation losses; the last one is repeated."""
 
     def __init__(self, losses: list[float]) -> None:
@@ -349,9 +349,9 @@ class Scripted(MtpObjective):
         self.losses: Iterator[float] = iter(losses)
         self.last = math.nan
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
         values = super().metrics(sums)
-        if "weight_mean" not in values:  # a validation
+        if "weight_mean" not in values:  # the objective is called for a validation
             self.last = next(self.losses, self.last)
             values["loss"] = self.last
         return values
@@ -361,12 +361,12 @@ def stopping_run(folder: Path, losses: list[float]) -> Trainer:
     plan = Plan(40, num_epochs=3.0, batch_size=4)
     return trainer_of(
         folder, FakeData(40), tiny_model(), plan, early_stopping=EarlyStopping(patience=2, min_delta=0.1),
-        objective=Scripted(losses), eval_interval=2, log_interval=3,
+        objective=GivenLosses(losses), eval_interval=2, log_interval=3,
     )  # fmt: skip
 
 
 def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: Path) -> None:
-    recorder, trainer = Recorder([]), stopping_run(tmp_path, [5.0, 4.0, 4.5, 3.95, 3.0])
+    recorder, trainer = RecordingTracker([]), stopping_run(tmp_path, [5.0, 4.0, 4.5, 3.95, 3.0])
     result = trainer.fit([recorder])
     assert result.early_stopped and result.total_steps == 8
     assert result.stop_reason is not None and result.stop_reason.startswith("converged: val/loss")
@@ -377,14 +377,14 @@ def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: 
 
     resumed = stopping_run(tmp_path, [1.0])
     resumed.restore(load(trainer.checkpoints.latest()))
-    again = Recorder([])
+    again = RecordingTracker([])
     assert resumed.fit([again]) == result
     assert again.lines == []
 
     forgetful, snapshot = stopping_run(tmp_path, [1.0]), load(trainer.checkpoints.latest())
     snapshot.state["early_stopping"] |= {"reason": None, "counter": 0}
     forgetful.restore(snapshot)
-    assert forgetful.fit().total_steps > 8  # the control
+    assert forgetful.fit().total_steps > 8  # the control: the stopper's state is lost
 
 
 def test_a_run_that_keeps_improving_reaches_the_end_of_its_plan(tmp_path: Path) -> None:
@@ -392,14 +392,14 @@ def test_a_run_that_keeps_improving_reaches_the_end_of_its_plan(tmp_path: Path) 
     assert (result.early_stopped, result.stop_reason, result.total_steps) == (False, None, 30)
 
 
-class Calm(MtpObjective):
-    """An objective with zero gradients before update `until`, and ordinary ones from it on."""
+class ZeroGradients(MtpObjective):
+    """An objective whose gradients are zero before update `until` and unchanged from then on."""
 
     def __init__(self, until: int) -> None:
         super().__init__(Uniform())
         self.until, self.update = until, 0
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         loss, sums = super().loss(model, batch, denominators)
         return loss * float(self.update >= self.until), sums
 
@@ -417,17 +417,17 @@ def unstable_run(folder: Path, ratio: float = 0.7) -> Trainer:
     stopping = EarlyStopping(window=10, threshold=1e-6, ratio=ratio)
     plan = Plan(40, num_epochs=3.0, batch_size=4, micro_batch_size=2)
     return trainer_of(
-        folder, FakeData(40), tiny_model(), plan, early_stopping=stopping, objective=Calm(5), save_interval=8
+        folder, FakeData(40), tiny_model(), plan, early_stopping=stopping, objective=ZeroGradients(5), save_interval=8
     )
 
 
 @pytest.mark.slow
 def test_seven_large_gradients_among_the_last_ten_stop_the_run_also_after_a_resume(tmp_path: Path) -> None:
     expected = "unstable: 7 of the last 10 gradient norms exceeded 1e-06"
-    straight = unstable_run(tmp_path)
-    result = straight.fit()
+    uninterrupted = unstable_run(tmp_path)
+    result = uninterrupted.fit()
     assert (result.total_steps, result.stop_reason) == (12, expected)
-    assert straight.checkpoints.latest().name == "step_00000012"
+    assert uninterrupted.checkpoints.latest().name == "step_00000012"
     assert unstable_run(tmp_path, ratio=0.8).fit().total_steps == 13
 
     for cut in (3, 8):
@@ -441,7 +441,7 @@ def test_seven_large_gradients_among_the_last_ten_stop_the_run_also_after_a_resu
         result = resumed.fit()
         assert (result.total_steps, result.stop_reason) == (12, expected)
 
-    snapshot.state["early_stopping"]["exceeded"] = []  # control: an empty window
+    snapshot.state["early_stopping"]["exceeded"] = []  # the control: an empty window
     forgetful = unstable_run(tmp_path)
     forgetful.restore(snapshot)
     assert forgetful.fit().total_steps == 8 + 10
@@ -463,7 +463,7 @@ def test_constant_values_stop_a_run_with_a_value_head(tmp_path: Path, algorithm:
 # Metrics
 
 
-class WithReferences(FakeData):
+class DataWithReferences(FakeData):
     """Fake data in which every token's reference loss is 2."""
 
     def batch(self, start: int, stop: int) -> Batch:
@@ -474,11 +474,11 @@ class WithReferences(FakeData):
 @pytest.mark.parametrize("num_heads", [1, 4])
 @pytest.mark.parametrize("algorithm", [Uniform(), Critic(), ExcessLoss()])
 def test_logged_metrics_are_those_that_can_be_monitored(tmp_path: Path, algorithm: Algorithm, num_heads: int) -> None:
-    recorder, model = Recorder([]), tiny_model(num_heads)
+    recorder, model = RecordingTracker([]), tiny_model(num_heads)
     if algorithm.needs_values:
         model.add_value_head()
     trainer_of(
-        tmp_path, WithReferences(8), model, Plan(8, num_epochs=1.0, batch_size=4), log_interval=1,
+        tmp_path, DataWithReferences(8), model, Plan(8, num_epochs=1.0, batch_size=4), log_interval=1,
         objective=MtpObjective(algorithm), early_stopping=EarlyStopping(patience=9, window=1, variance_min=0.0),
     ).fit([recorder])  # fmt: skip
     logged = {name for _, metrics in recorder.lines for name in metrics}

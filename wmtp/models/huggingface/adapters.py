@@ -37,7 +37,10 @@ class LearnedPositions(Positions):
     def embed(
         self, x: Float[Tensor, "batch position dim"], positions: Int[Tensor, "#batch position"]
     ) -> Float[Tensor, "batch position dim"]:
-        """Add the vector of each position; positions beyond the last (of discarded drafts) use the last vector."""
+        """Return the embeddings plus the vector of each position.
+
+        Positions after the last vector use the last vector; only drafts that are discarded have such positions.
+        """
         clamped = positions.clamp(max=self.vectors.num_embeddings - 1)
         out: Tensor = self.dropout(x + self.vectors(clamped))
         return out
@@ -49,7 +52,11 @@ class LearnedPositions(Positions):
 
 @dataclass(frozen=True)
 class DecoderAdapter:
-    """Names of a decoder's modules in its causal language model, and the constructor of its position module."""
+    """Names of a decoder's modules in its causal language model, and the constructor of its position module.
+
+    `body` is the name of the decoder in the model, `layers` and `norm` are names in the decoder, and `attention` is a
+    name in a layer.
+    """
 
     body: str
     layers: str
@@ -91,7 +98,10 @@ class DecoderBlock(nn.Module):
         self.window = layer_window(config, attention_module.layer_idx)
 
     def forward(self, x: Float[Tensor, "batch position dim"], context: Context) -> Float[Tensor, "batch position dim"]:
-        """Attend to the same and earlier positions within the sliding window; padding is on the right."""
+        """Return the output of the layer; a position attends to itself and to earlier positions in its window.
+
+        Padding must be on the right.
+        """
         mask = None
         if self.window is not None and x.shape[1] > self.window:
             positions = torch.arange(x.shape[1], device=x.device)
@@ -105,7 +115,14 @@ class DecoderBlock(nn.Module):
         mask: Bool[Tensor, "#batch 1 position slot"] | None,
         cache: object | None,
     ) -> Float[Tensor, "batch position dim"]:
-        """Attend where `mask` allows it (None: causally); new keys and values are passed to `cache.update`."""
+        """Return the output of the layer for positions whose earlier keys and values are in a cache.
+
+        Args:
+            x: the residual stream.
+            context: the position input of the layer.
+            mask: True where a position attends to a slot; None: causal attention.
+            cache: an object whose method `update` receives new keys and values; None: no cache.
+        """
         out: Tensor = self.layer(
             x, attention_mask=mask, position_embeddings=context, past_key_values=cache, use_cache=cache is not None
         )
@@ -115,7 +132,11 @@ class DecoderBlock(nn.Module):
 def window_mask(
     positions: Int[Tensor, "batch query"], length: int, window: int | None
 ) -> Bool[Tensor, "batch 1 query slot"]:
-    """Return the attention mask of queries at these positions over the slots 0 … `length` − 1; True: visible."""
+    """Return the attention mask of queries over the slots 0 … `length` − 1: True where a query attends to a slot.
+
+    `positions` are the positions of the queries, and slot i has the key of position i. `window` is the size of the
+    sliding window in positions; None: no window.
+    """
     distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
     is_visible = distance >= 0
     return is_visible if window is None else is_visible & (distance < window)
@@ -149,9 +170,11 @@ class HuggingFaceArchitecture:
         from_config = {
             k: v for k, v in self.config.to_diff_dict().items() if k not in NON_FORWARD_KEYS and not k.startswith("_")
         }
-        own = {"num_heads": self.num_heads, "head_kind": self.head_kind, "dtype": str(self.dtype)}
-        plain: dict[str, Any] = json.loads(json.dumps(own | from_config | {"model_type": self.config.model_type}))
-        return plain  # JSON turns integer keys into strings, as in a checkpoint
+        from_wmtp = {"num_heads": self.num_heads, "head_kind": self.head_kind, "dtype": str(self.dtype)}
+        settings: dict[str, Any] = json.loads(
+            json.dumps(from_wmtp | from_config | {"model_type": self.config.model_type})
+        )
+        return settings  # JSON turns integer keys into strings, as in a checkpoint
 
     @property
     def max_positions(self) -> int | None:
@@ -175,12 +198,13 @@ class HuggingFaceArchitecture:
         return model
 
     def build_positions(self) -> Positions:
-        """Build only the position module; rotary frequencies are computed from the config."""
+        """Build only the position module, with rotary frequencies computed from the config."""
         with torch.device("meta"):
-            found = self.adapter.build_positions(self.build_causal_model().get_submodule(self.adapter.body))
-        if isinstance(found, RotaryPositions):
-            return RotaryPositions(type(found.rotary)(config=self.config))
-        return found.to_empty(device=torch.get_default_device())
+            body = self.build_causal_model().get_submodule(self.adapter.body)
+            on_meta = self.adapter.build_positions(body)
+        if isinstance(on_meta, RotaryPositions):
+            return RotaryPositions(type(on_meta.rotary)(config=self.config))
+        return on_meta.to_empty(device=torch.get_default_device())
 
 
 NON_FORWARD_KEYS = frozenset({

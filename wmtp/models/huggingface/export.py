@@ -1,7 +1,7 @@
-"""Write trained models as files that transformers and compatible servers load.
+"""Write trained models as files that transformers and compatible servers can load.
 
-The tensors have the names of the architecture's causal language model, whose last layer is head 1. Additional heads
-are stored in the same file, under names that this model does not use.
+The tensors have the names of the architecture's causal language model in transformers, whose last layer is head 1.
+Additional heads are stored in the same file, under names that this model does not use.
 """
 
 import copy
@@ -38,12 +38,17 @@ LLAMA_LAYER = {
     "attention.output": "self_attn.o_proj", "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
     "feed_forward.output": "mlp.down_proj",
 }  # fmt: skip
-"""Names of the modules of a Llama block: ours, mapped to those of transformers."""
+"""Names of the modules of a Llama block: from the names in wmtp to those in transformers."""
 ROTATED = ("attention.query", "attention.key")
+"""Modules whose results are rotated by the position encoding."""
 
 
 def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of a query or key weight from rotated pairs (0, 1), (2, 3), … to pairs (i, i + half)."""
+    """Reorder the rows of a query or key weight for another layout of rotary pairs.
+
+    Meta's code rotates the pairs (0, 1), (2, 3), … of a head. transformers rotates the pairs (i, i + head_dim / 2). The
+    weight has shape [heads · head_dim, dim].
+    """
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -53,17 +58,17 @@ def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def layer_tensors(block: nn.Module, head_dim: int) -> dict[str, Tensor]:
-    """Return the tensors of a block or head by the names of a layer of transformers."""
+    """Return the tensors of a block or head, by their names in a layer of transformers."""
     if isinstance(block, DecoderBlock):
         return block.layer.state_dict()
     state = block.state_dict()
     if f"{ROTATED[0]}.weight" not in state:
         return state
-    found = {}
+    tensors = {}
     for ours, theirs in LLAMA_LAYER.items():
         weight = state[f"{ours}.weight"]
-        found[f"{theirs}.weight"] = to_half_split(weight, head_dim) if ours in ROTATED else weight
-    return found
+        tensors[f"{theirs}.weight"] = to_half_split(weight, head_dim) if ours in ROTATED else weight
+    return tensors
 
 
 def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreTrainedConfig:
@@ -71,7 +76,7 @@ def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreT
     architecture = model.architecture
     if isinstance(architecture, HuggingFaceArchitecture):
         config = copy.deepcopy(architecture.config)
-        for name in (NUM_HEADS, HEAD_KIND, "auto_map"):  # left from an export with all heads
+        for name in (NUM_HEADS, HEAD_KIND, "auto_map"):  # keys of an export with all heads
             if hasattr(config, name):
                 delattr(config, name)
         return config
@@ -95,7 +100,7 @@ def empty_causal_model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Hu
 def causal_tensors(
     model: MtpModel, architecture: HuggingFaceArchitecture, causal: PreTrainedModel
 ) -> dict[str, Tensor]:
-    """Return all tensors of trunk and head 1 by the names of the causal language model."""
+    """Return all tensors of trunk and head 1, by their names in the causal language model."""
     adapter, head_dim = architecture.adapter, _head_dim(model)
     names = {id(module): name for name, module in causal.named_modules()}
     groups = {names[id(causal.get_input_embeddings())]: model.embedding.state_dict()}
@@ -116,7 +121,7 @@ def _head_dim(model: MtpModel) -> int:
 
 
 def write_causal(model: MtpModel, tokenizer: Tokenizer, max_length: int, folder: Path, *, all_heads: bool) -> None:
-    """Write config and tensors, and with `all_heads` also the code that loads all heads.
+    """Write the config and the tensors. With `all_heads`, also write the code that loads all heads.
 
     Raises:
         InputError: the written tensors do not match the config.
@@ -143,10 +148,10 @@ def write_causal(model: MtpModel, tokenizer: Tokenizer, max_length: int, folder:
 
 
 def check_causal(folder: Path) -> None:
-    """Compare the stored tensors with the model that the written config describes.
+    """Check that the stored tensors match the model that the written config describes.
 
     Raises:
-        InputError: tensors are missing, unexpected, or have another shape or dtype; one line for each.
+        InputError: tensors are missing, unexpected, or have another shape or dtype; the message has a line for each.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     _, causal = empty_causal_model(config, config.dtype)
@@ -182,7 +187,7 @@ def check_tensors(folder: Path, stored: TensorHeaders, expected: TensorHeaders) 
     """Check that the stored tensors are exactly the expected ones.
 
     Raises:
-        InputError: tensors are missing, unexpected, or have another shape or dtype; one line for each.
+        InputError: tensors are missing, unexpected, or have another shape or dtype; the message has a line for each.
     """
     issues = [f"missing: {name}" for name in sorted(expected.keys() - stored.keys())]
     issues += [f"unexpected: {name}" for name in sorted(stored.keys() - expected.keys())]
@@ -219,14 +224,14 @@ def write_medusa(model: MtpModel, folder: Path) -> None:
     check_tensors(folder, read_headers(folder), expected | {"lm_head.weight": ([size, dim], dtype)})
 
 
-def meta_obstacles(architecture: HuggingFaceArchitecture) -> list[str]:
+def meta_format_issues(architecture: HuggingFaceArchitecture) -> list[str]:
     """Return the reasons why a model cannot be written in Meta's layout, which supports one kind of Llama only."""
     config = architecture.config
     if config.model_type != "llama":
         return [f"its model type is {config.model_type}, and Meta's layout supports only llama"]
     rope = config.rope_parameters or {}
     heads = config.num_attention_heads
-    found = {
+    checks = {
         "its heads are residual layers (model.head_kind=medusa)": architecture.head_kind != "transformer",
         "its attention has biases": config.attention_bias,
         "its feed-forward layers have biases": config.mlp_bias,
@@ -236,11 +241,11 @@ def meta_obstacles(architecture: HuggingFaceArchitecture) -> list[str]:
             heads * config.head_dim != config.hidden_size
         ),
     }
-    return [problem for problem, is_present in found.items() if is_present]
+    return [problem for problem, is_present in checks.items() if is_present]
 
 
 def to_llama_model(model: MtpModel) -> MtpModel:
-    """Convert a model to an equivalent one of our own Llama architecture; `meta_obstacles` must be empty."""
+    """Convert a model to an equivalent model with wmtp's `LlamaArchitecture`; `meta_format_issues` must be empty."""
     assert isinstance(model.architecture, HuggingFaceArchitecture)
     config = model.architecture.config
     architecture = LlamaArchitecture(
@@ -265,7 +270,10 @@ def to_llama_model(model: MtpModel) -> MtpModel:
 
 
 def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
-    """Write the tokenizer files, copied or newly created, with the names of the end and padding tokens."""
+    """Write the tokenizer files, and add the names of the end and padding tokens if the files do not contain them.
+
+    The files are copied from `source_folder`; None: they are created.
+    """
     if source_folder is None:
         tokenizer.backend.save(str(folder / "tokenizer.json"))
     else:
@@ -275,17 +283,17 @@ def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Pa
     path = folder / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     map_path = folder / "special_tokens_map.json"
-    known = (_read_json(map_path) if map_path.is_file() else {}) | config
+    current = (_read_json(map_path) if map_path.is_file() else {}) | config
     tokens = {"eos_token": tokenizer.end, "pad_token": tokenizer.padding}
-    named = {key: tokenizer.backend.id_to_token(token) for key, token in tokens.items() if known.get(key) is None}
-    if named:
-        path.write_bytes(encode_json(config | named))
+    missing = {key: tokenizer.backend.id_to_token(token) for key, token in tokens.items() if current.get(key) is None}
+    if missing:
+        path.write_bytes(encode_json(config | missing))
 
 
 def write_generation_config(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
-    """Write generation_config.json with the end token of training, in addition to the original ones."""
-    kept = None if source_folder is None else source_folder / GENERATION_CONFIG
-    content = _read_json(kept if kept is not None and kept.is_file() else folder / GENERATION_CONFIG)
+    """Write generation_config.json: the original one, with the end token of training as an additional end token."""
+    original = None if source_folder is None else source_folder / GENERATION_CONFIG
+    content = _read_json(original if original is not None and original.is_file() else folder / GENERATION_CONFIG)
     ends = content.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if tokenizer.end not in ends:

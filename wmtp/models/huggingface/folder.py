@@ -7,12 +7,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from wmtp.errors import InputError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Files of which a folder with weights has at least one."""
 
 
 def read_model_config(key: str, path: Path, *, weights: bool = True) -> PreTrainedConfig:
     """Load the config of a folder and check that required files exist; code in the folder is never run.
 
-    `key` is the config key with which the user set `path`, for messages. With `weights` false, weights may be missing.
+    Args:
+        key: config key of the path, for messages.
+        path: the folder.
+        weights: whether the weights must exist too.
 
     Raises:
         InputError: a file is missing, or the config is not usable.

@@ -4,43 +4,43 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers  # noqa: F401 - base of the class that an export appends
+import transformers  # noqa: F401 - module of the base class of the class that an export appends
 from torch import Tensor, nn
 
 
 class MtpHeads:
     """A mixin that adds heads 2 … H to a model: head k predicts, at position t, the token at t + k.
 
-    The config has the number of heads (`mtp_num_heads`) and the kind of the additional ones (`mtp_head_kind`): blocks
-    parallel to the last one ("transformer"), or residual layers on the state from which head 1's logits are computed
-    ("medusa").
+    The config contains the number of heads, `mtp_num_heads`, and the kind of the additional heads, `mtp_head_kind`.
+    "transformer" heads are blocks parallel to the last block. "medusa" heads are residual layers on the state from
+    which head 1's logits are computed.
     """
 
     def __init__(self: Any, config: Any) -> None:
         parent: Any = super()
         parent.__init__(config)
-        more = getattr(config, "mtp_num_heads", 1) - 1
+        num_extra = getattr(config, "mtp_num_heads", 1) - 1
         heads: list[nn.Module]
         if getattr(config, "mtp_head_kind", "transformer") == "medusa":
             size = config.hidden_size
-            heads = [nn.ModuleDict({"linear": nn.Linear(size, size, bias=False)}) for _ in range(more)]
+            heads = [nn.ModuleDict({"linear": nn.Linear(size, size, bias=False)}) for _ in range(num_extra)]
         else:
             layers = self._layers()
-            heads = [type(layers[-1])(config, len(layers) - 1) for _ in range(more)]
+            heads = [type(layers[-1])(config, len(layers) - 1) for _ in range(num_extra)]
         self.extra_heads = nn.ModuleList(heads)
         self.post_init()
 
     @classmethod
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load the model as in transformers, but never initialize missing heads.
+        """Load the model as in transformers, but raise an error for missing heads instead of initializing them.
 
         Raises:
             ValueError: heads that the config declares are not in the files.
         """
         parent: Any = super()
         model, info = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
-        if lost := sorted(name for name in info["missing_keys"] if name.startswith("extra_heads.")):
-            raise ValueError(f"the config declares {model.config.mtp_num_heads} heads; not in the files: {lost}")
+        if missing := sorted(name for name in info["missing_keys"] if name.startswith("extra_heads.")):
+            raise ValueError(f"the config declares {model.config.mtp_num_heads} heads; not in the files: {missing}")
         return (model, info) if output_loading_info else model
 
     def forward(
@@ -56,9 +56,10 @@ class MtpHeads:
         return_all_heads: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Run the model; with `return_all_heads`, `logits` has shape [batch, position, head, vocabulary].
+        """Run the model.
 
-        Otherwise the output is that of the original model, which is head 1.
+        With `return_all_heads`, `logits` has shape [batch, position, head, vocabulary]. Otherwise the output is that of
+        the original model, which contains only head 1, with `logits` of shape [batch, position, vocabulary].
 
         Raises:
             ValueError: `return_all_heads` is used with `past_key_values`: the additional heads have no cache.
@@ -85,12 +86,12 @@ class MtpHeads:
             for hook in hooks:
                 hook.remove()
         if getattr(self.config, "mtp_head_kind", "transformer") == "medusa":
-            later = [states[0] + F.silu(head["linear"](states[0])) for head in self.extra_heads]
+            extra_states = [states[0] + F.silu(head["linear"](states[0])) for head in self.extra_heads]
         else:
-            arguments, named = calls[0]
-            later = [norm(head(*arguments, **named)) for head in self.extra_heads]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        out.logits = torch.stack([out.logits, *(self.lm_head(state[:, kept]) for state in later)], dim=-2)
+            arguments, keywords = calls[0]
+            extra_states = [norm(head(*arguments, **keywords)) for head in self.extra_heads]
+        selected = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        out.logits = torch.stack([out.logits, *(self.lm_head(state[:, selected]) for state in extra_states)], dim=-2)
         return out
 
     def _layers(self: Any) -> Any:

@@ -23,15 +23,16 @@ from wmtp.models.source import ModelIssue, PretrainedSource
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUM_HEADS, HEAD_KIND = "mtp_num_heads", "mtp_head_kind"
-"""Config keys of an export with all heads."""
+"""Config keys of an export with all heads: their number and their kind."""
 EXTRA_HEADS = "extra_heads."
 """Prefix of the tensor names of heads 2 … H in an export with all heads."""
 
 
 class Pretrained(PretrainedSource):
-    """The source of a model written by `save_pretrained`: its last block is head 1, and new heads are copies of head 1.
+    """The source of a model that `save_pretrained` wrote.
 
-    If the folder is an export of wmtp with all heads, the stored heads are used.
+    The last block of the stored model is head 1, and new heads start as copies of it. If the folder is an export of
+    wmtp with all heads, the stored heads are used.
     """
 
     def __init__(
@@ -46,9 +47,17 @@ class Pretrained(PretrainedSource):
         lora: Lora,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Configure the model. The parameters are converted to `dtype`.
+        """Create the source.
 
-        With `create_heads`, heads that the folder lacks are created; otherwise the model has only stored heads.
+        Args:
+            tokenizer: the tokenizer of the model; None if the source is only validated.
+            path: the folder.
+            num_heads: number of prediction heads.
+            create_heads: whether heads that are not stored are created; if not, the model has only stored heads.
+            head_kind: kind of heads 2 … H.
+            dtype: the dtype of the parameters, which are converted to it.
+            lora: the adapters of the trunk.
+            value_head_dim: hidden width of a value head; None: the value head is linear.
         """
         self.tokenizer, self.path, self.value_head_dim = tokenizer, path, value_head_dim
         self.lora = lora if lora.rank is not None else None
@@ -90,7 +99,7 @@ class Pretrained(PretrainedSource):
         return HuggingFaceArchitecture(self.config, self.num_heads, self.head_kind, self.dtype)
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of the folder, or else of adapters that do not fit the model."""
+        """Yield issues of the folder or, if there are none, of adapters that do not match the model."""
         try:
             read_model_config(self.key, self.path)
             if self.config.num_hidden_layers < 2:
@@ -105,11 +114,11 @@ class Pretrained(PretrainedSource):
         else:
             yield from self.adapter_issues()
 
-    def kept_files(self) -> dict[str, bytes]:
-        """Return the files of config and tokenizer."""
+    def files_to_save(self) -> dict[str, bytes]:
+        """Return the files of the config and of the tokenizer, by name."""
         candidates = [self.path / name for name in ("config.json", "generation_config.json")]
-        kept = {path.name: path.read_bytes() for path in candidates if path.is_file()}
-        return kept | tokenizer_files(self.path, self.tokenizer)
+        files = {path.name: path.read_bytes() for path in candidates if path.is_file()}
+        return files | tokenizer_files(self.path, self.tokenizer)
 
     def load_base(self) -> MtpModel:
         """Load the folder's weights; missing heads start as copies of head 1, or as residual layers with weight 0."""
@@ -147,7 +156,7 @@ class Pretrained(PretrainedSource):
         return model
 
     def _fill_heads(self, model: MtpModel) -> None:
-        """Load the stored heads from head 2 on into the model."""
+        """Load the stored heads 2, 3, … into the model."""
         num_stored = min(self.stored_heads, self.num_heads)
         for index in range(1, num_stored):
             prefix = f"{EXTRA_HEADS}{index - 1}."
@@ -161,20 +170,24 @@ class Pretrained(PretrainedSource):
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return the stored tensors whose names start with `prefix`, with the prefix removed."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in sorted(self.path.glob("model*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                found |= {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
-        return found
+                tensors |= {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+        return tensors
 
 
 def _load_issues(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield kind and name of tensors that transformers reports as mismatched; extra heads are loaded separately."""
-    missing, unexpected, other = (info.get(f"{kind}_keys") or () for kind in ("missing", "unexpected", "mismatched"))
+    """Yield kind and name of each tensor that transformers reports as missing, unexpected or of a wrong shape.
+
+    Unexpected tensors of extra heads are no issue, because these heads are loaded separately.
+    """
+    kinds = ("missing", "unexpected", "mismatched")
+    missing, unexpected, mismatched = (info.get(f"{kind}_keys") or () for kind in kinds)
     for name in sorted(missing):
         yield "missing:", name
     for name in sorted(unexpected):
         if not name.startswith(EXTRA_HEADS):
             yield "unexpected:", name
-    for name, stored, expected in other:
+    for name, stored, expected in mismatched:
         yield "mis-shaped:", f"{name} is {list(stored)}, the config needs {list(expected)}"

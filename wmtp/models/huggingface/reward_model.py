@@ -24,14 +24,14 @@ KEY = "data.reward_model"
 
 
 class RewardModel:
-    """A sequence classifier that scores whole samples: prompt, solution and end token.
+    """A sequence classifier that scores complete samples: prompt, solution and end token.
 
-    With one label the reward is the score, with two labels it is the probability of label 1. The folder is written by
-    `save_pretrained`: config.json, tokenizer.json and weights as safetensors; code in it is never run.
+    With one label, the reward is the score. With two labels, it is the probability of label 1. The folder must be one
+    that `save_pretrained` wrote, with config.json, tokenizer.json and weights as safetensors. Code in it is never run.
 
     Raises:
-        InputError: the folder is incomplete or damaged, contains another kind of model, or its tokenizer
-            differs from the policy's in any id. Everything except damaged weights is detected before loading weights.
+        InputError: the folder is incomplete or damaged, contains another kind of model, or its tokenizer differs from
+            the policy's. All of these except damaged weights are detected before the weights are loaded.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
@@ -40,7 +40,7 @@ class RewardModel:
         _check_tokenizer(path, config, tokenizer)
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.model = _load(path, config).to(hardware.device).eval()  # type: ignore[arg-type]
-        # A decoder takes the score at the last token that is not padding.
+        # a decoder computes the score at the last token that is not padding
         self.model.config.get_text_config().pad_token_id = tokenizer.padding
 
     def rewards(self, split: TokenizedSplit) -> np.ndarray:
@@ -103,7 +103,7 @@ def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: Tokenizer)
 
 
 def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load the model in fp32, whatever dtype it was saved in."""
+    """Load the model and convert it to fp32."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: PreTrainedModel
     try:

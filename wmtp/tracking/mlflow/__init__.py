@@ -1,6 +1,6 @@
-"""MLflow tracking from the files of a run's folder.
+"""MLflow tracking. The tracker reads the files in a run's folder and sends their content.
 
-The only package that imports mlflow. The import takes seconds, so it happens inside functions.
+No other package imports mlflow. The import takes seconds, so it is inside functions.
 """
 
 from wmtp.tracking.mlflow.client import ServerUnreachable, check_server

@@ -1,4 +1,4 @@
-"""MLflow artifacts of a run's folder: its records, its report and its best checkpoint."""
+"""MLflow artifacts of a run: its config, samples and reports, and its best checkpoint."""
 
 import hashlib
 import json
@@ -20,28 +20,30 @@ RECORDS = (
     "config.yaml", PROVENANCE, RESUMES, "summary.json", "samples.jsonl", "train.log", "report.html",
     "pretrain/result.json", "pretrain/value_head.safetensors",
 )  # fmt: skip
+"""Small files that are sent if they exist."""
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 LOCATIONS = f"{CHECKPOINTS}/addresses.json"
+"""Artifact with the URLs or paths of checkpoints that are stored outside of MLflow."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file to upload, named by its path in the run's folder.
-
-    `content` is set if the file is not on disk. `known_hash` is set for large files, whose own hash would take long.
-    """
+    """A file to upload."""
 
     name: str
+    """Path of the file relative to the run's folder."""
     path: Path
     content: bytes | None = None
+    """Content of the file if it is not on disk."""
     known_hash: str | None = None
+    """Hash that is used as the fingerprint, so that a large file is not read to compute one."""
 
     def size(self) -> int:
         """Return the size in bytes."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
     def fingerprint(self) -> str:
-        """Return a hash that changes with the content."""
+        """Return a hash that is different after the content has changed."""
         if self.known_hash is not None:
             return self.known_hash
         if self.content is not None:
@@ -58,12 +60,13 @@ class Artifact:
 
 
 def artifacts(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> Iterator[Artifact]:
-    """Yield the artifacts of a folder.
+    """Yield the artifacts of a run.
 
     Args:
         folder: the run's folder.
-        stored_at: URL or folder of the run's checkpoints outside of MLflow; if set, only their locations are sent.
-        choice: whether to send the best checkpoint otherwise.
+        stored_at: URL or folder of the run outside of MLflow. If set, the locations of the checkpoints are sent instead
+            of checkpoints.
+        choice: `best` to send the best checkpoint if `stored_at` is None; `none` to send no checkpoint.
     """
     for name in RECORDS:
         if (folder / name).exists():
@@ -79,14 +82,17 @@ def artifacts(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> 
 
 
 def locations(folder: Path, stored_at: str) -> dict[str, str]:
-    """Return the locations of a run, its checkpoints and its best checkpoint."""
+    """Return the URLs or paths of a run, of its checkpoints and of its best checkpoint."""
     best = best_location(folder, stored_at, "none")
     found = {} if best is None else {"best": best}
     return {"run": stored_at, CHECKPOINTS: f"{stored_at}/{CHECKPOINTS}", **found}
 
 
 def best_location(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> str | None:
-    """Return the URL or path of the best checkpoint outside of MLflow, or its artifact path, or None."""
+    """Return the location of the best checkpoint: its URL or path outside of MLflow, or its artifact path in MLflow.
+
+    The result is None if there is no best checkpoint, or if it is not stored outside of MLflow and not sent.
+    """
     best = read_best(folder)
     if best is None or (stored_at is None and choice == "none"):
         return None
@@ -95,14 +101,14 @@ def best_location(folder: Path, stored_at: str | None, choice: CheckpointChoice)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """Return `folder`, `step` and `val/loss` of the best checkpoint, or None if none is marked or it does not exist."""
+    """Return `folder`, `step` and `val/loss` from best.json, or None if the file is missing or damaged."""
     path = folder / CHECKPOINTS / "best.json"
     if not path.exists():
         return None
     try:
         best: dict[str, Any] = json.loads(path.read_text())
-        is_here = (folder / CHECKPOINTS / best["folder"] / MANIFEST).exists()
+        exists = (folder / CHECKPOINTS / best["folder"] / MANIFEST).exists()
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); the best checkpoint is not sent to MLflow", path, error)
         return None
-    return best if is_here else None
+    return best if exists else None

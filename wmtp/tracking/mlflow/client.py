@@ -1,4 +1,4 @@
-"""Connect to an MLflow store: a server, which is checked first, or an SQLite file, which is created if missing."""
+"""Connections to an MLflow server, or to an SQLite file on this machine, and the check of a server."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 ENVIRONMENT = {
-    # With mlflow's defaults, one call to a dead server blocks for four minutes, and a run is created twice if the
-    # response to the first request is late. BackgroundSender retries instead.
+    # With mlflow's defaults, a call to a dead server blocks for four minutes, and mlflow creates a run twice if the
+    # first response is late. BackgroundSender repeats failed calls instead.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     TIMEOUT: "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -29,13 +29,15 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-"""Settings of mlflow, unless the user has set them."""
+"""Environment variables of mlflow and their values, for variables that the user has not set."""
 CHECK_SECONDS = 9.0
+"""Time limit of `check_server` in seconds, without the import of mlflow."""
 BYTES_PER_SECOND = 1e6
-"""Lowest expected upload speed of artifacts."""
+"""Lowest upload speed of artifacts for which time limits are set."""
 INVALID_TAG_NAME = "x" * 251
-"""A tag name that is too long. Setting it changes nothing, and shows whether the user may set tags."""
+"""A tag name that is too long for MLflow. The error for it shows whether the user may set tags; no tag is set."""
 OVERLOADED = (408, 429)
+"""HTTP status codes of a server that is overloaded."""
 
 
 class ServerUnreachable(OSError):
@@ -43,14 +45,14 @@ class ServerUnreachable(OSError):
 
 
 def configure_mlflow() -> None:
-    """Set the environment variables of mlflow. Must be called before the import of mlflow."""
+    """Set the environment variables of mlflow. Call this function before the import of mlflow."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it logs each of its own retries
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 would log each of its retries
 
 
 def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
-    """Return a client and the id of the experiment. Create the experiment and a local store if they do not exist."""
+    """Return a client and the id of an experiment. Create the experiment, and the SQLite file, if they do not exist."""
     configure_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -77,7 +79,7 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
 
 
 def create_store(database: Path) -> None:
-    """Create an SQLite store in a temporary folder and rename it, since a half-created store is unusable."""
+    """Create an SQLite store under a temporary name and rename it, because a partly created store is unusable."""
     from mlflow import MlflowClient
 
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".mlflow-") as staging:
@@ -88,9 +90,9 @@ def create_store(database: Path) -> None:
 
 @contextmanager
 def longer_timeout(num_bytes: int) -> Iterator[None]:
-    """Extend the request timeout of mlflow by the upload time of `num_bytes`.
+    """Extend the request timeout of mlflow in this context by the time to upload `num_bytes`.
 
-    A server responds only after it has forwarded the complete artifact.
+    A server responds only after it has stored the complete artifact.
     """
     before = os.environ[TIMEOUT]
     os.environ[TIMEOUT] = str(int(float(before) + num_bytes / BYTES_PER_SECOND))
@@ -101,10 +103,10 @@ def longer_timeout(num_bytes: int) -> Iterator[None]:
 
 
 def check_server(uri: str | None, experiment: str) -> None:
-    """Check that a server accepts a run; do nothing for other stores. Takes at most ten seconds besides the import.
+    """Check that a server accepts a run. Do nothing for other stores. Takes ten seconds at most, plus the import.
 
     Raises:
-        InputError: the server rejects the user, the user may not write to the experiment, or it is no MLflow server.
+        InputError: the server rejects the user, the user may not write to the experiment, or it is not MLflow.
         ServerUnreachable: the server does not respond, or is temporarily unavailable.
     """
     uri = resolve_uri(uri)

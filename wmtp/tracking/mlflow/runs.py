@@ -20,13 +20,14 @@ MAX_PARAMETER_LENGTH = 6_000
 MAX_TAG_LENGTH = 5_000
 MAX_DIGEST_LENGTH = 36
 DIRTY_SUFFIX = "+changes"
-"""Suffix of the git revision if the work tree had uncommitted changes."""
+"""Suffix of a git revision with uncommitted changes."""
 SOURCE = "wmtp.train"
+"""Name of the program in MLflow."""
 
 
 @dataclass(frozen=True)
 class UniqueTag:
-    """A tag that only one run has. It identifies the run if mlflow.json is lost."""
+    """A tag whose value is different for each run. It identifies the MLflow run if mlflow.json is missing."""
 
     name: str
     value: str
@@ -39,7 +40,7 @@ class UniqueTag:
 
 @dataclass(frozen=True)
 class NewRun:
-    """Properties with which a run is created."""
+    """Name and tags of an MLflow run that is created."""
 
     name: str
     unique_tag: UniqueTag | None
@@ -47,7 +48,7 @@ class NewRun:
 
 
 def open_run(client: "MlflowClient", experiment_id: str, run_id: str, new: NewRun) -> "Run":
-    """Return the run with an id, or else with the unique tag; create it if it is missing or deleted."""
+    """Return the MLflow run with this id or this unique tag. Create the run if it does not exist or was deleted."""
     run = get_active_run(client, run_id) if run_id else None
     if run is None and new.unique_tag is not None:
         filter_string = new.unique_tag.search_filter()
@@ -61,7 +62,7 @@ def open_run(client: "MlflowClient", experiment_id: str, run_id: str, new: NewRu
 
 
 def get_active_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """Return the run with an id, or None, with a warning, if it was deleted."""
+    """Return the MLflow run with this id. If the run was deleted, log a warning and return None."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -80,9 +81,9 @@ def get_active_run(client: "MlflowClient", run_id: str) -> "Run | None":
 def missing_params_and_tags(
     run: "Run", parameters: dict[str, object], tags: dict[str, str]
 ) -> "tuple[list[Param], list[RunTag]]":
-    """Return the parameters and tags that a run lacks.
+    """Return the parameters and tags that an MLflow run does not have.
 
-    MLflow does not allow changes of a parameter, so a new value is returned as the tag `resumed.<name>`.
+    MLflow does not allow changes of parameters, so a changed value is returned as the tag `resumed.<name>`.
     """
     from mlflow.entities import Param, RunTag
 
@@ -90,21 +91,21 @@ def missing_params_and_tags(
     missing: dict[str, str] = {}
     for name, value in parameters.items():
         key, text = clean_name(name), str(value)[:MAX_PARAMETER_LENGTH]
-        changed = clean_name(f"resumed.{key}")
+        resumed_tag = clean_name(f"resumed.{key}")
         if key not in run.data.params:
             missing[key] = text
-        elif run.data.params[key] != text or changed in run.data.tags:
-            new_tags[changed] = text[:MAX_TAG_LENGTH]
+        elif run.data.params[key] != text or resumed_tag in run.data.tags:
+            new_tags[resumed_tag] = text[:MAX_TAG_LENGTH]
     changes = {key: text for key, text in new_tags.items() if run.data.tags.get(key) != text}
     return [Param(key, text) for key, text in missing.items()], [RunTag(key, text) for key, text in changes.items()]
 
 
 def origin_tags(provenance: dict[str, Any]) -> dict[str, str]:
-    """Return tags with the user and the code version; MLflow shows some of them in their own columns."""
+    """Return tags with the program, the user and the git revision. MLflow has table columns for `mlflow.` tags."""
     tags = {"mlflow.source.name": SOURCE, "mlflow.source.type": "LOCAL"}
     try:
         tags["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError) as error:  # a container's user may have no name
+    except (KeyError, OSError) as error:  # in a container, the user may have no name
         log.info("the user has no name, so the run has no tag mlflow.user: %s", error)
     if revision := provenance.get("git_revision"):
         tags |= {"wmtp.git_revision": revision, "mlflow.source.git.commit": revision.removesuffix(DIRTY_SUFFIX)}
@@ -112,17 +113,18 @@ def origin_tags(provenance: dict[str, Any]) -> dict[str, str]:
 
 
 def missing_inputs(run: "Run", provenance: dict[str, Any]) -> "list[DatasetInput]":
-    """Return the training and validation data that the run lacks, as MLflow data sets."""
+    """Return the training and validation data, as MLflow data sets, unless the MLflow run already has them."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
     data = provenance.get("data")
     if not data:
         return []
-    known = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs} if run.inputs else set()
+    logged = [entry.dataset for entry in run.inputs.dataset_inputs] if run.inputs else []
+    known = {(dataset.name, dataset.digest) for dataset in logged}
     inputs = []
     for context in ("train", "validation"):
-        # MLflow merges inputs with the same name and digest, which would lose one of the contexts.
+        # MLflow merges inputs of equal name and digest, so equal names would lose one of the contexts.
         name, digest = f"{data['name']}/{context}", data["fingerprint"][:MAX_DIGEST_LENGTH]
         source = json.dumps({"uri": str(data["source"]), "tokenizer": data["tokenizer"]})
         profile = json.dumps({"num_records": data[context]})

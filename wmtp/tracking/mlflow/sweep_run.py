@@ -1,4 +1,4 @@
-"""The MLflow run of a sweep, which is the parent of the runs of its jobs."""
+"""The MLflow run of a sweep. It is the parent run of the MLflow runs of the jobs."""
 
 import os
 from dataclasses import replace
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STALL_SECONDS, CLOSE_SECONDS = 5.0, 60.0
+"""Maximum seconds that `end_sweep` waits: for a server that does not respond, and for a server that responds."""
 
 
 def sweep_folder(folder: Path) -> Path | None:
-    """Return the folder of the sweep to which a run belongs, or None."""
+    """Return the folder of the sweep to which a run belongs, or None if the run is not a job of a sweep."""
     return folder.parent if (folder.parent / SWEEP).exists() else None
 
 
 def open_sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, initial: SyncState) -> str:
-    """Return the id of a sweep's run, and create the run, in the store of `initial`, if there is none."""
+    """Return the id of a sweep's MLflow run. If there is none in the store of `initial`, create it."""
     with file_lock(sweep / LOCK):
         sync_state = current_sync_state(sweep, initial)
         tag = UniqueTag("wmtp.sweep", str(sweep).replace('"', "_"))
@@ -38,7 +39,7 @@ def open_sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, init
 
 
 def end_sweep(folder: Path, state: State) -> str | None:
-    """Set the final status of a sweep's run. Return a report, or None if no job of the sweep has an MLflow run.
+    """Set the final status of a sweep's MLflow run. Return a message, or None if the sweep has no MLflow run.
 
     Raises:
         PendingError: MLflow did not accept the status in time.

@@ -1,4 +1,4 @@
-"""mlflow.json: the MLflow run of a folder, and which data of the folder it has."""
+"""Read and write mlflow.json: the MLflow run of a folder, and the data that were sent to it."""
 
 import json
 import logging
@@ -12,38 +12,40 @@ from wmtp.runtime.run_dir import SYNC_STATE
 from wmtp.tracking.tail import Position
 
 LOCK = Path(".hydra") / "mlflow.lock"
-"""Lock of the process that sends a folder to MLflow. The system releases it when the process ends."""
+"""Lock file of the process that sends a folder to MLflow. The system releases the lock when the process ends."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SyncState:
-    """The MLflow run of a folder: its id (empty until it is created), its store, and the data that was sent to it."""
+    """The MLflow run of a folder, and the data that were sent to it."""
 
     run_id: str
+    """Id of the MLflow run; empty until the run is created."""
     uri: str
+    """Tracking URI of the MLflow store."""
     experiment: str = ""
     run_name: str = ""
     sent: dict[str, Position] = field(default_factory=dict)
-    """Position up to which each growing file was sent, by file name."""
+    """Position up to which each metric file was sent, by file name."""
     artifacts: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each artifact that was sent, by name."""
+    """Fingerprint of each artifact that was sent, by artifact name."""
 
     def position(self, name: str) -> Position:
         """Return the position up to which a file was sent."""
         return self.sent.get(name, Position())
 
     def with_position(self, name: str, position: Position) -> "SyncState":
-        """Return a copy in which a file was sent up to `position`."""
+        """Return a copy that records that a file was sent up to `position`."""
         return replace(self, sent=self.sent | {name: position})
 
     def with_artifact(self, name: str, fingerprint: str) -> "SyncState":
-        """Return a copy in which an artifact was sent."""
+        """Return a copy that records that an artifact was sent."""
         return replace(self, artifacts=self.artifacts | {name: fingerprint})
 
     def write(self, folder: Path) -> None:
-        """Write mlflow.json in a folder."""
+        """Write the mlflow.json of a folder."""
         replace_atomically(folder / SYNC_STATE, encode_json(asdict(self)))
 
 
@@ -63,15 +65,15 @@ def read_sync_state(folder: Path) -> SyncState | None:
         return SyncState(**known | {"sent": sent})
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); remove it: the MLflow run is then found by the run's id"
+            f"{path} is damaged ({error}); delete it: the MLflow run is then found by the id in run.json"
         ) from error
 
 
 def current_sync_state(folder: Path, initial: SyncState) -> SyncState:
-    """Return the content of mlflow.json, or `initial` if there is none or if it is about another store."""
+    """Return the content of mlflow.json, or `initial` if the file is missing or belongs to another store."""
     known = read_sync_state(folder)
     if known is None or known.uri == initial.uri:
         return known or initial
     if known.run_id:
-        log.warning("the run was tracked at %s; a new run is made at %s", known.uri, initial.uri)
+        log.warning("the run was tracked at %s; a new MLflow run is created at %s", known.uri, initial.uri)
     return initial

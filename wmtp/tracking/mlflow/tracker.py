@@ -44,16 +44,16 @@ if TYPE_CHECKING:  # the import takes seconds: only the sending thread imports m
 log = logging.getLogger(__name__)
 BEST = "best/val_loss"
 CREATE_STORE_SECONDS = 60.0
-"""Time limit for many processes that start on one SQLite store at once and wait for each other."""
-RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.training.run", "wmtp.checkpoints", "mlflow.parentRunId"
+"""Additional time limit for SQLite stores, because many processes that start at once wait for each other."""
+RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.run", "wmtp.checkpoints", "mlflow.parentRunId"
 
 
 class MlflowTracker:
-    """Uploader that sends a run to MLflow from a background thread. Training never waits for it.
+    """Tracker that sends a run to MLflow from a background thread. Training does not wait for it.
 
-    The thread reads new lines of metrics.jsonl and retries failed requests. Every point is sent once, also after a
-    crash, since a resumed run queries MLflow for the points that it has. Points that a crashed attempt sent after its
-    last checkpoint stay in MLflow, which deletes nothing.
+    The thread reads new lines of metrics.jsonl and repeats failed requests. Every point is sent once, also after a
+    crash: when a run is resumed, the thread asks MLflow for the points of the run. MLflow cannot delete points, so it
+    keeps points that were sent after the last checkpoint before a crash.
     """
 
     def __init__(
@@ -72,25 +72,25 @@ class MlflowTracker:
         system_seconds: PositiveFloat | None = 10.0,
         checkpoints: CheckpointChoice = "best",
     ) -> None:
-        """Start sending. If mlflow.json names an MLflow run in the same store, this run is continued.
+        """Start the background thread. If mlflow.json contains an MLflow run in the same store, that run is continued.
 
         Args:
             folder: the run's folder.
             run_name: name of a new MLflow run.
-            parameters: the config, by dotted names.
+            parameters: the config, as values by dotted keys.
             tags: tags set by the user.
             is_training: False to send the pending data of an ended run to the store that mlflow.json names.
-            uri: the store; by default MLFLOW_TRACKING_URI or else `mlflow.db` in the `outputs` folder above the run,
-                with the artifacts next to it.
+            uri: tracking URI. The default is MLFLOW_TRACKING_URI, or `mlflow.db` in the `outputs` folder that contains
+                the run; then the artifacts are in the same folder.
             experiment: name of the MLflow experiment.
             poll_seconds: seconds between two searches for new metrics.
-            stall_seconds: seconds that `close` waits for a store that does not respond.
-            close_seconds: seconds that `close` waits for a store that responds.
-            system_seconds: seconds between two records of system metrics; None for no system metrics.
-            checkpoints: whether the best checkpoint is sent as artifacts.
+            stall_seconds: maximum seconds that `close` waits for a store that does not respond.
+            close_seconds: maximum seconds that `close` waits for a store that responds.
+            system_seconds: seconds between two samples of system metrics; None for no system metrics.
+            checkpoints: `best` to send the best checkpoint as artifacts, `none` to send no checkpoint.
 
         Raises:
-            InputError: the URI holds a user or a password, or mlflow.json is damaged.
+            InputError: the URI contains a user or a password, or mlflow.json is damaged.
         """
         self.folder = Path(os.path.abspath(folder))
         known = read_sync_state(self.folder)
@@ -104,7 +104,7 @@ class MlflowTracker:
             self._initial.write(self.folder)
         self._final_state: State | None = None
         self._sent: list[str] = []
-        self._logged = threading.Event()
+        self._training_started = threading.Event()
         self._sampler: SystemSampler | None = None
         if is_training and system_seconds is not None:
             last = self._sync_state.position(SYSTEM).last  # the file itself may be on another machine
@@ -114,26 +114,30 @@ class MlflowTracker:
 
     @property
     def server(self) -> str:
-        """The store, for messages."""
+        """Name of the store for messages."""
         return f"MLflow at {self.uri}"
 
     @property
     def report(self) -> str:
-        """A description of the data that was sent, complete after `close`."""
+        """Message about the data that were sent. It is complete after `close`."""
         return f"MLflow: {', '.join(self._sent) or 'nothing was missing'}"
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Record that training has started. The metrics are read from metrics.jsonl, which another tracker writes."""
-        self._logged.set()
+        """Record that training has started. The metrics themselves are read from the file that `MetricsFile` writes."""
+        self._training_started.set()
 
     def close(self, state: State | None) -> None:
-        """Send the remaining metrics, the final status (None: keep the status in MLflow) and the artifacts.
+        """Send the remaining metrics, the final status and the artifacts.
 
-        Wait at most `stall_seconds` for a server that does not respond, and less if training did not finish. Wait at
-        most `close_seconds`, and one second for each megabyte of artifacts, for a server that does.
+        For a server that does not respond, the method waits `stall_seconds` at most. For a server that responds, it
+        waits `close_seconds` at most, plus one second for each megabyte of artifacts. Both limits are shorter if
+        training did not finish.
+
+        Args:
+            state: the final status; None keeps the status in MLflow.
 
         Raises:
-            PendingError: something was not sent in time, or another process is sending this folder.
+            PendingError: some data were not sent in time, or another process is sending this folder.
         """
         self._final_state = state
         if self._sampler is not None:
@@ -149,7 +153,7 @@ class MlflowTracker:
             raise PendingError(self.unsent())
 
     def unsent(self) -> str:
-        """Return a message about the data that was not sent: number of lines, location, remedy and last error."""
+        """Return a message about the data that were not sent: number of lines, files, remedy and last error."""
         error, where = self._sender.last_error, display_path(self.folder)
         if isinstance(error, LockHeld):
             return f"MLflow at {self.uri}: another process is sending {where}; wmtp.sync sends the rest later"
@@ -162,7 +166,7 @@ class MlflowTracker:
         )
 
     def _send(self) -> None:
-        """Send everything, from the parameters to the final status. Runs in the background thread."""
+        """Send all data, from the parameters to the artifacts. This method runs in the background thread."""
         retry = self._sender.retry
         with self._send_lock():
             self._sync_state = current_sync_state(self.folder, self._initial)
@@ -172,28 +176,28 @@ class MlflowTracker:
             run = retry(self._open_run, client, experiment_id)
             if run.info.run_id != self._sync_state.run_id:
                 self._save_state(replace(self._initial, run_id=run.info.run_id))
-            self._describe(client, run, experiment_id)
+            self._send_metadata(client, run, experiment_id)
             metrics = MetricSender(self.folder, client, self._sender, self._sync_state, self._save_state)
             while not self._sender.wait(self.poll_seconds):  # until the final status is known
                 if self.is_training:
-                    metrics.send(truncated=self._logged.is_set())  # until then, resuming may still remove lines
+                    metrics.send(truncated=self._training_started.is_set())  # before, a resume may truncate the files
             metrics.send()
             self._count_sent(metrics.num_lines, "line of metrics", "lines of metrics")
-            self._finish(client, run)
+            self._send_final_state(client, run)
 
     @contextmanager
     def _send_lock(self) -> Iterator[None]:
-        """Hold the lock that lets one process at a time send this folder; wait for it during training.
+        """Hold the lock file of this folder, so that only one process sends it. During training, wait for the lock.
 
         Raises:
-            LockHeld: another process holds it, and this one is not training or sending was cancelled.
+            LockHeld: another process holds the lock, and this process is not training or sending was cancelled.
         """
         path = self.folder / LOCK
         with file_lock(path, lambda: not self.is_training or self._sender.is_cancelled):
             yield
 
     def _open_run(self, client: "MlflowClient", experiment_id: str) -> "Run":
-        """Return the MLflow run of this folder; during training, its status is set to RUNNING."""
+        """Return the MLflow run of this folder. During training, set its status to RUNNING."""
         local_run = read_run(self.folder)
         tag = None if local_run is None else UniqueTag(RUN_TAG, local_run["id"])
         run = open_run(client, experiment_id, self._sync_state.run_id, NewRun(self.run_name, tag))
@@ -201,11 +205,11 @@ class MlflowTracker:
             client.update_run(run.info.run_id, status="RUNNING")
         return run
 
-    def _describe(self, client: "MlflowClient", run: "Run", experiment_id: str) -> None:
-        """Send the parameters, tags and data sets that the run lacks, and the tag of its parent run."""
+    def _send_metadata(self, client: "MlflowClient", run: "Run", experiment_id: str) -> None:
+        """Send the parameters, tags and data sets that the MLflow run does not have, and the id of its parent run."""
         provenance, sweep, known = read_provenance(self.folder), sweep_folder(self.folder), run.data.tags
         tags = origin_tags(provenance) | self.tags | {"wmtp.folder": str(self.folder)}
-        if not self.is_training:  # this may be another machine than the one that trained
+        if not self.is_training:  # this machine may be another one than the machine of the training
             tags = {name: text for name, text in tags.items() if name not in known}
         if sweep is not None and PARENT not in known:
             tags[PARENT] = self._sender.retry(
@@ -213,17 +217,17 @@ class MlflowTracker:
             )
         params, changed = missing_params_and_tags(run, self.parameters, tags)
         if params or changed:
-            # The client splits them into requests of one hundred, the maximum of a server.
+            # The client splits the tags into requests with one hundred tags, the maximum of a server.
             self._sender.retry(client.log_batch, run.info.run_id, params=params, tags=changed)
         if inputs := missing_inputs(run, provenance):
             self._sender.retry(client.log_inputs, run.info.run_id, inputs)
 
-    def _finish(self, client: "MlflowClient", run: "Run") -> None:
-        """Send the best loss, the final status, and the artifacts that were not sent or have changed."""
+    def _send_final_state(self, client: "MlflowClient", run: "Run") -> None:
+        """Send the best loss, the final status, and the artifacts that are new or have changed."""
         retry, run_id = self._sender.retry, run.info.run_id
         best = read_best(self.folder)
         if best is not None and best["val/loss"] != run.data.metrics.get(BEST):
-            now = int(time.time() * 1000)  # constant over all retries, so that the server can detect a repetition
+            now = int(time.time() * 1000)  # equal in all attempts, so that the server can detect a repeated request
             retry(client.log_metric, run_id, BEST, best["val/loss"], timestamp=now, step=best["step"])
         # Status first: artifacts may go to another server and fail while the tracking server works.
         state, ended = self._status_to_send(run)
@@ -245,18 +249,18 @@ class MlflowTracker:
             retry(client.set_tag, run_id, CHECKPOINTS_TAG, location)
 
     def _status_to_send(self, run: "Run") -> tuple[State | None, int | None]:
-        """Return the final status, if MLflow lacks it, and the earlier end time of an ended run (ms since 1970)."""
+        """Return the status to send, or None if MLflow has it, and the end time of an ended run in ms since 1970."""
         current = "RUNNING" if self.is_training else run.info.status
         if self.is_training or not (self.folder / "status.json").exists():
             return (self._final_state if self._final_state != current else None), None
         status = read_status(self.folder)
-        is_new = not run.data.params and not run.data.metrics  # no other process has set its status
+        is_new = not run.data.params and not run.data.metrics  # so no other process has set the status
         state = self._final_state or (status["state"] if is_new else None)
         ended = status["ended"] and int(datetime.fromisoformat(status["ended"]).timestamp() * 1000)
         return (state if state != current else None), ended
 
     def _stored_at(self) -> str | None:
-        """Return where the run is stored outside of MLflow: in S3, in its folder (MLflow on this disk), or None."""
+        """Return the location of the run outside of MLflow: its S3 URL, or its folder if MLflow is a local file."""
         run = read_run(self.folder)
         if run is not None and run["remote"] is not None:
             return str(run["remote"])
@@ -266,16 +270,16 @@ class MlflowTracker:
         self._sender.retry(sync_state.write, self.folder)
         self._sync_state = sync_state
 
-    def _count_sent(self, count: int, one: str, many: str) -> None:
+    def _count_sent(self, count: int, singular: str, plural: str) -> None:
         if count:
-            self._sent.append(f"{count:,} {one if count == 1 else many}")
+            self._sent.append(f"{count:,} {singular if count == 1 else plural}")
 
 
 def send_pending(folder: Path, state: State | None = None) -> str | None:
-    """Send the data of an ended run that MLflow lacks. Return a report, or None if the run is not tracked.
+    """Send the pending data of an ended run. Return a message, or None if the run is not tracked.
 
     Raises:
-        PendingError: something was not sent.
+        PendingError: some data were not sent.
         InputError: mlflow.json is damaged.
     """
     known = read_sync_state(folder)

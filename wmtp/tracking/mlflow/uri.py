@@ -1,4 +1,4 @@
-"""The tracking URI of MLflow, kept free of credentials so that it may be logged and saved."""
+"""The tracking URI of MLflow. It must not contain credentials, because it is logged and saved."""
 
 import os
 import re
@@ -23,29 +23,31 @@ def _reject_credentials(uri: str) -> str:
 
 
 TrackingUri = Annotated[str, AfterValidator(_reject_credentials)]
-"""Tracking URI in a config. Configs are saved and uploaded, so a user or a password in it is an error."""
+"""Tracking URI in a config. A user or a password in it is an error, because configs are saved and uploaded."""
 
 
 def has_credentials(uri: str) -> bool:
-    """Return whether a URI holds a user or a password, even if a `/` in the password makes it look like a path."""
+    """Return whether a URI contains a user or a password, even if a `/` in the password makes it look like a path."""
     return HAS_HOST.match(uri) is not None and "@" in uri
 
 
 def is_server(uri: str) -> bool:
-    """Return whether a URI is the HTTP address of a server."""
+    """Return whether a URI is the HTTP URL of a server."""
     return uri.lower().startswith(("http://", "https://"))
 
 
 def is_on_other_machine(uri: str) -> bool:
-    """Return whether a URI is a database file that is not on this machine."""
+    """Return whether a URI is an SQLite file whose folder does not exist on this machine."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir()
 
 
 def move_credentials() -> None:
-    """Move user and password from MLFLOW_TRACKING_URI, if it holds them, to their own environment variables.
+    """Move the user and the password from MLFLOW_TRACKING_URI to their own environment variables.
+
+    If the variable contains neither, it is not changed.
 
     Raises:
-        InputError: they cannot be separated, or the store is not an HTTP server and would not read these variables.
+        InputError: they cannot be parsed, or the URI is not an HTTP URL, so MLflow would not use the variables.
     """
     uri = os.environ.get(URI, "")
     if not has_credentials(uri):
@@ -61,10 +63,10 @@ def move_credentials() -> None:
 
 
 def resolve_uri(uri: str | None) -> str | None:
-    """Return the URI of the config, or else of the environment, or None.
+    """Return the tracking URI of the config, otherwise that of the environment, otherwise None.
 
     Raises:
-        InputError: the URI holds a user or a password.
+        InputError: the URI contains a user or a password.
     """
     move_credentials()
     uri = uri or os.environ.get(URI) or None
@@ -74,10 +76,10 @@ def resolve_uri(uri: str | None) -> str | None:
 
 
 def absolute_uri(uri: str | None, folder: Path) -> str:
-    """Return the tracking URI of a run in `folder`, with an absolute path; by default `mlflow.db` in `outputs`.
+    """Return the tracking URI of the run in `folder`, with an absolute path; by default `mlflow.db` in `outputs`.
 
     Raises:
-        InputError: the URI holds a user or a password.
+        InputError: the URI contains a user or a password.
     """
     uri = resolve_uri(uri)
     if uri is None:
