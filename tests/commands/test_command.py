@@ -16,7 +16,7 @@ from wmtp.checkpoint.store import find_damage
 from wmtp.runtime.processes import CORES_VARIABLE
 from wmtp.runtime.run_dir import create_run_folder
 
-WRONG = {
+INVALID = {
     "algo.betta=1": "algo.betta=1: unknown key",
     "num_epochs=-1": "num_epochs=-1: must be greater than 0",
     "max_steps=abc": "max_steps=abc: must be a valid integer",
@@ -25,24 +25,25 @@ WRONG = {
     "resume=/nowhere": "resume=/nowhere: does not exist",
     "hardware=a100x4": "hardware.device=cuda: this machine has no cuda device; found: cpu",
 }
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens on a machine without GPUs")
+"""Invalid overrides, and a part of the error message of each."""
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the errors of a machine without GPUs")
 
 
 @without_gpu
-@pytest.mark.parametrize("override", WRONG)
-def test_each_config_error_names_its_key_and_the_allowed_values(invoke: Invoke, override: str) -> None:
+@pytest.mark.parametrize("override", INVALID)
+def test_each_config_error_names_its_key_and_the_reason(invoke: Invoke, override: str) -> None:
     outcome = invoke(override)
     assert outcome.code == 2
-    assert WRONG[override] in outcome.err
+    assert INVALID[override] in outcome.err
     assert "Traceback" not in outcome.err
-    assert not Path("outputs").exists(), "nothing was begun"
+    assert not Path("outputs").exists(), "no run is started"
 
 
 @without_gpu
 def test_all_config_errors_are_reported_together(invoke: Invoke) -> None:
-    outcome = invoke(*WRONG)
+    outcome = invoke(*INVALID)
     assert outcome.code == 2
-    assert [message for message in WRONG.values() if message not in outcome.err] == []
+    assert [message for message in INVALID.values() if message not in outcome.err] == []
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_all_config_errors_are_reported_together(invoke: Invoke) -> None:
         ("resume=.", "is not a run's folder"),
     ],
 )
-def test_config_errors_contain_a_remedy(invoke: Invoke, override: str, message: str) -> None:
+def test_config_errors_explain_what_to_change(invoke: Invoke, override: str, message: str) -> None:
     outcome = invoke(*override.split())
     assert outcome.code == 2
     assert message in outcome.err
@@ -94,11 +95,11 @@ def test_a_run_writes_all_files_to_its_folder(invoke: Invoke) -> None:
     assert (status["state"], status["exit_code"], status["step"]) == ("FINISHED", 0, 4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 2, 3, 4, 4]
-    trained = {f"train/{name}" for name in (
+    train_metrics = {f"train/{name}" for name in (
         "loss", "mtp_loss", "head_1_loss", "head_4_loss", "weight_mean", "weight_min", "weight_max", "weight_std",
         "valid_target_ratio", "grad_norm", "lr", "tokens_per_second",
     )}  # fmt: skip
-    assert trained <= set(lines[0])
+    assert train_metrics <= set(lines[0])
     assert {"val/loss", "val/mtp_loss", "val/head_1_loss", "val/head_4_loss"} <= set(lines[1])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["total_steps"] == 4 and summary["early_stopped"] is False
@@ -111,7 +112,7 @@ def test_a_run_writes_all_files_to_its_folder(invoke: Invoke) -> None:
     assert max(map(len, outcome.out.splitlines())) < 400
 
 
-def test_a_dry_run_checks_everything_and_keeps_nothing(invoke: Invoke, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_losses_and_leaves_no_files(invoke: Invoke, tmp_path: Path) -> None:
     outcome = invoke("dry_run=true", tiny=True)
     assert outcome.code == 0, outcome.err
     assert "num_epochs: 3" in outcome.out and "updates of 16 samples" in outcome.out
@@ -120,17 +121,17 @@ def test_a_dry_run_checks_everything_and_keeps_nothing(invoke: Invoke, tmp_path:
 
 
 @pytest.mark.parametrize("learning_rate", ["0.001", "1e20"])
-def test_every_run_writes_a_report_even_a_failed_one(invoke: Invoke, learning_rate: str) -> None:
+def test_successful_and_failed_runs_write_a_report(invoke: Invoke, learning_rate: str) -> None:
     options = ["max_steps=4", "log_interval=1", "max_grad_norm=1e9", "scheduler=constant", "hydra.run.dir=here"]
     outcome = invoke(*options, f"optimizer.lr={learning_rate}", "report=true")
     page = Path("here/report.html").read_text()
-    is_well = learning_rate == "0.001"
-    assert outcome.code == (0 if is_well else 1)
-    assert ("FINISHED" if is_well else "FAILED") in page and "RUNNING" not in page
-    assert ("the update was not made" in page) != is_well and "optimizer.lr" in page
+    succeeds = learning_rate == "0.001"
+    assert outcome.code == (0 if succeeds else 1)
+    assert ("FINISHED" if succeeds else "FAILED") in page and "RUNNING" not in page
+    assert ("the update was not made" in page) != succeeds and "optimizer.lr" in page
 
 
-def test_a_job_of_a_sweep_uses_as_many_threads_as_cores(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_job_uses_as_many_threads_as_its_cores(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv(CORES_VARIABLE, str(before + 2))
@@ -141,7 +142,7 @@ def test_a_job_of_a_sweep_uses_as_many_threads_as_cores(invoke: Invoke, monkeypa
         torch.set_num_threads(before)
 
 
-def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
+def test_the_run_folder_can_be_chosen_and_must_be_new(invoke: Invoke) -> None:
     assert invoke("max_steps=1", "hydra.run.dir=here", "run_name=mine").code == 0
     assert (Path("here") / "summary.json").exists() and not (Path("here") / "report.html").exists()
     again = invoke("max_steps=1", "hydra.run.dir=here")
@@ -150,24 +151,24 @@ def test_the_run_folder_can_be_chosen(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize("key", ["batch_size", "seed", "log_interval"])
-def test_a_key_that_was_removed_is_named(invoke: Invoke, key: str) -> None:
+def test_the_error_names_a_removed_key(invoke: Invoke, key: str) -> None:
     outcome = invoke(f"~{key}")
     assert outcome.code == 2 and f"{key}: is missing" in outcome.err
 
 
 def test_a_sweep_refuses_resume(invoke: Invoke) -> None:
-    """Otherwise the sweep would start new runs with the defaults."""
+    """Without this check, the sweep would start new runs with the default config."""
     outcome = invoke("-m", "resume=run", "max_steps=1,2")
     assert outcome.code == 2 and "resume an earlier sweep with sweep.resume=DIR" in outcome.err
     assert not Path("outputs").exists()
 
 
-def test_run_folders_of_the_same_second_differ(tmp_path: Path) -> None:
+def test_run_folders_created_in_the_same_second_differ(tmp_path: Path) -> None:
     folders = {create_run_folder(tmp_path) for _ in range(50)}
     assert len(folders) == 50
 
 
-def test_a_loss_that_is_not_finite_fails_the_run(invoke: Invoke) -> None:
+def test_a_nonfinite_loss_fails_the_run(invoke: Invoke) -> None:
     outcome = invoke(
         "max_steps=9", "optimizer.lr=1e20", "scheduler=constant", "hydra.run.dir=here", "max_grad_norm=1e9"
     )
@@ -178,19 +179,19 @@ def test_a_loss_that_is_not_finite_fails_the_run(invoke: Invoke) -> None:
     assert "Traceback" not in outcome.err and "Traceback" in Path("here/train.log").read_text()
 
 
-def test_a_crash_is_recorded_and_its_traceback_kept(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object) -> None:
-        raise RuntimeError("out of luck")
+def test_a_crash_is_recorded_and_its_traceback_is_in_the_log(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("simulated error")
 
-    monkeypatch.setattr("wmtp.training.trainer.Trainer.validate", broken)
+    monkeypatch.setattr("wmtp.training.trainer.Trainer.validate", fail)
     outcome = invoke("hydra.run.dir=here")
-    assert outcome.code == 1 and "RuntimeError: out of luck" in outcome.err and "Traceback" not in outcome.err
-    assert "out of luck" in Path("here/train.log").read_text()
+    assert outcome.code == 1 and "RuntimeError: simulated error" in outcome.err and "Traceback" not in outcome.err
+    assert "simulated error" in Path("here/train.log").read_text()
     assert json.loads(Path("here/status.json").read_text())["state"] == "FAILED"
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_one_run_in_mlflow(invoke: Invoke) -> None:
+def test_a_resumed_run_continues_its_mlflow_run(invoke: Invoke) -> None:
     from mlflow import MlflowClient
 
     first = invoke("tracking=mlflow", "max_steps=4", "log_interval=1", "hydra.run.dir=outputs/one", "run_name=first",
@@ -208,9 +209,9 @@ def test_a_resumed_run_is_one_run_in_mlflow(invoke: Invoke) -> None:
     assert {"config.yaml", "summary.json", "samples.jsonl"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
-def test_help_answers_within_two_seconds() -> None:
-    def seconds() -> float:
-        """Return processor seconds, because other tests may run at the same time."""
+def test_help_takes_less_than_two_seconds_of_cpu_time() -> None:
+    def cpu_seconds() -> float:
+        """Return the CPU time of one call; its elapsed time would depend on tests that run at the same time."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "wmtp.train", "--help"], capture_output=True, text=True, timeout=15
@@ -220,13 +221,13 @@ def test_help_answers_within_two_seconds() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 2
+    assert min(cpu_seconds() for _ in range(3)) < 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_update_saves_and_can_be_resumed(
-    tmp_path: Path, cache: Path, invoke: Invoke, number: signal.Signals, code: int
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_with_a_checkpoint_to_resume_from(
+    tmp_path: Path, cache: Path, invoke: Invoke, signal_number: signal.Signals, code: int
 ) -> None:
     process = start_training(
         tmp_path,
@@ -242,13 +243,13 @@ def test_a_signal_ends_the_update_saves_and_can_be_resumed(
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal_number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("KILLED", code)
-    (saved,) = (tmp_path / "run" / "checkpoints").glob(f"step_{status['step']:08d}")
-    assert find_damage(saved) is None
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob(f"step_{status['step']:08d}")
+    assert find_damage(checkpoint) is None
     assert "Traceback" not in out + err
     outcome = invoke("resume=run", f"max_steps={status['step'] + 2}", tiny=False)
     assert outcome.code == 0, outcome.err

@@ -11,12 +11,13 @@ from tests.conftest import Outcome, run_command
 from tests.support.fake_runs import fake_run
 from wmtp.compare import positional_args
 
-FORBIDDEN = ("torch", "scipy", "matplotlib", "mlflow", "transformers")
+HEAVY_MODULES = ("torch", "scipy", "matplotlib", "mlflow", "transformers")
+"""Modules that take long to import."""
 
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command in an empty folder, with a terminal of 80 columns."""
+    """Return a function that runs the command in an empty folder, with a terminal of 80 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -31,7 +32,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Runs with three seeds of two algorithms, in a folder whose name needs quotes."""
+    """Return a folder with runs of two algorithms and three seeds. Its name contains a space."""
     for seed in range(3):
         for algo, loss in (("baseline", 1.0), ("critic", 0.8)):
             folder = tmp_path / "my runs" / f"{algo}={seed}"
@@ -53,34 +54,34 @@ def test_a_comparison_is_printed_and_written(call, runs: Path, tmp_path: Path) -
     assert content["metrics"][0]["differences"][0]["verdict"] == "better"
 
 
-def test_runs_without_a_report_get_one(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_missing_reports_of_runs_are_written(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     folders = sorted(runs.iterdir())
-    (folders[0] / "report.html").write_text("of its own")
-    assert "Writing report.html" not in call("my runs", "reports=false", "folder=without").out
+    (folders[0] / "report.html").write_text("existing report")
+    assert "Writing report.html" not in call("my runs", "reports=false", "folder=no_reports").out
     assert not (folders[1] / "report.html").exists()
     outcome = call("my runs", "folder=here")
     assert outcome.code == 0, outcome.err
     assert "Writing the missing report.html of 5 runs; skip this with reports=false" in " ".join(outcome.out.split())
     assert all((folder / "report.html").exists() for folder in folders)
-    assert (folders[0] / "report.html").read_text() == "of its own"
+    assert (folders[0] / "report.html").read_text() == "existing report"
     assert Path("here/compare.html").read_text().count("report.html") == 6
-    assert Path("without/compare.html").read_text().count("report.html") == 1
+    assert Path("no_reports/compare.html").read_text().count("report.html") == 1
 
 
-def test_a_report_that_cannot_be_written_is_a_warning(  # type: ignore[no-untyped-def]
+def test_a_report_that_cannot_be_written_causes_a_warning(  # type: ignore[no-untyped-def]
     call, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(folder: Path) -> None:
+    def fail(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr("wmtp.report.run_report.write_run_report", refused)
+    monkeypatch.setattr("wmtp.report.run_report.write_run_report", fail)
     outcome = call("my runs", "folder=here")
     assert outcome.code == 0
     assert "report.html could not be written: [Errno 13]" in " ".join((outcome.out + outcome.err).split())
     assert Path("here/compare.html").exists()
 
 
-def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_runs_can_be_listed_and_the_output_folder_must_be_new(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     paths = sorted(str(path) for path in runs.iterdir())
     outcome = call(*paths, "folder=here", "baseline=critic", "metric=pass@1", "at=last")
     assert outcome.code == 0, outcome.err
@@ -92,7 +93,7 @@ def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "runs: missing; give folders of runs: python -m wmtp.compare DIR…"),
         (["nowhere"], "nowhere: does not exist; name the folder of a run"),
@@ -106,15 +107,15 @@ def test_runs_are_named_one_by_one_and_the_folder_is_chosen(call, runs: Path) ->
         (["s3://bucket/run"], "only local runs can be compared"),
     ],
 )
-def test_errors_are_explained(call, runs: Path, arguments: list[str], said: str) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_arguments_are_reported(call, runs: Path, arguments: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
     outcome = call(*arguments)
     assert outcome.code == 2
-    assert said in " ".join(outcome.err.split())
+    assert message in " ".join(outcome.err.split())
     assert "Traceback" not in outcome.err
     assert not Path("outputs").exists()
 
 
-def test_different_data_is_refused_with_exit_code_2(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_runs_with_different_training_data_are_refused(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     fake_run(runs / "other", algo="rho1", provenance={"train_fingerprint": "other"}, **{"data.num_train": 7})
     outcome = call("my runs")
     assert outcome.code == 2
@@ -132,7 +133,7 @@ def test_arguments_without_a_key_are_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert positional_args(["--help"]) == ["--help"]
 
 
-def test_importing_the_command_imports_nothing_heavy() -> None:
-    code = f"import sys, wmtp.compare; sys.exit(', '.join(n for n in {FORBIDDEN} if n in sys.modules) or 0)"
+def test_the_command_imports_no_heavy_modules() -> None:
+    code = f"import sys, wmtp.compare; sys.exit(', '.join(n for n in {HEAVY_MODULES} if n in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from tests.conftest import Invoke, run_command
 from wmtp.config import moved_targets
 
 RUN = Path(__file__).parents[1] / "fixtures" / "run_of_flat_modules"
+"""The folder of a run of the earlier version."""
 LOSS_AFTER_RESUME = 6.464352412216353
 """`val/loss` at update 9 when the earlier version resumed its own run with max_steps=9."""
 EVALUATED_LOSS = 6.431378253094562
@@ -18,12 +19,12 @@ EVALUATED_LOSS = 6.431378253094562
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Return a copy of the run."""
+    """Return a writable copy of the run."""
     return shutil.copytree(RUN, tmp_path / "run")
 
 
 def test_the_configs_contain_old_module_paths() -> None:
-    """Otherwise the other tests would prove nothing."""
+    """Without old module paths, the other tests would pass even if no path was translated."""
     for config in (RUN / "config.yaml", RUN / "pretrain" / "config.yaml"):
         for target in ("wmtp.trainer.Trainer", "wmtp.runtime.hardware.Hardware", "wmtp.stages.ValueStage"):
             assert f"_target_: {target}" in config.read_text()
@@ -37,7 +38,7 @@ def test_resume_gives_the_loss_of_the_earlier_version(run: Path, invoke: Invoke)
     assert summary["last"]["val/loss"] == pytest.approx(LOSS_AFTER_RESUME, abs=1e-5)
 
 
-def test_a_new_run_reuses_its_stage_1(run: Path, invoke: Invoke) -> None:
+def test_a_new_run_can_reuse_stage_1_of_an_earlier_run(run: Path, invoke: Invoke) -> None:
     model = [f"model.{key}" for key in ("dim=16", "num_layers=1", "hidden_dim=32", "num_attention_heads=2")]
     done = invoke("algo=critic", *model, "model.num_kv_heads=1", "pretrain.reuse=run", "max_steps=1")
     assert done.code == 0, done.err
@@ -68,7 +69,7 @@ def test_an_earlier_run_can_be_compared(
     assert code == 0, printed.err
     (written,) = Path("outputs/comparisons").rglob("compare.json")
     assert list(json.loads(written.read_text())["groups"]) == ["baseline", "critic"]
-    assert "_target_" not in written.read_text(), "a moved target is no difference between runs"
+    assert "_target_" not in written.read_text(), "moved targets are not reported as differences"
 
 
 def test_an_earlier_run_can_be_exported(run: Path, tmp_path: Path, invoke: Invoke) -> None:
@@ -77,7 +78,7 @@ def test_an_earlier_run_can_be_exported(run: Path, tmp_path: Path, invoke: Invok
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_without_the_table_old_targets_are_not_found(
+def test_old_targets_are_not_found_without_the_table_of_moved_targets(
     run: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moved_targets, "MOVED_TARGETS", {})
@@ -88,7 +89,7 @@ def test_without_the_table_old_targets_are_not_found(
 
 
 @pytest.mark.parametrize("target", moved_targets.MOVED_TARGETS)
-def test_each_current_target_exists(target: str) -> None:
+def test_each_old_target_resolves_to_the_moved_class(target: str) -> None:
     from wmtp.config.schema import locate
 
     assert locate(target) is locate(moved_targets.MOVED_TARGETS[target])

@@ -17,13 +17,13 @@ from wmtp.evaluation.results_log import ResultsLog
 from wmtp.runtime.run_dir import EVALUATIONS
 from wmtp.sandbox.grader import Program, Verdict
 
-FEW = ["evaluation.limit=4", "generation.max_new_tokens=24"]
-"""Overrides for an evaluation of one second."""
+FAST = ["evaluation.limit=4", "generation.max_new_tokens=24"]
+"""Overrides with which an evaluation takes about one second."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """Return a run of a barely trained model."""
+    """Return the folder of a run with three updates."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     overrides = [
         "tracking=none", f"cache_dir={cache}", f"hydra.run.dir={folder}", "model=nano", "data.num_train=40",
@@ -41,34 +41,34 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def evaluation_of(run: Path) -> Path:
+def evaluation_folder(run: Path) -> Path:
     """Return the folder of a run's only evaluation."""
     (folder,) = (path for path in (run / EVALUATIONS).iterdir() if path.is_dir())
     return folder
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the records of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def content(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file."""
     value: dict[str, Any] = json.loads(path.read_text())
     return value
 
 
-def passing(program: Program, **options: object) -> Verdict:
-    """Return "pass" for about half of the programs, depending on their source."""
-    good = sum(program.source.encode()) % 2 == 0
-    return Verdict("pass", "", "", 0.1) if good else Verdict("fail", "wrong", "test 1", 0.1)
+def grade_by_source(program: Program, **options: object) -> Verdict:
+    """Return a verdict that depends only on the program's source: about half of the programs pass."""
+    passes = sum(program.source.encode()) % 2 == 0
+    return Verdict("pass", "", "", 0.1) if passes else Verdict("fail", "wrong", "test 1", 0.1)
 
 
-def test_an_evaluation_reports_pass_rates_losses_and_drafts(invoke: Invoke, run: Path) -> None:
-    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+def test_an_evaluation_reports_pass_rates_losses_and_tokens_per_forward(invoke: Invoke, run: Path) -> None:
+    done = invoke(f"checkpoint={run}", *FAST, command="evaluate")
     assert done.code == 0, done.err
-    folder = evaluation_of(run)
-    summary = content(folder / "summary.json")
+    folder = evaluation_folder(run)
+    summary = read_json(folder / "summary.json")
     assert summary["data"] == "tasks"
     assert summary["problems"] == summary["samples"] == 4
     assert list(summary["pass_at_k"]) == ["1"]
@@ -76,39 +76,39 @@ def test_an_evaluation_reports_pass_rates_losses_and_drafts(invoke: Invoke, run:
     assert summary["prediction"]["perplexity"] > 1
     assert {f"head_{k}_accuracy" for k in range(1, 5)} <= summary["prediction"].keys()
     assert summary["decoding"]["tokens_per_forward"] > 0
-    assert content(folder / "status.json")["state"] == "FINISHED"
+    assert read_json(folder / "status.json")["state"] == "FINISHED"
     assert "pass@1" in done.out
-    metrics = rows(run / EVALUATIONS / "metrics.jsonl")
+    metrics = read_jsonl(run / EVALUATIONS / "metrics.jsonl")
     assert metrics[0]["step"] == summary["step"]
     assert metrics[0]["evaluation/tasks-test-greedy-first_4/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
 
 
-def test_the_report_of_the_run_shows_the_evaluation_if_it_exists(
+def test_an_evaluation_updates_the_report_of_the_run_if_there_is_one(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = run / "report.html"
     before = page.read_text()
     assert "pass@1, evaluated" not in before
-    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert invoke(f"checkpoint={run}", *FAST, command="evaluate").code == 0
     assert "pass@1, evaluated" in page.read_text()
     page.unlink()
-    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
+    assert invoke(f"checkpoint={run}", *FAST, command="evaluate").code == 0
     assert not page.exists()
     page.write_text(before)
 
-    def broken(folder: Path) -> None:
-        raise ValueError("no picture")
+    def fail(folder: Path) -> None:
+        raise ValueError("simulated error")
 
-    monkeypatch.setattr("wmtp.report.run_report.write_run_report", broken)
-    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    monkeypatch.setattr("wmtp.report.run_report.write_run_report", fail)
+    done = invoke(f"checkpoint={run}", *FAST, command="evaluate")
     assert done.code == 0, done.err
-    assert "report.html could not be created: ValueError: no picture" in " ".join((done.out + done.err).split())
+    assert "report.html could not be created: ValueError: simulated error" in " ".join((done.out + done.err).split())
 
 
 def test_data_tokenizer_and_template_default_to_those_of_the_run(invoke: Invoke, run: Path) -> None:
-    done = invoke(f"checkpoint={run}", *FEW, "data.max_length=200", "data.correct_ratio=0.5", command="evaluate")
+    done = invoke(f"checkpoint={run}", *FAST, "data.max_length=200", "data.correct_ratio=0.5", command="evaluate")
     assert done.code == 0, done.err  # the selection of training samples has no effect on an evaluation
-    config = (evaluation_of(run) / "config.yaml").read_text()
+    config = (evaluation_folder(run) / "config.yaml").read_text()
     assert "num_test: 8" in config
     assert "\\n\\n" in config or "{prompt}\n\n" in config
     assert "max_length: 200" in config
@@ -116,43 +116,44 @@ def test_data_tokenizer_and_template_default_to_those_of_the_run(invoke: Invoke,
 
 @pytest.mark.slow
 def test_graded_samples_are_not_generated_again(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [f"checkpoint={run}", *FEW, "evaluation.n=2", "evaluation.k=[1,2]"]
-    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
+    command = [f"checkpoint={run}", *FAST, "evaluation.n=2", "evaluation.k=[1,2]"]
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", grade_by_source)
     assert invoke(*command, command="evaluate").code == 0
-    folder = evaluation_of(run)
-    whole = {name: (folder / name).read_bytes() for name in ("samples.jsonl", "results.jsonl")}
+    folder = evaluation_folder(run)
+    complete = {name: (folder / name).read_bytes() for name in ("samples.jsonl", "results.jsonl")}
 
-    for name in whole:  # as after a crash: one file has more lines, the last of them cut off
-        lines = whole[name].splitlines(keepends=True)
+    # as after a crash: results.jsonl has five lines, samples.jsonl has four and a part of the fifth
+    for name in complete:
+        lines = complete[name].splitlines(keepends=True)
         kept = lines[:5] if name == "results.jsonl" else [*lines[:4], lines[4][:20]]
         (folder / name).write_bytes(b"".join(kept))
     graded: list[Program] = []
 
-    def counting(program: Program, **options: object) -> Verdict:
+    def count_and_grade(program: Program, **options: object) -> Verdict:
         graded.append(program)
-        return passing(program)
+        return grade_by_source(program)
 
-    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", counting)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", count_and_grade)
     assert invoke(*command, command="evaluate").code == 0
     assert len(graded) == 4
-    assert {name: (folder / name).read_bytes() for name in whole} == whole
+    assert {name: (folder / name).read_bytes() for name in complete} == complete
 
-    assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0  # more of the same samples
+    assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0  # one more sample of each problem
     assert len(graded) == 8
-    assert rows(folder / "samples.jsonl")[0] == json.loads(whole["samples.jsonl"].splitlines()[0])
-    num_metrics = len(rows(run / EVALUATIONS / "metrics.jsonl"))
+    assert read_jsonl(folder / "samples.jsonl")[0] == json.loads(complete["samples.jsonl"].splitlines()[0])
+    num_metrics = len(read_jsonl(run / EVALUATIONS / "metrics.jsonl"))
     assert invoke(*command, "evaluation.n=3", command="evaluate").code == 0
-    assert len(rows(run / EVALUATIONS / "metrics.jsonl")) == num_metrics  # nothing new
+    assert len(read_jsonl(run / EVALUATIONS / "metrics.jsonl")) == num_metrics  # no new results, so no new metrics
     plain = invoke(*command, "evaluation.n=3", "generation.speculative=false", command="evaluate")
     assert plain.code == 0, plain.err
-    assert len(graded) == 20  # other statistics, so another evaluation
+    assert len(graded) == 20  # other generation settings are another evaluation
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_workers_batches_or_drafts(
+def test_results_do_not_depend_on_workers_batches_or_speculation(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", grade_by_source)
     samples = []
     for number, options in enumerate(
         (
@@ -162,32 +163,32 @@ def test_results_do_not_depend_on_workers_batches_or_drafts(
     ):
         folder = run / str(number)
         more = ["evaluation.n=3", "evaluation.k=[1,3]", f"hydra.run.dir={folder}", *options]
-        assert invoke(f"checkpoint={run}", *FEW, *more, command="evaluate").code == 0
+        assert invoke(f"checkpoint={run}", *FAST, *more, command="evaluate").code == 0
         samples.append((folder / "samples.jsonl").read_text())
     assert samples[0] == samples[1]
     assert len({row["completion"] for row in map(json.loads, samples[0].splitlines())}) > 6
 
 
-def test_ungraded_samples_are_not_failures_and_are_retried(
+def test_ungraded_samples_do_not_count_as_failures_and_are_retried(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(program: Program, **options: object) -> Verdict:
+    def return_sandbox_error(program: Program, **options: object) -> Verdict:
         return Verdict("sandbox error", "isolation", "no more processes", 0.0)
 
-    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", broken)
-    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", return_sandbox_error)
+    done = invoke(f"checkpoint={run}", *FAST, command="evaluate")
     assert done.code == 4
     assert "could not be graded" in done.err
-    summary = content(evaluation_of(run) / "summary.json")
+    summary = read_json(evaluation_folder(run) / "summary.json")
     assert summary["sandbox_errors"] == 4
     assert summary["pass_at_k"] == {}
-    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
-    assert invoke(f"checkpoint={run}", *FEW, command="evaluate").code == 0
-    assert content(evaluation_of(run) / "summary.json")["samples"] == 4
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", grade_by_source)
+    assert invoke(f"checkpoint={run}", *FAST, command="evaluate").code == 0
+    assert read_json(evaluation_folder(run) / "summary.json")["samples"] == 4
 
 
 @pytest.mark.slow
-def test_the_public_harness_reads_the_samples_and_gives_the_same_result(
+def test_the_humaneval_harness_gives_the_same_pass_rate(
     invoke: Invoke, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = {
@@ -199,19 +200,19 @@ def test_the_public_harness_reads_the_samples_and_gives_the_same_result(
     problems = [problem | {"task_id": f"own/{i}"} for i in range(4)]
     with gzip.open(path, "wt") as file:
         file.write("".join(json.dumps(p) + "\n" for p in problems))
-    texts = ["    return 3 * x\n", "    return x\n", "    return x + x + x\n", "    raise ValueError\n"]
-    replace_completions(texts, monkeypatch)
-    done = invoke(f"checkpoint={run}", "data=humaneval", f"data.path={path}", *FEW, command="evaluate")
+    completions = ["    return 3 * x\n", "    return x\n", "    return x + x + x\n", "    raise ValueError\n"]
+    replace_completions(completions, monkeypatch)
+    done = invoke(f"checkpoint={run}", "data=humaneval", f"data.path={path}", *FAST, command="evaluate")
     assert done.code == 0, done.err
-    folder = evaluation_of(run)
-    assert content(folder / "summary.json")["split"] == "all"
-    theirs = evaluate_functional_correctness(str(folder / "samples.jsonl"), [1], 1, 3.0, str(path))
-    assert content(folder / "summary.json")["pass_at_k"]["1"]["value"] == theirs["pass@1"] == 0.5
-    assert all(row["solution"].startswith("def triple") for row in rows(folder / "samples.jsonl"))
+    folder = evaluation_folder(run)
+    assert read_json(folder / "summary.json")["split"] == "all"
+    harness_result = evaluate_functional_correctness(str(folder / "samples.jsonl"), [1], 1, 3.0, str(path))
+    assert read_json(folder / "summary.json")["pass_at_k"]["1"]["value"] == harness_result["pass@1"] == 0.5
+    assert all(row["solution"].startswith("def triple") for row in read_jsonl(folder / "samples.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["evaluation.k=[1,5]", "evaluation.n=2"], "evaluation.n=5"),
         (["evaluation.n=2", "generation.temperature=0"], "greedy samples are all the same"),
@@ -224,12 +225,12 @@ def test_the_public_harness_reads_the_samples_and_gives_the_same_result(
         (["evaluation.split=train", "data=humaneval", "data.path=nowhere"], "does not exist"),
     ],
 )
-def test_invalid_input_is_reported_and_nothing_is_done(
-    invoke: Invoke, run: Path, overrides: list[str], said: str
+def test_invalid_input_is_reported_and_no_results_are_written(
+    invoke: Invoke, run: Path, overrides: list[str], message: str
 ) -> None:
     done = invoke(f"checkpoint={run}", *overrides, command="evaluate")
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     assert not list((run / EVALUATIONS).glob("*/results.jsonl"))
 
@@ -238,39 +239,40 @@ def test_invalid_checkpoints_are_reported(invoke: Invoke, run: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     (tmp_path / "none/checkpoints").mkdir(parents=True)
     shutil.copy(run / "config.yaml", tmp_path / "none")
-    for path, said in (("nowhere", "does not exist"), ("empty", "no checkpoints"), ("none", "no complete checkpoint")):
+    messages = {"nowhere": "does not exist", "empty": "no checkpoints", "none": "no complete checkpoint"}
+    for path, message in messages.items():
         done = invoke(f"checkpoint={path}", command="evaluate")
         assert done.code == 2
-        assert said in done.err
+        assert message in done.err
     for weights in run.glob("checkpoints/step_*/model.safetensors"):
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    done = invoke(f"checkpoint={run}", *FAST, command="evaluate")
     assert done.code == 2
     assert "model.safetensors does not have the content that was written" in done.err
 
 
 @pytest.mark.slow
 def test_the_folder_of_another_evaluation_is_rejected(invoke: Invoke, run: Path, tmp_path: Path) -> None:
-    named = f"hydra.run.dir={tmp_path / 'mine'}"
-    assert invoke(f"checkpoint={run}", *FEW, named, command="evaluate").code == 0
+    folder_override = f"hydra.run.dir={tmp_path / 'mine'}"
+    assert invoke(f"checkpoint={run}", *FAST, folder_override, command="evaluate").code == 0
     before = (tmp_path / "mine/results.jsonl").read_bytes()
-    done = invoke(f"checkpoint={run}", *FEW, named, "evaluation.seed=1", command="evaluate")
+    done = invoke(f"checkpoint={run}", *FAST, folder_override, "evaluation.seed=1", command="evaluate")
     assert done.code == 2
     assert "seed" in done.err
     assert (tmp_path / "mine/results.jsonl").read_bytes() == before
-    assert content(tmp_path / "mine/status.json")["state"] == "FINISHED"
+    assert read_json(tmp_path / "mine/status.json")["state"] == "FINISHED"
 
 
 def test_a_folder_that_cannot_be_created_is_reported(invoke: Invoke, run: Path) -> None:
     (run / EVALUATIONS).write_text("in the way")
-    done = invoke(f"checkpoint={run}", *FEW, command="evaluate")
+    done = invoke(f"checkpoint={run}", *FAST, command="evaluate")
     assert done.code == 2
     assert "choose another folder: hydra.run.dir=" in done.err
 
 
-def test_damaged_files_are_reported(tmp_path: Path) -> None:
+def test_damaged_result_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("")
     with pytest.raises(InputError, match="evaluation.json: is damaged"):
         ResultsLog(tmp_path, {"seed": 0})
@@ -282,7 +284,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 
 
 def replace_completions(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the model generate these texts, one after the other."""
+    """Replace the texts that the model generates by `texts`, in this order."""
     remaining = iter(texts)
     original = sampling.generate
 
@@ -308,29 +310,29 @@ def test_contest_programs_use_standard_input_and_output(
     path.write_text("".join(json.dumps(problem | {"name": f"{i}_A"}) + "\n" for i in range(3)))
     replace_completions(["print(sum(map(int, input().split())))", "print(3)", "import sys; sys.exit(0)"], monkeypatch)
     done = invoke(
-        f"checkpoint={run}", "data=codecontests", f"data.path={path}", "evaluation.split=all", *FEW, command="evaluate"
+        f"checkpoint={run}", "data=codecontests", f"data.path={path}", "evaluation.split=all", *FAST, command="evaluate"
     )
     assert done.code == 0, done.err
-    assert content(evaluation_of(run) / "summary.json")["outcomes"] == {"pass": 1, "wrong": 2}
+    assert read_json(evaluation_folder(run) / "summary.json")["outcomes"] == {"pass": 1, "wrong": 2}
 
 
 @pytest.mark.slow
 def test_evaluation_results_are_sent_to_the_run_in_mlflow(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", passing)
+    monkeypatch.setattr("wmtp.evaluation.evaluator.grade", grade_by_source)
     assert invoke("tracking=mlflow", "max_steps=4", "hydra.run.dir=outputs/one").code == 0
-    assert invoke("checkpoint=outputs/one", *FEW, command="evaluate").code == 0
-    assert invoke("checkpoint=outputs/one", *FEW, "generation.temperature=2", command="evaluate").code == 0
+    assert invoke("checkpoint=outputs/one", *FAST, command="evaluate").code == 0
+    assert invoke("checkpoint=outputs/one", *FAST, "generation.temperature=2", command="evaluate").code == 0
     client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name("wmtp")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
-    written = rows(Path("outputs/one/evaluations/metrics.jsonl"))
+    written = read_jsonl(Path("outputs/one/evaluations/metrics.jsonl"))
     assert len(written) == 2
-    for line, how in zip(written, ("greedy", "temperature_2"), strict=True):
+    for line, sampling_name in zip(written, ("greedy", "temperature_2"), strict=True):
         for name in ("pass_at_1", "perplexity"):
-            key = f"evaluation/tasks-test-{how}-first_4/{name}"
+            key = f"evaluation/tasks-test-{sampling_name}-first_4/{name}"
             assert run.data.metrics[key] == pytest.approx(line[key])
     assert run.info.status == "FINISHED"
     assert "train/loss" in run.data.metrics

@@ -1,4 +1,4 @@
-"""Tests of `python -m wmtp.export`: exported models have the logits of the run, and no missing or extra tensors."""
+"""Tests of `python -m wmtp.export`: exported models give the logits of the run and have exactly its tensors."""
 
 import json
 import runpy
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tests.conftest import Invoke, run_command
 from tests.support.families import FAMILIES, SIZES, write_family
-from wmtp import export as door
+from wmtp import export as export_command
 from wmtp.checkpoint import manifest
 from wmtp.cli.job import JobContext
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, build
@@ -32,32 +32,36 @@ from wmtp.data.tokenizer import PROBE, Tokenizer, pretrained_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.export import positional_args
-from wmtp.models import export as forms
-from wmtp.models.huggingface import export as writing
+from wmtp.models import export as model_export
+from wmtp.models.huggingface import export as hf_export
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.loading import find_checkpoint, load_trained, read_run_config
 from wmtp.models.lora import Lora
 from wmtp.models.meta import MetaCheckpoint
 from wmtp.models.mtp import MtpModel
 
-pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.slow]  # the runs are trained once for all tests
+# one worker runs all these tests, so that each run is trained only once
+pytestmark = [pytest.mark.xdist_group("export"), pytest.mark.slow]
 HEADS = 3
-ALL = [*FAMILIES, "own"]
-SHORT = [
+ALL_MODELS = [*FAMILIES, "wmtp"]
+"""The families of models in transformers, and wmtp's own architecture."""
+SHORT_RUN = [
     "tracking=none", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=0",
     "num_validation_samples=0", "max_steps=2", "optimizer.lr=0.02", "report=false",
 ]  # fmt: skip
+"""Overrides of a run with two updates."""
 
 
 @dataclass
-class Trained:
-    """A run and its model as loaded by wmtp."""
+class TrainedRun:
+    """The folder of a run, and its model and tokenizer as loaded by wmtp."""
 
     folder: Path
     model: MtpModel
     tokenizer: Tokenizer
 
     def logits(self, tokens: Tensor) -> Tensor:
+        """Return logits of shape [batch, position, head, vocabulary]."""
         return all_logits(self.model, tokens)
 
 
@@ -70,47 +74,48 @@ def all_logits(model: MtpModel, tokens: Tensor) -> Tensor:
 
 @dataclass
 class Runs:
-    """Runs that are trained when first requested."""
+    """Runs of the models; each is trained when a test first requests it."""
 
     folder: Path
     cache: Path
     tokenizer: Tokenizer
-    made: dict[str, Trained] = field(default_factory=dict)
+    trained: dict[str, TrainedRun] = field(default_factory=dict)
 
     def source(self, family: str) -> Path:
-        """Return the folder of a model of this architecture, written by `save_pretrained`."""
+        """Return the folder of an untrained model of this family, written by `save_pretrained`."""
         path = self.folder / "sources" / family
         if not path.exists():
             write_family(path, family, self.tokenizer)
         return path
 
-    def get(self, family: str, *overrides: str) -> Trained:
-        """Return a run with this architecture of transformers, or with our own (`own`)."""
+    def get(self, family: str, *overrides: str) -> TrainedRun:
+        """Return a run of this family of transformers, or of wmtp's own architecture if `family` is "wmtp"."""
         key = " ".join([family, *overrides])
-        if key not in self.made:
-            path = self.folder / f"run-{len(self.made)}"
-            model = ["model=nano"] if family == "own" else ["model=huggingface", f"model.path={self.source(family)}"]
-            command = [*SHORT, *model, f"model.num_heads={HEADS}", f"cache_dir={self.cache}", f"hydra.run.dir={path}"]
+        if key not in self.trained:
+            path = self.folder / f"run-{len(self.trained)}"
+            model = ["model=nano"] if family == "wmtp" else ["model=huggingface", f"model.path={self.source(family)}"]
+            options = [f"model.num_heads={HEADS}", f"cache_dir={self.cache}", f"hydra.run.dir={path}"]
             with pytest.MonkeyPatch.context() as patch:
-                assert run_command([*command, *overrides], patch) == 0
-            self.made[key] = self.load(path)
-        return self.made[key]
+                assert run_command([*SHORT_RUN, *model, *options, *overrides], patch) == 0
+            self.trained[key] = self.load(path)
+        return self.trained[key]
 
-    def load(self, path: Path) -> Trained:
-        """Load a run with wmtp."""
+    def load(self, path: Path) -> TrainedRun:
+        """Return the run in a folder, with its model as loaded by wmtp."""
         checkpoint, config_path = find_checkpoint(path)
         tokenizer = build(read_run_config(config_path).model.tokenizer, cache_dir=self.cache)
-        return Trained(path, load_trained(checkpoint, tokenizer, Hardware(device="cpu"), self.cache), tokenizer)
+        return TrainedRun(path, load_trained(checkpoint, tokenizer, Hardware(device="cpu"), self.cache), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path, tokenizer: Tokenizer) -> Runs:
+    """Return the runs that all tests share."""
     return Runs(tmp_path_factory.mktemp("exporting"), cache, tokenizer)
 
 
 @pytest.fixture(autouse=True)
 def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make transformers copy code of loaded folders into the test's folder, not into the user's home."""
+    """Make transformers copy the code of loaded models into the test's folder, not into the user's home."""
     modules = tmp_path / "modules"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     yield
@@ -121,47 +126,53 @@ def code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture
 def export(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Path]:
-    """Return a function that exports a run without the command line; its output is written to the file `said`."""
+    """Return a function that exports a run to a format and returns the new folder.
 
-    def exported(run: Trained, format_: str) -> Path:
+    It does not parse a command line. It writes the printed text to `output.txt` in `tmp_path`.
+    """
+
+    def export_run(run: TrainedRun, format_: str) -> Path:
         folder = tmp_path / f"{run.folder.name}-{format_}"
         content = {"checkpoint": {"path": str(run.folder)}, "folder": str(folder), "format": format_}
         capsys.readouterr()
-        door.export(JobContext(OmegaConf.create(content | {"cache_dir": str(runs.cache)}), tmp_path, []))
-        (tmp_path / "said").write_text(capsys.readouterr().out)
+        export_command.export(JobContext(OmegaConf.create(content | {"cache_dir": str(runs.cache)}), tmp_path, []))
+        (tmp_path / "output.txt").write_text(capsys.readouterr().out)
         return folder
 
-    return exported
+    return export_run
 
 
 @pytest.fixture
 def tokens() -> Tensor:
+    """Return random tokens of shape [2, 21]."""
     return torch.randint(0, 512, (2, 21), generator=torch.Generator().manual_seed(0))
 
 
-def loaded(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_exported(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model with transformers; return it, and the names of missing, unexpected and mis-shaped tensors."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     return model, {kind: set(names) for kind, names in info.items() if names}
 
 
-def close(got: Tensor, expected: Tensor) -> None:
+def assert_logits_close(got: Tensor, expected: Tensor) -> None:
+    """Check that two tensors of logits agree to 1e-4."""
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_the_trunk_is_a_plain_model_of_the_family(
+@pytest.mark.parametrize("family", ALL_MODELS)
+def test_an_exported_trunk_is_a_standard_model_of_its_family(
     runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor, family: str
 ) -> None:
     run = runs.get(family)
     folder = export(run, "hf_trunk")
-    model, info = loaded(folder)
+    model, info = load_exported(folder)
     with torch.no_grad():
-        close(model(tokens).logits, run.logits(tokens)[:, :, 0])
+        assert_logits_close(model(tokens).logits, run.logits(tokens)[:, :, 0])
     assert info == {}
     assert not any(folder.glob("*.py"))
 
     config = json.loads((folder / "config.json").read_text())
-    if family == "own":
+    if family == "wmtp":
         assert (config["architectures"], config["tie_word_embeddings"]) == (["LlamaForCausalLM"], False)
     else:
         original = json.loads((runs.source(family) / "config.json").read_text())
@@ -169,16 +180,16 @@ def test_the_trunk_is_a_plain_model_of_the_family(
     assert config["dtype"] == "float32"
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not model.config.tie_word_embeddings
 
-    warned = "AutoTokenizer creates a different tokenizer" in (tmp_path / "said").read_text()
-    assert warned is (family == "qwen2")  # transformers splits text for Qwen2 in a fixed way
-    kind = PreTrainedTokenizerFast if warned else AutoTokenizer
-    text = kind.from_pretrained(folder)
-    assert text(PROBE)["input_ids"] == run.tokenizer.encode([PROBE])[0]
-    assert (text.eos_token_id, text.pad_token_id) == (run.tokenizer.end, run.tokenizer.padding)
+    has_warning = "AutoTokenizer creates a different tokenizer" in (tmp_path / "output.txt").read_text()
+    assert has_warning is (family == "qwen2")  # for Qwen2, AutoTokenizer splits text by a fixed rule
+    tokenizer_class = PreTrainedTokenizerFast if has_warning else AutoTokenizer
+    exported = tokenizer_class.from_pretrained(folder)
+    assert exported(PROBE)["input_ids"] == run.tokenizer.encode([PROBE])[0]
+    assert (exported.eos_token_id, exported.pad_token_id) == (run.tokenizer.end, run.tokenizer.padding)
     assert model.generation_config.eos_token_id == run.tokenizer.end
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", ALL_MODELS)
 def test_all_heads_load_with_exported_code_and_with_wmtp(
     runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str
 ) -> None:
@@ -186,14 +197,14 @@ def test_all_heads_load_with_exported_code_and_with_wmtp(
     folder, expected = export(run, "hf"), run.logits(tokens)
     assert (expected[:, :, 0] - expected[:, :, 1]).abs().max() > 1e-2  # otherwise heads in the wrong order would pass
     assert (expected[:, :, 1] - expected[:, :, 2]).abs().max() > 1e-2
-    model, info = loaded(folder, trust_remote_code=True)
+    model, info = load_exported(folder, trust_remote_code=True)
     assert info == {}
     with torch.no_grad():
-        close(model(tokens, return_all_heads=True).logits, expected)
-        close(model(tokens, return_all_heads=True, logits_to_keep=2).logits, expected[:, -2:])
-        close(model(tokens).logits, expected[:, :, 0])
+        assert_logits_close(model(tokens, return_all_heads=True).logits, expected)
+        assert_logits_close(model(tokens, return_all_heads=True, logits_to_keep=2).logits, expected[:, -2:])
+        assert_logits_close(model(tokens).logits, expected[:, :, 0])
 
-    plain, info = loaded(folder)
+    plain, info = load_exported(folder)
     assert type(plain).__module__.startswith("transformers.models.")
     assert info.keys() == {"unexpected_keys"}
     assert all(name.startswith("extra_heads.") for name in info["unexpected_keys"])
@@ -204,27 +215,32 @@ def test_all_heads_load_with_exported_code_and_with_wmtp(
         tokenizer=pretrained_tokenizer(path=folder), path=folder, num_heads=HEADS, create_heads=False, lora=Lora()
     )
     assert [*source.issues()] == []
-    close(all_logits(source.create(), tokens), expected)
+    assert_logits_close(all_logits(source.create(), tokens), expected)
 
 
-def test_padding_on_either_side_changes_no_head(runs: Runs, export: Callable[..., Path], tokens: Tensor) -> None:
-    model, _ = loaded(export(runs.get("llama"), "hf"), trust_remote_code=True)
+def test_padding_on_either_side_does_not_change_the_logits(
+    runs: Runs, export: Callable[..., Path], tokens: Tensor
+) -> None:
+    model, _ = load_exported(export(runs.get("llama"), "hf"), trust_remote_code=True)
     text, padding = tokens[:1], torch.zeros(1, 4, dtype=torch.int64)
     with torch.no_grad():
-        alone = model(text, return_all_heads=True).logits
+        unpadded = model(text, return_all_heads=True).logits
         for parts in ([padding, text], [text, padding]):
             mask = torch.cat([torch.full_like(part, part is text) for part in parts], 1)
             padded = model(torch.cat(parts, 1), attention_mask=mask, return_all_heads=True).logits
-            close(padded[:, mask[0] == 1], alone)
+            assert_logits_close(padded[:, mask[0] == 1], unpadded)
         cached = model(text, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="whole texts"):
             model(text[:, :1], past_key_values=cached, return_all_heads=True)
 
 
-def drafts_of_vllm(folder: Path, states: Tensor) -> Tensor:
-    """Compute the drafts of vLLM's Medusa class from the last states; every stored name must be a parameter of it."""
+def vllm_medusa_logits(folder: Path, states: Tensor) -> Tensor:
+    """Return the logits that vLLM's Medusa class computes from the last hidden states.
+
+    Check also that config.json and the names of the tensors are those of this class.
+    """
     config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    read = {
+    counts = {  # as vLLM's MedusaConfig renames the keys
         "num_heads" if "heads" in key else "num_hidden_layers" if "layers" in key else key: value
         for key, value in config.items()
         if "num" in key
@@ -233,52 +249,52 @@ def drafts_of_vllm(folder: Path, states: Tensor) -> Tensor:
     assert (config["model_type"], config["original_lm_head"], config["medusa_fc_bias"]) == ("medusa", True, False)
     assert config["truncated_vocab_size"] == config["vocab_size"]
     names = [
-        f"blocks.{i}.layers.{j}.weight" for i in range(read["num_heads"]) for j in range(read["num_hidden_layers"])
+        f"blocks.{i}.layers.{j}.weight" for i in range(counts["num_heads"]) for j in range(counts["num_hidden_layers"])
     ]
     assert weights.keys() == {"lm_head.weight", *names}
     return torch.stack([(states + F.silu(states @ weights[n].T)) @ weights["lm_head.weight"].T for n in names], -2)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
-def test_medusa_heads_are_a_draft_model_for_their_base(
+def test_medusa_heads_are_exported_as_a_draft_model_of_vllm(
     runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str
 ) -> None:
     run = runs.get(family, "model.head_kind=medusa")
     expected = run.logits(tokens)
     assert (expected[:, :, 0] - expected[:, :, 1]).abs().max() > 1e-2
     folder = export(run, "medusa")
-    base, info = loaded(folder / "base")
+    base, info = load_exported(folder / "base")
     assert info == {}
     with torch.no_grad():
         states = base.base_model(tokens).last_hidden_state
-        close(base(tokens).logits, expected[:, :, 0])
-        close(drafts_of_vllm(folder, states), expected[:, :, 1:])
-        model, info = loaded(export(run, "hf"), trust_remote_code=True)
+        assert_logits_close(base(tokens).logits, expected[:, :, 0])
+        assert_logits_close(vllm_medusa_logits(folder, states), expected[:, :, 1:])
+        model, info = load_exported(export(run, "hf"), trust_remote_code=True)
         assert info == {}
-        close(model(tokens, return_all_heads=True).logits, expected)
+        assert_logits_close(model(tokens, return_all_heads=True).logits, expected)
 
 
-@pytest.mark.parametrize("family", ["own", "llama", "llama-tied"])
+@pytest.mark.parametrize("family", ["wmtp", "llama", "llama-tied"])
 def test_meta_format_gives_the_same_model(
     runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor, family: str
 ) -> None:
     run = runs.get(family)
     folder = export(run, "meta")
-    preset = (tmp_path / "said").read_text().partition("model=")[2].split()[0]
+    preset = (tmp_path / "output.txt").read_text().partition("model=")[2].split()[0]
     assert f"{MetaCheckpoint.__module__}." in (CONFIG_FOLDER / "model" / f"{preset}.yaml").read_text()
     tokenizer = pretrained_tokenizer(path=folder)
     assert tokenizer.fingerprint == run.tokenizer.fingerprint
     source = MetaCheckpoint(tokenizer=tokenizer, path=folder, lora=Lora())
     assert source.num_heads == HEADS
-    close(all_logits(source.create(), tokens), run.logits(tokens))
+    assert_logits_close(all_logits(source.create(), tokens), run.logits(tokens))
 
 
-def test_without_the_permutation_the_logits_differ(
+def test_the_logits_differ_without_the_rotary_permutation(
     runs: Runs, export: Callable[..., Path], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "to_half_split", lambda weight, head_dim: weight)
-    run = runs.get("own")
-    model, _ = loaded(export(run, "hf_trunk"))
+    monkeypatch.setattr(hf_export, "to_half_split", lambda weight, head_dim: weight)
+    run = runs.get("wmtp")
+    model, _ = load_exported(export(run, "hf_trunk"))
     with torch.no_grad():
         assert (model(tokens).logits - run.logits(tokens)[:, :, 0]).abs().max() > 0.05
 
@@ -288,7 +304,7 @@ def test_a_bf16_model_stays_bf16(runs: Runs, export: Callable[..., Path], tokens
     for format_, options in (("hf_trunk", {}), ("hf", {"trust_remote_code": True})):
         folder = export(run, format_)
         assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
-        model, info = loaded(folder, **options)
+        model, info = load_exported(folder, **options)
         assert (model.dtype, info) == (torch.bfloat16, {})
         with torch.no_grad():
             torch.testing.assert_close(model(tokens).logits, run.logits(tokens)[:, :, 0], rtol=0.05, atol=0.05)
@@ -298,16 +314,16 @@ def test_a_bf16_model_stays_bf16(runs: Runs, export: Callable[..., Path], tokens
 def test_adapters_are_merged(runs: Runs, export: Callable[..., Path], tokens: Tensor, family: str) -> None:
     run = runs.get(family, "model.lora.rank=4")
     folder = export(run, "hf")
-    model, info = loaded(folder, trust_remote_code=True)
+    model, info = load_exported(folder, trust_remote_code=True)
     assert info == {}
     base = AutoModelForCausalLM.from_pretrained(runs.source(family))
     with torch.no_grad():
-        close(model(tokens, return_all_heads=True).logits, run.logits(tokens))
+        assert_logits_close(model(tokens, return_all_heads=True).logits, run.logits(tokens))
         assert (base(tokens).logits - run.logits(tokens)[:, :, 0]).abs().max() > 0.05
-    merged, before = model.base_model.state_dict(), base.base_model.state_dict()
-    changed = {name for name in before if not torch.equal(merged[name], before[name])}
+    merged, original_weights = model.base_model.state_dict(), base.base_model.state_dict()
+    changed = {name for name in original_weights if not torch.equal(merged[name], original_weights[name])}
     layers = {name.split(".")[1] for name in changed if name.startswith(("layers.", "h."))}
-    assert layers == {"0", "1", "2"}  # the trunk's by their adapters, the last by training
+    assert layers == {"0", "1", "2"}  # 0 and 1: the trunk, by its adapters; 2: head 1, which is trained directly
     assert not {name for name in changed if "embed" in name or "wte" in name}
 
 
@@ -318,13 +334,13 @@ def test_an_exported_model_can_be_trained_and_exported_again(
     again = runs.get("qwen3", f"model.path={folder}", "max_steps=1", "model.create_heads=false")
     plain = export(again, "hf_trunk")
     assert not {key for key in json.loads((plain / "config.json").read_text()) if "mtp" in key or "auto_map" in key}
-    model, info = loaded(export(again, "hf"), trust_remote_code=True)
+    model, info = load_exported(export(again, "hf"), trust_remote_code=True)
     assert info == {}
     with torch.no_grad():
-        close(model(tokens, return_all_heads=True).logits, again.logits(tokens))
+        assert_logits_close(model(tokens, return_all_heads=True).logits, again.logits(tokens))
 
 
-def test_other_files_are_the_originals_with_the_end_token_of_training(
+def test_other_files_are_copied_with_the_end_token_of_training(
     runs: Runs, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     original, out = tmp_path / "original", tmp_path / "out"
@@ -332,8 +348,8 @@ def test_other_files_are_the_originals_with_the_end_token_of_training(
     (original / "generation_config.json").write_text('{"eos_token_id": [7, 9], "temperature": 0.6}')
     (original / "chat_template.jinja").write_text("{{ messages }}")
     (original / "tokenizer_config.json").write_text("{}")
-    given = forms.TrainedModel(runs.get("llama").model, tokenizer, 64, original)
-    assert len(forms.write_export(given, "hf_trunk", out)) == 2
+    trained_model = model_export.TrainedModel(runs.get("llama").model, tokenizer, 64, original)
+    assert len(model_export.write_export(trained_model, "hf_trunk", out)) == 2
     written = json.loads((out / "generation_config.json").read_text())
     assert written == {"eos_token_id": [tokenizer.end, 7, 9], "temperature": 0.6, "pad_token_id": tokenizer.padding}
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -342,15 +358,16 @@ def test_other_files_are_the_originals_with_the_end_token_of_training(
     backend = BackendTokenizer.from_file(str(original / "tokenizer.json"))
     backend.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", tokenizer.end)])
     backend.save(str(original / "tokenizer.json"))
-    assert "special tokens around texts" in forms.write_export(given, "hf_trunk", tmp_path / "marked")[-1]
+    lines = model_export.write_export(trained_model, "hf_trunk", tmp_path / "special_tokens")
+    assert "special tokens around texts" in lines[-1]
 
     (original / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match=r"generation_config\.json: is not valid JSON"):
-        forms.write_export(given, "hf_trunk", tmp_path / "damaged")
+        model_export.write_export(trained_model, "hf_trunk", tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
 
 
-def without(path: Path, prefix: str) -> None:
+def remove_tensors(path: Path, prefix: str) -> None:
     """Remove the tensors whose names start with `prefix` from a safetensors file."""
     tensors = load_file(path)
     kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.startswith(prefix)}
@@ -362,28 +379,28 @@ def test_missing_heads_are_reported_and_not_created(
     runs: Runs, export: Callable[..., Path], invoke: Invoke, tmp_path: Path
 ) -> None:
     run = runs.get("llama")
-    broken = tmp_path / "broken"
-    shutil.copytree(run.folder, broken)
-    checkpoint, _ = find_checkpoint(broken)
-    without(checkpoint / "model.safetensors", "heads.2.")
+    damaged_run = tmp_path / "broken"
+    shutil.copytree(run.folder, damaged_run)
+    checkpoint, _ = find_checkpoint(damaged_run)
+    remove_tensors(checkpoint / "model.safetensors", "heads.2.")
     (checkpoint / manifest.NAME).unlink()
     manifest.write(checkpoint, 2, manifest.entries([*checkpoint.iterdir()]))
-    done = invoke(f"checkpoint={broken}", "folder=out", "format=hf", tiny=False, command="export")
+    done = invoke(f"checkpoint={damaged_run}", "folder=out", "format=hf", tiny=False, command="export")
     assert (done.code, Path("out").exists()) == (2, False)
     assert "does not fit the model" in done.err
     assert "heads.2.layer" in done.err
 
     folder = export(run, "hf")
-    without(folder / "model.safetensors", "extra_heads.1.")
+    remove_tensors(folder / "model.safetensors", "extra_heads.1.")
     with pytest.raises(ValueError, match=r"declares 3 heads; not in the files: .*extra_heads\.1\."):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(InputError, match="head 3"):
         Pretrained(tokenizer=run.tokenizer, path=folder, num_heads=HEADS, lora=Lora()).create()
     with pytest.raises(InputError, match=r"missing: extra_heads\.1\."):
-        writing.check_causal(folder)
+        hf_export.check_causal(folder)
 
 
-def test_contradictions_to_the_config_are_reported(runs: Runs, export: Callable[..., Path]) -> None:
+def test_tensors_that_contradict_the_config_are_reported(runs: Runs, export: Callable[..., Path]) -> None:
     folder = export(runs.get("llama"), "hf_trunk")
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -391,9 +408,9 @@ def test_contradictions_to_the_config_are_reported(runs: Runs, export: Callable[
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].clone()
     tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError) as told:
-        writing.check_causal(folder)
-    lines = str(told.value).splitlines()
+    with pytest.raises(InputError) as error:
+        hf_export.check_causal(folder)
+    lines = str(error.value).splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
         ["missing:", "model.layers.2.mlp.up_proj.weight"], ["unexpected:", "model.layers.3.mlp.up_proj.weight"],
         ["mis-shaped:", "lm_head.weight"], ["mis-shaped:", "model.norm.weight"],
@@ -401,27 +418,27 @@ def test_contradictions_to_the_config_are_reported(runs: Runs, export: Callable[
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides", "format_", "said"),
+    ("family", "overrides", "format_", "message"),
     [
         ("llama", [], "medusa", "format=hf"),
-        ("own", [], "medusa", "format=hf_trunk"),
+        ("wmtp", [], "medusa", "format=hf_trunk"),
         ("llama-tied", ["model.head_kind=medusa"], "meta", "residual layers"),
         ("mistral", [], "meta", "its model type is mistral"),
         ("gpt2", [], "meta", "its model type is gpt2"),
     ],
 )
 def test_an_unsupported_format_is_refused(
-    runs: Runs, invoke: Invoke, family: str, overrides: list[str], format_: str, said: str
+    runs: Runs, invoke: Invoke, family: str, overrides: list[str], format_: str, message: str
 ) -> None:
     run = runs.get(family, *overrides)
     done = invoke(f"checkpoint={run.folder}", "folder=out", f"format={format_}", tiny=False, command="export")
     assert (done.code, Path("out").exists()) == (2, False)
     assert f"format={format_}: " in done.err
-    assert said in done.err
+    assert message in done.err
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"attention_bias": True}, "attention has biases"),
         ({"mlp_bias": True}, "feed-forward layers have biases"),
@@ -430,35 +447,35 @@ def test_an_unsupported_format_is_refused(
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "scaled"),
     ],
 )
-def test_meta_format_refuses_other_llama_variants(changes: dict[str, Any], said: str) -> None:
+def test_meta_format_refuses_other_llama_variants(changes: dict[str, Any], message: str) -> None:
     config = transformers.LlamaConfig(**SIZES | changes)
-    with pytest.raises(InputError, match=said):
-        forms.check_format("meta", writing.HuggingFaceArchitecture(config, HEADS))
-    forms.check_format("hf", writing.HuggingFaceArchitecture(config, HEADS))
+    with pytest.raises(InputError, match=message):
+        model_export.check_format("meta", hf_export.HuggingFaceArchitecture(config, HEADS))
+    model_export.check_format("hf", hf_export.HuggingFaceArchitecture(config, HEADS))
 
 
-@pytest.mark.parametrize("stops", [OSError(28, "No space left on device"), InterruptedRun(15, "stop"), ValueError()])
-def test_an_export_that_fails_leaves_nothing(runs: Runs, invoke: Invoke, stops: BaseException) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), InterruptedRun(15, "stop"), ValueError()])
+def test_a_failed_export_leaves_no_files(runs: Runs, invoke: Invoke, error: BaseException) -> None:
     def fail(folder: Path) -> None:
         assert (folder / "model.safetensors").exists()
-        raise stops
+        raise error
 
-    command = [f"checkpoint={runs.get('llama').folder}", "folder=out/there", "format=hf"]
+    command = [f"checkpoint={runs.get('llama').folder}", "folder=out/model", "format=hf"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "check_causal", fail)
+        patch.setattr(hf_export, "check_causal", fail)
         done = invoke(*command, tiny=False, command="export")
-    assert done.code == {OSError: 2, InterruptedRun: 143, ValueError: 1}[type(stops)]
-    assert isinstance(stops, ValueError) or "Traceback" not in done.err
-    assert not isinstance(stops, OSError) or "No space left" in done.err
+    assert done.code == {OSError: 2, InterruptedRun: 143, ValueError: 1}[type(error)]
+    assert isinstance(error, ValueError) or "Traceback" not in done.err
+    assert not isinstance(error, OSError) or "No space left" in done.err
     assert [*Path("out").iterdir()] == []
-    Path("out/there").mkdir()  # an empty folder is accepted too
+    Path("out/model").mkdir()  # an empty folder is accepted too
     assert invoke(*command, tiny=False, command="export").code == 0
-    assert Path("out/there/config.json").exists()
-    assert [path.name for path in Path("out").iterdir()] == ["there"]
+    assert Path("out/model/config.json").exists()
+    assert [path.name for path in Path("out").iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "messages"),
     [
         (["folder=out"], ["format: missing; set it with format=hf, hf_trunk, medusa or meta"]),
         (["folder=out", "format=onnx"], ["format=onnx: must be 'hf', 'hf_trunk', 'medusa' or 'meta'"]),
@@ -470,15 +487,15 @@ def test_an_export_that_fails_leaves_nothing(runs: Runs, invoke: Invoke, stops: 
     ],
 )
 def test_all_export_errors_are_reported_together(
-    runs: Runs, invoke: Invoke, tmp_path: Path, overrides: list[str], said: list[str]
+    runs: Runs, invoke: Invoke, tmp_path: Path, overrides: list[str], messages: list[str]
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    done = invoke(f"checkpoint={runs.get('own').folder}", *overrides, tiny=False, command="export")
+    done = invoke(f"checkpoint={runs.get('wmtp').folder}", *overrides, tiny=False, command="export")
     assert done.code == 2
     assert "nothing was done" in done.err
-    for part in said:
-        assert part in done.err
+    for message in messages:
+        assert message in done.err
     assert not Path("out").exists()
 
 
@@ -498,45 +515,45 @@ def test_the_first_two_arguments_need_no_keys(tmp_path: Path, monkeypatch: pytes
         positional_args(["run", "out", "hf"])
 
 
-def test_the_export_command(
+def test_the_export_command_writes_a_model_and_reports_extra_arguments(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def opened(*arguments: str) -> tuple[int, str, str]:
+    def run_export(*arguments: str) -> tuple[int, str, str]:
         """Run `python -m wmtp.export …` in this process, where all modules are imported."""
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["wmtp.export", *arguments])
-        listens = signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGINT)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(door.__file__, run_name="__main__")
-        signal.signal(signal.SIGINT, listens)
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(export_command.__file__, run_name="__main__")
+        signal.signal(signal.SIGINT, handler)
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
 
     monkeypatch.chdir(tmp_path)
-    code, out, err = opened("run", "out", "hf")
+    code, out, err = run_export("run", "out", "hf")
     assert (code, out) == (2, "")
     assert "hf: is one too many; write python -m wmtp.export RUN DIR format=hf, hf_trunk, medusa or meta" in err
     name = "a folder, {of} [mine]"
-    Path("tokenizer.json").write_text("of something else, in the folder that the command runs in")
-    code, out, err = opened(str(runs.get("own").folder), name, "format=hf_trunk", f"cache_dir={runs.cache}")
+    Path("tokenizer.json").write_text("the current folder may contain another tokenizer, which must not be used")
+    code, out, err = run_export(str(runs.get("wmtp").folder), name, "format=hf_trunk", f"cache_dir={runs.cache}")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         f"{name}: trunk and head 1 of 3, a plain causal language model",
         f'  AutoModelForCausalLM.from_pretrained("{name}")',
     ]
     assert AutoConfig.from_pretrained(tmp_path / name).model_type == "llama"
-    own = BackendTokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
-    assert own.get_vocab() == runs.get("own").tokenizer.backend.get_vocab()
+    exported = BackendTokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+    assert exported.get_vocab() == runs.get("wmtp").tokenizer.backend.get_vocab()
 
 
-def test_a_value_head_is_not_exported_and_reported(
+def test_a_value_head_is_reported_as_not_exported(
     runs: Runs, export: Callable[..., Path], tmp_path: Path, tokens: Tensor
 ) -> None:
     critic = ["algo=critic", "pretrain=critic", "pretrain.num_epochs=1", "pretrain.max_steps=1", "max_steps=1"]
-    run = runs.get("own", *critic)
-    model, info = loaded(export(run, "hf"), trust_remote_code=True)
-    assert "the value head is not exported" in (tmp_path / "said").read_text()
+    run = runs.get("wmtp", *critic)
+    model, info = load_exported(export(run, "hf"), trust_remote_code=True)
+    assert "the value head is not exported" in (tmp_path / "output.txt").read_text()
     assert info == {}
     with torch.no_grad():
-        close(model(tokens, return_all_heads=True).logits, run.logits(tokens))
+        assert_logits_close(model(tokens, return_all_heads=True).logits, run.logits(tokens))

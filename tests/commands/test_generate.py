@@ -1,4 +1,4 @@
-"""Tests of `python -m wmtp.generate`: streamed answers on standard output, for any prompt."""
+"""Tests of `python -m wmtp.generate`: prompts, answers on standard output, and errors."""
 
 import io
 import subprocess
@@ -12,7 +12,7 @@ from tests.conftest import Invoke, run_command
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """Return a run of a barely trained model."""
+    """Return the folder of a run with three updates."""
     folder = tmp_path_factory.mktemp("generating") / "run"
     overrides = [
         "tracking=none", f"cache_dir={cache}", f"hydra.run.dir={folder}", "model=nano", "data.num_train=40",
@@ -34,22 +34,22 @@ def test_the_answer_goes_to_stdout_and_statistics_to_stderr(invoke: Invoke, run:
     assert plain.out == done.out
 
 
-def test_any_text_is_a_prompt_and_a_dash_reads_stdin(
+def test_a_prompt_can_be_any_text_and_a_dash_reads_stdin(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = 'it\'s {a: 1}, [x=${y}] \\\\${z} \\ "=" \n# …'
-    few = ["generation.max_new_tokens=8", "generation.temperature=1"]
-    typed = invoke(f"checkpoint={run}", f"prompt={text}", *few, command="generate")
-    assert typed.code == 0, typed.err
+    options = ["generation.max_new_tokens=8", "generation.temperature=1"]
+    from_argument = invoke(f"checkpoint={run}", f"prompt={text}", *options, command="generate")
+    assert from_argument.code == 0, from_argument.err
     monkeypatch.setattr("sys.stdin", io.StringIO(text + "\n"))
-    read = invoke(f"checkpoint={run}", "prompt=-", *few, command="generate")
-    assert read.out == typed.out
+    from_stdin = invoke(f"checkpoint={run}", "prompt=-", *options, command="generate")
+    assert from_stdin.out == from_argument.out
     monkeypatch.setattr("sys.stdin", io.StringIO("something else\n"))
-    assert invoke(f"checkpoint={run}", "prompt=-", *few, command="generate").out != typed.out
+    assert invoke(f"checkpoint={run}", "prompt=-", *options, command="generate").out != from_argument.out
 
 
 @pytest.mark.slow
-def test_answers_depend_on_the_seed_but_not_on_their_number(invoke: Invoke, run: Path) -> None:
+def test_answers_depend_on_the_seed_but_not_on_the_number_of_answers(invoke: Invoke, run: Path) -> None:
     common = [f"checkpoint={run}", "prompt=a", "generation.max_new_tokens=8", "generation.temperature=1"]
 
     def answers(n: int, *more: str) -> list[str]:
@@ -66,7 +66,7 @@ def test_answers_depend_on_the_seed_but_not_on_their_number(invoke: Invoke, run:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["prompt="], "prompt"),
         ([], "prompt: missing"),
@@ -75,10 +75,10 @@ def test_answers_depend_on_the_seed_but_not_on_their_number(invoke: Invoke, run:
         (["prompt=a", "generation.tmperature=1"], "generation.temperature?"),
     ],
 )
-def test_invalid_input_is_reported(invoke: Invoke, run: Path, overrides: list[str], said: str) -> None:
+def test_invalid_input_is_reported(invoke: Invoke, run: Path, overrides: list[str], message: str) -> None:
     done = invoke(f"checkpoint={run}", *overrides, command="generate")
     assert done.code == 2
-    assert said in done.err
+    assert message in done.err
     assert "Traceback" not in done.err
     assert done.out == ""
 
@@ -90,7 +90,7 @@ def test_an_empty_standard_input_is_refused(invoke: Invoke, run: Path, monkeypat
     assert "prompt: is empty; pass prompt=TEXT, or the text on standard input" in done.err
 
 
-def test_a_prompt_that_is_not_text_is_refused(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_is_not_utf_8_is_refused(invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     done = invoke(f"checkpoint={run}", "prompt=-", command="generate")
     assert done.code == 2
@@ -107,7 +107,7 @@ def test_the_answer_is_printed_while_it_is_generated(run: Path, cache: Path, tmp
     assert process.stdout is not None
     try:
         assert process.stdout.read(1)
-        assert process.poll() is None  # the first piece is printed before the last is generated
+        assert process.poll() is None  # generation continues after the first character is printed
     finally:
         process.kill()
         process.communicate()

@@ -1,4 +1,4 @@
-"""Data files through the command: good ones train, bad ones end with exit code 2 or are counted."""
+"""Tests of the train command with data files: invalid records stop the run with exit code 2, or are counted."""
 
 import json
 import re
@@ -8,9 +8,11 @@ import pytest
 
 from tests.conftest import Invoke
 
-TRAIN = ["model=nano", "max_steps=2", "num_samples=0", "hydra.run.dir=run"]
-GOOD = [{"task_id": f"t/{i}", "prompt": f"Say {i}.", "solution": f"print({i})\n"} for i in range(60)]
-BAD = {
+SHORT_RUN = ["model=nano", "max_steps=2", "num_samples=0", "hydra.run.dir=run"]
+"""Overrides of a run with two updates."""
+VALID = [{"task_id": f"t/{i}", "prompt": f"Say {i}.", "solution": f"print({i})\n"} for i in range(60)]
+"""Valid records."""
+INVALID = {
     "truncated": '{"task_id": "x", "prompt": "p", "solu',
     "byte order mark": '\ufeff{"task_id": "x", "prompt": "p", "solution": "s"}',
     "NaN": '{"task_id": "x", "prompt": "p", "solution": "s", "difficulty": NaN}',
@@ -24,27 +26,28 @@ BAD = {
     "wrong type": '{"task_id": "x", "prompt": 5, "solution": "s"}',
     "nothing to learn": '{"task_id": "x", "prompt": "p", "solution": ""}',
 }
+"""Invalid lines of a JSONL file, by the name of the error."""
 
 
 @pytest.fixture
-def bad_file(tmp_path: Path) -> Path:
-    """Write sixty valid lines, followed by one invalid line of each kind."""
+def invalid_file(tmp_path: Path) -> Path:
+    """Return a JSONL file with sixty valid lines, followed by all invalid lines."""
     path = tmp_path / "records.jsonl"
-    path.write_text("\n".join([*map(json.dumps, GOOD), *BAD.values()]) + "\n")
+    path.write_text("\n".join([*map(json.dumps, VALID), *INVALID.values()]) + "\n")
     return path
 
 
-def test_bad_lines_stop_the_run_with_file_line_and_reason(invoke: Invoke, bad_file: Path) -> None:
-    outcome = invoke("data=jsonl", f"data.path={bad_file}", *TRAIN, tiny=False)
+def test_invalid_lines_stop_the_run_and_are_reported_by_number(invoke: Invoke, invalid_file: Path) -> None:
+    outcome = invoke("data=jsonl", f"data.path={invalid_file}", *SHORT_RUN, tiny=False)
     assert outcome.code == 2
-    assert re.findall(r"records\.jsonl:(\d+): ", outcome.err) == [str(61 + i) for i in range(len(BAD))]
+    assert re.findall(r"records\.jsonl:(\d+): ", outcome.err) == [str(61 + i) for i in range(len(INVALID))]
     assert "data.on_error=skip" in outcome.err and "Traceback" not in outcome.err
     assert json.loads(Path("run/status.json").read_text())["exit_code"] == 2
     assert not Path("run/metrics.jsonl").exists()
 
 
-def test_bad_lines_are_skipped_and_counted_if_asked(invoke: Invoke, bad_file: Path) -> None:
-    outcome = invoke("data=jsonl", f"data.path={bad_file}", "data.on_error=skip", *TRAIN, tiny=False)
+def test_invalid_lines_are_skipped_and_counted_with_on_error_skip(invoke: Invoke, invalid_file: Path) -> None:
+    outcome = invoke("data=jsonl", f"data.path={invalid_file}", "data.on_error=skip", *SHORT_RUN, tiny=False)
     assert outcome.code == 0, outcome.err
     (warning,) = [line for line in outcome.err.splitlines() if "skipped" in line]
     assert "skipped 12 rows" in warning and "duplicate key ×1" in warning
@@ -52,38 +55,40 @@ def test_bad_lines_are_skipped_and_counted_if_asked(invoke: Invoke, bad_file: Pa
     assert all(isinstance(loss, float) for loss in losses)
 
 
-def test_too_many_bad_lines_stop_the_run_despite_skip(invoke: Invoke, bad_file: Path) -> None:
+def test_more_invalid_lines_than_max_errors_stop_the_run(invoke: Invoke, invalid_file: Path) -> None:
     outcome = invoke(
-        "data=jsonl", f"data.path={bad_file}", "data.on_error=skip", "data.max_errors=11", *TRAIN, tiny=False
+        "data=jsonl", f"data.path={invalid_file}", "data.on_error=skip", "data.max_errors=11", *SHORT_RUN, tiny=False
     )
     assert outcome.code == 2
     assert "data.max_errors" in outcome.err
 
 
-@pytest.mark.parametrize(("option", "told"), [("drop", "were dropped"), ("cut", "were cut at the end of the solution")])
+@pytest.mark.parametrize(
+    ("option", "message"), [("drop", "were dropped"), ("cut", "were cut at the end of the solution")]
+)
 def test_samples_that_are_too_long_are_counted_and_reported(
-    invoke: Invoke, tmp_path: Path, option: str, told: str
+    invoke: Invoke, tmp_path: Path, option: str, message: str
 ) -> None:
     path = tmp_path / "records.jsonl"
-    long = {"task_id": "t/long", "prompt": "Say much.", "solution": "print('much')\n" * 50}
-    path.write_text("\n".join(map(json.dumps, [*GOOD, long])) + "\n")
+    long_record = {"task_id": "t/long", "prompt": "Say much.", "solution": "print('much')\n" * 50}
+    path.write_text("\n".join(map(json.dumps, [*VALID, long_record])) + "\n")
     outcome = invoke(
-        "data=jsonl", f"data.path={path}", "data.max_length=64", f"data.long_samples={option}", *TRAIN, tiny=False
+        "data=jsonl", f"data.path={path}", "data.max_length=64", f"data.long_samples={option}", *SHORT_RUN, tiny=False
     )
     assert outcome.code == 0, outcome.err
-    assert "1 of " in outcome.err and f"longer than data.max_length=64 and {told}" in outcome.err
+    assert "1 of " in outcome.err and f"longer than data.max_length=64 and {message}" in outcome.err
 
 
-def test_nothing_left_to_train_on_is_an_error(invoke: Invoke, tmp_path: Path) -> None:
+def test_a_dataset_without_usable_samples_is_an_error(invoke: Invoke, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text("\n".join(map(json.dumps, GOOD)) + "\n")
-    outcome = invoke("data=jsonl", f"data.path={path}", "data.max_length=3", *TRAIN, tiny=False)
+    path.write_text("\n".join(map(json.dumps, VALID)) + "\n")
+    outcome = invoke("data=jsonl", f"data.path={path}", "data.max_length=3", *SHORT_RUN, tiny=False)
     assert outcome.code == 2
     assert "increase data.max_length" in outcome.err
 
 
 @pytest.mark.slow
-def test_mbpp_files_train_with_their_own_line_ends(invoke: Invoke, tmp_path: Path) -> None:
+def test_a_run_trains_on_mbpp_files_with_crlf_line_ends(invoke: Invoke, tmp_path: Path) -> None:
     def rows(start: int, count: int) -> list[dict[str, object]]:
         return [
             {
@@ -99,7 +104,9 @@ def test_mbpp_files_train_with_their_own_line_ends(invoke: Invoke, tmp_path: Pat
 
     for name, start, count in (("train", 0, 40), ("validation", 40, 4), ("test", 44, 4)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows(start, count)))
-    outcome = invoke("data=mbpp", f"data.path={tmp_path}", *TRAIN[:2], "num_samples=2", "hydra.run.dir=run", tiny=False)
+    outcome = invoke(
+        "data=mbpp", f"data.path={tmp_path}", *SHORT_RUN[:2], "num_samples=2", "hydra.run.dir=run", tiny=False
+    )
     assert outcome.code == 0, outcome.err
     assert "40 training and 4 validation samples" in outcome.out
     samples = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What is installed: the wheel, its scripts, what they say of themselves and what Tab offers; and the containers."""
+"""Tests of the wheel, its console scripts, their help texts and shell completion, and of the containers."""
 
 import importlib
 import os
@@ -22,40 +22,43 @@ from wmtp.sync import main as sync
 ROOT = CONFIG_FOLDER.parent
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 COMMANDS = sorted(name.removeprefix("wmtp-") for name in SCRIPTS)
-DECOY = "raise SystemExit('the folder that is named wmtp')"
-HEAVY = ("torch", "transformers", "mlflow", "matplotlib")
+DECOY = "raise SystemExit('a folder named wmtp')"
+"""The code of a package `wmtp` in the current folder, which `python -m` imports before the installed one."""
+HEAVY_MODULES = ("torch", "transformers", "mlflow", "matplotlib")
+"""Modules that take long to import."""
 ALL_HELP = f"""
 import importlib, sys
 for name in {COMMANDS}:
     sys.argv = ["wmtp-" + name, "--help"]
     try:
         sys.exit(importlib.import_module("wmtp." + name).main())
-    except SystemExit as ended:
-        assert ended.code == 0, name
-    assert not set({HEAVY}) & set(sys.modules), name
+    except SystemExit as error:
+        assert error.code == 0, name
+    assert not set({HEAVY_MODULES}) & set(sys.modules), name
 """
+"""A program that prints the help of each command and checks that no heavy module was imported."""
 
 
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command and return its result."""
+    """Run a command in a folder, with additional environment variables, and return its result."""
     return subprocess.run(
         command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
     )
 
 
-def test_each_command_has_a_script_and_each_script_a_command() -> None:
+def test_each_command_has_a_console_script_and_a_module() -> None:
     for name in COMMANDS:
         assert SCRIPTS[f"wmtp-{name}"] == f"wmtp.{name}:main"
         assert callable(importlib.import_module(f"wmtp.{name}").main)
-    started = {path.stem for path in (ROOT / "wmtp").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
-    assert started == set(COMMANDS), "python -m does the same"
+    runnable = {path.stem for path in (ROOT / "wmtp").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert runnable == set(COMMANDS), "python -m wmtp.NAME starts the same commands"
 
 
 @pytest.fixture
-def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+def get_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
     """Return a function that returns the help text of a command."""
 
-    def said(name: str) -> str:
+    def help_text(name: str) -> str:
         if name == "sync":
             with pytest.raises(SystemExit):
                 sync(["--help"])
@@ -63,36 +66,36 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             assert run_command(["--help"], monkeypatch, name) == 0
         return capsys.readouterr().out
 
-    return said
+    return help_text
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_examples_and_fits_a_terminal(help_of: Callable[[str], str], name: str) -> None:
-    text = help_of(name).partition("== Config")[0]
+def test_help_shows_examples_and_fits_a_terminal(get_help: Callable[[str], str], name: str) -> None:
+    text = get_help(name).partition("== Config")[0]
     assert text.count(f"python -m wmtp.{name} ") >= 3
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
-def test_help_explains_each_group_and_its_options(help_of: Callable[[str], str]) -> None:
-    text = help_of("train")
+def test_help_explains_each_group_and_its_options(get_help: Callable[[str], str]) -> None:
+    text = get_help("train")
     for group in (path for path in CONFIG_FOLDER.iterdir() if path.is_dir()):
         _, _, rest = text.partition(f"\n{group.name}: ")
         options = [path.stem for path in group.glob("*.yaml") if path.stem != "base"]
         assert options and all(option in rest for option in options), group.name
     assert "smollm2/cpu" in text and "meta_7b/base," not in text
-    groups = help_of("generate").partition("== Config")[0].partition("== Groups")[2]
+    groups = get_help("generate").partition("== Config")[0].partition("== Groups")[2]
     assert "hardware: " in groups and "algo: " not in groups, "help shows only the groups of the command"
 
 
 @pytest.mark.slow
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_help_imports_no_heavy_modules(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", ALL_HELP], tmp_path)
     assert done.returncode == 0, done.stderr
     control = run([sys.executable, "-c", ALL_HELP.replace("'torch'", "'hydra'")], tmp_path)
     assert control.returncode != 0 and "AssertionError" in control.stderr
 
 
-def test_shell_completion_requests_are_answered(
+def test_shell_completion_lists_the_options_of_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,23 +109,23 @@ def test_shell_completion_requests_are_answered(
 
 
 @pytest.mark.slow
-def test_bash_completes_the_script(tmp_path: Path) -> None:
-    ask = """
+def test_bash_completes_the_arguments_of_a_script(tmp_path: Path) -> None:
+    script = """
     words=($COMP_LINE); COMP_CWORD=$((${#words[@]} - 1)); COMP_POINT=${#COMP_LINE}
     eval "$(wmtp-train -sc install=bash)"
     complete -p wmtp-train
     hydra_bash_completion; echo "${COMPREPLY[@]}"
     """
     scripts = Path(sys.executable).parent
-    done = run(["bash", "--norc", "-c", ask], tmp_path, PATH=f"{scripts}:{os.environ['PATH']}",
+    done = run(["bash", "--norc", "-c", script], tmp_path, PATH=f"{scripts}:{os.environ['PATH']}",
                COMP_LINE="wmtp-train scheduler=")  # fmt: skip
-    registered, *answer = done.stdout.splitlines()
-    assert "hydra_bash_completion wmtp-train" in registered
-    assert " ".join(answer).split() == ["scheduler=constant", "scheduler=cosine", "scheduler=linear"], done.stderr
+    registration, *completions = done.stdout.splitlines()
+    assert "hydra_bash_completion wmtp-train" in registration
+    assert " ".join(completions).split() == ["scheduler=constant", "scheduler=cosine", "scheduler=linear"], done.stderr
 
 
-def built(hook: str, folder: Path) -> Path:
-    """Build the source with a hook of the build backend."""
+def build_package(hook: str, folder: Path) -> Path:
+    """Build a distribution with a hook of the build backend, and return its file."""
     code = f"import hatchling.build; print(hatchling.build.{hook}({str(folder)!r}))"
     done = run([sys.executable, "-c", code], ROOT)
     assert done.returncode == 0, done.stderr
@@ -130,23 +133,23 @@ def built(hook: str, folder: Path) -> Path:
 
 
 def source_files(folder: str) -> set[str]:
-    """Return the files in a folder of the source."""
+    """Return the paths of the files in a folder of the repository."""
     return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*")
             if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_source_distribution_contains_only_the_source(tmp_path: Path) -> None:
-    with tarfile.open(built("build_sdist", tmp_path)) as archive:
+    with tarfile.open(build_package("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    own = source_files("wmtp") | source_files("conf") | source_files("scripts") | source_files("tests")
-    assert own | {"pyproject.toml", "constraints.txt", "LICENSE", ".env.example"} <= names
+    sources = source_files("wmtp") | source_files("conf") | source_files("scripts") | source_files("tests")
+    assert sources | {"pyproject.toml", "constraints.txt", "LICENSE", ".env.example"} <= names
     assert [name for name in names if name.split("/")[0] in ("outputs", ".venv", ".git", ".env")] == []
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_works_without_the_source(tmp_path: Path) -> None:
-    wheel = built("build_wheel", tmp_path)
+    wheel = build_package("build_wheel", tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     installed = {name for name in names if ".dist-info/" not in name}
@@ -184,7 +187,7 @@ def services() -> dict[str, Any]:
     return found
 
 
-def test_files_copied_into_the_containers_exist_and_are_sent() -> None:
+def test_files_copied_into_the_containers_exist_and_are_not_ignored() -> None:
     copies = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     names = {name for line in copies for name in line.split()}
     assert {"wmtp", "conf", "pyproject.toml"} <= names
@@ -195,7 +198,7 @@ def test_files_copied_into_the_containers_exist_and_are_sent() -> None:
     assert {service["build"]["target"] for service in services().values() if "build" in service} <= set(stages)
 
 
-def test_container_secrets_are_variables_listed_in_the_example() -> None:
+def test_container_secrets_are_variables_listed_in_env_example() -> None:
     example = (ROOT / ".env.example").read_text()
     named = set(re.findall(r"\$\{(\w+)", (ROOT / "compose.yaml").read_text()))
     assert len(named) == 4 and all(f"\n# {name}=" in example for name in named)
@@ -206,13 +209,13 @@ def test_container_secrets_are_variables_listed_in_the_example() -> None:
 
 
 @pytest.mark.slow
-def test_the_servers_know_their_options(tmp_path: Path) -> None:
+def test_the_servers_accept_the_options_in_compose_yaml(tmp_path: Path) -> None:
     scripts = Path(sys.executable).parent
-    for name, marks in (("mlflow", "--"), ("store", "-")):
+    for name, prefix in (("mlflow", "--"), ("store", "-")):
         program, *rest = services()[name]["command"]
         subcommand = next(word for word in rest if not word.startswith("-"))
         done = run([str(scripts / program), subcommand, "--help" if name == "mlflow" else "-h"], tmp_path)
         text = done.stdout + done.stderr
-        options = [word.partition("=")[0] for word in rest[rest.index(subcommand) :] if word.startswith(marks)]
+        options = [word.partition("=")[0] for word in rest[rest.index(subcommand) :] if word.startswith(prefix)]
         assert len(options) > 4 and [o for o in options if not re.search(rf"{re.escape(o)}\b", text)] == []
         assert not re.search(r"--no-such-option\b", text)

@@ -1,4 +1,4 @@
-"""Sweeps: which jobs there are, what becomes of them, and how those that did not finish are tried again."""
+"""Tests of sweeps: the grid of jobs, the states of jobs, and resuming jobs that did not finish."""
 
 import json
 import os
@@ -24,14 +24,24 @@ from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.sweep import Sweep
 
 GRID = ["algo=critic", "algo.beta=0.5,0.9,1.2", "early_stopping.patience=5,10", "seed=0,1,2"]
-FAKE = ["-m", "tests.support.fake_job"]
-SHELL = "import sys, time, os, signal; "
+"""Overrides of a sweep with 18 jobs."""
+FAKE_JOB = ["-m", "tests.support.fake_job"]
+"""Arguments of Python that start a fake job."""
+LINKED_FAKE_JOB = (
+    "import os, sys; from wmtp.runtime.processes import kill_on_parent_death; "
+    "from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE; "
+    "kill_on_parent_death(int(os.environ[SWEEP_PID_VARIABLE])); "
+    "from tests.support.fake_job import main; main(sys.argv[1:])"
+)
+"""The code of a fake job that is killed when the process of its sweep dies."""
+IMPORTS = "import sys, time, os, signal; "
+"""The imports of the small programs that tests start."""
 
 
 # Grid of jobs
 
 
-def test_a_grid_has_one_job_per_combination_and_overrides_replace_the_experiment() -> None:
+def test_a_grid_has_one_job_per_combination_and_overrides_replace_experiment_values() -> None:
     grid = parse_grid("train", GRID)
     assert grid.jobs[0] == ["algo=critic", "algo.beta=0.5", "early_stopping.patience=5", "seed=0"]
     assert len({tuple(job) for job in grid.jobs}) == 18
@@ -50,7 +60,7 @@ def test_sweep_settings_are_not_job_overrides() -> None:
     assert parse_grid("train", ["sweep.resume=here"]).has_job_overrides is False
 
 
-def test_arms_outside_the_grid_become_separate_jobs() -> None:
+def test_each_arm_becomes_one_job_per_seed() -> None:
     arms = "sweep.arms=['algo=baseline pretrain=critic','algo=critic algo.beta=0.5']"
     assert job_labels(parse_grid("train", [arms, "seed=0,1"]).jobs) == [
         "algo=baseline pretrain=critic seed=0", "algo=critic algo.beta=0.5 seed=0",
@@ -88,41 +98,45 @@ def test_an_invalid_sweep_is_refused(argument: str, message: str) -> None:
 # Sweeps of fake jobs
 
 
-def sound(overrides: list[str]) -> list[ConfigIssue]:
+def no_issues(overrides: list[str]) -> list[ConfigIssue]:
+    """Return no config issues for any job."""
     return []
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Change to an empty folder, use fake jobs, and record the calls to MLflow."""
+def sent_states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Change to an empty folder, use fake jobs, and return an empty list for the states sent to MLflow."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("wmtp.sweep.sweep.module_arguments", lambda name: FAKE)
+    monkeypatch.setattr("wmtp.sweep.sweep.module_arguments", lambda name: FAKE_JOB)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     return []
 
 
-def run(arguments: list[str], told: list[str]) -> int:
-    return Sweep("train", arguments, sound).run(lambda folder, state: told.append(state))
+def run(arguments: list[str], sent_states: list[str]) -> int:
+    """Run a sweep of fake jobs and return its exit code; append the state sent to MLflow to `sent_states`."""
+    return Sweep("train", arguments, no_issues).run(lambda folder, state: sent_states.append(state))
 
 
-def jobs_of(folder: str) -> list[dict[str, Any]]:
+def read_jobs(folder: str) -> list[dict[str, Any]]:
+    """Return the jobs that are recorded in a sweep's folder."""
     jobs: list[dict[str, Any]] = json.loads((Path(folder) / SWEEP).read_text())["jobs"]
     return jobs
 
 
-def calls(folder: str) -> list[dict[str, Any]]:
+def read_calls(folder: str) -> list[dict[str, Any]]:
+    """Return one record for each start of a fake job."""
     path = Path(folder) / "calls"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_failed_and_killed_jobs_run_again_on_resume(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_and_killed_jobs_run_again_on_resume(sent_states: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     behaviors = {7: "fail", 12: "die"}
     Path("sweep").mkdir()
     for number, behavior in behaviors.items():
         Path(f"sweep/behavior-{number}").write_text(behavior)
-    assert run([*GRID, "hydra.sweep.dir=sweep", "sweep.jobs=2"], told) == 137
-    jobs = jobs_of("sweep")
-    assert [job["number"] for job in jobs if job["state"] != "FINISHED"] == [7, 12] and len(calls("sweep")) == 18
+    assert run([*GRID, "hydra.sweep.dir=sweep", "sweep.jobs=2"], sent_states) == 137
+    jobs = read_jobs("sweep")
+    assert [job["number"] for job in jobs if job["state"] != "FINISHED"] == [7, 12] and len(read_calls("sweep")) == 18
     assert (jobs[7]["state"], jobs[7]["exit_code"], jobs[7]["error"]) == ("FAILED", 1, "ValueError: no luck")
     assert jobs[7]["traceback"].startswith("Traceback") and "somewhere" in jobs[7]["traceback"]
     assert (jobs[12]["state"], jobs[12]["exit_code"]) == ("KILLED", 137)
@@ -132,28 +146,30 @@ def test_failed_and_killed_jobs_run_again_on_resume(told: list[str], capsys: pyt
 
     for number in behaviors:
         Path(f"sweep/behavior-{number}").unlink()
-    assert run([*GRID, "sweep.resume=sweep"], told) == 0
-    again = calls("sweep")[18:]
+    assert run([*GRID, "sweep.resume=sweep"], sent_states) == 0
+    again = read_calls("sweep")[18:]
     assert [(call["job"], bool(call["resume"])) for call in again] == [("7", False), ("12", True)]
-    assert all(job["state"] == "FINISHED" for job in jobs_of("sweep")) and Path("sweep/7.attempt-1/train.log").exists()
-    assert told == ["KILLED", "FINISHED"] and read_status(Path("sweep"))["state"] == "FINISHED"
-    assert run(["sweep.resume=sweep"], told) == 0 and len(calls("sweep")) == 20, "nothing was left to do"
+    assert all(job["state"] == "FINISHED" for job in read_jobs("sweep"))
+    assert Path("sweep/7.attempt-1/train.log").exists()
+    assert sent_states == ["KILLED", "FINISHED"] and read_status(Path("sweep"))["state"] == "FINISHED"
+    assert run(["sweep.resume=sweep"], sent_states) == 0 and len(read_calls("sweep")) == 20, "no job is left to run"
 
 
 def test_the_table_has_one_row_per_group_of_seeds_best_first(
-    told: list[str], capsys: pytest.CaptureFixture[str]
+    sent_states: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["algo=critic", "algo.beta=0.9,0.5", "seed=0,1,2", "hydra.sweep.dir=sweep", "sweep.jobs=4"], told) == 0
+    grid = ["algo=critic", "algo.beta=0.9,0.5", "seed=0,1,2"]
+    assert run([*grid, "hydra.sweep.dir=sweep", "sweep.jobs=4"], sent_states) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [row.split("│")[1:5] for row in rows] == [
         [" algo.beta=0.5 ", " 0, 1, 2 ", "        0.5100 ", "  ± 0.0100 "],
         [" algo.beta=0.9 ", " 0, 1, 2 ", "        0.9100 ", "  ± 0.0100 "],
     ]
-    assert {call["cores"] for call in calls("sweep")} == {str(max(1, num_cores() // 4))}
+    assert {call["cores"] for call in read_calls("sweep")} == {str(max(1, num_cores() // 4))}
 
 
-def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "subprocess.Popen[str]":
-    """Start a sweep in a separate process, and return it as soon as this job waits."""
+def start_sweep_with_waiting_job(number: int, seeds: str, module: list[str]) -> "subprocess.Popen[str]":
+    """Start a sweep in a separate process, and return the process as soon as job `number` waits."""
     Path("sweep").mkdir()
     Path(f"sweep/behavior-{number}").write_text("wait")
     script = (
@@ -165,73 +181,65 @@ def sweep_with_a_job_that_waits(number: int, seeds: str, module: list[str]) -> "
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "waiting" not in (line := process.stdout.readline()):
-        assert line, "it ended early"
+        assert line, "the sweep ended before the job waited"
     return process
 
 
-def test_an_interruption_ends_running_jobs_and_keeps_the_others_for_resume(told: list[str]) -> None:
-    process = sweep_with_a_job_that_waits(1, "seed=0,1,2", FAKE)
+def test_an_interruption_stops_running_jobs_and_leaves_the_others_pending(sent_states: list[str]) -> None:
+    process = start_sweep_with_waiting_job(1, "seed=0,1,2", FAKE_JOB)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    assert [(job["state"], job["exit_code"]) for job in jobs_of("sweep")] == [
+    assert [(job["state"], job["exit_code"]) for job in read_jobs("sweep")] == [
         ("FINISHED", 0), ("KILLED", 130), ("PENDING", None),
     ]  # fmt: skip
     assert read_status(Path("sweep"))["state"] == "KILLED"
     Path("sweep/behavior-1").unlink()
-    assert run(["seed=0,1,2", "sweep.resume=sweep"], told) == 0
-    assert [call["job"] for call in calls("sweep")] == ["0", "1", "1", "2"]
+    assert run(["seed=0,1,2", "sweep.resume=sweep"], sent_states) == 0
+    assert [call["job"] for call in read_calls("sweep")] == ["0", "1", "1", "2"]
 
 
-def test_a_killed_sweep_kills_its_jobs_and_can_be_resumed(told: list[str]) -> None:
-    """Otherwise an orphaned job would write to the same files as the resumed job."""
-    process = sweep_with_a_job_that_waits(0, "seed=0,1", ["-c", ORPHAN])
+def test_a_killed_sweep_kills_its_jobs_and_can_be_resumed(sent_states: list[str]) -> None:
+    """An orphaned job would write to the same files as the resumed job."""
+    process = start_sweep_with_waiting_job(0, "seed=0,1", ["-c", LINKED_FAKE_JOB])
     with pytest.raises(InputError, match="in use"):
-        run(["sweep.resume=sweep"], told)
+        run(["sweep.resume=sweep"], sent_states)
     process.kill()
     process.wait()
     Path("sweep/behavior-0").unlink()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            code = run(["sweep.resume=sweep"], told)
+            code = run(["sweep.resume=sweep"], sent_states)
             break
         except InputError:  # the killed job has not exited yet
             time.sleep(0.1)
-    assert code == 0 and [job["attempts"] for job in jobs_of("sweep")] == [2, 1]
+    assert code == 0 and [job["attempts"] for job in read_jobs("sweep")] == [2, 1]
 
 
-ORPHAN = (
-    "import os, sys; from wmtp.runtime.processes import kill_on_parent_death; "
-    "from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE; "
-    "kill_on_parent_death(int(os.environ[SWEEP_PID_VARIABLE])); "
-    "from tests.support.fake_job import main; main(sys.argv[1:])"
-)
-
-
-def test_a_sweep_with_other_jobs_or_in_a_used_folder_is_refused(told: list[str]) -> None:
-    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 0
+def test_a_sweep_with_other_jobs_or_in_a_used_folder_is_refused(sent_states: list[str]) -> None:
+    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], sent_states) == 0
     with pytest.raises(ConfigError, match="sweep of other jobs"):
-        run(["seed=0,1,2", "sweep.resume=sweep"], told)
+        run(["seed=0,1,2", "sweep.resume=sweep"], sent_states)
     with pytest.raises(ConfigError, match="already contains a sweep"):
-        run(["seed=0,1", "hydra.sweep.dir=sweep"], told)
+        run(["seed=0,1", "hydra.sweep.dir=sweep"], sent_states)
     with pytest.raises(InputError, match="is not the folder of a sweep"):
-        run(["sweep.resume=elsewhere"], told)
-    assert len(calls("sweep")) == 2
+        run(["sweep.resume=elsewhere"], sent_states)
+    assert len(read_calls("sweep")) == 2
 
 
-def test_sweeps_started_together_have_separate_folders(told: list[str]) -> None:
-    sweeps = [Sweep("train", ["seed=0,1"], sound) for _ in range(5)]
+def test_sweeps_started_together_have_separate_folders(sent_states: list[str]) -> None:
+    sweeps = [Sweep("train", ["seed=0,1"], no_issues) for _ in range(5)]
     assert len({sweep.folder for sweep in sweeps}) == 5
     assert all(sweep.folder.name.endswith("-sweep") for sweep in sweeps)
 
 
-def test_invalid_jobs_are_refused_singly_or_all_together(told: list[str]) -> None:
+def test_an_invalid_job_fails_and_a_sweep_of_only_invalid_jobs_is_refused(sent_states: list[str]) -> None:
     def check(overrides: list[str]) -> list[ConfigIssue]:
         return [ConfigIssue("seed", "1", "is wrong")] if "seed=1" in overrides else []
 
     sweep = Sweep("train", ["seed=0,1,2", "hydra.sweep.dir=sweep"], check)
-    assert sweep.run(lambda folder, state: told.append(state)) == 2 and told == ["FAILED"]
-    jobs = jobs_of("sweep")
+    assert sweep.run(lambda folder, state: sent_states.append(state)) == 2 and sent_states == ["FAILED"]
+    jobs = read_jobs("sweep")
     assert [job["state"] for job in jobs] == ["FINISHED", "FAILED", "FINISHED"]
     assert jobs[1]["error"] == "seed=1: is wrong" and not Path("sweep/1").exists()
     with pytest.raises(ConfigError, match="is wrong"):
@@ -239,63 +247,63 @@ def test_invalid_jobs_are_refused_singly_or_all_together(told: list[str]) -> Non
     assert not Path("other").exists()
 
 
-def test_a_sweep_with_a_running_job_is_not_changed(told: list[str]) -> None:
+def test_a_sweep_with_a_running_job_cannot_be_resumed(sent_states: list[str]) -> None:
     Path("sweep").mkdir()
     Path("sweep/behavior-0").write_text("fail")
-    assert run(["seed=0", "hydra.sweep.dir=sweep"], told) == 1
+    assert run(["seed=0", "hydra.sweep.dir=sweep"], sent_states) == 1
     manifest = json.loads(Path("sweep", SWEEP).read_text())
     manifest["jobs"][0]["state"] = "RUNNING"
     Path("sweep", SWEEP).write_text(json.dumps(manifest))
     Path("sweep/0/status.json").write_text('{"state": "RUNNING", "exit_code": null, "error": null}')
     script = (
         "from tests.support.fake_job import *; "
-        "hold = FolderLock(Path('sweep/0')); print('holds', flush=True); time.sleep(30)"
+        "lock = FolderLock(Path('sweep/0')); print('locked', flush=True); time.sleep(30)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and "holds" in holder.stdout.readline()
+    assert holder.stdout is not None and "locked" in holder.stdout.readline()
     with pytest.raises(InputError, match="in use"):
-        run(["sweep.resume=sweep"], told)
+        run(["sweep.resume=sweep"], sent_states)
     holder.kill()
     holder.wait()
     assert read_status(Path("sweep"))["state"] == "FAILED"
 
 
-@pytest.mark.parametrize("error", [PendingError("the server is away"), RuntimeError("out of luck")])
-def test_a_tracker_error_does_not_change_the_end_of_a_sweep(told: list[str], error: Exception) -> None:
-    def tell(folder: Path, state: str) -> None:
+@pytest.mark.parametrize("error", [PendingError("the server is unavailable"), RuntimeError("simulated error")])
+def test_a_tracker_error_does_not_change_the_state_of_a_sweep(sent_states: list[str], error: Exception) -> None:
+    def fail_to_send(folder: Path, state: str) -> None:
         raise error
 
     Path("sweep").mkdir()
     Path("sweep/behavior-0").write_text("fail")
-    sweep = Sweep("train", ["seed=0,1", "hydra.sweep.dir=sweep"], sound)
+    sweep = Sweep("train", ["seed=0,1", "hydra.sweep.dir=sweep"], no_issues)
     if isinstance(error, PendingError):
-        assert sweep.run(tell) == 1, "a failed job is worse than a server that is away"
+        assert sweep.run(fail_to_send) == 1, "the failed job determines the exit code, not the unavailable server"
     else:
         with pytest.raises(RuntimeError):
-            sweep.run(tell)
+            sweep.run(fail_to_send)
     assert read_status(Path("sweep"))["state"] == "FAILED"
 
 
-def test_a_job_without_a_summary_failed_and_the_others_continue(told: list[str]) -> None:
+def test_a_job_without_a_summary_fails_and_the_others_continue(sent_states: list[str]) -> None:
     Path("sweep").mkdir()
     Path("sweep/behavior-0").write_text("forget")
-    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], told) == 1
-    assert [job["state"] for job in jobs_of("sweep")] == ["FAILED", "FINISHED"]
-    assert "summary.json cannot be read" in jobs_of("sweep")[0]["error"] and told == ["FAILED"]
+    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], sent_states) == 1
+    assert [job["state"] for job in read_jobs("sweep")] == ["FAILED", "FINISHED"]
+    assert "summary.json cannot be read" in read_jobs("sweep")[0]["error"] and sent_states == ["FAILED"]
 
 
-# Processes
+# Processes of local jobs
 
 
 def test_the_requested_number_of_jobs_runs_at_once(tmp_path: Path) -> None:
-    note = "open(sys.argv[1], 'a').write(f'{time.time()} %s\\n'); "
-    code = SHELL + note % "+" + "time.sleep(0.4); " + note % "-"
+    append_time = "open(sys.argv[1], 'a').write(f'{time.time()} %s\\n'); "
+    code = IMPORTS + append_time % "+" + "time.sleep(0.4); " + append_time % "-"
 
     def most_at_once(limit: int) -> int:
         path = tmp_path / f"times-{limit}"
         commands = {n: [sys.executable, "-S", "-c", code, str(path)] for n in range(4)}
         consoles = {n: tmp_path / str(n) for n in commands}
-        run_local(commands, consoles, limit, lambda n: None, lambda n, code, words: None)
+        run_local(commands, consoles, limit, lambda n: None, lambda n, code, stderr_tail: None)
         steps = [line.split()[1] for line in sorted(path.read_text().splitlines())]
         return max(steps[:i].count("+") - steps[:i].count("-") for i in range(len(steps) + 1))
 
@@ -303,22 +311,24 @@ def test_the_requested_number_of_jobs_runs_at_once(tmp_path: Path) -> None:
 
 
 def test_the_last_stderr_lines_of_a_process_are_kept(tmp_path: Path) -> None:
-    code = SHELL + "print('on the screen'); print('some words', file=sys.stderr); os.kill(os.getpid(), signal.SIGTERM)"
+    code = (
+        IMPORTS + "print('on the screen'); print('some words', file=sys.stderr); os.kill(os.getpid(), signal.SIGTERM)"
+    )
     ends: list[tuple[int, int, str]] = []
     run_local({3: [sys.executable, "-c", code]}, {3: tmp_path / "c"}, 1, lambda n: None, lambda *end: ends.append(end))
     assert ends == [(3, 143, "some words\n")]
 
 
-def test_a_process_that_cannot_start_failed_and_the_others_continue(tmp_path: Path) -> None:
+def test_a_process_that_cannot_start_fails_and_the_others_continue(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     commands = {n: [sys.executable, "-S", "-c", "pass"] for n in range(3)}
     consoles = {0: tmp_path / "0", 1: tmp_path / "taken" / "console", 2: tmp_path / "2"}
     ends: dict[int, tuple[int, str]] = {}
-    run_local(commands, consoles, 2, lambda n: None, lambda n, code, words: ends.update({n: (code, words)}))
+    run_local(commands, consoles, 2, lambda n: None, lambda n, code, stderr_tail: ends.update({n: (code, stderr_tail)}))
     assert {n: code for n, (code, _) in ends.items()} == {0: 0, 1: 1, 2: 0} and "cannot be started" in ends[1][1]
 
 
-def test_a_jobs_processes_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_processes_of_a_job_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(CORES_VARIABLE, "4")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
@@ -330,12 +340,12 @@ def test_a_jobs_processes_share_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         torch.set_num_threads(3)
         limit_threads()
-        assert torch.get_num_threads() == 3, "the user has said how many"
+        assert torch.get_num_threads() == 3, "OMP_NUM_THREADS takes precedence over the number of cores"
     finally:
         torch.set_num_threads(before)
 
 
-# In Slurm
+# Slurm
 
 
 def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
@@ -347,11 +357,13 @@ def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
     )  # fmt: skip
     assert slurm.is_submitted(grid.launcher) and grid.jobs == [["seed=0", "hardware=cpu"], ["seed=1", "hardware=cpu"]]
     text = slurm.batch_script(grid.launcher, tmp_path, ["python", "-m", "wmtp.train", "seed=0"], 2)
-    wanted = "--partition=gpu", "--gpus-per-node=4", "--time=600", "--mem=64GB", "--array=0-1", "python -m wmtp.train"
-    assert [each for each in wanted if each not in text] == []
+    expected = "--partition=gpu", "--gpus-per-node=4", "--time=600", "--mem=64GB", "--array=0-1", "python -m wmtp.train"
+    assert [option for option in expected if option not in text] == []
 
 
-def test_hardware_of_the_cluster_only_is_not_an_error(told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slurm_sweep_can_use_hardware_that_this_machine_lacks(
+    sent_states: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("submitit")
 
     def check(overrides: list[str]) -> list[ConfigIssue]:
@@ -360,44 +372,44 @@ def test_hardware_of_the_cluster_only_is_not_an_error(told: list[str], capsys: p
     arguments = ["seed=0,1", "hardware=a100x4", "dry_run=true"]
     submitted = Sweep("train", [*arguments, "hydra/launcher=submitit_slurm"], check)
     assert submitted.dry_run() == 0 and "#SBATCH --array=0-1" in capsys.readouterr().out
-    assert Sweep("train", arguments, check).dry_run() == 2, "the control: here it is one"
-    assert not list(Path().iterdir()), "a rehearsal keeps nothing"
+    assert Sweep("train", arguments, check).dry_run() == 2, "control: it is an error if the jobs run on this machine"
+    assert not list(Path().iterdir()), "a dry run leaves no files"
 
 
 @pytest.mark.slow
-def test_jobs_are_submitted_like_hydras_launcher(told: list[str]) -> None:
-    """Uses the local executor of submitit."""
+def test_submitted_jobs_can_fail_and_be_resumed(sent_states: list[str]) -> None:
+    """The jobs are submitted with the local executor of submitit, not with Slurm."""
     pytest.importorskip("submitit")
     Path("sweep").mkdir()
     Path("sweep/behavior-1").write_text("fail")
     arguments = ["seed=0,1", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]
-    assert run(arguments, told) == 1
-    assert [job["state"] for job in jobs_of("sweep")] == ["FINISHED", "FAILED"]
+    assert run(arguments, sent_states) == 1
+    assert [job["state"] for job in read_jobs("sweep")] == ["FINISHED", "FAILED"]
     Path("sweep/behavior-1").unlink()
-    assert run([*arguments[:2], "sweep.resume=sweep"], told) == 0 and len(calls("sweep")) == 3
+    assert run([*arguments[:2], "sweep.resume=sweep"], sent_states) == 0 and len(read_calls("sweep")) == 3
 
 
-# Real trainings
+# Sweeps of real runs
 
 
 @pytest.mark.slow
-def test_killed_trainings_resume_from_their_checkpoints(
+def test_a_killed_job_resumes_from_its_checkpoint(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second job is killed after its first checkpoint; the resumed sweep gives the same result."""
+    """Job 1 is killed after its first checkpoint; the resumed sweep finishes it."""
     overrides = [*TINY, "tracking=none", f"cache_dir={cache}", "report=false", "num_samples=0", "save_interval=5",
                  "max_steps=40", "num_epochs=100", "log_interval=1", "early_stopping=none"]  # fmt: skip
     process = start_training(tmp_path, "-m", *overrides, "seed=0,1", "hydra.sweep.dir=sweep", "sweep.jobs=2")
-    victim = tmp_path / "sweep" / "1"
+    killed_run = tmp_path / "sweep" / "1"
     deadline = time.monotonic() + 180
-    while not list(victim.glob("checkpoints/step_*/manifest.json")):
+    while not list(killed_run.glob("checkpoints/step_*/manifest.json")):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.02)
-    os.kill(read_status(victim)["pid"], signal.SIGKILL)
+    os.kill(read_status(killed_run)["pid"], signal.SIGKILL)
     out, _ = process.communicate(timeout=180)
-    states = [job["state"] for job in jobs_of(str(tmp_path / "sweep"))]
+    states = [job["state"] for job in read_jobs(str(tmp_path / "sweep"))]
     assert process.returncode == 137 and states == ["FINISHED", "KILLED"], out
     monkeypatch.chdir(tmp_path)
     assert run_command(["-m", "sweep.resume=sweep"], monkeypatch) == 0
-    assert read_status(victim)["step"] == 40 and (victim / "resumes.jsonl").exists()
+    assert read_status(killed_run)["step"] == 40 and (killed_run / "resumes.jsonl").exists()
     assert "2 of 2 jobs finished" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`python -m wmtp.sync`: which runs it finds, and what it does about those that no process works on."""
+"""Tests of `python -m wmtp.sync`: it finds the folders of runs, and records dead runs as KILLED."""
 
 from pathlib import Path
 
@@ -44,21 +44,21 @@ def test_runs_are_found_at_any_depth_but_evaluations_are_not(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["empty", "missing"])
-def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_a_folder_without_runs_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / name)]) == 2
     assert "give the folder of a run" in capsys.readouterr().err
 
 
-def test_running_runs_are_not_changed_and_dead_ones_are_recorded(
+def test_running_runs_are_not_changed_and_dead_runs_are_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ended, dead, going = make_run(Path("a")), make_run(Path("b"), "RUNNING"), make_run(Path("c"), "RUNNING")
-    lock = FolderLock(going)
+    ended, dead, running = make_run(Path("a")), make_run(Path("b"), "RUNNING"), make_run(Path("c"), "RUNNING")
+    lock = FolderLock(running)
     lock._file.seek(0)
     lock._file.truncate()
-    lock._file.write("process 1 on another machine")  # a process ignores its own lock
+    lock._file.write("process 1 on another machine")  # sync ignores locks of its own process
     lock._file.flush()
 
     assert main(["."]) == 0
@@ -68,7 +68,7 @@ def test_running_runs_are_not_changed_and_dead_ones_are_recorded(
         "b: was RUNNING, but no process is running: recorded as KILLED",
         "c: is running, and uploads its own data",
     ]
-    assert [read_status(run)["state"] for run in (ended, dead, going)] == ["FINISHED", "KILLED", "RUNNING"]
+    assert [read_status(run)["state"] for run in (ended, dead, running)] == ["FINISHED", "KILLED", "RUNNING"]
     assert main(["."]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "b: nothing to send"
     lock.release()
@@ -88,7 +88,9 @@ def test_a_damaged_folder_does_not_stop_the_others(
     assert "c: was RUNNING" in printed.out and "Traceback" not in printed.err
 
 
-def test_a_run_that_died_at_the_start_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_died_before_it_wrote_a_config_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     RunStatus(tmp_path / "early")._lock.release()
     assert main([str(tmp_path)]) == 0 and "recorded as KILLED" in capsys.readouterr().out
     assert read_status(tmp_path / "early")["state"] == "KILLED"

@@ -42,10 +42,10 @@ def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[
     """Return the largest relative difference of each metric between two runs."""
     assert len(one) == len(other)
     found: dict[str, float] = {}
-    for first, theirs in zip(one, other, strict=True):
-        assert first.keys() == theirs.keys()
-        for name in first:
-            difference = abs(first[name] - theirs[name]) / max(abs(first[name]), 1e-3)
+    for metrics, other_metrics in zip(one, other, strict=True):
+        assert metrics.keys() == other_metrics.keys()
+        for name, value in metrics.items():
+            difference = abs(value - other_metrics[name]) / max(abs(value), 1e-3)
             found[name] = max(found.get(name, 0.0), difference)
     return found
 
@@ -100,16 +100,18 @@ def test_a_full_or_an_empty_last_micro_batch_does_not_change_the_losses(
 def train_with_mean_of_means(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train with a loss that each rank divides by its own number of targets."""
     gradients, loss = Trainer._accumulate_gradients, MtpObjective.loss
-    own: list[torch.Tensor] = []
+    own_denominators: list[torch.Tensor] = []
 
     def count_own_targets(self: Trainer, batches: list[Batch]) -> MetricSums:
-        own[:] = [torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)]
+        own_denominators[:] = [
+            torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)
+        ]
         return gradients(self, batches)
 
     def divide_by_own_targets(
-        self: MtpObjective, model: MtpModel, batch: Batch, totals: torch.Tensor
+        self: MtpObjective, model: MtpModel, batch: Batch, denominators: torch.Tensor
     ) -> tuple[torch.Tensor, MetricSums]:
-        return loss(self, model, batch, own[0].clamp(min=1) * 2)
+        return loss(self, model, batch, own_denominators[0].clamp(min=1) * 2)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_accumulate_gradients", count_own_targets)

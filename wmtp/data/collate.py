@@ -18,9 +18,10 @@ TOKEN_COLUMNS = ("reference_losses", "hidden_states", "harmful")
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of samples, right-padded to the longest. Labels are −100 at prompt and padding positions.
+    """A batch of samples, right-padded to the longest.
 
-    `tasks` are equal for solutions to the same task. The optional arrays are None if the data set does not have them.
+    Labels are the token ids of the solutions, and −100 at prompt and padding positions. `tasks` contains equal numbers
+    for solutions to the same task. The optional arrays are None if the data set does not have them.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -52,8 +53,8 @@ class Batch:
 def collate(split: TokenizedSplit, indices: list[int] | None, padding: int, number: int = 0) -> Batch:
     """Return the batch of the samples `indices`. Its `num_tokens` counts their tokens without padding.
 
-    With `indices` None the batch is empty: one padding token without a target, for a process that has no samples left
-    while others do.
+    If `indices` is None, the batch is empty: one padding token without a target. It is for a process that has no
+    samples left while other processes have some.
     """
     if indices is None:
         empty = collate(split, [0], padding, number)

@@ -19,7 +19,13 @@ SINGLE_PROCESS = Processes.single_process()
 
 
 class Dataset:
-    """The training and validation data of a run. Batches are pure functions of their position."""
+    """The training and validation data of a run. A batch depends only on data, seed and its position in the run.
+
+    `max_new_tokens` is the number of tokens of the longest training solution.
+
+    Raises:
+        InputError: no training samples are left, or the data cannot be read or selected.
+    """
 
     def __init__(self, source: DataSource, cache_dir: Path, seed: int) -> None:
         splits = source.read()
@@ -44,7 +50,7 @@ class Dataset:
         )
 
     def extend_fingerprint(self, fingerprint: str) -> None:
-        """Include in the data's fingerprint that of a model whose outputs were added to the data."""
+        """Extend the fingerprint of the data by the fingerprint of a model whose outputs were added to the data."""
         self.fingerprint = hashlib.sha256((self.fingerprint + fingerprint).encode()).hexdigest()
 
     def micro_batches(
@@ -52,8 +58,8 @@ class Dataset:
     ) -> list[Batch]:
         """Return this process's micro-batches of one update of one epoch.
 
-        A micro-batch has the same samples and the same number for any number of processes. All processes get the
-        same number of micro-batches; some may be empty.
+        The samples of a micro-batch and its `Batch.number` do not depend on the number of processes. All processes get
+        equally many micro-batches; some may be empty.
         """
         update_indices = self._epoch(epoch, batch_size)[update]
         micro_batches = [

@@ -22,7 +22,7 @@ T = TypeVar("T")
 Row = dict[str, object]
 OnError = Literal["stop", "skip"]
 
-# Python's own limits depend on its version, its settings and the depth of the call.
+# Fixed limits, because the limits of Python depend on its version, its settings and the depth of the call stack.
 MAX_DEPTH = 100
 MAX_DIGITS = 4_300
 MAX_SHOWN = 20
@@ -35,7 +35,7 @@ EXPECTED = f"Expected one file, or a folder with train, validation (or valid) an
 
 
 class Rejected(ValueError):
-    """A row that cannot be used. `reason` is the kind of error, from a fixed set; `detail` describes this case."""
+    """An unusable row. `reason` is one of a fixed set of reasons; `detail` describes the error in this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -60,8 +60,8 @@ def parse_json(text: str) -> object:
     """Parse strict JSON.
 
     Raises:
-        Rejected: the text is not JSON, exceeds `MAX_DIGITS` or `MAX_DEPTH`, begins with a byte order mark, or
-            contains a number that is not finite, a duplicate key or a lone surrogate, which Python's parser accepts.
+        Rejected: the text is not JSON, exceeds `MAX_DIGITS` or `MAX_DEPTH`, or begins with a byte order mark; or it
+            contains a number that is not finite, a duplicate key or a lone surrogate. Python's parser accepts these.
     """
     value = _decode(text)
     _verify(value)
@@ -79,6 +79,8 @@ def plain_records(row: Row) -> list[Record]:
 
 def mbpp_records(row: Row) -> list[Record]:
     """Read a problem of MBPP, full or sanitized. The prompt ends with the tests, which contain the function's name.
+
+    Source: Austin et al. 2021, Program Synthesis with Large Language Models (arXiv 2108.07732).
 
     Raises:
         Rejected: a field is missing, null or has the wrong type, or the solution is empty.
@@ -100,6 +102,8 @@ def mbpp_records(row: Row) -> list[Record]:
 def humaneval_records(row: Row) -> list[Record]:
     """Read a problem of HumanEval: a prompt that the solution continues, and a test that calls the function.
 
+    Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code (arXiv 2107.03374).
+
     Raises:
         Rejected: a field is missing, null or has the wrong type, or the solution is empty.
     """
@@ -117,8 +121,11 @@ def humaneval_records(row: Row) -> list[Record]:
 def codecontests_records(row: Row) -> list[Record]:
     """Read a problem of CodeContests: one record for each correct or incorrect solution in Python 3, possibly none.
 
+    Source: Li et al. 2022, Competition-Level Code Generation with AlphaCode (arXiv 2203.07814).
+
     Raises:
-        Rejected: as for `mbpp_records`, or parallel lists have different lengths.
+        Rejected: a field is missing, null or has the wrong type, a solution is empty, or parallel lists have different
+            lengths.
     """
     task: Row = {
         "task_id": _field(row, "name", str),
@@ -150,7 +157,8 @@ def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tup
     """Read the records of one file: an object per line, or in `.json` an array of objects; `.gz` is decompressed.
 
     Raises:
-        InputError: the file cannot be read; or rows are faulty: any with `stop`, more than `max_errors` with `skip`.
+        InputError: the file cannot be read; or `on_error` is "stop" and a row is faulty; or it is "skip" and more than
+            `max_errors` rows are faulty.
     """
     records, rejections = _read_rows(path, shape)
     _check_rejections(rejections, on_error, max_errors)
@@ -160,11 +168,11 @@ def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tup
 def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[Splits, list[Rejection]]:
     """Read a data set: a folder with a file per split, or one file, split by task into 90, 5 and 5 percent.
 
-    `max_errors` is for all files together.
+    `max_errors` limits the faulty rows of all files together.
 
     Raises:
-        InputError: as for `read_file`; or the path is neither a file nor a folder with a training file; or a task is in
-            two splits; or the training split has no records.
+        InputError: a file cannot be read or has too many faulty rows (see `read_file`); or the path is neither a file
+            nor a folder with a training file; or a task is in two splits; or the training split has no records.
     """
     collected = [_read_rows(file, shape) if file else ([], []) for file in _split_files(path)]
     rejections = [rejection for _, rejected in collected for rejection in rejected]
@@ -173,14 +181,20 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
     counts = Counter(task for records in splits for task in {record.task_id for record in records})
     shared = sorted(task for task, count in counts.items() if count > 1)
     if shared:
-        raise InputError(f"{path}: {len(shared)} tasks are in several splits, e.g. '{shared[0]}'. Keep each in one.")
+        raise InputError(
+            f"{path}: {len(shared)} tasks are in several splits, e.g. '{shared[0]}'. "
+            "Keep all records of a task in one split."
+        )
     if not splits.train:
-        raise InputError(f"{path}: no records to train on ({len(rejections)} rejected). Add some, or give a folder.")
+        raise InputError(
+            f"{path}: no records to train on ({len(rejections)} rejected). "
+            "Add records to the training split, or use a folder with one file per split."
+        )
     return splits, rejections
 
 
 def _decode(text: str | bytes) -> object:
-    """Parse JSON; return a `Rejected` in place of the whole text, or of each value or object, that is faulty."""
+    """Parse JSON. A `Rejected` replaces each faulty number or object, or the whole text if it is not JSON."""
     try:
         text = text if isinstance(text, str) else text.decode()
         if text.startswith("\ufeff"):
@@ -216,7 +230,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse
 
 
 def _verify(root: object) -> None:
-    """Raise the first error in a decoded value."""
+    """Raise the first `Rejected` in a decoded value, or a new one for a lone surrogate or too many levels."""
     pending = [(root, 0)]
     while pending:
         value, depth = pending.pop()
@@ -299,7 +313,7 @@ def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
 
 
 def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the number and the decoded value of each row of a file; a `Rejected` if it cannot be decoded."""
+    """Yield the number of each row of a file and its decoded value, or a `Rejected` if it cannot be decoded."""
     if not path.name.endswith((*SUFFIXES, ".gz")):
         raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
     try:
@@ -315,7 +329,7 @@ def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _decode_array(path: Path, content: bytes) -> list[object]:
-    """Decode a JSON array. After a syntax error no row can be read, so such an error cannot be skipped."""
+    """Decode a JSON array. A syntax error makes all rows unreadable, so it is never skipped."""
     rows = _decode(content)
     if isinstance(rows, list):
         return rows
@@ -356,7 +370,7 @@ def _split_files(path: Path) -> list[Path | None]:
 
 
 def _split_by_task(records: list[Record]) -> Splits:
-    """Split by a fixed hash of the task, so a task's solutions stay together and new tasks do not move others."""
+    """Split by a hash of the task, so a task's solutions stay together and new tasks do not affect the others."""
     splits = Splits([], [], [])
     for record in records:
         share = zlib.crc32(record.task_id.encode()) % 100

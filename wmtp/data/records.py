@@ -24,7 +24,7 @@ class Record(BaseModel):
     the solution's characters: `decisive` characters determine its correctness, `noise` characters are unpredictable.
     They are the ground truth for comparing weightings, and empty if unknown. A test is an assertion, or an input of the
     whole program and its expected output. `setup` is code that runs after the solution and before its tests. `preamble`
-    is code before the solution, without which the solution is not a complete program.
+    is code that precedes the solution; together they are a complete program.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

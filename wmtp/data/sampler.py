@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, epoch), so two integers are enough to store a position."""
+"""The order of samples. It depends only on seed and epoch, so (epoch, update) is enough to store a position."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 WINDOW = 64
-"""Number of batches whose samples are sorted by length together: little padding, but a new mix in every epoch."""
+"""Number of batches whose samples are sorted by length together: little padding, but new batches in each epoch."""
 
 
 def epoch_batches(
@@ -14,7 +14,8 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Return batches of indices, shuffled, with samples of similar length in a batch; the last one may be smaller.
 
-    Every sample occurs once. Samples of one group are adjacent; only a batch's boundary can separate them.
+    `lengths` and `groups` have one entry per sample. Every sample occurs once. Samples of one group are adjacent; only
+    the boundary between two batches can separate them.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     shuffled = generator.permutation(len(lengths))
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 
 def items_for_rank(items: Sequence[T], rank: int, size: int) -> list[T | None]:
-    """Return every `size`-th item, starting at `rank`; the last is None if other ranks have one item more.
+    """Return every `size`-th item, starting at `rank`; the last one is None if lower ranks have one item more.
 
     >>> items_for_rank("abc", 0, 2), items_for_rank("abc", 1, 2)
     (['a', 'c'], ['b', None])

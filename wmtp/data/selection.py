@@ -1,4 +1,4 @@
-"""Selection of records: their number, the ratio of correct ones, and their difficulty."""
+"""Selection of records by number, by the ratio of correct ones, and by difficulty."""
 
 import random
 import re
@@ -26,7 +26,7 @@ DifficultyBins = dict[Annotated[str, AfterValidator(_check_bin)], Annotated[floa
 
 @dataclass(frozen=True)
 class Selection:
-    """The composition of records to select; None leaves a property unchanged."""
+    """The number and composition of the records to select. A setting of None is no constraint."""
 
     n_samples: int | None = None
     correct_ratio: float | None = None
@@ -35,7 +35,7 @@ class Selection:
 
 
 def find_bin(record: Record, bins: DifficultyBins) -> str | None:
-    """Return the difficulty bin of a record, or None."""
+    """Return the name of the difficulty bin of a record; None if no bin contains it."""
     for name in bins:
         match = BIN.fullmatch(name)
         assert match
@@ -45,7 +45,9 @@ def find_bin(record: Record, bins: DifficultyBins) -> str | None:
 
 
 def target_shares(selection: Selection) -> dict[tuple[str | None, bool | None], float]:
-    """Return the target share of each cell (difficulty bin, is correct); the shares sum to 1.
+    """Return the target share of each cell, a pair (difficulty bin, is correct); the shares sum to 1.
+
+    In a cell, None means any difficulty, or both correct and incorrect records.
 
     Raises:
         InputError: all weights of the bins are 0.
@@ -77,7 +79,7 @@ def add_mismatched(records: list[Record], seed: int) -> list[Record]:
     The added solution is a correct solution of another task, drawn at random.
 
     Raises:
-        InputError: all correct solutions of other tasks are also solutions of the task.
+        InputError: a task has no incorrect solution, and every correct solution of other tasks is also one of its own.
     """
     solutions_of: dict[str, set[str]] = {}
     without_wrong: dict[str, Record] = {}
@@ -106,7 +108,7 @@ def select(records: list[Record], selection: Selection) -> list[Record]:
     Without `n_samples`, as many records as the composition allows are selected.
 
     Raises:
-        InputError: a part of the composition has no records, or fewer than `n_samples` needs.
+        InputError: a cell of the composition has no records, or too few for `n_samples`.
     """
     shares = target_shares(selection)
     bins = selection.difficulty_bins or {}

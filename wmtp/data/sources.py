@@ -42,7 +42,7 @@ class DataSource(ABC):
 
     @property
     def origin(self) -> str:
-        """The location of the records."""
+        """The location of the records: the path of files, or wmtp:<name> for generated records."""
         return f"wmtp:{self.name}"
 
     @property
@@ -55,7 +55,7 @@ class DataSource(ABC):
         """Return all records, before the selection."""
 
     def without_selection(self) -> Self:
-        """Return the source without any selection of records."""
+        """Return a copy of the source that selects all records."""
         return replace(
             self,
             n_samples=None,

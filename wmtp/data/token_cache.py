@@ -16,6 +16,7 @@ from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 
 FORMAT = 1
+"""Version of the cached files; a part of the cache key."""
 LongSamples = Literal["drop", "cut"]
 
 
@@ -55,7 +56,7 @@ def tokenize(
 ) -> TokenizedRecords:
     """Tokenize prompts and solutions separately; each solution ends with the tokenizer's end token.
 
-    A record of more than `max_length` tokens is dropped. With `long_samples` "cut" it loses the end of its solution
+    A record of more than `max_length` tokens is dropped. If `long_samples` is "cut", the end of its solution is cut
     instead, unless its prompt leaves no room for a solution.
     """
     prompts = tokenizer.encode([template.replace("{prompt}", record.prompt) for record in records])

@@ -1,4 +1,4 @@
-"""Ground truth for tokens: those that decide a solution's correctness, and those that are noise."""
+"""Ground truth for tokens: which tokens decide a solution's correctness, and which are noise."""
 
 import numpy as np
 

@@ -21,6 +21,7 @@ from wmtp.runtime.locks import file_lock
 PADDING, END = "<pad>", "<end>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TRAINING_TASKS = 1_500
+"""Number of tasks on which the tokenizer of the embedded tasks is trained."""
 DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
 PROBE = (
     "def naïve(x):\n    return x ** 2 - 10_345.678  # don't  stop\t日本語 🙂\r\n\n\n"
@@ -30,7 +31,13 @@ PROBE = (
 
 
 class Tokenizer:
-    """A tokenizer. `end` is the id of the token after a solution, `padding` the id that fills a batch."""
+    """A tokenizer. `end` is the id of the token after a solution, `padding` the id that fills a batch.
+
+    `fingerprint` is a hash of its content (see `content_fingerprint`).
+
+    Raises:
+        InputError: the vocabulary does not contain `end` or `padding`.
+    """
 
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
         self.backend = backend
@@ -47,7 +54,7 @@ class Tokenizer:
         return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of some ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         text: str = self.backend.decode(tokens, skip_special_tokens=True)
         return text
 
@@ -80,7 +87,7 @@ def train_bpe(records: list[Record], vocab_size: int) -> BackendTokenizer:
 
 
 def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)] = 512) -> Tokenizer:
-    """Return the tokenizer of the embedded tasks, a function of `vocab_size` only; it is cached on disk."""
+    """Return the tokenizer of the embedded tasks. It depends only on `vocab_size`, and is cached on disk."""
     sources = "".join(inspect.getsource(module) for module in (tasks, task_steps)).encode()
     key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
     path = cache_dir / f"tokenizer-{key[:16]}.json"
@@ -151,7 +158,7 @@ def read_backend(path: Path) -> BackendTokenizer:
     """
     try:
         backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises no class of its own
+    except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
     backend.no_padding()
     backend.no_truncation()
@@ -159,14 +166,14 @@ def read_backend(path: Path) -> BackendTokenizer:
 
 
 def tokenizer_content(backend: BackendTokenizer) -> dict[str, Any]:
-    """Return everything that determines the ids of a text, independent of how the tokenizer was made and stored.
+    """Return everything that determines the ids of a text, in a form that does not depend on the tokenizer's file.
 
     Special tokens around a text, padding and truncation are not included.
     """
     described = json.loads(backend.to_str())
     vocabulary = {number: token for token, number in backend.get_vocab().items()}
     model = described["model"]
-    scores = model["vocab"] if isinstance(model.get("vocab"), list) else None  # of a unigram model
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else None  # only unigram models
     return {  # the keys are part of fingerprints stored in checkpoints
         "vocabulary": [[number, vocabulary[number]] for number in sorted(vocabulary)],
         "merges": [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []],
@@ -179,12 +186,12 @@ def tokenizer_content(backend: BackendTokenizer) -> dict[str, Any]:
 
 
 def content_fingerprint(backend: BackendTokenizer) -> str:
-    """Return a hash of a tokenizer's content, equal for tokenizers that give every text the same ids."""
+    """Return a hash of `tokenizer_content`. Tokenizers with equal hashes give every text the same ids."""
     return hashlib.sha256(json.dumps(tokenizer_content(backend), sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | None:
-    """Return the first difference of another tokenizer from ours, with a hash of each; None if they are the same.
+    """Return a description of the first difference between two tokenizers, with their hashes; None if they are equal.
 
     The comparison covers the token of every id, the merges, the special tokens, the normalizer, and the encoding of
     `PROBE` and of the special tokens.

@@ -1,4 +1,4 @@
-"""One evaluation: samples, verdicts, losses, summary.json and the metrics for the tracker."""
+"""One evaluation: generate and grade samples, measure losses, write summary.json, and send metrics to the tracker."""
 
 import logging
 import time
@@ -68,15 +68,15 @@ class Evaluator:
 
         Raises:
             InputError: the checkpoint is damaged or has another tokenizer, or there is nothing to evaluate.
-            SandboxUnavailable: programs cannot be run safely here, or some could not be graded.
-            PendingError: the metrics could not be sent to the tracker; they are on disk.
+            SandboxUnavailable: no isolation works on this machine, or some programs could not be graded.
+            PendingError: the metrics are on disk, but could not be sent to the tracker.
         """
         started = time.monotonic()
         records = self._read_records()
         problems = self._select_problems(records)
         model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware, self.cache_dir)
         check_max_positions(model, self.source.max_length, "data.max_length")
-        step, epoch = checkpoint_position(self.checkpoint)  # read now: an active run may replace its best checkpoint
+        step, epoch = checkpoint_position(self.checkpoint)  # not later: an active run may replace its best checkpoint
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":
             log.warning(
@@ -141,7 +141,7 @@ class Evaluator:
         return problems
 
     def _prediction_metrics(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
-        """Return the losses and accuracies on the correct solutions."""
+        """Return the losses and accuracies on the correct solutions of all records."""
         correct = [record for record in records if record.is_correct]
         split = TokenizedSplit("evaluation", correct, self.source.without_selection(), None, self.cache_dir)
         return prediction_metrics(model, split, self.source.tokenizer, self.hardware, self.config.batch_size)
@@ -172,7 +172,7 @@ class Evaluator:
         return errors
 
     def _is_sandbox_error(self, sample: Sample) -> bool:
-        """Return whether the sandbox failed, not the program, and log the error."""
+        """Return whether the sandbox failed and not the program; log such an error."""
         assert sample.verdict is not None
         if sample.verdict.outcome != "sandbox error":
             return False
@@ -190,7 +190,7 @@ class Evaluator:
         try:
             folder.mkdir(exist_ok=True)
             logged = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
-            if not any(named.items() <= line.items() for line in logged):  # not for a repeated evaluation
+            if not any(named.items() <= line.items() for line in logged):  # false if the evaluation is repeated
                 file = MetricsFile(folder)
                 file.log(summary["step"], summary["epoch"], named)
                 file.close("FINISHED")
@@ -201,7 +201,7 @@ class Evaluator:
             send_pending(self.run_folder)
 
     def _metric_label(self) -> str:
-        """Return the data, split and decoding as a part of metric names."""
+        """Return the part of metric names that contains data, split and decoding."""
         temperature, limit = self.decoding.temperature, self.settings.limit
         decoding_name = f"temperature_{temperature:g}" if temperature else "greedy"
         return "-".join([self.source.name, self.split, decoding_name, *([f"first_{limit}"] if limit else [])])

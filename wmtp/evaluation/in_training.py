@@ -1,4 +1,4 @@
-"""Sampling during training: samples.jsonl, and the pass rate on held-out problems."""
+"""Sampling during training: write samples.jsonl, and measure the pass rate on held-out problems."""
 
 import json
 import logging
@@ -86,7 +86,7 @@ class SampleEvaluation:
             file.write("".join(lines))
         if errors := sum(s.verdict is not None and s.verdict.outcome == "sandbox error" for s in samples):
             log.warning(
-                "%d of %d programs could not be graded; they are left out of the pass rate", errors, len(samples)
+                "%d of %d programs could not be graded; they are excluded from the pass rate", errors, len(samples)
             )
         return samples
 
@@ -113,7 +113,7 @@ def sample_row(sample: Sample) -> dict[str, Any]:
 
 
 def graded_outcomes(samples: Sequence[Sample]) -> list[str]:
-    """Return the outcomes of the graded samples, without those for which the sandbox failed."""
+    """Return the outcomes of the samples that were graded without a sandbox error."""
     return [s.verdict.outcome for s in samples if s.verdict is not None and s.verdict.outcome != "sandbox error"]
 
 

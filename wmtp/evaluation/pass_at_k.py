@@ -1,4 +1,4 @@
-"""pass@k: the probability that at least one of k samples passes, estimated without bias from n samples per problem."""
+"""pass@k: the probability that at least one of k samples passes, and its unbiased estimate from n samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """pass@k averaged over problems, with a 95 % interval; None if all problems have the same value."""
+    """pass@k averaged over problems, with its 95 % interval; its bounds are None if all problems have equal values."""
 
     value: float
     low: float | None
@@ -21,7 +21,7 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the probability that k samples, drawn from n of which c pass, contain one that passes.
+    """Return the probability that at least one of k samples passes, drawn from n samples of which c pass.
 
     It is 1 − C(n−c, k) / C(n, k). Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code
     (arXiv 2107.03374), equation 1.
@@ -38,12 +38,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
-    """Return pass@k over problems with `(n, c)` samples each, and a bootstrap percentile interval over the problems.
+    """Return pass@k averaged over problems, with a bootstrap percentile interval.
 
-    Problems are resampled, not samples: the interval is for another set of such problems.
+    `counts` contains (n, c) for each problem: its number of samples, and how many of them pass. The bootstrap resamples
+    problems, not samples, so the interval describes the variation between sets of problems.
+
+    Raises:
+        ValueError: a problem has fewer than k samples.
     """
     values = np.asarray([pass_at_k(n, c, k) for n, c in counts])
-    if len(set(values.tolist())) < 2:  # all resamples would be equal, which would look like certainty
+    if len(set(values.tolist())) < 2:  # an interval of width 0 would look like certainty
         return Estimate(float(values.mean()), None, None)
     interval = bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",

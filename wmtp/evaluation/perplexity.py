@@ -1,4 +1,4 @@
-"""Prediction of the solutions' tokens: loss, perplexity, and the accuracy of each head."""
+"""Metrics of the prediction of solution tokens: loss, perplexity, and the accuracy of each head."""
 
 import math
 
@@ -27,8 +27,8 @@ def prediction_metrics(
 ) -> dict[str, float]:
     """Return `loss`, `mtp_loss`, `head_k_loss` and `head_k_accuracy` for each head, and `perplexity`.
 
-    All are measured over the tokens of the solutions with weights 1; `perplexity` is exp(head 1's loss). Without
-    samples the result is empty.
+    All are means over the tokens of the solutions with weights 1. Losses are in nats; `mtp_loss` is their mean over the
+    heads, and `perplexity` is exp(`head_1_loss`). Without samples the result is empty.
     """
     objective, sums = MtpObjective(Uniform()), MetricSums()
     model.eval()
@@ -50,7 +50,10 @@ def accuracy_sums(
     unembedding: Float[Tensor, "vocabulary dim"],
     target: Int[Tensor, "head batch position"],
 ) -> MetricSums:
-    """Return sums for `head_1_accuracy` …: the targets that are the head's most likely token, and all targets."""
+    """Return the sums for `head_1_accuracy` …: the number of correct predictions and of targets of each head.
+
+    A head's prediction is its most likely token.
+    """
     sums = MetricSums()
     for k, (head_states, head_target) in enumerate(zip(states, target, strict=True), 1):
         valid = head_target != IGNORED

@@ -1,4 +1,4 @@
-"""The result files of an evaluation, which grow sample by sample, so that an interrupted evaluation can continue."""
+"""The result files of an evaluation. Each graded sample is appended, so an interrupted evaluation can continue."""
 
 import json
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ Key = tuple[str, int]
 
 
 class ResultsLog:
-    """Writer of samples.jsonl, which public harnesses read, and results.jsonl: one line for each graded sample.
+    """Writer of samples.jsonl and results.jsonl, with one line for each graded sample.
 
-    `identity` holds all settings that determine the samples; it must equal the identity stored in the folder.
+    Public harnesses read samples.jsonl. `identity` contains all settings that determine the samples. It must equal the
+    identity stored in the folder.
 
     Raises:
         InputError: the folder contains another evaluation, or a damaged file.
@@ -67,7 +68,7 @@ class ResultsLog:
         return [(p, index) for p in problems for index in range(n) if (p.task_id, index) not in self.results]
 
     def close(self, problems: Sequence[Record]) -> None:
-        """Close the files and sort their lines by problem, whatever the order of grading was."""
+        """Close the files, and sort their lines by problem and sample index."""
         for file in self._files:
             file.close()
         order = {problem.task_id: number for number, problem in enumerate(problems)}
@@ -87,7 +88,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[Key, Row]:
-    """Read the complete lines of a file; a last line that a crash cut off is dropped.
+    """Read the complete lines of a file. An incomplete last line, left by a crash, is dropped.
 
     Raises:
         InputError: a complete line is damaged.

@@ -1,4 +1,4 @@
-"""Samples of a model for programming problems, graded while the next ones are generated."""
+"""Generation of samples for programming problems. Samples are graded while the next ones are generated."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ Grader = Callable[[Program], Verdict]
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample `index` of a problem, and the verdict of its tests; None if it was not graded."""
+    """Sample `index` of a problem, with the verdict of its tests; the verdict is None if the sample was not graded."""
 
     record: Record
     index: int
@@ -36,7 +36,7 @@ def build_program(record: Record, text: str) -> Program:
 
 
 def sample_seed(seed: int, name: str, index: int) -> int:
-    """Return the seed of one sample's noise: 63 bits of a hash, independent of all other samples."""
+    """Return the seed of one sample's noise: 63 bits of a hash of seed, problem name and sample index."""
     digest = hashlib.sha256(f"{seed}\n{index}\n{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -60,7 +60,7 @@ def generate_samples(
 ) -> Iterator[Sample]:
     """Generate the samples (problem, index) in `keys`; grade those with tests; yield each as soon as it is ready.
 
-    A sample is a function of its problem, its index and the seed only. `workers` programs are graded at the same time.
+    A sample depends only on its problem, its index and the seed. Up to `workers` programs are graded at the same time.
     """
     prompts = encode_prompts(tokenizer, template, [record.prompt for record, _ in keys])
     requests = [

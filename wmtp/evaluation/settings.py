@@ -13,7 +13,7 @@ from wmtp.sandbox.limits import Limits
 
 
 def _as_list(value: object) -> object:
-    """Return a list of one number for a number, else the value."""
+    """Return an integer as a list with one element, and any other value unchanged."""
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -24,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Evaluation:
     """The problems of an evaluation, the number of samples for each, and the isolation of their programs.
 
-    With `split` None it is the test split, or all splits of a data set that is a benchmark.
+    If `split` is None, the test split is used, or all splits of a data set that is a benchmark.
     """
 
     n: Positive = 1
@@ -38,7 +38,7 @@ class Evaluation:
 
     @property
     def num_workers(self) -> int:
-        """Programs that run at the same time: `workers`, by default the number of cores."""
+        """The number of programs that run at the same time: `workers`, by default the number of cores."""
         return self.workers or num_cores()
 
 

@@ -1,4 +1,4 @@
-"""Summary of graded samples: pass@k with intervals, by difficulty, and the reasons of failures."""
+"""Summary of graded samples: pass@k with intervals and by difficulty, and the reasons for failures."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ PRINTED_METRICS = ("loss", "mtp_loss", "perplexity", "tokens_per_forward")
 
 
 def problem_counts(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """Return the numbers of graded and of passed samples for each problem."""
+    """Return the number of graded samples and the number of passed samples of each problem."""
     counts: dict[str, tuple[int, int]] = {}
     for row in rows:
         n, c = counts.get(row["task_id"], (0, 0))
@@ -25,14 +25,14 @@ def problem_counts(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 
 
 def pass_at_k_estimates(rows: Sequence[Row], ks: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Return pass@k for each k, without those k for which any problem has fewer than k graded samples."""
+    """Return pass@k for each k. A k is omitted if any problem has fewer than k graded samples."""
     counts = list(problem_counts(rows).values())
     fewest = min((n for n, _ in counts), default=0)
     return {str(k): asdict(estimate(counts, k)) for k in sorted(set(ks)) if k <= fewest}
 
 
 def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
-    """Return pass@k in total and by difficulty, and the number of samples for each outcome."""
+    """Return pass@k in total and by difficulty, and the number of samples for each reason or outcome."""
     by_difficulty: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         if row["difficulty"] is not None:
@@ -53,7 +53,7 @@ def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
 
 
 def decoding_summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the tokens per forward and the acceptance rate of each head's drafts."""
+    """Return the tokens per forward pass and the acceptance rate of each head's drafts."""
     return speculation_metrics([SpeculationStats(*(row[name] for name in SpeculationStats._fields)) for row in rows])
 
 
@@ -96,7 +96,7 @@ def difficulty_table(summary: dict[str, Any]) -> Table:
 
 
 def head_table(summary: dict[str, Any]) -> Table:
-    """Return the table of each head's loss and accuracy on correct solutions, and of its accepted drafts."""
+    """Return the table of each head's loss and accuracy on correct solutions, and its acceptance rate of drafts."""
     values = summary["prediction"] | summary["decoding"]
     table = Table("head", number_column("loss"), number_column("accuracy"), number_column("drafts accepted"))
     head = 1

@@ -1,4 +1,4 @@
-"""Validation of the configs of evaluate and generate, and values that depend on the run."""
+"""Validation of the configs of evaluate and generate, and default values from the run of the checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,9 @@ from wmtp.errors import InputError
 from wmtp.models.loading import checkpoint_hash, find_checkpoint, read_run_config
 
 SAMPLING_TEMPERATURE = 0.8
+"""Default temperature if there are several samples per prompt."""
 SOURCE_KEYS = ("_target_", "shape", "path")
+"""Keys of a data config that determine its data set."""
 NON_IDENTITY_KEYS: dict[str, tuple[str, ...]] = {
     "data": (),
     "evaluation": ("n", "k", "limit", "workers", "sandbox"),
@@ -33,9 +35,9 @@ def fill_temperature(config: DictConfig, n: object) -> DictConfig:
 def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
     """Return the config with data settings of the run that trained the checkpoint.
 
-    If the config names the data of that run, all its data settings are used; otherwise only its `max_length`. Overrides
-    on the command line take precedence. If there is no checkpoint, the config is returned unchanged, and
-    `checkpoint_issues` reports it.
+    If the config has the same data set as the run, all data settings of the run are used, otherwise only `max_length`.
+    Overrides on the command line take precedence. If there is no usable checkpoint, the config is returned unchanged,
+    and `checkpoint_issues` reports the error.
     """
     try:
         trained = read_run_config(find_checkpoint(Path(config.checkpoint.path))[1])

@@ -18,8 +18,9 @@ from wmtp.models.transformer import Block
 class CachedModel:
     """A model prepared for decoding: the trunk, head 1, and the heads that draft.
 
-    A forward is one call of `forward_trunk`, then `next_logits`, then `draft_logits`. Dropout is never applied, so the
-    model's training mode has no effect. `num_slots` is the largest number of positions of a sequence.
+    A forward pass consists of one call each of `forward_trunk`, `next_logits` and `draft_logits`, in this order.
+    Dropout is never applied, so the model's training mode has no effect. `num_slots` is the maximum length of a
+    sequence.
     """
 
     def __init__(self, model: MtpModel, num_heads: int, num_slots: int, dtype: torch.dtype) -> None:
@@ -43,13 +44,16 @@ class CachedModel:
         return self._unembedding.device
 
     def new_cache(self, num_rows: int, num_slots: int) -> KVCache:
-        """Return an empty cache."""
+        """Return an empty key-value cache with `num_rows` rows of `num_slots` positions."""
         return KVCache(self.blocks, num_rows, num_slots)
 
     def forward_trunk(
         self, tokens: Int[Tensor, "row position"], starts: Int[Tensor, " row"], length: int, cache: KVCache
     ) -> tuple[Float[Tensor, "row position dim"], CachedForward]:
-        """Run the trunk on tokens that continue the first rows of a cache; return its states and their positions."""
+        """Run the trunk on tokens that continue the first rows of a cache; return its states and the forward pass.
+
+        Row i continues at position `starts[i]`. `length` is the largest number of cached positions of a row afterwards.
+        """
         forward = CachedForward(starts, tokens.shape[1], length, cache.num_slots)
         x = F.embedding(tokens, self._embedding)
         if self._rotary_table is not None:
@@ -76,7 +80,7 @@ class CachedModel:
     def draft_logits(
         self, x: Float[Tensor, "row position dim"], forward: CachedForward, cache: KVCache, at: Int[Tensor, " row"]
     ) -> Float[Tensor, "row draft token"]:
-        """Return the logits of heads 2 … H at position `at[row]` of each row; call `next_logits` before."""
+        """Return the logits of heads 2 … H at position `at[row]` of each row; `next_logits` must be called first."""
         if self._medusa_heads:
             states = forward.head_1_states
             states = states[:, 0] if states.shape[1] == 1 else states[forward.rows, at]
@@ -106,21 +110,21 @@ class CachedModel:
 
 
 def _cached_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
-    """Wrap each block separately."""
+    """Wrap each block in its own cached block."""
     if isinstance(blocks[0], Block):
         return [FusedBlock([block], dtype) for block in blocks]  # type: ignore[list-item]
     return [HuggingFaceBlock(block, dtype) for block in blocks]  # type: ignore[arg-type]
 
 
 def _fused_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
-    """Wrap blocks that have the same input; blocks of our own transformer are fused into one."""
+    """Wrap blocks that have the same input; blocks of `wmtp.models.transformer` are fused into one."""
     if not blocks:
         return []
     return [FusedBlock(blocks, dtype)] if isinstance(blocks[0], Block) else _cached_blocks(blocks, dtype)  # type: ignore[arg-type]
 
 
 class HuggingFaceBlock:
-    """One block of a transformers model."""
+    """A cached block that contains one decoder block of the transformers library."""
 
     def __init__(self, block: DecoderBlock, dtype: torch.dtype) -> None:
         self.weight = next(block.parameters())
@@ -156,5 +160,5 @@ class _HuggingFaceCache:
         self._forward, self._kv_block = forward, kv_block
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write new keys and values to the cache; return those of all positions so far."""
+        """Write new keys and values to the cache; return the keys and the values of all positions so far."""
         return self._forward.update(torch.cat([keys, values], dim=1).transpose(1, 2), self._kv_block)

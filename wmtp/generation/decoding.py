@@ -1,21 +1,22 @@
-"""Batched, cached decoding: greedy or sampled, with optional self-speculation.
+"""Batched decoding with a key-value cache: greedy or sampled, with optional self-speculation.
 
-Every forward computes, for each sequence, the last chosen token and the drafts that follow it. Head 1's choices verify
-the drafts, and its choice after the last accepted draft is one more new token. At that position the other heads draft
-the tokens for the next forward. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv 1811.03115);
+Each forward pass processes the last chosen token of every sequence and the draft tokens that follow it. Head 1 chooses
+the next token after each of them. A draft is accepted if it and all drafts before it equal head 1's choices. Head 1's
+choice after the last accepted draft is one more new token. At the same position, heads 2 … H draft the tokens for the
+next forward pass. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv 1811.03115);
 Gloeckle et al. 2024 (arXiv 2404.19737), section 3.2 and appendix B.
 
-A choice is a function of the logits, the sample's seed and the position (see `sampling.sample_tokens`), and a draft is
-accepted if it equals the choice. The output is therefore that of plain sampling, whatever the drafts were: it does
-not depend on speculation, on the batch or on other sequences. Drafts are sampled with the noise of their position, so
-they often agree: with a probability of at least (1 − d) / (1 + d), where d is the total variation distance of the two
-heads' distributions (Daliri, Musco, Suresh 2025, Coupling without Communication, arXiv 2408.07978). The rejection
-rule of Leviathan et al. 2023 (arXiv 2211.17192) accepts more, 1 − d; its output has the same distribution, but
-depends on the drafts.
+A choice depends only on the logits, the sample's seed and the position (see `sampling.sample_tokens`). The output is
+therefore the same as without speculation: it does not depend on the drafts, the batch or other sequences. A draft is
+sampled with the same noise as head 1's choice for that position, so both often agree. The probability is at least
+(1 − d) / (1 + d), where d is the total variation distance between the distributions of the two heads
+(Daliri, Musco, Suresh 2025, Coupling without Communication, arXiv 2408.07978). The rejection rule of
+Leviathan et al. 2023 (arXiv 2211.17192) accepts drafts with the higher probability 1 − d. Its output has the same
+distribution, but depends on the drafts.
 
-This holds up to rounding: logits from forwards of different shapes differ in their last digits, in fp32 by a few 1e-5.
-Where the scores of two tokens are that close, completions can differ. `scripts/benchmark_decoding.py` counts such
-tokens and shows the smallest margin; in bf16, which has fewer digits, they must be expected.
+The outputs are equal up to rounding. Logits of forward passes with different shapes differ slightly, in fp32 by a few
+1e-5. Completions can differ where the scores of two tokens are that close. `scripts/benchmark_decoding.py` counts
+tokens that differ and prints the smallest margin. In bf16, which is less precise, such differences are expected.
 """
 
 from collections import deque
@@ -41,7 +42,7 @@ OnText = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A nonempty prompt, and the seed of one sample's noise. Equal prompts are computed once."""
+    """A nonempty prompt as token ids, and the seed of the noise for sampling. Equal prompts are computed once."""
 
     prompt: list[int]
     seed: int = 0
@@ -52,8 +53,10 @@ class Completion:
     """The completion of a prompt.
 
     `tokens` exclude the end token and include the tokens of the stop string; `text` ends before the stop string.
-    `finish` is the reason for the end. `forwards` counts the forwards for this sequence, including the prompt's.
-    `accepted` and `drafted` count, for each head 2 … H, the drafts for positions up to the end of the completion.
+    `finish` is the reason why the completion ended: the end token (`end`), a stop string (`stop`) or a limit of its
+    length (`length`). `forwards` counts the forward passes for this sequence, including the one for the prompt.
+    `accepted` and `drafted` count the accepted drafts and all drafts of each head 2 … H, without drafts for positions
+    after the end.
     """
 
     tokens: list[int]
@@ -65,7 +68,7 @@ class Completion:
 
     @property
     def stats(self) -> SpeculationStats:
-        """The counts of tokens, forwards and drafts."""
+        """The counts of tokens, forward passes and drafts."""
         num_chosen = len(self.tokens) + (self.finish == "end")
         return SpeculationStats(num_chosen, self.forwards, self.accepted, self.drafted)
 
@@ -200,7 +203,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _PromptCache:
-    """Computed prompts: their rows in a separate cache, and the logits at their last positions."""
+    """Prefilled prompts: their rows in a separate cache, and the logits at their last positions."""
 
     rows: dict[tuple[int, ...], int]
     cache: KVCache
@@ -224,7 +227,7 @@ class _Batch:
 
     @property
     def should_refill(self) -> bool:
-        """True if enough rows are free that the running sequences should wait for the prefill of new prompts."""
+        """True if enough rows are free to interrupt the running sequences for the prefill of new prompts."""
         return self.num_free >= max(1, self._num_rows // 4)
 
     def add(self, sequences: list[_Sequence]) -> None:
@@ -265,7 +268,7 @@ class _Batch:
         self._update_sequences(sequences, chosen, drafts)
 
     def step(self) -> None:
-        """Run one forward: verify the drafts of every sequence and make new ones."""
+        """Run one forward pass: verify the drafts of every sequence and make new ones."""
         numbers = [[s.seed, s.last_position, s.last_token, *s.drafts] for s in self.sequences]
         columns = torch.tensor(numbers, device=self._model.device)
         seeds, starts, tokens = columns[:, 0], columns[:, 1], columns[:, 2:]
@@ -292,13 +295,13 @@ class _Batch:
     def _update_sequences(
         self, sequences: list[_Sequence], chosen: Int[Tensor, "row position"], drafts: Int[Tensor, "row draft"]
     ) -> None:
-        """Copy the choices to the host and update each sequence. Only here the host waits for the device."""
+        """Copy the choices to the host and update each sequence. No other step waits for the device."""
         width = chosen.shape[1]
         for sequence, tokens in zip(sequences, torch.cat([chosen, drafts], dim=1).tolist(), strict=True):
             sequence.update(tokens[:width], tokens[width:])
 
     def remove_finished(self) -> list[_Sequence]:
-        """Remove and return the finished sequences; sequences from the end move into their rows."""
+        """Remove and return the finished sequences; unfinished sequences of the last rows move into the free rows."""
         finished = [sequence for sequence in self.sequences if sequence.finish]
         num_left = len(self.sequences) - len(finished)
         free = [row for row in range(num_left) if self.sequences[row].finish]

@@ -1,4 +1,4 @@
-"""Blocks of our own transformer for decoding, with as few matrix products as possible."""
+"""Fused blocks of `wmtp.models.transformer` for decoding, with as few matrix products as possible."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from wmtp.models.transformer import Block, RotaryTable
 class FusedBlock:
     """Several `Block`s with the same input, computed together; also used for a single `Block`.
 
-    Their attention heads are concatenated as if they were one block's, and the weights of the norms are folded into
-    the matrices that follow them.
+    Their attention heads are concatenated as if they were the heads of one block. The weights of the norms are
+    multiplied into the matrices that follow them.
     """
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype) -> None:
@@ -81,7 +81,7 @@ class FusedBlock:
 def causal_mask(
     positions: Int[Tensor, "row query"], length: int, dtype: torch.dtype
 ) -> Float[Tensor, "row 1 query slot"]:
-    """Return −∞ for the slots after each query's position, else 0."""
+    """Return an additive attention mask: −∞ for the slots after each query's position, else 0."""
     hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""The key-value cache of a model, and the positions of one forward in it."""
+"""The key-value cache of a model, and the positions of one forward pass in it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wmtp.models.architecture import Context
 
 KVBlock = Float[Tensor, "any_row part_head slot head_dim"]
-"""Keys, then values, of one block's kv heads, for every row and slot."""
+"""The cache of one block. Axis 1 contains the keys of all kv heads, then their values."""
 
 
 @runtime_checkable
@@ -48,8 +48,8 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 class KVCache:
     """Keys and values of every block for every position computed so far; rows are reused.
 
-    A position's slot is its number. The slots after a row's last position may hold padding or rejected drafts. They
-    are overwritten before any query can attend to them.
+    Position p is in slot p. The slots after a row's last position may contain padding or rejected drafts. They are
+    overwritten before any query can attend to them.
     """
 
     def __init__(self, blocks: Sequence[CachedBlock], num_rows: int, num_slots: int) -> None:
@@ -73,7 +73,7 @@ class KVCache:
 
 
 class CachedForward:
-    """The positions of one forward in a cache, and the tensors that its blocks share.
+    """The positions of one forward pass in a cache, and the tensors that its blocks share.
 
     Row i processes `width` tokens from position `starts[i]`. Afterwards the longest row has `length` cached positions.
     """
@@ -93,7 +93,7 @@ class CachedForward:
         """True if every row begins at position 0, so that plain causal attention is enough."""
 
     def shared_tensor(self, name: object, make: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor that all blocks use; it is computed on the first call."""
+        """Return the tensor of a name, which all blocks use; `make` computes it on the first call."""
         if name not in self._shared:
             self._shared[name] = make()
         return self._shared[name]

@@ -1,4 +1,4 @@
-"""The choice of the next token: one rule for greedy decoding, sampling, drafts and their verification."""
+"""The choice of the next token. Greedy decoding, sampling, drafts and verification use the same function."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,11 +13,11 @@ def sample_tokens(
     positions: Int[Tensor, "*any"],
     settings: Decoding,
 ) -> Int[Tensor, "*any"]:
-    """Return the token at each position: a function of its logits, the sample's seed and the position only.
+    """Return the chosen token at each position. It depends only on the logits, the sample's seed and the position.
 
     With temperature 0 it is the token with the largest logit. Otherwise it is the token with the largest sum of
-    logit / temperature and Gumbel noise, which is a draw from the softmax (Gumbel-max trick), among the tokens that
-    `top_p` allows.
+    logit / temperature and Gumbel noise among the tokens that `top_p` allows. This is a sample from the softmax over
+    these tokens (Gumbel-max trick).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if settings.temperature == 0:
@@ -30,7 +30,9 @@ def sample_tokens(
 
 
 def top_p_mask(logits: Float[Tensor, "*any token"], top_p: float) -> Bool[Tensor, "*any token"]:
-    """Return the smallest set of tokens with a probability of at least `top_p`; among equals, lower ids first.
+    """Return a mask of the smallest set of the most likely tokens with a total probability of at least `top_p`.
+
+    Of equally likely tokens, those with lower ids come first.
 
     Source: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (arXiv 1904.09751), section 3.1.
     """
@@ -42,7 +44,9 @@ def top_p_mask(logits: Float[Tensor, "*any token"], top_p: float) -> Bool[Tensor
 
 
 INCREMENT = 0x9E3779B97F4A7C15 - 2**64
+"""Increment of SplitMix64, as a signed integer of 64 bits."""
 FIRST_FACTOR, SECOND_FACTOR = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+"""Factors of the mixing function of SplitMix64, as signed integers of 64 bits."""
 RANDOM_BITS = 23
 """Random bits of one uniform number; with the 0.5 that is added, they fill the significand of a float32."""
 
@@ -52,9 +56,11 @@ def gumbel_noise(
 ) -> Float[Tensor, "*any token"]:
     """Return standard Gumbel noise for every token of the vocabulary, from −2.8 to 16.6.
 
-    The noise is a hash of counters, not the output of a generator with a state, so it is the same on every device,
-    in every batch and in any order of positions. The noise of one seed and position is the stream of SplitMix64 that
-    starts from a hash of both: Steele, Lea, Flood 2014, Fast Splittable Pseudorandom Number Generators
+    The noise is a hash of seed, position and token, not the output of a generator with a state. It is therefore the
+    same on every device, in every batch and in any order of positions. The noise of one seed and position is the stream
+    of SplitMix64 that starts from a hash of both.
+
+    Source: Steele, Lea, Flood 2014, Fast Splittable Pseudorandom Number Generators
     (doi 10.1145/2660193.2660195), with the mixing function of Stafford's variant 13.
     """
     state = _mix(_mix(seeds + INCREMENT) + (positions + 1) * INCREMENT)

@@ -1,4 +1,4 @@
-"""Settings of decoding."""
+"""Settings of text generation: temperature, stop strings, limits and speculation."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,12 +14,12 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Settings of decoding.
+    """Settings of the decoding of completions.
 
-    With `temperature` 0 the most likely token is taken. Above 0, tokens are sampled from the smallest set with a
-    probability of at least `top_p`. A completion ends before the first of the strings in `stop`, at the end token,
-    after `max_new_tokens` tokens (None: no such limit), or where the context is full. With `speculative`, heads
-    2 … H draft tokens that head 1 verifies; the completions are the same. `batch_size` is the number of sequences
+    With `temperature` 0, decoding is greedy. Above 0, tokens are sampled from the smallest set of tokens with a total
+    probability of at least `top_p`. A completion ends before the first string of `stop`, at the end token, after
+    `max_new_tokens` tokens (None: no such limit), or when the context is full. If `speculative` is true, heads 2 … H
+    draft tokens that head 1 verifies; the completions do not change. `batch_size` is the maximum number of sequences
     that are decoded at the same time.
     """
 

@@ -1,4 +1,4 @@
-"""Statistics of speculative decoding: forwards of the model, and accepted drafts."""
+"""Statistics of speculative decoding: forward passes of the model, and accepted drafts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from typing import NamedTuple
 class SpeculationStats(NamedTuple):
     """Counts of one completion.
 
-    `num_chosen` is the number of tokens, including the end token. For the other counts see `Completion`.
+    `num_chosen` is the number of chosen tokens, including the end token. `Completion` describes the other counts.
     """
 
     num_chosen: int
@@ -17,7 +17,10 @@ class SpeculationStats(NamedTuple):
 
 
 def speculation_metrics(stats: Sequence[SpeculationStats]) -> dict[str, float]:
-    """Return the tokens per forward and the acceptance rate of each head's drafts; empty without any forward."""
+    """Return the tokens per forward pass and the acceptance rate of each head's drafts.
+
+    Without forward passes the result is empty.
+    """
     num_forwards = sum(each.forwards for each in stats)
     if not num_forwards:
         return {}

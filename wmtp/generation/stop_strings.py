@@ -3,11 +3,14 @@
 from collections.abc import Callable
 
 REPLACEMENT_CHARACTER = "\ufffd"
-"""The character for bytes that are not, or not yet, a whole character."""
+"""The character that the tokenizer returns for bytes of an invalid or incomplete character."""
 
 
 class StopStrings:
-    """A search for stop strings in one growing completion, which also returns the text that is final."""
+    """Search for stop strings in one growing completion. It also returns the part of the text that is final.
+
+    `decode` returns the text of token ids.
+    """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...]) -> None:
         self._decode, self._stop = decode, stop
@@ -16,7 +19,7 @@ class StopStrings:
     def stop_count(self, tokens: list[int]) -> int | None:
         """Return the number of tokens up to the end of the first stop string; None if there is no stop string.
 
-        The tokens that are new since the last call are searched one by one only if the text contains a stop string.
+        The new tokens since the last call are searched one by one, but only if the text contains a stop string.
         """
         first_new, self._num_searched = self._num_searched + 1, len(tokens)
         if not self._stop or self._stop_start(self._decode(tokens)) is None:
@@ -32,8 +35,8 @@ class StopStrings:
     def new_text(self, tokens: list[int], *, is_finished: bool) -> str:
         """Return the text that has become final since the last call.
 
-        Until `is_finished`, an incomplete character at the end and a possible beginning of a stop string are held
-        back.
+        If the completion is not finished, the end of the text is not final if it is an incomplete character or may be
+        the beginning of a stop string.
         """
         text = self.text(tokens)
         if not is_finished:
@@ -46,6 +49,6 @@ class StopStrings:
         return min((start for stop in self._stop if (start := text.find(stop)) >= 0), default=None)
 
     def _num_possible_stop(self, text: str) -> int:
-        """Return the length of the longest end of the text that is the beginning of a stop string."""
+        """Return the length of the longest suffix of the text that is a proper prefix of a stop string."""
         lengths = (count for stop in self._stop for count in range(1, len(stop)) if text.endswith(stop[:count]))
         return max(lengths, default=0)

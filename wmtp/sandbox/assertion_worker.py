@@ -1,11 +1,11 @@
-"""The assertion worker: run the tests, and request from the solution worker whatever the program defines.
+"""The assertion worker: run the tests, and request the functions and values of the program from the solution worker.
 
 This script imports only the standard library. It reads the job from standard input, then the answers to its requests.
-It writes requests, and at the end the verdict, in a line that starts with "=".
+It writes the requests to standard output, and at the end the verdict in a line that starts with "=".
 
-The answers contain only exact builtin values, and arguments are sent as copies, so a program cannot change the values
-that the tests compare. Every other object is a `Handle`. Tests can pass a handle on, call it and access its parts, but
-the program that created the object is never asked whether it equals a value.
+Answers contain plain values (see `wire`), and arguments are sent as copies, so a program cannot change the values that
+the tests compare. Every other object is a `Handle`. Tests can call a handle, access its attributes and items, and pass
+it as an argument. If they compare it with a value, no code of the program is executed.
 """
 
 import ast
@@ -24,7 +24,7 @@ HANDLE_COMPARED = "the tests compare an object of the program, which cannot be g
 
 
 class SolutionError(Exception):
-    """An exception of the program that has no builtin type."""
+    """An exception of the program that has no builtin type more specific than `Exception`."""
 
 
 class VerdictReached(BaseException):
@@ -85,7 +85,7 @@ class Handle:
 
 
 class SolutionClient:
-    """The client side of the solution worker: requests, and the answers to them."""
+    """A client of the solution worker: it sends requests and reads their answers."""
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
         self._requests = requests
@@ -96,7 +96,7 @@ class SolutionClient:
         self.verdict: tuple[str, str, str] | None = None
         """Outcome, reason and detail, once they are final."""
         self.was_used = False
-        """True if the tests have sent a request."""
+        """True if a request was sent since the program was loaded."""
         self.was_answered = False
         """True if the tests may have received a value from the program."""
         self.handle_compared = False
@@ -110,7 +110,7 @@ class SolutionClient:
         self.was_used = False
 
     def finish(self) -> None:
-        """Check that the program still answers and that no unread answers are left."""
+        """Check that the program still answers, and that it has not sent more answers than requests."""
         self._send({"do": "end"})
 
     def request(self, operation: str, *operands: Any) -> Any:
@@ -187,14 +187,14 @@ class SolutionClient:
             self.set_verdict("fail", "protocol", f"a malformed answer: {error}")
 
     def _exception(self, answer: dict[str, Any]) -> Exception:
-        """Return an exception of the most specific builtin type in the answer, or a `SolutionError`."""
+        """Return the exception of an answer, with its most specific builtin type, or a `SolutionError`."""
         message = str(answer.get("message"))
         self.last = f"{answer.get('kind')}: {message}"[:MAX_SHOWN]
         known = answer["error"]
         for name in known if isinstance(known, list) else []:
             kind = getattr(builtins, name, None) if isinstance(name, str) else None
             if not isinstance(kind, type) or issubclass(kind, (StopIteration, StopAsyncIteration)):
-                continue  # these would end loops of the tests
+                continue  # would end loops of the tests
             if issubclass(kind, Exception) and kind is not Exception:
                 try:
                     return kind(message)
@@ -205,7 +205,7 @@ class SolutionClient:
     def _number(self, value: Any) -> int:
         if isinstance(value, Handle) and value in self._numbers:
             return self._numbers[value]
-        if isinstance(value, FunctionType):  # answers never contain functions, so the tests define it
+        if isinstance(value, FunctionType):  # answers contain no functions, so the tests defined it
             self.set_verdict("sandbox error", "tests", "the tests pass a function")
         raise CannotSend(f"a {type(value).__name__}")
 
@@ -219,7 +219,7 @@ class SolutionClient:
 
 
 class Namespace(dict[str, Any]):
-    """The global variables of the tests. Names that neither the tests nor Python define come from the program."""
+    """The global variables of the tests. Other names that Python does not define are requested from the program."""
 
     def __init__(self, client: SolutionClient, setup: str, tests: list[str]) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
@@ -244,7 +244,7 @@ def _shorten(value: Any) -> str:
 
 
 def _parse_preamble(preamble: str) -> ast.Module:
-    """Parse the complete definitions of a preamble, without a final function or class, which the solution completes."""
+    """Parse a preamble without the function or class at its end, which the solution completes."""
     try:
         tree = ast.parse(preamble)
     except SyntaxError:
@@ -255,7 +255,7 @@ def _parse_preamble(preamble: str) -> ast.Module:
 
 
 def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
-    """Return the builtin names to take from the program: those in every test, if the tests use no other names."""
+    """Return the builtin names to look up in the program: those in every test, if the tests use no other names."""
     mentioned = [{node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)} for test in tests]
     if any(not hasattr(builtins, name) for name in set().union(*mentioned)):
         return frozenset()
@@ -263,7 +263,7 @@ def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
 
 
 def _used_modules(tests: list[str]) -> frozenset[str]:
-    """Return the standard library modules that the tests use; they are imported here, not taken from the program."""
+    """Return the names of standard library modules that the tests use; the program cannot replace these modules."""
     return (
         frozenset(
             node.value.id
@@ -309,7 +309,7 @@ class AssertionRunner:
         exec(compile(_parse_preamble(self._job["preamble"]), "<preamble>", "exec"), self._namespace)
 
     def _failure(self, error: BaseException, index: int) -> tuple[str, str, str]:
-        """Return the verdict for an exception in the source of an index: 0 is the setup, −1 is before all sources."""
+        """Return the verdict for an exception; `index` is n in test n, 0 in the setup, −1 while the program loads."""
         place = "loading" if index < 0 else f"test {index}" if index else "setup"
         if self._client.verdict:
             outcome, reason, detail = self._client.verdict

@@ -1,4 +1,4 @@
-"""Grade a program with assertions, which its process never sees, or by its output for given input."""
+"""Grade a program with assertions, which run in another process, or by its output for given input."""
 
 import json
 import math
@@ -45,6 +45,7 @@ for name, source in {sources!r}:
     exec(compile(source, name, "exec"), module.__dict__)
 module.main()
 """
+"""Script that creates the given modules and runs `main` of the last one."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Program:
     setup: str = ""
     """Trusted code that runs after the program is loaded and before the tests; it may use the program's names."""
     preamble: str = ""
-    """Trusted code at the beginning of the program. Tests use its complete definitions from here, not from the
-    program; its last function is completed by the program."""
+    """Trusted code at the beginning of `source`, which completes its last function. Tests use the other definitions of
+    this code, even if the program redefines them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Verdict:
 
 
 class ProgramFailed(Exception):
-    """A failure of the program, with its reason."""
+    """A program failed for the given reason."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -112,7 +113,7 @@ def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
 
 @contextmanager
 def _failures_at(place: str) -> Iterator[None]:
-    """Prefix failures inside this context with a place."""
+    """Prefix the detail of a `ProgramFailed` in this context with a place."""
     try:
         yield
     except ProgramFailed as failure:
@@ -126,7 +127,7 @@ def _one_line(text: str) -> str:
 
 @cache
 def _script(*modules: str) -> str:
-    """Return a script that runs the last module and contains the other modules that it imports."""
+    """Return a script that contains the source of some modules of this package and runs the last one."""
     package = files("wmtp.sandbox")
     sources = [(f"wmtp.sandbox.{name}", (package / f"{name}.py").read_text(encoding="utf-8")) for name in modules]
     return LOADER.format(sources=sources)
@@ -142,11 +143,11 @@ class Relay:
         self._num_answers = 0
 
     def verdict(self, job: bytes) -> tuple[Outcome, Reason, str]:
-        """Send the job to the assertion worker, and relay until its verdict.
+        """Send the job to the assertion worker, relay lines until it sends the verdict, and return the verdict.
 
         Raises:
-            ProgramFailed: the program ended, took too long or sent too much.
-            SandboxFailure: the assertion worker broke down.
+            ProgramFailed: the program ended, took too long, sent too much or violated the protocol.
+            SandboxFailure: the assertion worker failed.
         """
         deadline = time.monotonic() + self._limits.wall_seconds
         self._assertion_worker.send(job)
@@ -209,7 +210,7 @@ class Relay:
 
 
 def _take_line(buffer: bytearray) -> bytes:
-    """Remove and return the first line of a buffer; return nothing if it is not complete."""
+    """Remove the first line of a buffer and return it; return b"" if the line is incomplete."""
     length = buffer.find(b"\n") + 1
     line = bytes(buffer[:length])
     del buffer[:length]

@@ -1,7 +1,7 @@
 """The first script in a sandbox: create namespaces if required, set the limits, then execute the program.
 
 Its only argument is JSON, created in `isolation.py`. It writes "." to the file descriptor `status` when the sandbox is
-ready, or an error message. All code here runs before the first untrusted instruction.
+ready, otherwise an error message. All code here runs before the first untrusted instruction.
 """
 # pathlib is not used, because importing it would take longer than the whole script
 # ruff: noqa: PTH102, PTH103, PTH106, PTH112, PTH120, PTH123, PTH211
@@ -30,6 +30,7 @@ NUM_FILES = 1024
 """Maximum number of files and folders in the writable folder."""
 
 Setup = dict[str, Any]
+"""The decoded argument of this script."""
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -47,7 +48,7 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount a file system, or bind-mount a file or folder, with the system call of this name."""
+    """Mount a file system, or bind-mount a file or folder."""
     call("mount", source.encode(), target.encode(), kind and kind.encode(), flags, options.encode())
 
 
@@ -58,7 +59,7 @@ def restrict_mount(path: str, attributes: int, flags: int = AT_RECURSIVE) -> Non
 
 
 def make_namespaces(setup: Setup) -> None:
-    """Create new namespaces; without root, also a user namespace, which gives privileges over the new ones."""
+    """Create new namespaces; without root also a user namespace, which gives the privileges to configure the others."""
     user, group = os.getuid(), os.getgid()
     call("unshare", CLONE_FLAGS | (0 if setup["user"] is not None else CLONE_NEWUSER))
     if setup["user"] is None:

@@ -24,13 +24,17 @@ Choice = Literal["auto", "bubblewrap", "unshare", "none"]
 FIRST_USER, NUM_USERS = 1_900_000_000, 200_000_000
 """User ids outside the ranges of accounts and container managers; as root, each sandbox gets a random one of them."""
 OPEN_FILES = 64
+"""Maximum number of open files of a process."""
 SELF_TEST_TIMEOUT_S = 60.0
 INIT_SCRIPT = Path(__file__).with_name("init.py").read_text(encoding="utf-8")
 """Source of the script that runs first in every sandbox."""
 
 
 class Isolation(ABC):
-    """A method to start a program in isolation, with root privileges at first (`as_root`) or in a user namespace."""
+    """A method to start a program in isolation, either as root (`as_root`) or in a user namespace.
+
+    Root privileges are dropped before the program starts.
+    """
 
     name: str
     is_filtered = True
@@ -120,7 +124,7 @@ class Unshare(Isolation):
     makes_namespaces = True
 
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
-        """Return nothing: init.py does the work."""
+        """Return an empty list, because init.py creates the namespaces."""
         return []
 
 
@@ -134,12 +138,12 @@ class NoIsolation(Isolation):
         super().__init__(as_root=False)
 
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
-        """Return nothing."""
+        """Return an empty list."""
         return []
 
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
         resource_limits = super()._resource_limits(limits)
-        del resource_limits["NPROC"]  # the kernel counts all processes of the user
+        del resource_limits["NPROC"]  # the kernel would count all processes of the user
         del resource_limits["MSGQUEUE"]
         if sys.platform == "darwin":
             del resource_limits["AS"]  # the kernel of macOS does not support it
@@ -148,7 +152,9 @@ class NoIsolation(Isolation):
 
 @cache
 def find_isolation(choice: Choice = "auto") -> Isolation:
-    """Return the isolation of a name, or for "auto" the first one whose self-test passes on this machine.
+    """Return the isolation named `choice` if its self-test passes; for "auto" the first one whose self-test passes.
+
+    The choice "none" has no self-test.
 
     Raises:
         SandboxUnavailable: no method works; the message lists the tried methods, their errors and remedies.
@@ -173,7 +179,7 @@ def find_isolation(choice: Choice = "auto") -> Isolation:
 
 
 def _self_test_error(isolation: Isolation) -> str | None:
-    """Run the self-test in an isolation; return its error, or None if it passed."""
+    """Run the self-test in an isolation; return an error message, or None if the self-test passed."""
     limits = Limits()
     script = Path(self_test.__file__).read_text(encoding="utf-8")
     secret = Path(__file__).resolve()

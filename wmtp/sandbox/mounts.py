@@ -50,7 +50,7 @@ def interpreter() -> str:
 
 
 def python(*arguments: str) -> list[str]:
-    """Return a command line of the interpreter, without `site`, bytecode files and the current folder in `sys.path`.
+    """Return a command line that runs Python without `site`, bytecode files and the current folder in `sys.path`.
 
     The option `-I` is not used, because it would ignore PYTHONHASHSEED.
     """

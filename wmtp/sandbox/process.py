@@ -17,21 +17,23 @@ from wmtp.sandbox.mounts import ENVIRONMENT
 CHUNK = 64 * 1024
 """Maximum bytes per read or write of a pipe."""
 START_TIMEOUT_S = 60.0
-"""Seconds until a sandbox must be ready; generous, because a busy machine is not the program's fault."""
+"""Maximum seconds until a sandbox is ready. The limit is generous, because the machine may be busy."""
 EXIT_TIMEOUT_S = 30.0
+"""Maximum seconds to wait for the exit of a process that was killed or that closed its output."""
 CHILD_PID = re.compile(rb'"child-pid": *(\d+)[^}]*}')
+"""Status message of bubblewrap or init.py with the pid of the first process in the namespaces."""
 
 
 class SandboxFailure(Exception):
-    """A sandbox that could not be created or broke down; not caused by the program."""
+    """A sandbox could not be created, or it failed; the program did not cause this."""
 
 
 class Process:
     """A process with pipes. As a context manager, it kills the process and all its descendants at the end.
 
     `stdout_data` and `stderr_data` collect the output; the caller must check their sizes after each step of the
-    `PipeLoop`. `output_ended` becomes True when all output has been received: standard output is closed, or the
-    process had exited before a step in which no data arrived, and only other processes keep its pipes open.
+    `PipeLoop`. `output_ended` becomes True when all output has been received. Either standard output was closed; or the
+    process had exited before a step in which no data arrived, so that only other processes keep its pipes open.
     """
 
     def __init__(self, command_for: Callable[[int, int], list[str]]) -> None:
@@ -115,7 +117,7 @@ class Process:
                 report += received
 
     def send(self, data: bytes) -> None:
-        """Append data to the pending input of the process."""
+        """Append data to the pending input of the process, which the `PipeLoop` writes."""
         self._pending_input = memoryview(bytes(self._pending_input) + data)
 
     def close_input(self) -> None:
@@ -209,7 +211,7 @@ class PipeLoop:
         self._selector.close()
 
     def steps(self, deadline: float) -> Iterator[None]:
-        """Read and write once per step until the deadline, a value of `time.monotonic`."""
+        """Read and write once per step, and yield after each step, until the deadline (a value of `time.monotonic`)."""
         while (remaining := deadline - time.monotonic()) > 0:
             for process in self._processes:
                 if process.has_pending_input and process.stdin.fileno() not in self._selector.get_map():
@@ -226,7 +228,7 @@ class PipeLoop:
 
 
 def _open_process(pid: int) -> int | None:
-    """Return a descriptor of a process, or None if it has ended."""
+    """Return a file descriptor of a process (pidfd), or None if the process has ended."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Self-test of a sandbox: a script that runs inside it and prints the guarantees that do not hold.
+"""Self-test of a sandbox: a script that runs inside it and prints the violated guarantees.
 
 Arguments: a file that must not be visible, and the maximum number of processes.
 """
@@ -11,6 +11,7 @@ import socket
 import sys
 
 PASSED = "isolated"
+"""Output of the script if all guarantees hold."""
 
 
 def find_violations(hidden: str, num_processes: int) -> list[str]:

@@ -14,7 +14,7 @@ from wmtp.sandbox.wire import CannotSend, decode, dumps, encode, loads
 
 
 class Solution:
-    """A loaded program, and its objects for which the assertion worker has handles."""
+    """A loaded program, and the objects of the program for which the assertion worker has handles."""
 
     def __init__(self) -> None:
         self._namespace: dict[str, Any] = {}
@@ -22,7 +22,7 @@ class Solution:
         self._numbers: dict[int, int] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a request: a value, an exception, or the reason why there is neither."""
+        """Return the answer to a request: a value, an exception, or the reason why there is no value."""
         number = request["id"]
         try:
             return {"id": number, **self._answer(request)}
@@ -58,20 +58,20 @@ class Solution:
         result = OPERATIONS[operation](*operands)
         return {"value": encode(result, self._number)}
 
-    def _number(self, thing: Any) -> int:
+    def _number(self, value: Any) -> int:
         """Return the handle number of an object, and keep the object alive."""
-        if id(thing) not in self._numbers:
-            self._numbers[id(thing)] = len(self._objects)
-            self._objects.append(thing)
-        return self._numbers[id(thing)]
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self._objects)
+            self._objects.append(value)
+        return self._numbers[id(value)]
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, positional, named: function(*positional, **named),
     "get": getattr,
     "set": setattr,
-    "item": lambda thing, key: thing[key],
-    "put": lambda thing, key, value: thing.__setitem__(key, value),
+    "item": lambda container, key: container[key],
+    "put": lambda container, key, value: container.__setitem__(key, value),
     "iterate": iter,
     "length": len,
 }
@@ -86,7 +86,7 @@ def _text(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Answer requests until there are no more.
+    """Answer requests until standard input ends.
 
     For the program, standard input is empty, and standard output is redirected to standard error.
     """

@@ -17,6 +17,7 @@ from typing import Any
 MAX_DEPTH = 100
 MAX_ITEMS = 200_000
 SAFE_INTEGER = 2**53
+"""Integers of at least this absolute value are encoded as hexadecimal strings."""
 
 Handles = Callable[[Any], int]
 EMPTY: dict[Any, Any] = {}
@@ -35,15 +36,15 @@ LIBRARY: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "timedelta": ("datetime", lambda value: (value.days, value.seconds, value.microseconds)),
 }
 """Types of the standard library: module, and a function that returns constructor arguments for an equal value."""
-BUILTIN_TYPES: dict[Any, str] = {thing: name for name, thing in vars(builtins).items() if isinstance(thing, type)}
+BUILTIN_TYPES: dict[Any, str] = {kind: name for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
 
 class CannotSend(Exception):
-    """A value that cannot be encoded."""
+    """A value cannot be encoded."""
 
 
 class Malformed(Exception):
-    """A message or an encoded value that is not well-formed."""
+    """A message or an encoded value is malformed."""
 
 
 def _library_type(value: Any) -> str:
@@ -54,6 +55,8 @@ def _library_type(value: Any) -> str:
 
 
 class _Encoder:
+    """Encodes one value and counts its items."""
+
     def __init__(self, handles: Handles) -> None:
         self._handles = handles
         self._num_items = 0
@@ -127,7 +130,7 @@ SCALARS: dict[str, Callable[[Any], Any]] = {
     "float": _float,
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
-    "type": {name: thing for thing, name in BUILTIN_TYPES.items()}.__getitem__,
+    "type": {name: kind for kind, name in BUILTIN_TYPES.items()}.__getitem__,
     "ellipsis": lambda _: Ellipsis,
 }
 COLLECTIONS: dict[str, Callable[[Any], Any]] = {
@@ -140,7 +143,7 @@ COLLECTIONS: dict[str, Callable[[Any], Any]] = {
     "dict_items": lambda items: dict(items).items(),
 }
 PARTS: dict[str, Callable[..., Any]] = {"range": range, "complex": complex}
-"""Types made of scalars; their parts do not add to the depth."""
+"""Types that consist of scalars. Their parts do not count as a level of nesting."""
 
 
 def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
@@ -164,10 +167,10 @@ def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
 
 
 def decode(node: Any, objects: Callable[[int], Any]) -> Any:
-    """Return the value of plain JSON; it contains only exact builtin types, types of `LIBRARY`, and handled objects.
+    """Return the decoded value. It contains only builtin types, types of `LIBRARY`, and results of `objects`.
 
     Args:
-        node: the plain JSON.
+        node: plain JSON, as returned by `encode`.
         objects: returns the object of a handle number.
 
     Raises:
@@ -191,10 +194,10 @@ def loads(line: bytes) -> Any:
         Malformed: the line is not strict JSON, or is nested too deeply.
     """
     try:
-        return json.loads(line, parse_constant=_refuse)
+        return json.loads(line, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise Malformed(str(error)) from None
 
 
-def _refuse(constant: str) -> None:
+def _reject_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not valid JSON")

@@ -91,7 +91,7 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
     )
     changed = sorted(key for key in reused.keys() | current.keys() if reused.get(key) != current.get(key))
     if changed:
-        lines = [f"  {key}: there {reused.get(key)}, here {current.get(key)}" for key in changed]
+        lines = [f"  {key}: {reused.get(key)} in that run, {current.get(key)} in this run" for key in changed]
         raise InputError("\n".join([f"pretrain.reuse={source}: stage 1 of that run differs:", *lines]))
     return result
 

@@ -160,9 +160,9 @@ def test_stage_1_can_be_reused_from_another_run(invoke: Invoke, runs: Path) -> N
         (
             ["algo=critic"],
             "rho1",
-            "kind: there wmtp.training.stages.ReferenceStage, here wmtp.training.stages.ValueStage",
+            "kind: wmtp.training.stages.ReferenceStage in that run, wmtp.training.stages.ValueStage in this run",
         ),
-        (["algo=critic", "model.dim=32"], "critic", "model.dim: there 64, here 32"),
+        (["algo=critic", "model.dim=32"], "critic", "model.dim: 64 in that run, 32 in this run"),
         (["algo=rho1"], "nowhere", "is missing"),
     ],
 )
