@@ -152,8 +152,8 @@ def time_row(each: Training) -> list[object]:
 def tables() -> list[str]:
     """Return the tables of memory and of time."""
     found = list(trainings())
-    figures = ["preset", "numbers", "trained", "a forward", *PARTS, "fits", "all logits"]
-    planned = ["preset", "samples", "tokens at most", "updates", "s an update", "tokens/s", "in all"]
+    figures = ["preset", "model parameters", "trained", "samples × tokens", *PARTS, "fits", "all logits"]
+    planned = ["preset", "samples", "max tokens", "updates", "s per update", "tokens/s", "total time"]
     return [table(figures, [memory_row(each) for each in found]), table(planned, [time_row(each) for each in found])]
 
 

@@ -23,7 +23,7 @@ class Observations:
     """The inputs of a weighting for one micro-batch, all detached. Inputs that the algorithm does not use are None.
 
     Per-target tensors have the shape [head, batch, position], where head k at position t predicts the token at t + k.
-    For an algorithm with `uses_losses = "own"` they are flat, with the targets of one chunk.
+    For an algorithm with `uses_losses = "own"` they are one-dimensional and contain the targets of one chunk.
     """
 
     valid: Bool[Tensor, "*target"]

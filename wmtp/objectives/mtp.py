@@ -39,7 +39,7 @@ class MtpObjective:
         return self.algorithm.name
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return Σ v, the number of positions where at least one head has a target, and the number of values."""
+        """Return Σ v and the number of values. Σ v is the number of positions where at least one head has a target."""
         valid = targets(batch.labels, model.num_heads) != IGNORED
         return torch.stack([valid.any(dim=0).sum(), self.value_loss.denominator(batch)]).float()
 
@@ -168,8 +168,8 @@ class MtpObjective:
     def evaluate_outputs(self, outputs: Outputs, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of the unweighted loss and the loss of each head, for given model outputs.
 
-        If the batch has labels of harmful tokens, the sums include `clean_loss`, the loss over the tokens of correct
-        solutions that are not noise.
+        If the batch has labels of harmful tokens, the sums include `clean_loss`, the loss on correct solutions,
+        excluding noise tokens.
         """
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED

@@ -29,12 +29,12 @@ class ValueObjective:
 
     @property
     def name(self) -> str:
-        """The kind of value loss, and the coefficient of the language model if it is trained too."""
+        """The kind of value loss, and the coefficient of the language-model loss if that is trained too."""
         suffix = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
         return f"value of {self.value_loss.kind}{suffix}"
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return the number of values (for ranking: of pairs), then the denominators of the language model, if any."""
+        """Return the number of values (of pairs for a ranking loss), then the denominators of the language model."""
         num_values = self.value_loss.denominator(batch).float()[None]
         if self.language_model is None:
             return num_values

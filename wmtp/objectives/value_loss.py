@@ -20,10 +20,11 @@ Kind = Literal["reward", "lambda_return", "ranking"]
 
 
 class ValueLoss:
-    """A loss for value heads: the squared error at every token, or a ranking loss of the last values.
+    """A loss for value heads: the squared error at every token, or a ranking loss on the values of last tokens.
 
     The target of the squared error is the reward (`kind="reward"`) or the λ-return (`"lambda_return"`). `"ranking"`
-    trains the last value of a correct solution to be higher than that of an incorrect solution to the same task.
+    trains the value at the last token of a correct solution to be higher than the value at the last token of an
+    incorrect solution to the same task.
     """
 
     def __init__(self, kind: Kind = "reward", discount: float = 1.0, trace_decay: float = 0.95) -> None:
@@ -60,9 +61,9 @@ class ValueLoss:
 
 
 def value_metrics(values: dict[str, float]) -> dict[str, float]:
-    """Return the metrics `values`, with the moments of values, targets and errors replaced by three metrics.
+    """Replace the moments of values, targets and errors by three metrics, and keep all other metrics.
 
-    These are `value_mean`, `value_variance` and `value_explained_variance`.
+    The three metrics are `value_mean`, `value_variance` and `value_explained_variance`.
     """
     if "value_mean" not in values:
         return values

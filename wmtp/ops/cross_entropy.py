@@ -164,7 +164,10 @@ class Chunk:
     """Buffer in the dtype of the matrix products; for fp32 this is `exponentials`."""
 
     def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
-        """Return two tensors whose product is the gradient of Σ factor·loss by the logits; overwrite `exponentials`."""
+        """Return two tensors whose product is the gradient of Σ factor·loss with respect to the logits.
+
+        The buffer `exponentials` is overwritten.
+        """
         self.exponentials.scatter_add_(1, self.targets.unsqueeze(1), -self.sums.unsqueeze(1))
         if self.products is self.exponentials:
             # the small operand of each product includes the division by the sum
@@ -220,5 +223,5 @@ def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of losses and softmax sums: fp32, or that of the inputs if it is more precise."""
+    """Return the dtype of losses and softmax sums: fp32, or the dtype of the inputs if it is more precise."""
     return torch.promote_types(dtype, torch.float32)

@@ -12,7 +12,7 @@ from wmtp.distributed.process_group import Processes
 
 @dataclass
 class MetricSums:
-    """Sums and counts of metrics that are means, and the extremes of others, by name.
+    """Sums and counts of metrics that are means, and minima and maxima of other metrics, by name.
 
     Tensors stay on the device that computed them.
     """

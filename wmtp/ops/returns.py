@@ -3,7 +3,7 @@
 V_t is the value at position t, after token t. A response is a sequence of consecutive tokens a … b of one document.
 `rewards` contains its reward R at each of its tokens, but R counts only once, at b. If several documents are packed
 into a row, `documents` contains the index of the document of each position, and the results of one document do not
-depend on another. Symbols: δ is the TD error, A is the advantage, G is the λ-return.
+depend on the other documents. Symbols: δ is the TD error, A is the advantage, G is the λ-return.
 """
 
 from typing import Literal
@@ -143,7 +143,7 @@ def explained_variance(target_mean: float, target_square: float, error_mean: flo
 def ranking_loss(
     scores: Float[Tensor, " batch"], tasks: Int[Tensor, " batch"], is_correct: Bool[Tensor, " batch"]
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Return Σ −log σ(s⁺ − s⁻) over all pairs, and the number of pairs.
+    """Return the ranking loss Σ −log σ(s⁺ − s⁻) over all pairs, and the number of pairs.
 
     A pair is a correct sample with score s⁺ and an incorrect sample with score s⁻ of the same task. Without pairs, both
     results are 0.

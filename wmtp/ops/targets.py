@@ -28,10 +28,10 @@ def targets(
     num_heads: int,
     documents: Int[Tensor, "batch position"] | None = None,
 ) -> Int[Tensor, "head batch position"]:
-    """Return the target of each head at each position: the id of the token at t + k, or −100 if there is no target.
+    """Return the targets; the target of head k at position t is the id of the token at position t + k.
 
-    There is no target past the end, for a masked label (−100), and if the positions t and t + k belong to different
-    `documents`.
+    It is −100 (no target) if t + k is past the end of the row, if the label at t + k is masked (−100), or if t and
+    t + k belong to different `documents`.
     """
     out = shift_to_heads(labels, num_heads, IGNORED)
     if documents is not None:
@@ -40,7 +40,7 @@ def targets(
 
 
 def position_weights(valid: Bool[Tensor, "head batch position"]) -> Float[Tensor, "head batch position"]:
-    """Return v[k, t] = 1 / |K(t)| for the heads K(t) that have a target at position t, else 0.
+    """Return v[k, t] = 1 / |K(t)|, where K(t) are the heads that have a target at position t; 0 for the other heads.
 
     The weights of a position sum to 1, so every position counts equally.
     """
