@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def compare(context: JobContext) -> None:
-    """Compare the runs, print the result, and write compare.json and compare.html."""
+    """Compare groups of runs, print the result, and write compare.json and compare.html."""
     from rich.console import Console
 
     from wmtp.report.compare import compare_runs
@@ -67,7 +67,7 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def positional_args(arguments: list[str]) -> list[str]:
-    """Return the arguments with all positional arguments collected in `runs=[…]`."""
+    """Replace all positional arguments with one argument `runs=[…]` that lists them, and return all arguments."""
     from wmtp.config.overrides import quote
 
     runs, result = list[str](), list[str]()
@@ -85,7 +85,7 @@ COMMAND = Command(
 
 
 def main() -> NoReturn:
-    """Run the command with the arguments of this process."""
+    """Run `python -m wmtp.compare` with the command-line arguments of this process."""
     run_command(COMMAND)
 
 

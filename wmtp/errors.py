@@ -1,14 +1,14 @@
-"""Errors that users can cause or must handle: one class per exit code of the commands."""
+"""Exceptions that commands report to users, and the exit codes of the commands."""
 
 from collections.abc import Iterable
 
 SEVERITY = (0, 3, 2, 4, 1)
-"""Exit codes from mild to severe: success, uploads pending, wrong input, no sandbox, failure. Codes above 128
-(interruptions) are more severe."""
+"""Exit codes in order of increasing severity. They mean success, pending uploads, wrong input, a missing sandbox, and
+failure. Codes above 128, which mean an interruption, are more severe than all of these."""
 
 
 def worst_exit_code(exit_codes: Iterable[int]) -> int:
-    """Return the exit code of a command with several jobs.
+    """Return the most severe of the given exit codes, or 0 if there are none.
 
     >>> worst_exit_code([0, 3, 1]), worst_exit_code([2, 3]), worst_exit_code([1, 137]), worst_exit_code([])
     (1, 2, 137, 0)
@@ -19,39 +19,39 @@ def worst_exit_code(exit_codes: Iterable[int]) -> int:
 
 
 class WmtpError(Exception):
-    """A failure that is reported by its message, without a traceback."""
+    """An error whose message is shown to the user without a traceback."""
 
     exit_code = 1
 
 
 class InputError(WmtpError):
-    """The config or an input is wrong; nothing was trained."""
+    """An error in the config or in another input of a command."""
 
     exit_code = 2
 
 
 class TrainingError(WmtpError):
-    """Training cannot continue: a loss, gradient or weight is not finite."""
+    """An error that ends a training, for example because the loss is not finite."""
 
     exit_code = 1
 
 
 class PendingError(WmtpError):
-    """Training is complete, but some uploads are pending; the data are on the local disk."""
+    """An incomplete upload after a job that is otherwise complete. The data are kept on the local disk."""
 
     exit_code = 3
 
 
 class SandboxUnavailable(WmtpError):
-    """Programs cannot be run safely on this machine, or could not be graded."""
+    """A failure of the sandbox. Programs cannot run safely on this machine, or some programs could not be graded."""
 
     exit_code = 4
 
 
 class InterruptedRun(BaseException):
-    """A signal ended the run; the exit code is 128 plus the signal number.
+    """The interruption of a run by a signal. The exit code is 128 plus the signal number.
 
-    Not an `Exception` (like KeyboardInterrupt), so that error handlers do not catch it.
+    This class is not a subclass of `Exception`, so that handlers of ordinary errors do not catch it.
     """
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -63,8 +63,8 @@ class InterruptedRun(BaseException):
 
 
 class InterruptedAtOnce(InterruptedRun):
-    """A signal ended the run immediately, without a checkpoint."""
+    """The interruption of a run by a signal, without saving a checkpoint."""
 
 
 class ProcessFailed(WmtpError):
-    """One of the processes of a run failed or died. Its traceback, if any, is in the log."""
+    """The failure of one process of a run. If the process wrote a traceback, the traceback is in the log."""

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(context: JobContext) -> float | None:
-    """Run one evaluation in its folder, and return pass@k for the first k."""
+    """Evaluate a model. Return pass@k for the first value in `evaluation.k`, or None if no program was graded."""
     from wmtp.evaluation.evaluator import Evaluator  # imports torch, which --help does not need
 
     return Evaluator(context.config, context.folder).evaluate()
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config with a sampling temperature and the data settings of the evaluated run."""
+    """Return the config with a default sampling temperature and the data settings of the model's training."""
     from omegaconf import OmegaConf
 
     from wmtp.evaluation.validate import fill_run_data, fill_temperature
@@ -42,7 +42,10 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
-    """Return `hydra.run.dir`, or `RUN/evaluations/<data>-<hash of the settings that determine the samples>`.
+    """Return the folder for the results of an evaluation.
+
+    This is `hydra.run.dir` if it is set. Otherwise, it is a folder inside the folder of the evaluated run. Its name
+    contains a hash of all settings that determine the samples, so that a repeated evaluation uses the same folder.
 
     Raises:
         ConfigError: the folder cannot be created.
@@ -73,7 +76,7 @@ COMMAND = Command(
 
 
 def main() -> NoReturn:
-    """Run the command with the arguments of this process."""
+    """Run `python -m wmtp.evaluate` with the command-line arguments of this process."""
     run_command(COMMAND)
 
 

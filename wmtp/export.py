@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from wmtp.config.schema import ConfigIssue
 
 POSITIONAL_KEYS = ("checkpoint", "folder")
-"""Keys of the positional arguments, in order."""
+"""Config keys that are set by the positional arguments, in this order."""
 FORMATS = "format=hf, hf_trunk, medusa or meta"
 
 
 def export(context: JobContext) -> None:
-    """Write the model, and print what was written and how to load it."""
+    """Export a trained model, and print what was exported and how to load it."""
     from wmtp.config.schema import build
     from wmtp.distributed.device import Hardware
     from wmtp.models.export import TrainedModel, check_format, write_export
@@ -65,7 +65,9 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def positional_args(arguments: list[str]) -> list[str]:
-    """Return the arguments with keys: the first positional argument is the checkpoint, the second the folder.
+    """Return the arguments with the positional arguments converted to `key=value`.
+
+    The first positional argument gets the key `checkpoint`, and the second one gets the key `folder`.
 
     Raises:
         ConfigError: there are more than two positional arguments.
@@ -94,7 +96,7 @@ COMMAND = Command(
 
 
 def main() -> NoReturn:
-    """Run the command with the arguments of this process."""
+    """Run `python -m wmtp.export` with the command-line arguments of this process."""
     run_command(COMMAND)
 
 

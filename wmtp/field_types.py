@@ -1,4 +1,4 @@
-"""Types with value ranges for constructor signatures. Config values are checked against them."""
+"""Annotated types for constructor parameters. They define the range of valid config values."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,11 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 Positive = Annotated[int, Field(ge=1)]
-"""Integer of at least 1."""
+"""An integer that is at least 1."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-"""Finite number above 0."""
+"""A finite number above 0."""
 Ratio = Annotated[float, Field(ge=0, le=1)]
-"""Number from 0 to 1."""
+"""A number from 0 to 1."""
 
 
 def _must_exist(path: Path) -> Path:
@@ -20,4 +20,4 @@ def _must_exist(path: Path) -> Path:
 
 
 ExistingPath = Annotated[Path, AfterValidator(_must_exist)]
-"""Path of an existing file or folder."""
+"""The path of an existing file or folder."""

@@ -19,7 +19,7 @@ STANDARD_INPUT = "-"
 
 
 def generate(context: JobContext) -> None:
-    """Write the answers to standard output as they are generated, and the decoding statistics to standard error."""
+    """Generate answers and write them to standard output. Write the decoding statistics to standard error."""
     from wmtp.config.schema import build  # these import torch, which --help does not need
     from wmtp.evaluation.sampling import encode_prompts, sample_seed
     from wmtp.generation.decoding import Completion, Request
@@ -66,7 +66,10 @@ def generate(context: JobContext) -> None:
 
 
 def read_prompt(value: str) -> str:
-    """Return the prompt, or for "-" the standard input without its final newline.
+    """Return the prompt that a value of the config key `prompt` stands for.
+
+    If the value is "-", the prompt is read from standard input, and one final newline is removed. Otherwise, the value
+    itself is the prompt.
 
     Raises:
         InputError: the prompt is empty or not UTF-8 text.
@@ -82,7 +85,7 @@ def read_prompt(value: str) -> str:
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config with a sampling temperature."""
+    """Return the config with a default sampling temperature if the user set none."""
     from wmtp.evaluation.validate import fill_temperature
 
     return fill_temperature(config, config.n)
@@ -108,7 +111,7 @@ COMMAND = Command(
 
 
 def main() -> NoReturn:
-    """Run the command with the arguments of this process."""
+    """Run `python -m wmtp.generate` with the command-line arguments of this process."""
     run_command(COMMAND)
 
 

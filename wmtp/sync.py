@@ -1,6 +1,6 @@
 """Upload the pending metrics, statuses and checkpoints of runs: `python -m wmtp.sync RUN|outputs …`.
 
-Safe to repeat, and safe during a training, which uploads its own data.
+It is safe to repeat this command, and to run it during a training. A running training uploads its own data.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from wmtp.runtime.signals import raise_on_signals
 
 DESCRIPTION = """\
 Upload the pending metrics, statuses and checkpoints of runs to the servers in
-their configs. Safe to repeat, and safe during a training, which uploads its own
-data.
+their configs. It is safe to repeat this command, and to run it during a
+training. A running training uploads its own data.
 """
 EXAMPLES = """\
 examples:
@@ -30,7 +30,7 @@ wmtp-sync is the same command.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Upload the pending data of every run below the given folders, and return the exit code."""
+    """Upload the pending data of all runs in the folders named in `arguments`, and return the exit code."""
     formatted = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m wmtp.sync", None, DESCRIPTION, EXAMPLES, formatter_class=formatted)
     parser.add_argument(
@@ -56,10 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def find_run_folders(folders: list[Path]) -> list[Path]:
-    """Return the folders of runs, oldest first, followed by the folders of sweeps.
+    """Return the folders of all runs and sweeps that are in the given folders and may have pending data.
+
+    These are the folders for which `has_remote` or `has_running_status` is true. They are sorted by path, and the
+    folders of sweeps come last.
 
     Raises:
-        InputError: a folder contains no run.
+        InputError: one of the given folders contains no such run.
     """
     found: set[Path] = set()
     for folder in folders:
@@ -73,12 +76,12 @@ def find_run_folders(folders: list[Path]) -> list[Path]:
 
 
 def has_remote(folder: Path) -> bool:
-    """Return whether the data of a folder may be uploaded to a server: it has run.json or mlflow.json."""
+    """Return whether a folder contains run.json or mlflow.json. Only data from such folders is uploaded."""
     return (folder / RUN).exists() or (folder / SYNC_STATE).exists()
 
 
 def has_running_status(folder: Path) -> bool:
-    """Return whether the state in status.json is RUNNING. A damaged file counts too, so that it is reported later."""
+    """Return whether the state in status.json is RUNNING. Return True for a damaged file too; it is reported later."""
     try:
         return bool(read_status(folder)["state"] == "RUNNING")
     except (ValueError, KeyError):
@@ -105,7 +108,10 @@ def sync_run(folder: Path) -> int:
 
 
 def upload_pending(folder: Path) -> str:
-    """Upload the pending data of one run, and return a description of the result."""
+    """Upload the pending data of one run, and return a description of the result.
+
+    If the run is still running, nothing is uploaded. If it was killed, its state is first recorded as KILLED.
+    """
     if is_running(folder):
         return "is running, and uploads its own data"
     from wmtp.training.uploads import send_pending

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def train(context: JobContext) -> float | None:
-    """Train one run in its folder, and return the last validation loss."""
+    """Run one training and return its last validation loss. For a dry run, return None."""
     from wmtp.training.dry_run import dry_run  # these import torch, which --help does not need
     from wmtp.training.run import Run
 
@@ -34,7 +34,7 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def preflight(config: DictConfig, folder: Path) -> list[str]:
-    """Return a warning for each server that cannot be reached.
+    """Check that the servers in the config accept this run. Return a warning for each server that cannot be reached.
 
     Raises:
         InputError: a server refuses this run.
@@ -45,7 +45,10 @@ def preflight(config: DictConfig, folder: Path) -> list[str]:
 
 
 def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
-    """Return the folder of the run to resume, the folder in `hydra.run.dir`, or a new folder.
+    """Return the folder for the run, or None for a dry run.
+
+    If a run is resumed, this is the folder of that run. Otherwise, it is the folder in `hydra.run.dir`, or a new folder
+    if `hydra.run.dir` is not set.
 
     Raises:
         ConfigError: `hydra.run.dir` already contains a run, or is given together with `resume`.
@@ -71,7 +74,7 @@ def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
 
 
 def resume_hint(folder: Path) -> str:
-    """Return how to resume an interrupted run."""
+    """Return a message that explains how to resume an interrupted run, or that nothing was saved."""
     resumable = any(folder.glob("**/step_*/manifest.json"))
     return f"Resume with resume={display_path(folder)}" if resumable else "Nothing was saved; start again."
 
@@ -93,7 +96,7 @@ COMMAND = Command(
 
 
 def main() -> NoReturn:
-    """Run the command with the arguments of this process."""
+    """Run `python -m wmtp.train` with the command-line arguments of this process."""
     run_command(COMMAND)
 
 

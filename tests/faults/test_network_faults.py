@@ -165,6 +165,9 @@ def test_checkpoints_are_sent_after_an_outage_of_the_store(world: World, s3_prox
             key = file.relative_to(folder).as_posix()
             assert file.name == "uploaded.json" or world.has_copy(folder, key), key
 
+    assert world.has_copy(folder, "train.log")
+    if world.content(folder, "train.log") != (folder / "train.log").read_bytes():
+        assert world.sync().wait() == 0  # the notice of a slow upload was written after the log was uploaded
     before = world.modification_times(folder)
     child = world.sync()
     assert child.wait() == 0 and "nothing was missing" in child.out, child.text

@@ -1,1 +1,1 @@
-"""Checkpoints: training states on disk."""
+"""Write, verify and read checkpoints. A checkpoint is a training state on disk."""

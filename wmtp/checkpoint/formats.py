@@ -1,4 +1,4 @@
-"""Tensor formats of a checkpoint: full tensors that rank 0 writes, or shards that every rank writes."""
+"""Write and read the tensors of a checkpoint. Either rank 0 writes full tensors, or every rank writes its shards."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +18,18 @@ MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
 
 
 def write_full(folder: Path, snapshot: Snapshot, processes: Processes) -> Entries:
-    """Gather a snapshot's tensors on rank 0, write them there, and return the manifest entries of the files."""
+    """Gather a snapshot's tensors on rank 0, which writes them to files. Return the manifest entries of these files."""
     return _write(folder / MODEL, snapshot.model, processes) | _write(folder / OPTIMIZER, snapshot.optimizer, processes)
 
 
 def read_full(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -> tuple[Tensors, Tensors]:
-    """Read the files of `write_full`. Return the tensors of the model, and with `optimizer` those of the optimizer.
+    """Read the files that `write_full` wrote. Return the tensors of the model and the tensors of the optimizer.
 
     Args:
         folder: folder of the checkpoint.
-        like: live parameters. A stored tensor of a sharded parameter is returned as this rank's shard.
-        optimizer: read the optimizer's tensors, too.
+        like: parameters of the model in memory, by name. If one of them is sharded, its stored tensors are returned
+            as this rank's shards.
+        optimizer: True to read the tensors of the optimizer. If it is False, the second result is empty.
     """
     return _read(folder / MODEL, like), _read(folder / OPTIMIZER, like) if optimizer else {}
 
@@ -53,7 +54,7 @@ def _read(path: Path, like: Mapping[str, Tensor]) -> Tensors:
 
 
 def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Entries:
-    """Write each rank's shards of a snapshot's tensors, and return the manifest entries of all files."""
+    """Write this rank's shards of a snapshot's tensors. Return the manifest entries of the files of all ranks."""
     tensors = {MODEL_PREFIX + name: tensor for name, tensor in snapshot.model.items()}
     tensors |= {OPTIMIZER_PREFIX + name: tensor for name, tensor in snapshot.optimizer.items()}
     paths = write_shards(tensors, folder)
@@ -70,7 +71,7 @@ def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Ent
 
 
 def read_sharded(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -> tuple[Tensors, Tensors]:
-    """Read the files of `write_sharded`. Arguments and result are those of `read_full`."""
+    """Read the files that `write_sharded` wrote. The arguments and the result are the same as those of `read_full`."""
 
     def _live(name: str) -> Tensor | None:
         prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else OPTIMIZER_PREFIX

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint. It contains the SHA-256 of each file, which is checked before the file is parsed."""
+"""Write and verify the manifest of a checkpoint, which contains the SHA-256 of every other file of the checkpoint."""
 
 import hashlib
 import json
@@ -10,29 +10,29 @@ from wmtp.runtime.atomic_files import encode_json, write_synced
 NAME = "manifest.json"
 FORMAT = 1
 Entries = dict[str, dict[str, Any]]
-"""`sha256` and length in `bytes` of each file, by file name."""
+"""Manifest entries by file name. An entry contains the file's SHA-256 (`sha256`) and its length (`bytes`)."""
 
 
 def entries(paths: list[Path]) -> Entries:
-    """Return the manifest entries of some files."""
+    """Return the manifest entries of the files with the given paths."""
     return {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(paths)}
 
 
 def write(folder: Path, step: int, files: Entries) -> None:
-    """Write the manifest of a checkpoint. Afterwards the checkpoint counts as complete."""
+    """Write the manifest of a checkpoint. A checkpoint without a manifest counts as incomplete."""
     write_synced(folder / NAME, _add_hash({"format": FORMAT, "step": step, "files": dict(sorted(files.items()))}))
 
 
 def file_names(folder: Path) -> set[str]:
-    """Return the file names in the manifest of a checkpoint. The manifest is not verified."""
+    """Return the file names that the manifest of a checkpoint lists. Do not verify the manifest."""
     return set(json.loads((folder / NAME).read_bytes())["files"])
 
 
 def parse(manifest_bytes: bytes) -> Entries:
-    """Verify the hash of a manifest, and return its entries.
+    """Verify a manifest against the hash that it contains, and return its entries.
 
     Raises:
-        ValueError: the manifest is damaged, or names a file outside the checkpoint's folder.
+        ValueError: the manifest is damaged, or it lists itself or a file outside the checkpoint's folder.
     """
     try:
         content = json.loads(manifest_bytes)
@@ -48,7 +48,11 @@ def parse(manifest_bytes: bytes) -> Entries:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compare the files of a checkpoint with its manifest. Return a message about the first damaged file, or None."""
+    """Compare the files of a checkpoint with its manifest.
+
+    Returns:
+        A message about the first damaged or missing file, or None if the checkpoint is undamaged.
+    """
     try:
         for name, entry in parse((folder / NAME).read_bytes()).items():
             if _sha256(folder / name) != entry["sha256"]:
@@ -66,5 +70,5 @@ def _sha256(path: Path) -> str:
 
 
 def _add_hash(manifest: dict[str, Any]) -> bytes:
-    """Return a manifest as JSON, with the SHA-256 of the other fields added."""
+    """Return a manifest as JSON. Add a field `sha256` with the hash of all other fields."""
     return encode_json(manifest | {"sha256": hashlib.sha256(encode_json(manifest)).hexdigest()})

@@ -1,4 +1,4 @@
-"""Convert models and optimizers to named tensors and plain JSON, and load them again."""
+"""Convert the state of a model and an optimizer to named tensors and plain JSON, and load such a state."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Snapshot:
-    """A complete training state: named tensors of the model and of the optimizer, and plain JSON.
+    """A complete training state. It consists of the tensors of the model and of the optimizer, and of plain JSON.
 
-    A tensor may be sharded over the ranks (DTensor).
+    The tensors are stored by name. A tensor may be sharded over the ranks (DTensor).
     """
 
     model: Tensors
@@ -26,7 +26,7 @@ class Snapshot:
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the names of the optimizer's parameters in the model, in the optimizer's order."""
+    """Return the names that the model gives to the optimizer's parameters, in the order of the optimizer."""
     names: dict[int, str] = {}
     for name, parameter in model.state_dict(keep_vars=True).items():  # state_dict also reshards gathered parameters
         names.setdefault(id(parameter), name)
@@ -34,7 +34,11 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
-    """Return the optimizer's tensors as `<parameter>:<key>`, and its options and plain values as JSON."""
+    """Split the state of an optimizer into tensors and plain JSON.
+
+    Returns:
+        The tensors, each with the name `<parameter>:<key>`, and the options and plain values of the optimizer.
+    """
     names = parameter_names(model, optimizer)
     state = optimizer.state_dict()
     tensors: Tensors = {}
@@ -47,7 +51,10 @@ def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tenso
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
-    """Load the result of `split_optimizer_state` into an optimizer. Full tensors of sharded parameters are sharded."""
+    """Load a state that `split_optimizer_state` returned into an optimizer.
+
+    If a parameter of the model is sharded, its full tensors are sharded in the same way before they are loaded.
+    """
     indices = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     live = model.state_dict()
     tensors = {name: shard_like(tensor, find_live_parameter(name, live)) for name, tensor in tensors.items()}
@@ -61,12 +68,17 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, 
 
 
 def load_model(model: nn.Module, tensors: Tensors, known: Collection[str] = ()) -> None:
-    """Load tensors into a model. Full tensors of sharded parameters are sharded.
+    """Load tensors into the parameters and buffers of a model.
 
-    Names and shapes must be those of the model. Parameters in `known` keep their values, and `tensors` may lack them.
+    If a parameter of the model is sharded, its full tensor is sharded in the same way before it is loaded.
+
+    Args:
+        model: the model to change.
+        tensors: tensors by name. Their names and shapes must be those of the model's parameters and buffers.
+        known: names that `tensors` may lack. A parameter or buffer that `tensors` lacks keeps its value.
 
     Raises:
-        RuntimeError: names or shapes differ.
+        RuntimeError: the names or the shapes of the tensors differ from those of the model.
     """
     live = model.state_dict()
     kept = {name: live[name] for name in known}
@@ -76,5 +88,10 @@ def load_model(model: nn.Module, tensors: Tensors, known: Collection[str] = ()) 
 
 
 def find_live_parameter(name: str, live: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the live parameter to which a stored tensor `<parameter>` or `<parameter>:<key>` belongs, or None."""
+    """Return the parameter in memory to which a stored tensor belongs, or None if there is no such parameter.
+
+    Args:
+        name: name of the stored tensor, which is `<parameter>` or `<parameter>:<key>`.
+        live: parameters in memory, by name.
+    """
     return live.get(name, live.get(name.rpartition(":")[0]))

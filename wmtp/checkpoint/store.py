@@ -1,10 +1,11 @@
-"""Checkpoints on disk: written atomically, hashed, and verified before they are read.
+"""Write checkpoints to disk atomically, and verify their hashes before they are read.
 
-A checkpoint is written into a hidden folder, and each file is synced to disk. The manifest, with the SHA-256 of each
-file, is written last. Then the folder is renamed. So every folder `step_…` with a `manifest.json` is complete.
+A checkpoint is written into a hidden folder, and each file is synced to disk. The manifest, which contains the SHA-256
+of every other file, is written last. Then the folder is renamed. Therefore every folder `step_…` that contains a
+`manifest.json` is complete.
 
-With several ranks, only rank 0 creates, renames and removes folders. All ranks receive its result or its error. All
-ranks must use the same folder on a shared file system.
+If a run has several ranks, only rank 0 creates, renames and removes folders. All ranks receive the result or the error
+of rank 0. All ranks must use the same folder on a shared file system.
 """
 
 import json
@@ -29,17 +30,17 @@ from wmtp.runtime.atomic_files import encode_json, fsync_path, replace_atomicall
 __all__ = ["CheckpointStore", "find_damage", "load"]
 log = logging.getLogger(__name__)
 STAGING, REMOVED = ".staging-", ".removed-"
-"""Name prefixes of the folder of a checkpoint while it is written, and while it is removed."""
+"""Prefixes of the name of a checkpoint's folder: while the checkpoint is written, and while it is removed."""
 REPLACED = ".replaced"
-"""Name suffix of a checkpoint while a new one of the same step replaces it. Still a valid checkpoint."""
+"""Suffix of the name of a valid checkpoint's folder while a new checkpoint of the same step replaces it."""
 STATE = "state.json"
 
 
 class CheckpointStore:
-    """Checkpoints of one stage on disk: the `keep_last` newest checkpoints, and the best.
+    """The checkpoints of one training stage on disk. The store keeps the `keep_last` newest checkpoints and the best.
 
-    All ranks must call every method. Without `processes`, only this process uses the store. Such a store is read-only
-    except for `save`, because a training run may use the same folder at the same time.
+    All ranks must call every method, except if the store was created without `processes`. Then only this process uses
+    the store, and `latest` does not change the folder, because a training run may use it at the same time.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class CheckpointStore:
         """Create the store.
 
         Args:
-            folder: folder of the run or of stage 1; checkpoints are in its subfolder `checkpoints`.
-            processes: the process group whose ranks call the methods.
-            keep_last: number of the newest checkpoints to keep.
-            format: `whole` for full tensors written by rank 0, `sharded` for shards written by every rank.
+            folder: folder of the run or of stage 1. The checkpoints are in its subfolder `checkpoints`.
+            processes: the process group whose ranks call the methods; None if only this process uses the store.
+            keep_last: number of newest checkpoints to keep. The best checkpoint is kept in addition.
+            format: `whole` if rank 0 gathers and writes full tensors, `sharded` if every rank writes its shards of the
+                tensors.
         """
         self.folder = folder / "checkpoints"
         self.is_read_only = processes is None
@@ -64,17 +66,17 @@ class CheckpointStore:
         self.keep_last, self.format = keep_last, format
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Write the checkpoint of a step, update latest.json, and delete superseded checkpoints.
+        """Write the checkpoint of a step, update latest.json, and delete checkpoints that are no longer kept.
 
-        Tensors may be the live tensors of the training, and may be sharded over the ranks. If one rank fails, all ranks
-        raise an error, and the earlier checkpoints are unchanged.
+        The tensors of `snapshot` may share memory with the model and the optimizer, and they may be sharded over the
+        ranks. If writing fails on one rank, all ranks raise an error, and the earlier checkpoints are unchanged.
 
         Returns:
             The folder of the checkpoint.
 
         Raises:
-            TypeError: the state is not plain JSON; nothing was written.
-            OtherProcessFailed: another rank failed.
+            TypeError: `snapshot.state` is not plain JSON. No checkpoint was written.
+            OtherProcessFailed: writing failed on another rank.
         """
         final = self._path(step)
         staged = final.with_name(STAGING + final.name)
@@ -90,32 +92,39 @@ class CheckpointStore:
         return final
 
     def mark_best(self, step: int, value: float) -> None:
-        """Mark the checkpoint of a step as the best, if it exists. The best checkpoint is never deleted."""
+        """Mark the checkpoint of a step as the best, if this checkpoint exists.
+
+        The best checkpoint is never deleted. `value` is its validation loss.
+        """
         self.processes.run_on_main(lambda: self._mark_best(step, value))
 
     def best(self) -> Path | None:
-        """Return the best checkpoint, or None if no checkpoint is marked as the best or it does not exist."""
+        """Return the folder of the checkpoint that is marked as the best.
+
+        The result is None if no checkpoint is marked, if the marked one does not exist, or if best.json is damaged.
+        """
         return self._path_of(self.processes.run_on_main(self._best))
 
     def has_any(self) -> bool:
-        """Return whether there is a checkpoint, damaged or not."""
+        """Return whether the store contains a checkpoint. A damaged checkpoint counts, too."""
         return self.processes.run_on_main(lambda: any(self.folder.glob(f"step_*/{manifest.NAME}")))
 
     def latest(self) -> Path:
-        """Verify checkpoints, newest first, and return the first undamaged one.
+        """Return the folder of the newest undamaged checkpoint.
 
-        Damaged checkpoints are renamed, with a warning. A read-only store renames nothing.
+        The method verifies the checkpoints from the newest to the oldest until one is undamaged. It logs a warning for
+        each damaged checkpoint and renames its folder. A store that was created without `processes` renames nothing.
 
         Raises:
-            InputError: there is no undamaged checkpoint. Raised on rank 0.
-            OtherProcessFailed: there is no undamaged checkpoint. Raised on the other ranks.
+            InputError: there is no undamaged checkpoint (raised on rank 0).
+            OtherProcessFailed: there is no undamaged checkpoint (raised on the other ranks).
         """
         path = self._path_of(self.processes.run_on_main(self._latest))
         assert path is not None
         return path
 
     def prune(self) -> None:
-        """Delete superseded checkpoints on rank 0; the other ranks do not wait."""
+        """Delete the checkpoints that are no longer kept, on rank 0. The other ranks do not wait for the deletion."""
         if self.processes.is_main:
             self._prune()
 
@@ -126,7 +135,7 @@ class CheckpointStore:
         return None if name is None else self.folder / name
 
     def _list(self) -> list[Path]:
-        """Return all checkpoint folders, oldest first. A checkpoint that is being replaced precedes its replacement."""
+        """Return all checkpoint folders, oldest first. A replaced checkpoint comes before the one that replaces it."""
         return sorted(
             self.folder.glob("step_*"), key=lambda path: (path.name.removesuffix(REPLACED), path.suffix != REPLACED)
         )
@@ -186,7 +195,7 @@ class CheckpointStore:
         replace_atomically(self.folder / f"{name}.json", encode_json(content))
 
     def _clean_up(self) -> None:
-        """Remove files that interrupted saves and removals left, and complete interrupted replacements."""
+        """Remove what interrupted saves and removals left in the folder, and complete interrupted replacements."""
         for path in self.folder.glob(f"{STAGING}*"):
             log.warning("%s was left by an interrupted save; it is removed", path)
             self._remove(path)
@@ -213,11 +222,17 @@ class CheckpointStore:
             self._remove(path)
 
     def _superseded(self, best: str | None) -> list[Path]:
-        """Return the checkpoints that may be deleted, oldest first."""
+        """Return the folders of the checkpoints that may be deleted, oldest first.
+
+        Neither the `keep_last` newest checkpoints nor the checkpoint with the name `best` may be deleted.
+        """
         return [path for path in self._list()[: -self.keep_last] if path.name != best]
 
     def _remove(self, path: Path) -> None:
-        """Remove a folder if it exists. It is renamed first, so that a partly removed folder is never used."""
+        """Remove a folder if it exists. If this fails, log a warning.
+
+        The folder is renamed first, so that a partly removed checkpoint is never used.
+        """
         hidden = path if path.name.startswith(".") else path.with_name(REMOVED + path.name)
         try:
             if path.exists():
@@ -239,15 +254,16 @@ def load(
 
     Args:
         path: folder of the checkpoint.
-        like: live parameters. A stored tensor of a sharded parameter is returned as this rank's shard. Every other
-            tensor is returned as a full tensor on the CPU.
-        verified: True to skip the verification, for a checkpoint that `latest` has just returned.
-        optimizer: read the optimizer's tensors, too.
+        like: parameters of the model in memory, by name. If one of them is sharded, its stored tensors are returned
+            as this rank's shards. Every other tensor is returned as a full tensor on the CPU.
+        verified: True if the checkpoint has already been verified, for example by `CheckpointStore.latest`. Then this
+            function does not verify it again.
+        optimizer: True to read the tensors of the optimizer as well as those of the model.
         processes: the process group whose ranks call this function; by default the group of this process.
 
     Raises:
-        InputError: the checkpoint is damaged or does not exist. Raised on rank 0.
-        OtherProcessFailed: the checkpoint is damaged or does not exist. Raised on the other ranks.
+        InputError: the checkpoint is damaged or does not exist (raised on rank 0).
+        OtherProcessFailed: the checkpoint is damaged or does not exist (raised on the other ranks).
     """
     processes = processes or Processes()
     if not verified:

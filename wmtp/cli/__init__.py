@@ -1,1 +1,1 @@
-"""Command line: from the arguments of a process to a job and its exit code."""
+"""The command line of the package. A command checks its arguments, runs a job, and ends with an exit code."""

@@ -1,4 +1,4 @@
-"""The definition of a command. Imports nothing slow, because every command module imports it first."""
+"""The definition of a command. This module imports nothing slow, because every command imports it first."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from wmtp.config.schema import ConfigIssue
 
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
-"""Alias for `checkpoint.path`, because Hydra reserves `checkpoint` for the config group of that name."""
+"""Alias of the key `checkpoint.path`. Without it, Hydra would treat `checkpoint=…` as the choice of a config group."""
 
 
 def unchanged(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config as Hydra composed it."""
+    """Return the given config."""
     return config
 
 
@@ -28,30 +28,30 @@ class Command:
     """A command of the package: its job, its config checks, and its run folder."""
 
     name: str
-    """Name of its config file in conf/ and of its log file."""
+    """Name of the command. It is also the name of the command's config file in conf/ and of its log file."""
     job: Job
     find_issues: Callable[[DictConfig], list[ConfigIssue]]
     """Function that returns all errors of a config."""
     folder: Callable[[DictConfig, list[str]], Path | None]
-    """Function that returns the output folder; None means a temporary folder, removed when the command ends."""
+    """Function that returns the output folder, or None to use a temporary folder that is removed at the end."""
     complete: Callable[[DictConfig, list[str]], DictConfig] = unchanged
-    """Function that completes the composed config, given the overrides of the user."""
+    """Function that adds default values to the composed config. Its second argument is the list of overrides."""
     resume_hint: Callable[[Path], str] = lambda folder: "Nothing was saved; start again."
-    """Function that returns advice for the user after an interruption."""
+    """Function that returns a message about how to continue after an interruption."""
     num_processes: Callable[[DictConfig], int] | None = None
-    """Function that returns the number of processes of the job; None if the command always uses one."""
+    """Function that returns the number of processes of the job. None means that the command always uses one process."""
     raw_keys: frozenset[str] = frozenset()
-    """Keys whose values are plain text that Hydra must not parse."""
+    """Config keys whose values are plain text, which Hydra must not parse."""
     positional_args: Callable[[list[str]], list[str]] = lambda arguments: arguments
-    """Function that turns positional arguments into `key=value`."""
+    """Function that converts positional arguments to `key=value`."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Short keys, mapped to full keys."""
+    """Full config key for each short key that users may write on the command line."""
     preflight: Callable[[DictConfig, Path], list[str]] = lambda config, folder: []
     """Function that returns warnings about a valid config, such as unreachable servers."""
     remote_keys: Mapping[str, Literal["latest", "best"]] = field(default_factory=dict)
-    """Keys whose value may be an S3 URL, and the checkpoint of that run that is downloaded."""
+    """Config keys that accept the S3 URL of a run. Each key is mapped to the checkpoint to download from that run."""
     end_sweep: Callable[[Path, str], None] | None = None
-    """Function that receives the folder and final state of a sweep; None if the command does not support sweeps."""
+    """Function that receives the folder and final state of a sweep. None means that sweeps are not supported."""
 
 
 def run_command(command: Command) -> NoReturn:

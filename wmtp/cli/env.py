@@ -1,4 +1,7 @@
-"""Environment variables, also from `.env` files: settings of a machine or a user, which are not part of a config."""
+"""Environment variables and `.env` files.
+
+They contain settings of a machine or a user, such as credentials. These settings are not part of a config.
+"""
 
 import os
 from pathlib import Path
@@ -9,10 +12,12 @@ from wmtp.config.schema import CONFIG_FOLDER, CREDENTIALS, ConfigError, ConfigIs
 
 
 def load_environment() -> None:
-    """Load `.env` from the working directory and from the source folder; existing variables take precedence.
+    """Load environment variables from the files `.env` in the working directory and in the folder that contains conf/.
+
+    Variables that already exist are not changed.
 
     Raises:
-        InputError: MLFLOW_TRACKING_URI contains a user or a password that cannot be parsed.
+        InputError: the user name or the password in the variable MLFLOW_TRACKING_URI cannot be parsed.
     """
     for folder in (Path.cwd(), CONFIG_FOLDER.parent):
         load_dotenv(folder / ".env", override=False)
@@ -23,7 +28,7 @@ def load_environment() -> None:
 
 
 def refuse_credentials(arguments: list[str]) -> None:
-    """Refuse user names and passwords in URLs of the arguments, because the arguments of a run are stored.
+    """Refuse arguments that contain a URL with a user name or a password, because the arguments of a run are stored.
 
     Raises:
         ConfigError: an argument contains a URL with a user name or a password.

@@ -1,4 +1,4 @@
-"""Run the job of a command in one process or in a process group."""
+"""Execution of a command's job in a group of processes."""
 
 import logging
 import os
@@ -24,32 +24,32 @@ if TYPE_CHECKING:  # modules that import torch are imported inside functions, be
 
 log = logging.getLogger(__name__)
 EXIT_BARRIER_S = 90.0
-"""Seconds that all ranks have to close their files and connections after an error that all of them raise."""
+"""Maximum time in seconds that a rank waits for the other ranks to end, after an error that all ranks raise."""
 UPLOAD_BARRIER_S = 24 * 3600.0
-"""Seconds that the other ranks wait while rank 0 uploads the remaining data of the run."""
+"""Maximum time in seconds that all other ranks wait while rank 0 uploads the remaining data of the run."""
 COLLECTIVE_ERRORS = (InterruptedRun, PendingError, TrainingError)
-"""Errors that are raised on all ranks or on none."""
+"""Errors that are raised either on all ranks or on no rank."""
 
 
 @dataclass(frozen=True)
 class JobContext:
-    """The input of a job: its config, its folder and the overrides, and the object that receives its progress."""
+    """The input of a job, and the object in which the job records its progress."""
 
     config: DictConfig
     folder: Path
     overrides: list[str]
-    """Overrides as the user wrote them."""
+    """Overrides in Hydra's syntax from which the config was composed."""
     progress: JobProgress = field(default_factory=JobProgress)
-    """Last step and stop reason, set by the job."""
+    """Progress of the job, such as the last step. The job updates this object while it runs."""
 
 
 Job = Callable[[JobContext], float | None]
 
 
 def encode_context(context: JobContext) -> dict[str, Any]:
-    """Return a job context as plain values for another process.
+    """Return a job context as plain values that can be sent to another process.
 
-    Interpolations in the config stay unresolved, because a stage may change the keys that they refer to.
+    Interpolations in the config are not resolved, because a training stage may change the keys to which they refer.
     """
     job_logging = HydraConfig.get().job_logging
     return {
@@ -61,7 +61,7 @@ def encode_context(context: JobContext) -> dict[str, Any]:
 
 
 def decode_context(values: Mapping[str, Any]) -> JobContext:
-    """Return the job context from the values of `encode_context`."""
+    """Create a job context from the values that `encode_context` returned."""
     setup_globals()
     config = OmegaConf.create(values["config"])
     assert isinstance(config, DictConfig)
@@ -70,7 +70,7 @@ def decode_context(values: Mapping[str, Any]) -> JobContext:
 
 
 def launch(job: Job, context: JobContext, size: int) -> float | None:
-    """Run a job in `size` new processes on this machine, and return the value of rank 0."""
+    """Run a job in `size` new processes on this machine, and return the result of the job on rank 0."""
     from wmtp.distributed.launcher import launch as launch_workers
 
     name = job.__module__ if job.__module__ != "__main__" else sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
@@ -82,9 +82,10 @@ def run_rank0(job: Job, context: JobContext, on_hang: Callable[[BaseException], 
     """Run a job on rank 0 of a process group that torchrun started.
 
     Args:
-        job: the job of all ranks.
-        context: input of the job; it is sent to the other ranks.
-        on_hang: receives the root cause if another rank failed and this process must end because it hangs.
+        job: the job that every rank runs.
+        context: input of the job. It is sent to the other ranks.
+        on_hang: function that is called if another rank failed and this process hangs. It receives the error that
+            ended the run.
     """
     from wmtp.distributed.exit_reports import FAILED, PEER_FAILED
     from wmtp.distributed.process_group import OtherProcessFailed
@@ -111,14 +112,18 @@ def run_rank0(job: Job, context: JobContext, on_hang: Callable[[BaseException], 
 
 
 def shutdown_workers(exit_code: int) -> None:
-    """End the other ranks that torchrun started, because there is no job to run."""
+    """End all other ranks that torchrun started, because there is no job to run. They exit with `exit_code`."""
     from wmtp.distributed.rendezvous import shutdown_workers as send_shutdown
 
     send_shutdown(exit_code)
 
 
 def _find_root_cause(report_store: "ExitReportStore") -> BaseException | None:
-    """Return the error that ended the run according to the reports of all ranks, and log their tracebacks."""
+    """Find the error that ended the run in the exit reports of all ranks, and log the tracebacks of the other ranks.
+
+    Returns:
+        The error, or None if no report contains one.
+    """
     from wmtp.distributed.exit_reports import root_cause
 
     reports = report_store.read()
@@ -130,7 +135,7 @@ def _find_root_cause(report_store: "ExitReportStore") -> BaseException | None:
 
 
 def run_worker(job: Job) -> NoReturn:
-    """Run a job on a rank other than 0 of a process group that torchrun started: wait for its context, then run."""
+    """Wait until rank 0 sends a job context, and run the job. Torchrun started this process with a rank above 0."""
     from wmtp.distributed.rendezvous import RendezvousReportStore, wait_for_context
 
     def _run() -> int:
@@ -158,7 +163,7 @@ def run_launched_worker(job: Job) -> NoReturn:
 
 
 def _run_received(job: Job, values: Mapping[str, Any], report_store: "ExitReportStore") -> None:
-    """Run a job with a context that another process sent."""
+    """Run a job whose context was received from another process."""
     from wmtp.distributed.exit_reports import ExitReport
 
     try:
@@ -171,7 +176,11 @@ def _run_received(job: Job, values: Mapping[str, Any], report_store: "ExitReport
 
 
 def _run_and_exit(run: Callable[[], int]) -> NoReturn:
-    """Call `run`, which signals may interrupt, and exit with its code. Its error is already in an exit report."""
+    """Call `run`, and end this process with the exit code that `run` returns.
+
+    If `run` raises an error or is interrupted by a signal, the process ends with the exit code of that error. The error
+    is not printed here, because it was already stored in an exit report.
+    """
     with raise_on_signals():
         try:
             code = run()
@@ -190,10 +199,11 @@ def run_in_group(
     """Run a job on this rank of a process group, and store the exit report of this rank.
 
     Args:
-        job: the job of all ranks.
+        job: the job that every rank runs.
         context: input of the job.
         report_store: store of the exit reports of all ranks.
-        on_hang: called with the rank of a dead process if this process hangs because of it; returns the exit code.
+        on_hang: function that is called if another process died and this process hangs because of that. It receives
+            the rank of the dead process and returns the exit code for this process.
     """
     from wmtp.distributed.device import resolve_device
     from wmtp.distributed.exit_reports import FINISHED, ExitReport

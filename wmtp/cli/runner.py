@@ -1,4 +1,7 @@
-"""From a command line to a job in a run folder: overrides, checks, Hydra, status and exit code."""
+"""Preparation, execution and end of a command.
+
+The overrides are checked, the folder is chosen, and Hydra runs the job. Then the status and the exit code are recorded.
+"""
 
 import logging
 import os
@@ -33,13 +36,14 @@ from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
-"""Options of Hydra that install Tab completion in a shell, or answer a completion request of the shell."""
+"""Hydra options that install Tab completion, or that a shell uses to request completions."""
 
 
 def run(command: Command) -> NoReturn:
-    """Run a command: check its overrides, choose its folder, call Hydra, and exit with the exit code of the job.
+    """Run a command, and end this process with the exit code of the command.
 
-    In a worker process of a job, only run the job. A job of a sweep is killed when the sweep process dies.
+    If another process started this process as a worker, it only runs the job. If this process is a job of a sweep, it
+    is killed when the sweep's process dies.
     """
     if (sweep := os.environ.pop(SWEEP_PID_VARIABLE, None)) is not None:
         kill_on_parent_death(int(sweep))
@@ -74,18 +78,18 @@ class CommandRunner:
         self.codes: list[int] = []
         """Exit codes of the jobs."""
         self.folder: Path | None = None
-        """Folder of the job; None for a sweep."""
+        """Folder of the job. It is None for a sweep, and until the folder is chosen."""
         self.is_temporary = False
         self.scratch: Path | None = None
         """Temporary folder for the downloads of a dry run."""
         self.has_shared_job = False
-        """True after the other ranks that torchrun started received the job."""
+        """True if this process has started to send the job to the other ranks of torchrun."""
 
     def run(self, arguments: list[str]) -> None:
-        """Run the sweep; or check the arguments, choose the folder, and run the job.
+        """Run a sweep if the arguments contain `-m` or `--multirun`. Otherwise, run one job.
 
         Raises:
-            ConfigError: the overrides, the config or the folder are not valid.
+            ConfigError: an override, the config or the folder is not valid.
         """
         options = [argument for argument in arguments if argument.startswith("-")]
         if options and set(options) <= set(MULTIRUN):
@@ -97,7 +101,7 @@ class CommandRunner:
         main(self._run_job)()
 
     def _sweep(self, arguments: list[str]) -> None:
-        """Run a job for each combination of the given values."""
+        """Run a sweep, with one job for each combination of the values in the arguments."""
         from wmtp.sweep.sweep import run_sweep
 
         command = self.command
@@ -145,9 +149,9 @@ class CommandRunner:
         return [*overrides, f"hydra.run.dir={quote(folder)}"]
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
-        """Download the runs at S3 URLs in the arguments, and return the arguments with the paths of the local copies.
+        """Download the runs whose S3 URLs are in the arguments, and replace the URLs with local paths.
 
-        The copies of a dry run are removed when the command ends.
+        In a dry run, the local copies are removed when the command ends.
         """
         options = {argument for argument in arguments if argument.startswith("-")}
         if not any("s3://" in argument for argument in arguments) or options - set(MULTIRUN):
@@ -162,7 +166,7 @@ class CommandRunner:
             raise InputError(f"{error}; nothing was done") from error
 
     def _run_job(self, config: DictConfig) -> float | None:
-        """Run one job, and record its end in status.json, the exit codes and (with traceback) the log file."""
+        """Run one job. Record its end in status.json and `self.codes`, and the traceback of an error in the log."""
         hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
         try:
@@ -207,19 +211,22 @@ class CommandRunner:
         return command.job(context)
 
     def end(self, code: int, message: str) -> None:
-        """Print how a job ended, and record its exit code."""
+        """Print a message about the end of a job, and record the exit code of the job."""
         print(message, file=sys.stderr)
         self.codes.append(code)
 
     def interrupted(self, code: int) -> None:
-        """Record a signal that arrived while no job was running; write status.json if the run folder has content."""
+        """Record the interruption by a signal that arrived while no job was running.
+
+        If the run folder has content but no status.json, this file is written with the state KILLED.
+        """
         self.end(code, "interrupted before the job started")
         folder = None if self.is_temporary else self.folder
         if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "status.json").exists():
             RunStatus(folder).end("KILLED", code, JobProgress(), error="interrupted before the job started")
 
     def close(self) -> None:
-        """Remove temporary folders and an empty run folder, and end the waiting ranks of torchrun."""
+        """Remove temporary folders and an empty run folder. End the ranks of torchrun that still wait for a job."""
         for folder in (self.scratch, self.folder if self.is_temporary else None):
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -231,10 +238,13 @@ class CommandRunner:
 
 
 def check_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:
-    """Return the overrides of a run, including those of the run to resume, and the config that they compose.
+    """Check the arguments of a command, and compose its config from them.
+
+    Returns:
+        The overrides in Hydra's syntax, and the config. If a run is resumed, its saved overrides are included.
 
     Raises:
-        ConfigError: with all errors in the syntax, the groups, the keys and their values.
+        ConfigError: the arguments contain errors. The message lists all errors in syntax, groups, keys and values.
     """
     issues: list[ConfigIssue] = []
     overrides: dict[tuple[str, str | None], str] = {}
@@ -261,9 +271,10 @@ def check_overrides(command: Command, arguments: list[str]) -> tuple[list[str], 
 
 
 def final_message(error: BaseException, folder: Path | None, command: Command) -> str:
-    """Return the message for the user about a failed or interrupted job, with the remedy.
+    """Return a message that explains to the user why a job failed or was interrupted.
 
-    Without a folder, there is no log file, so the message of a crash contains the traceback.
+    If `folder` is None, there is no log file. In this case, the message about an unexpected error contains the
+    traceback.
     """
     if isinstance(error, InterruptedRun):
         return f"{error}\n{command.resume_hint(folder)}" if folder else str(error)
@@ -276,7 +287,7 @@ def final_message(error: BaseException, folder: Path | None, command: Command) -
 
 
 def exit_state(error: BaseException) -> tuple[int, str]:
-    """Return the exit code and the recorded state of a run that an exception ended."""
+    """Return the exit code and the state to record for a run that ended with the given exception."""
     if isinstance(error, InterruptedRun):
         return error.exit_code, "KILLED"
     if isinstance(error, KeyboardInterrupt):

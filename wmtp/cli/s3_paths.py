@@ -1,4 +1,4 @@
-"""Download the runs at S3 URLs in the command line, and replace each URL with the folder of the local copy."""
+"""Download of runs from the S3 URLs on a command line. Local paths replace the URLs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,27 +13,28 @@ from wmtp.s3.client import S3Options
 from wmtp.s3.fetch import CheckpointChoice, fetch_run, find_run, local_folder
 
 COPIES = OUTPUTS / "copies"
-"""Folder of models that were downloaded for evaluation, generation or export."""
+"""Folder for models that are downloaded for evaluation, generation or export."""
 STORE_PREFIX = "checkpoint."
-"""Prefix of the keys that configure the S3 store."""
+"""Prefix of the config keys with options of the S3 store."""
 
 
 def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoice], scratch: Path | None) -> list[str]:
-    """Download the runs at S3 URLs, and return the arguments with local folders instead of the URLs.
+    """Download the runs whose S3 URLs are in the arguments, and replace the URLs with the paths of local folders.
 
-    A run that will be resumed ("latest") is copied to the path below outputs/ that it had on its first machine, or to
-    `hydra.run.dir`, which is then removed from the arguments. A model that will be used ("best") is copied to a folder
-    below outputs/copies, because no training may be resumed in it.
+    If a run will be resumed, it is copied to `hydra.run.dir`, and this argument is removed. Without `hydra.run.dir`,
+    the run is copied to the same path in outputs/ that it had on the machine that started it. If only the model of a
+    run will be used, the run is copied to a folder in outputs/copies, because no training may be resumed there.
 
     Args:
         arguments: arguments of the command.
-        keys: keys whose value may be an S3 URL, and the checkpoints that are downloaded for each.
-        scratch: folder for all copies, instead of the folders above.
+        keys: config keys whose value may be an S3 URL. The choice for a key is "latest" if the run will be resumed, and
+            "best" if only its model will be used.
+        scratch: folder for all copies. None means the folders that are described above.
 
     Raises:
-        ConfigError: the options of the store are not valid.
-        InputError: the store refuses access, or does not contain the run.
-        OSError: the store does not respond.
+        ConfigError: the options of the S3 store are not valid.
+        InputError: the S3 store refuses access, or it does not contain the run.
+        OSError: the S3 store does not respond.
     """
     options, run_dir = store_options(arguments), chosen_run_dir(arguments)
     console = Console(markup=False, stderr=True)
@@ -54,7 +55,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
 
 
 def store_options(arguments: list[str]) -> S3Options:
-    """Return the S3 options in the arguments; the environment provides those that are missing.
+    """Return the S3 options that the arguments set. All other options have their default values.
 
     Raises:
         ConfigError: an option is not valid.

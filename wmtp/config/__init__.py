@@ -1,1 +1,1 @@
-"""Config: composition, checks against constructor signatures, and the objects built from it."""
+"""Composition of configs, checks against constructor signatures, and construction of objects from configs."""

@@ -1,11 +1,11 @@
-"""Nested mappings as one level of dotted keys."""
+"""Conversion of nested mappings to a single mapping with dotted keys."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def flatten(settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return every value that is not a mapping under its dotted key; an empty mapping counts as a value.
+    """Return one dictionary in which dots join the keys of nested mappings. Empty mappings are kept as values.
 
     >>> flatten({"algo": {"beta": 0.9, "of": {}}, "seed": 1})
     {'algo.beta': 0.9, 'algo.of': {}, 'seed': 1}

@@ -1,4 +1,4 @@
-"""The config groups in conf/: their options, and their description in `--help`."""
+"""The options of the config groups in conf/, and the description of the groups in `--help`."""
 
 import re
 import textwrap
@@ -8,11 +8,11 @@ from omegaconf import OmegaConf
 from wmtp.config.schema import CONFIG_FOLDER
 
 WIDTH = 80
-"""Columns of the help text."""
+"""Maximum number of characters in a line of the help text."""
 STAGE_GROUPS = ("model", "data", "optimizer", "scheduler", "early_stopping", "checkpoint")
-"""Groups that stage 1 may change."""
+"""Config groups for which training stage 1 may have another option than stage 2."""
 DEFAULT = re.compile(r"  - (?:optional )?([\w/]+)(?:@\S+)?: \S+ +# (.*)")
-"""One line of a defaults list: the group and its comment."""
+"""Pattern of a line in a defaults list. Its groups capture the name of the config group and the comment."""
 
 
 def is_group(key: str) -> bool:
@@ -21,25 +21,25 @@ def is_group(key: str) -> bool:
 
 
 def group_options(group: str) -> list[str]:
-    """Return the options of a group. Experiments may be in subfolders."""
+    """Return the options of a config group. The options of the group `experiment` may be in subfolders."""
     folder = CONFIG_FOLDER / group
     found = folder.glob("**/*.yaml" if group == "experiment" else "*.yaml")
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in found)
 
 
 def selectable_options(group: str) -> list[str]:
-    """Return the options of a group that users may choose. Files named `base` are left out: other options use them."""
+    """Return the options of a config group that users may choose. Options named `base` are excluded."""
     return [option for option in group_options(group) if option.rpartition("/")[2] != "base"]
 
 
 def command_groups(command: str) -> dict[str, str]:
-    """Return the groups of a command, with the description of each."""
+    """Return a dictionary from each config group of a command to its description."""
     lines = (CONFIG_FOLDER / f"{command}.yaml").read_text().splitlines()
     return {found[1]: found[2] for line in lines if (found := DEFAULT.fullmatch(line))}
 
 
 def describe_groups(command: str) -> str:
-    """Return the section of `--help` about the groups of a command."""
+    """Return the section of the `--help` text that lists the config groups of a command."""
     lines: list[str] = []
     for group, purpose in command_groups(command).items():
         lines += textwrap.wrap(f"{group}: {purpose}", WIDTH, subsequent_indent="  ")

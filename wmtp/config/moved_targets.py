@@ -1,4 +1,4 @@
-"""`_target_` paths in the configs of runs from earlier versions, and their current paths."""
+"""Paths of `_target_` values in earlier versions, and the current paths of the same targets."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ MOVED_TARGETS = {
 
 
 def current_target(target: str) -> str:
-    """Return the current path of a target."""
+    """Return the current path of a target that may have had another path in an earlier version."""
     return MOVED_TARGETS.get(target, target)
 
 

@@ -1,4 +1,4 @@
-"""Normalization of command-line arguments into Hydra overrides: short forms, raw text, saved overrides."""
+"""Conversion of command-line arguments to Hydra overrides."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -14,25 +14,29 @@ from wmtp.config.schema import CONFIG_FOLDER, ConfigIssue
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
 
 NOT_SAVED = ("resume", "resume_override", "dry_run")
-"""Overrides that apply to one start of a run, and are not saved with the run."""
+"""Keys of overrides that apply to only one start of a run. They are ignored when the run is resumed."""
 TEXT, ANY_BYTES = "text", "surrogateescape"
 OmegaConf.register_new_resolver(TEXT, lambda code: bytes.fromhex(code[1:]).decode(errors=ANY_BYTES), replace=True)
 
 
 def quote(value: object) -> str:
-    """Return a value as a quoted string that Hydra's grammar reads back unchanged."""
+    """Return a value as a string in quotes, so that Hydra parses it as exactly this text."""
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def chosen_run_dir(overrides: list[str]) -> Path | None:
-    """Return the folder in `hydra.run.dir=`, or None."""
+    """Return the folder that the override `hydra.run.dir=…` chooses, or None if there is no such override."""
     chosen = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
     return Path(chosen[-1]) if chosen else None
 
 
 def expand_argument(argument: str, raw_keys: Collection[str], aliases: Mapping[str, str]) -> str:
-    """Return an argument in Hydra's syntax: aliases become full keys, and values of `raw_keys` are hex-encoded."""
+    """Convert a command-line argument to Hydra's syntax.
+
+    An alias is replaced with the full key. The short form of a group choice is expanded. The values of `raw_keys` are
+    hex-encoded, so that Hydra does not parse them.
+    """
     key, equals, value = argument.partition("=")
     if not equals:
         return argument
@@ -43,9 +47,10 @@ def expand_argument(argument: str, raw_keys: Collection[str], aliases: Mapping[s
 
 
 def expand_group_choice(argument: str) -> str:
-    """Return an override in Hydra's syntax if it chooses a group option in the shorter syntax of wmtp.
+    """Convert the short form of a group choice to Hydra's syntax. Return any other argument unchanged.
 
-    `algo.of=rho1` chooses from the group `algo/of`; `pretrain.model=nano` chooses an option of `model` for stage 1.
+    The short form `algo.of=rho1` chooses the option `rho1` of the config group `algo/of`. The short form
+    `pretrain.model=nano` chooses the option `nano` of the config group `model` for training stage 1.
     """
     key, _, value = argument.partition("=")
     if "." in key and is_group(key.replace(".", "/")):
@@ -58,10 +63,11 @@ def expand_group_choice(argument: str) -> str:
 
 
 def to_hydra_override(argument: str) -> str:
-    """Return an override as Hydra needs it.
+    """Add the prefix or package to an override that Hydra needs to accept it.
 
-    `key=value` becomes `++key=value`, so that unknown keys reach the config check, which reports all errors together.
-    `experiment=name` becomes `experiment@_global_=name`, because the experiment files contain no package directive.
+    `key=value` becomes `++key=value`. Without the prefix, Hydra would stop at the first unknown key, but the config
+    check reports all errors together. `experiment=name` becomes `experiment@_global_=name`, because the experiment
+    files contain no package directive.
     """
     key = argument.partition("=")[0]
     if key == "experiment":
@@ -72,7 +78,7 @@ def to_hydra_override(argument: str) -> str:
 
 
 def parse_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[Override]:
-    """Return the arguments that are valid Hydra overrides, and append an issue for each other argument."""
+    """Parse arguments and return the valid Hydra overrides. Append an issue to `issues` for each invalid argument."""
     parser, overrides = OverridesParser.create(), []
     for argument in arguments:
         try:
@@ -89,7 +95,10 @@ def parse_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[Ove
 
 
 def load_saved_overrides(arguments: list[str]) -> list[str]:
-    """Return the saved overrides of the run in `resume=`; an empty list for a wrong folder, which is checked later."""
+    """Return the saved overrides of the run to resume, which is named by the argument `resume=…`.
+
+    If there is no such argument or no saved override, return an empty list. A later check reports a wrong folder.
+    """
     resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
     path = Path(str(resume).strip("'\"")) / SAVED_OVERRIDES
     if resume is None or not path.exists():

@@ -1,9 +1,10 @@
-"""Checks of a config against constructor signatures, and construction of objects from it.
+"""Checks of configs against constructor signatures, and construction of objects from configs.
 
-**The constructor's signature is the schema.** The keys of a node with a `_target_` are the keyword-only
-parameters of the target (after the `*`); their annotations define types and ranges. Parameters before the
-`*` are objects that the command passes (`vocab_size` of a model, `params` of an optimizer). All errors are
-found before any object is built.
+**The constructor's signature is the schema.** A config node is a dictionary inside a config. The `_target_`
+of a node is the path of a class or function. The other keys of the node are the keyword-only parameters (after the
+`*`) of this class or function, whose annotations define the types and ranges of the values. Parameters before the `*`
+are objects that the command passes, such as `vocab_size` of a model. All errors in a config are found before any
+object is built.
 """
 
 import copy
@@ -26,19 +27,19 @@ from wmtp.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FOLDER = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""In an installed package, the configs are inside the package."""
+"""Folder of the config files. In an installed package it is inside the package, otherwise beside it."""
 ALLOWED_TARGETS = ("wmtp.", "torch.optim.", "torch.optim.lr_scheduler.")
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})
 PASSED_TO_TORCH = frozenset({"params", "optimizer"})
-"""Parameters of torch's optimizers and schedulers that the command passes; their signatures have no `*`."""
+"""Parameters of torch's optimizers and schedulers that are objects passed by the command, not config keys."""
 CREDENTIALS = re.compile(r"://\S*@")
-"""User name and password in a URL; they are never printed."""
+"""Pattern of a user name and password in a URL. Text that matches it is not printed."""
 WHOLE_INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 
 @dataclass(frozen=True, order=True)
 class ConfigIssue:
-    """One error in a config: the key, its value, and the problem with the remedy."""
+    """One error in a config. The field `problem` explains the error and how to correct it."""
 
     key: str
     value: str
@@ -50,7 +51,7 @@ class ConfigIssue:
 
 
 class ConfigError(InputError):
-    """All errors in one config."""
+    """An exception that contains all errors in one config."""
 
     def __init__(self, issues: Iterable[ConfigIssue]) -> None:
         self.issues = sorted(set(issues))
@@ -61,7 +62,7 @@ class ConfigError(InputError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A key that a node may have."""
+    """The type of a config key, and whether the key is required."""
 
     annotation: Any
     required: bool
@@ -75,14 +76,14 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def load_run_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run from this or an earlier version."""
+    """Load the config.yaml of a run. Targets that had another path in an earlier version get their current path."""
     config = OmegaConf.create(update_targets(OmegaConf.to_container(OmegaConf.load(path))))
     assert isinstance(config, DictConfig)
     return config
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a hint with the most similar known word, or with all known words."""
+    """Return a hint for an unknown word: the most similar known word, or all known words if none is similar."""
     known = sorted(known)
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if matches:
@@ -91,10 +92,10 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def locate(target: str) -> Callable[..., Any]:
-    """Return the class or function of a `_target_`, which may be a path from an earlier version.
+    """Return the class or function at the path `target`, which may be a path from an earlier version.
 
     Raises:
-        ValueError: the target is not in the allow-list, cannot be imported, or is not callable.
+        ValueError: the path is not allowed, or no class or function can be imported from it.
     """
     target = current_target(target)
     if not target.startswith(ALLOWED_TARGETS):
@@ -110,7 +111,10 @@ def locate(target: str) -> Callable[..., Any]:
 
 
 def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
-    """Return the keys of a target's node: its keyword-only parameters, or all parameters of a class of torch."""
+    """Return the config keys that a class or function accepts.
+
+    These are its keyword-only parameters. For a class of torch, these are all parameters except `PASSED_TO_TORCH`.
+    """
     signature = inspect.signature(target)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     from_torch = target.__module__.startswith("torch.")
@@ -122,10 +126,10 @@ def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def validate_value(annotation: Any, value: object) -> Any:
-    """Return the value converted to its annotation ("3" → 3, list → tuple, str → Path).
+    """Convert a value to its annotated type, for example "3" to 3, or a list to a tuple. Return the converted value.
 
     Raises:
-        ValidationError: the value is not valid; the message describes the allowed values.
+        ValidationError: the value is not valid. The message describes the valid values.
     """
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
@@ -138,25 +142,28 @@ def validate_value(annotation: Any, value: object) -> Any:
 
 
 def format_problem(error: ValidationError) -> str:
-    """Return the messages of a validation error in one line."""
+    """Return all messages of a validation error as one line of text."""
     messages = {e["msg"].removeprefix("Value error, ").replace("Input should be", "must be") for e in error.errors()}
     return "; ".join(sorted(messages))
 
 
 def is_node(value: object) -> bool:
-    """Return whether a config value has a `_target_`."""
+    """Return whether a config value is a node with a `_target_`."""
     return isinstance(value, DictConfig) and "_target_" in value
 
 
 def contains_nodes(value: object) -> bool:
-    """Return whether a config value is or contains a node with a `_target_`."""
+    """Return whether a config value is a node with a `_target_`, or contains such a node."""
     if isinstance(value, DictConfig):
         return is_node(value) or any(contains_nodes(value.get(k)) for k in value if not OmegaConf.is_missing(value, k))
     return isinstance(value, ListConfig) and any(contains_nodes(item) for item in value)
 
 
 def iter_nodes(config: DictConfig, key: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yield every node with a `_target_` below `config`, with its dotted key."""
+    """Yield the dotted key and the content of every node with a `_target_` inside `config`.
+
+    `key` is the dotted key of `config` itself.
+    """
     for name in typing.cast(list[str], list(config)):  # a key may be a number, as in {1: 0.2}
         if OmegaConf.is_missing(config, name) or OmegaConf.is_interpolation(config, name):
             continue
@@ -168,7 +175,13 @@ def iter_nodes(config: DictConfig, key: str = "") -> Iterator[tuple[str, DictCon
 
 
 def node_issues(node: DictConfig, key: str, extra: dict[str, Parameter] | None = None) -> Iterator[ConfigIssue]:
-    """Yield the errors of one node's keys, given the signature of its target and the `extra` parameters."""
+    """Yield the errors in one config node. Nodes inside this node are not checked.
+
+    Args:
+        node: a node with a `_target_`.
+        key: dotted key of the node.
+        extra: parameters that the node may have in addition to those in the signature of its target.
+    """
     target = str(node.get("_target_"))
     try:
         parameters = schema(locate(target)) | (extra or {})
@@ -205,14 +218,15 @@ def node_issues(node: DictConfig, key: str, extra: dict[str, Parameter] | None =
 
 
 def build(node: DictConfig, target: Callable[..., Any] | None = None, **available: object) -> Any:
-    """Build the object of a node and of the nodes inside it. No other function builds objects from a config.
+    """Build the object that a config node describes, including the objects of the nodes inside it.
 
-    Values are converted to the types of the annotations.
+    All objects that a config describes are built by this function. Config values are converted to the types in the
+    annotations of the target's parameters.
 
     Args:
         node: a node with a `_target_`, or any node if `target` is given. Keys that are not parameters are ignored.
-        target: class or function to call; by default the `_target_` of the node.
-        available: objects that are passed to each target whose signature has a parameter of that name.
+        target: class or function to call. If it is None, the `_target_` of the node is called.
+        available: objects by parameter name. Each object is passed to every target that has a parameter of its name.
 
     Returns:
         The object that the target returned.
@@ -234,9 +248,10 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
 
 
 def stage_config(config: DictConfig) -> DictConfig:
-    """Return the config of stage 1: the config of stage 2, overridden by the keys of the node `pretrain`.
+    """Return the config of training stage 1. It is a copy of the config of stage 2, changed by the node `pretrain`.
 
-    Keys that are parameters of the `_target_` of `pretrain` are not overrides; they configure the stage itself.
+    The keys in `pretrain` replace the same keys of `config`. Only the parameters of the `_target_` of `pretrain` are
+    not copied, because they are settings of the stage itself.
     """
     stage_keys = schema(locate(str(config.pretrain["_target_"])))
     changes = {

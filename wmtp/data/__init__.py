@@ -1,1 +1,1 @@
-"""Data sets: records, their tokens, and batches."""
+"""Data sets, which consist of records, the tokens of the records, and batches."""

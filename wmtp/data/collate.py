@@ -1,4 +1,4 @@
-"""Batches of samples: padded tokens, and labels without prompts and padding."""
+"""Batches of samples, which are padded to equal length. Only the tokens of solutions have labels."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +13,16 @@ from wmtp.data.split import TokenizedSplit
 IGNORED = -100
 """The label of a position without a training target."""
 TOKEN_COLUMNS = ("reference_losses", "hidden_states", "harmful")
-"""Optional arrays of a split, with one entry per token."""
+"""The names of the optional arrays of a `TokenizedSplit` that have one entry per token."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of samples, right-padded to the longest.
+    """A batch of samples, which are padded on the right to the length of the longest sample.
 
-    Labels are the token ids of the solutions, and −100 at prompt and padding positions. `tasks` contains equal numbers
-    for solutions to the same task. The optional arrays are None if the data set does not have them.
+    The label at a position of a solution is the token id. The label at a position of a prompt or of the padding is
+    −100. Samples of the same task have the same number in `tasks`. `num_tokens` is the number of tokens without
+    padding. `reference_losses`, `hidden_states` and `harmful` are None if the data set does not have these arrays.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -32,18 +33,18 @@ class Batch:
     record_ids: tuple[str, ...]
     num_tokens: int
     number: int = 0
-    """The number of the micro-batch in the run; it does not depend on the number of processes."""
+    """A number that identifies the micro-batch in the run. It does not depend on the number of processes."""
     reference_losses: Float[Tensor, "batch position"] | None = None
     hidden_states: Float[Tensor, "batch position dim"] | None = None
     harmful: Bool[Tensor, "batch position"] | None = None
 
     @property
     def response(self) -> Bool[Tensor, "batch position"]:
-        """True for the tokens of the solutions."""
+        """A mask that is True at the tokens of solutions."""
         return self.labels != IGNORED
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on another device."""
+        """Return a batch with the same content, whose tensors are on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -51,10 +52,11 @@ class Batch:
 
 
 def collate(split: TokenizedSplit, indices: list[int] | None, padding: int, number: int = 0) -> Batch:
-    """Return the batch of the samples `indices`. Its `num_tokens` counts their tokens without padding.
+    """Return a batch of the samples that have the given indices in a split.
 
-    If `indices` is None, the batch is empty: one padding token without a target. It is for a process that has no
-    samples left while other processes have some.
+    `padding` is the id of the padding token, and `number` becomes the number of the batch. If `indices` is None, the
+    batch is empty: it has one padding token, no label and `num_tokens` 0. A process gets an empty batch if it has no
+    samples left while other processes still have some.
     """
     if indices is None:
         empty = collate(split, [0], padding, number)

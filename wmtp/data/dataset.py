@@ -1,4 +1,4 @@
-"""A data set: selected and tokenized records, and their batches."""
+"""The data set of a run, which makes batches of selected and tokenized records."""
 
 import hashlib
 from collections.abc import Iterator
@@ -19,12 +19,13 @@ SINGLE_PROCESS = Processes.single_process()
 
 
 class Dataset:
-    """The training and validation data of a run. A batch depends only on data, seed and its position in the run.
+    """The training and validation data of a run.
 
+    The samples of a batch depend only on the data, on the seed and on the position of the batch in the run.
     `max_new_tokens` is the number of tokens of the longest training solution.
 
     Raises:
-        InputError: no training samples are left, or the data cannot be read or selected.
+        InputError: the data cannot be read, the selection is impossible, or no training sample is left.
     """
 
     def __init__(self, source: DataSource, cache_dir: Path, seed: int) -> None:
@@ -50,16 +51,19 @@ class Dataset:
         )
 
     def extend_fingerprint(self, fingerprint: str) -> None:
-        """Extend the fingerprint of the data by the fingerprint of a model whose outputs were added to the data."""
+        """Make the fingerprint of the data depend on the fingerprint of a model.
+
+        This is needed if outputs of the model, such as rewards, are added to the data.
+        """
         self.fingerprint = hashlib.sha256((self.fingerprint + fingerprint).encode()).hexdigest()
 
     def micro_batches(
         self, epoch: int, update: int, batch_size: int, micro_batch_size: int, processes: Processes = SINGLE_PROCESS
     ) -> list[Batch]:
-        """Return this process's micro-batches of one update of one epoch.
+        """Return the micro-batches of this process for one update of one epoch.
 
         The samples of a micro-batch and its `Batch.number` do not depend on the number of processes. All processes get
-        equally many micro-batches; some may be empty.
+        the same number of micro-batches. Therefore, some processes may get an empty micro-batch.
         """
         update_indices = self._epoch(epoch, batch_size)[update]
         micro_batches = [
@@ -72,21 +76,23 @@ class Dataset:
         ]
 
     def num_tokens(self, epoch: int, update: int, batch_size: int) -> int:
-        """Return the number of tokens of an update, over all processes."""
+        """Return the number of tokens in the samples of one update, summed over all processes."""
         return int(self.train.samples.lengths[self._epoch(epoch, batch_size)[update]].sum())
 
     def validation_batches(self, batch_size: int, processes: Processes = SINGLE_PROCESS) -> Iterator[Batch]:
-        """Return this process's validation batches; some are empty if other processes have more.
+        """Return the validation batches of this process.
 
-        Over all processes, every sample occurs once.
+        Each validation sample is in one batch of one process. All processes get the same number of batches. Therefore,
+        some processes may get an empty batch.
         """
         micro_batches = items_for_rank(self.validation_order(batch_size), processes.rank, processes.size)
         return (collate(self.validation, indices, self.tokenizer.padding) for indices in micro_batches)
 
     def validation_order(self, batch_size: int) -> list[list[int]]:
-        """Return the sample indices of each validation batch.
+        """Return the indices of the samples in each validation batch.
 
-        With `data.group_tasks`, the two solutions of a task are adjacent.
+        If `data.group_tasks` is true, the samples are ordered by task, so that the solutions to a task are adjacent.
+        Otherwise, the samples are ordered by length.
         """
         if not self.group_tasks:
             return batches_by_length(self.validation.samples.lengths, batch_size)

@@ -1,6 +1,7 @@
-"""Readers of plain JSONL, MBPP, HumanEval and CodeContests files; errors name the file and row.
+"""Readers of files in four formats: plain JSONL, MBPP, HumanEval and CodeContests.
 
-An error during decoding is stored in the value as a `Rejected`, so a bad number in a JSON array rejects only its row.
+Error messages name the file and the row. A value that cannot be decoded is replaced by a `Rejected`. In a JSON array, a
+faulty number therefore rejects only the row that contains it.
 """
 
 import gzip
@@ -35,7 +36,10 @@ EXPECTED = f"Expected one file, or a folder with train, validation (or valid) an
 
 
 class Rejected(ValueError):
-    """An unusable row. `reason` is one of a fixed set of reasons; `detail` describes the error in this row."""
+    """An error that makes a row unusable.
+
+    `reason` is one of a fixed set of reasons. `detail` describes the error in this row.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -44,7 +48,11 @@ class Rejected(ValueError):
 
 
 class Rejection(NamedTuple):
-    """A rejected row and its location: `line` counts the lines of a file, or the rows of a JSON array, from 1."""
+    """A rejected row and its location.
+
+    `line` is the number of the line in the file. If the file contains a JSON array, `line` is the number of the row in
+    the array. Both numbers start at 1.
+    """
 
     file: str
     line: int
@@ -57,11 +65,12 @@ class Rejection(NamedTuple):
 
 
 def parse_json(text: str) -> object:
-    """Parse strict JSON.
+    """Parse JSON more strictly than Python's parser.
 
     Raises:
-        Rejected: the text is not JSON, exceeds `MAX_DIGITS` or `MAX_DEPTH`, or begins with a byte order mark; or it
-            contains a number that is not finite, a duplicate key or a lone surrogate. Python's parser accepts these.
+        Rejected: the text is not JSON, begins with a byte order mark, has an integer of more than `MAX_DIGITS` digits,
+            or is nested deeper than `MAX_DEPTH` levels. In contrast to Python's parser, a number that is not finite, a
+            duplicate key and a lone surrogate are also errors.
     """
     value = _decode(text)
     _verify(value)
@@ -69,7 +78,7 @@ def parse_json(text: str) -> object:
 
 
 def plain_records(row: Row) -> list[Record]:
-    """Read a row of plain JSONL, which has exactly the fields of a record.
+    """Read a row of plain JSONL. The fields of the row are the fields of `Record`.
 
     Raises:
         Rejected: a field is missing, unknown, null, or has the wrong type or range.
@@ -78,7 +87,9 @@ def plain_records(row: Row) -> list[Record]:
 
 
 def mbpp_records(row: Row) -> list[Record]:
-    """Read a problem of MBPP, full or sanitized. The prompt ends with the tests, which contain the function's name.
+    """Read a problem of MBPP, from either the full or the sanitized version of the data set.
+
+    The prompt ends with the tests, because they contain the name of the function.
 
     Source: Austin et al. 2021, Program Synthesis with Large Language Models (arXiv 2108.07732).
 
@@ -100,7 +111,7 @@ def mbpp_records(row: Row) -> list[Record]:
 
 
 def humaneval_records(row: Row) -> list[Record]:
-    """Read a problem of HumanEval: a prompt that the solution continues, and a test that calls the function.
+    """Read a problem of HumanEval. Its solution continues the prompt, and its test calls the function.
 
     Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code (arXiv 2107.03374).
 
@@ -119,13 +130,15 @@ def humaneval_records(row: Row) -> list[Record]:
 
 
 def codecontests_records(row: Row) -> list[Record]:
-    """Read a problem of CodeContests: one record for each correct or incorrect solution in Python 3, possibly none.
+    """Read a problem of CodeContests. Each of its correct and incorrect solutions in Python 3 becomes a record.
+
+    The result is empty if the problem has no solution in Python 3.
 
     Source: Li et al. 2022, Competition-Level Code Generation with AlphaCode (arXiv 2203.07814).
 
     Raises:
         Rejected: a field is missing, null or has the wrong type, a solution is empty, or parallel lists have different
-            lengths.
+        lengths.
     """
     task: Row = {
         "task_id": _field(row, "name", str),
@@ -154,11 +167,14 @@ SHAPES: dict[str, Callable[[Row], list[Record]]] = {
 
 
 def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[list[Record], list[Rejection]]:
-    """Read the records of one file: an object per line, or in `.json` an array of objects; `.gz` is decompressed.
+    """Read the records of one file, in the format that `shape` names.
+
+    A JSON file contains an array of objects. Any other file contains one object per line. A file whose name ends in
+    `.gz` is decompressed.
 
     Raises:
-        InputError: the file cannot be read; or `on_error` is "stop" and a row is faulty; or it is "skip" and more than
-            `max_errors` rows are faulty.
+        InputError: the file cannot be read. Or `on_error` is "stop" and a row is faulty. Or `on_error` is "skip" and
+            more than `max_errors` rows are faulty.
     """
     records, rejections = _read_rows(path, shape)
     _check_rejections(rejections, on_error, max_errors)
@@ -166,13 +182,14 @@ def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tup
 
 
 def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[Splits, list[Rejection]]:
-    """Read a data set: a folder with a file per split, or one file, split by task into 90, 5 and 5 percent.
+    """Read the three splits of a data set, in the format that `shape` names.
 
-    `max_errors` limits the faulty rows of all files together.
+    A folder contains one file per split. If the path is one file, its tasks are divided among the training, validation
+    and test splits in the ratio 90 : 5 : 5. `max_errors` limits the number of faulty rows in all files together.
 
     Raises:
-        InputError: a file cannot be read or has too many faulty rows (see `read_file`); or the path is neither a file
-            nor a folder with a training file; or a task is in two splits; or the training split has no records.
+        InputError: a file cannot be read, or there are too many faulty rows (see `read_file`). Or the path is neither a
+            file nor a folder with a training file. Or a task is in two splits, or the training split has no records.
     """
     collected = [_read_rows(file, shape) if file else ([], []) for file in _split_files(path)]
     rejections = [rejection for _, rejected in collected for rejection in rejected]
@@ -194,7 +211,10 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
 
 
 def _decode(text: str | bytes) -> object:
-    """Parse JSON. A `Rejected` replaces each faulty number or object, or the whole text if it is not JSON."""
+    """Parse JSON without raising an error.
+
+    Each faulty number or object is replaced by a `Rejected`. If the text is not JSON, the result is a `Rejected`.
+    """
     try:
         text = text if isinstance(text, str) else text.decode()
         if text.startswith("\ufeff"):
@@ -230,7 +250,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse
 
 
 def _verify(root: object) -> None:
-    """Raise the first `Rejected` in a decoded value, or a new one for a lone surrogate or too many levels."""
+    """Raise the first `Rejected` in a decoded value. Also raise `Rejected` for a lone surrogate or too many levels."""
     pending = [(root, 0)]
     while pending:
         value, depth = pending.pop()
@@ -266,7 +286,11 @@ def _items(row: Row, name: str, kind: type[T]) -> list[T]:
 
 
 def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[tuple[T, str]]:
-    """Read two parallel lists of one field."""
+    """Return the pairs of corresponding items of two lists.
+
+    The lists are in the object `row[group]`, under the keys `left` and `right`. The items of the left list have the
+    type `kind`; the items of the right list are strings.
+    """
     columns: Row = _field(row, group, dict)
     lefts, rights = _items(columns, left, kind), _items(columns, right, str)
     if len(lefts) != len(rights):
@@ -275,7 +299,7 @@ def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[t
 
 
 def _record(fields: Row | str) -> Record:
-    """Build a record; convert a schema error to a `Rejected`."""
+    """Build a record from its fields or their JSON text. Raise `Rejected` if the fields do not match the schema."""
     try:
         # In strict mode, pydantic accepts lists as tuples only if it parses the JSON itself.
         return Record.model_validate_json(fields) if isinstance(fields, str) else Record.model_validate(fields)
@@ -313,7 +337,7 @@ def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
 
 
 def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the number of each row of a file and its decoded value, or a `Rejected` if it cannot be decoded."""
+    """Yield the number and the decoded value of each row. If a row cannot be decoded, its value is a `Rejected`."""
     if not path.name.endswith((*SUFFIXES, ".gz")):
         raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
     try:
@@ -329,7 +353,10 @@ def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _decode_array(path: Path, content: bytes) -> list[object]:
-    """Decode a JSON array. A syntax error makes all rows unreadable, so it is never skipped."""
+    """Decode a JSON array. Raise `InputError` if the text is not a JSON array.
+
+    This error cannot be skipped, because it makes all rows unreadable.
+    """
     rows = _decode(content)
     if isinstance(rows, list):
         return rows
@@ -338,7 +365,10 @@ def _decode_array(path: Path, content: bytes) -> list[object]:
 
 
 def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:
-    """Raise `InputError` unless the rejected rows may be skipped."""
+    """Raise `InputError` unless the rejected rows may be skipped.
+
+    They may be skipped if `on_error` is "skip" and there are at most `max_errors` of them.
+    """
     number = len(rejections)
     if on_error == "stop" and rejections:
         listed = "\n  ".join(map(str, rejections[:MAX_SHOWN]))
@@ -352,7 +382,7 @@ def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors
 
 
 def _split_files(path: Path) -> list[Path | None]:
-    """Return the files of the train, validation and test split in a folder; None for a split without a file.
+    """Return the training, validation and test files in a folder. An entry is None if the split has no file.
 
     If `path` is a file, the result contains only this file.
     """
@@ -370,7 +400,10 @@ def _split_files(path: Path) -> list[Path | None]:
 
 
 def _split_by_task(records: list[Record]) -> Splits:
-    """Split by a hash of the task, so a task's solutions stay together and new tasks do not affect the others."""
+    """Assign each record to a split by a hash of its task.
+
+    The solutions to a task are therefore in one split, and added tasks do not change the splits of the other tasks.
+    """
     splits = Splits([], [], [])
     for record in records:
         share = zlib.crc32(record.task_id.encode()) % 100

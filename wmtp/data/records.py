@@ -1,4 +1,4 @@
-"""The record: one correct or incorrect solution to one programming task."""
+"""The schema of a record, which is one correct or incorrect solution to one programming task."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ Span = tuple[int, int]
 
 
 class StdioTest(BaseModel):
-    """A test of a whole program: its standard input and the expected standard output."""
+    """A test of a whole program. It consists of the standard input and of the expected standard output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -18,13 +18,14 @@ class StdioTest(BaseModel):
 
 
 class Record(BaseModel):
-    """One solution to a task. Also the schema of a line of plain JSONL.
+    """One solution to a task. A line of plain JSONL has the same schema.
 
-    `prompt` and `solution` are tokenized separately, so their boundary is exact. `decisive` and `noise` are spans of
-    the solution's characters: `decisive` characters determine its correctness, `noise` characters are unpredictable.
-    They are the ground truth for comparing weightings, and empty if unknown. A test is an assertion, or an input of the
-    whole program and its expected output. `setup` is code that runs after the solution and before its tests. `preamble`
-    is code that precedes the solution; together they are a complete program.
+    `prompt` and `solution` are tokenized separately, so that no token contains characters of both. `decisive` and
+    `noise` are lists of character ranges in the solution. The characters in `decisive` determine whether the solution
+    is correct. The characters in `noise` are unpredictable. These two lists are the ground truth for the comparison of
+    weightings, and are empty if it is unknown. A test is either an assertion, or a `StdioTest` of the whole program.
+    `setup` is code that runs after the solution and before the tests. `preamble` is code before the solution; the
+    preamble and the solution together are a complete program.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,4 +1,7 @@
-"""The order of samples. It depends only on seed and epoch, so (epoch, update) is enough to store a position."""
+"""The order of the training samples, which depends only on the seed and the epoch.
+
+To continue at the same sample, a run therefore needs only the numbers of the epoch and of the update.
+"""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -6,16 +9,19 @@ from typing import TypeVar
 import numpy as np
 
 WINDOW = 64
-"""Number of batches whose samples are sorted by length together: little padding, but new batches in each epoch."""
+"""The number of batches whose samples are sorted by length together.
+
+Sorting reduces padding. The number is limited so that each epoch has different batches.
+"""
 
 
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int, groups: np.ndarray | None = None
 ) -> list[list[int]]:
-    """Return batches of indices, shuffled, with samples of similar length in a batch; the last one may be smaller.
+    """Return shuffled batches of sample indices. The samples of a batch have similar lengths.
 
-    `lengths` and `groups` have one entry per sample. Every sample occurs once. Samples of one group are adjacent; only
-    the boundary between two batches can separate them.
+    `lengths` and `groups` have one entry per sample. Every sample is in one batch. Only the last batch may be smaller
+    than `batch_size`. Samples of the same group are adjacent in a batch, but may also be divided among two batches.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     shuffled = generator.permutation(len(lengths))
@@ -38,7 +44,10 @@ T = TypeVar("T")
 
 
 def items_for_rank(items: Sequence[T], rank: int, size: int) -> list[T | None]:
-    """Return every `size`-th item, starting at `rank`; the last one is None if lower ranks have one item more.
+    """Return the items of one process, which are every `size`-th item from index `rank`.
+
+    If processes of lower rank have one item more, None is appended, so that all processes have the same number of
+    entries.
 
     >>> items_for_rank("abc", 0, 2), items_for_rank("abc", 1, 2)
     (['a', 'c'], ['b', None])
@@ -48,6 +57,6 @@ def items_for_rank(items: Sequence[T], rank: int, size: int) -> list[T | None]:
 
 
 def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Return batches of indices, ordered by length, shortest first; every sample occurs once."""
+    """Return batches of sample indices in the order of increasing length. Every sample is in one batch."""
     ordered = np.argsort(lengths, kind="stable")
     return [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered), batch_size)]

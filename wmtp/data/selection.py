@@ -1,4 +1,4 @@
-"""Selection of records by number, by the ratio of correct ones, and by difficulty."""
+"""Selection of records by their number, by the ratio of correct records, and by difficulty."""
 
 import random
 import re
@@ -26,7 +26,10 @@ DifficultyBins = dict[Annotated[str, AfterValidator(_check_bin)], Annotated[floa
 
 @dataclass(frozen=True)
 class Selection:
-    """The number and composition of the records to select. A setting of None is no constraint."""
+    """The number of records to select, and their composition by correctness and difficulty.
+
+    A setting of None imposes no constraint.
+    """
 
     n_samples: int | None = None
     correct_ratio: float | None = None
@@ -35,7 +38,7 @@ class Selection:
 
 
 def find_bin(record: Record, bins: DifficultyBins) -> str | None:
-    """Return the name of the difficulty bin of a record; None if no bin contains it."""
+    """Return the name of the bin that contains the difficulty of a record; None if no bin contains it."""
     for name in bins:
         match = BIN.fullmatch(name)
         assert match
@@ -45,12 +48,13 @@ def find_bin(record: Record, bins: DifficultyBins) -> str | None:
 
 
 def target_shares(selection: Selection) -> dict[tuple[str | None, bool | None], float]:
-    """Return the target share of each cell, a pair (difficulty bin, is correct); the shares sum to 1.
+    """Return the target share of each category of records. The shares sum to 1.
 
-    In a cell, None means any difficulty, or both correct and incorrect records.
+    A category is a pair of a difficulty bin and of the correctness. If the bin is None, the category contains records
+    of any difficulty. If the correctness is None, it contains both correct and incorrect records.
 
     Raises:
-        InputError: all weights of the bins are 0.
+        InputError: the weights of all bins are 0.
     """
     bins: dict[str | None, float] = {None: 1.0}
     if selection.difficulty_bins:
@@ -61,11 +65,11 @@ def target_shares(selection: Selection) -> dict[tuple[str | None, bool | None], 
     ratio = selection.correct_ratio
     correct: dict[bool | None, float] = {None: 1.0} if ratio is None else {True: ratio, False: 1 - ratio}
     shares = {(bin_, c): weight / total * part for bin_, weight in bins.items() for c, part in correct.items()}
-    return {cell: share for cell, share in shares.items() if share > 0}
+    return {category: share for category, share in shares.items() if share > 0}
 
 
 def allocate_counts(shares: list[float], n: int) -> list[int]:
-    """Return integers that sum to n and are nearest to the shares (largest remainder method)."""
+    """Divide `n` into integers that are as close as possible to the given shares (largest remainder method)."""
     floors = [int(share * n + 1e-9) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: floors[i] - shares[i] * n)
     for i in by_remainder[: n - sum(floors)]:
@@ -76,10 +80,11 @@ def allocate_counts(shares: list[float], n: int) -> list[int]:
 def add_mismatched(records: list[Record], seed: int) -> list[Record]:
     """Add an incorrect solution to each task that has none, and return all records.
 
-    The added solution is a correct solution of another task, drawn at random.
+    The added solution is a correct solution to another task, which is drawn at random.
 
     Raises:
-        InputError: a task has no incorrect solution, and every correct solution of other tasks is also one of its own.
+        InputError: a task has no incorrect solution, and every correct solution to another task is also a solution to
+            this task.
     """
     solutions_of: dict[str, set[str]] = {}
     without_wrong: dict[str, Record] = {}
@@ -103,31 +108,32 @@ def add_mismatched(records: list[Record], seed: int) -> list[Record]:
 
 
 def select(records: list[Record], selection: Selection) -> list[Record]:
-    """Return records with the given composition, drawn without replacement, in their original order.
+    """Draw records at random so that they have the given composition. No record is drawn twice.
 
-    Without `n_samples`, as many records as the composition allows are selected.
+    The records remain in their original order. If `n_samples` is None, as many records as possible are selected.
 
     Raises:
-        InputError: a cell of the composition has no records, or too few for `n_samples`.
+        InputError: a category of the composition (for example, a difficulty) has no records, or too few for
+            `n_samples`.
     """
     shares = target_shares(selection)
     bins = selection.difficulty_bins or {}
-    cells: dict[tuple[str | None, bool | None], list[int]] = {cell: [] for cell in shares}
+    categories: dict[tuple[str | None, bool | None], list[int]] = {category: [] for category in shares}
     for index, record in enumerate(records):
-        cell = (find_bin(record, bins), None if selection.correct_ratio is None else record.is_correct)
-        if cell in cells and (cell[0] is not None or not bins):
-            cells[cell].append(index)
+        category = (find_bin(record, bins), None if selection.correct_ratio is None else record.is_correct)
+        if category in categories and (category[0] is not None or not bins):
+            categories[category].append(index)
     n = selection.n_samples
     if n is None:
-        n = min(int(len(cells[cell]) / share + 1e-9) for cell, share in shares.items())
+        n = min(int(len(categories[category]) / share + 1e-9) for category, share in shares.items())
         while n and any(
-            c > len(m) for c, m in zip(allocate_counts(list(shares.values()), n), cells.values(), strict=True)
+            c > len(m) for c, m in zip(allocate_counts(list(shares.values()), n), categories.values(), strict=True)
         ):
             n -= 1
     chosen: list[int] = []
     random_ = random.Random(f"{selection.seed}/sampling")
     for (bin_, correct), count in zip(shares, allocate_counts(list(shares.values()), n), strict=True):
-        members = cells[bin_, correct]
+        members = categories[bin_, correct]
         if count > len(members) or not members:
             kind = "" if correct is None else ("correct " if correct else "incorrect ")
             where = "" if bin_ is None else f" of difficulty {bin_}"

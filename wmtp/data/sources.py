@@ -1,4 +1,4 @@
-"""Sources of records, with the settings of their selection and tokenization."""
+"""Sources of records, with the settings for the selection and the tokenization of the records."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(ABC):
-    """A source of records, with the settings of their selection and tokenization."""
+    """A source of records, with the settings for the selection and the tokenization of its records."""
 
     tokenizer: Tokenizer = field(kw_only=False)
     template: Annotated[str, Field(pattern=r"\{prompt\}")] = "{prompt}\n"
@@ -42,20 +42,20 @@ class DataSource(ABC):
 
     @property
     def origin(self) -> str:
-        """The location of the records: the path of files, or wmtp:<name> for generated records."""
+        """The path of the files that contain the records, or `wmtp:<name>` if the records are generated."""
         return f"wmtp:{self.name}"
 
     @property
     def is_test_set(self) -> bool:
-        """True if the whole data set is a benchmark."""
+        """True if the data set consists only of test data. By default, the whole data set is then evaluated."""
         return False
 
     @abstractmethod
     def read(self) -> Splits:
-        """Return all records, before the selection."""
+        """Return the records of all splits, before any selection."""
 
     def without_selection(self) -> Self:
-        """Return a copy of the source that selects all records."""
+        """Return a copy of the source with settings that select all records."""
         return replace(
             self,
             n_samples=None,
@@ -67,9 +67,10 @@ class DataSource(ABC):
         )
 
     def selection(self, n_samples: int | None) -> Selection:
-        """Return the selection of `n_samples` records (None: as many as possible).
+        """Return the settings for the selection of `n_samples` records.
 
-        `balance_correct` has the effect of a `correct_ratio` of 0.5.
+        If `n_samples` is None, as many records as possible are selected. If `balance_correct` is true, half of the
+        selected records are correct.
         """
         ratio = 0.5 if self.balance_correct else self.correct_ratio
         return Selection(n_samples, ratio, self.difficulty_bins, self.seed)
@@ -77,7 +78,7 @@ class DataSource(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource(DataSource):
-    """The embedded programming tasks."""
+    """A source that generates the embedded programming tasks."""
 
     num_train: Positive = 5_000
     num_validation: Positive = 200
@@ -91,7 +92,7 @@ class TaskSource(DataSource):
         return "tasks"
 
     def read(self) -> Splits:
-        """Generate the three splits; each task has a correct and an incorrect solution."""
+        """Generate the three splits. Each task has a correct and an incorrect solution."""
         sizes = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return Splits(
             *(tasks.generate(split, size, self.difficulties, self.noise, self.seed) for split, size in sizes.items())
@@ -100,7 +101,7 @@ class TaskSource(DataSource):
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(DataSource):
-    """Records from files in one of the public formats."""
+    """A source that reads records from files in one of the supported formats."""
 
     path: ExistingPath
     shape: Literal["jsonl", "mbpp", "humaneval", "codecontests"]
@@ -109,24 +110,24 @@ class FileSource(DataSource):
 
     @property
     def name(self) -> str:
-        """The name of the public data set, or jsonl."""
+        """The name of the public data set, or `jsonl` for plain JSONL files."""
         return self.shape
 
     @property
     def origin(self) -> str:
-        """The absolute path of the files."""
+        """The absolute path of the file or folder."""
         return str(self.path.absolute())
 
     @property
     def is_test_set(self) -> bool:
-        """True for HumanEval."""
+        """True for HumanEval, which consists only of test data."""
         return self.shape == "humaneval"
 
     def read(self) -> Splits:
-        """Read the files; log the number of rejected rows for each reason.
+        """Read the files. If rows are rejected, log how many rows are rejected for each reason.
 
         Raises:
-            InputError: see `readers.read_splits`.
+            InputError: `readers.read_splits` describes the possible errors.
         """
         splits, rejections = readers.read_splits(self.path, self.shape, self.on_error, self.max_errors)
         counts: dict[str, int] = {}

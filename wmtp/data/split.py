@@ -1,4 +1,4 @@
-"""The selected and tokenized records of one split, with optional arrays of values per token."""
+"""The selected and tokenized records of one split, with optional arrays that have one entry per token."""
 
 import hashlib
 import logging
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class TokenizedSplit:
-    """The selected records of one split, as tokens.
+    """The selected and tokenized records of one split.
 
-    `rewards` has one number per sample: 1 for a correct and 0 for an incorrect solution, or the score of a reward
-    model. `reference_losses`, `hidden_states` and `harmful` are arrays with one entry per token of `samples.tokens`,
-    or None until they are computed.
+    `rewards` contains one number per sample. It is the score of the reward model if the data have one. Otherwise it is
+    1 for a correct solution, and 0 for an incorrect solution. `reference_losses`, `hidden_states` and `harmful` are
+    arrays with one entry per token of `samples.tokens`. They are None until they are computed.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TokenizedSplit:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all tokens, the boundaries of samples and solutions, and their correctness."""
+        """A hash of the tokens, of the lengths of samples and prompts, and of the correctness of each sample."""
         samples = self.samples
         digest = hashlib.sha256()
         for array in (samples.tokens, samples.offsets, samples.prompt_lengths, self.is_correct):

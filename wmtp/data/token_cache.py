@@ -1,4 +1,4 @@
-"""Tokenization of records, cached on disk under a hash of everything that determines the tokens."""
+"""Tokenization of records. The result is cached on disk under a hash of everything that determines the tokens."""
 
 import hashlib
 import json
@@ -16,16 +16,17 @@ from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 
 FORMAT = 1
-"""Version of the cached files; a part of the cache key."""
+"""The version of the format of the cached files. It is a part of the cache key."""
 LongSamples = Literal["drop", "cut"]
 
 
 @dataclass(frozen=True)
 class TokenizedRecords:
-    """The tokens of the records that fit, concatenated in one array.
+    """The tokens of records, concatenated in one array.
 
-    Sample i is record `kept[i]`, with the tokens `tokens[offsets[i] : offsets[i + 1]]`; the first `prompt_lengths[i]`
-    of them are the prompt. `num_long` counts records longer than `max_length`, which were dropped or cut.
+    Sample i contains the tokens `tokens[offsets[i] : offsets[i + 1]]` of the record with the index `kept[i]`. The first
+    `prompt_lengths[i]` tokens of the sample are the prompt. `num_long` is the number of records with more than
+    `max_length` tokens. These records were dropped, or their solutions were cut.
     """
 
     tokens: np.ndarray
@@ -54,10 +55,11 @@ def records_fingerprint(records: list[Record]) -> str:
 def tokenize(
     records: list[Record], tokenizer: Tokenizer, template: str, max_length: int, long_samples: LongSamples
 ) -> TokenizedRecords:
-    """Tokenize prompts and solutions separately; each solution ends with the tokenizer's end token.
+    """Tokenize the prompt and the solution of each record separately. The end token is appended to each solution.
 
-    A record of more than `max_length` tokens is dropped. If `long_samples` is "cut", the end of its solution is cut
-    instead, unless its prompt leaves no room for a solution.
+    `template` contains `{prompt}`, which is replaced by the prompt of the record. If a record has more than
+    `max_length` tokens and `long_samples` is "drop", the record is dropped. If `long_samples` is "cut", the end of its
+    solution is cut. A record is also dropped if its prompt leaves no room for a solution.
     """
     prompts = tokenizer.encode([template.replace("{prompt}", record.prompt) for record in records])
     solutions = tokenizer.encode([record.solution for record in records])
@@ -88,7 +90,9 @@ def cached_tokens(
     long_samples: LongSamples,
     cache_dir: Path,
 ) -> TokenizedRecords:
-    """Return the result of `tokenize`, from the cache on disk if it contains one for equal arguments.
+    """Return the result of `tokenize`. If the cache contains a result for equal arguments, it is read from the cache.
+
+    Otherwise, the result is computed and written to the cache.
 
     Raises:
         InputError: the cached file cannot be read.

@@ -1,4 +1,4 @@
-"""Ground truth for tokens: which tokens decide a solution's correctness, and which are noise."""
+"""Ground truth that identifies two kinds of tokens: noise, and tokens that decide whether a solution is correct."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from wmtp.data.tokenizer import Tokenizer
 
 
 def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return three boolean masks of shape [token]: decisive tokens, noise tokens, and all tokens of solutions.
+    """Return three boolean masks over the tokens in `split.samples.tokens`.
 
-    The tokens are those of `split.samples.tokens`.
+    The masks mark the decisive tokens, the noise tokens, and all tokens of solutions.
     """
     decisive, noise, response = (np.zeros(len(split.samples.tokens), bool) for _ in range(3))
     records = [split.records[index] for index in split.samples.kept]
@@ -25,7 +25,10 @@ def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarra
 
 
 def harmful_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
-    """Return a boolean mask of shape [token]: noise tokens, and decisive tokens of incorrect solutions."""
+    """Return a boolean mask over the tokens in `split.samples.tokens`.
+
+    The mask is True for noise tokens, and for decisive tokens of incorrect solutions.
+    """
     decisive, noise, _ = label_tokens(split, tokenizer)
     wrong = np.repeat(~split.is_correct, split.samples.lengths)
     harmful: np.ndarray = noise | (decisive & wrong)
@@ -33,5 +36,5 @@ def harmful_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def has_token_labels(split: TokenizedSplit) -> bool:
-    """Return whether any record of the split has ground truth for its tokens."""
+    """Return whether any record of the split has character ranges that are marked as decisive or as noise."""
     return any(record.decisive or record.noise for record in split.records)

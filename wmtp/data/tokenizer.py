@@ -1,4 +1,4 @@
-"""Tokenizers: a small byte-level BPE for the embedded tasks, or one from a tokenizer.json."""
+"""Tokenizers. The embedded tasks have a small byte-level BPE; other tokenizers are read from a tokenizer.json."""
 
 import hashlib
 import inspect
@@ -21,22 +21,26 @@ from wmtp.runtime.locks import file_lock
 PADDING, END = "<pad>", "<end>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TRAINING_TASKS = 1_500
-"""Number of tasks on which the tokenizer of the embedded tasks is trained."""
+"""The number of tasks on which the tokenizer of the embedded tasks is trained."""
 DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
 PROBE = (
     "def naïve(x):\n    return x ** 2 - 10_345.678  # don't  stop\t日本語 🙂\r\n\n\n"
     " CamelCase HTTP2 “½ ﬁ” A\u030a Å \u00a0\u200b 1234567890 "
 )
-"""Text that tokenizers with the same vocabulary encode differently if they normalize, split or merge differently."""
+"""A text for the comparison of tokenizers.
+
+Tokenizers with the same vocabulary encode it differently if they normalize, split or merge text differently.
+"""
 
 
 class Tokenizer:
-    """A tokenizer. `end` is the id of the token after a solution, `padding` the id that fills a batch.
+    """A tokenizer with an end token and a padding token.
 
-    `fingerprint` is a hash of its content (see `content_fingerprint`).
+    The attribute `end` is the id of the token that follows a solution. The attribute `padding` is the id of the token
+    that fills the rows of a batch. `fingerprint` is the hash that `content_fingerprint` returns.
 
     Raises:
-        InputError: the vocabulary does not contain `end` or `padding`.
+        InputError: the vocabulary does not contain the end token or the padding token.
     """
 
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
@@ -46,24 +50,24 @@ class Tokenizer:
         self.fingerprint = content_fingerprint(backend)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, without special tokens."""
+        """Return the token ids of each text. No special tokens are added."""
         return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def character_spans(self, texts: list[str]) -> list[list[tuple[int, int]]]:
-        """Return the range of characters [start, end) of each token of each text."""
+        """For each text, return the range of characters [start, end) of each of its tokens."""
         return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of token ids, without special tokens."""
+        """Return the text that belongs to token ids. Special tokens are left out."""
         text: str = self.backend.decode(tokens, skip_special_tokens=True)
         return text
 
 
 def special_token_id(backend: BackendTokenizer, token: str) -> int:
-    """Return the id of a special token.
+    """Return the id of the special token with the name `token`.
 
     Raises:
-        InputError: the tokenizer has no token of that name.
+        InputError: the tokenizer has no token of this name.
     """
     found = backend.token_to_id(token)
     if found is None:
@@ -74,7 +78,7 @@ def special_token_id(backend: BackendTokenizer, token: str) -> int:
 
 
 def train_bpe(records: list[Record], vocab_size: int) -> BackendTokenizer:
-    """Train a byte-level BPE, which can encode every text, on prompts and solutions."""
+    """Train a byte-level BPE tokenizer on the prompts and solutions of records. It can encode every text."""
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -87,7 +91,10 @@ def train_bpe(records: list[Record], vocab_size: int) -> BackendTokenizer:
 
 
 def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)] = 512) -> Tokenizer:
-    """Return the tokenizer of the embedded tasks. It depends only on `vocab_size`, and is cached on disk."""
+    """Return the tokenizer of the embedded tasks. It is trained once, and then read from the cache on disk.
+
+    The tokenizer depends only on `vocab_size` and on the source code of the tasks.
+    """
     sources = "".join(inspect.getsource(module) for module in (tasks, task_steps)).encode()
     key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
     path = cache_dir / f"tokenizer-{key[:16]}.json"
@@ -100,13 +107,13 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
 
 
 def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | None = None) -> Tokenizer:
-    """Return the tokenizer of a folder that `save_pretrained` wrote, or of a single tokenizer.json.
+    """Return the tokenizer from a folder that `save_pretrained` wrote, or from a single tokenizer.json.
 
-    `end` is the token after a solution (default: the folder's eos_token), `padding` the token that fills batches
-    (default: the folder's pad_token, else the end token).
+    `end` is the token that follows a solution. Its default is the eos_token of the folder. `padding` is the token that
+    fills batches. Its default is the pad_token of the folder, or the end token if the folder has no pad_token.
 
     Raises:
-        InputError: there is no usable tokenizer.json, or it has no end token.
+        InputError: there is no usable tokenizer.json, or neither `end` nor an eos_token is given.
     """
     file = path if path.is_file() else path / "tokenizer.json"
     if not file.is_file():
@@ -124,9 +131,10 @@ def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | N
 
 
 def tokenizer_files(folder: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """Return the tokenizer files to save with a model, by name.
+    """Return the tokenizer files to save with a model. The keys are file names, and the values are contents.
 
-    These are the files in `folder` if they contain the same tokenizer (or if `tokenizer` is None), else new files.
+    If `folder` contains the same tokenizer, or if `tokenizer` is None, the files in `folder` are returned. Otherwise,
+    new files are made.
     """
     file = folder / TOKENIZER_FILES[0]
     if tokenizer is None or (file.is_file() and content_fingerprint(read_backend(file)) == tokenizer.fingerprint):
@@ -137,7 +145,7 @@ def tokenizer_files(folder: Path, tokenizer: Tokenizer | None) -> dict[str, byte
 
 
 def _special_token_name(folder: Path, name: str) -> str | None:
-    """Return a special token from the files next to a tokenizer.json, or None."""
+    """Return the token that the files in `folder` define as `name` (for example, eos_token), or None."""
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if not file.is_file():
             continue
@@ -151,7 +159,7 @@ def _special_token_name(folder: Path, name: str) -> str | None:
 
 
 def read_backend(path: Path) -> BackendTokenizer:
-    """Return the tokenizer of a tokenizer.json, without its padding and truncation settings.
+    """Read a tokenizer from a tokenizer.json, and disable its padding and its truncation.
 
     Raises:
         InputError: the file cannot be read.
@@ -166,9 +174,10 @@ def read_backend(path: Path) -> BackendTokenizer:
 
 
 def tokenizer_content(backend: BackendTokenizer) -> dict[str, Any]:
-    """Return everything that determines the ids of a text, in a form that does not depend on the tokenizer's file.
+    """Return all properties of a tokenizer that determine the ids of a text.
 
-    Special tokens around a text, padding and truncation are not included.
+    The result does not depend on the layout of the tokenizer.json. It does not include settings for padding, for
+    truncation or for special tokens around a text.
     """
     described = json.loads(backend.to_str())
     vocabulary = {number: token for token, number in backend.get_vocab().items()}
@@ -191,10 +200,10 @@ def content_fingerprint(backend: BackendTokenizer) -> str:
 
 
 def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | None:
-    """Return a description of the first difference between two tokenizers, with their hashes; None if they are equal.
+    """Return a description of the first difference between two tokenizers, or None if they are equal.
 
-    The comparison covers the token of every id, the merges, the special tokens, the normalizer, and the encoding of
-    `PROBE` and of the special tokens.
+    The description contains the hashes of both tokenizers. The comparison covers the token of every id, the merges, the
+    special tokens, the normalizer, and the encoding of `PROBE` and of the special tokens.
     """
     difference = next(_differences(ours, theirs), None)
     if difference is None:

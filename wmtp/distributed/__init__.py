@@ -1,1 +1,1 @@
-"""Process groups, launching workers, and sharded tensors."""
+"""Start the processes of a run, communicate between them, and shard tensors over them."""

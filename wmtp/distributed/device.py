@@ -1,4 +1,4 @@
-"""Device, precision and parallelism of a run."""
+"""Choose the device, the precision and the parallelism of a run."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Hardware:
-    """The hardware options of a run. `device=auto` selects a CUDA GPU, else Apple's MPS, else the CPU."""
+    """The hardware options of a run. `device=auto` selects the first that exists: a CUDA GPU, Apple's MPS, the CPU."""
 
     def __init__(
         self,
@@ -33,15 +33,15 @@ class Hardware:
         """Select the device of this process.
 
         Args:
-            device: device type.
-            precision: precision of matrix products; parameters stay fp32.
+            device: type of the device. `auto` selects the fastest device of this machine.
+            precision: number format of matrix products. The parameters are always fp32.
             num_processes: number of ranks.
-            strategy: "ddp" or "fsdp" with several ranks; ignored with one.
-            reduce_each_micro_batch: reduce gradients over the ranks after every micro-batch instead of once per
-                update: more traffic, but under fsdp no rank stores full gradients.
-            activation_checkpointing: recompute activations in the backward pass instead of storing them.
-            compile: compile the blocks with torch.compile.
-            timeout: seconds after which a collective fails.
+            strategy: "ddp" or "fsdp" if there are several ranks. With one rank, this option has no effect.
+            reduce_each_micro_batch: True to average the gradients over the ranks after every micro-batch, False to do
+                so once per update. True needs more communication, but with fsdp no rank stores full gradients.
+            activation_checkpointing: True to recompute activations in the backward pass instead of storing them.
+            compile: True to compile the model's blocks with torch.compile.
+            timeout: seconds after which a collective operation of the ranks fails.
         """
         self.device = resolve_device(device)
         self.processes = Processes()
@@ -51,13 +51,17 @@ class Hardware:
         self.activation_checkpointing, self.compile = activation_checkpointing, compile
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the autocast context of the chosen precision."""
+        """Return a context in which matrix products have the chosen precision."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def peak_memory(self) -> int:
-        """Return the peak memory in bytes: the memory of tensors on a CUDA GPU, otherwise of this process."""
+        """Return the peak memory use in bytes.
+
+        On a CUDA GPU, this is the peak memory of this process's tensors on the GPU. On other devices, it is the peak
+        main memory of this process.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,7 +69,7 @@ class Hardware:
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Return the device of this process. With several GPUs, the local rank is the index of the GPU."""
+    """Return the device of this process. The index of a CUDA GPU is the rank of this process within its machine."""
     kind = found_devices()[0] if device == "auto" else device
     return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
 
@@ -81,7 +85,11 @@ def found_devices() -> list[str]:
 
 
 def hardware_issues(device: str, num_processes: int, strategy: str) -> list[tuple[str, str]]:
-    """Return (key, problem) pairs for options that this machine cannot satisfy or that contradict each other."""
+    """Return the hardware options that this machine cannot satisfy or that contradict each other.
+
+    Returns:
+        The name of each such option, with a description of its problem.
+    """
     found = found_devices()
     available = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
     world_size, local_world_size = os.environ.get("WORLD_SIZE"), int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))

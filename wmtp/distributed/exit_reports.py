@@ -1,4 +1,4 @@
-"""Exit reports of the ranks of a run, and the root cause of its end."""
+"""Store exit reports, in which each rank of a run records how it ended, and find the root cause of the run's end."""
 
 import json
 import re
@@ -23,37 +23,38 @@ from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import JobProgress
 
 FAILED, INTERRUPTED, PEER_FAILED, FINISHED = "failed", "interrupted", "peer_failed", "finished"
-"""Ends of a process: its own error, a signal, the failure of another rank, success."""
+"""Ways in which a rank can end: by its own error, by a signal, because another rank failed, or with success."""
 CONNECTION_ERROR = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out (after )?waiting|tcpstore", re.IGNORECASE
 )
-"""Messages of torch.distributed about a lost rank. With gloo there is no error class for this."""
+"""Pattern of torch.distributed's error messages about a lost connection to another rank. It is needed because the gloo
+backend has no error class for this case."""
 ERROR_CLASSES: dict[int, type[WmtpError]] = {
     kind.exit_code: kind for kind in (InputError, PendingError, SandboxUnavailable)
 }
-"""Error class by exit code; every other code becomes a `ProcessFailed`."""
+"""Class of the error to raise, by exit code of a rank. For every other exit code, the class is `ProcessFailed`."""
 
 
 @dataclass(frozen=True)
 class ExitReport:
-    """The end of one rank. All fields are plain values, because the report is stored as JSON."""
+    """A record of how one rank ended. All fields are plain values, because the report is stored as JSON."""
 
     rank: int
     end: str
-    """`FAILED`, `INTERRUPTED`, `PEER_FAILED` or `FINISHED`."""
+    """How the rank ended: `FAILED`, `INTERRUPTED`, `PEER_FAILED` or `FINISHED`."""
     exit_code: int = 0
     message: str = ""
     traceback: str = ""
     step: int = 0
     stop_reason: str | None = None
     value: float | None = None
-    """Return value of the job."""
+    """The number that the job returned on this rank, if any."""
     time: float = 0.0
-    """Seconds since the epoch."""
+    """Time at which the rank ended, in seconds since 1970 (`time.time`)."""
 
     @classmethod
     def from_error(cls, error: BaseException, rank: int, progress: JobProgress) -> "ExitReport":
-        """Return the report of a rank that ended with an error."""
+        """Return the report of a rank that ended with the given error."""
         kind = "" if isinstance(error, (WmtpError, InterruptedRun)) else f"{type(error).__name__}: "
         return cls(
             rank,
@@ -67,7 +68,7 @@ class ExitReport:
         )
 
     def error(self, omit_rank: bool) -> BaseException:
-        """Return the error to raise in the main process; its message names the rank unless `omit_rank`."""
+        """Return the error that the main process raises. Its message contains the rank unless `omit_rank` is True."""
         if self.end == INTERRUPTED:
             return InterruptedRun(self.exit_code - 128, self.message)
         message = self.message if omit_rank else f"process {self.rank}: {self.message}"
@@ -78,30 +79,30 @@ class ExitReportStore(Protocol):
     """A store of exit reports that all ranks share."""
 
     def put(self, report: ExitReport) -> None:
-        """Store a report; it replaces an earlier report of the same rank."""
+        """Store the report of a rank. It replaces an earlier report of the same rank."""
 
     def read(self) -> dict[int, ExitReport]:
-        """Return the stored reports by rank."""
+        """Return all stored reports, by rank."""
 
 
 class FolderReportStore:
-    """Exit reports in a folder that all ranks can access."""
+    """A store that keeps exit reports in a folder. All ranks must have access to this folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put(self, report: ExitReport) -> None:
-        """Store a report; it replaces an earlier report of the same rank."""
+        """Store the report of a rank. It replaces an earlier report of the same rank."""
         replace_atomically(self.folder / f"exit_report-{report.rank}.json", encode_report(report))
 
     def read(self) -> dict[int, ExitReport]:
-        """Return the stored reports by rank."""
+        """Return all stored reports, by rank."""
         reports = [ExitReport(**json.loads(path.read_text())) for path in self.folder.glob("exit_report-*.json")]
         return {report.rank: report for report in reports}
 
 
 def encode_report(report: ExitReport) -> bytes:
-    """Return a report as JSON; a value that is not finite becomes null."""
+    """Return a report as JSON. If the report's `value` is infinite or NaN, it becomes null."""
     fields = asdict(report)
     try:
         return encode_json(fields)
@@ -112,18 +113,27 @@ def encode_report(report: ExitReport) -> bytes:
 def root_cause(
     reports: Mapping[int, ExitReport], exit_codes: Mapping[int, int], received_signal: int | None
 ) -> ExitReport | None:
-    """Return the report of the rank that ended a run; None if every rank finished.
+    """Return the report of the rank that caused the end of a run, or None if every rank finished.
 
-    The order of precedence is: a rank that was killed, a rank that failed with its own error, an interruption, a rank
-    that failed because of another rank. Within one kind, the earliest report counts; for interruptions, the report of
-    the lowest rank, whose message names the saved checkpoint. A rank that was ended by SIGTERM comes after
-    interruptions, because torch's launcher ends the remaining ranks with SIGTERM.
+    The rank is selected in this order:
+
+    1. a rank that ended without a report, unless SIGTERM ended it,
+    2. a rank that failed with its own error,
+    3. a rank that was interrupted by a signal,
+    4. a rank that ended without a report because of SIGTERM, which torch's launcher sends to the remaining ranks after
+       a failure,
+    5. a rank that failed because of another rank.
+
+    If there are several such ranks, the one that ended first is selected. Among interrupted ranks, however, the lowest
+    rank is selected, because its message contains the path of the saved checkpoint. Cases 1 and 4 do not apply if the
+    run received a signal.
 
     Args:
         reports: exit reports by rank.
-        exit_codes: exit codes by rank (negative for signals) of the processes that failed and that this launcher did
-            not kill, in the order of their ends.
-        received_signal: the signal that the run received, if any; it explains ranks without a report.
+        exit_codes: exit codes by rank, in the order in which the processes ended. They contain only the processes that
+            failed and that the launcher did not kill. A negative code is the number of the signal that ended the
+            process.
+        received_signal: number of the signal that the run received, or None if it received no signal.
     """
     killed = [
         ExitReport(rank, FAILED, 1, _describe_exit_code(code))
@@ -149,7 +159,7 @@ def _describe_exit_code(code: int) -> str:
 
 
 def _classify(error: BaseException) -> str:
-    """Return the kind of end for an error."""
+    """Return `INTERRUPTED`, `PEER_FAILED` or `FAILED`, depending on the error that ended a rank."""
     if isinstance(error, InterruptedRun):
         return INTERRUPTED
     if isinstance(error, OtherProcessFailed):

@@ -1,4 +1,4 @@
-"""Start the worker processes of a run on this machine with torch's elastic launcher, and handle their end."""
+"""Start the processes of a run (workers) on this machine with torch's elastic launcher, and handle their end."""
 
 import json
 import logging
@@ -28,24 +28,28 @@ from wmtp.runtime.signals import SIGNALS, interrupt_error
 
 log = logging.getLogger(__name__)
 EXIT_GRACE_S = 8.0
-"""Seconds until the surviving workers are killed after one has ended. After the exit barrier they end at once."""
+"""Seconds after the end of one worker until the other workers are killed. A longer time is not needed, because the
+workers wait for each other before they end."""
 START_GRACE_S, SECOND_SIGNAL_GRACE_S = 3.0, 5.0
-"""Seconds until the workers are killed: after a signal while they start, and after a second signal."""
+"""Seconds after a signal until the workers are killed. The first number applies to a signal that arrives while the
+workers start, and the second number applies to the second of two later signals."""
 UNUSED_SIGNAL = "SIGURG"
-"""The only signal that torch's launcher handles. Nobody sends it; this module forwards the real signals."""
+"""The only signal that torch's launcher is configured to handle, although it is never sent. This module handles and
+forwards SIGINT and SIGTERM instead."""
 
 
 def launch(entry: list[str], size: int, context: dict[str, Any], progress: JobProgress) -> ExitReport:
-    """Run a job in `size` processes of this machine, each started as `python *entry`; return the report of rank 0.
+    """Run a job in several new processes on this machine, and return the exit report of rank 0.
 
     Args:
-        entry: arguments of the interpreter.
+        entry: arguments of the Python interpreter that starts each process.
         size: number of processes.
-        context: context of the job, as plain JSON values.
-        progress: receives the last step and the stop reason.
+        context: input of the job, as plain JSON values. Each process receives it.
+        progress: an object in which this function records the last step and the stop reason of the job.
 
     Raises:
-        InputError, PendingError, SandboxUnavailable, ProcessFailed: the root cause, if a process failed.
+        InputError, PendingError, SandboxUnavailable, ProcessFailed: a process failed. The error describes the failure
+            that ended the run.
         InterruptedRun: the run was interrupted by a signal.
     """
     with tempfile.TemporaryDirectory(prefix="wmtp-") as name:
@@ -72,23 +76,26 @@ def launch(entry: list[str], size: int, context: dict[str, Any], progress: JobPr
 
 
 class Workers:
-    """The workers of a launcher: signals are forwarded to them, and workers that hang are killed."""
+    """The workers of a launcher. Signals are forwarded to the workers, and workers that hang are killed."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
         self.received: int | None = None
-        """First signal that the launcher received."""
+        """Number of the first signal that the launcher received; None before a signal."""
         self.killed: set[int] = set()
         """Process ids of the workers that the launcher killed."""
         self.first_exited: int | None = None
-        """Process id of the worker that ended first."""
+        """Process id of the worker that ended first; None while all workers run."""
         self._pids: set[int] = set()
         self._deadline: float | None = None
         self._done = threading.Event()
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
-        """Forward signals to the workers inside this context, and kill the survivors soon after one has ended."""
+        """Forward signals to the workers while the context is active.
+
+        If one worker ends, the other workers have `EXIT_GRACE_S` seconds to end. Then they are killed.
+        """
         before = {number: signal.signal(number, self._forward) for number in SIGNALS}
         watch = threading.Thread(target=self._watch, name="workers", daemon=True)
         watch.start()
@@ -137,7 +144,7 @@ def _send(number: int, pid: int) -> None:
 
 @contextmanager
 def _worker_environment(folder: Path, size: int) -> Iterator[None]:
-    """Set the environment that the workers inherit, and restore it at the end."""
+    """Set the environment variables that the workers inherit, and restore the previous variables at the end."""
     before = dict(os.environ)
     os.environ[CONTEXT_VARIABLE] = str(folder / CONTEXT_FILE)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // size)))
@@ -151,7 +158,11 @@ def _worker_environment(folder: Path, size: int) -> Iterator[None]:
 
 
 def _run_elastic(entry: list[str], size: int, folder: Path) -> dict[int, tuple[int, int]]:
-    """Start the workers and wait for all; return the process id and the exit code of each failed worker, by rank."""
+    """Start the workers, and wait until all of them have ended.
+
+    Returns:
+        The process id and the exit code of each worker that failed, by rank.
+    """
     _log_to_files_only("torch.distributed.elastic")
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=size, run_id=folder.name, rdzv_backend="c10d",
@@ -166,7 +177,7 @@ def _run_elastic(entry: list[str], size: int, folder: Path) -> dict[int, tuple[i
 
 
 def _log_to_files_only(name: str) -> None:
-    """Remove the console handlers of a logger."""
+    """Make a logger write only to the log files, and no longer to the console."""
     logger = logging.getLogger(name)
     files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
     logger.handlers, logger.propagate = [logging.NullHandler(), *files], False

@@ -1,4 +1,7 @@
-"""Data parallelism: a copy of the model on each rank (DDP), or a shard of every tensor (FSDP2)."""
+"""Parallelize a model over the ranks, each of which trains on other data.
+
+With DDP, each rank holds a copy of the model. With FSDP2, each rank holds a shard of every parameter.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -20,18 +23,19 @@ def parallelize(
     precision: Literal["fp32", "bf16"],
     keep_fp32: Sequence[nn.Module] = (),
 ) -> None:
-    """Parallelize a model in place over the process group; the names of its parameters do not change.
+    """Parallelize a model in place over the ranks. The names of its parameters do not change.
 
-    Afterwards all ranks must run each forward, and the first forward must compute gradients. Gradients are averaged
-    over the ranks.
+    After this call, all ranks must run each forward pass together. The first forward pass must compute gradients. The
+    backward pass averages the gradients over the ranks.
 
     Args:
-        model: the model.
-        blocks: modules that fsdp gathers one by one when they run, in bf16 if that is the `precision`.
-        strategy: "ddp" or "fsdp"; "single" changes nothing.
-        precision: the precision of the blocks under fsdp.
-        keep_fp32: modules that fsdp gathers one by one without a cast. All other parameters are gathered once per
-            forward, without a cast.
+        model: the model to parallelize.
+        blocks: modules of the model. With "fsdp", the parameters of each block are gathered when the block runs, and
+            they are cast to bf16 if `precision` is "bf16".
+        strategy: "ddp" or "fsdp". With "single", the function does nothing.
+        precision: number format of the gathered parameters of the blocks. It matters only with "fsdp".
+        keep_fp32: modules of the model. With "fsdp", the parameters of each of them are gathered when it runs, and stay
+            fp32. The parameters of all other modules are gathered once per forward pass, and stay fp32, too.
     """
     if strategy == "ddp":
         replicate(model)
@@ -47,19 +51,25 @@ def parallelize(
 
 
 def synchronize_gradients(model: nn.Module, now: bool) -> None:
-    """Set whether the next backward reduces gradients over the ranks (`now`), or only accumulates them locally."""
+    """Set whether the next backward pass averages the gradients over the ranks.
+
+    If `now` is False, each rank only accumulates its own gradients.
+    """
     set_sync: Callable[[bool], None] | None = getattr(model, "set_requires_gradient_sync", None)
     if set_sync is not None:
         set_sync(now)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Clip the gradients to a total norm over all ranks; return the norm before clipping."""
+    """Scale the gradients down if their total norm exceeds `max_norm`, and return the norm before this.
+
+    If the gradients are sharded, the total norm includes the shards of all ranks.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return full_tensor(norm).item()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a tensor that may be sharded; if it is, all ranks must call this."""
+    """Return the full tensor if `tensor` is sharded, else `tensor`. All ranks must call this for a sharded tensor."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full

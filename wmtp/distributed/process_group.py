@@ -1,4 +1,4 @@
-"""The process group of a run: this process's rank, and collectives."""
+"""Join the process group of a run, and communicate between its ranks with collective operations."""
 
 import json
 import os
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class OtherProcessFailed(WmtpError):
-    """A failure of another rank; that rank raises its own error."""
+    """An error that reports the failure of another rank. The other rank raises the original error."""
 
     def __init__(self, rank: int, message: str, exit_code: int) -> None:
         super().__init__(f"process {rank}: {message}")
@@ -27,9 +27,10 @@ class OtherProcessFailed(WmtpError):
 
 
 class Processes:
-    """Rank and size of the process group, and collectives on plain JSON values or on tensors of equal shape.
+    """The rank of this process, the number of ranks (`size`), and collective operations between the ranks.
 
-    All ranks must call the same methods in the same order. Without a process group, `size` is 1 and no method waits.
+    All ranks must call the same methods in the same order. Without a process group, `size` is 1, and no method waits
+    for another process.
     """
 
     def __init__(self) -> None:
@@ -37,18 +38,18 @@ class Processes:
 
     @classmethod
     def single_process(cls) -> "Processes":
-        """Return a group of size 1 with only this process, even if there is a process group."""
+        """Return a group that contains only this process, even if this process has joined a larger process group."""
         processes = cls()
         processes.rank, processes.size = 0, 1
         return processes
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, the main process. Only the main process prints, tracks and writes."""
+        """True on rank 0, which is the main process. Only it prints, records metrics and writes run files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all ranks' tensors, bitwise equal on all ranks."""
+        """Return the sum of the tensors that the ranks pass. The result is bitwise equal on all ranks."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
@@ -56,7 +57,7 @@ class Processes:
         return total
 
     def max(self, *numbers: float) -> list[float]:
-        """Return the maximum over all ranks of each number."""
+        """Return, for each argument, the maximum of the numbers that the ranks pass."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64)
@@ -65,7 +66,7 @@ class Processes:
         return result
 
     def broadcast(self, tensor: Tensor, rank: int) -> Tensor:
-        """Return the tensor of one rank; the other ranks pass a tensor of the same shape and type."""
+        """Return the tensor that `rank` passes. The other ranks must pass any tensor of the same shape and dtype."""
         if self.size == 1:
             return tensor
         received = tensor.clone()
@@ -73,7 +74,7 @@ class Processes:
         return received
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in order of rank. A value must be plain JSON."""
+        """Return the values that the ranks pass, in the order of the ranks. Each value must be plain JSON."""
         if self.size == 1:
             return [value]
         encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -85,10 +86,11 @@ class Processes:
         return [json.loads(bytes(part.tolist())) for part in gathered]
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Run an action on every rank and return this rank's result. If it fails on one rank, all raise.
+        """Run an action on every rank and return its result on this rank. If it fails on one rank, all ranks raise.
 
         Raises:
-            OtherProcessFailed: the action succeeded here and failed on other ranks; `rank` is the lowest of them.
+            OtherProcessFailed: the action succeeded on this rank, but failed on other ranks. The error's `rank` is the
+                lowest rank on which the action failed.
         """
         result, error = None, None
         try:
@@ -104,10 +106,10 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def run_on_main(self, action: Callable[[], T]) -> T:
-        """Run an action in the main process and return its result on all ranks, which receive it as JSON.
+        """Run an action in the main process and return its result on all ranks. The result must be plain JSON.
 
         Raises:
-            OtherProcessFailed: the action failed in the main process; raised on the other ranks.
+            OtherProcessFailed: the action failed in the main process (raised on the other ranks).
         """
         result = self.run_on_all(lambda: action() if self.is_main else None)
         results: list[T] = [result] if self.size == 1 else self.gather(result)  # type: ignore[list-item]
@@ -119,7 +121,10 @@ class Processes:
 
 
 def join_group(device: torch.device, timeout: float) -> None:
-    """Join the process group of the launcher's environment. Collectives fail after `timeout` seconds."""
+    """Join the process group that the environment variables of the launcher describe.
+
+    A collective operation fails after `timeout` seconds.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -127,11 +132,11 @@ def join_group(device: torch.device, timeout: float) -> None:
 
 
 def leave_group() -> None:
-    """Destroy the process group, if there is one."""
+    """Leave the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def local_rank() -> int:
-    """Return the rank of this process among the processes of its machine."""
+    """Return the rank of this process among the processes of the run on the same machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""Rendezvous of the ranks that torchrun started: rank 0 sends the job's context, the other ranks wait for it."""
+"""Connect the ranks that torchrun started. Rank 0 sends the input of the job, and the other ranks wait for it."""
 
 import json
 import os
@@ -13,42 +13,45 @@ from torch.distributed.rendezvous import rendezvous
 from wmtp.distributed.exit_reports import ExitReport, encode_report
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
-"""Time limit for connecting to rank 0, which may download data first."""
+"""Time limit for the connection to rank 0. It is long because rank 0 may download data before it is ready."""
 SHUTDOWN_TIMEOUT_S = 60.0
 CONTEXT_KEY = "context"
 
 
 @cache  # rank 0 may host the store, whose content exists only as long as this object
 def common_store() -> Store:
-    """Return the key-value store that all ranks of the launcher's environment share."""
+    """Return the key-value store that all ranks share. The launcher's environment variables contain its address."""
     store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"wmtp/{attempt}", store)
 
 
 class RendezvousReportStore:
-    """Exit reports in the store of the rendezvous."""
+    """A store that keeps exit reports in the key-value store that all ranks share."""
 
     def __init__(self) -> None:
         self.store, self.size = common_store(), int(os.environ["WORLD_SIZE"])
 
     def put(self, report: ExitReport) -> None:
-        """Store a report; it replaces an earlier report of the same rank."""
+        """Store the report of a rank. It replaces an earlier report of the same rank."""
         self.store.set(_report_key(report.rank), encode_report(report).decode())
 
     def read(self) -> dict[int, ExitReport]:
-        """Return the stored reports by rank."""
+        """Return all stored reports, by rank."""
         stored = [rank for rank in range(self.size) if self.store.check([_report_key(rank)])]
         return {rank: ExitReport(**json.loads(self.store.get(_report_key(rank)))) for rank in stored}
 
 
 def share_context(context: dict[str, Any]) -> None:
-    """Send the context of the job to the other ranks, which wait for it."""
+    """Send the input of the job to the other ranks, which wait for it in `wait_for_context`."""
     common_store().set(CONTEXT_KEY, json.dumps(context))
 
 
 def shutdown_workers(exit_code: int) -> None:
-    """End the other ranks with an exit code, because there is no job; return when they have received it."""
+    """Make the other ranks end with an exit code, because there is no job for them.
+
+    The function returns when all other ranks have received the exit code, or after `SHUTDOWN_TIMEOUT_S` seconds.
+    """
     share_context({"exit_code": exit_code})
     store, deadline = common_store(), time.monotonic() + SHUTDOWN_TIMEOUT_S
     others = range(1, int(os.environ["WORLD_SIZE"]))
@@ -57,7 +60,11 @@ def shutdown_workers(exit_code: int) -> None:
 
 
 def wait_for_context() -> dict[str, Any]:
-    """Return the message of rank 0: the context of the job, or only `exit_code` if this rank must end."""
+    """Wait for the message of rank 0, and return it.
+
+    Returns:
+        The input of the job. If there is no job, the only key is `exit_code`, and this rank must end with this code.
+    """
     store = common_store()
     while not store.check([CONTEXT_KEY]):  # not store.wait(), because a signal cannot interrupt it
         time.sleep(0.1)

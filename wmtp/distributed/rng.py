@@ -1,4 +1,4 @@
-"""Seeds and saved states of torch's random generators."""
+"""Seed torch's random generators, and save and restore their states."""
 
 import base64
 import hashlib
@@ -12,12 +12,15 @@ log = logging.getLogger(__name__)
 
 
 def seed_torch(seed: int, rank: int = 0) -> None:
-    """Seed torch's generators, differently on each rank. They are used for initial parameters and dropout."""
+    """Seed torch's random generators, which draw the initial parameters and the dropout masks.
+
+    The generators of each rank receive a different seed.
+    """
     torch.manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)
 
 
 def generator_states() -> dict[str, str]:
-    """Return the states of torch's generators by kind of device, as base64 text."""
+    """Return the states of torch's random generators as base64 text, by device type (`cpu`, `cuda` or `mps`)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -27,12 +30,14 @@ def generator_states() -> dict[str, str]:
 
 
 def restore_generators(states_by_rank: list[dict[str, str]], processes: Processes) -> None:
-    """Restore the generators of this rank; states of devices that this machine lacks are ignored.
+    """Restore the states of this rank's random generators.
 
-    If the number of ranks has changed, the generators are seeded instead, from a hash of the state of rank 0.
+    States of device types that this machine does not have are ignored. If the number of ranks has changed since the
+    states were saved, the generators are not restored. They are seeded from a hash of the CPU state of rank 0 instead.
 
     Args:
-        states_by_rank: the `generator_states` of every rank at the time of the checkpoint.
+        states_by_rank: the results of `generator_states` on all ranks when the checkpoint was saved, in the order of
+            the ranks.
         processes: the current process group.
     """
     if len(states_by_rank) != processes.size:
@@ -48,7 +53,7 @@ def restore_generators(states_by_rank: list[dict[str, str]], processes: Processe
     states = states_by_rank[processes.rank]
 
     def _decode(device: str) -> torch.Tensor:
-        """Return the saved state of the generator of a device."""
+        """Return the saved state of the random generator of a device type."""
         return torch.frombuffer(bytearray(base64.b64decode(states[device])), dtype=torch.uint8)
 
     torch.set_rng_state(_decode("cpu"))

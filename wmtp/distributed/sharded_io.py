@@ -1,7 +1,8 @@
 """Gather, shard, write and read tensors that are sharded over the ranks (DTensor).
 
-Torch's distributed checkpoint writes the shards. Its own index of the shards is a pickle, which can execute code when
-it is loaded; this module writes the index as JSON instead, so that only tensors are unpickled.
+The package torch.distributed.checkpoint writes the shards. By default, it writes the index of the shards as a pickle,
+which can execute code when it is loaded. This module writes the index as JSON instead, so that only tensors are
+unpickled.
 """
 
 import json
@@ -38,10 +39,10 @@ INDEX = "shards.json"
 
 
 def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return full copies on the CPU of tensors that may be sharded, or an empty dict on ranks without `keep`.
+    """Gather tensors that may be sharded, and return full copies of them on the CPU.
 
-    All ranks must call this with tensors of the same names. The tensors are gathered one at a time, so the device
-    never holds more than one full copy.
+    All ranks must call this with tensors of the same names. On a rank where `keep` is False, the result is empty. The
+    tensors are gathered one at a time, so that no device holds more than one full copy.
     """
     kept: dict[str, Tensor] = {}
     problem: Exception | None = None
@@ -59,12 +60,15 @@ def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tenso
 
 
 def is_shard_of(tensor: Tensor | None, shape: torch.Size) -> bool:
-    """Return whether a tensor is sharded and its full shape is `shape`."""
+    """Return whether a tensor is sharded and the shape of the full tensor is `shape`."""
     return isinstance(tensor, DTensor) and tensor.shape == shape
 
 
 def shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """Return this rank's shard of a full tensor if `like` is sharded and has its shape, else the tensor itself."""
+    """Return this rank's shard of a full tensor, if `like` is a sharded tensor with the same full shape.
+
+    Otherwise return `tensor` unchanged.
+    """
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     (chunk,) = like.__create_chunk_list__()  # type: ignore[no-untyped-call]
@@ -77,7 +81,10 @@ def shard_like(tensor: Tensor, like: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """The position of a shard in its full tensor, and the position of its bytes in a file."""
+    """The position of a shard in the full tensor (`offsets`, `sizes`) and in a file.
+
+    In the file, the shard occupies `length` bytes from the byte position `start`.
+    """
 
     offsets: list[int]
     sizes: list[int]
@@ -87,9 +94,12 @@ class ShardEntry:
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
-    """Write this rank's shards into one file, and in the main process the index; return the written files.
+    """Write this rank's shards to a file. The main process also writes the index of the shards of all ranks.
 
-    All ranks must call this. The shards are not synced to the disk.
+    All ranks must call this function. It does not sync the file of shards to the disk.
+
+    Returns:
+        The paths of the files that this rank has written.
 
     Raises:
         OtherProcessFailed: another rank could not write its shards.
@@ -109,13 +119,16 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
 def read_shards(
     folder: Path, should_read: Callable[[str], bool], like: Callable[[str], Tensor | None]
 ) -> dict[str, Tensor]:
-    """Read tensors from the shards of any number of ranks, without communication between the ranks.
+    """Read tensors from the files that `write_shards` wrote, without communication between the ranks.
+
+    The number of ranks may differ from the number of ranks that wrote the files.
 
     Args:
-        folder: folder with the shards; its files must have been verified.
-        should_read: returns whether to read the tensor of a name.
-        like: returns the live tensor of a name. If it is sharded and has the same full shape, the returned tensor is
-            sharded in the same way. Otherwise the full tensor is returned, on the CPU.
+        folder: folder of the files. Their hashes must have been verified before.
+        should_read: returns whether to read the tensor with the given name.
+        like: returns the tensor in memory that corresponds to the given name, or None. If that tensor is sharded and
+            has the same full shape as the stored one, this function returns the stored tensor sharded in the same way.
+            Otherwise it returns the full tensor on the CPU.
     """
     tensors: dict[str, Tensor] = {}
     for name, stored in _read_index(folder).state_dict_metadata.items():
@@ -137,10 +150,10 @@ def read_shards(
 
 
 class _Writer(FileSystemWriter):
-    """Torch's writer, with an index in JSON and with the original errors of the file system."""
+    """A version of torch's writer that writes the index as JSON and raises the original errors of the file system."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's shards; raise the OSError that torch's error hides."""
+        """Write this rank's shards. If an OSError caused the error that torch raises, raise an OSError instead."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
@@ -152,7 +165,7 @@ class _Writer(FileSystemWriter):
             raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index with the positions of the shards of all ranks."""
+        """Write the index, which contains the positions of the shards of all ranks."""
         locations = {result.index: result.storage_data for rank_results in results for result in rank_results}
         index: dict[str, Any] = {}
         for name, stored in metadata.state_dict_metadata.items():
@@ -169,10 +182,10 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader, with an index in JSON."""
+    """A version of torch's reader that reads the index as JSON."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index as torch's metadata."""
+        """Read the index, and return it as an object of torch's class `Metadata`."""
         return _read_index(Path(self.path))
 
 
@@ -190,7 +203,11 @@ def _read_index(folder: Path) -> Metadata:
 
 
 def _original_error(error: CheckpointException, rank: int) -> BaseException:
-    """Return the error of this rank, or if it had none, the error of the lowest rank that failed."""
+    """Return the original error that a CheckpointException contains.
+
+    This is the error of this rank. If this rank had no error, it is an `OtherProcessFailed` for the lowest rank that
+    failed.
+    """
     if rank in error.failures:
         return error.failures[rank][0]
     other, (problem, _) = min(error.failures.items(), key=lambda item: item[0])

@@ -20,19 +20,22 @@ from wmtp.runtime.signals import is_sigterm_ignored
 POLL_INTERVAL_S = 0.5
 """Seconds between checks of the other ranks."""
 FAILED_KEY = "failed"
-"""Key in the store for the rank of a process that failed."""
+"""Key under which a rank that failed writes its number into the key-value store of the ranks."""
 ABORT_GRACE_S, CLOSE_GRACE_S = 3.0, 20.0
-"""Seconds until this process is ended after another rank died: normally, and while it closes files and uploads."""
+"""Seconds after the failure of another rank until the watchdog ends this process. The second number applies while this
+process closes files and uploads data after an error."""
 SETTLE_S = 0.2
-"""Seconds between a broken connection and the end of its process."""
+"""Seconds to wait after a connection to another rank broke, until the end of a dying process can be observed."""
 
 
 class Watchdog:
-    """A thread that checks the other ranks from the start of the process group until the exit barrier.
+    """A thread that ends this process if another rank fails and this process hangs because of it.
 
-    If another rank reports a failure, or dies on this machine before it is done, this process has a few seconds to
-    fail by itself. If it does not, because it waits in a call that cannot be interrupted (a collective of NCCL), the
-    watchdog calls `on_hang` with the dead rank and ends the process with the exit code that `on_hang` returns.
+    The thread starts when the process group exists, and stops in `exit_barrier`. It looks for ranks that reported a
+    failure, and for ranks on this machine that died before they were done. If there is such a rank, this process has a
+    few seconds to end by itself. It may be unable to do so, because it waits in a call that cannot be interrupted (for
+    example, a collective operation of NCCL). Then the watchdog calls `on_hang` with the number of the failed rank, and
+    ends this process with the exit code that `on_hang` returns.
     """
 
     def __init__(self, processes: Processes, store: Store, on_hang: Callable[[int], int]) -> None:
@@ -51,7 +54,7 @@ class Watchdog:
         """Mark this rank as done, wait until all ranks are done, and stop the watchdog.
 
         Raises:
-            OtherProcessFailed: a rank died before it was done, or is not done after `timeout` seconds.
+            OtherProcessFailed: another rank failed before it was done, or is not done after `timeout` seconds.
         """
         self.store.set(_done_key(self.rank), "")
         self._wait_until_done(timeout)
@@ -61,7 +64,10 @@ class Watchdog:
             self._wait_until_stopped()
 
     def dead_rank(self) -> int | None:
-        """Return a rank of this machine that died before it was done, or a rank that reported a failure, or None."""
+        """Return another rank that failed, or None if there is no such rank.
+
+        A rank failed if it runs on this machine and its process died before it was done, or if it reported a failure.
+        """
         for rank, pid in self.pids.items():
             if not is_alive(pid) and not self._has(_done_key(rank)):
                 return rank
@@ -71,12 +77,12 @@ class Watchdog:
         return None
 
     def report_failure(self) -> None:
-        """Announce in the store that this rank failed, because other machines cannot see its process."""
+        """Record in the key-value store that this rank failed, because other machines cannot check its process."""
         with suppress(RuntimeError):  # the process that hosts the store may be dead
             self.store.set(FAILED_KEY, str(self.rank))
 
     def attribute_failure(self, report: ExitReport) -> ExitReport:
-        """Return this rank's exit report with the dead rank in its message, if a dead rank caused the failure."""
+        """Return an exit report of this rank. If another rank died and so caused the failure, add it to the message."""
         if report.end != PEER_FAILED:
             return report
         time.sleep(SETTLE_S)
@@ -101,7 +107,7 @@ class Watchdog:
         return [rank for rank in range(self.size) if not self._has(key(rank))]
 
     def _has(self, key: str) -> bool:
-        """Return whether the store has a key; False if the process that hosts the store is dead."""
+        """Return whether the store of the ranks contains a key; False if the process that hosts the store is dead."""
         try:
             return bool(self.store.check([key]))
         except RuntimeError:
@@ -129,5 +135,5 @@ def _stopped_key(rank: int) -> str:
 
 
 def _machine() -> str:
-    """Return the host name and the namespace of process ids: a pid is valid only within both."""
+    """Return the host name and the namespace of process ids. A process id is valid only within this combination."""
     return socket.gethostname() + (str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else "")

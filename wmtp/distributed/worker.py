@@ -1,4 +1,4 @@
-"""Set up a worker process that the launcher started."""
+"""Set up a worker, which is a process that the launcher of a run started."""
 
 import json
 import logging
@@ -13,12 +13,18 @@ from typing import Any
 from wmtp.runtime.processes import kill_on_parent_death
 
 CONTEXT_VARIABLE = "WMTP_TASK"
-"""Environment variable with the path of the file that contains the context of a worker's job."""
+"""Environment variable of a worker. It contains the path of the file with the input of the worker's job."""
 CONTEXT_FILE = "task.json"
 
 
 def receive_context() -> tuple[dict[str, Any], Path]:
-    """Make this worker end with its launcher; return the job's context and the folder shared with the launcher."""
+    """Read the input of the job that the launcher wrote for this worker.
+
+    From then on, this worker ends when the launcher ends.
+
+    Returns:
+        The input of the job, and the folder that this worker shares with the launcher.
+    """
     path = Path(os.environ.pop(CONTEXT_VARIABLE))  # so that a subprocess of this worker is not taken for a worker
     try:
         context: dict[str, Any] = json.loads(path.read_text())
@@ -29,19 +35,26 @@ def receive_context() -> tuple[dict[str, Any], Path]:
 
 
 def mark_ready(folder: Path) -> None:
-    """Write the file by which the launcher recognizes that this worker handles signals."""
+    """Inform the launcher that this worker now handles signals.
+
+    The function writes a file that contains the process id of this worker.
+    """
     staged = folder / f"{os.getpid()}.tmp"
     staged.write_text(str(os.getpid()))
     staged.rename(folder / f"ready-{os.environ['RANK']}")
 
 
 def ready_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of `mark_ready`; each contains the process id of a worker."""
+    """Yield the files that the workers wrote with `mark_ready`. Each file contains the process id of a worker."""
     return folder.glob("ready-*")
 
 
 def set_up_output(job_logging: dict[str, Any]) -> None:
-    """Configure logging as in the command on rank 0; discard all output on the other ranks."""
+    """Configure the output of a worker.
+
+    On rank 0, apply `job_logging`, which is the logging configuration of the command. On the other ranks, discard all
+    output.
+    """
     if os.environ["RANK"] == "0":
         logging.config.dictConfig(job_logging)
         return

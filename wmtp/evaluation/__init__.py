@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: pass@k of its programs, losses and accuracies."""
+"""Evaluation of a trained model: it measures how many of the model's programs pass, and how well it predicts."""

@@ -1,4 +1,7 @@
-"""One evaluation: generate and grade samples, measure losses, write summary.json, and send metrics to the tracker."""
+"""Evaluation of one checkpoint.
+
+An evaluation generates and grades samples, measures losses, writes summary.json, and sends metrics to MLflow.
+"""
 
 import logging
 import time
@@ -44,7 +47,10 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """An evaluation and its folder; samples that are already in the folder are not generated again."""
+    """One evaluation of a checkpoint, with the folder of its results.
+
+    Samples that are already in the folder are not generated again.
+    """
 
     def __init__(self, config: DictConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -61,15 +67,16 @@ class Evaluator:
         self.hardware: Hardware = build(config.hardware)
 
     def evaluate(self) -> float | None:
-        """Generate and grade the missing samples, measure the losses, and write summary.json.
+        """Generate and grade the samples that are not yet in the folder, measure the losses, and write summary.json.
 
         Returns:
-            pass@k for the first k, or None if nothing was graded.
+            The estimate of pass@k for the smallest k in the settings, or None if there is no estimate.
 
         Raises:
-            InputError: the checkpoint is damaged or has another tokenizer, or there is nothing to evaluate.
-            SandboxUnavailable: no isolation works on this machine, or some programs could not be graded.
-            PendingError: the metrics are on disk, but could not be sent to the tracker.
+            InputError: the checkpoint is damaged or was trained with another tokenizer, the folder contains another
+                evaluation, a prompt is too long, or no problem has tests.
+            SandboxUnavailable: no isolation method works on this machine, or some programs could not be graded.
+            PendingError: the metrics are on disk, but they could not be sent to MLflow.
         """
         started = time.monotonic()
         records = self._read_records()
@@ -115,7 +122,7 @@ class Evaluator:
         return next((entry["value"] for entry in summary["pass_at_k"].values()), None)
 
     def _read_records(self) -> list[Record]:
-        """Return the records of the chosen split."""
+        """Return the records of the split that is evaluated."""
         splits, name = self.source.read(), self.split
         records = [r for part in splits for r in part] if name == "all" else list(getattr(splits, name))
         if not any(record.tests for record in records):
@@ -126,7 +133,7 @@ class Evaluator:
         return records
 
     def _select_problems(self, records: Sequence[Record]) -> list[Record]:
-        """Return the problems with tests, at most `limit`."""
+        """Return the problems that have tests. If the setting `limit` is given, return at most that many problems."""
         source = self.source
         problems = [p for p in unique_problems(records) if p.tests][: self.settings.limit]
         prompts = encode_prompts(source.tokenizer, source.template, [p.prompt for p in problems])
@@ -141,7 +148,7 @@ class Evaluator:
         return problems
 
     def _prediction_metrics(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
-        """Return the losses and accuracies on the correct solutions of all records."""
+        """Return the model's losses and accuracies on the correct solutions among `records`."""
         correct = [record for record in records if record.is_correct]
         split = TokenizedSplit("evaluation", correct, self.source.without_selection(), None, self.cache_dir)
         return prediction_metrics(model, split, self.source.tokenizer, self.hardware, self.config.batch_size)
@@ -149,7 +156,10 @@ class Evaluator:
     def _grade_missing(
         self, results_log: ResultsLog, problems: Sequence[Record], model: MtpModel, isolation: Isolation
     ) -> int:
-        """Generate and grade the missing samples; return the number of programs that could not be graded."""
+        """Generate and grade the samples that the results log does not contain yet.
+
+        Return the number of programs that could not be graded because of a sandbox error.
+        """
         missing = results_log.missing(problems, self.settings.n)
         source, total = self.source, len(problems) * self.settings.n
         samples_each = f"{self.settings.n} sample{'s' if self.settings.n > 1 else ''} for each"
@@ -172,7 +182,7 @@ class Evaluator:
         return errors
 
     def _is_sandbox_error(self, sample: Sample) -> bool:
-        """Return whether the sandbox failed and not the program; log such an error."""
+        """Return whether the verdict of a sample is a sandbox error. Log the error if it is."""
         assert sample.verdict is not None
         if sample.verdict.outcome != "sandbox error":
             return False
@@ -180,7 +190,10 @@ class Evaluator:
         return True
 
     def _log_metrics(self, summary: dict[str, Any]) -> None:
-        """Write the metrics to a file that the run's MLflow tracker follows, and send them unless the run is active."""
+        """Write the metrics of the summary to a file in the run's folder, and send them to MLflow.
+
+        If the run is still active, the metrics are only written, because the run sends them itself.
+        """
         if not any((self.run_folder / name).exists() for name in ("status.json", RUN)):  # a checkpoint outside a run
             return
         values = {f"pass_at_{k}": entry["value"] for k, entry in summary["pass_at_k"].items()}
@@ -201,7 +214,7 @@ class Evaluator:
             send_pending(self.run_folder)
 
     def _metric_label(self) -> str:
-        """Return the part of metric names that contains data, split and decoding."""
+        """Return the part of metric names that identifies the data set, the split, the temperature and the `limit`."""
         temperature, limit = self.decoding.temperature, self.settings.limit
         decoding_name = f"temperature_{temperature:g}" if temperature else "greedy"
         return "-".join([self.source.name, self.split, decoding_name, *([f"first_{limit}"] if limit else [])])
@@ -212,10 +225,15 @@ class Evaluator:
 
 @contextmanager
 def show_progress(console: Console, total: int, done: int) -> Iterator[Callable[[], None]]:
-    """Show the number of graded samples: as a bar on a terminal, else as a line for each tenth.
+    """Show how many samples are graded: on a terminal as a bar, otherwise as a line after each tenth of the samples.
+
+    Args:
+        console: the console on which the progress is shown.
+        total: the number of all samples.
+        done: the number of samples that were graded before.
 
     Yields:
-        A function to call after each sample.
+        A function that must be called after each graded sample.
     """
     if console.is_terminal:
         columns = TextColumn("graded"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)

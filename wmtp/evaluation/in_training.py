@@ -1,4 +1,4 @@
-"""Sampling during training: write samples.jsonl, and measure the pass rate on held-out problems."""
+"""Sampling during training. Samples are written to samples.jsonl, and the pass rate of their programs is measured."""
 
 import json
 import logging
@@ -23,9 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class SampleEvaluation:
-    """Greedy samples for validation problems at every validation, and for test problems at the end of training.
+    """Generator of greedy samples for validation problems at every validation, and for test problems after training.
 
-    The main process generates them. With a `grader`, samples of problems with tests are graded.
+    If the data set has no test split, the test problems are also taken from the validation split. The main process
+    generates the samples. If there is a `grader`, it grades the samples of problems that have tests.
     """
 
     def __init__(
@@ -43,12 +44,12 @@ class SampleEvaluation:
         self.test_problems = self._select_problems("test", data.test or data.validation.records, num_test)
 
     def drop_after(self, step: int) -> None:
-        """Drop the samples written after the step from which a run resumes."""
+        """Remove the samples of steps after `step` from samples.jsonl, for a run that resumes from `step`."""
         if self.processes.is_main:
             drop_lines_after(self.path, step)
 
     def validate(self, model: MtpModel, step: int) -> dict[str, float]:
-        """Sample the validation problems; return `pass_rate` if any were graded, and the speculation metrics."""
+        """Generate a sample for each validation problem, and return their metrics (see `sample_metrics`)."""
         if not self.validation_problems:
             return {}
         full = unsharded_copy(model, self.processes.is_main)
@@ -57,7 +58,10 @@ class SampleEvaluation:
         )
 
     def evaluate_test(self, model: MtpModel, step: int) -> dict[str, Any] | None:
-        """Sample the test problems; return pass@1 with its interval, or None if no sample was graded."""
+        """Generate a sample for each test problem, and return pass@1.
+
+        The result also has the interval of pass@1 and the number of graded samples. It is None if no sample was graded.
+        """
         if not self.test_problems:
             return None
         full = unsharded_copy(model, self.processes.is_main)
@@ -71,7 +75,7 @@ class SampleEvaluation:
         return self.processes.run_on_main(_pass_at_1)
 
     def _generate(self, problems: Sequence[Record], model: MtpModel | None, step: int, split: str) -> list[Sample]:
-        """Generate one sample for each problem and append them to samples.jsonl."""
+        """Generate one sample for each problem, and append the samples to samples.jsonl."""
         assert model is not None
         data = self.data
         decoding = Decoding(max_new_tokens=data.max_new_tokens)
@@ -91,7 +95,7 @@ class SampleEvaluation:
         return samples
 
     def _select_problems(self, split: str, records: Sequence[Record], count: int) -> list[Record]:
-        """Return the first `count` problems whose prompts leave room for a completion."""
+        """Return the first `count` problems, excluding those whose prompts leave no room for a completion."""
         if not count:
             return []
         problems = unique_problems(records)
@@ -103,7 +107,7 @@ class SampleEvaluation:
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:
-    """Return a line of samples.jsonl without its step and split."""
+    """Return the fields of a line of samples.jsonl, except `step` and `split`."""
     record, verdict = sample.record, sample.verdict
     row = {"task_id": record.task_id, "difficulty": record.difficulty, "prompt": record.prompt}
     row |= {"completion": sample.completion.text}
@@ -113,12 +117,12 @@ def sample_row(sample: Sample) -> dict[str, Any]:
 
 
 def graded_outcomes(samples: Sequence[Sample]) -> list[str]:
-    """Return the outcomes of the samples that were graded without a sandbox error."""
+    """Return the outcome of each graded sample, excluding sandbox errors."""
     return [s.verdict.outcome for s in samples if s.verdict is not None and s.verdict.outcome != "sandbox error"]
 
 
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return `pass_rate` if any samples were graded, and the speculation metrics."""
+    """Return the metrics of speculative decoding, and also `pass_rate` if at least one sample was graded."""
     outcomes = graded_outcomes(samples)
     pass_rate = {"pass_rate": outcomes.count("pass") / len(outcomes)} if outcomes else {}
     return pass_rate | speculation_metrics([sample.completion.stats for sample in samples])

@@ -1,4 +1,4 @@
-"""pass@k: the probability that at least one of k samples passes, and its unbiased estimate from n samples."""
+"""The metric pass@k, which is the probability that at least one of k samples passes, and its unbiased estimate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """pass@k averaged over problems, with its 95 % interval; its bounds are None if all problems have equal values."""
+    """The mean of pass@k over problems, with the bounds of its 95 % interval.
+
+    `low` and `high` are None if pass@k is the same for all problems.
+    """
 
     value: float
     low: float | None
@@ -21,16 +24,18 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the probability that at least one of k samples passes, drawn from n samples of which c pass.
+    """Return the probability that at least one of k samples passes, if k of n samples are drawn, of which c pass.
 
-    It is 1 − C(n−c, k) / C(n, k). Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code
-    (arXiv 2107.03374), equation 1.
+    The samples are drawn without replacement. The probability is 1 − C(n−c, k) / C(n, k), where C(a, b) is the number
+    of ways to choose b of a samples. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code (arXiv
+    2107.03374), equation 1.
 
     >>> pass_at_k(10, 3, 1), round(pass_at_k(10, 3, 5), 6)
     (0.3, 0.916667)
 
     Raises:
-        ValueError: k > n, for which there is no unbiased estimate.
+        ValueError: k is greater than n, so that there is no unbiased estimate; or k is below 1; or c is not in the
+            range from 0 to n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples of which {c} pass")
@@ -38,10 +43,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
-    """Return pass@k averaged over problems, with a bootstrap percentile interval.
+    """Return the mean of pass@k over problems, with a bootstrap percentile interval.
 
-    `counts` contains (n, c) for each problem: its number of samples, and how many of them pass. The bootstrap resamples
-    problems, not samples, so the interval describes the variation between sets of problems.
+    `counts` contains a pair (n, c) for each problem: n samples were graded, and c of them passed. The bootstrap
+    resamples problems, not samples. Therefore the interval describes how the mean varies between sets of problems.
 
     Raises:
         ValueError: a problem has fewer than k samples.

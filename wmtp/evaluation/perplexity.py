@@ -1,4 +1,4 @@
-"""Metrics of the prediction of solution tokens: loss, perplexity, and the accuracy of each head."""
+"""Metrics that describe how well a model predicts the tokens of solutions: losses, perplexity and accuracies."""
 
 import math
 
@@ -18,17 +18,18 @@ from wmtp.ops.metric_sums import MetricSums
 from wmtp.ops.targets import targets
 
 ROWS_AT_ONCE = 2_048
-"""Positions per chunk, which bounds the memory of the logits."""
+"""Number of positions whose logits are computed at the same time. It bounds the memory that the logits need."""
 
 
 @torch.inference_mode()
 def prediction_metrics(
     model: MtpModel, split: TokenizedSplit, tokenizer: Tokenizer, hardware: Hardware, batch_size: int
 ) -> dict[str, float]:
-    """Return `loss`, `mtp_loss`, `head_k_loss` and `head_k_accuracy` for each head, and `perplexity`.
+    """Return the losses, the perplexity and the accuracies of a model on the solutions of a split.
 
-    All are means over the tokens of the solutions with weights 1. Losses are in nats; `mtp_loss` is their mean over the
-    heads, and `perplexity` is exp(`head_1_loss`). Without samples the result is empty.
+    For each head k, the result contains `head_k_loss` and `head_k_accuracy`, which are means over the tokens of the
+    solutions. `loss` is the training loss if all weights are 1. `mtp_loss` is the mean of the losses of the heads, and
+    `perplexity` is exp(`head_1_loss`). Losses are in nats. If the split has no samples, the result is empty.
     """
     objective, sums = MtpObjective(Uniform()), MetricSums()
     model.eval()
@@ -50,9 +51,9 @@ def accuracy_sums(
     unembedding: Float[Tensor, "vocabulary dim"],
     target: Int[Tensor, "head batch position"],
 ) -> MetricSums:
-    """Return the sums for `head_1_accuracy` …: the number of correct predictions and of targets of each head.
+    """Return the number of correct predictions and the number of targets of each head, as sums for `head_k_accuracy`.
 
-    A head's prediction is its most likely token.
+    The prediction of head k is the token to which it gives the highest probability.
     """
     sums = MetricSums()
     for k, (head_states, head_target) in enumerate(zip(states, target, strict=True), 1):

@@ -1,4 +1,7 @@
-"""The result files of an evaluation. Each graded sample is appended, so an interrupted evaluation can continue."""
+"""The result files of an evaluation.
+
+Each graded sample is appended to them, so an interrupted evaluation can continue.
+"""
 
 import json
 from collections.abc import Sequence
@@ -17,10 +20,11 @@ Key = tuple[str, int]
 
 
 class ResultsLog:
-    """Writer of samples.jsonl and results.jsonl, with one line for each graded sample.
+    """Writer of the files samples.jsonl and results.jsonl. Each file has one line for each graded sample.
 
-    Public harnesses read samples.jsonl. `identity` contains all settings that determine the samples. It must equal the
-    identity stored in the folder.
+    The format of samples.jsonl is the one that public evaluation tools read. `identity` contains all settings that
+    determine the samples. If the folder already contains an evaluation, `identity` must equal the identity stored
+    there.
 
     Raises:
         InputError: the folder contains another evaluation, or a damaged file.
@@ -64,11 +68,11 @@ class ResultsLog:
             file.flush()
 
     def missing(self, problems: Sequence[Record], n: int) -> list[tuple[Record, int]]:
-        """Return the (problem, index) pairs of `n` samples per problem that are not in the files."""
+        """Return the pairs (problem, sample index) that are not in the files, of the first `n` samples per problem."""
         return [(p, index) for p in problems for index in range(n) if (p.task_id, index) not in self.results]
 
     def close(self, problems: Sequence[Record]) -> None:
-        """Close the files, and sort their lines by problem and sample index."""
+        """Close the files, and sort the lines of each file by problem and sample index."""
         for file in self._files:
             file.close()
         order = {problem.task_id: number for number, problem in enumerate(problems)}
@@ -88,7 +92,9 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[Key, Row]:
-    """Read the complete lines of a file. An incomplete last line, left by a crash, is dropped.
+    """Return the rows of a JSONL file, with pairs (problem name, sample index) as keys.
+
+    An incomplete last line, which a crash may have left, is ignored. If the file does not exist, the result is empty.
 
     Raises:
         InputError: a complete line is damaged.

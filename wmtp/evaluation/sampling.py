@@ -1,4 +1,4 @@
-"""Generation of samples for programming problems. Samples are graded while the next ones are generated."""
+"""Generation of samples for programming problems. Samples are graded while further samples are generated."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,11 @@ Grader = Callable[[Program], Verdict]
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample `index` of a problem, with the verdict of its tests; the verdict is None if the sample was not graded."""
+    """A completion of a problem's prompt, with the verdict of the problem's tests.
+
+    `index` is the number of the sample among the samples of its problem, starting with 0. `verdict` is None if the
+    sample was not graded.
+    """
 
     record: Record
     index: int
@@ -26,23 +30,29 @@ class Sample:
 
 
 def unique_problems(records: Sequence[Record]) -> list[Record]:
-    """Return the first record of each problem; all records of a problem have the same prompt and tests."""
+    """Return the first record of each problem. All records of a problem have the same prompt and the same tests."""
     return list({record.task_id: record for record in reversed(records)}.values())[::-1]
 
 
 def build_program(record: Record, text: str) -> Program:
-    """Return the program of a completion, with the problem's tests."""
+    """Return the program that consists of a record's preamble and the completion `text`, with the record's tests."""
     return Program(record.preamble + text, record.tests, setup=record.setup, preamble=record.preamble)
 
 
 def sample_seed(seed: int, name: str, index: int) -> int:
-    """Return the seed of one sample's noise: 63 bits of a hash of seed, problem name and sample index."""
+    """Return the random seed of one sample, which is a hash of 63 bits.
+
+    Args:
+        seed: the seed of the evaluation.
+        name: the name of the problem.
+        index: the number of the sample among the samples of its problem.
+    """
     digest = hashlib.sha256(f"{seed}\n{index}\n{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def encode_prompts(tokenizer: Tokenizer, template: str, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each prompt in the template."""
+    """Insert each prompt into the template, and return the tokens of the resulting texts."""
     return tokenizer.encode([template.replace("{prompt}", prompt) for prompt in prompts])
 
 
@@ -58,9 +68,10 @@ def generate_samples(
     grader: Grader | None,
     workers: int,
 ) -> Iterator[Sample]:
-    """Generate the samples (problem, index) in `keys`; grade those with tests; yield each as soon as it is ready.
+    """Generate a sample for each pair (problem, sample index) in `keys`, and yield each sample as soon as it is ready.
 
-    A sample depends only on its problem, its index and the seed. Up to `workers` programs are graded at the same time.
+    If there is a `grader`, it grades the samples of problems that have tests. Up to `workers` programs are graded at
+    the same time. A sample depends on its problem, its index and `seed`, but not on the other samples.
     """
     prompts = encode_prompts(tokenizer, template, [record.prompt for record, _ in keys])
     requests = [

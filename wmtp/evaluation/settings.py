@@ -13,7 +13,7 @@ from wmtp.sandbox.limits import Limits
 
 
 def _as_list(value: object) -> object:
-    """Return an integer as a list with one element, and any other value unchanged."""
+    """If the value is an integer, return a list that contains only the value. Otherwise return the value unchanged."""
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -22,9 +22,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The problems of an evaluation, the number of samples for each, and the isolation of their programs.
+    """Settings of an evaluation: its problems, the number of samples for each problem, and the isolation of programs.
 
-    If `split` is None, the test split is used, or all splits of a data set that is a benchmark.
+    If `split` is None, the test split is evaluated. If the data set is a benchmark, all its splits are evaluated
+    instead.
     """
 
     n: Positive = 1
@@ -38,13 +39,13 @@ class Evaluation:
 
     @property
     def num_workers(self) -> int:
-        """The number of programs that run at the same time: `workers`, by default the number of cores."""
+        """The number of programs that run at the same time, which is `workers` or by default the number of cores."""
         return self.workers or num_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """The keys of evaluate.yaml."""
+    """The keys of the config file evaluate.yaml."""
 
     checkpoint: dict[Literal["path"], str]
     data: Any = None
@@ -57,7 +58,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """The keys of generate.yaml."""
+    """The keys of the config file generate.yaml."""
 
     checkpoint: dict[Literal["path"], str]
     prompt: Annotated[str, Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""Summary of graded samples: pass@k with intervals and by difficulty, and the reasons for failures."""
+"""Summary of graded samples, with pass@k and its intervals, pass@k by difficulty, and the reasons for failures."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ PRINTED_METRICS = ("loss", "mtp_loss", "perplexity", "tokens_per_forward")
 
 
 def problem_counts(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
-    """Return the number of graded samples and the number of passed samples of each problem."""
+    """Return for each problem the number of its graded samples and the number of its samples that passed."""
     counts: dict[str, tuple[int, int]] = {}
     for row in rows:
         n, c = counts.get(row["task_id"], (0, 0))
@@ -25,14 +25,17 @@ def problem_counts(rows: Iterable[Row]) -> dict[str, tuple[int, int]]:
 
 
 def pass_at_k_estimates(rows: Sequence[Row], ks: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Return pass@k for each k. A k is omitted if any problem has fewer than k graded samples."""
+    """Return the estimate of pass@k for each k. If a problem has fewer than k graded samples, this k is omitted."""
     counts = list(problem_counts(rows).values())
     fewest = min((n for n, _ in counts), default=0)
     return {str(k): asdict(estimate(counts, k)) for k in sorted(set(ks)) if k <= fewest}
 
 
 def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
-    """Return pass@k in total and by difficulty, and the number of samples for each reason or outcome."""
+    """Return pass@k over all problems and by difficulty, and the number of samples by outcome.
+
+    Samples that failed are counted by the reason of their failure.
+    """
     by_difficulty: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         if row["difficulty"] is not None:
@@ -53,18 +56,18 @@ def pass_summary(rows: Sequence[Row], ks: Sequence[int]) -> dict[str, Any]:
 
 
 def decoding_summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the tokens per forward pass and the acceptance rate of each head's drafts."""
+    """Return the number of tokens per forward pass, and the fraction of each head's draft tokens that was accepted."""
     return speculation_metrics([SpeculationStats(*(row[name] for name in SpeculationStats._fields)) for row in rows])
 
 
 def format_estimate(estimate: dict[str, Any]) -> tuple[str, str]:
-    """Return an estimate and its interval as text."""
+    """Return two texts: the estimated value, and its interval."""
     low, high = estimate["low"], estimate["high"]
     return f"{estimate['value']:.3f}", "all problems equal" if low is None else f"{low:.3f} to {high:.3f}"
 
 
 def print_report(console: Console, summary: dict[str, Any]) -> None:
-    """Print the tables at the end of an evaluation."""
+    """Print the summary at the end of an evaluation, as tables and lines of text."""
     console.print(f"{summary['data']}: {summary['problems']} problems, {summary['samples']} programs graded")
     for table in (pass_table(summary), difficulty_table(summary), head_table(summary)):
         if table.row_count:
@@ -78,7 +81,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
 
 
 def pass_table(summary: dict[str, Any]) -> Table:
-    """Return the table of pass@k with intervals."""
+    """Return a table that shows pass@k and its interval for each k."""
     table = Table("", number_column("pass"), number_column("95 % interval over problems"))
     for k, entry in summary["pass_at_k"].items():
         table.add_row(f"pass@{k}", *format_estimate(entry))
@@ -86,7 +89,7 @@ def pass_table(summary: dict[str, Any]) -> Table:
 
 
 def difficulty_table(summary: dict[str, Any]) -> Table:
-    """Return the table of pass@k by difficulty."""
+    """Return a table that shows pass@k for each difficulty."""
     ks = list(summary["pass_at_k"])
     table = Table("difficulty", number_column("problems"), *(number_column(f"pass@{k}") for k in ks))
     for difficulty, entry in summary["by_difficulty"].items():
@@ -96,7 +99,7 @@ def difficulty_table(summary: dict[str, Any]) -> Table:
 
 
 def head_table(summary: dict[str, Any]) -> Table:
-    """Return the table of each head's loss and accuracy on correct solutions, and its acceptance rate of drafts."""
+    """Return a table that shows the loss, the accuracy and the fraction of accepted draft tokens of each head."""
     values = summary["prediction"] | summary["decoding"]
     table = Table("head", number_column("loss"), number_column("accuracy"), number_column("drafts accepted"))
     head = 1
@@ -108,5 +111,5 @@ def head_table(summary: dict[str, Any]) -> Table:
 
 
 def number_column(name: str) -> Column:
-    """Return a right-aligned column of numbers."""
+    """Return a right-aligned table column for numbers, with the title `name`."""
     return Column(name, justify="right")

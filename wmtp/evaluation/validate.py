@@ -1,4 +1,4 @@
-"""Validation of the configs of evaluate and generate, and default values from the run of the checkpoint."""
+"""Validation of the configs of `evaluate` and `generate`, and default values that depend on the checkpoint's run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +13,23 @@ from wmtp.errors import InputError
 from wmtp.models.loading import checkpoint_hash, find_checkpoint, read_run_config
 
 SAMPLING_TEMPERATURE = 0.8
-"""Default temperature if there are several samples per prompt."""
+"""Default temperature if several samples are generated for each prompt."""
 SOURCE_KEYS = ("_target_", "shape", "path")
-"""Keys of a data config that determine its data set."""
+"""Keys of a data config that determine which data set is read."""
 NON_IDENTITY_KEYS: dict[str, tuple[str, ...]] = {
     "data": (),
     "evaluation": ("n", "k", "limit", "workers", "sandbox"),
     "generation": ("batch_size",),
 }
-"""Settings that change the number of samples or the speed, but not any sample or verdict."""
+"""Keys of each config group that change the number of samples or the speed, but not the content or the verdict of any
+sample."""
 
 
 def fill_temperature(config: DictConfig, n: object) -> DictConfig:
-    """Return the config with a temperature if it has none: 0 (greedy) for one sample, else 0.8."""
+    """Return the config with a default temperature if its temperature is null.
+
+    The default is 0 (greedy decoding) if the number of samples `n` is 1, and 0.8 otherwise.
+    """
     if OmegaConf.select(config, "generation.temperature", default=0.0) is None:
         config = config.copy()
         config.generation.temperature = 0.0 if n == 1 else SAMPLING_TEMPERATURE
@@ -35,9 +39,10 @@ def fill_temperature(config: DictConfig, n: object) -> DictConfig:
 def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
     """Return the config with data settings of the run that trained the checkpoint.
 
-    If the config has the same data set as the run, all data settings of the run are used, otherwise only `max_length`.
-    Overrides on the command line take precedence. If there is no usable checkpoint, the config is returned unchanged,
-    and `checkpoint_issues` reports the error.
+    If the config names no data set, or the same data set as the run, it gets all data settings of the run. If it names
+    another data set, it gets only the run's `max_length`. Settings in `overrides`, which come from the command line,
+    have precedence. If the checkpoint or the config of its run cannot be read, the config is returned unchanged; in
+    this case `checkpoint_issues` reports the error.
     """
     try:
         trained = read_run_config(find_checkpoint(Path(config.checkpoint.path))[1])
@@ -62,7 +67,7 @@ def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def evaluation_identity(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
-    """Return all settings that determine the samples, their statistics and their verdicts, as plain JSON."""
+    """Return all settings that determine the samples, their statistics and their verdicts, as plain JSON values."""
     content = to_plain(config)
     parts: dict[str, Any] = {
         name: {key: value for key, value in content[name].items() if key not in excluded}
@@ -72,7 +77,7 @@ def evaluation_identity(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
 
 
 def evaluation_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all issues of a config of evaluate."""
+    """Return all issues of a config of the command `evaluate`."""
     issues = _common_issues(config)
     invalid = {issue.key.split(".")[0] for issue in issues}
     if not invalid & {"evaluation", "generation"}:
@@ -81,7 +86,7 @@ def evaluation_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield issues of `n`, `k` and the temperature if their values contradict each other."""
+    """Yield an issue if some k is greater than `n`, or if several samples are requested with temperature 0."""
     n, k = config.evaluation.n, config.evaluation.k
     ks = [k] if isinstance(k, int) else list(k)
     if too_large := [k for k in ks if k > n]:
@@ -92,7 +97,7 @@ def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def generation_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all issues of a config of generate."""
+    """Return all issues of a config of the command `generate`."""
     issues = _common_issues(config)
     if not issues and config.n > 1 and config.generation.temperature == 0:
         issues.append(
@@ -102,7 +107,7 @@ def generation_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def _common_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return the issues of all config nodes, of the hardware, and of the checkpoint."""
+    """Return the issues that both commands check: those of config nodes, of the hardware and of the checkpoint."""
     issues = list(node_issues(config, ""))
     for key, node in iter_nodes(config):
         issues += node_issues(node, key)
@@ -118,7 +123,7 @@ def _common_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def checkpoint_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if there is no checkpoint, or if its run has no valid config."""
+    """Yield an issue if there is no checkpoint, or if the run that trained the checkpoint has no valid config."""
     if OmegaConf.is_missing(config.checkpoint, "path"):
         yield ConfigIssue(
             "checkpoint", "", "missing; set it to the folder of a run or of a checkpoint: checkpoint=outputs/…"

@@ -1,1 +1,1 @@
-"""Text generation: decoding with a key-value cache, sampling, self-speculation."""
+"""Text generation with a key-value cache, sampling and self-speculation."""

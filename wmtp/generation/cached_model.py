@@ -16,11 +16,11 @@ from wmtp.models.transformer import Block
 
 
 class CachedModel:
-    """A model prepared for decoding: the trunk, head 1, and the heads that draft.
+    """A model that is prepared for decoding. It consists of the trunk, head 1, and the heads that draft tokens.
 
-    A forward pass consists of one call each of `forward_trunk`, `next_logits` and `draft_logits`, in this order.
-    Dropout is never applied, so the model's training mode has no effect. `num_slots` is the maximum length of a
-    sequence.
+    For a forward pass, `forward_trunk`, `next_logits` and `draft_logits` are each called once, in this order. Dropout
+    is never applied, so that the training mode of the model has no effect. `num_heads` is the number of heads in use,
+    including head 1. `num_slots` is the maximum length of a sequence.
     """
 
     def __init__(self, model: MtpModel, num_heads: int, num_slots: int, dtype: torch.dtype) -> None:
@@ -50,9 +50,10 @@ class CachedModel:
     def forward_trunk(
         self, tokens: Int[Tensor, "row position"], starts: Int[Tensor, " row"], length: int, cache: KVCache
     ) -> tuple[Float[Tensor, "row position dim"], CachedForward]:
-        """Run the trunk on tokens that continue the first rows of a cache; return its states and the forward pass.
+        """Run the trunk on tokens that continue the sequences in the first rows of a cache.
 
-        Row i continues at position `starts[i]`. `length` is the largest number of cached positions of a row afterwards.
+        The tokens of row i begin at position `starts[i]`. `length` is the number of cached positions of the longest row
+        after this forward pass. The result is the output of the trunk, and the `CachedForward` of this forward pass.
         """
         forward = CachedForward(starts, tokens.shape[1], length, cache.num_slots)
         x = F.embedding(tokens, self._embedding)
@@ -72,7 +73,10 @@ class CachedModel:
         cache: KVCache,
         at: Int[Tensor, " row"] | None,
     ) -> Float[Tensor, "row position_or_1 token"]:
-        """Return head 1's logits at every position, or only at position `at[row]` of each row."""
+        """Return the logits of head 1 at every token of the forward pass.
+
+        If `at` is given, return the logits only at the token with the index `at[row]` in each row.
+        """
         states = self._head_1(x, forward, cache.kv_blocks[len(self._trunk)], at)[0]
         forward.head_1_states = self._normalize(states)
         return self._logits(forward.head_1_states)
@@ -80,7 +84,10 @@ class CachedModel:
     def draft_logits(
         self, x: Float[Tensor, "row position dim"], forward: CachedForward, cache: KVCache, at: Int[Tensor, " row"]
     ) -> Float[Tensor, "row draft token"]:
-        """Return the logits of heads 2 … H at position `at[row]` of each row; `next_logits` must be called first."""
+        """Return the logits of all heads except head 1, at the token with the index `at[row]` in each row.
+
+        For the same forward pass, `next_logits` must be called first.
+        """
         if self._medusa_heads:
             states = forward.head_1_states
             states = states[:, 0] if states.shape[1] == 1 else states[forward.rows, at]
@@ -110,14 +117,17 @@ class CachedModel:
 
 
 def _cached_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
-    """Wrap each block in its own cached block."""
+    """Return one cached block for each block."""
     if isinstance(blocks[0], Block):
         return [FusedBlock([block], dtype) for block in blocks]  # type: ignore[list-item]
     return [HuggingFaceBlock(block, dtype) for block in blocks]  # type: ignore[arg-type]
 
 
 def _fused_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
-    """Wrap blocks that have the same input; blocks of `wmtp.models.transformer` are fused into one."""
+    """Return cached blocks for blocks that have the same input.
+
+    Blocks of `wmtp.models.transformer` are fused into a single cached block.
+    """
     if not blocks:
         return []
     return [FusedBlock(blocks, dtype)] if isinstance(blocks[0], Block) else _cached_blocks(blocks, dtype)  # type: ignore[arg-type]
@@ -132,7 +142,7 @@ class HuggingFaceBlock:
         self.dtype = dtype
 
     def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
-        """Return an empty cache for the block's kv heads."""
+        """Return an empty cache for the key and value heads of the block."""
         shape = num_rows, 2 * self.block.num_kv_heads, num_slots, self.block.head_dim
         return self.weight.new_zeros(shape, dtype=self.dtype)
 
@@ -143,7 +153,10 @@ class HuggingFaceBlock:
         kv_block: KVBlock,
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
-        """Return the block's output at every position, or only at position `at[row]` of each row."""
+        """Return the output of the block at every token of the forward pass.
+
+        If `at` is given, return the output only at the token with the index `at[row]` in each row.
+        """
         window = self.block.window
         mask = None
         if not forward.is_causal or (window is not None and window < forward.length):
@@ -160,5 +173,5 @@ class _HuggingFaceCache:
         self._forward, self._kv_block = forward, kv_block
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Write new keys and values to the cache; return the keys and the values of all positions so far."""
+        """Write new keys and values to the cache. Return all keys and values in the cache, including the new ones."""
         return self._forward.update(torch.cat([keys, values], dim=1).transpose(1, 2), self._kv_block)

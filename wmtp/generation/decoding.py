@@ -1,22 +1,23 @@
-"""Batched decoding with a key-value cache: greedy or sampled, with optional self-speculation.
+"""Greedy or sampled decoding of batches, with a key-value cache and with optional self-speculation.
 
 Each forward pass processes the last chosen token of every sequence and the draft tokens that follow it. Head 1 chooses
-the next token after each of them. A draft is accepted if it and all drafts before it equal head 1's choices. Head 1's
-choice after the last accepted draft is one more new token. At the same position, heads 2 … H draft the tokens for the
-next forward pass. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv 1811.03115);
+the next token after each of these tokens. A draft is accepted if it and all drafts before it equal head 1's choices.
+Head 1's choice after the last accepted draft is one more new token. At the same position, the other heads (2 … H) draft
+the tokens for the next forward pass. Sources: Stern et al. 2018, Blockwise Parallel Decoding (arXiv 1811.03115);
 Gloeckle et al. 2024 (arXiv 2404.19737), section 3.2 and appendix B.
 
-A choice depends only on the logits, the sample's seed and the position (see `sampling.sample_tokens`). The output is
-therefore the same as without speculation: it does not depend on the drafts, the batch or other sequences. A draft is
-sampled with the same noise as head 1's choice for that position, so both often agree. The probability is at least
-(1 − d) / (1 + d), where d is the total variation distance between the distributions of the two heads
-(Daliri, Musco, Suresh 2025, Coupling without Communication, arXiv 2408.07978). The rejection rule of
-Leviathan et al. 2023 (arXiv 2211.17192) accepts drafts with the higher probability 1 − d. Its output has the same
-distribution, but depends on the drafts.
+A choice depends only on the logits, the seed of the sample and the position (see `sampling.sample_tokens`). The output
+is therefore the same as without speculation. It does not depend on the drafts, on the batch or on other sequences. A
+draft is sampled with the same noise as head 1's choice for that position, so that both are often equal. The probability
+that they are equal is at least (1 − d) / (1 + d), where d is the total variation distance between the distributions of
+the two heads (Daliri, Musco, Suresh 2025, Coupling without Communication, arXiv 2408.07978). The rejection rule of
+Leviathan et al. 2023 (arXiv 2211.17192) accepts drafts with the higher probability 1 − d. With that rule, the output
+has the same distribution, but it depends on the drafts.
 
-The outputs are equal up to rounding. Logits of forward passes with different shapes differ slightly, in fp32 by a few
-1e-5. Completions can differ where the scores of two tokens are that close. `scripts/benchmark_decoding.py` counts
-tokens that differ and prints the smallest margin. In bf16, which is less precise, such differences are expected.
+The outputs with and without speculation are equal up to rounding. The logits of forward passes with different shapes
+differ slightly; in fp32, they differ by a few 1e-5. If the scores of two tokens are that close, the completions can
+differ. `scripts/benchmark_decoding.py` counts the tokens that differ, and prints the smallest difference between the
+two largest logits of a token. In bf16, which is less precise, such differences are expected.
 """
 
 from collections import deque
@@ -42,7 +43,10 @@ OnText = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """A nonempty prompt as token ids, and the seed of the noise for sampling. Equal prompts are computed once."""
+    """A prompt as token ids, and the seed of the noise for sampling.
+
+    The prompt must not be empty. If several requests have the same prompt, the prompt is processed only once.
+    """
 
     prompt: list[int]
     seed: int = 0
@@ -52,11 +56,11 @@ class Request:
 class Completion:
     """The completion of a prompt.
 
-    `tokens` exclude the end token and include the tokens of the stop string; `text` ends before the stop string.
-    `finish` is the reason why the completion ended: the end token (`end`), a stop string (`stop`) or a limit of its
-    length (`length`). `forwards` counts the forward passes for this sequence, including the one for the prompt.
-    `accepted` and `drafted` count the accepted drafts and all drafts of each head 2 … H, without drafts for positions
-    after the end.
+    `tokens` contains the tokens of the stop string, but not the end token. `text` ends before the stop string. `finish`
+    is the reason why the completion ended: the end token (`end`), a stop string (`stop`) or a limit of the length
+    (`length`). `forwards` is the number of forward passes that processed this sequence, including the one for the
+    prompt. `drafted` and `accepted` contain one number for each head 2 … H: the number of the head's drafts, and the
+    number of its accepted drafts. Drafts for positions after the end of the completion are not counted.
     """
 
     tokens: list[int]
@@ -68,7 +72,7 @@ class Completion:
 
     @property
     def stats(self) -> SpeculationStats:
-        """The counts of tokens, forward passes and drafts."""
+        """The numbers of tokens, forward passes and drafts of this completion."""
         num_chosen = len(self.tokens) + (self.finish == "end")
         return SpeculationStats(num_chosen, self.forwards, self.accepted, self.drafted)
 
@@ -83,12 +87,12 @@ def generate(
 ) -> Iterator[tuple[int, Completion]]:
     """Yield the index and the completion of each request as soon as it is finished.
 
-    Prompt and completion together never exceed `context` tokens. `on_text` is called with a request's index and its
-    new text as soon as that text is final. The model must not change during the iteration; its training mode has no
-    effect.
+    A prompt and its completion together have at most `context` tokens. `on_text` is called with the index of a request
+    and with new text of its completion, as soon as that text is final. The model must not change during the iteration.
+    Its training mode has no effect.
 
     Raises:
-        ValueError: a prompt is empty or fills the whole context.
+        ValueError: a prompt is empty, or it fills the whole context.
     """
     for index, request in enumerate(requests):
         if not 0 < len(request.prompt) < context:
@@ -133,7 +137,7 @@ def compute_dtype(model: MtpModel) -> torch.dtype:
 
 
 class _Sequence:
-    """One request and its completion so far."""
+    """One request, and the part of its completion that exists so far."""
 
     def __init__(
         self, index: int, request: Request, tokenizer: Tokenizer, settings: Decoding, context: int, num_drafts: int
@@ -151,16 +155,20 @@ class _Sequence:
 
     @property
     def last_token(self) -> int:
-        """The last chosen token, the only one that is not in the cache."""
+        """The last chosen token. It is the only token of the sequence whose key and value are not yet in the cache."""
         return self._tokens[-1]
 
     @property
     def last_position(self) -> int:
-        """The position of the last token."""
+        """The position of the last chosen token. Position 0 is the first token of the prompt."""
         return len(self.prompt) + len(self._tokens) - 1
 
     def update(self, chosen: list[int], drafts: list[int]) -> None:
-        """Append head 1's choices after the last token and after each accepted draft; store the next drafts."""
+        """Append the new tokens of one forward pass, and store the drafts for the next forward pass.
+
+        `chosen` contains head 1's choices after the last token and after each earlier draft. The choices after rejected
+        drafts are not appended.
+        """
         self._forwards += 1
         num_accepted = 0
         while num_accepted < len(self.drafts) and self.drafts[num_accepted] == chosen[num_accepted]:
@@ -173,7 +181,10 @@ class _Sequence:
         self.drafts = drafts
 
     def _append(self, tokens: list[int]) -> int:
-        """Append tokens up to the end of the completion; return their number, including the end token."""
+        """Append tokens until the completion ends, and return the number of appended tokens.
+
+        The end token is not stored, but it is counted.
+        """
         num_before = len(self._tokens)
         for token in tokens:
             if token == self._end:
@@ -189,7 +200,7 @@ class _Sequence:
         return len(self._tokens) - num_before + (self.finish == "end")
 
     def new_text(self) -> str:
-        """Return the text that has become final since the last call."""
+        """Return the text that has become final since the last call of this method."""
         return self._stop_strings.new_text(self._tokens, is_finished=self.finish is not None)
 
     def completion(self) -> Completion:
@@ -203,7 +214,10 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _PromptCache:
-    """Prefilled prompts: their rows in a separate cache, and the logits at their last positions."""
+    """Prompts that are already processed, with their keys, values and logits.
+
+    `rows` contains the row of each prompt in `cache`. The logits are those at the last position of each prompt.
+    """
 
     rows: dict[tuple[int, ...], int]
     cache: KVCache
@@ -212,7 +226,7 @@ class _PromptCache:
 
 
 class _Batch:
-    """The sequences that are decoded together. Sequence i has row i of the cache."""
+    """The sequences that are decoded together. Sequence i occupies row i of the cache."""
 
     def __init__(self, model: CachedModel, settings: Decoding, num_rows: int) -> None:
         self.sequences: list[_Sequence] = []
@@ -222,16 +236,19 @@ class _Batch:
 
     @property
     def num_free(self) -> int:
-        """The number of free rows."""
+        """The number of cache rows that no sequence occupies."""
         return self._num_rows - len(self.sequences)
 
     @property
     def should_refill(self) -> bool:
-        """True if enough rows are free to interrupt the running sequences for the prefill of new prompts."""
+        """True if so many rows are free that decoding should pause to process new prompts."""
         return self.num_free >= max(1, self._num_rows // 4)
 
     def add(self, sequences: list[_Sequence]) -> None:
-        """Add sequences: prefill their prompts and choose their first tokens; equal prompts must be adjacent."""
+        """Process the prompts of new sequences, and choose the first token of each sequence.
+
+        Sequences with the same prompt must be adjacent, so that the prompt is processed only once.
+        """
         computed = self._prompts.rows if self._prompts is not None else {}
         old = [sequence for sequence in sequences if tuple(sequence.prompt) in computed]
         new = [sequence for sequence in sequences if tuple(sequence.prompt) not in computed]
@@ -242,7 +259,7 @@ class _Batch:
             self._start_sequences(new, self._prompts)
 
     def _prefill(self, prompts: list[list[int]]) -> _PromptCache:
-        """Compute each distinct prompt once; shorter prompts are padded on the right."""
+        """Process each distinct prompt once. Shorter prompts are padded on the right."""
         rows = {tokens: row for row, tokens in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, rows))
         padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in rows]
@@ -254,7 +271,10 @@ class _Batch:
         return _PromptCache(rows, cache, next_logits, self._model.draft_logits(x, forward, cache, last))
 
     def _start_sequences(self, sequences: list[_Sequence], prompts: _PromptCache) -> None:
-        """Copy the cache row of each sequence's prompt, and choose its first token."""
+        """Choose the first token of each sequence.
+
+        The keys and values of its prompt are copied to the row of the sequence.
+        """
         sources = [prompts.rows[tuple(sequence.prompt)] for sequence in sequences]
         rows = [len(self.sequences) + number for number in range(len(sequences))]
         length = max(len(sequence.prompt) for sequence in sequences)
@@ -268,7 +288,7 @@ class _Batch:
         self._update_sequences(sequences, chosen, drafts)
 
     def step(self) -> None:
-        """Run one forward pass: verify the drafts of every sequence and make new ones."""
+        """Run one forward pass, which verifies the drafts of every sequence and makes new drafts."""
         numbers = [[s.seed, s.last_position, s.last_token, *s.drafts] for s in self.sequences]
         columns = torch.tensor(numbers, device=self._model.device)
         seeds, starts, tokens = columns[:, 0], columns[:, 1], columns[:, 2:]
@@ -284,7 +304,11 @@ class _Batch:
     def _drafts(
         self, logits: Float[Tensor, "row draft token"], seeds: Int[Tensor, " row"], positions: Int[Tensor, " row"]
     ) -> Int[Tensor, "row draft"]:
-        """Return drafts for `positions` and the positions that follow."""
+        """Return the drafts of all sequences.
+
+        `positions` contains the position of the first draft of each sequence. The other drafts are for the positions
+        that follow.
+        """
         if not logits.shape[1]:
             return seeds.new_empty(len(seeds), 0)
         offsets = torch.arange(logits.shape[1], device=logits.device)
@@ -295,13 +319,19 @@ class _Batch:
     def _update_sequences(
         self, sequences: list[_Sequence], chosen: Int[Tensor, "row position"], drafts: Int[Tensor, "row draft"]
     ) -> None:
-        """Copy the choices to the host and update each sequence. No other step waits for the device."""
+        """Copy the choices and the drafts to the CPU, and update each sequence.
+
+        Decoding waits for the device only in this method.
+        """
         width = chosen.shape[1]
         for sequence, tokens in zip(sequences, torch.cat([chosen, drafts], dim=1).tolist(), strict=True):
             sequence.update(tokens[:width], tokens[width:])
 
     def remove_finished(self) -> list[_Sequence]:
-        """Remove and return the finished sequences; unfinished sequences of the last rows move into the free rows."""
+        """Remove the finished sequences from the batch, and return them.
+
+        Unfinished sequences in the last rows are moved into the free rows, so that the first rows stay occupied.
+        """
         finished = [sequence for sequence in self.sequences if sequence.finish]
         num_left = len(self.sequences) - len(finished)
         free = [row for row in range(num_left) if self.sequences[row].finish]

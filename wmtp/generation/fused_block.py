@@ -1,4 +1,4 @@
-"""Fused blocks of `wmtp.models.transformer` for decoding, with as few matrix products as possible."""
+"""Blocks of `wmtp.models.transformer` that are fused for decoding, so that few matrix products are needed."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from wmtp.models.transformer import Block, RotaryTable
 
 
 class FusedBlock:
-    """Several `Block`s with the same input, computed together; also used for a single `Block`.
+    """One or several `Block`s that have the same input and are computed together.
 
-    Their attention heads are concatenated as if they were the heads of one block. The weights of the norms are
-    multiplied into the matrices that follow them.
+    The attention heads of all blocks are concatenated as if they were the heads of one block. The weights of each norm
+    are multiplied into the matrices that follow the norm.
     """
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ class FusedBlock:
         self.feed_forward_outputs = torch.stack([effective_weight(b.feed_forward.output).T for b in blocks]).to(dtype)
 
     def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
-        """Return an empty cache for the kv heads of all blocks."""
+        """Return an empty cache for the key and value heads of all blocks."""
         return self.projections.new_zeros(num_rows, 2 * self.num_kv_heads, num_slots, self.head_dim)
 
     def __call__(
@@ -49,7 +49,10 @@ class FusedBlock:
         kv_block: KVBlock,
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
-        """Return each block's output at every position, or only at position `at[row]` of each row."""
+        """Return the output of each block at every token of the forward pass.
+
+        If `at` is given, return the output only at the token with the index `at[row]` in each row.
+        """
         projected = F.linear(self._normalize(x), self.projections).view(*x.shape[:2], -1, self.head_dim)
         rotate_in_place(projected[..., : self.num_heads + self.num_kv_heads, :], forward.context)
         keys, values = forward.update(projected[:, :, self.num_heads :], kv_block)
@@ -81,13 +84,16 @@ class FusedBlock:
 def causal_mask(
     positions: Int[Tensor, "row query"], length: int, dtype: torch.dtype
 ) -> Float[Tensor, "row 1 query slot"]:
-    """Return an additive attention mask: −∞ for the slots after each query's position, else 0."""
+    """Return an additive attention mask, which is −∞ for the slots after the position of a query, and 0 elsewhere."""
     hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def rotate_in_place(x: Float[Tensor, "row position head head_dim"], table: tuple[Tensor, Tensor]) -> None:
-    """Apply rotary positions to queries and keys in place; the result equals that of `transformer.rotate`."""
+    """Rotate queries and keys in place by their rotary positions.
+
+    `table` comes from `signed_rotary_table`. The result equals that of `transformer.rotate`.
+    """
     cos, sin = table
     pairs = x.view(*x.shape[:-1], -1, 2)
     swapped = pairs.flip(-1)
@@ -95,6 +101,9 @@ def rotate_in_place(x: Float[Tensor, "row position head head_dim"], table: tuple
 
 
 def signed_rotary_table(table: RotaryTable, dtype: torch.dtype) -> Float[Tensor, "2 slot pair 2"]:
-    """Return the table for `rotate_in_place`: the cosines twice, and the sines once negative and once positive."""
+    """Return the table of rotary positions in the form that `rotate_in_place` needs.
+
+    For each pair of dimensions, the table contains the cosine twice, and the sine with a negative and a positive sign.
+    """
     cos, sin = (part[0] for part in table)
     return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).to(dtype)

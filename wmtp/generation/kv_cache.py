@@ -1,4 +1,4 @@
-"""The key-value cache of a model, and the positions of one forward pass in it."""
+"""The key-value cache of a model, and the positions that one forward pass adds to it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from wmtp.models.architecture import Context
 
 KVBlock = Float[Tensor, "any_row part_head slot head_dim"]
-"""The cache of one block. Axis 1 contains the keys of all kv heads, then their values."""
+"""The cache of one `CachedBlock`. Axis 1 contains the keys of all heads, followed by the values of all heads."""
 
 
 @runtime_checkable
 class CachedBlock(Protocol):
-    """One block, or several blocks with the same input, that read and extend a key-value cache."""
+    """One block, or several blocks with the same input. The keys and values are stored in a cache."""
 
     def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
-        """Return an empty cache for the keys and values."""
+        """Return an empty cache with `num_rows` rows and `num_slots` slots per row."""
 
     def __call__(
         self,
@@ -29,12 +29,15 @@ class CachedBlock(Protocol):
         kv_block: KVBlock,
         at: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "block row position_or_1 dim"]:
-        """Return each block's output at every position, or only at position `at[row]` of each row."""
+        """Return the output of each block at every token of the forward pass.
+
+        If `at` is given, return the output only at the token with the index `at[row]` in each row.
+        """
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode inside the context."""
+    """Keep a module in evaluation mode during a `with` statement. Restore its previous mode afterwards."""
     was_training = module.training
     if was_training:
         module.eval()
@@ -46,10 +49,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class KVCache:
-    """Keys and values of every block for every position computed so far; rows are reused.
+    """The keys and values of every block. A row contains one sequence, and is reused for another sequence later.
 
-    Position p is in slot p. The slots after a row's last position may contain padding or rejected drafts. They are
-    overwritten before any query can attend to them.
+    The keys and values at position p are in slot p. The slots after the last position of a sequence may contain padding
+    or rejected drafts. These slots are overwritten before any query can attend to them.
     """
 
     def __init__(self, blocks: Sequence[CachedBlock], num_rows: int, num_slots: int) -> None:
@@ -57,9 +60,10 @@ class KVCache:
         self.kv_blocks = [block.new_kv_block(num_rows, num_slots) for block in blocks]
 
     def reserve(self, num_slots: int, maximum: int) -> None:
-        """Make room for `num_slots` positions.
+        """Increase the number of slots per row to at least `num_slots`.
 
-        Twice as many slots are allocated, up to `maximum`, so that reallocation is rare.
+        If the cache is too small, twice as many slots are allocated, but at most `maximum`. Reallocation is therefore
+        rare.
         """
         if num_slots > self.num_slots:
             num_added = min(2 * num_slots, maximum) - self.num_slots
@@ -67,21 +71,25 @@ class KVCache:
             self.kv_blocks = [F.pad(kv_block, (0, 0, 0, num_added)) for kv_block in self.kv_blocks]
 
     def copy(self, source: "KVCache", source_rows: list[int], rows: list[int], num_slots: int) -> None:
-        """Copy the first `num_slots` slots of some rows of another cache."""
+        """Copy the first `num_slots` slots of some rows from another cache.
+
+        Row `source_rows[i]` of the cache `source` is copied to row `rows[i]` of this cache.
+        """
         for target, kv_block in zip(self.kv_blocks, source.kv_blocks, strict=True):
             target[rows, :, :num_slots] = kv_block[source_rows, :, :num_slots]
 
 
 class CachedForward:
-    """The positions of one forward pass in a cache, and the tensors that its blocks share.
+    """The positions that one forward pass adds to a cache, and the tensors that all blocks share in this forward pass.
 
-    Row i processes `width` tokens from position `starts[i]`. Afterwards the longest row has `length` cached positions.
+    In row i, the forward pass processes `width` tokens, the first of which is at position `starts[i]`. After the
+    forward pass, the longest row has `length` cached positions.
     """
 
     context: Context = None
-    """Position information for the blocks, such as the rotary table."""
+    """Information about the positions that every block needs, such as the rotary table."""
     head_1_states: Tensor
-    """Normalized states of head 1; set by `CachedModel.next_logits`."""
+    """The normalized hidden states of head 1, which `CachedModel.next_logits` stores."""
 
     def __init__(self, starts: Int[Tensor, " row"], width: int, length: int, num_slots: int) -> None:
         self.length, self.num_slots = length, num_slots
@@ -90,22 +98,28 @@ class CachedForward:
         self._slots: dict[int, Tensor] = {}
         self._shared: dict[object, Tensor] = {}
         self.is_causal = length == width
-        """True if every row begins at position 0, so that plain causal attention is enough."""
+        """True if every row begins at position 0. Then causal attention needs no explicit mask."""
 
     def shared_tensor(self, name: object, make: Callable[[], Tensor]) -> Tensor:
-        """Return the tensor of a name, which all blocks use; `make` computes it on the first call."""
+        """Return the tensor with the given name, which all blocks share.
+
+        The function `make` computes the tensor when it is needed for the first time.
+        """
         if name not in self._shared:
             self._shared[name] = make()
         return self._shared[name]
 
     def update(self, new: Float[Tensor, "row position part_head head_dim"], kv_block: KVBlock) -> tuple[Tensor, Tensor]:
-        """Write new keys and values to the cache; return the keys and the values of all positions so far."""
+        """Write new keys and values to the cache. Return all keys and values in the cache, including the new ones."""
         kv_block.flatten(0, 2).index_copy_(0, self._flat_indices(new.shape[2]), new.reshape(-1, new.shape[3]))
         keys, values = kv_block[: len(new), :, : self.length].chunk(2, dim=1)
         return keys, values
 
     def _flat_indices(self, num_heads: int) -> Int[Tensor, " row_position_head"]:
-        """Return the indices of the new tokens' vectors in a flattened cache block with `num_heads` heads."""
+        """Return the indices at which the new keys and values are stored in a cache block.
+
+        The first three axes of the block are flattened. `num_heads` is the size of the axis of key and value heads.
+        """
         if num_heads not in self._slots:
             first_slots = self.rows[:, None, None] * num_heads + torch.arange(num_heads, device=self.rows.device)
             self._slots[num_heads] = (first_slots * self.num_slots + self.positions[..., None]).flatten()

@@ -1,4 +1,7 @@
-"""The choice of the next token. Greedy decoding, sampling, drafts and verification use the same function."""
+"""The choice of the next token.
+
+The same function is used for greedy decoding, for sampling, for drafts and for the verification of drafts.
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,11 +16,12 @@ def sample_tokens(
     positions: Int[Tensor, "*any"],
     settings: Decoding,
 ) -> Int[Tensor, "*any"]:
-    """Return the chosen token at each position. It depends only on the logits, the sample's seed and the position.
+    """Return the chosen token at each position.
 
-    With temperature 0 it is the token with the largest logit. Otherwise it is the token with the largest sum of
-    logit / temperature and Gumbel noise among the tokens that `top_p` allows. This is a sample from the softmax over
-    these tokens (Gumbel-max trick).
+    The choice depends only on the settings, the logits, the seed of the sample and the position. If the temperature is
+    0, the token with the largest logit is chosen. Otherwise, the score of a token is the sum of logit / temperature and
+    Gumbel noise, and the token with the largest score is chosen. Only tokens that `top_p` allows are considered. The
+    choice is a sample from the softmax of logit / temperature over these tokens (Gumbel-max trick).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if settings.temperature == 0:
@@ -30,9 +34,10 @@ def sample_tokens(
 
 
 def top_p_mask(logits: Float[Tensor, "*any token"], top_p: float) -> Bool[Tensor, "*any token"]:
-    """Return a mask of the smallest set of the most likely tokens with a total probability of at least `top_p`.
+    """Return a mask of the tokens that `top_p` allows.
 
-    Of equally likely tokens, those with lower ids come first.
+    These are the most likely tokens, and only as many as are needed for a total probability of at least `top_p`. If
+    tokens are equally likely, those with lower ids are allowed first.
 
     Source: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (arXiv 1904.09751), section 3.1.
     """
@@ -44,21 +49,25 @@ def top_p_mask(logits: Float[Tensor, "*any token"], top_p: float) -> Bool[Tensor
 
 
 INCREMENT = 0x9E3779B97F4A7C15 - 2**64
-"""Increment of SplitMix64, as a signed integer of 64 bits."""
+"""The increment of SplitMix64, as a signed 64-bit integer."""
 FIRST_FACTOR, SECOND_FACTOR = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-"""Factors of the mixing function of SplitMix64, as signed integers of 64 bits."""
+"""The two factors in the mixing function of SplitMix64, as signed 64-bit integers."""
 RANDOM_BITS = 23
-"""Random bits of one uniform number; with the 0.5 that is added, they fill the significand of a float32."""
+"""The number of random bits in a uniform random number.
+
+`gumbel_noise` adds 0.5 to these bits. The sum has 24 bits, which is the precision of a float32.
+"""
 
 
 def gumbel_noise(
     seeds: Int[Tensor, "*any"], positions: Int[Tensor, "*any"], vocab_size: int
 ) -> Float[Tensor, "*any token"]:
-    """Return standard Gumbel noise for every token of the vocabulary, from −2.8 to 16.6.
+    """Return standard Gumbel noise for every token of the vocabulary. The noise is between −2.8 and 16.6.
 
-    The noise is a hash of seed, position and token, not the output of a generator with a state. It is therefore the
-    same on every device, in every batch and in any order of positions. The noise of one seed and position is the stream
-    of SplitMix64 that starts from a hash of both.
+    The noise is computed from a hash of the seed, the position and the token. It does not depend on the state of a
+    generator. It is therefore the same on every device, in every batch and in any order of positions. For each pair of
+    a seed and a position, the hashes of the tokens are successive outputs of SplitMix64. The initial state of
+    SplitMix64 is a hash of the seed and the position.
 
     Source: Steele, Lea, Flood 2014, Fast Splittable Pseudorandom Number Generators
     (doi 10.1145/2660193.2660195), with the mixing function of Stafford's variant 13.
@@ -71,12 +80,12 @@ def gumbel_noise(
 
 
 def _mix(x: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-    """Apply a pseudorandom permutation of the 64-bit integers; products wrap around."""
+    """Apply a pseudorandom permutation of the 64-bit integers to each element. Products wrap around at 64 bits."""
     x = (x ^ _shift_right(x, 30)) * FIRST_FACTOR
     x = (x ^ _shift_right(x, 27)) * SECOND_FACTOR
     return x ^ _shift_right(x, 31)
 
 
 def _shift_right(x: Int[Tensor, "*any"], count: int) -> Int[Tensor, "*any"]:
-    """Shift right and fill with zeros; `>>` would repeat the sign bit."""
+    """Shift right by `count` bits and fill with zeros. The operator `>>` would repeat the sign bit."""
     return (x >> count) & ((1 << 64 - count) - 1)

@@ -14,13 +14,13 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Settings of the decoding of completions.
+    """Settings that determine how completions are generated.
 
-    With `temperature` 0, decoding is greedy. Above 0, tokens are sampled from the smallest set of tokens with a total
-    probability of at least `top_p`. A completion ends before the first string of `stop`, at the end token, after
-    `max_new_tokens` tokens (None: no such limit), or when the context is full. If `speculative` is true, heads 2 … H
-    draft tokens that head 1 verifies; the completions do not change. `batch_size` is the maximum number of sequences
-    that are decoded at the same time.
+    If `temperature` is 0, decoding is greedy. Otherwise, tokens are sampled from the smallest set of tokens with a
+    total probability of at least `top_p`. A completion ends before the first stop string, at the end token, after
+    `max_new_tokens` tokens, or when the context is full. If `max_new_tokens` is None, the number of tokens has no other
+    limit than the context. If `speculative` is true, heads 2 … H draft tokens, and head 1 verifies them. This does not
+    change the completions. `batch_size` is the maximum number of sequences that are decoded at the same time.
     """
 
     temperature: NonNegativeFloat = 0.0

@@ -1,13 +1,14 @@
-"""Statistics of speculative decoding: forward passes of the model, and accepted drafts."""
+"""Statistics of speculative decoding, computed from the numbers of forward passes and of accepted drafts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class SpeculationStats(NamedTuple):
-    """Counts of one completion.
+    """The numbers of tokens, forward passes and drafts of one completion.
 
-    `num_chosen` is the number of chosen tokens, including the end token. `Completion` describes the other counts.
+    `num_chosen` is the number of tokens of the completion, including the end token. The other fields are described in
+    `Completion`.
     """
 
     num_chosen: int
@@ -17,9 +18,9 @@ class SpeculationStats(NamedTuple):
 
 
 def speculation_metrics(stats: Sequence[SpeculationStats]) -> dict[str, float]:
-    """Return the tokens per forward pass and the acceptance rate of each head's drafts.
+    """Return the number of tokens per forward pass, and the fraction of each head's drafts that was accepted.
 
-    Without forward passes the result is empty.
+    If there was no forward pass, the result is empty.
     """
     num_forwards = sum(each.forwards for each in stats)
     if not num_forwards:

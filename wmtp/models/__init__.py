@@ -1,1 +1,1 @@
-"""Multi-token models: architectures, sources of weights, loading and export."""
+"""Multi-token models: their architectures, the sources of their weights, and their loading and export."""

@@ -8,31 +8,35 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 HeadKind = Literal["transformer", "medusa"]
-"""The kind of heads 2 … H: blocks on the trunk's states, like head 1, or residual layers on head 1's state."""
+"""The kind of the prediction heads 2 … H.
+
+"transformer" heads are blocks that are applied to the trunk's hidden states, like head 1. "medusa" heads are residual
+layers that are applied to the hidden state of head 1.
+"""
 Context = Any
-"""Position-dependent input of a block, such as cosines and sines; its type depends on the architecture."""
+"""The position-dependent input of a block, such as cosines and sines. Its type depends on the architecture."""
 
 
 class Positions(nn.Module):
-    """Position encoding of a model: added to the embeddings, passed to every block, or both."""
+    """The position encoding of a model. It is added to the embeddings, passed to every block, or both."""
 
     def embed(
         self, x: Float[Tensor, "batch position dim"], positions: Int[Tensor, "#batch position"]
     ) -> Float[Tensor, "batch position dim"]:
-        """Return the token embeddings `x`, plus the position encoding if the architecture adds it there."""
+        """Return the token embeddings `x`, plus the position encoding if the architecture adds it to the embeddings."""
         return x
 
     def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> Context:
-        """Return the context of the blocks for these positions, in the dtype of the residual stream `x`."""
+        """Return the position-dependent input of the blocks, in the dtype of the residual stream `x`."""
         raise NotImplementedError
 
 
 @dataclass
 class Modules:
-    """The top-level modules of a model; no two of them share parameters.
+    """The top-level modules of a model. No two of them share parameters.
 
-    A block is called with the residual stream and the context of its positions. If `unembedding` is None, the weights
-    are tied: the matrix of the embedding is also the unembedding.
+    A block is called with the residual stream and with the position-dependent input (`Context`). If `unembedding` is
+    None, the matrix of the embedding is also used as the unembedding.
     """
 
     embedding: nn.Embedding
@@ -49,15 +53,15 @@ class Architecture(Protocol):
 
     @property
     def head_kind(self) -> HeadKind:
-        """The kind of heads 2 … H."""
+        """The kind of the prediction heads 2 … H."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Plain JSON values that, together with the parameters, determine the result of a forward pass."""
+        """The JSON values that, together with the parameters, determine the result of a forward pass."""
 
     @property
     def max_positions(self) -> int | None:
-        """Maximum sequence length in tokens; None: no limit."""
+        """Maximum sequence length in tokens, or None if there is no limit."""
 
     @property
     def dim(self) -> int:
@@ -67,4 +71,4 @@ class Architecture(Protocol):
         """Build new modules on torch's current default device."""
 
     def build_positions(self) -> Positions:
-        """Build only the position module, with real buffers, because checkpoints do not contain them."""
+        """Build only the position module. Its buffers are filled, because checkpoints do not contain them."""

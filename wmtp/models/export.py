@@ -1,8 +1,8 @@
-"""Export of a trained model: the supported formats of each architecture, and the writing of the export folder.
+"""Export of trained models to a folder, in one of several formats.
 
-The kind of heads determines which inference servers can use them. Residual layers are Medusa heads (Cai et al. 2024,
-arXiv 2401.10774), which vLLM supports. For transformer blocks, as in Meta's models (Gloeckle et al. 2024, arXiv
-2404.19737), no server is known.
+The kind of heads 2 … H determines which inference servers can use them. Residual layers are Medusa heads (Cai et al.
+2024, arXiv 2401.10774), which vLLM supports. No inference server is known that supports transformer blocks, which are
+the heads of Meta's models (Gloeckle et al. 2024, arXiv 2404.19737).
 """
 
 import os
@@ -24,7 +24,7 @@ from wmtp.runtime.atomic_files import fsync_path
 
 Format = Literal["hf", "hf_trunk", "medusa", "meta"]
 BASE_FOLDER = "base"
-"""Subfolder with the base model of a Medusa draft model."""
+"""Name of the subfolder of a Medusa export that contains the base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +39,18 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model with merged adapters, and its tokenizer."""
+    """A trained model whose adapters are merged into its weights, and the tokenizer of this model."""
 
     model: MtpModel
     tokenizer: Tokenizer
     max_length: int
-    """Maximum sequence length of training, in tokens."""
+    """Maximum sequence length during training, in tokens."""
     source_folder: Path | None = None
-    """Folder from which the tokenizer was loaded, written by `save_pretrained`; None for wmtp's own tokenizer."""
+    """Folder, written by `save_pretrained`, from which the tokenizer was loaded. None for wmtp's own tokenizer."""
 
 
 def check_format(format: Format, architecture: Architecture) -> None:  # noqa: A002 - the config key
-    """Check that models of this architecture can be exported in this format.
+    """Check that an export format supports models of an architecture.
 
     Raises:
         InputError: the format does not support the architecture; the message gives the reason.
@@ -76,7 +76,9 @@ def check_format(format: Format, architecture: Architecture) -> None:  # noqa: A
 
 
 def write_export(trained: TrainedModel, format: Format, folder: Path) -> list[str]:  # noqa: A002 - the config key
-    """Write an export atomically to a new or empty folder, and return lines that describe it and how to load it.
+    """Write an export atomically to a folder. Return lines of text that describe the export and how to load it.
+
+    The folder must be new or empty.
 
     Raises:
         InputError: the format does not support the model, the folder is not empty or cannot be written, or the
@@ -90,7 +92,7 @@ def write_export(trained: TrainedModel, format: Format, folder: Path) -> list[st
 
 
 def usage_lines(model: MtpModel, format: Format, folder: Path) -> list[str]:  # noqa: A002 - the config key
-    """Return lines that describe the content of an export folder and how to load it."""
+    """Return lines of text that describe the content of an export folder and how to load the export."""
     heads, kind, loader = model.num_heads, model.architecture.head_kind, "AutoModelForCausalLM.from_pretrained"
     if format == "hf_trunk":
         return [f"{folder}: trunk and head 1 of {heads}, a plain causal language model", f'{loader}("{folder}")']
@@ -155,10 +157,10 @@ def _write_meta(trained: TrainedModel, folder: Path) -> list[str]:
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `folder` on success and removed on failure.
+    """Yield a temporary folder. On success it is renamed to `folder`; on failure it is removed.
 
     Raises:
-        InputError: `folder` is neither new nor empty, or it cannot be written.
+        InputError: `folder` is a file or is not empty, or it cannot be written.
     """
     if problem := folder_issue(folder):
         raise InputError(f"folder={folder}: {problem}")
@@ -178,7 +180,7 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def folder_issue(folder: Path) -> str | None:
-    """Return the reason why an export cannot be written to a folder; None if the folder is new or empty."""
+    """Return the reason why an export cannot be written to a folder, or None if the folder is new or empty."""
     if folder.is_dir():
         return "is not empty; name a new folder" if any(folder.iterdir()) else None
     return "is a file; name a new folder" if folder.exists() else None

@@ -1,4 +1,4 @@
-"""The value head, which predicts the reward of a solution after each token, and residual (Medusa) heads."""
+"""Heads of two kinds: the value head predicts the reward of a solution, and residual (Medusa) heads predict tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,12 @@ from wmtp.field_types import Positive
 
 
 class ValueHead(nn.Module):
-    """A linear layer, or two layers, from the trunk's hidden states to one value per position."""
+    """A head of one or two linear layers that computes one value per position from the trunk's hidden states."""
 
     def __init__(self, dim: int, *, hidden_dim: Positive | None = None) -> None:
-        """Create a head whose values are all 0 at first.
+        """Create a head that returns only zeros until it is trained.
 
-        `hidden_dim` is the width between the two layers; with None the head has one layer.
+        `hidden_dim` is the width between the two linear layers. If it is None, the head has one linear layer.
         """
         super().__init__()
         self.norm = nn.RMSNorm(dim)  # the residual stream grows with depth and training
@@ -24,7 +24,10 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_states: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any"]:
-        """Return values in fp32: TD errors are often smaller than the resolution of bf16 (0.004 below 1)."""
+        """Return the values in fp32.
+
+        TD errors are often smaller than the resolution of bf16, which is 0.004 for values between 0.5 and 1.
+        """
         with torch.autocast(hidden_states.device.type, enabled=False):
             x = self.norm(hidden_states.float())
             if self.hidden is not None:
@@ -34,7 +37,10 @@ class ValueHead(nn.Module):
 
 
 class ResidualHead(nn.Module):
-    """A residual layer h + SiLU(W·h); W is initialized to 0, so the layer starts as the identity."""
+    """A residual layer that computes h + SiLU(W·h) from a hidden state h.
+
+    W is initialized to 0, so the layer at first returns h unchanged.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,6 +48,6 @@ class ResidualHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, state: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        """Return the state that predicts a later token, given the state of head 1."""
+        """Return the hidden state from which a later token is predicted, given the hidden state of head 1."""
         out: Tensor = state + F.silu(self.linear(state))
         return out

@@ -1,4 +1,4 @@
-"""Llama-style models with the architecture of Meta's multi-token models, and random initialization."""
+"""Llama-style models with random initial parameters. Their architecture is that of Meta's multi-token models."""
 
 import math
 from collections.abc import Iterator
@@ -26,16 +26,17 @@ class Rotary(Positions):
         self.head_dim, self.theta = head_dim, theta
 
     def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> RotaryTable:
-        """Return the table of cosines and sines."""
+        """Return the cosines and sines of the rotation angles at the given positions."""
         return rotary_table(positions, self.head_dim, self.theta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaArchitecture:
-    """A Llama-style architecture: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+    """A Llama-style architecture with RMSNorm, SwiGLU, rotary positions and grouped-query attention.
 
-    `num_layers` is the depth of the one-head model: `num_layers − 1` trunk blocks and one head; every further head
-    adds one block. `num_heads` is H, the number of prediction heads, not of attention heads.
+    `num_layers` is the number of blocks of a model with one prediction head: `num_layers − 1` trunk blocks and head 1.
+    Every additional head adds one block. `num_heads` is H, the number of prediction heads. `num_attention_heads` is the
+    number of attention heads in a block.
     """
 
     vocab_size: int
@@ -53,11 +54,11 @@ class LlamaArchitecture:
 
     @property
     def max_positions(self) -> None:
-        """None, because positions are relative."""
+        """None, because rotary positions do not limit the sequence length."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All fields."""
+        """The values of all fields, by field name."""
         return asdict(self)
 
     def build_modules(self) -> Modules:
@@ -84,7 +85,7 @@ class LlamaArchitecture:
 
 
 class Llama(ModelSource):
-    """The source of a new model with random parameters."""
+    """The source of a new Llama-style model with random parameters."""
 
     def __init__(
         self,
@@ -101,7 +102,11 @@ class Llama(ModelSource):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Create the source from the sizes of `LlamaArchitecture`; the vocabulary size is that of the tokenizer."""
+        """Create the source. Most arguments are fields of `LlamaArchitecture`.
+
+        The vocabulary size is the number of tokens of `tokenizer`. `value_head_dim` is the hidden width of a value
+        head, or None for a linear value head.
+        """
         self.tokenizer, self.value_head_dim = tokenizer, value_head_dim
         self._sizes = {
             "dim": dim, "num_layers": num_layers, "num_heads": num_heads, "num_attention_heads": num_attention_heads,
@@ -115,12 +120,12 @@ class Llama(ModelSource):
         return int(self._sizes["num_heads"])
 
     def architecture(self) -> LlamaArchitecture:
-        """Return the architecture with these sizes."""
+        """Return the architecture with the configured sizes and the vocabulary size of the tokenizer."""
         assert self.tokenizer is not None
         return LlamaArchitecture(vocab_size=self.tokenizer.vocab_size, **self._sizes)  # type: ignore[arg-type]
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of sizes that are not divisible as required."""
+        """Yield an issue for each configured size that violates a divisibility requirement."""
         dim, heads, kv_heads = (int(self._sizes[key]) for key in ("dim", "num_attention_heads", "num_kv_heads"))
         if dim % (2 * heads):
             yield "dim", str(dim), f"must be a multiple of 2 · model.num_attention_heads = {2 * heads}"
@@ -133,11 +138,11 @@ class Llama(ModelSource):
 
 
 def create_llama(architecture: LlamaArchitecture, value_head_dim: int | None = None) -> MtpModel:
-    """Create a model with random parameters from torch's global generator.
+    """Create a model whose random parameters are drawn from torch's global generator.
 
     The standard deviation is 1 for embeddings and 1/√(number of inputs) for matrices. For matrices whose result is
     added to the residual stream, it is multiplied by 1/√(2 · `num_layers`). A fixed standard deviation of 0.02 is
-    suitable for wide models only: with it, attention in narrow models learns to copy names and numbers much later.
+    suitable only for wide models. With 0.02, attention in narrow models learns to copy names and numbers much later.
     """
     model = MtpModel(architecture, value_head_dim=value_head_dim)
     for name, parameter in model.named_parameters():

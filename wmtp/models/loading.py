@@ -1,4 +1,4 @@
-"""Load trained models from the folder of a run, a checkpoint or a pretrained model."""
+"""Loading of trained models from the folder of a run, from a checkpoint, or from the folder of a pretrained model."""
 
 import hashlib
 import json
@@ -17,16 +17,19 @@ from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelSource
 
 ALLOWED_TARGETS = {"model": ("wmtp.models.",), "model.tokenizer": ("wmtp.data.tokenizer.", "wmtp.models.")}
-"""Config nodes that are built, and allowed prefixes of their `_target_`: a run's config.yaml is untrusted input."""
+"""Config nodes from which objects are built, and the allowed prefixes of their `_target_`.
+
+Other targets are rejected, because the config.yaml of a run is untrusted input.
+"""
 MODEL_FOLDER = "model"
-"""Subfolder of a run with the config and tokenizer of its pretrained model."""
+"""Name of the subfolder of a run that contains copies of the config and tokenizer of the run's pretrained model."""
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Return the path of a checkpoint and of the config.yaml of its run.
+    """Return the path of a checkpoint, and the path of the config.yaml of the checkpoint's run.
 
-    `path` is a checkpoint or the folder of a run. For a run, the checkpoint is the best one, or the latest one if
-    the run has no validation.
+    `path` is either a checkpoint or the folder of a run. If it is the folder of a run, the best checkpoint of the run
+    is chosen. If no checkpoint is marked as the best, the latest checkpoint is chosen.
 
     Raises:
         InputError: there is no checkpoint.
@@ -41,10 +44,11 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def read_run_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run.
+    """Load the config.yaml of a run from `path`.
 
-    If the run's folder contains copies of the files of its pretrained model, the paths in the config are replaced by
-    the folder of these copies.
+    The run's folder may contain copies of the config and tokenizer of its pretrained model. Then the paths of the
+    tokenizer and of the model in the config are replaced by the folder of these copies. If the run has adapters, the
+    path of the model is kept, because the original base weights are needed.
 
     Raises:
         InputError: the file is missing, or its model or tokenizer is not a class of wmtp or has invalid values.
@@ -68,14 +72,17 @@ def read_run_config(path: Path) -> DictConfig:
 
 
 def build_source(node: DictConfig, tokenizer: Tokenizer | None, cache_dir: Path) -> ModelSource:
-    """Build the source of a model from its config node, with `tokenizer` instead of the tokenizer in the node."""
+    """Build the model source that a config node describes.
+
+    The source uses the argument `tokenizer` instead of the tokenizer in `node`.
+    """
     model_node = OmegaConf.masked_copy(node, [str(key) for key in node if key != "tokenizer"])
     source: ModelSource = build(model_node, tokenizer=tokenizer, cache_dir=cache_dir)
     return source
 
 
 def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardware: Hardware) -> MtpModel:
-    """Load the weights of a checkpoint into a model, and return the model on the device of `hardware`.
+    """Load the weights of a checkpoint into a model, and return the model after moving it to the device of `hardware`.
 
     Raises:
         InputError: the checkpoint is damaged, was trained with another tokenizer or base model, or does not match
@@ -98,10 +105,11 @@ def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardwa
 
 
 def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir: Path) -> MtpModel:
-    """Load the model of a run, of a checkpoint, or of a folder written by `save_pretrained`.
+    """Load a trained model from `path`.
 
-    The model of a run or of a checkpoint is built from the run's config.yaml, without a value head. A pretrained model
-    has one prediction head.
+    `path` is the folder of a run, a checkpoint, or a folder written by `save_pretrained`. The model of a run or of a
+    checkpoint is built from the run's config.yaml, without a value head. A model from a folder written by
+    `save_pretrained` has one prediction head.
 
     Raises:
         InputError: files are missing or damaged, or the model was trained with another tokenizer.
@@ -130,7 +138,9 @@ def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
 
 
 def check_max_positions(model: MtpModel, length: int, key: str) -> None:
-    """Check that a model can read sequences of `length` tokens, the value of the config key `key`.
+    """Check that a model supports sequences of `length` tokens.
+
+    `key` is the config key of this length. It is used in the error message.
 
     Raises:
         InputError: `length` is greater than the model's maximum number of positions.
@@ -141,11 +151,11 @@ def check_max_positions(model: MtpModel, length: int, key: str) -> None:
 
 
 def checkpoint_hash(checkpoint: Path) -> str:
-    """Return a hash of the manifest of a checkpoint, without verification of the other files."""
+    """Return a hash of the manifest of a checkpoint. The other files of the checkpoint are not verified."""
     return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def checkpoint_position(checkpoint: Path) -> tuple[int, int]:
-    """Return the step and the epoch of a checkpoint, which must be undamaged."""
+    """Return the training step and the epoch at which a checkpoint was saved. The checkpoint must be undamaged."""
     position = json.loads((checkpoint / "state.json").read_text())["position"]
     return int(position["step"]), int(position["epoch"])

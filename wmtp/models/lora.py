@@ -13,26 +13,29 @@ from wmtp.errors import InputError
 from wmtp.field_types import Positive
 
 ADAPTER_SUBSTRING = "lora_"
-"""Substring of the name of every adapter tensor."""
+"""A substring that the name of every adapter tensor contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters ΔW = alpha / rank · B·A, added to the frozen matrices of the trunk."""
+    """The settings of low-rank adapters for the trunk.
+
+    An adapter adds ΔW = alpha / rank · B·A to a frozen matrix W of the trunk. The matrices A and B are trained.
+    """
 
     rank: Positive | None = None
-    """Number of columns of B; None: no adapters, all parameters are trained."""
+    """Number of columns of B. None means that the model has no adapters and all parameters are trained."""
     alpha: Positive | None = None
-    """Numerator of the scale; None: twice the rank."""
+    """Numerator of the factor alpha / rank. None means twice the rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] | None = None
-    """Last components of the names of the modules that get adapters; None: all matrices of the trunk."""
+    """Last components of the names of the modules that get adapters. None means all matrices of the trunk."""
 
     def inject(self, trunk: nn.ModuleList) -> None:
         """Add adapters to the blocks of the trunk in place.
 
         Raises:
-            InputError: a name in `targets` is not that of a matrix of the trunk.
+            InputError: `targets` contains a name that no matrix of the trunk has.
         """
         from peft import LoraConfig, inject_adapter_in_model  # imports transformers, which takes seconds
 
@@ -52,27 +55,27 @@ class Lora:
         )  # fmt: skip
 
     def unknown_targets(self, trunk: nn.ModuleList) -> list[str]:
-        """Return the names in `targets` that no matrix of the trunk has, sorted."""
+        """Return a sorted list of the names in `targets` that no matrix of the trunk has."""
         return sorted(set(self.targets or ()) - set(matrix_names(trunk)))
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Return whether the weight is stored as (inputs, outputs), as in GPT-2."""
+    """Return whether a linear layer stores its weight with the shape (inputs, outputs), as in GPT-2."""
     return type(layer).__name__ == "Conv1D"
 
 
 def named_matrices(trunk: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the name and the module of every linear layer."""
+    """Return the name and the module of every linear layer in the trunk."""
     return [(name, m) for name, m in trunk.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)]
 
 
 def matrix_names(trunk: nn.Module) -> list[str]:
-    """Return the distinct last components of the names of linear layers, sorted."""
+    """Return a sorted list of the distinct last components of the names of the trunk's linear layers."""
     return sorted({name.rpartition(".")[2] for name, _ in named_matrices(trunk)})
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """Return the weight of a linear layer, including its active adapters."""
+    """Return the weight of a linear layer after adding the weight updates of its active adapters."""
     if not hasattr(layer, "get_base_layer"):
         plain: Tensor = layer.weight
         return plain

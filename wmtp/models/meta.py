@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class MetaCheckpoint(PretrainedSource):
-    """The source of a multi-token model by Meta; additional heads start as copies of head 1."""
+    """The source of a multi-token model in Meta's layout. Heads that are not stored start as copies of head 1."""
 
     def __init__(
         self,
@@ -57,12 +57,12 @@ class MetaCheckpoint(PretrainedSource):
         Args:
             tokenizer: the tokenizer of the model; None if the source is only validated.
             path: the folder with Meta's files.
-            num_heads: number of prediction heads; None: as many as are stored.
-            create_heads: whether heads that are not stored are created; if not, the model has only stored heads.
-            dtype: the dtype of the parameters, which are converted to it.
-            dropout: dropout probability of the blocks.
-            lora: the adapters of the trunk.
-            value_head_dim: hidden width of a value head; None: the value head is linear.
+            num_heads: the number of prediction heads; None for the number of stored heads.
+            create_heads: whether heads that are not stored are created. If false, the model has only stored heads.
+            dtype: the dtype to which the parameters are converted.
+            dropout: the dropout probability of the blocks.
+            lora: the settings of the trunk's adapters.
+            value_head_dim: the hidden width of a value head; None for a linear value head.
         """
         self.tokenizer, self.path, self.value_head_dim = tokenizer, path, value_head_dim
         self.lora = lora if lora.rank is not None else None
@@ -71,18 +71,18 @@ class MetaCheckpoint(PretrainedSource):
 
     @property
     def stored_heads(self) -> int:
-        """Number of prediction heads in the folder, from params.json."""
+        """Number of prediction heads in the folder, as declared in params.json."""
         with self._error_location():
             return read_meta(self.path).params.n_future_tokens
 
     def architecture(self) -> LlamaArchitecture:
-        """Return the architecture of params.json with the configured number of heads."""
+        """Return the architecture in params.json, with the configured number of heads, dropout and dtype."""
         with self._error_location():
             stored = read_meta(self.path).architecture()
         return replace(stored, num_heads=self.num_heads, dropout=self.dropout, dtype=self.dtype)
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of the folder or, if there are none, of adapters that do not match the model."""
+        """Yield issues of the folder. If there are none, yield issues of adapters that do not match the model."""
         try:
             read_meta(self.path).tensors()
         except InputError as error:
@@ -91,13 +91,16 @@ class MetaCheckpoint(PretrainedSource):
         yield from self.adapter_issues()
 
     def files_to_save(self) -> dict[str, bytes]:
-        """Return a complete params.json, which needs no metadata.json, and the tokenizer files."""
+        """Return the contents of params.json and of the tokenizer files, by file name.
+
+        This params.json describes the model completely, so no metadata.json is needed.
+        """
         with self._error_location():
             params = encode_json(params_json(read_meta(self.path).architecture()))
         return {PARAMS: params} | tokenizer_files(self.path, self.tokenizer)
 
     def load_base(self) -> MtpModel:
-        """Load the folder's tensors one by one into a model with parameters of the configured dtype."""
+        """Load the tensors in the folder one by one into a model whose parameters have the configured dtype."""
         with self._error_location():
             folder = read_meta(self.path)
             tensors = folder.tensors()
@@ -115,7 +118,7 @@ class MetaCheckpoint(PretrainedSource):
 
     @contextmanager
     def _error_location(self) -> Iterator[None]:
-        """Prefix every line of an `InputError` with the config key and the path."""
+        """Prefix every problem in the message of an `InputError` with the config key and the path of the folder."""
         try:
             yield
         except InputError as error:
@@ -123,7 +126,7 @@ class MetaCheckpoint(PretrainedSource):
 
 
 def _split_problems(error: InputError) -> list[str]:
-    """Split the message of an error into problems: each is one line and the indented lines after it."""
+    """Split the message of an error into problems. A problem is one line and the indented lines that follow it."""
     return re.split(r"\n(?! )", str(error))
 
 
@@ -133,13 +136,13 @@ def write_meta(
     params: Mapping[str, Any] | None = None,
     layout: Literal["pth", "safetensors"] = "pth",
 ) -> None:
-    """Write a model to a folder in Meta's layout, which `MetaCheckpoint` reads.
+    """Write a model to a folder in Meta's layout, which `MetaCheckpoint` can load.
 
     Args:
         model: a Llama model whose heads are transformer blocks.
         folder: the folder, which is created if necessary.
-        params: the content of params.json; None: derived from the architecture.
-        layout: "pth" for consolidated.pth, "safetensors" for model.safetensors with metadata.json.
+        params: the content of params.json; None to derive it from the architecture.
+        layout: "pth" to write consolidated.pth, "safetensors" to write model.safetensors and metadata.json.
 
     Raises:
         InputError: the layout does not support the model, or `params` describes another model.
@@ -181,6 +184,9 @@ def write_meta(
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """Return the tensor on the CPU, copied if it is a view: torch.save would write the complete storage."""
+    """Return the tensor on the CPU, in a storage that contains nothing else.
+
+    A view is copied, because torch.save would write the complete storage to which the view belongs.
+    """
     tensor = tensor.cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

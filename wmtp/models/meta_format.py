@@ -1,7 +1,10 @@
-"""Meta's multi-token checkpoints: params.json with consolidated.pth, or metadata.json with safetensors.
+"""The format of Meta's multi-token checkpoints.
 
-Source: Gloeckle et al. 2024 (arXiv 2404.19737) and the files of `facebook/multi-token-prediction`. In them,
-`layers` are the blocks of the trunk followed by head 1, `extra_heads` are heads 2 … H, and n_layers counts all blocks.
+A checkpoint consists of params.json and consolidated.pth, or of metadata.json and safetensors files.
+
+Source: Gloeckle et al. 2024 (arXiv 2404.19737) and the files of `facebook/multi-token-prediction`. In these files,
+`layers` are the blocks of the trunk followed by head 1, `extra_heads` are heads 2 … H, and `n_layers` is the number of
+all blocks, including the heads.
 """
 
 import hashlib
@@ -30,17 +33,17 @@ BLOCK = {
     "attention.output": "attention.wo", "feed_forward.gate": "feed_forward.w1", "feed_forward.up": "feed_forward.w3",
     "feed_forward.output": "feed_forward.w2", "attention_norm": "attention_norm", "feed_forward_norm": "ffn_norm",
 }  # fmt: skip
-"""Names of the modules of a block that have a weight: from the names in wmtp to Meta's names."""
+"""Names of the modules of a block that have a weight. The keys are names in wmtp, and the values are Meta's names."""
 OTHER_ROTATIONS = ("use_scaled_rope", "rope_scaling", "rope_parameters")
-"""Keys of later Llama versions, whose forward pass is different although the tensors are the same."""
+"""Keys in the params.json of later Llama versions, which have the same tensors but another forward pass."""
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 
 class MetaParams(BaseModel):
-    """The content of params.json, with Meta's or Hugging Face's key names.
+    """The content of params.json. The keys can have Meta's names or Hugging Face's names.
 
-    A `vocab_size` of −1 means the number of rows of the embedding.
+    If `vocab_size` is −1, the vocabulary size is the number of rows of the embedding.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -55,10 +58,13 @@ class MetaParams(BaseModel):
     multiple_of: Size = 256
     ffn_dim_multiplier: Annotated[float, Field(gt=0, le=1024)] | None = None
     intermediate_size: Size | None = None
-    """Width of the feed-forward layers; None: computed by Meta's formula."""
+    """Width of the feed-forward layers. If it is None, the width is computed by Meta's formula."""
 
     def architecture(self, vocab_size: int) -> LlamaArchitecture:
-        """Return the architecture with all heads; the argument `vocab_size` is used if params.json has −1."""
+        """Return the architecture with all stored heads.
+
+        The argument `vocab_size` is used only if `vocab_size` in params.json is −1.
+        """
         return LlamaArchitecture(
             vocab_size=vocab_size if self.vocab_size == -1 else self.vocab_size, dim=self.dim,
             num_layers=self.n_layers - self.n_future_tokens + 1, num_heads=self.n_future_tokens,
@@ -77,7 +83,7 @@ def hidden_dim(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | Non
 
 
 def formula_keys(dim: int, width: int) -> dict[str, int | float]:
-    """Return `multiple_of` and, if necessary, `ffn_dim_multiplier`, such that `hidden_dim` returns `width`."""
+    """Return `multiple_of` and, if necessary, `ffn_dim_multiplier` with which `hidden_dim` returns `width`."""
     base = hidden_dim(dim, multiple_of=1)
     if hidden_dim(dim) == width:
         return {"multiple_of": 256}
@@ -87,7 +93,7 @@ def formula_keys(dim: int, width: int) -> dict[str, int | float]:
 
 
 def params_json(architecture: LlamaArchitecture) -> dict[str, Any]:
-    """Return the content of params.json for an architecture."""
+    """Return the content of the params.json that describes an architecture."""
     return {
         "dim": architecture.dim,
         "n_layers": architecture.num_layers - 1 + architecture.num_heads,
@@ -102,10 +108,10 @@ def params_json(architecture: LlamaArchitecture) -> dict[str, Any]:
 
 
 def read_params(content: Mapping[str, Any], place: str) -> MetaParams:
-    """Validate the content of a params.json. `place` is the name of the file in messages.
+    """Validate the content of a params.json. `place` is the name of the file in error messages.
 
     Raises:
-        InputError: values are missing, invalid or inconsistent; the message has one line for each.
+        InputError: values are missing, invalid or inconsistent; the message has one line for each problem.
     """
     values = {key: value for key, value in content.items() if value is not None}
     issues = [f"{key}: belongs to an unsupported kind of model" for key in OTHER_ROTATIONS if values.get(key)]
@@ -135,7 +141,7 @@ def _inconsistencies(params: MetaParams) -> Iterator[str]:
 
 
 def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
-    """Return a dictionary from the names of tensors in wmtp to Meta's names, in the order of Meta's files."""
+    """Return Meta's name for each tensor of wmtp. The keys are wmtp's names, in the order of Meta's files."""
 
     def _weights(blocks: dict[str, str]) -> dict[str, str]:
         named = [(f"{ours}.{{}}.weight", f"{theirs}.{{}}.weight") for ours, theirs in blocks.items()]
@@ -151,19 +157,22 @@ def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
 class MetaFolder:
     """A folder in Meta's layout.
 
-    Methods raise `InputError` for invalid files; the messages do not contain the path of the folder.
+    Its methods raise `InputError` if a file is invalid. The error messages do not contain the path of the folder.
     """
 
     path: Path
     metadata: dict[str, Any] | None
-    """Content of metadata.json; None: there is no such file."""
+    """Content of metadata.json, or None if the folder has no such file."""
     config_file: str
-    """Name of the file with the sizes of the model, relative to the folder."""
+    """Name of the file that contains the sizes of the model, relative to the folder."""
     content: dict[str, Any]
     params: MetaParams
 
     def architecture(self) -> LlamaArchitecture:
-        """Return the architecture; the embedding's shape is read from the weights only if `vocab_size` is −1."""
+        """Return the architecture of the stored model.
+
+        The weight files are read only if `vocab_size` is −1, to get the number of rows of the embedding.
+        """
         if self.params.vocab_size != -1:
             return self.params.architecture(self.params.vocab_size)
         return self.params.architecture(_num_embeddings(self._map_files()))
@@ -172,7 +181,7 @@ class MetaFolder:
         """Return the names of the files that contain tensors, relative to the folder.
 
         Raises:
-            InputError: there is no such file.
+            InputError: the folder has no file with tensors, or metadata.json contains an invalid file name.
         """
         places = [TORCH] if self.metadata is None else [SAFETENSORS, f"safetensors/{SAFETENSORS}"]
         named = named_file(self.path, self.metadata or {}, "weights", "checkpoint")
@@ -187,7 +196,9 @@ class MetaFolder:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by Meta's names. They are memory-mapped, so their values are read only when used.
+        """Return all tensors, with Meta's names as keys.
+
+        The tensors are memory-mapped, so their values are read only when they are used.
 
         Raises:
             InputError: a file is missing or damaged, or the tensors do not match params.json.
@@ -203,12 +214,13 @@ class MetaFolder:
         return {name: found[name] for name in expected}
 
     def check_hashes(self) -> None:
-        """Compare the weight files with the sha256 in metadata.json, if it has one.
+        """Compare the weight files with their sha256 in metadata.json. Do nothing if metadata.json has no sha256.
 
-        The sha256 is the hash of the first weight file, or an object with a hash for each weight file.
+        The key `sha256` of metadata.json contains the hash of the only weight file, or an object with a hash for each
+        weight file.
 
         Raises:
-            InputError: a hash is missing or differs.
+            InputError: the hash of a file is missing or differs.
         """
         declared, files = (self.metadata or {}).get("sha256"), self.weight_files()
         if declared is None:
@@ -233,7 +245,7 @@ class MetaFolder:
 
 
 def read_meta(path: Path) -> MetaFolder:
-    """Read the description of the model in a folder, without its tensors.
+    """Read the description of the model in a folder. The tensors are not read.
 
     Raises:
         InputError: files or values are missing or invalid; the message has one line for each problem.
@@ -251,7 +263,9 @@ def read_meta(path: Path) -> MetaFolder:
 
 
 def named_file(path: Path, metadata: Mapping[str, Any], *keys: str) -> str | None:
-    """Return the file that metadata.json names under the first of `keys` that it has; None if it has none of them.
+    """Return the file name that the object `files` in metadata.json has under one of `keys`.
+
+    The first of `keys` that is in the object is used. If the object has none of them, the result is None.
 
     Raises:
         InputError: the file does not exist or is outside the folder.
@@ -306,15 +320,18 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _num_embeddings(tensors: Mapping[str, Any]) -> int:
-    """Return the number of rows of the embedding; 1 if it is missing, which is reported later."""
+    """Return the number of rows of the embedding.
+
+    If the embedding is missing, the result is 1, and the missing tensor is reported by another function.
+    """
     embedding = tensors.get(EMBEDDING)
     return len(embedding) if isinstance(embedding, Tensor) and embedding.ndim == 2 and len(embedding) else 1
 
 
 def _tensor_issues(folder: MetaFolder, found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return issues of the tensors: first wrong numbers of heads or blocks, then one line for each wrong tensor.
+    """Return issues of the tensors `found` in the files, with one line for each wrong tensor.
 
-    The wrong numbers are first because they may be the cause of the other issues.
+    Wrong numbers of heads or blocks are the first issues, because they may be the cause of the others.
     """
     prefixes = "layers.", "extra_heads."
     num_layers, num_extra = (len({n.split(".")[1] for n in found if n.startswith(prefix)}) for prefix in prefixes)

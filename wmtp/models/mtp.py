@@ -1,8 +1,8 @@
-"""The multi-token model: one trunk, H parallel heads, one unembedding for all.
+"""The multi-token model, which has one trunk, H parallel prediction heads, and one unembedding for all heads.
 
 Source: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction
-(arXiv 2404.19737), section 2. Head 1 is the last block of the one-head model, so the weights of the
-one-head model are a subset of the weights of a model with more heads.
+(arXiv 2404.19737), section 2. Head 1 is the last block of the model with one head. Therefore the weights of the
+model with one head are a subset of the weights of a model with more heads.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,17 @@ from wmtp.models.lora import ADAPTER_SUBSTRING, Lora
 
 
 class Outputs(NamedTuple):
-    """The result of a forward pass: normalized hidden states of the heads, and values if there is a value head."""
+    """The result of a forward pass.
+
+    `states` contains the normalized hidden states of the heads. `values` is None if the model has no value head.
+    """
 
     states: Float[Tensor, "head batch position dim"]
     values: Float[Tensor, "batch position"] | None
 
 
 class MtpModel(nn.Module):
-    """A decoder with heads k = 1 … H; head k predicts, at position t, the token at t + k."""
+    """A decoder with H prediction heads. At position t, head k predicts the token at position t + k (k = 1 … H)."""
 
     def __init__(
         self,
@@ -40,9 +43,10 @@ class MtpModel(nn.Module):
 
         Args:
             architecture: the architecture.
-            modules: the modules, which must match the architecture; None: new ones.
-            lora: adapters to add to the trunk; then only adapters, heads and value head are trained.
-            value_head_dim: hidden width of the value head that `add_value_head` creates; None: it is linear.
+            modules: the modules, which must match the architecture; None to build new modules.
+            lora: the settings of the trunk's adapters, or None. With adapters, only adapters, heads and value head
+                are trained.
+            value_head_dim: the hidden width of the value head that `add_value_head` creates; None for a linear head.
 
         Raises:
             InputError: the adapter targets name modules that the trunk does not have.
@@ -59,19 +63,22 @@ class MtpModel(nn.Module):
         self.value_head: ValueHead | None = None
         self.activation_checkpointing = False
         self.base_fingerprint: str | None = None
-        """Hash of the frozen base parameters, set by the model source; None if not set."""
+        """Hash of the frozen base parameters. The model source sets it if the model has adapters."""
         if lora is not None:
             lora.inject(self.trunk)
             self.set_trainable()
 
     @property
     def unembedding_weight(self) -> Float[Tensor, "vocabulary dim"]:
-        """The matrix from states to logits, with gradient; if it is sharded, it is gathered from all ranks."""
+        """The matrix that maps hidden states to logits. Gradients flow through it.
+
+        If the matrix is sharded, it is gathered from all ranks.
+        """
         return full_tensor((self.embedding if self.unembedding is None else self.unembedding).weight)
 
     @property
     def num_heads(self) -> int:
-        """H, the number of tokens predicted at each position."""
+        """H, the number of prediction heads."""
         return len(self.heads)
 
     @property
@@ -81,7 +88,7 @@ class MtpModel(nn.Module):
 
     @property
     def base_names(self) -> frozenset[str]:
-        """Names of the pretrained tensors that are frozen because the model has adapters; empty without adapters."""
+        """Names of the frozen pretrained tensors of a model with adapters. Without adapters, the set is empty."""
         if self.lora is None:
             return frozenset()
         trained = ("heads.", "value_head.")
@@ -98,18 +105,18 @@ class MtpModel(nn.Module):
             parameter.requires_grad_(name not in base_names)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint contains: all except `base_names`."""
+        """Return the tensors that a checkpoint contains. These are all tensors except the tensors in `base_names`."""
         base_names = self.base_names
         return {name: tensor for name, tensor in self.state_dict().items() if name not in base_names}
 
     def add_value_head(self) -> None:
-        """Add a new value head, which reads the trunk's hidden states."""
+        """Add a new value head, whose input is the hidden states of the trunk."""
         self.value_head = ValueHead(self.architecture.dim, hidden_dim=self.value_head_dim).to(
             self.embedding.weight.device
         )
 
     def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
-        """Return the trunk's hidden states, the input of every head and of the value head."""
+        """Return the hidden states that the trunk computes from token ids."""
         positions = _positions(tokens)
         x: Tensor = self.positions.embed(self.embedding(tokens), positions)
         context = self.positions(positions, x)
@@ -123,14 +130,15 @@ class MtpModel(nn.Module):
         num_heads: int | None = None,
         hidden_states: Float[Tensor, "batch position dim"] | None = None,
     ) -> Outputs:
-        """Return the states of the heads, and the values if there is a value head.
+        """Return the hidden states of the heads, and the values if the model has a value head.
 
         The logits are `states @ unembedding_weight.T`.
 
         Args:
-            tokens: token ids.
-            num_heads: the first `num_heads` heads run; None: all of them; 0: only the trunk and the value head.
-            hidden_states: the trunk's hidden states; None: the trunk computes them.
+            tokens: the token ids.
+            num_heads: the number of heads to run, starting with head 1. None runs all heads. 0 runs only the trunk
+                and the value head.
+            hidden_states: the hidden states of the trunk, if they are known already; None to compute them.
         """
         x = self.trunk_states(tokens) if hidden_states is None else hidden_states
         values = None if self.value_head is None else self.value_head(x)
@@ -156,9 +164,9 @@ def _positions(tokens: Int[Tensor, "batch position"]) -> Int[Tensor, "1 position
 
 
 def empty_model(architecture: Architecture, lora: Lora | None = None, value_head_dim: int | None = None) -> MtpModel:
-    """Build a model on the meta device, without memory for its parameters.
+    """Build a model on the meta device, where its parameters need no memory.
 
-    Only the buffers of the position module, which checkpoints do not contain, are on the default device.
+    Only the position module is on the default device, because checkpoints do not contain its buffers.
     """
     with torch.device("meta"):
         model = MtpModel(architecture, lora=lora, value_head_dim=value_head_dim)
@@ -167,10 +175,10 @@ def empty_model(architecture: Architecture, lora: Lora | None = None, value_head
 
 
 def unsharded_copy(model: MtpModel, keep: bool) -> MtpModel | None:
-    """Return a model with complete parameters, which a rank can use without the others; None if `keep` is false.
+    """Return a model whose parameters are not sharded, so that one rank can use it without the other ranks.
 
-    If the parameters are sharded, the result is a copy, and all ranks must call this function. Otherwise the result is
-    the model itself.
+    If `keep` is false, the result is None. If the parameters of `model` are sharded, the result is a copy, and all
+    ranks must call this function. Otherwise the result is `model` itself.
     """
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model if keep else None

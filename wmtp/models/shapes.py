@@ -1,4 +1,4 @@
-"""Sizes of a model, from which memory and time are estimated."""
+"""The sizes of a model, from which its memory and time are estimated."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +10,16 @@ from wmtp.models.architecture import HeadKind
 from wmtp.models.mtp import MtpModel
 
 BlockKind = Literal["wmtp", "llama", "qwen3", "gpt2"]
-"""Block implementation: that of wmtp, or a model type of transformers. `llama` includes Mistral and Qwen2."""
+"""The implementation of the blocks.
+
+"wmtp" is the implementation of this package. The other values are model types of transformers. "llama" also stands
+for Mistral and Qwen2.
+"""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """The number of all parameters and of trained parameters of a model, and their sizes in bytes."""
+    """The number of all parameters of a model, the number of its trained parameters, and the sizes of both in bytes."""
 
     parameters: int
     trained: int
@@ -25,7 +29,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model. The default is Meta's 7B model with four heads: 28 trunk blocks and one block per head."""
+    """The sizes of a model.
+
+    The default values describe Meta's 7B model with four heads, which has 28 trunk blocks and one block per head.
+    """
 
     dim: int = 4096
     num_layers: int = 29
@@ -34,32 +41,32 @@ class ModelShape:
     hidden_dim: int = 11008
     vocab_size: int = 32000
     num_kv_heads: int | None = None
-    """Number of key and value heads; None: as many as attention heads."""
+    """Number of key heads, which is also the number of value heads. None means the number of attention heads."""
     head_dim: int | None = None
-    """Width of an attention head; None: `dim` divided by the number of attention heads."""
+    """Width of an attention head. None means `dim` divided by the number of attention heads."""
     kind: BlockKind = "wmtp"
     head_kind: HeadKind = "transformer"
     is_tied: bool = False
-    """Whether embedding and unembedding share one matrix."""
+    """Whether the embedding and the unembedding share one matrix."""
     number_bytes: int = 4
-    """Bytes of one parameter, and of one element of the residual stream."""
+    """Size in bytes of a parameter, which is also the size of an element of the residual stream."""
     has_dropout: bool = False
     adapter_rank: int | None = None
-    """Rank of LoRA adapters; None: no adapters. With adapters, trunk, embedding and unembedding are frozen."""
+    """Rank of the LoRA adapters, or None without adapters. Adapters freeze trunk, embedding and unembedding."""
     value_dim: int | None = None
-    """Hidden width of the value head, 0 for a linear one; None: no value head."""
+    """Hidden width of the value head. 0 means a linear value head, and None means no value head."""
     trains_values_only: bool = False
     counts: Counts | None = None
-    """Counts of a real model; None: computed from the sizes, with all parameters trained."""
+    """Parameter counts of an existing model. If None, all parameters are assumed to be trained."""
 
     @property
     def query_dim(self) -> int:
-        """Total width of the queries of a token."""
+        """Total width of the queries of a token, summed over all attention heads."""
         return self.num_attention_heads * (self.head_dim or self.dim // self.num_attention_heads)
 
     @property
     def kv_dim(self) -> int:
-        """Total width of the keys of a token; that of its values is equal."""
+        """Total width of the keys of a token, which is also the total width of its values."""
         return self.query_dim * (self.num_kv_heads or self.num_attention_heads) // self.num_attention_heads
 
     @property
@@ -74,18 +81,21 @@ class ModelShape:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of trunk and heads."""
+        """Total number of blocks in the trunk and in the heads."""
         return self.num_trunk_blocks + self.num_head_blocks
 
     @property
     def block_matrices(self) -> int:
-        """Parameters in the matrices of a block: four in attention, two or three in the feed-forward layer."""
+        """Number of parameters in the matrices of a block.
+
+        A block has four matrices in the attention layer, and two (GPT-2) or three matrices in the feed-forward layer.
+        """
         attention = 2 * self.dim * (self.query_dim + self.kv_dim)
         return attention + (2 if self.kind == "gpt2" else 3) * self.dim * self.hidden_dim
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of a block: matrices, norms, and GPT-2's biases."""
+        """Number of parameters of a block, including its norms and, in GPT-2, its biases."""
         others = 2 * self.dim
         if self.kind == "gpt2":
             others += 2 * self.dim + 5 * self.dim + self.hidden_dim
@@ -95,35 +105,38 @@ class ModelShape:
 
     @property
     def residual_parameters(self) -> int:
-        """Parameters of heads that are residual layers."""
+        """Number of parameters of all heads that are residual layers."""
         return (self.num_heads - self.num_head_blocks) * self.dim**2
 
     @property
     def vocabulary_parameters(self) -> int:
-        """Parameters of the embedding; the unembedding has as many."""
+        """Number of parameters of the embedding, which is also the number of parameters of the unembedding."""
         return self.vocab_size * self.dim
 
     @property
     def num_vocabulary_matrices(self) -> int:
-        """Number of vocabulary matrices: 1 if embedding and unembedding are tied, else 2."""
+        """Number of vocabulary matrices. It is 1 if the embedding and the unembedding share one matrix, otherwise 2."""
         return 1 if self.is_tied else 2
 
     @property
     def parameters(self) -> int:
-        """All parameters except learned positions, adapters and value head (a linear one has dim + 1 and a norm)."""
+        """Number of parameters, excluding learned positions, adapters and the value head."""
         blocks = self.num_blocks * self.block_parameters + self.residual_parameters
         norm = (2 if self.kind == "gpt2" else 1) * self.dim
         return blocks + self.num_vocabulary_matrices * self.vocabulary_parameters + norm
 
     @property
     def counted(self) -> Counts:
-        """`counts` if they are set, otherwise counts computed from the sizes."""
+        """The parameter counts. They are `counts` if it is set, otherwise they are computed from the sizes."""
         size = self.parameters * self.number_bytes
         return self.counts or Counts(self.parameters, self.parameters, size, size)
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """Return the number of elements of parameters and their size in bytes; sharded parameters count completely."""
+    """Return the total number of elements of the given parameters, and their total size in bytes.
+
+    A sharded parameter is counted with its complete size.
+    """
     listed = list(parameters)
     return sum(p.numel() for p in listed), sum(p.numel() * p.dtype.itemsize for p in listed)
 
@@ -149,7 +162,7 @@ def model_shape(model: MtpModel) -> ModelShape:
 
 
 def _sizes(architecture: Any) -> dict[str, Any]:
-    """Return the sizes of an architecture of wmtp or of transformers."""
+    """Return the sizes of an architecture of wmtp or of transformers. The keys are fields of `ModelShape`."""
     names = ("dim", "num_layers", "num_attention_heads", "hidden_dim", "vocab_size", "num_kv_heads")
     config = getattr(architecture, "config", None)
     if config is None:

@@ -1,4 +1,4 @@
-"""Interface of model sources, which create a model for the start of training or to load a checkpoint into."""
+"""Interface of model sources. A source creates a model to train, or a model into which a checkpoint is loaded."""
 
 import hashlib
 import logging
@@ -17,16 +17,16 @@ from wmtp.models.mtp import MtpModel, empty_model
 
 log = logging.getLogger(__name__)
 ModelIssue = tuple[str, str, str]
-"""A config key below `model`, its value, and a description of the problem."""
+"""Three strings: a config key below `model`, the value of this key, and a description of the problem with the value."""
 
 
 class ModelSource(ABC):
     """A source from which a model can be created."""
 
     tokenizer: Tokenizer | None
-    """Tokenizer of the model; None if the source is only validated and no model is created."""
+    """Tokenizer of the model. It can be None if the source is only validated and creates no model."""
     is_pretrained = False
-    """Whether the initial parameters are pretrained, not random."""
+    """Whether the initial parameters are pretrained. If false, they are random."""
     lora: Lora | None = None
     value_head_dim: int | None = None
 
@@ -37,12 +37,12 @@ class ModelSource(ABC):
 
     @property
     def max_positions(self) -> int | None:
-        """Maximum sequence length in tokens; None: no limit, or not known yet."""
+        """Maximum sequence length in tokens, or None if there is no limit or the limit is not known yet."""
         return None
 
     @abstractmethod
     def architecture(self) -> Architecture:
-        """Return the architecture, the description of the model without its parameters.
+        """Return the architecture, which describes the model without its parameters.
 
         Raises:
             InputError: the description is missing or invalid.
@@ -50,7 +50,7 @@ class ModelSource(ABC):
 
     @abstractmethod
     def load_base(self) -> MtpModel:
-        """Load or initialize the model without adapters, in main memory.
+        """Load or initialize the model in main memory, without adapters.
 
         Random parameters are drawn from torch's global generator.
 
@@ -63,14 +63,18 @@ class ModelSource(ABC):
         yield from ()
 
     def files_to_save(self) -> dict[str, bytes]:
-        """Return the files, by name, that a run saves, so that its checkpoints can be used without the source."""
+        """Return the contents of the files that a run saves, by file name.
+
+        With these files, the checkpoints of a run without adapters can be used without the original files of the model.
+        """
         return {}
 
     def create(self) -> MtpModel:
-        """Create the model for the start of training, with adapters.
+        """Create the model for the start of training, including its adapters.
 
         Raises:
-            InputError: as in `load_base`, or the adapter targets name modules that do not exist.
+            InputError: files are missing or damaged, tensors have the wrong shape, or the adapter targets name modules
+                that do not exist.
         """
         if self.lora is None:
             return self.load_base()
@@ -82,10 +86,10 @@ class ModelSource(ABC):
         return model
 
     def empty(self) -> MtpModel:
-        """Create a model into which a checkpoint is loaded.
+        """Create a model into which a checkpoint can be loaded.
 
-        Parameters that checkpoints contain are not initialized. With adapters, the base is loaded, because checkpoints
-        do not contain it.
+        Parameters that checkpoints contain are not initialized. If the model has adapters, its base weights are loaded,
+        because checkpoints do not contain them.
         """
         if self.lora is not None:
             return self.create()
@@ -96,34 +100,37 @@ class ModelSource(ABC):
 
 
 class PretrainedSource(ModelSource):
-    """The source of a model with pretrained parameters in a folder; it can create more heads than are stored."""
+    """The source of a model whose pretrained parameters are stored in a folder.
+
+    The created model can have more heads than the folder contains.
+    """
 
     is_pretrained = True
     key = "model.path"
-    """Config key of the folder, for messages."""
+    """Config key that contains the path of the folder. It is used in error messages."""
     path: Path
     requested_heads: int | None
-    """Configured number of prediction heads; None: as many as are stored."""
+    """Configured number of prediction heads. None means the number of stored heads."""
     create_heads: bool
     """Whether heads that are not stored are created."""
 
     @property
     @abstractmethod
     def stored_heads(self) -> int:
-        """Number of prediction heads in the folder that are of the configured kind."""
+        """Number of stored prediction heads. Additional heads are counted only if they have the configured kind."""
 
     @property
     def num_heads(self) -> int:
-        """H, the number of prediction heads; at most `stored_heads` if `create_heads` is false."""
+        """H, the number of prediction heads. If `create_heads` is false, it is at most `stored_heads`."""
         requested = self.requested_heads or self.stored_heads
         return requested if self.create_heads else min(requested, self.stored_heads)
 
     def error(self, problem: str) -> InputError:
-        """Return an error about the folder."""
+        """Return an error whose message contains the config key, the path of the folder, and `problem`."""
         return InputError(f"{self.key}={self.path}: {problem}")
 
     def adapter_issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of adapters that do not match the trunk."""
+        """Yield an issue if the configured adapters do not match the trunk."""
         if self.lora is None:
             return
         with torch.device("meta"):
@@ -135,7 +142,7 @@ class PretrainedSource(ModelSource):
             yield "lora.targets", ",".join(unknown), f"the trunk has no such matrix; it has {available}"
 
     def log_head_counts(self) -> None:
-        """Log a warning if the number of heads differs from the stored or from the configured number."""
+        """Log a warning if the model has more heads than are stored, or fewer heads than are configured."""
         stored, created = self.stored_heads, self.num_heads
         if created < (self.requested_heads or created):
             log.warning(
@@ -148,10 +155,10 @@ class PretrainedSource(ModelSource):
             )
 
     def check_embeddings(self, size: int) -> None:
-        """Check that the model has an embedding for every token.
+        """Check that a model with `size` embeddings has an embedding for every token of its tokenizer.
 
         Raises:
-            InputError: the model has fewer embeddings than its tokenizer has tokens.
+            InputError: the tokenizer has more than `size` tokens.
         """
         assert self.tokenizer is not None
         if size < self.tokenizer.vocab_size:
@@ -159,7 +166,10 @@ class PretrainedSource(ModelSource):
 
 
 def weights_fingerprint(model: nn.Module, exclude_prefix: str | None = None) -> str:
-    """Return a hash of the names and values of a model's tensors, without names that start with `exclude_prefix`."""
+    """Return a hash of the names and values of a model's tensors.
+
+    Tensors whose names start with `exclude_prefix` are ignored.
+    """
     tensors = model.state_dict().items()
     return tensors_fingerprint({n: x for n, x in tensors if exclude_prefix is None or not n.startswith(exclude_prefix)})
 

@@ -1,4 +1,4 @@
-"""Modules of a Llama-style transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+"""Modules of a Llama-style transformer with RMSNorm, rotary positions, grouped-query attention and SwiGLU."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 RotaryTable = tuple[Float[Tensor, "#batch position pair"], Float[Tensor, "#batch position pair"]]
-"""Cosines and sines of the rotation of each pair of dimensions at each position."""
+"""The cosines and the sines of the rotation angles. There is one angle for each position and pair of dimensions."""
 
 
 def rotary_table(positions: Int[Tensor, "#batch position"], head_dim: int, theta: float) -> RotaryTable:
-    """Return cosines and sines of the rotation angles, which are position · theta^(−2·pair/head_dim) in radians.
+    """Return the cosines and sines of the rotation angles at the given positions.
+
+    The angle of the pair of dimensions 2i and 2i + 1 is position · theta^(−2·i/head_dim) in radians.
 
     Source: Su et al. 2021, RoFormer (arXiv 2104.09864), section 3.2.
     """
@@ -22,7 +24,10 @@ def rotary_table(positions: Int[Tensor, "#batch position"], head_dim: int, theta
 def rotate(
     x: Float[Tensor, "batch position head head_dim"], table: RotaryTable
 ) -> Float[Tensor, "batch position head head_dim"]:
-    """Rotate the interleaved pairs (0, 1), (2, 3), … of every head, as Meta's Llama code does."""
+    """Rotate the pairs of dimensions (0, 1), (2, 3), … of every attention head by the angles in `table`.
+
+    Meta's Llama code rotates the same pairs.
+    """
     cos, sin = (part[:, :, None].to(x.dtype) for part in table)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
@@ -47,7 +52,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch position dim"],
         table: RotaryTable,
     ) -> Float[Tensor, "batch position dim"]:
-        """Return the attention output; each position attends to itself and to earlier positions."""
+        """Return the attention output. Each position attends to itself and to earlier positions."""
         queries, keys, values = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
         )
@@ -62,7 +67,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A SwiGLU layer: output(silu(gate(x)) · up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
+    """A SwiGLU layer, which computes output(silu(gate(x)) · up(x)). Source: Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -71,7 +76,7 @@ class FeedForward(nn.Module):
         self.output = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        """Apply the gated layer to every position independently."""
+        """Apply the layer to every position independently."""
         result: Tensor = self.output(F.silu(self.gate(x)) * self.up(x))
         return result
 
@@ -94,7 +99,7 @@ class Block(nn.Module):
         x: Float[Tensor, "batch position dim"],
         table: RotaryTable,
     ) -> Float[Tensor, "batch position dim"]:
-        """Return the residual stream after adding the outputs of attention and of the feed-forward layer."""
+        """Return the residual stream after adding the outputs of the attention layer and of the feed-forward layer."""
         x = x + self.dropout(self.attention(self.attention_norm(x), table))
         result: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return result

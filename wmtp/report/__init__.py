@@ -1,1 +1,1 @@
-"""Tables, statistical tests and HTML pages, made from the folders of runs."""
+"""Tables, statistical tests and HTML pages that are created from the folders of runs."""

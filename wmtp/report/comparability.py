@@ -1,4 +1,4 @@
-"""Checks that runs can be compared: same data and tokenizer, and a metric with the same meaning."""
+"""Checks that runs use the same data and tokenizer, and that a metric has the same meaning in all of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +13,23 @@ SHARED_DATA = {
     "validation_fingerprint": ("validation set", "data."),
     "tokenizer": ("tokenizer", "model.tokenizer."),
 }
-"""Key of the data in provenance.json: its name in messages, and the prefix of its config keys."""
+"""Fields of provenance.json that must be equal in all compared runs.
+
+Each field is mapped to its name in error messages and to the prefix of the config keys that determine it.
+"""
 MEANS_OVER_HEADS = ("val/loss", "val/mtp_loss")
 SINGLE_HEAD = "val/head_1_loss"
 ABSENT = "-"
 
 
 def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
-    """Check that all runs use the same data and tokenizer, and return notes on runs that do not record them.
+    """Check that all runs use the same data and tokenizer.
+
+    Returns:
+        Notes on what cannot be checked, because a run does not record its data or its tokenizer.
 
     Raises:
-        InputError: the training data, validation set or tokenizer of two runs differ.
+        InputError: two runs differ in the training data, the validation set or the tokenizer.
     """
     data_by_run = {run: dict(run.provenance.get("data", {})) for run in runs}
     problems, notes = [], []
@@ -46,7 +52,10 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def config_differences(one: RunRecord, other: RunRecord, prefix: str) -> list[str]:
-    """Return a line for each config key below `prefix` in which two runs differ."""
+    """Return lines that list the config keys with the given prefix whose values differ between two runs.
+
+    If no value differs, the only line says that the files named in the config must have changed.
+    """
     before, after = (
         {key: value for key, value in flatten(run.config).items() if key.startswith(prefix)} for run in (one, other)
     )
@@ -61,7 +70,7 @@ def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:
     """Check that a metric has the same meaning in all runs.
 
     Raises:
-        InputError: the metric is a mean over heads, and the runs have different numbers of heads.
+        InputError: the metric is a mean over prediction heads, and the runs have different numbers of heads.
     """
     heads = runs_by_num_heads(runs)
     if metric in MEANS_OVER_HEADS and len(heads) > 1:
@@ -73,9 +82,11 @@ def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:
 
 
 def common_loss(runs: Sequence[RunRecord], metric: str) -> str:
-    """Return the loss for curves and tokens to target.
+    """Return the name of a validation loss that has the same meaning in all runs.
 
-    It is the requested metric if that is a validation loss of all runs, else a loss with the same meaning in all runs.
+    This loss is used for the loss curves, and to count the tokens until a run reaches the baseline's best loss. The
+    result is `metric` if all runs recorded `metric` at validations and lower values of it are better. Otherwise, the
+    result is `val/loss`, or the validation loss of the first head if the runs have different numbers of heads.
     """
     if metric.startswith("val/") and is_lower_better(metric) and all(run.series(metric) for run in runs):
         return metric
@@ -83,7 +94,7 @@ def common_loss(runs: Sequence[RunRecord], metric: str) -> str:
 
 
 def runs_by_num_heads(runs: Sequence[RunRecord]) -> dict[Any, RunRecord]:
-    """Return the first run for each number of heads."""
+    """Return a dictionary from each number of prediction heads to the first run with that many heads."""
     found: dict[Any, RunRecord] = {}
     for run in runs:
         found.setdefault(run.config.get("model", {}).get("num_heads"), run)

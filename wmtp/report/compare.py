@@ -1,4 +1,4 @@
-"""Comparison of runs with a baseline: select runs, pair them by seed, test the differences."""
+"""Comparison of groups of runs with a baseline group: selection of runs, pairing by seed, and statistical tests."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,18 +33,18 @@ from wmtp.report.statistics import (
 from wmtp.report.tokens_to_target import tokens_to_target
 
 SECOND_METRIC = "pass@1"
-"""Metric that is compared in addition to the requested one if all runs have it."""
+"""Metric that is compared in addition to the requested metric, if all runs have this additional metric."""
 RunsBySeed = dict[int, RunRecord]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Groups of runs by seed, the baseline first."""
+    """The runs to compare, by group and by seed. The baseline group is the first group."""
 
     baseline: str
     groups: dict[str, RunsBySeed]
     failed: dict[str, set[int]]
-    """Seeds of each group for which all runs failed."""
+    """For each group, the seeds that have a failed run but no finished run."""
 
     @property
     def others(self) -> list[str]:
@@ -52,12 +52,12 @@ class Study:
         return [label for label in self.groups if label != self.baseline]
 
     def pairs(self, label: str) -> dict[int, tuple[RunRecord, RunRecord]]:
-        """Return the pair (baseline run, group run) of each seed that both groups have."""
+        """Return the pair (run of the baseline, run of the group `label`) for each seed that both have in common."""
         base, group = self.groups[self.baseline], self.groups[label]
         return {seed: (base[seed], group[seed]) for seed in sorted(base.keys() & group.keys())}
 
     def failed_runs(self, label: str, metric: MetricValues) -> FailedRuns:
-        """Return how many runs of a group have no value."""
+        """Return how many runs of the group `label` have no value of the metric."""
         group, failed = self.groups[label], len(self.failed.get(label, ()))
         return FailedRuns(failed + sum(run not in metric.values for run in group.values()), failed + len(group))
 
@@ -65,17 +65,19 @@ class Study:
 def compare_runs(
     runs: Sequence[RunRecord], *, baseline: str = "baseline", metric: str = "val/loss", at: BestOrLast = "best"
 ) -> Comparison:
-    """Compare groups of runs with the baseline group, seed by seed.
+    """Compare groups of runs with the baseline group, by the differences between runs with the same seed.
 
     Args:
-        runs: runs in any state; only finished ones are compared.
-        baseline: label of the baseline group, or a part of it that no other label has.
-        metric: `val/…` or `pass@k`.
-        at: "best" for the best checkpoint, "last" for the last model; ignored for `pass@k`.
+        runs: runs in any state. Only finished runs are compared.
+        baseline: label of the baseline group, or a part of that label that no other label contains.
+        metric: name of the metric, either a validation metric such as `val/loss`, or `pass@k` such as `pass@1`.
+        at: model whose validation metrics are compared: "best" for the best checkpoint, "last" for the model at the
+            end of the training. `at` is ignored if `metric` is `pass@k`.
 
     Raises:
-        InputError: there are no two groups with common seeds, the baseline or the metric is unknown, or the runs
-            differ in data, tokenizer or (for a mean over heads) number of heads.
+        InputError: no group has a seed in common with the baseline; the baseline or the metric is unknown; the runs
+            use different data or tokenizers; or the metric is a mean over prediction heads and the runs have different
+            numbers of heads.
     """
     notes: list[str] = []
     done = finished_runs(runs, notes)
@@ -95,7 +97,7 @@ def compare_runs(
 
 
 def finished_runs(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord]:
-    """Return the runs that finished, and add a note for each other run.
+    """Return the runs that finished, and add a note to `notes` for each run that did not finish.
 
     Raises:
         InputError: no run has finished.
@@ -114,16 +116,23 @@ def finished_runs(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord
 
 
 def pair_by_seed(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
-    """Return the groups that have seeds in common with the baseline, and their failed seeds.
+    """Return the baseline group and all groups that have a seed in common with it.
+
+    Args:
+        runs: finished runs.
+        failed: failed runs.
+        baseline: label of the baseline group, or a part of that label that no other label contains.
+        notes: list to which notes on excluded runs and groups are added.
 
     Raises:
-        InputError: there is only one group, the baseline is unknown, or no other group has a seed of the baseline.
+        InputError: there is only one group, the baseline is unknown, or no group has a seed in common with the
+            baseline.
     """
     groups = {label: latest_run_per_seed(label, group, notes) for label, group in group_runs(runs).items()}
     if len(groups) < 2:
         raise InputError(
-            f"the {len(runs)} finished runs form only one group, because their configs differ at most in the seed; "
-            "add runs of another method or setting"
+            f"finished runs: {len(runs)}, but they form only one group, because their configs differ at most in the "
+            "seed; add runs of another method or setting"
         )
     label = find_baseline(baseline, list(groups))
     base = groups.pop(label)
@@ -145,7 +154,10 @@ def pair_by_seed(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baselin
 def failed_seeds(
     groups: Mapping[str, RunsBySeed], failed: Sequence[RunRecord], notes: list[str]
 ) -> dict[str, set[int]]:
-    """Return the seeds of each group whose runs all failed; add a note for a group without a finished run."""
+    """Return, for each of `groups`, the seeds that have a failed run but no finished run.
+
+    A note is added to `notes` for failed runs that belong to none of `groups`.
+    """
     labels = {run: label for label, group in groups.items() for run in group.values()}
     found: dict[str, set[int]] = {}
     for name, members in group_runs([*labels, *failed]).items():
@@ -158,25 +170,28 @@ def failed_seeds(
 
 
 def latest_run_per_seed(label: str, runs: Sequence[RunRecord], notes: list[str]) -> RunsBySeed:
-    """Return the runs of a group by seed; of several runs with one seed, keep the last started."""
+    """Return a dictionary from each seed to the run of the group with that seed.
+
+    If several runs have the same seed, the run that started last is kept. A note is added for each of the others.
+    """
     found: RunsBySeed = {}
     for run in sorted(runs, key=lambda run: str(run.status.get("started"))):
         if (before := found.get(run.seed)) is not None:
             notes.append(
-                f"{before.folder} is left out: {run.folder} is also of {label} with seed {run.seed}, and started later"
+                f"{before.folder} is left out: {run.folder} of {label} also has seed {run.seed}, and started later"
             )
         found[run.seed] = run
     return dict(sorted(found.items()))
 
 
 def find_baseline(baseline: str, labels: Sequence[str]) -> str:
-    """Return the label that `baseline` refers to.
+    """Return the group label that `baseline` refers to.
 
-    A label matches if it is equal to `baseline`, has it as one of its comma-separated parts, or contains it, in this
-    order of preference.
+    A label that is equal to `baseline` has the highest priority. A label that has `baseline` as one of its
+    comma-separated parts has the second priority, and a label that contains `baseline` anywhere has the third.
 
     Raises:
-        InputError: no label or more than one matches.
+        InputError: no label matches, or several labels match with the same highest priority.
     """
     name = baseline.removeprefix("algo=")
     for matches in (
@@ -195,12 +210,12 @@ def find_baseline(baseline: str, labels: Sequence[str]) -> str:
 
 
 def format_baselines(labels: Sequence[str]) -> str:
-    """Return labels as overrides that a user can type."""
+    """Return the command-line override `baseline='LABEL'` for each label, separated by commas."""
     return ", ".join(f"baseline='{label}'" for label in labels)
 
 
 def add_unpaired_notes(baseline: str, base: RunsBySeed, label: str, group: RunsBySeed, notes: list[str]) -> None:
-    """Add a note for the seeds that only one of two groups has."""
+    """Add a note on the seeds that only the baseline has, and a note on the seeds that only the other group has."""
     for one, seeds, other in (
         (baseline, base.keys() - group.keys(), label),
         (label, group.keys() - base.keys(), baseline),
@@ -217,10 +232,10 @@ def format_seeds(seeds: Sequence[int] | Mapping[int, object] | set[int]) -> str:
 
 
 def metric_comparison(study: Study, metric: MetricValues, notes: list[str]) -> MetricComparison:
-    """Compare one metric of all groups with the baseline.
+    """Compare the values of one metric between each group and the baseline.
 
     Raises:
-        InputError: no pair of runs has a finite value.
+        InputError: a group has no finite value, or there is no pair in which both runs have a finite value.
     """
     notes += metric.notes
     failed_runs = {label: study.failed_runs(label, metric) for label in study.groups}
@@ -258,10 +273,10 @@ def metric_comparison(study: Study, metric: MetricValues, notes: list[str]) -> M
 
 
 def group_values(label: str, group: RunsBySeed, metric: MetricValues, failed_runs: FailedRuns) -> GroupValues:
-    """Return the values of one group, in the order of the seeds.
+    """Return the finite values of a metric in one group, with their mean and standard deviation.
 
     Raises:
-        InputError: no value is finite.
+        InputError: no run of the group has a finite value.
     """
     values = {seed: metric.values[run] for seed, run in group.items() if run in metric.values}
     if not values:
@@ -271,7 +286,7 @@ def group_values(label: str, group: RunsBySeed, metric: MetricValues, failed_run
 
 
 def differences(study: Study, label: str, metric: MetricValues) -> dict[int, float]:
-    """Return group value − baseline value for each seed for which both are finite."""
+    """Return the value of the group minus the value of the baseline, for each seed for which both are finite."""
     return {
         seed: metric.values[run] - metric.values[base]
         for seed, (base, run) in study.pairs(label).items()
@@ -280,7 +295,10 @@ def differences(study: Study, label: str, metric: MetricValues) -> dict[int, flo
 
 
 def mcnemar(study: Study, label: str, metric: MetricValues) -> McNemar | None:
-    """Return McNemar's test over the problems graded in all paired runs, or None if there are none."""
+    """Return McNemar's test of a group against the baseline, over the test problems graded in all paired runs.
+
+    The result is None if there are no pairs, or if a paired run has no graded problems.
+    """
     pairs = [(metric.solved.get(base), metric.solved.get(run)) for base, run in study.pairs(label).values()]
     known = [(base, run) for base, run in pairs if base and run]
     if not known or len(known) < len(pairs):
@@ -298,7 +316,18 @@ def verdict(
     failed_runs: FailedRuns,
     baseline_failed_runs: FailedRuns,
 ) -> Verdict:
-    """Return the verdict at the 5 % level. If the better side has failed runs, the verdict is "runs failed"."""
+    """Return the verdict on the difference between a group and the baseline at the 5 % level.
+
+    If the difference would favor the group or the baseline, and the favored one has failed runs, then the verdict is
+    "runs failed".
+
+    Args:
+        pairs: difference from the baseline by seed.
+        p_holm: p-value of the mean difference after Holm's correction.
+        lower_is_better: whether lower values of the metric are better.
+        failed_runs: failed runs of the group.
+        baseline_failed_runs: failed runs of the baseline.
+    """
     if len(pairs) < MIN_PAIRS:
         return "too few seeds"
     if p_holm is None or p_holm >= LEVEL:
@@ -310,7 +339,10 @@ def verdict(
 
 
 def add_limit_notes(metric: str, difference: Difference, notes: list[str]) -> None:
-    """Add a note if there are too few pairs for a test, or if all differences are equal."""
+    """Add notes to `notes` if a statistical test of a difference cannot show an effect.
+
+    The reason is that there are too few pairs of runs, or that the difference is the same for every seed.
+    """
     num = len(difference.pairs)
     if num < MIN_PAIRS:
         pairs = f"{num} pair{'s' if num > 1 else ''}"
@@ -327,7 +359,10 @@ def add_limit_notes(metric: str, difference: Difference, notes: list[str]) -> No
 
 
 def all_tokens_to_target(study: Study, metric: str, notes: list[str]) -> list[TokensToTarget]:
-    """Return the tokens to the baseline's best loss for each other group; empty if not recorded."""
+    """Return, for each group, the numbers of tokens that its runs needed to reach the baseline's best loss.
+
+    The list is empty if a run did not record its number of tokens.
+    """
     found = [tokens_to_target(label, study.pairs(label), metric) for label in study.others]
     known = [each for each in found if each is not None]
     if len(known) < len(found):

@@ -1,4 +1,4 @@
-"""Plots of a comparison: values of each seed, differences with intervals, and loss curves of all groups."""
+"""Plots of a comparison, which show the value of each run, the differences from the baseline, and the loss curves."""
 
 import math
 import textwrap
@@ -31,16 +31,16 @@ from wmtp.report.results import MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
 
 NAME_WIDTH, MAX_NAME_LETTERS, MAX_NAME_LINES = 1.75, 21, 4
-"""Width of group names in inches, maximum number of letters per line, and maximum number of lines."""
+"""Space for a group name: width in inches, maximum number of letters per line, and maximum number of lines."""
 VERDICT_COLORS = {"better": GOOD, "worse": BAD}
 NUM_MARKERS = 10
-"""Markers on a curve: enough to identify it without its color, too few to hide it."""
+"""Maximum number of markers on a curve. Markers identify a curve without its color, but too many would hide it."""
 MAX_GROUPS_WITH_RUNS = 4
-"""With more groups, curves of single runs would hide the means."""
+"""Maximum number of groups for which the curves of single runs are shown. More curves would hide the mean curves."""
 
 
 def plot_values_by_seed(metric: MetricComparison, name: str) -> Plot | None:
-    """Plot the value of each run in a row for each group; lines join runs of one seed."""
+    """Plot the value of each run. Each group has its own row, and lines join the runs with the same seed."""
     groups = [group for group in metric.groups if group.values_by_seed]
     if not groups:
         return None
@@ -62,7 +62,7 @@ def plot_values_by_seed(metric: MetricComparison, name: str) -> Plot | None:
 
 
 def plot_forest(metric: MetricComparison, baseline: str, name: str) -> Plot | None:
-    """Plot each group's mean difference from the baseline with its interval and the differences of the seeds."""
+    """Plot each group's mean difference from the baseline, its 95 % interval, and the difference of each seed."""
     differences = [difference for difference in metric.differences if difference.pairs]
     if not differences:
         return None
@@ -88,10 +88,12 @@ def plot_forest(metric: MetricComparison, baseline: str, name: str) -> Plot | No
 
 
 def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[Plot]:
-    """Plot a validation metric of all groups, and the second half again on a larger scale.
+    """Plot a validation metric of all groups over the training.
 
-    Lines are means over seeds with a band of one standard deviation; with at most `MAX_GROUPS_WITH_RUNS` groups, single
-    runs are shown too. The horizontal axis is tokens if all runs recorded them, else updates.
+    A second plot shows the second half of the training on a larger scale. Each group has a line for the mean over
+    seeds, with a band of one standard deviation. The curves of single runs are shown too if there are at most
+    `MAX_GROUPS_WITH_RUNS` groups. The horizontal axis shows the number of tokens if all runs recorded it, and the
+    number of updates otherwise.
     """
     runs = [run for members in groups.values() for run in members]
     by_tokens = all("tokens" in line for run in runs for line in run.metrics if metric in line)
@@ -141,7 +143,11 @@ def _plot_group_curves(
 
 
 def validation_curve(run: RunRecord, metric: str, by_tokens: bool) -> Series:
-    """Return a validation metric by step, or by tokens including stage 1; finite values only."""
+    """Return the finite values of a validation metric as pairs (position, value), downsampled for a plot.
+
+    The position is the number of tokens trained on, including stage 1, if `by_tokens` is true. Otherwise it is the
+    number of updates.
+    """
     before = int((run.summary.get("pretrain") or {}).get("total_tokens") or 0)
     curve = [
         (line["tokens"] + before if by_tokens else line["step"], float(line[metric]))
@@ -153,7 +159,7 @@ def validation_curve(run: RunRecord, metric: str, by_tokens: bool) -> Series:
 
 
 def plot_tokens_to_target(results: Sequence[TokensToTarget], baseline: str) -> Plot | None:
-    """Plot the tokens to the baseline's best loss, as ratios."""
+    """Plot how many tokens each run needed to reach the baseline's best loss, relative to the baseline."""
     plotted = [each for each in results if any(pair.tokens is not None for pair in each.pairs)]
     if not plotted:
         return None
@@ -188,7 +194,10 @@ def _ratios(result: TokensToTarget) -> list[float]:
 
 
 def _create_rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, list[float]]:
-    """Return a figure with a row for each label, broken into lines, and the vertical positions of the rows."""
+    """Return a figure with a row for each label, its axes, and the vertical position of each row.
+
+    Long labels are broken into several lines.
+    """
     names = [textwrap.fill(label, MAX_NAME_LETTERS, max_lines=MAX_NAME_LINES, placeholder=" …") for label in labels]
     heights = [max(2.2, 1.15 * (name.count("\n") + 1) + 0.6) / 2.2 for name in names]
     edges = np.concatenate([[0], np.cumsum(heights)])
@@ -226,7 +235,7 @@ def _add_group_curve(axes: Axes, members: Sequence[Series], number: int, label: 
 
 
 def _format_tokens(value: float) -> str:
-    """Return a number of tokens in short form.
+    """Return a number of tokens in short form, with a unit such as M for millions.
 
     >>> _format_tokens(1_500_000), _format_tokens(20_000), _format_tokens(0)
     ('1.5 M', '20 k', '0')

@@ -1,4 +1,4 @@
-"""Write compare.html, the page of a comparison with verdicts, plots, tests, and the compared runs."""
+"""Creation of compare.html, the page that shows a comparison with its verdicts, plots, tests and runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ from wmtp.report.run_report import FILE_NAME
 from wmtp.report.statistics import SEEDS_CAP
 
 CSS_CLASSES = {"better": "good", "worse": "bad"}
-"""CSS class of a verdict; `quiet` for the others."""
+"""CSS class of each verdict. Verdicts that are not listed have the class `quiet`."""
 ABSENT = "–"
 
 
 def write_comparison_report(path: Path, comparison: Comparison) -> None:
-    """Write the page atomically, with relative links to the report.html of the runs."""
+    """Write the HTML page of a comparison atomically. The page has relative links to the report.html of each run."""
     requested = comparison.metrics[0]
     title = f"{requested.metric} compared with {comparison.baseline}"
     with plot_style():
@@ -109,7 +109,7 @@ def _result(comparison: Comparison) -> Markup:
 
 
 def describe_difference(difference: Difference) -> str:
-    """Return the result for one group in one to three sentences."""
+    """Return sentences that describe how one group differs from the baseline."""
     seeds = f"{len(difference.pairs)} {'seed' if len(difference.pairs) == 1 else 'seeds'}"
     if not difference.pairs:
         return "No seed has a run in both groups."
@@ -135,7 +135,7 @@ def _describe_pairs(difference: Difference, seeds: str) -> str:
 
 
 def _describe_failed_runs(difference: Difference) -> str:
-    """Return sentences on failed runs and their effect on the verdict."""
+    """Return sentences that say how many runs failed and how this affects the verdict."""
     sides = (("runs", difference.lost), ("baseline runs", difference.baseline_lost))
     text = "".join(f" {side.failed} of {side.runs} {name} failed." for name, side in sides if side.failed)
     if difference.verdict == "runs failed":
@@ -221,7 +221,10 @@ def _tokens_to_target(results: list[TokensToTarget], baseline: str) -> Markup:
         for each in results for pair in each.pairs
     ]  # fmt: skip
     each_seed = table(
-        ["group", "seed", "best loss of " + baseline, "its tokens", "the group’s", "its stage 1 tokens", "the group’s"],
+        [
+            "group", "seed", f"best loss of {baseline}", "tokens of the baseline", "tokens of the group",
+            "stage 1 tokens of the baseline", "stage 1 tokens of the group",
+        ],
         pairs, numbers=range(1, 7), names=[0],
     )  # fmt: skip
     introduction = (
@@ -264,13 +267,13 @@ def _config_differences(comparison: Comparison) -> Markup:
 
 
 def _is_in_label(key: str, setting: Mapping[str, Any], label: str) -> bool:
-    """Return whether a label contains the value of a key."""
+    """Return whether a group label contains the value of a config key."""
     value, parts = setting.get(key), label.split(", ")
     return f"{key.removesuffix('=')}={value}" in parts or (key.endswith("=") and value in parts)
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Markup:
-    """Return a table with a row for each key and a column for each group."""
+    """Return a table of config values with a row for each key and a column for each group."""
     rows = [
         [code(breakable(key.removesuffix("="))),
          *(code(breakable(str(setting[key]))) if key in setting else ABSENT for setting in settings.values())]
@@ -314,7 +317,7 @@ def _verdict(difference: Difference | None) -> Markup | str:
 
 
 def _format_signed(value: float) -> str:
-    """Return a difference with its sign.
+    """Return a difference as text with its sign and at most three significant digits.
 
     >>> _format_signed(-0.01234), _format_signed(0.5)
     ('−0.0123', '+0.5')
@@ -327,7 +330,7 @@ def _format_corrected(p: float | None, holm: float | None) -> str:
 
 
 def _format_p(value: float | None) -> str:
-    """Return a p-value as text.
+    """Return a p-value as text, or a dash for None.
 
     >>> _format_p(0.0312), _format_p(0.00001), _format_p(None)
     ('0.031', '< 0.001', '–')

@@ -1,4 +1,4 @@
-"""Groups of runs whose configs differ only in the seed, and their labels."""
+"""Assignment of runs to labeled groups. The configs of the runs in a group differ only in the seed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ IGNORED_KEYS = (
     "checkpoint", "sweep", "report", "num_validation_samples", "num_samples", "sandbox", "log_interval",
     "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
-"""Config keys that do not distinguish groups: the seed, paths, tracking, and additional measurements."""
+"""Config keys whose values do not distinguish groups, such as the seed, paths, and additional measurements."""
 
 
 def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Return the runs by group label, in the order of the first run of each group.
+    """Return a dictionary from the label of each group to its runs. Groups are ordered by their first run.
 
-    A label consists of the keys that distinguish the groups, without keys that follow from earlier ones: first `algo`
-    (without its name), then options of other config groups, then values.
+    A label lists the settings that distinguish a group from the others: first the chosen algorithm, then the chosen
+    options of other config groups, then config values. A setting is omitted if it follows from the settings before it.
     """
     settings = [distinguishing_settings(run) for run in runs]
     keys = _varying_keys(settings)
@@ -29,7 +29,11 @@ def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def distinguishing_settings(run: RunRecord) -> dict[str, str]:
-    """Return all settings that can distinguish a run: chosen options as `group=`, and non-null config values."""
+    """Return all settings that can distinguish a run from others.
+
+    The settings are the config values that are not null, and the chosen option of each config group. The key of a
+    chosen option is the name of the config group with an equals sign, for example `algo=`.
+    """
     chosen = {
         f"{group}=": option
         for group, option in run.choices.items()
@@ -40,7 +44,7 @@ def distinguishing_settings(run: RunRecord) -> dict[str, str]:
 
 
 def _format_value(value: Any) -> str:
-    """Return a value as it appears in labels; equal numbers look the same.
+    """Return a config value as text for a label. Equal numbers give the same text.
 
     >>> _format_value(1), _format_value(1.0), _format_value(True), _format_value(3e-3)
     ('1', '1', 'true', '0.003')
@@ -58,7 +62,10 @@ def _is_relevant(key: str) -> bool:
 
 
 def _varying_keys(settings: Sequence[dict[str, str]]) -> list[str]:
-    """Return the keys whose values differ: `algo` first, then other options, then config values in their order."""
+    """Return the keys whose values differ between the settings of runs.
+
+    The key of the algorithm is first, then the keys of other chosen options follow, then the keys of config values.
+    """
     keys = dict.fromkeys(key for setting in settings for key in setting)
     varying = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     return sorted(varying, key=lambda key: (key != "algo=", not key.endswith("="), "_target_" in key))

@@ -1,4 +1,4 @@
-"""Building blocks of self-contained HTML pages. Text from a run is always escaped."""
+"""Functions that create self-contained HTML pages and their elements. Text that is not markup is escaped."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ _TABLE = Markup("""<div class="scroll" tabindex="0" role="group" aria-label="Tab
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page; `name` is its anchor."""
+    """A section of an HTML page. Links to the section use `name` as the anchor."""
 
     name: str
     title: str
@@ -60,7 +60,7 @@ class Section:
 
 
 def write_html(path: Path, title: str, header: Markup, sections: Sequence[Section], style: str = "") -> None:
-    """Write a page atomically; `style` is appended to the style sheet of all pages."""
+    """Write an HTML page atomically. The CSS rules in `style` are added to the style sheet that all pages share."""
     content = _PAGE.format(
         title=title,
         style=Markup(_STYLE_SHEET.read_text() + style),
@@ -72,22 +72,27 @@ def write_html(path: Path, title: str, header: Markup, sections: Sequence[Sectio
 
 
 def join(parts: Iterable[str]) -> Markup:
-    """Concatenate parts; parts that are not markup are escaped."""
+    """Concatenate texts and return the result as markup. Texts that are not markup are escaped."""
     return Markup("").join(parts)
 
 
 def paragraph(text: str, css_class: str = "") -> Markup:
-    """Return a paragraph with an optional CSS class."""
+    """Return an HTML paragraph with an optional CSS class."""
     return Markup("<p{}>{}</p>\n").format(_class(css_class), text)
 
 
 def muted_paragraph(text: str) -> Markup:
-    """Return a paragraph in a muted color, for notes on missing content."""
+    """Return an HTML paragraph in a muted color. It is used for remarks and for notes on missing content."""
     return paragraph(text, "quiet")
 
 
 def figures(plots: Iterable[Plot | None], beside: Markup = _NOTHING) -> Markup:
-    """Return plots, and optionally other content beside them, in a grid; None in `plots` is skipped."""
+    """Return a grid of plots, each with its caption.
+
+    Args:
+        plots: plots to show. Elements that are None are skipped.
+        beside: other content, shown after the last plot in the same grid.
+    """
     elements = [
         Markup("<figure>\n{}\n<figcaption>{}</figcaption>\n</figure>\n").format(to_svg(plot), plot.caption)
         for plot in plots
@@ -106,14 +111,14 @@ def table(
     wide: Iterable[int] = (),
     names: Iterable[int] = (),
 ) -> Markup:
-    """Return a table in a scrollable container.
+    """Return an HTML table in a scrollable container.
 
     Args:
         head: column headings.
-        rows: A cell for each column.
-        numbers: columns that are right-aligned.
-        wide: columns that may be broken at any character.
-        names: columns that are broken only between words.
+        rows: rows of the table. Each row has a cell for each column.
+        numbers: indices of the columns whose text is right-aligned.
+        wide: indices of the columns in which a line may break at any character.
+        names: indices of the columns in which a line may break only between words.
     """
     kinds = dict.fromkeys(numbers, "number") | dict.fromkeys(wide, "wide") | dict.fromkeys(names, "name")
     classes = [_class(kinds.get(column, "")) for column in range(len(head))]
@@ -128,20 +133,20 @@ def table(
 
 
 def bullet_list(texts: Iterable[str]) -> Markup:
-    """Return texts as a list; empty markup for no texts."""
+    """Return an HTML list with a bullet for each text, or empty markup if there are no texts."""
     entries = join(Markup("<li>{}</li>\n").format(text) for text in texts)
     return Markup("<ul>\n{}</ul>\n").format(entries) if entries else Markup()
 
 
 def key_numbers(entries: Iterable[tuple[str, str, str]]) -> Markup:
-    """Return a list of key numbers from entries (name, value, remark)."""
+    """Return an HTML list of the most important numbers of a run. Each entry is a tuple (name, value, remark)."""
     return Markup('<dl class="numbers">\n{}</dl>\n').format(
         join(Markup("<div><dt>{}</dt><dd>{}</dd><dd>{}</dd></div>\n").format(*entry) for entry in entries)
     )
 
 
 def facts(entries: Iterable[tuple[str, Any]]) -> Markup:
-    """Return a definition list of names and values; entries without a value are left out."""
+    """Return an HTML list of pairs (name, value). Pairs whose value is None or an empty text are left out."""
     return Markup('<dl class="facts">\n{}</dl>\n').format(
         join(
             Markup("<dt>{}</dt><dd>{}</dd>\n").format(name, value) for name, value in entries if value not in (None, "")
@@ -150,31 +155,45 @@ def facts(entries: Iterable[tuple[str, Any]]) -> Markup:
 
 
 def cards(entries: Iterable[Markup]) -> Markup:
-    """Return cards in a grid."""
+    """Return a grid that contains the given cards, which `card` creates."""
     return Markup('<div class="cards">\n{}</div>\n').format(join(entries))
 
 
 def card(name: str, css_class: str, verdict: str, body: Markup) -> Markup:
-    """Return a card with a name, a verdict and a body; `css_class` is `good`, `bad` or `quiet`."""
+    """Return a framed box with a name, a verdict and a body.
+
+    Args:
+        name: heading of the box.
+        css_class: CSS class that colors the verdict: `good`, `bad` or `quiet`.
+        verdict: short text beside the heading.
+        body: content of the box.
+    """
     return Markup(
         '<article class="card"><header><h3>{}</h3><span class="{}">{}</span></header>\n{}</article>\n'
     ).format(name, css_class, verdict, body)
 
 
 def details(summary: str, body: Markup, *, printed: bool = False, is_open: bool = False) -> Markup:
-    """Return a collapsible block; it appears in print only if `printed` is true."""
+    """Return a block that the reader can expand and collapse.
+
+    Args:
+        summary: text that is always visible.
+        body: content that is hidden while the block is collapsed.
+        printed: whether the block appears when the page is printed.
+        is_open: whether the block is expanded at first.
+    """
     return Markup("<details{}{}><summary>{}</summary>\n{}</details>\n").format(
         _class("printed" if printed else "screen"), Markup(" open") if is_open else "", summary, body
     )
 
 
 def code(text: Any) -> Markup:
-    """Return text as inline code."""
+    """Return an HTML element that shows a text as inline code."""
     return Markup("<code>{}</code>").format(text)
 
 
 def breakable(name: str) -> Markup:
-    """Return a key or label with optional line breaks after dots, underscores and equals signs.
+    """Return a config key or group label in which a line may break after a dot, underscore or equals sign.
 
     >>> breakable("data.group_tasks=0.5")
     Markup('data.<wbr>group_<wbr>tasks=0.5')
@@ -183,7 +202,7 @@ def breakable(name: str) -> Markup:
 
 
 def code_block(text: str) -> Markup:
-    """Return lines of code as a block."""
+    """Return an HTML block that shows lines of code."""
     return Markup('<pre class="block">{}</pre>\n').format(text)
 
 

@@ -1,4 +1,4 @@
-"""Values of a metric in each run, its direction, and the test problems that each model solved."""
+"""Access to the values of a metric in each run, and to the test problems that each run solved."""
 
 import json
 import math
@@ -16,22 +16,28 @@ PASS_AT_K = re.compile(r"pass@([1-9]\d*)")
 LOWER_IS_BETTER = ("loss", "perplexity")
 HIGHER_IS_BETTER = ("pass_rate", "accuracy", "acceptance", "explained_variance", "tokens_per_forward")
 CHECKPOINT_KEYS = ("checkpoint", "data.")
-"""Prefixes of keys of evaluation.json that identify the checkpoint, or data that `records` already identifies."""
+"""Prefixes of the keys of evaluation.json that are ignored when evaluations of different runs are matched.
+
+The ignored keys identify the evaluated checkpoint, or describe data that the key `records` already identifies.
+"""
 MODEL_LABELS = {"best": "best checkpoint", "last": "last model"}
 
 
 @dataclass(frozen=True)
 class MetricValues:
-    """Values of one metric in each run."""
+    """The values of one metric in each run."""
 
     name: str
     lower_is_better: bool
     at: str
-    """Label of the measured model, such as "best checkpoint"."""
+    """Description of the model whose metric was measured, such as "best checkpoint"."""
     values: dict[RunRecord, float]
-    """Finite values only."""
+    """Value of the metric for each run. Runs without a finite value are missing."""
     solved: dict[RunRecord, dict[str, float]] = field(default_factory=dict)
-    """For pass@k: share of passed samples of each graded test problem."""
+    """For each run and each graded test problem, the share of the samples that passed the tests.
+
+    This dictionary is empty unless the metric is pass@k.
+    """
     notes: list[str] = field(default_factory=list)
 
 
@@ -39,12 +45,13 @@ def metric_values(metric: str, runs: Sequence[RunRecord], at: str) -> MetricValu
     """Return the values of a metric in all runs.
 
     Args:
-        metric: `val/…` or `pass@k`.
+        metric: name of the metric, either a validation metric such as `val/loss`, or `pass@k` such as `pass@1`.
         runs: finished runs.
-        at: "best" for the best checkpoint, "last" for the last model; only for `val/…`.
+        at: model whose validation metrics are used: "best" for the best checkpoint, "last" for the model at the end of
+            the training. `at` is ignored if `metric` is `pass@k`.
 
     Raises:
-        InputError: A run does not have the metric; the message lists the metrics that all runs have.
+        InputError: a run does not have the metric. The message lists the metrics that all runs have.
     """
     if (match := PASS_AT_K.fullmatch(metric)) is not None:
         found = pass_at_k_values(int(match[1]), runs)
@@ -65,7 +72,7 @@ def is_lower_better(metric: str) -> bool:
     """Return whether lower values of a metric are better.
 
     Raises:
-        InputError: the direction of the metric is unknown.
+        InputError: the name of the metric does not tell whether lower or higher values are better.
     """
     if metric.endswith(LOWER_IS_BETTER):
         return True
@@ -78,7 +85,7 @@ def is_lower_better(metric: str) -> bool:
 
 
 def missing_metric_message(metric: str, runs: Sequence[RunRecord], at: str) -> str:
-    """Return the error message for a metric that not all runs have."""
+    """Return the error message for a metric that is missing in some of the runs."""
     known = common_metrics(runs, at)
     others = f"all of them have {', '.join(known)}" if known else "they have none in common"
     if PASS_AT_K.fullmatch(metric):
@@ -101,10 +108,10 @@ def common_metrics(runs: Sequence[RunRecord], at: str) -> list[str]:
 
 
 def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
-    """Return pass@k of each run over the same problems, or None if not all runs have it.
+    """Return pass@k of each run, measured on the same test problems, or None if not all runs have such a value.
 
-    pass@1 is taken from the test problems at the end of training if all runs sampled the same ones, else from an
-    evaluation that all runs have.
+    If `k` is 1 and all runs sampled the same test problems at the end of the training, then these samples are used.
+    Otherwise the values are from an evaluation by `wmtp.evaluate` that all runs have.
     """
     if k == 1 and all(run.summary.get("pass@1") for run in runs):
         samples = {run: final_test_samples(run) for run in runs}
@@ -130,14 +137,14 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
 
 
 def final_test_samples(run: RunRecord) -> list[dict[str, Any]]:
-    """Return the run's samples of test problems at its last step."""
+    """Return the samples for test problems from the last step at which the run generated such samples."""
     rows = [row for row in run.samples if row.get("split") == "test"]
     last = max((row["step"] for row in rows), default=None)
     return [row for row in rows if row["step"] == last]
 
 
 def problem_pass_rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the share of graded samples that passed, for each problem."""
+    """Return the share of graded samples that passed the tests, for each problem that has graded samples."""
     outcomes: dict[str, list[bool]] = {}
     for row in rows:
         if row.get("outcome") not in (None, "sandbox error"):
@@ -147,7 +154,7 @@ def problem_pass_rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CommonEvaluation:
-    """An evaluation that all runs have, with the same problems, sampling and grading."""
+    """An evaluation by `wmtp.evaluate` that was made for every run with the same problems, sampling and grading."""
 
     name: str
     folders: dict[RunRecord, Path]
@@ -156,7 +163,7 @@ class CommonEvaluation:
 
 
 def common_evaluations(runs: Sequence[RunRecord]) -> list[CommonEvaluation]:
-    """Return the evaluations that all runs have."""
+    """Return the evaluations that were made for all runs with the same problems, sampling and grading."""
     found: dict[str, dict[RunRecord, Path]] = {}
     for run in runs:
         for path in sorted(run.folder.glob(f"{EVALUATIONS}/*/evaluation.json")):

@@ -1,4 +1,4 @@
-"""Plots as inline SVG with the colors and fonts of the page, for light and dark mode."""
+"""Functions for plots that are embedded in an HTML page as SVG. A plot uses the colors and fonts of the page."""
 
 import io
 import math
@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 WIDTH = 5.0
-"""Inches. A narrow screen shows an inch as 72 of its pixels, so that text of 9 points stays legible."""
+"""Width of a plot in inches. A narrow screen shows an inch as 72 pixels, so text of 9 points remains legible."""
 RIGHT_MARGIN, TITLE_HEIGHT, PANEL_GAP, LEGEND_ROW_HEIGHT = 0.15, 0.3, 0.38, 0.18
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 """Allowed steps between the ticks of an axis."""
 MAX_POINTS = 1_000
-"""Maximum number of points of a curve; a plot has no more pixels."""
+"""Approximate maximum number of points of a plotted curve. More points would not be visible."""
 
 INK, QUIET, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 LINES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
@@ -32,7 +32,7 @@ CSS_VARIABLES = {
     INK: "--ink", QUIET: "--quiet", GRID: "--rule", PAPER: "--paper", GOOD: "--good", BAD: "--bad",
     **{color: f"--line-{number}" for number, color in enumerate(LINES, 1)},
 }  # fmt: skip
-"""CSS variable of the page that replaces each placeholder color."""
+"""Dictionary from each placeholder color of a figure to the CSS variable that replaces it in the HTML page."""
 Dash = str | tuple[int, tuple[float, ...]]
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -54,7 +54,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its id in the page, a text alternative for screen readers, and its caption."""
+    """A figure with its name in the HTML page, a text alternative for screen readers, and a caption."""
 
     figure: Figure
     name: str
@@ -64,7 +64,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class LineStyle:
-    """Color, dash pattern and marker of a curve."""
+    """The color, dash pattern and marker of a curve."""
 
     color: str
     dash: Dash
@@ -72,13 +72,19 @@ class LineStyle:
 
 
 def line_style(number: int) -> LineStyle:
-    """Return the style of the curve with this number; any two of its attributes distinguish thirty curves."""
+    """Return the line style of a curve, given the number of the curve in its plot.
+
+    Any two of the first thirty curves differ in at least two of the three attributes color, dash pattern and marker.
+    """
     return LineStyle(LINES[number % len(LINES)], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
 
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Apply the style of the page to figures that are created and saved in this context; math text is off."""
+    """Apply the style of the HTML pages to all figures that are created and saved in this context.
+
+    Dollar signs are shown as they are, because matplotlib's math notation is turned off.
+    """
     with mpl.rc_context(_STYLE):
         yield
 
@@ -86,14 +92,15 @@ def plot_style() -> Iterator[None]:
 def create_panels(
     titles: Sequence[str], *, height: float = 1.75, legend_rows: int = 0, left: float = 0.55, x_label: str = "update"
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels of equal height, one below the other, with a shared horizontal axis.
+    """Return a figure and its panels, which have equal heights and share one horizontal axis.
 
-    Margins are fixed, so that plots line up in the page; `legend_rows` reserves space above the first panel.
+    The panels are placed one below the other. The margins do not depend on the tick labels, so that plots line up in
+    the page.
 
     Args:
         titles: title of each panel.
         height: height of a panel in inches.
-        legend_rows: number of rows of the legend.
+        legend_rows: number of legend rows for which space is reserved above the first panel.
         left: left margin in inches.
         x_label: label of the horizontal axis.
     """
@@ -116,15 +123,15 @@ def create_panels(
 
 
 def set_integer_x_axis(axes: Axes) -> None:
-    """Set integer ticks on the horizontal axis."""
+    """Place the ticks of the horizontal axis at integers only."""
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def set_log_y_axis(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, with plain numbers and enough ticks for less than a power of ten.
+    """Make the vertical axis logarithmic, unless no plotted value is positive.
 
-    The axis stays linear if no value is above 0.
+    Tick labels are plain numbers instead of powers of ten. A shorter axis has more ticks per power of ten.
     """
     if not np.isfinite(axes.dataLim.minposy):
         return
@@ -133,7 +140,7 @@ def set_log_y_axis(axes: Axes) -> None:
 
 
 def set_log_x_axis(axes: Axes) -> None:
-    """Make the horizontal axis logarithmic, with the same ticks as `set_log_y_axis`."""
+    """Make the horizontal axis logarithmic. Its ticks follow the same rules as those of `set_log_y_axis`."""
     axes.set_xscale("log", nonpositive="mask")
     _set_log_ticks(axes.xaxis, *axes.get_xlim())
 
@@ -154,7 +161,11 @@ def add_legend(axes: Axes, columns: int) -> None:
 
 
 def downsample_indices(values: np.ndarray) -> np.ndarray:
-    """Return indices of the points to plot: in a long curve the minimum and maximum of each stretch."""
+    """Return the indices of the points of a curve that are plotted.
+
+    A curve with more than `MAX_POINTS` points is divided into stretches. Only the minimum and maximum of each stretch,
+    and the first and last point of the curve, are plotted.
+    """
     if len(values) <= MAX_POINTS:
         return np.arange(len(values))
     stretches = np.array_split(np.arange(len(values)), MAX_POINTS // 2)
@@ -163,7 +174,11 @@ def downsample_indices(values: np.ndarray) -> np.ndarray:
 
 
 def to_svg(plot: Plot) -> Markup:
-    """Return the figure as SVG for HTML: only referenced ids, prefixed with the plot's name; nothing external."""
+    """Return the figure of a plot as SVG that can be embedded in an HTML page.
+
+    Ids that are never referenced are removed. The other ids get the name of the plot as a prefix, so that the ids of
+    several plots in one page differ. Placeholder colors are replaced with CSS variables of the page.
+    """
     buffer = io.BytesIO()
     plot.figure.savefig(buffer, format="svg")
     root = ElementTree.fromstring(buffer.getvalue())
@@ -199,13 +214,20 @@ def _css_variable(color: str) -> str:
 
 Series = Sequence[tuple[float, float]]
 TRAINING_STYLE: dict[str, Any] = {"linestyle": "-", "marker": "", "linewidth": 1.0}
-"""Style of training curves; each point is one batch."""
+"""Matplotlib options for training curves. A training curve is a thin line without markers."""
 MAX_MARKED_POINTS = 40
-"""Curves with at most this many points show a marker for each."""
+"""Maximum number of points of a curve for which each point has a marker. Longer curves have no markers."""
 
 
 def plot_curve(axes: Axes, series: Series, number: int, **options: Any) -> None:
-    """Plot a curve in the given style number; non-finite values are crosses at the upper border."""
+    """Plot the finite values of a curve, and a cross at the upper border for each value that is not finite.
+
+    Args:
+        axes: panel in which the curve is plotted.
+        series: pairs (step, value).
+        number: number of the curve, which determines its style by `line_style`.
+        options: options for matplotlib's `Axes.plot`, which take precedence over the style.
+    """
     steps, values = (np.array([pair[part] for pair in series], float) for part in (0, 1))
     finite = np.isfinite(values)
     kept = downsample_indices(values[finite])
@@ -227,18 +249,21 @@ def plot_training_and_validation(axes: Axes, training: Series, validation: Serie
 
 
 def finish_axes(axes: Axes, columns: int = 0) -> None:
-    """Set integer ticks on the horizontal axis, and add a legend if `columns` is not 0."""
+    """Place the ticks of the horizontal axis at integers, and add a legend with `columns` columns.
+
+    No legend is added if `columns` is 0.
+    """
     set_integer_x_axis(axes)
     if columns:
         add_legend(axes, columns)
 
 
 def nonfinite_caption(*curves: Series) -> str:
-    """Return a caption for the crosses in a plot; empty if all values are finite."""
+    """Return a caption that explains the crosses in a plot, or an empty text if all values are finite."""
     count = sum(not math.isfinite(value) for series in curves for _, value in series)
     return f" Crosses: not finite ({count})." if count else ""
 
 
 def metric_series(lines: Iterable[Mapping[str, Any]], metric: str) -> Series:
-    """Return the pairs (step, value) of a metric."""
+    """Return the pairs (step, value) of a metric from lines of metrics.jsonl. Lines without the metric are skipped."""
     return [(int(line["step"]), float(line[metric])) for line in lines if line.get(metric) is not None]

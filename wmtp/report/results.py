@@ -12,11 +12,14 @@ BestOrLast = Literal["best", "last"]
 
 @dataclass(frozen=True)
 class FailedRuns:
-    """Number of runs of a group without a value, at most one per seed: failed, or the value is not finite."""
+    """The number of failed runs of a group, and the total number of its runs. Each seed counts as one run.
+
+    A run counts as failed if it ended with an error, or if its value of the compared metric is not finite.
+    """
 
     failed: int
     runs: int
-    """All runs of the group, including the failed ones."""
+    """Number of all runs of the group, including the failed runs."""
 
     def __str__(self) -> str:
         return f"{self.failed} of {self.runs} runs failed"
@@ -24,135 +27,154 @@ class FailedRuns:
 
 @dataclass(frozen=True)
 class GroupValues:
-    """Values of one metric in one group."""
+    """The values of one metric in one group of runs."""
 
     label: str
     values_by_seed: dict[int, float]
     mean: float
     deviation: float | None
-    """Standard deviation over seeds (n − 1 in the denominator); None for one run."""
+    """Sample standard deviation over the seeds of the group, or None if the group has only one value."""
     lost: FailedRuns
-    """Runs of the group without a value."""
+    """Number of runs of the group that have no value of the metric."""
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """McNemar's test on the test problems of two groups; a group wins a problem if more of its seeds passed it."""
+    """The result of McNemar's test, which compares how many test problems a group and the baseline solved.
+
+    The group wins a test problem if its pass rate on the problem, averaged over seeds, exceeds that of the baseline.
+    """
 
     won: int
     lost: int
     tied: int
     p: float
-    """Two-sided exact binomial test of `won` against `lost`."""
+    """p-value of the two-sided exact binomial test of `won` against `lost`."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of a group from the baseline: group − baseline for runs with the same seed."""
+    """The difference between a group and the baseline in one metric, with statistical tests.
+
+    For each seed, the value of the baseline's run is subtracted from the value of the group's run.
+    """
 
     label: str
     pairs: dict[int, float]
-    """Difference by seed."""
+    """For each seed, the difference between the two runs with this seed."""
     mean: float
     low: float | None
-    """95 % interval of the mean difference; None if there are too few pairs."""
+    """Lower end of the 95 % interval of the mean difference. It is None if `p` is None."""
     high: float | None
     p: float | None
-    """p-value of the mean difference before Holm's correction; below 0.05 if the interval excludes 0."""
+    """p-value of the mean difference before Holm's correction.
+
+    It is None if there are too few pairs for a test, or if the difference is the same for every seed.
+    """
     p_holm: float | None
-    """p-value corrected for the number of compared groups; the verdict uses it."""
+    """p-value of the mean difference after Holm's correction for the number of compared groups."""
     wilcoxon: float | None
-    """p-value of the two-sided signed-rank test."""
+    """p-value of Wilcoxon's two-sided signed-rank test before Holm's correction."""
     wilcoxon_holm: float | None
     wilcoxon_floor: float
-    """Smallest p-value that the signed-rank test can give for this number of pairs: 0.0625 for five."""
+    """Smallest p-value that the signed-rank test can give for this number of pairs. For five pairs, it is 0.0625."""
     mcnemar: McNemar | None
-    """Only for pass@k."""
+    """Result of McNemar's test, or None if the metric is not pass@k or a paired run has no graded test problems."""
     mcnemar_holm: float | None
     verdict: Verdict
-    """Verdict from `p_holm` and the direction of the metric.
+    """Verdict that follows from `p_holm` and from whether lower values of the metric are better.
 
-    "runs failed": the difference favors a side that has failed runs.
+    The verdict is "runs failed" if the difference would favor the group or the baseline, but the favored one has failed
+    runs.
     """
     seeds_needed: int | None
-    """Number of seeds that show a true difference of this size with 80 % power at the corrected level.
+    """Number of seeds with which a true difference of this size would be shown with a probability of 80 %.
 
-    `SEEDS_CAP` + 1 means more than `SEEDS_CAP`; None if it cannot be estimated.
+    `SEEDS_CAP` + 1 means that more than `SEEDS_CAP` seeds are needed. None means that the number cannot be estimated.
     """
     lost: FailedRuns
-    """Runs of the group without a value."""
+    """Number of runs of the group that have no value of the metric."""
     baseline_lost: FailedRuns
-    """Runs of the baseline without a value."""
+    """Number of runs of the baseline that have no value of the metric."""
 
 
 @dataclass(frozen=True)
 class MetricComparison:
-    """One metric in all groups, and the differences from the baseline."""
+    """The values of one metric in all groups, and the difference of each group from the baseline."""
 
     metric: str
     lower_is_better: bool
     at: str
-    """Label of the measured model: "best checkpoint", "last model", or the name of an evaluation."""
+    """Description of the model whose metric was measured: "best checkpoint", "last model", or an evaluation's name."""
     groups: list[GroupValues]
-    """The baseline first."""
+    """Values of each group. The first group is the baseline."""
     differences: list[Difference]
-    """One for each group other than the baseline."""
+    """Difference from the baseline for each other group in which at least one pair of runs has finite values."""
 
 
 @dataclass(frozen=True)
 class TokensToTargetPair:
-    """Tokens until two runs of one seed reached the baseline's best loss, including stage 1."""
+    """The numbers of tokens after which a run and the baseline's run with the same seed reached a target loss.
+
+    The tokens of stage 1 are included.
+    """
 
     seed: int
     target: float
-    """Best loss of the baseline run."""
+    """Target loss, which is the best validation loss of the baseline's run."""
     baseline_tokens: float
     tokens: float | None
-    """Interpolated between validations; None if the target was never reached."""
+    """Number of tokens, interpolated between validations, or None if the run never reached the target."""
     baseline_stage_tokens: int
-    """Tokens of the baseline's stage 1, included in `baseline_tokens`."""
+    """Number of tokens of stage 1 in the baseline's run, which are included in `baseline_tokens`."""
     stage_tokens: int
 
 
 @dataclass(frozen=True)
 class TokensToTarget:
-    """Tokens to the baseline's best loss, as ratios group / baseline; below 1 is faster."""
+    """The tokens that the runs of a group needed to reach the baseline's best loss, relative to the baseline.
+
+    A ratio below 1 means that the group needed fewer tokens than the baseline.
+    """
 
     label: str
     metric: str
-    """Name of the loss, equal to `Comparison.loss`."""
+    """Name of the validation loss, equal to `Comparison.loss`."""
     pairs: list[TokensToTargetPair]
     never: int
-    """Number of pairs that never reached the target; their ratio counts as infinite."""
+    """Number of pairs in which the group's run never reached the target loss. Their ratio counts as infinite."""
     ratio: float | None
-    """Median over pairs; None if infinite."""
+    """Median ratio over the pairs, or None if the median is infinite."""
     has_interval: bool
-    """Whether there are enough pairs for an interval."""
+    """Whether there are enough pairs for an interval of the median ratio."""
     low: float | None
-    """95 % interval of the median; None if infinite or if there is no interval."""
+    """Lower end of the 95 % interval of the median ratio, or None if it is infinite or if there is no interval."""
     high: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Complete result of `wmtp.compare`."""
+    """The complete result of comparing groups of runs with a baseline group."""
 
     baseline: str
     metrics: list[MetricComparison]
-    """The requested metric first."""
+    """Comparison of each metric. The first metric is the metric that the user requested."""
     groups: dict[str, list[RunRecord]]
-    """Compared runs by group label, one per seed; the baseline first."""
+    """Compared runs of each group, with one run per seed. The keys are group labels, and the first is the baseline."""
     loss: str
-    """Loss of the curves and of `tokens_to_target`, see `common_loss`."""
+    """Name of the validation loss that is used for the loss curves and for `tokens_to_target`."""
     tokens_to_target: list[TokensToTarget]
-    """Empty if tokens were not recorded; `notes` gives the reason."""
+    """Tokens that each group needed to reach the baseline's best loss.
+
+    The list is empty if a run did not record its number of tokens.
+    """
     notes: list[str] = field(default_factory=list)
     """Messages about runs that were left out, unpaired seeds, and tests that cannot show a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Keys of compare.yaml."""
+    """The keys of the config file compare.yaml."""
 
     runs: list[str]
     baseline: str
@@ -163,7 +185,7 @@ class CompareOptions:
 
 
 def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
-    """Return a comparison as plain types for compare.json; runs become name, folder and seed."""
+    """Return a comparison as plain types for compare.json. Each run is represented by its name, folder and seed."""
     groups = {
         label: [{"name": run.name, "folder": str(run.folder), "seed": run.seed} for run in runs]
         for label, runs in comparison.groups.items()

@@ -1,4 +1,4 @@
-"""Plots of one run: losses, gradient norms, weights, values, speed, pass rates."""
+"""Plots of one run, which show its losses, gradient norms, weights, predicted values, speed and pass rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ LEGEND_COLUMNS = 4
 
 
 def plot_loss(run: RunRecord) -> Plot | None:
-    """Plot the training and validation loss, and mark the best validation."""
+    """Plot the training loss and the validation loss, and mark the lowest validation loss."""
     training, validation = run.series("train/loss"), run.series("val/loss")
     if not training and not validation:
         return None
@@ -56,7 +56,7 @@ def plot_loss(run: RunRecord) -> Plot | None:
 
 
 def plot_head_losses(run: RunRecord) -> Plot | None:
-    """Plot the loss of each head."""
+    """Plot the training loss and the validation loss of each prediction head."""
     pairs = ((run.series(f"train/head_{head}_loss"), run.series(f"val/head_{head}_loss")) for head in count(1))
     heads = dict(enumerate(takewhile(any, pairs), start=1))
     if not heads:
@@ -76,7 +76,10 @@ def plot_head_losses(run: RunRecord) -> Plot | None:
 
 
 def plot_updates(run: RunRecord) -> Plot | None:
-    """Plot gradient norm and learning rate, with the thresholds and the window of early stopping."""
+    """Plot the gradient norm and the learning rate.
+
+    The plot also shows the threshold for gradient clipping, and the threshold and the last window of early stopping.
+    """
     rates, norms = run.series("train/lr"), run.series("train/grad_norm")
     if not norms:
         return None
@@ -106,7 +109,10 @@ def plot_updates(run: RunRecord) -> Plot | None:
 
 
 def _gradient_norm_levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
-    """Return label, value, color and dashes of horizontal lines for gradient norms."""
+    """Return the thresholds for gradient norms that the config sets: for clipping, and for early stopping.
+
+    Each threshold is a tuple (label, value, color, dash pattern) for a horizontal line.
+    """
     settings, clip = run.config.get("early_stopping") or {}, run.config.get("max_grad_norm")
     levels: list[tuple[str, float, str, str]] = []
     if clip:
@@ -117,7 +123,11 @@ def _gradient_norm_levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
 
 
 def _early_stopping_spans(run: RunRecord) -> list[tuple[str, int, int]]:
-    """Return label, first and last step of the last early stopping window, and of the early stop."""
+    """Return the ranges of steps that a plot marks, as tuples (label, first step, last step).
+
+    One range is the last window of updates that early stopping considered. If the run was stopped early, the other
+    range is its last step.
+    """
     window = (run.config.get("early_stopping") or {}).get("window")
     last = int(run.summary.get("total_steps") or run.status.get("step") or 0)
     spans = [(f"the last {window} updates", max(0, last - window), last)] if window and last else []
@@ -125,7 +135,10 @@ def _early_stopping_spans(run: RunRecord) -> list[tuple[str, int, int]]:
 
 
 def plot_weights(run: RunRecord) -> Plot | None:
-    """Plot the distribution of the weights over the updates; None if all weights are 1."""
+    """Plot how the distribution of the token weights changes over the updates.
+
+    The result is None if all weights are 1 or if no weights were recorded.
+    """
     names = ("mean", "std", "min", "max")
     lines = [line for line in run.metrics if all(f"train/weight_{name}" in line for name in names)]
     if not lines or has_uniform_weights(run):
@@ -150,13 +163,13 @@ def plot_weights(run: RunRecord) -> Plot | None:
 
 
 def has_uniform_weights(run: RunRecord) -> bool:
-    """Return whether all weights of the training were 1."""
+    """Return whether the token weights were recorded and all of them were 1."""
     extremes = [value for name in ("min", "max") for _, value in run.series(f"train/weight_{name}")]
     return bool(extremes) and all(abs(value - 1) < 1e-6 for value in extremes)
 
 
 def plot_speed(run: RunRecord) -> Plot | None:
-    """Plot the tokens per second."""
+    """Plot the training speed in tokens per second, with its median."""
     speeds: Series = run.series("train/tokens_per_second")
     if not speeds:
         return None
@@ -172,13 +185,19 @@ def plot_speed(run: RunRecord) -> Plot | None:
 
 
 def best_validation(run: RunRecord) -> tuple[int, float] | None:
-    """Return step and loss of the best validation, or None."""
+    """Return the step and the value of the lowest validation loss, or None if no finite loss was recorded."""
     finite = [(step, loss) for step, loss in run.series("val/loss") if math.isfinite(loss)]
     return min(finite, key=lambda pair: pair[1], default=None)
 
 
 def plot_values(lines: Sequence[Mapping[str, Any]], name: str, caption: str) -> Plot | None:
-    """Plot the value loss, and the share of the rewards' variance that the values explain."""
+    """Plot the loss of the value head, and the share of the rewards' variance that the predicted values explain.
+
+    Args:
+        lines: lines of metrics.jsonl.
+        name: name of the plot in the HTML page.
+        caption: caption of the plot.
+    """
     series_by_metric = {
         metric: (metric_series(lines, f"train/{metric}"), metric_series(lines, f"val/{metric}"))
         for metric in ("value_loss", "value_explained_variance")
@@ -197,7 +216,7 @@ def plot_values(lines: Sequence[Mapping[str, Any]], name: str, caption: str) -> 
 
 
 def plot_pretrain_loss(run: RunRecord) -> Plot | None:
-    """Plot the loss of stage 1."""
+    """Plot the training loss and the validation loss of stage 1."""
     training, validation = (metric_series(run.pretrain_metrics, name) for name in ("train/loss", "val/loss"))
     if not training and not validation:
         return None
@@ -234,7 +253,7 @@ def plot_calibration(run: RunRecord) -> Plot | None:
 
 
 def plot_pass_rate(run: RunRecord) -> Plot | None:
-    """Plot the share of validation problems that the model solves."""
+    """Plot the share of validation problems that the model solves, over the training."""
     rates, num_problems = run.series("val/pass_rate"), run.config.get("num_validation_samples")
     if not rates:
         return None
@@ -254,7 +273,7 @@ def plot_pass_rate(run: RunRecord) -> Plot | None:
 
 
 def plot_pass_at_k(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Plot | None:
-    """Plot estimates of pass@k with their intervals."""
+    """Plot estimates of pass@k with their intervals. Each row is a pair (label, estimate)."""
     if not rows:
         return None
     figure, (axes,) = create_panels(

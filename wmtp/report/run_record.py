@@ -1,4 +1,4 @@
-"""Read access to the files in a run's folder."""
+"""Access to the files in the folder of a run."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,33 +17,36 @@ from wmtp.tracking.jsonl import FILE_NAME, read_metrics
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The folder of a run. Files are read on first access. For a missing file, the content is empty."""
+    """The folder of a run. A file in it is read when its content is first accessed; a missing file counts as empty."""
 
     folder: Path
     final_status: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Fields that override status.json, for a report that is written before the final status."""
+    """Fields that override those of status.json, for a report that is written before the final status is saved."""
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """Content of status.json."""
+        """Content of status.json, overridden by `final_status`."""
         return read_status(self.folder) | dict(self.final_status)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved config."""
+        """The config of the run, read from config.yaml."""
         content: dict[str, Any] = update_targets(_yaml(self.folder / "config.yaml"))
         return content
 
     @cached_property
     def choices(self) -> dict[str, str]:
-        """The chosen option of each config group; groups without an option are left out."""
+        """The chosen option of each config group, for example {"algo": "baseline"}.
+
+        Config groups for which no option was chosen are left out.
+        """
         saved = _yaml(self.folder / ".hydra" / "hydra.yaml")
         chosen = saved.get("hydra", {}).get("runtime", {}).get("choices", {})
         return {str(group): str(option) for group, option in chosen.items() if option is not None}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Content of summary.json; empty unless the run finished."""
+        """Content of summary.json, which is empty unless the run finished."""
         return _json(self.folder / "summary.json")
 
     @cached_property
@@ -63,12 +66,12 @@ class RunRecord:
 
     @cached_property
     def tokens(self) -> dict[str, Any]:
-        """Content of tokens.json: some samples token by token, and the calibration of the values."""
+        """Content of tokens.json: the tokens of some solutions, and the calibration of the value head."""
         return _json(self.folder / TOKENS)
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """Lines of samples.jsonl: samples for validation and test problems."""
+        """Lines of samples.jsonl, each with a sample that the model generated for a validation or test problem."""
         return _lines(self.folder / "samples.jsonl")
 
     @cached_property
@@ -87,15 +90,15 @@ class RunRecord:
         return str(self.config.get("run_name") or self.folder.resolve().name)
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """Return the pairs (step, value) of a metric."""
+        """Return the pairs (step, value) of a metric that the run recorded."""
         return [(line["step"], float(line[metric])) for line in self.metrics if line.get(metric) is not None]
 
 
 def find_runs(folders: Iterable[Path]) -> list[RunRecord]:
-    """Return the runs in these folders and below them, sorted by path.
+    """Return the runs in the given folders and in all folders below them. The runs of each folder are sorted by path.
 
     Raises:
-        InputError: A folder does not exist or contains no run.
+        InputError: a folder does not exist or contains no run.
     """
     found: dict[Path, RunRecord] = {}
     for folder in folders:
@@ -109,7 +112,7 @@ def find_runs(folders: Iterable[Path]) -> list[RunRecord]:
 
 
 def _sweep_order(path: Path) -> tuple[tuple[int, str], ...]:
-    """Return a sort key: jobs of a sweep by number, other folders by name."""
+    """Return a sort key for a path. Folder names that are numbers are sorted as numbers, others as text."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in path.parts)
 
 
@@ -124,5 +127,5 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file. An incomplete last line, left by a crash, is ignored."""
+    """Return the lines of a JSONL file. An incomplete last line, which a crash can leave, is ignored."""
     return list(read_metrics(path)) if path.exists() else []

@@ -1,4 +1,4 @@
-"""Write report.html, the page of a run with results, plots, samples and config."""
+"""Creation of report.html, the page that shows the results, plots, samples and config of a run."""
 
 import logging
 import shlex
@@ -35,17 +35,17 @@ from wmtp.report.token_heatmap import style_sheet, token_heatmaps
 
 FILE_NAME = "report.html"
 NUM_SHOWN, MAX_SAMPLES = 8, 200
-"""Number of visible samples, and maximum number of samples including the collapsed ones."""
+"""Number of samples that are visible at first, and maximum number of samples in the page."""
 log = logging.getLogger(__name__)
 STATES = {"FINISHED": "good", "RUNNING": "quiet", "FAILED": "bad", "KILLED": "bad"}
 
 
 def write_run_report(folder: Path, final_status: Mapping[str, Any] | None = None) -> Path:
-    """Write the page of the run in `folder` atomically and return its path. Missing data is left out.
+    """Write the HTML page of a run atomically and return the path of the page.
 
     Args:
-        folder: the run's folder.
-        final_status: fields that override status.json, while the run is about to end.
+        folder: folder of the run.
+        final_status: fields that override those of status.json if the final status of the run is not saved yet.
     """
     run, path = RunRecord(folder, final_status or {}), folder / FILE_NAME
     with plot_style():
@@ -83,7 +83,7 @@ def _header(run: RunRecord) -> Markup:
 
 
 def _description(run: RunRecord) -> str:
-    """Return one line on the run: algorithm, model, data, seed, start and duration."""
+    """Return one line that names the run's algorithm, model, data, seed, start time and duration."""
     chosen = [f"{group} {run.choices[group]}" for group in ("algo", "model", "data") if group in run.choices]
     started, ended = _parse_time(run.status.get("started")), _parse_time(run.status.get("ended"))
     when = [f"{started:%d %B %Y, %H:%M}".lstrip("0")] if started else []
@@ -191,7 +191,7 @@ def _sampling(run: RunRecord) -> Markup:
 
 
 def _pass_rows(run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
-    """Return the estimates of pass@k with a label for each."""
+    """Return pairs (label, estimate) for all estimates of pass@k that were made for the run."""
     rows = []
     if passes := run.summary.get("pass@1"):
         rows.append(("pass@1, end of run", passes))
@@ -265,7 +265,7 @@ def _format_value(value: Any) -> str:
 
 
 def _format_short(count: int) -> str:
-    """Return a count with three digits.
+    """Return a count as text with three digits and a unit such as k for thousands.
 
     >>> _format_short(250_689), _format_short(12), _format_short(7_000_000_000)
     ('251 k', '12', '7.00 G')
@@ -281,7 +281,7 @@ def _parse_time(text: Any) -> datetime | None:
 
 
 def _format_duration(length: timedelta) -> str:
-    """Return a duration in its two largest units."""
+    """Return a duration as text in seconds, in minutes and seconds, or in hours and minutes."""
     seconds = round(length.total_seconds())
     if seconds < 60:
         return f"{seconds} s"
@@ -290,7 +290,11 @@ def _format_duration(length: timedelta) -> str:
 
 
 def _samples(run: RunRecord) -> Markup:
-    """Return the samples of the last step that has any, alternating between passed and failed."""
+    """Return HTML that shows the samples of the last step at which the run generated samples.
+
+    If this step has samples for test problems, only these are shown. Samples that passed the tests alternate with the
+    other samples.
+    """
     if not run.samples:
         return Markup()
     step = max(sample["step"] for sample in run.samples)
@@ -325,18 +329,18 @@ def _card(sample: Mapping[str, Any]) -> Markup:
 
 
 def rewrite_report(folder: Path) -> None:
-    """Write the page of a run again if it exists."""
+    """Write the HTML page of a run again if the page already exists."""
     if (folder / FILE_NAME).exists():
         write_report_or_warn(folder)
 
 
 def folders_without_report(runs: Sequence[RunRecord]) -> list[Path]:
-    """Return the folders of the runs that have no page."""
+    """Return the folders of the runs that have no HTML page."""
     return [run.folder for run in runs if not (run.folder / FILE_NAME).exists()]
 
 
 def write_report_or_warn(folder: Path) -> None:
-    """Write the page of a run; an error is only logged."""
+    """Write the HTML page of a run. If this fails, the error is logged as a warning and not raised."""
     try:
         write_run_report(folder)
     except OSError as error:

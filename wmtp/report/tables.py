@@ -1,4 +1,4 @@
-"""Tables of a comparison for a terminal with 80 columns."""
+"""Tables that show a comparison in a terminal with 80 columns."""
 
 from collections.abc import Sequence
 from statistics import mean
@@ -30,7 +30,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def values_table(metric: MetricComparison) -> Table:
-    """Return a table of each group's mean over seeds."""
+    """Return a table with the number of runs, the mean and the standard deviation of a metric in each group."""
     direction = "lower" if metric.lower_is_better else "higher"
     title, columns = f"{metric.metric} of the {metric.at}; {direction} is better", ["runs", "mean", "deviation"]
     with_failed = any(group.lost.failed for group in metric.groups)
@@ -43,7 +43,7 @@ def values_table(metric: MetricComparison) -> Table:
 
 
 def differences_table(metric: MetricComparison, baseline: str) -> Table:
-    """Return a table of each group's difference from the baseline, with interval, p-value and verdict."""
+    """Return a table of each group's mean difference from the baseline, with its interval, p-value and verdict."""
     corrected = f"p corrected for {format_count(len(metric.differences), 'comparison')}, intervals not"
     table = new_table(f"Difference from {baseline}, paired by seed; {corrected}", "difference", "95 % interval", "p")
     table.add_column("verdict", min_width=13, max_width=13)
@@ -54,7 +54,7 @@ def differences_table(metric: MetricComparison, baseline: str) -> Table:
 
 
 def pairs_table(metric: MetricComparison) -> Table:
-    """Return a table of the number of pairs, the number needed, and the signed-rank test."""
+    """Return a table with the number of pairs, the number needed, and the signed-rank test's p-value of each group."""
     title = "Pairs of runs, pairs needed for 80 % power, and the signed-rank test"
     table = new_table(title, "pairs", "needed", "signed-rank p", "by Holm")
     for each in metric.differences:
@@ -64,7 +64,10 @@ def pairs_table(metric: MetricComparison) -> Table:
 
 
 def problems_table(metric: MetricComparison) -> Table:
-    """Return a table of the test problems that more seeds of one side solved, with McNemar's test."""
+    """Return a table of the numbers of test problems that each group won and lost, with the p-value of McNemar's test.
+
+    A group wins a test problem if it has a higher pass rate on the problem than the baseline.
+    """
     table = new_table(
         "Problems that more seeds of one group solved", "won", "lost", "as many", "McNemar's p", "by Holm"
     )
@@ -76,7 +79,10 @@ def problems_table(metric: MetricComparison) -> Table:
 
 
 def tokens_to_target_table(results: list[TokensToTarget]) -> Table:
-    """Return a table of the tokens to the baseline's best loss, as ratios."""
+    """Return a table of the tokens that each group needed to reach the baseline's best loss.
+
+    The numbers of tokens are divided by the number of tokens that the baseline needed.
+    """
     title = f"Tokens to reach the baseline's best {results[0].metric}, relative to the baseline"
     table = new_table(title, "median", "95 % interval", "never reached")
     for each in results:
@@ -87,7 +93,7 @@ def tokens_to_target_table(results: list[TokensToTarget]) -> Table:
 
 
 def pretrain_sentence(baseline: str, results: Sequence[TokensToTarget]) -> str | None:
-    """Return a sentence on each group's mean number of stage 1 tokens, or None if all are 0."""
+    """Return a sentence on the mean number of stage 1 tokens of each group, or None if no group has a stage 1."""
     baseline_tokens = mean(pair.baseline_stage_tokens for pair in results[0].pairs)
     tokens_by_label = {result.label: mean(pair.stage_tokens for pair in result.pairs) for result in results} | {
         baseline: baseline_tokens
@@ -102,7 +108,7 @@ def pretrain_sentence(baseline: str, results: Sequence[TokensToTarget]) -> str |
 
 
 def new_table(title: str, *columns: str) -> Table:
-    """Return an empty table with a column for group labels and right-aligned columns for numbers."""
+    """Return a table without rows, with a column for group labels and right-aligned columns for numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("group", overflow="fold", min_width=8)
     for column in columns:
@@ -111,7 +117,7 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def format_count(number: int, name: str) -> str:
-    """Return a number with a noun.
+    """Return a number with a noun in the singular or plural.
 
     >>> format_count(1, "pair"), format_count(2, "pair")
     ('1 pair', '2 pairs')
@@ -120,24 +126,24 @@ def format_count(number: int, name: str) -> str:
 
 
 def format_interval(low: float | None, high: float | None, form: str) -> str:
-    """Return an interval as text, or a dash for a missing one."""
+    """Return an interval as text, or a dash if an end of the interval is None."""
     return ABSENT if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
 def format_p(p: float | None) -> str:
-    """Return a p-value as text."""
+    """Return a p-value as text, or a dash for None."""
     if p is None:
         return ABSENT
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def format_seeds_needed(needed: int | None) -> str:
-    """Return the number of seeds needed as text."""
+    """Return the number of seeds that a test needs as text, or a dash for None."""
     if needed is None:
         return ABSENT
     return f">{SEEDS_CAP:,}" if needed > SEEDS_CAP else str(needed)
 
 
 def format_ratio(value: float | None) -> str:
-    """Return a ratio as text; None is infinite."""
+    """Return a ratio as text. None stands for an infinite ratio and gives the infinity sign."""
     return "∞" if value is None else f"{value:.3g}"

@@ -1,4 +1,7 @@
-"""Heatmaps of solutions: each token colored by weight, loss or value, with marks for decisive and noise tokens."""
+"""Heatmaps of solutions, in which each token is colored by its weight, loss or predicted value.
+
+Decisive tokens have a solid underline, and noise tokens have a dotted underline.
+"""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -17,15 +20,16 @@ _ORANGE: tuple[Color, Color] = (0xEE, 0x7A, 0x1E), (0xB0, 0x54, 0x00)
 _BLUE: tuple[Color, Color] = (0x8F, 0xC4, 0xF0), (0x1C, 0x4C, 0x7D)
 _PURPLE: tuple[Color, Color] = (0xC9, 0x84, 0xC4), (0x8B, 0x3F, 0x86)
 _GREEN: tuple[Color, Color] = (0x3F, 0xB5, 0x8C), (0x00, 0x69, 0x4D)
-"""Colors for light and dark mode, with black and white text; the contrast to the text is at least 4.5.
+"""The constants from `_NEUTRAL` to `_GREEN` are background colors of tokens, each for light mode and for dark mode.
 
-Orange stands out more than blue, so that high and low weights can be distinguished without color vision.
+The contrast of each color to the text color of its mode is at least 4.5. Orange stands out more than blue, so that
+high weights and low weights can be distinguished without color vision.
 """
 
 
 @dataclass(frozen=True)
 class TokenMetric:
-    """A metric that tokens are colored by: steps of a scale with a color for each."""
+    """A metric by which tokens are colored, with a color for each step of a scale."""
 
     name: str
     edges: tuple[float, ...]
@@ -33,17 +37,17 @@ class TokenMetric:
     colors: tuple[tuple[Color, Color], ...]
 
     def step(self, value: float) -> int:
-        """Return the step of the scale for a value."""
+        """Return the index of the scale step that contains a value of the metric."""
         return bisect_right(self.edges, value)
 
     def labels(self) -> list[str]:
-        """Return the label of each step."""
+        """Return a label for each step of the scale, which states the range of values of the step."""
         inner = [f"{low:.2g} to {high:.2g}" for low, high in zip(self.edges, self.edges[1:], strict=False)]
         return [f"under {self.edges[0]:.2g}", *inner, f"{self.edges[-1]:.2g} and more"]
 
 
 def _mix_with_neutral(end: tuple[Color, Color], share: float) -> tuple[Color, Color]:
-    """Return a mixture of the neutral color and another one, for light and dark mode."""
+    """Return a mixture of the neutral color and the color `end`, for light mode and for dark mode."""
 
     def _mix(mode: int) -> Color:
         red, green, blue = (
@@ -77,7 +81,7 @@ TOKEN_METRICS = (
 
 
 def token_heatmaps(samples: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return the samples with a metric switch, a legend, and the values as tables."""
+    """Return the heatmaps of some samples as HTML, with a switch between the metrics and a legend for each metric."""
     metrics = [metric for metric in TOKEN_METRICS if _varies(samples, metric.name)] or [TOKEN_METRICS[1]]
     switch = join(
         Markup('<label><input type="radio" name="measure" id="by-{0}"{1}> {0}</label>\n').format(
@@ -96,7 +100,7 @@ def token_heatmaps(samples: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def style_sheet() -> str:
-    """Return the CSS rules for the colors; only those of the selected metric apply."""
+    """Return the CSS rules of the heatmaps. They color the tokens by the metric that is selected in the page."""
     rules = [
         f".tokens:has(#by-{metric.name}:checked) .{metric.name[0]}{step}"
         f"{{background:light-dark({_css_color(light)},{_css_color(dark)});color:light-dark({_css_color(TEXT[0])},{_css_color(TEXT[1])})}}"
@@ -110,7 +114,10 @@ def style_sheet() -> str:
 
 
 def _varies(samples: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Return whether a metric is recorded and, for weights, whether the weights differ."""
+    """Return whether tokens can be colored by the metric `name`.
+
+    The samples must record the metric. If the metric is the weight, then the weights of the tokens must also differ.
+    """
     values = {token[name] for sample in samples for token in sample["tokens"] if token.get(name) is not None}
     return len(values) > 1 if name == "weight" else bool(values)
 

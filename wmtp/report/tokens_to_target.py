@@ -1,4 +1,4 @@
-"""Number of tokens that a run needs to reach the baseline's best loss."""
+"""Computation of the number of tokens that a run needs to reach the baseline's best loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,14 @@ from wmtp.report.run_record import RunRecord
 from wmtp.report.statistics import median_interval
 
 LossCurve = Sequence[tuple[int, float]]
-"""Pairs (tokens trained on, validation loss)."""
+"""The validation losses of a run as pairs (number of tokens trained on, loss)."""
 
 
 def loss_curve(run: RunRecord, metric: str) -> LossCurve | None:
-    """Return the finite validation losses of a run by tokens, or None if these are not recorded."""
+    """Return the finite values of a validation loss, each with the number of tokens trained on.
+
+    The result is None if the run did not record the loss or the number of tokens.
+    """
     lines = [line for line in run.metrics if line.get(metric) is not None]
     if not lines or any("tokens" not in line for line in lines):
         return None
@@ -23,9 +26,9 @@ def loss_curve(run: RunRecord, metric: str) -> LossCurve | None:
 
 
 def first_reached(points: LossCurve, target: float) -> float | None:
-    """Return the tokens after which a loss is first at or below `target`, or None if it never is.
+    """Return the number of tokens after which the loss first reaches `target`, or None if it never does.
 
-    The loss is interpolated linearly between validations.
+    The loss reaches `target` when it is at most `target`. It is interpolated linearly between validations.
 
     >>> first_reached([(100, 3.0), (200, 1.0)], 2.0)
     150.0
@@ -41,24 +44,25 @@ def first_reached(points: LossCurve, target: float) -> float | None:
 
 
 def pretrain_tokens(run: RunRecord) -> int:
-    """Return the number of tokens of stage 1, 0 if there was none."""
+    """Return the number of tokens that the run was trained on in stage 1, or 0 if the run had no stage 1."""
     return int((run.summary.get("pretrain") or {}).get("total_tokens") or 0)
 
 
 def tokens_to_target(
     label: str, pairs: Mapping[int, tuple[RunRecord, RunRecord]], metric: str
 ) -> TokensToTarget | None:
-    """Return the tokens that each run of a pair needs to reach the baseline's best loss.
+    """Return how many tokens the runs of a group needed to reach the best loss of the baseline.
 
-    A pair whose baseline has no finite loss is left out.
+    Each run is compared with the best loss of the baseline's run with the same seed. If that run has no finite loss,
+    the pair is left out.
 
     Args:
         label: label of the group.
-        pairs: pairs (baseline run, group run) by seed.
-        metric: name of the loss.
+        pairs: for each seed, the pair (run of the baseline, run of the group).
+        metric: name of the validation loss.
 
     Returns:
-        The result, or None if tokens are not recorded or no pair is left.
+        The result for the group, or None if a run did not record its number of tokens or if all pairs are left out.
     """
     found = []
     for seed, (baseline, other) in sorted(pairs.items()):
@@ -86,5 +90,5 @@ def tokens_to_target(
 
 
 def finite_ratio(log_ratio: float) -> float | None:
-    """Return the ratio for a logarithm, or None if it is infinite."""
+    """Return the ratio with the given logarithm, or None if the logarithm is infinite."""
     return math.exp(log_ratio) if math.isfinite(log_ratio) else None

@@ -1,1 +1,1 @@
-"""Services of the local machine: files, locks, run folders, processes, signals, and background threads."""
+"""Handle files, locks, run folders, processes, signals and background threads on the local machine."""

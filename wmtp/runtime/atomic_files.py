@@ -1,4 +1,4 @@
-"""Write files atomically: a reader, or a restart after a crash, never sees a partly written file."""
+"""Write files atomically. Other processes never read a partly written file, even after a crash."""
 
 import json
 import os
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file's content, or a folder's entries (after creating, renaming or removing files), to the disk."""
+    """Flush the content of a file or the list of files of a folder to the disk.
+
+    A folder must be flushed after files in it were created, renamed or removed.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,13 +32,16 @@ def encode_json(content: Any) -> bytes:
 
     Raises:
         TypeError: the content has a type that JSON does not support, such as a path, a deque or a NumPy array.
-        ValueError: a number is not finite.
+        ValueError: the content contains a number that is infinite or NaN.
     """
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def replace_atomically(path: Path, data: bytes) -> None:
-    """Replace the content of a file; a reader sees either the old or the new content, never a mixture."""
+    """Create a file or replace its content atomically.
+
+    Another process reads either the old or the new content, never a mixture.
+    """
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_synced(staged, data)
     os.replace(staged, path)
@@ -51,7 +57,10 @@ def read_or_none(path: Path) -> bytes | None:
 
 
 def folder_size(folder: Path) -> int:
-    """Return the total bytes of the files in a folder; files that are removed at the same time count as 0."""
+    """Return the total size in bytes of the files in a folder, without the files in its subfolders.
+
+    A file counts as 0 bytes if another process removes it during this call. A folder that does not exist has size 0.
+    """
     total = 0
     with suppress(FileNotFoundError):
         for path in list(folder.iterdir()):
@@ -61,7 +70,10 @@ def folder_size(folder: Path) -> int:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove incomplete lines and lines with a larger `step` from a JSONL file, if it exists."""
+    """Remove the lines of a JSONL file whose value of `step` is larger than the argument `step`.
+
+    A last line without a line break is removed, too, because it is incomplete. If the file does not exist, do nothing.
+    """
     if path.exists():
         lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         replace_atomically(path, b"".join(line for line in lines if json.loads(line)["step"] <= step))

@@ -14,37 +14,40 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 MAX_PAUSE_S, MAX_PAUSE_AT_END_S = 30.0, 1.0
-"""Longest pause in seconds between two attempts, during training and while the run closes."""
+"""Longest pause in seconds between two attempts of a call: during training, and while the run closes."""
 FAILING_SERVER_GRACE_S = 5.0
-"""Minimum seconds that a closing run waits for a stalled server, unless `stall_s` is shorter."""
+"""Shortest time in seconds that a closing run waits for a server that does not respond. It applies if the server had
+already stopped responding before the run began to close. A shorter `stall_s` takes precedence."""
 SHUTDOWN_STALL_S, SHUTDOWN_LIMIT_S = 5.0, 40.0
-"""Upper bounds of `stall_s` and `limit_s` for a failed or interrupted run, because it is often killed soon."""
+"""Upper bounds of the arguments `stall_s` and `limit_s` of `drain` after a run has failed or was interrupted. They are
+short, because such a run is often killed soon."""
 POLL_S = 0.1
 
 
 class Cancelled(Exception):
-    """Sending was cancelled before the first attempt of a call."""
+    """An error that reports that sending was cancelled before the first attempt of a call."""
 
 
 class BackgroundSender:
-    """A thread that sends data to one server, with retries and a circuit breaker.
+    """A thread that sends data to one server and repeats calls that fail.
 
-    After a call fails, it is repeated at growing intervals, and no other call is made until it succeeds. While the run
-    closes, sending is cancelled if the server does not respond for too long.
+    A call that fails is repeated at growing intervals. The thread makes no other call until this call succeeds. While
+    the run closes, sending is cancelled if the server does not respond for too long.
     """
 
     def __init__(self, server: str, send: Callable[[], None]) -> None:
-        """Prepare the thread.
+        """Create the thread without starting it.
 
         Args:
-            server: name of the server in messages.
-            send: runs in the thread until everything is sent; it makes every call to the server through `retry`.
+            server: name of the server, which is used in messages.
+            send: function that the thread runs. It must return when all data are sent, and must make every call to the
+                server through `retry`.
         """
         self.server, self._send = server, send
         self.is_done = False
-        """True after `send` returned without an error."""
+        """True after the function `send` has returned without an error."""
         self.last_error: Exception | None = None
-        """Error of the last attempt; None after a success."""
+        """Error of the last call, if it failed; None after a call has succeeded."""
         self._alive_at = self._closing_at = time.monotonic()
         self._num_pending_calls = 0
         self._closing, self._cancelled = threading.Event(), threading.Event()
@@ -56,29 +59,35 @@ class BackgroundSender:
 
     @property
     def is_closing(self) -> bool:
-        """True once the run is closing and no new data will appear."""
+        """True after the run has begun to close. From then on, no new data appear."""
         return self._closing.is_set()
 
     @property
     def is_cancelled(self) -> bool:
-        """True once sending was cancelled, so that `send` should return."""
+        """True after sending was cancelled. Then the function `send` should return."""
         return self._cancelled.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the next search for new data. Return True as soon as the run is closing."""
+        """Pause before the next search for new data. The pause ends early when the run closes.
+
+        Returns:
+            Whether the run is closing.
+        """
         self.heartbeat()
         return self._closing.wait(seconds)
 
     def heartbeat(self) -> None:
-        """Record that the server responds, for example after it has received a part of a large file."""
+        """Record that the server has just responded, for example because it has received a part of a large file."""
         self.extend_deadline(0)
 
     def extend_deadline(self, seconds: float) -> None:
-        """Record that the server responds, and that its next response may take this many seconds."""
+        """Record that the server has just responded, and that its next response may take up to `seconds` longer."""
         self._alive_at = time.monotonic() + seconds
 
     def retry(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        """Repeat a call until it succeeds, and return its result. If sending is cancelled, raise the last error.
+        """Repeat a call to the server until it succeeds, and return its result.
+
+        If sending is cancelled after the first attempt, raise the error of the last attempt.
 
         Raises:
             Cancelled: sending was cancelled before the first attempt.
@@ -104,11 +113,11 @@ class BackgroundSender:
         return result
 
     def drain(self, stall_s: float, limit_s: float) -> Iterator[None]:
-        """Wait until everything is sent or sending is cancelled; yield several times a second.
+        """Wait until all data are sent or sending is cancelled. Yield several times a second during the wait.
 
         Args:
-            stall_s: seconds without a response after which sending to a failing server is cancelled.
-            limit_s: maximum seconds that the method waits.
+            stall_s: number of seconds after which sending is cancelled if the server does not respond to a call.
+            limit_s: number of seconds after which sending is cancelled in any case.
         """
         self._closing_at = time.monotonic()
         self._closing.set()
@@ -136,14 +145,21 @@ class BackgroundSender:
             log.debug("traceback:", exc_info=error)
 
     def _pause(self, seconds: float) -> None:
-        """Wait before the next attempt. Closing the run ends the pause, and later pauses are short."""
+        """Wait before the next attempt of a call.
+
+        The pause ends early when the run begins to close. While the run closes, pauses are short.
+        """
         if self._closing.is_set():
             self._cancelled.wait(min(seconds, MAX_PAUSE_AT_END_S))
         else:
             self._closing.wait(seconds)
 
     def _note_failure(self, attempt: RetryCallState) -> None:
-        """Log a failed attempt: the first of a call as a warning (terminal), later ones as info (log file)."""
+        """Log a failed attempt of a call.
+
+        The first failed attempt is logged as a warning, which appears in the terminal. Later attempts are logged as
+        info, which appears only in the log file.
+        """
         error = attempt.outcome.exception() if attempt.outcome else None
         if isinstance(error, Exception):
             self.last_error = error
@@ -152,5 +168,5 @@ class BackgroundSender:
 
 
 def format_error(error: Exception) -> str:
-    """Return an exception as one line of text."""
+    """Return the type and the message of an exception as one line of text. A long message is shortened."""
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 500)}"

@@ -1,4 +1,4 @@
-"""File locks between processes, with a fallback for file systems without locks."""
+"""Lock files against other processes. On a file system without locks, continue with a warning."""
 
 import errno
 import fcntl
@@ -10,21 +10,24 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Error numbers of file systems without locks."""
+"""Numbers of the errors that a file system without locks raises."""
 POLL_S = 0.2
 
 
 class LockHeld(Exception):
-    """Another process holds the lock, and this process stopped waiting for it."""
+    """An error that reports that another process holds a lock and that this process stopped waiting for it."""
 
 
 @contextmanager
 def file_lock(path: Path, should_give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The system releases it even if the process is killed.
+    """Hold an exclusive lock on a file while the context is active. Wait while another process holds the lock.
+
+    The operating system also releases the lock if this process is killed.
 
     Args:
-        path: the lock file; it is created if necessary.
-        should_give_up: called several times a second while another process holds the lock; True ends the wait.
+        path: path of the lock file. The file is created if it does not exist.
+        should_give_up: function that is called several times a second during the wait. If it returns True, the wait
+            ends.
 
     Raises:
         LockHeld: another process holds the lock, and `should_give_up` returned True.
@@ -39,9 +42,10 @@ def file_lock(path: Path, should_give_up: Callable[[], bool] = lambda: False) ->
 
 
 def try_lock(descriptor: int, kind: int) -> bool:
-    """Take a lock on an open file until it is closed; return False if another process holds the lock.
+    """Lock an open file until it is closed. Return False if another process holds a conflicting lock.
 
-    `kind` is `fcntl.LOCK_EX` or `fcntl.LOCK_SH`. On a file system without locks, log a warning and return True.
+    `kind` is `fcntl.LOCK_EX` (exclusive) or `fcntl.LOCK_SH` (shared). On a file system without locks, log a warning and
+    return True.
     """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

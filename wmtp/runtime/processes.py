@@ -1,4 +1,7 @@
-"""Lifetime, timeouts, CPU cores and arguments of processes. Imports little: worker processes import it first."""
+"""Control the lifetime, the CPU cores and the arguments of processes.
+
+This module imports few packages, because a worker process imports it first and must start quickly.
+"""
 
 import ctypes
 import os
@@ -15,7 +18,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def kill_on_parent_death(launcher: int) -> None:
-    """Make the system kill this process when its launcher dies; exit now if the launcher is already dead."""
+    """Make this process end when its launcher dies. If the launcher is already dead, end this process now.
+
+    `launcher` is the process id of the launcher, which must be the parent of this process.
+    """
     if sys.platform == "linux":
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "cannot set the parent-death signal")
@@ -32,7 +38,7 @@ def _exit_with_launcher(launcher: int) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process is running; a zombie is not."""
+    """Return whether the process with this id is running. A process that has ended as a zombie is not running."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -40,9 +46,10 @@ def is_alive(pid: int) -> bool:
 
 
 def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
-    """Run a call in a thread and return whether it ended within `seconds`. An error of the call is raised.
+    """Run `call` in a thread, and return whether it ended within `seconds`.
 
-    After a timeout, the call continues in its thread.
+    If `call` raises an error within this time, raise the same error. If it does not end in time, it continues in its
+    thread.
     """
     failures: list[BaseException] = []
 
@@ -61,18 +68,24 @@ def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
 
 
 CORES_VARIABLE = "WMTP_CORES"
-"""Environment variable with the number of CPU cores of a job of a sweep."""
+"""Environment variable of a sweep's job. It contains the number of CPU cores that the job may use."""
 
 
 def num_cores() -> int:
-    """Return the number of CPU cores for this process. In a sweep, concurrent jobs share the available cores."""
+    """Return the number of CPU cores that this process may use.
+
+    The jobs of a sweep that run at the same time share the available cores. Therefore each job may use only a part.
+    """
     if CORES_VARIABLE in os.environ:
         return int(os.environ[CORES_VARIABLE])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_threads() -> None:
-    """Limit torch's threads to the cores of a sweep's job, unless the user set OMP_NUM_THREADS."""
+    """In a job of a sweep, limit the number of torch's threads to the number of the job's CPU cores.
+
+    The limit does not apply if the environment variable OMP_NUM_THREADS is set.
+    """
     if CORES_VARIABLE in os.environ and "OMP_NUM_THREADS" not in os.environ:
         import torch  # already imported, so setting OMP_NUM_THREADS would have no effect
 
@@ -80,12 +93,15 @@ def limit_threads() -> None:
 
 
 def module_arguments(name: str) -> list[str]:
-    """Return the interpreter arguments that run a module as this process would import it."""
+    """Return the arguments with which the Python interpreter runs a module in a new process.
+
+    The new process searches the working directory for modules only if this process does so.
+    """
     # without -P, a folder named wmtp in the working directory would be imported instead of the installed package
     options = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
     return [*options, "-m", name]
 
 
 def started_together() -> bool:
-    """Return whether a launcher such as torchrun started this process as one of several."""
+    """Return whether a launcher such as torchrun started this process together with other processes of the same run."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -1,4 +1,4 @@
-"""The folder of a run and its status.json."""
+"""Create and lock the folder of a run, and write its status.json. Name the other files in the folder."""
 
 import fcntl
 import json
@@ -18,30 +18,37 @@ from wmtp.runtime.locks import try_lock
 
 OUTPUTS = Path("outputs")
 EVALUATIONS = "evaluations"
-"""Subfolder of a run for the evaluations of its model."""
+"""Name of the subfolder of a run's folder that contains the evaluations of the trained model."""
 RESUMES = "resumes.jsonl"
-"""Name of the file with one line for each time that the run was resumed."""
+"""Name of the file that contains one line for each time that the run was resumed."""
 RUN = "run.json"
-"""Name of the file with the run's `id`, which is the same on all machines, and its S3 address `remote`, if any."""
+"""Name of the file that contains the `id` of the run, which is the same on all machines. If the run is uploaded to S3,
+the file also contains its S3 address (`remote`)."""
 SYNC_STATE = "mlflow.json"
-"""Name of the file with the MLflow run of a folder, and the data that were sent to it."""
+"""Name of the file that contains the id of the MLflow run and a record of the data that were sent to MLflow."""
 SWEEP = "sweep.json"
-"""Name of the file, in the parent folder of the jobs, with the overrides, state and result of each job of a sweep."""
+"""Name of the file in a sweep's folder that contains the overrides, the state and the result of each job."""
 TOKENS = "tokens.json"
-"""Name of the file with validation samples token by token (weights, losses, values) and the calibration of values."""
+"""Name of the file that contains validation samples with the weight, the losses and the predicted value of each token.
+It also contains the calibration of the predicted values."""
 PRETRAIN = "pretrain"
-"""Subfolder of a run for stage 1."""
+"""Name of the subfolder of a run's folder that contains the files of stage 1."""
 PROVENANCE = "provenance.json"
-"""Name of the file with the code, command and data of the last start of a run."""
+"""Name of the file that records with which code version, command and data the run was last started."""
 SAVED_OVERRIDES = Path(".hydra") / "accepted.json"
-"""File with the overrides of a run. Hydra's own record may also contain those of a refused resume."""
+"""Path, within a run's folder, of the file that contains the overrides of the run. The file that Hydra itself writes is
+not used: after a refused attempt to resume the run, it contains the overrides of this attempt."""
 
 LOCK = Path(".hydra") / "lock"
-"""Lock file of the command that writes to the folder; the system releases it even if the command is killed."""
+"""Path, within a run's folder, of the file that a command locks while it writes to the folder. The operating system
+also releases the lock if the command is killed."""
 
 
 def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
-    """Create a new folder `<date>/<time>-<4 random letters>` that no other run or sweep uses."""
+    """Create a new folder for a run or a sweep. No other run or sweep uses this folder.
+
+    Its path is `<outputs>/<date>/<time>-<4 random letters><suffix>`.
+    """
     letters = random.SystemRandom()
     while True:
         now = datetime.now()
@@ -57,16 +64,19 @@ def create_run_folder(outputs: Path = OUTPUTS, suffix: str = "") -> Path:
 
 @dataclass
 class JobProgress:
-    """Progress of a job, set by the job and stored in status.json."""
+    """The progress of a job. The job sets the fields, and the step and the stop reason are stored in status.json."""
 
     step: int = 0
     stop_reason: str | None = None
     logged: BaseException | None = None
-    """Error whose traceback is already in the log."""
+    """The error that ended the job, if its traceback is already in the log."""
 
 
 class RunStatus:
-    """Writer of status.json: RUNNING at first, then the final state, reason and step. Locks the folder meanwhile.
+    """A writer of the status.json of a run. It locks the run's folder until the final state is written.
+
+    The constructor writes the state RUNNING. The method `end` writes the final state, the stop reason and the last
+    step.
 
     Raises:
         InputError: another command is running in this folder.
@@ -90,7 +100,7 @@ class RunStatus:
         self._write()
 
     def end(self, state: str, exit_code: int, progress: JobProgress, *, error: str | None = None) -> None:
-        """Write the final state of the run and release the folder."""
+        """Write the final state of the run to status.json, and release the lock of the folder."""
         ended = datetime.now().astimezone().isoformat(timespec="seconds")
         self._fields |= {"state": state, "exit_code": exit_code, "stop_reason": progress.stop_reason, "error": error}
         self._fields |= {"step": progress.step, "ended": ended}
@@ -98,7 +108,13 @@ class RunStatus:
         self._lock.release()
 
     def withdraw(self) -> bool:
-        """Restore the status of the previous run after a refused resume; return whether there was one."""
+        """Restore the status.json that existed before this command, and release the lock of the folder.
+
+        This is used if a command was refused before it changed the run, for example a refused attempt to resume it.
+
+        Returns:
+            Whether there was an earlier status.json. If there was none, this method does nothing.
+        """
         if self._before is None:
             return False
         replace_atomically(self.folder / "status.json", self._before)
@@ -110,10 +126,10 @@ class RunStatus:
 
 
 class FolderLock:
-    """The lock of a command that writes to a folder.
+    """A lock that a command holds while it writes to the folder of a run.
 
     Raises:
-        InputError: another command holds the lock.
+        InputError: another command holds the lock of this folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,7 +151,10 @@ class FolderLock:
 
 
 def is_running(folder: Path) -> bool:
-    """Return whether another command is running in a folder, on any machine with the same file system."""
+    """Return whether another command is running in a folder.
+
+    A command on another machine counts, too, if both machines use the same file system.
+    """
     path = folder / LOCK
     if not path.exists() or _holder(path) == f"process {os.getpid()} on {socket.gethostname()}":
         return False
@@ -154,7 +173,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's run.json, or None if it does not exist."""
+    """Return the content of the run.json in a folder, or None if the file does not exist."""
     path = folder / RUN
     if not path.exists():
         return None
@@ -163,7 +182,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def mark_dead_run(folder: Path) -> str:
-    """Return the final state of a run that is not running; if its status is still RUNNING, record it as KILLED.
+    """Return the final state of a run that no longer runs.
+
+    If the status.json of the run still contains the state RUNNING, write the state KILLED to it.
 
     Raises:
         InputError: another command is running in this folder.
@@ -183,6 +204,9 @@ def mark_dead_run(folder: Path) -> str:
 
 
 def display_path(path: Path | str) -> str:
-    """Return a path for messages: relative if it is below the working directory, otherwise absolute."""
+    """Return a path in the form in which messages show it.
+
+    It is relative to the working directory if it is below this directory, otherwise absolute.
+    """
     path = Path(os.path.abspath(path))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,6 +1,7 @@
-"""Handling of Ctrl-C (SIGINT) and SIGTERM: during training after the current update, otherwise at once.
+"""Handle Ctrl-C (SIGINT) and SIGTERM.
 
-The first signal ends a run with a checkpoint, the second ends it at once, and the third kills the process.
+During training, the first signal ends the run after the current update, with a checkpoint. The second signal ends the
+run at once, and the third kills the process. Outside training, the first signal already ends the run at once.
 """
 
 import signal
@@ -16,7 +17,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise `InterruptedAtOnce` when a signal arrives in the block. The third signal kills the process."""
+    """Raise `InterruptedAtOnce` if SIGINT or SIGTERM arrives while the context is active.
+
+    The second signal raises the error again, and the third signal kills the process.
+    """
     count = 0
 
     def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -36,7 +40,10 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextmanager
 def ignore_signals(*numbers: signal.Signals) -> Iterator[None]:
-    """Ignore these signals (default: all of `SIGNALS`) in the block, while the end of a run is recorded."""
+    """Ignore the given signals while the context is active. Without arguments, ignore SIGINT and SIGTERM.
+
+    This is used while the end of a run is recorded.
+    """
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers or SIGNALS}
     try:
         yield
@@ -46,20 +53,23 @@ def ignore_signals(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def is_sigterm_ignored() -> bool:
-    """Return whether SIGTERM is ignored, because this process failed and is closing files and connections."""
+    """Return whether this process ignores SIGTERM.
+
+    It does so after an error, while it closes files and connections.
+    """
     return signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 def interrupt_error(number: int) -> InterruptedAtOnce:
-    """Return the exception for a signal that ends the run at once."""
+    """Return the exception to raise if the signal with this number ends the run at once."""
     return InterruptedAtOnce(number, f"interrupted by {signal.Signals(number).name}")
 
 
 class DeferredSignals:
-    """A context in which the first signal only sets `received`.
+    """A context in which the first SIGINT or SIGTERM only sets `received` to the number of the signal.
 
-    The second signal raises `InterruptedAtOnce`, and the third kills the process. If an error leaves the context in one
-    of several processes, SIGTERM is ignored from then on.
+    The second signal raises `InterruptedAtOnce`, and the third signal kills the process. If the context ends with an
+    error in a run with several processes, this process ignores SIGTERM from then on.
     """
 
     def __init__(self) -> None:

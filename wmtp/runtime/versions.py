@@ -1,4 +1,4 @@
-"""Versions of the source code and the packages of a run."""
+"""Find the versions of the source code and of the packages that a run uses."""
 
 import importlib.metadata
 import platform
@@ -10,7 +10,10 @@ PACKAGES = ("wmtp", "torch", "hydra-core", "numpy", "tokenizers", "safetensors",
 
 
 def git_revision() -> str | None:
-    """Return the commit of the source code, with `+changes` for uncommitted changes; None outside a repository."""
+    """Return the git commit of wmtp's source code, or None if the source code is not in a git repository.
+
+    If there are uncommitted changes, `+changes` is appended to the commit.
+    """
     source = Path(__file__).parent
 
     def _git(*arguments: str) -> str | None:
@@ -27,6 +30,6 @@ def git_revision() -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Return the git revision and the versions of Python and the most important packages."""
+    """Return the git revision of wmtp's source code, and the versions of Python and of the packages in `PACKAGES`."""
     packages = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"git_revision": git_revision(), "versions": packages}

@@ -1,1 +1,1 @@
-"""Checkpoints and files of a run in an S3 bucket."""
+"""Upload the checkpoints and other files of a run to an S3 bucket, and download them from there."""

@@ -1,4 +1,4 @@
-"""Read and write objects below a prefix of an S3 bucket. Every upload is verified with the ETag of the object."""
+"""Read and write the objects of an S3 bucket whose keys start with a prefix. Every uploaded object is verified."""
 
 import hashlib
 import json
@@ -33,21 +33,21 @@ from wmtp.s3.options import CREDENTIAL_VARIABLES, S3Options, check_endpoint, red
 __all__ = ["LocalFileError", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
 log = logging.getLogger(__name__)
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 2
-"""Timeouts of one request in seconds, and number of attempts per request."""
+"""Limits of one request: seconds to connect, seconds to wait for a response, and the number of attempts."""
 CHECK_SECONDS = 10.0
 """Time limit of `S3Folder.check` in seconds."""
 VERBOSE_LOGGERS = ("boto3", "botocore", "urllib3")
-"""Loggers that write request headers, including tokens, at level DEBUG."""
+"""Names of loggers that write request headers at level DEBUG. These headers contain access tokens."""
 CHUNK_BYTES = 2**20
 MAX_KEYS_PER_DELETE = 1000
 
 
 class S3Folder:
-    """The objects of a bucket whose keys start with a prefix. Threads may share an instance.
+    """A folder in an S3 bucket: all objects whose keys start with the same prefix.
 
-    Keys in arguments and results are relative to the prefix. Every method raises `InputError` if the store refuses the
-    request, `StoreUnreachable` if the store does not respond, and `StoreError` for any other failure. Error messages
-    have one line and contain no credentials.
+    Keys in arguments and results are relative to the prefix. Every method that sends a request raises `InputError` if
+    the S3 store refuses the request, `StoreUnreachable` if the store does not respond, and `StoreError` for any other
+    failure. Error messages have one line and contain no credentials. Several threads may use the same instance.
     """
 
     def __init__(self, url: str, options: S3Options | None = None) -> None:
@@ -67,7 +67,7 @@ class S3Folder:
             raise InputError(f"{redact(url)}: {error}") from error
         self.url = url.rstrip("/")
         self.display_url = self.url
-        """URL for messages. It includes the endpoint if the store is not AWS."""
+        """URL of the folder for use in messages. It includes the endpoint if the S3 store does not belong to AWS."""
         if options.endpoint_url is not None:
             try:
                 check_endpoint(options.endpoint_url)
@@ -79,7 +79,7 @@ class S3Folder:
             self.display_url = f"{self.url} at {redact(endpoint)}"
 
     def check(self) -> None:
-        """Check that objects can be written, listed, read and deleted. Takes at most ten seconds.
+        """Check that objects can be written, listed, read and deleted. The check takes at most ten seconds.
 
         Raises:
             InputError: the store refuses one of these actions.
@@ -110,19 +110,20 @@ class S3Folder:
     ) -> None:
         """Upload a file and verify the uploaded object.
 
-        Only the bytes that the file has at the start of the call are uploaded. A file larger than `MIN_PART_BYTES` is
+        If the file grows during the call, the additional bytes are not uploaded. A file larger than `MIN_PART_BYTES` is
         uploaded in parts, from several threads. Its object becomes visible when all parts are uploaded.
 
         Args:
-            path: the file.
+            path: path of the local file.
             key: key of the object.
             sha256: expected SHA-256 of the file. If the file has another SHA-256, no object is created.
-            retry: function that calls the store. It receives each request separately, so that it can repeat a request
-                without sending the whole file again.
-            on_progress: called with the number of bytes of each completed request, and with 0 while bytes are sent.
+            retry: function that makes the calls to the store. It receives one function for each request, so it can
+                repeat one request without sending the whole file again.
+            on_progress: function that is called with the number of uploaded bytes after each request. While a request
+                is sent, it is called with 0, which shows that the request has not stalled.
 
         Raises:
-            LocalFileError: the file is missing or unreadable, or its SHA-256 differs.
+            LocalFileError: the file is missing or unreadable, or does not have the expected SHA-256.
         """
         with translate_local_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -135,7 +136,10 @@ class S3Folder:
             on_progress(size)
 
     def put_bytes(self, data: bytes, key: str, on_progress: Callable[[int], None] = no_progress) -> None:
-        """Upload a small object in one request and verify it. Call `on_progress` with 0 while bytes are sent."""
+        """Upload data as an object in one request, and verify the object.
+
+        While the data are sent, `on_progress` is called with 0. This shows that the request has not stalled.
+        """
         with self._translate_errors("write"):
             response = self._client.put_object(
                 Bucket=self.bucket, Key=self.prefix + key, Body=RequestBody(data, on_progress)
@@ -152,9 +156,10 @@ class S3Folder:
         return content
 
     def has_content_of(self, path: Path, key: str) -> bool:
-        """Return whether the ETag of an object shows that the object is equal to a file.
+        """Return whether the ETag of an object proves that the object has the same content as a local file.
 
-        The result is False if the file is larger than `MIN_PART_BYTES`, or if the ETag is not an MD5.
+        The result is also False if the file is larger than `MIN_PART_BYTES`, if the object does not exist, or if the
+        store does not use the MD5 of an object as its ETag.
 
         Raises:
             LocalFileError: the file is missing or unreadable.
@@ -168,10 +173,10 @@ class S3Folder:
         return _etag_matches(response["ETag"], md5(data).hex())
 
     def read_json(self, key: str) -> dict[str, Any] | None:
-        """Return the content of a JSON object, or None if it does not exist.
+        """Return the parsed content of a JSON file in S3, or None if the file does not exist.
 
         Raises:
-            InputError: the content is not a JSON object.
+            InputError: the file does not contain a JSON object.
         """
         data = self.get(key)
         try:
@@ -183,15 +188,15 @@ class S3Folder:
         return content
 
     def download(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
-        """Download an object to a file, and return the SHA-256 of the complete file.
+        """Download an object to a local file, and return the SHA-256 of the complete file.
 
-        If the file exists because an earlier download was interrupted, only the missing bytes are requested.
+        If an earlier download was interrupted and the file exists, only the missing bytes are requested.
 
         Args:
             key: key of the object.
-            path: the file.
-            size: length of the object in bytes.
-            on_progress: called with the number of bytes of each received chunk.
+            path: path of the local file.
+            size: size of the object in bytes.
+            on_progress: function that is called with the number of bytes of each received chunk.
 
         Raises:
             ObjectMissing: the object does not exist.
@@ -222,7 +227,7 @@ class S3Folder:
                     yield entry["Key"].removeprefix(self.prefix), entry["Size"]
 
     def delete(self, keys: Iterable[str]) -> dict[str, str]:
-        """Delete objects. Return the error code of each key that could not be deleted."""
+        """Delete objects. Return a dictionary that maps each key that could not be deleted to its error code."""
         errors: dict[str, str] = {}
         entries = [{"Key": self.prefix + key} for key in keys]
         for start in range(0, len(entries), MAX_KEYS_PER_DELETE):
@@ -234,7 +239,7 @@ class S3Folder:
         return errors
 
     def abort_uploads(self) -> int:
-        """Abort all unfinished multipart uploads below the prefix, and return their number."""
+        """Abort all unfinished multipart uploads in this folder, and return the number of aborted uploads."""
         count = 0
         with self._translate_errors("list the unfinished uploads"):
             pages = self._client.get_paginator("list_multipart_uploads")
@@ -265,7 +270,10 @@ class S3Folder:
         self._verify(key, etag, f"{md5(b''.join(sent.md5s)).hex()}-{len(sent.md5s)}", sent.sha256)
 
     def _put_part(self, upload: dict[str, str], part: Part, on_progress: Callable[[int], None]) -> str:
-        """Upload a part and return its ETag. If the ETag shows that the part was damaged, upload the part once more."""
+        """Upload one part of a file and return the ETag of the part.
+
+        If the ETag shows that the part was damaged on the way, the part is uploaded once more.
+        """
         for _ in range(2):  # if the ETags are not MD5s, only the complete object can be verified, later
             with self._translate_errors("write"):
                 body = RequestBody(part.data, on_progress)
@@ -280,7 +288,11 @@ class S3Folder:
             return _get_field(self._client.create_multipart_upload(**target), "UploadId", self.display_url)
 
     def _complete_upload(self, upload: dict[str, str], etags: list[str]) -> str:
-        """Complete a multipart upload. Return the ETag of the object, or an empty string if the object is not found."""
+        """Complete a multipart upload, and return the ETag of the new object.
+
+        An earlier request may already have completed the upload. Then the ETag of the existing object is returned. If
+        the object does not exist either, the result is an empty string.
+        """
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         try:
             with self._translate_errors("write"):
@@ -302,19 +314,20 @@ class S3Folder:
             log.info("a failed upload could not be aborted; the next start aborts it: %s", error)
 
     def _verify(self, key: str, etag: str, expected: str, sha256: str) -> None:
-        """Compare an uploaded object with the file, and delete the object if it differs.
+        """Check that an uploaded object has the uploaded content, and delete the object if it does not.
 
-        In most stores, the ETag is the MD5 of the received bytes. In other stores, for example with SSE-KMS encryption,
-        it is not. Then the object is downloaded, and its SHA-256 is compared.
+        Most stores compute the ETag of an object from MD5 hashes of its bytes. If the ETag is not the expected one,
+        the object is downloaded and its SHA-256 is compared, because some stores compute ETags in another way (for
+        example, with SSE-KMS encryption).
 
         Args:
             key: key of the object.
             etag: ETag that the store returned.
-            expected: ETag of an undamaged object if the store's ETags are MD5s.
-            sha256: SHA-256 of the file.
+            expected: ETag of an undamaged object in a store that computes ETags from MD5 hashes.
+            sha256: SHA-256 of the uploaded content.
 
         Raises:
-            StoreError: the object differs.
+            StoreError: the object does not have the uploaded content.
         """
         if _etag_matches(etag, expected):
             return
@@ -328,7 +341,10 @@ class S3Folder:
             raise StoreError(f"{self.display_url}: {key} arrived damaged; it was deleted there")
 
     def _get(self, key: str, start: int = 0) -> dict[str, Any] | None:
-        """Request an object from byte `start` to its end. Return the response, or None if the object does not exist."""
+        """Request the bytes of an object from position `start` to the end.
+
+        Return the response of boto3, or None if the object does not exist.
+        """
         options = {"Range": f"bytes={start}-"} if start else {}
         try:
             with self._translate_errors("read"):
@@ -366,7 +382,10 @@ class S3Folder:
 
     @contextmanager
     def _translate_errors(self, action: str) -> Iterator[None]:
-        """Replace exceptions of boto3 with exceptions of this package. `action` is a verb for the message."""
+        """Convert the exceptions that boto3 raises in this context to `InputError` or `StoreError`.
+
+        `action` is a verb for the error message, such as "write". It says what the request should do.
+        """
         from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError  # noqa: A004
 
         try:
@@ -382,7 +401,7 @@ class S3Folder:
 
 
 def _get_field(response: dict[str, Any], name: str, where: str) -> str:
-    """Return a field of a response.
+    """Return a field of a response of boto3. `where` is the URL of the store for the error message.
 
     Raises:
         InputError: the field is missing. This happens if the endpoint is a web server but not an S3 store.

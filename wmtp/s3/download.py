@@ -1,4 +1,4 @@
-"""Download checkpoints from S3. A checkpoint is verified before it gets its final folder name."""
+"""Download checkpoints from S3. A checkpoint is downloaded to a temporary folder, verified, and then renamed."""
 
 import logging
 import shutil
@@ -20,18 +20,18 @@ from wmtp.s3.progress import TransferProgress
 
 log = logging.getLogger(__name__)
 STAGING = ".fetching-"
-"""Name prefix of the folder of a checkpoint while it is downloaded."""
+"""Prefix of the name of the temporary folder to which a checkpoint is downloaded."""
 ATTEMPTS = 5
 Result = TypeVar("Result")
 
 
 def retry_on_store_error(call: Callable[[], Result]) -> Result:
-    """Return the result of a call. If the store fails, make up to `ATTEMPTS` attempts.
+    """Call a function and return its result. If the function raises `StoreError`, repeat the call.
 
     Raises:
-        StoreError: all attempts failed.
-        ObjectMissing: the object does not exist; there is no second attempt.
-        InputError: the store refuses the request; there is no second attempt.
+        StoreError: `ATTEMPTS` calls have failed.
+        ObjectMissing: the requested object does not exist. The call is not repeated in this case.
+        InputError: the store refuses the request. The call is not repeated in this case.
     """
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, StoreError) and not isinstance(error, ObjectMissing)),
@@ -44,17 +44,21 @@ def retry_on_store_error(call: Callable[[], Result]) -> Result:
 
 
 class CheckpointDownloader:
-    """Download of single checkpoints of a run into the run's folder."""
+    """Downloader of single checkpoints and other files of one run. It writes them to the run's local folder."""
 
     def __init__(self, remote: S3Folder, folder: Path, console: Console | None) -> None:
         self.remote, self.folder, self.console = remote, folder, console
 
     def fetch(self, stage: str, name: str) -> bool:
-        """Download a checkpoint unless an undamaged one exists. Warn and return False if it is incomplete in S3.
+        """Download a checkpoint, unless the local folder already contains it undamaged.
 
         Args:
-            stage: path prefix of the stage, one of `STAGES`.
-            name: name of the checkpoint.
+            stage: path prefix of the checkpoint's training stage, one of `STAGES`.
+            name: name of the checkpoint's folder.
+
+        Returns:
+            True if the checkpoint exists locally after the call. False if the checkpoint in S3 is incomplete or
+            damaged; then a warning is logged.
         """
         key, final = f"{stage}checkpoints/{name}", self.folder / stage / "checkpoints" / name
         staged = final.with_name(STAGING + name)
@@ -87,8 +91,14 @@ class CheckpointDownloader:
     def _stage(self, key: str, staged: Path, manifest_bytes: bytes, files: Entries) -> None:
         """Download the files of a checkpoint into a temporary folder.
 
+        Args:
+            key: key of the checkpoint's folder in S3.
+            staged: path of the temporary folder. Files from an interrupted download of the same checkpoint are used.
+            manifest_bytes: content of the checkpoint's manifest file.
+            files: the entries of this manifest, which contain the size and the SHA-256 of each file.
+
         Raises:
-            ValueError: the SHA-256 of a file differs from the manifest, also after a second download.
+            ValueError: a file was downloaded twice, and did not have the SHA-256 of the manifest either time.
         """
         if read_or_none(staged / manifest.NAME) != manifest_bytes:
             shutil.rmtree(staged, ignore_errors=True)
@@ -115,7 +125,16 @@ class CheckpointDownloader:
         fsync_path(staged)
 
     def fetch_file(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
-        """Download a file and return its SHA-256. An attempt that received bytes resets the count of attempts."""
+        """Download an object to a local file, and return the SHA-256 of the complete file.
+
+        If the store fails, the download is continued. The error is raised if no byte arrives in `ATTEMPTS` attempts.
+
+        Args:
+            key: key of the object.
+            path: path of the local file.
+            size: size of the object in bytes.
+            on_progress: function that is called with the number of bytes of each received chunk.
+        """
         while True:
             before = path.stat().st_size if path.exists() else 0
             try:

@@ -1,4 +1,4 @@
-"""Exceptions for errors of an S3 store, and the conversion of error responses to exceptions."""
+"""Define exceptions for errors of an S3 store, and convert error responses of the store to exceptions."""
 
 import textwrap
 from typing import Any
@@ -16,7 +16,7 @@ INVALID_CREDENTIALS = {
 ACCESS_DENIED = {"AccessDenied", "403", "AllAccessDisabled", "AccountProblem", "MethodNotAllowed"}
 WRONG_REGION = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 NOT_FOUND = {"NoSuchKey", "404"}
-"""Error codes of S3, grouped by cause."""
+"""Error codes that mean that an object does not exist."""
 
 
 class StoreError(OSError):
@@ -28,20 +28,20 @@ class StoreUnreachable(StoreError):
 
 
 class UploadNotFound(StoreError):
-    """The store has no such multipart upload: it was aborted, or it is already complete."""
+    """The store does not know the multipart upload, because the upload was aborted or is already complete."""
 
 
 class ObjectMissing(StoreError):
-    """The object does not exist."""
+    """The requested object does not exist in the store."""
 
 
 def to_error(url: str, action: str, response: dict[str, Any]) -> InputError | StoreError:
-    """Return the exception for an error response of the store. Its message has one line.
+    """Convert an error response of the store to an exception. The message of the exception has one line.
 
     Args:
-        url: URL of the store, for the message.
-        action: verb for the message, such as "write".
-        response: the response of boto3's `ClientError`.
+        url: URL for the message.
+        action: verb for the message, such as "write". It says what the request should do.
+        response: attribute `response` of a `ClientError` of botocore.
     """
     code, status = str(response["Error"].get("Code")), response["ResponseMetadata"]["HTTPStatusCode"]
     message = f"{code}: {textwrap.shorten(str(response['Error'].get('Message')), 200)}"

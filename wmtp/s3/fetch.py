@@ -1,4 +1,4 @@
-"""Download a run from S3 into a folder: the files that are needed to resume the run, or to use its model."""
+"""Download a run from S3 into a folder, either to resume the run or to use its model."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 LOCK = Path(".hydra") / "fetch.lock"
 UNFINISHED = Path(".hydra") / "fetch.unfinished"
-"""Marker file of an unfinished download: local checkpoints may be newer than the other local files."""
+"""File that exists while a download is unfinished. Then local checkpoints may be newer than the other local files."""
 CHECKPOINT_URL = re.compile(r"(.*?)/((?:pretrain/)?)checkpoints/(step_\d{8,})")
 DATE = re.compile(r"\d{4}-\d\d-\d\d")
 MAX_RUNS_LISTED = 10
@@ -37,7 +37,9 @@ CheckpointChoice = Literal["latest", "best"]
 
 
 def local_folder(url: str) -> Path:
-    """Return the default folder for a run from S3: `outputs/<date>/<name>`, as on the machine that started the run.
+    """Return the folder to which a run is downloaded by default.
+
+    This is `outputs/<date>/<name>`, the same path as on the machine that started the run.
 
     Raises:
         InputError: the URL is not the URL of a run.
@@ -51,12 +53,12 @@ def local_folder(url: str) -> Path:
 
 
 def find_run(url: str, options: S3Options | None = None) -> str:
-    """Return the URL of the run that `url` refers to.
+    """Return the URL of the run to which a URL belongs.
 
     `url` may be the URL of a run, of a checkpoint of a run, or of a prefix that contains exactly one run.
 
     Raises:
-        InputError: there is no run or more than one, or the store refuses access.
+        InputError: there is no run at or below `url`, there are several, or the store refuses access.
         StoreUnreachable: the store does not respond.
     """
     remote = S3Folder(_split_checkpoint_url(url)[0], options)
@@ -88,25 +90,25 @@ def fetch_run(
     checkpoints: CheckpointChoice = "latest",
     console: Console | None = None,
 ) -> Path:
-    """Download a run into a new folder, or into a folder with an earlier copy of the run.
+    """Download a run into a new folder, or update a folder that contains an earlier copy of the run.
 
     Checkpoints that exist locally are not downloaded again. An interrupted download is continued. If the local copy has
-    a later checkpoint than S3, the copy is not changed.
+    a later checkpoint than S3, the files of the copy are not changed.
 
     Args:
         url: URL of the run, or URL of one of its checkpoints. In the second case, only this checkpoint is downloaded.
-        folder: the local folder.
+        folder: the local folder of the run.
         options: connection options of the store.
-        checkpoints: `latest` downloads the newest and the best checkpoint of each stage, which a resume needs. `best`
-            downloads only the checkpoint that is needed to use the model.
-        console: console for the progress display.
+        checkpoints: `latest` downloads the newest and the best checkpoint of each stage, which are needed to resume the
+            run. `best` downloads only the checkpoint that is needed to use the model.
+        console: console on which the progress is shown. None shows no progress.
 
     Returns:
-        The folder of the run, or of the checkpoint if `url` is the URL of a checkpoint.
+        The folder of the run, or the folder of the checkpoint if `url` is the URL of a checkpoint.
 
     Raises:
-        InputError: the run does not exist or has no complete checkpoint, or the folder is in use or contains other
-            data.
+        InputError: the run does not exist in S3, it has no complete checkpoint, or the local folder is in use or
+            contains other data.
         StoreError: the store failed in all attempts.
     """
     run_url, stage, name = _split_checkpoint_url(url)
@@ -127,26 +129,29 @@ def fetch_run(
 
 
 def _split_checkpoint_url(url: str) -> tuple[str, str, str | None]:
-    """Split a URL into the run's URL, a stage prefix and a checkpoint name. Without a checkpoint, the name is None."""
+    """Split the URL of a checkpoint into the run's URL, the path prefix of the stage, and the checkpoint's name.
+
+    For any other URL, the prefix is empty and the name is None.
+    """
     match = CHECKPOINT_URL.fullmatch(url.rstrip("/"))
     return (match[1], match[2], match[3]) if match else (url.rstrip("/"), "", None)
 
 
 class _RunDownloader:
-    """Download of one run into a folder."""
+    """Downloader of one run from S3 into a local folder."""
 
     def __init__(self, remote: S3Folder, folder: Path, console: Console | None) -> None:
         self.remote, self.folder = remote, folder
         self.checkpoints = CheckpointDownloader(remote, folder, console)
         self.sizes: dict[str, int] = {}
-        """Length in bytes of each object of the run, by key."""
+        """Size in bytes of each object of the run in S3. The dictionary key is the key of the object."""
         self._list()
 
     def check_folder(self) -> None:
-        """Check that the run exists in S3, and that the folder is empty or contains a copy of the same run.
+        """Check that the run exists in S3, and that the local folder is empty or contains a copy of the same run.
 
         Raises:
-            InputError: the run does not exist, or the folder is in use or contains other data.
+            InputError: the run does not exist in S3, or the local folder is in use or contains other data.
         """
         where = display_path(self.folder)
         if CONFIG not in self.sizes:
@@ -159,7 +164,9 @@ class _RunDownloader:
             raise InputError(f"{where}: contains other data than the run at {self.remote.url}; use another folder")
 
     def fetch_latest(self) -> None:
-        """Download the checkpoints and files that a resume needs. Do nothing if a local checkpoint is later than in S3.
+        """Download the checkpoints and other files that are needed to resume the run.
+
+        If the newest local checkpoint is later than the newest checkpoint in S3, nothing is downloaded.
 
         Raises:
             InputError: the run has no complete checkpoint in S3.
@@ -183,9 +190,10 @@ class _RunDownloader:
         marker.unlink(missing_ok=True)
 
     def fetch_best(self) -> None:
-        """Download the files that are needed to use the model: the best checkpoint, or else the newest.
+        """Download the best checkpoint of stage 2, and the other files that are needed to use the model.
 
-        Do nothing if a local checkpoint is later than in S3.
+        If the run has no best checkpoint in S3, the newest complete checkpoint is downloaded instead. If the newest
+        local checkpoint is later than the newest checkpoint in S3, nothing is downloaded.
 
         Raises:
             InputError: the run has no complete checkpoint in S3.
@@ -199,7 +207,10 @@ class _RunDownloader:
         self.fetch_files([CONFIG, SYNC_STATE])
 
     def fetch_files(self, keys: list[str], *, replace: bool = True) -> None:
-        """Download those files of `keys` that exist in S3. Existing local files are overwritten only with `replace`."""
+        """Download the files of the run whose keys are in `keys`. Skip keys that do not exist in S3.
+
+        If `replace` is False, a file that exists locally is not downloaded again.
+        """
         for key in keys:
             path = self.folder / key
             if key in self.sizes and (replace or not path.exists()):
@@ -215,13 +226,16 @@ class _RunDownloader:
         self.sizes = retry_on_store_error(lambda: dict(self.remote.list_objects()))
 
     def _remote_checkpoints(self, stage: str) -> list[str]:
-        """Return the names of a stage's checkpoints that have a manifest in S3, oldest first."""
+        """Return the names of all checkpoints of a stage in S3 that have a manifest. The oldest checkpoint is first."""
         parts = [key.removeprefix(f"{stage}checkpoints/").split("/") for key in self.sizes if key.startswith(stage)]
         names = {part[0] for part in parts if len(part) == 2 and part[1] == manifest.NAME and STEP.fullmatch(part[0])}
         return sorted(names, key=step_of)
 
     def _local_progress(self) -> tuple[int, int]:
-        """Return the stage index and the step of the newest undamaged local checkpoint; (-1, -1) if there is none."""
+        """Return the stage and the step of the newest undamaged local checkpoint.
+
+        The stage is an index of `STAGES`. If there is no such checkpoint, the result is (-1, -1).
+        """
         for number, stage in reversed(list(enumerate(STAGES))):
             for path in reversed(complete_checkpoints(self.folder / stage)):
                 if find_damage(path) is None:
@@ -229,14 +243,20 @@ class _RunDownloader:
         return -1, -1
 
     def _remote_progress(self) -> tuple[int, int]:
-        """Return the stage index and the step of the newest checkpoint in S3, or (-1, -1) if there is none."""
+        """Return the stage and the step of the newest checkpoint that has a manifest in S3.
+
+        The stage is an index of `STAGES`. If there is no such checkpoint, the result is (-1, -1).
+        """
         steps = [
             (number, step_of(name)) for number, stage in enumerate(STAGES) for name in self._remote_checkpoints(stage)
         ]
         return max(steps, default=(-1, -1))
 
     def _fetch_newest_and_best(self, stage: str) -> bool:
-        """Download the newest and the best checkpoint of a stage. Return False if no checkpoint is complete."""
+        """Download the newest and the best checkpoint of a stage, and the pointer files best.json and latest.json.
+
+        Return False if the stage has no complete checkpoint in S3.
+        """
         newest, best = self._fetch_newest(stage), self._remote_best(stage)
         if best is not None and best != newest:
             self.checkpoints.fetch(stage, best)
@@ -245,7 +265,10 @@ class _RunDownloader:
         return newest is not None
 
     def _fetch_newest(self, stage: str) -> str | None:
-        """Download the newest complete checkpoint of a stage. Return its name, or None if there is none."""
+        """Download the newest complete checkpoint of a stage, and return its name.
+
+        Return None if the stage has no complete checkpoint in S3.
+        """
         tried: set[str] = set()
         while names := [name for name in self._remote_checkpoints(stage) if name not in tried]:
             if self.checkpoints.fetch(stage, names[-1]):
@@ -255,7 +278,10 @@ class _RunDownloader:
         return None
 
     def _remote_best(self, stage: str) -> str | None:
-        """Return the name of a stage's best checkpoint in S3, or None if no checkpoint is best or it is not in S3."""
+        """Return the name of a stage's best checkpoint.
+
+        Return None if best.json is missing or damaged in S3, or if S3 does not contain the checkpoint that it names.
+        """
         try:
             best = retry_on_store_error(lambda: read_remote_best(self.remote, stage))
         except InputError as error:
@@ -264,10 +290,15 @@ class _RunDownloader:
         return best if best in self._remote_checkpoints(stage) else None
 
     def _fetch_pointer(self, stage: str, name: str) -> None:
-        """Download a pointer file, best.json or latest.json.
+        """Download best.json or latest.json of a stage. Such a pointer file contains the name of a checkpoint.
 
-        The local pointer file is kept if its checkpoint is newer, or if the checkpoint of the pointer in S3 does not
-        exist locally. A local latest.json without a valid checkpoint is written anew.
+        The local pointer file is not replaced if it names a newer local checkpoint, or if the checkpoint that the file
+        in S3 names does not exist locally. If no local latest.json names an existing checkpoint after this, a new
+        latest.json with the newest local checkpoint is written.
+
+        Args:
+            stage: path prefix of the stage, one of `STAGES`.
+            name: `best` or `latest`.
         """
         folder = self.folder / stage / "checkpoints"
         content = retry_on_store_error(lambda: self.remote.get(f"{stage}checkpoints/{name}.json"))
@@ -279,7 +310,10 @@ class _RunDownloader:
             replace_atomically(folder / "latest.json", encode_json({"folder": found[-1], "step": step_of(found[-1])}))
 
     def _fetch_stage1_result(self) -> None:
-        """Download the result of stage 1, if its checkpoint exists locally."""
+        """Download the file with the result of stage 1, unless it exists locally.
+
+        If the checkpoint that the result names does not exist locally, the file is not written and a warning is logged.
+        """
         content = retry_on_store_error(lambda: self.remote.get(STAGE1_RESULT))
         if content is None or (self.folder / STAGE1_RESULT).exists():
             return
@@ -291,14 +325,20 @@ class _RunDownloader:
 
 
 def _is_run_file(key: str) -> bool:
-    """Return whether a key belongs to a file of `RECORDS` or `FINAL_FILES`, except run.json and config.yaml."""
+    """Return whether a key matches a pattern in `RECORDS` or `FINAL_FILES`. Return False for run.json and config.yaml.
+
+    These two files are downloaded separately.
+    """
     patterns = [pattern.split("/") for pattern in RECORDS + FINAL_FILES if pattern not in (RUN, CONFIG)]
     parts = key.split("/")
     return any(len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)) for pattern in patterns)
 
 
 def _parse_pointer(content: bytes | None, field: str) -> str:
-    """Return the checkpoint name or path in a pointer file, or an empty string if the file is missing or invalid."""
+    """Return the name or the path of the checkpoint in the content of a pointer file.
+
+    `field` is the JSON key of this value. If `content` is None or invalid, the result is an empty string.
+    """
     try:
         name = str(json.loads(content or b"")[field])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Selection of the files of a run that are uploaded, and the marker file of an uploaded checkpoint."""
+"""Select the files and checkpoints of a run that are uploaded, and mark the checkpoints that were uploaded."""
 
 import json
 from collections.abc import Container
@@ -11,26 +11,27 @@ from wmtp.runtime.run_dir import PROVENANCE, RESUMES, RUN, SAVED_OVERRIDES, SYNC
 MARKER = "uploaded.json"
 """Name of the file in a checkpoint's folder that contains the S3 URL to which the checkpoint was uploaded."""
 STAGES = ("pretrain/", "")
-"""Path prefixes of stage 1 and stage 2 within a run. Stage 1 is first: stage 2 cannot be resumed without it."""
+"""Path prefixes of stage 1 and stage 2 in the folder of a run. Stage 1 is first, because stage 2 needs its result."""
 RECORDS = (
     RUN, "config.yaml", PROVENANCE, SYNC_STATE, "metrics.jsonl", "samples.jsonl", RESUMES, ".hydra/*.yaml",
     str(SAVED_OVERRIDES), "system.jsonl", "pretrain/config.yaml", "pretrain/metrics.jsonl",
     "pretrain/value_head.safetensors", "model/*", "pretrain/model/*",
 )  # fmt: skip
-"""Files that are uploaded before each checkpoint, so that every visible checkpoint has a config and metrics."""
+"""Glob patterns of files that are uploaded before each checkpoint. So if a checkpoint is in S3, its config and metrics
+are also in S3."""
 FINAL_FILES = ("summary.json", "report.html", "train.log")
-"""Files that are uploaded when the run ends."""
+"""Names of files that are uploaded when the run ends."""
 STAGE1_RESULT = "pretrain/result.json"
-"""File with the result of stage 1. It contains the name of a checkpoint, and is uploaded after this checkpoint."""
+"""Path of the file with the result of stage 1. The file names a checkpoint, and is uploaded after this checkpoint."""
 
 
 def mark_uploaded(checkpoint: Path, url: str) -> None:
-    """Write the marker file of a checkpoint. `url` is the S3 URL of the run to which it was uploaded."""
+    """Write a marker file that says that a checkpoint was uploaded. `url` is the S3 URL of the run."""
     replace_atomically(checkpoint / MARKER, encode_json({"url": url, "manifest": manifest_hash(checkpoint)}))
 
 
 def is_uploaded(checkpoint: Path, url: str | None) -> bool:
-    """Return whether the current content of a checkpoint was uploaded to the run at `url`."""
+    """Return whether the current content of a checkpoint was uploaded. `url` is the S3 URL of the run."""
     try:
         marker = json.loads((checkpoint / MARKER).read_bytes())
         return bool(marker["url"] == url and marker["manifest"] == manifest_hash(checkpoint))
@@ -39,10 +40,11 @@ def is_uploaded(checkpoint: Path, url: str | None) -> bool:
 
 
 def checkpoints_to_upload(folder: Path, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:
-    """Return the checkpoints of a run that belong in S3, uploaded or not, in upload order.
+    """Return the local checkpoints of a run that S3 should contain, in the order in which they are uploaded.
 
-    These are the `keep_last` newest checkpoints and the best checkpoint of each stage. Stage 1 is first; within a
-    stage, newer checkpoints are first. Checkpoints in `damaged` are left out.
+    The result contains, for each stage, the `keep_last` newest checkpoints and the best checkpoint, even if they were
+    already uploaded. Checkpoints of stage 1 are first. Within a stage, newer checkpoints are first. Checkpoints in
+    `damaged` are left out.
     """
     found: list[Path] = []
     for stage in STAGES:
@@ -56,12 +58,12 @@ def checkpoints_to_upload(folder: Path, keep_last: int, damaged: Container[Path]
 
 
 def pending_checkpoints(folder: Path, url: str, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:
-    """Return the checkpoints from `checkpoints_to_upload` that are not uploaded yet, in upload order."""
+    """Return the result of `checkpoints_to_upload` without the checkpoints that were already uploaded to `url`."""
     return [path for path in checkpoints_to_upload(folder, keep_last, damaged) if not is_uploaded(path, url)]
 
 
 def stage_of(folder: Path, checkpoint: Path) -> str:
-    """Return the path prefix of the stage to which a checkpoint belongs, one of `STAGES`."""
+    """Return the path prefix of a checkpoint's stage. The result is one of `STAGES`. `folder` is the run's folder."""
     stage = checkpoint.relative_to(folder).as_posix().partition("checkpoints/")[0]
     assert stage in STAGES, stage
     return stage

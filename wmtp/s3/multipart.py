@@ -1,4 +1,4 @@
-"""Upload a local file in parts. The file is read and hashed once, and a few threads send the parts."""
+"""Upload a local file in parts. The file is read only once, and several threads send the parts."""
 
 import hashlib
 import io
@@ -18,60 +18,66 @@ from wmtp.s3.errors import StoreError, UploadNotFound
 
 MIB = 2**20
 MIN_PART_BYTES, MAX_PARTS = 8 * MIB, 9000
-"""Limits of a multipart upload. S3 accepts at most 10,000 parts for one object."""
+"""Smallest size in bytes of each part except the last, and largest number of parts. S3 accepts at most 10,000 parts."""
 MAX_CONCURRENT_PARTS = 4
 
 
 class LocalFileError(Exception):
-    """A local file that should be uploaded is missing or unreadable, or its SHA-256 differs from the expected one."""
+    """A file cannot be uploaded, because it is missing or unreadable, or does not have the expected SHA-256."""
 
 
 class Retry(Protocol):
-    """A function that calls the store, and may repeat a call that failed."""
+    """Type of a function that makes a call to the S3 store. It may repeat the call if the call fails."""
 
     def __call__(self, call: Callable[[], Any], /) -> Any:
-        """Return the result of the call."""
+        """Call the function `call` and return its result."""
 
 
 def no_retry(call: Callable[[], Any], /) -> Any:
-    """Make the call once, without retries."""
+    """Call the function `call` once and return its result. Do not repeat a failed call."""
     return call()
 
 
 def no_progress(count: int, /) -> None:
-    """Ignore the number of transferred bytes."""
+    """Do nothing. This function is used where the progress of a transfer is not needed."""
 
 
 class RequestBody(io.BytesIO):
-    """Body of one request, as a file object. With plain bytes, all bytes must be sent within the connect timeout."""
+    """Body of one upload request, as a file object.
+
+    If the body were a `bytes` object, the whole body would have to be sent within the connect timeout.
+    """
 
     def __init__(self, data: bytes, on_progress: Callable[[int], None]) -> None:
-        """Create the body. Each read calls `on_progress` with 0, because the store has not confirmed the bytes yet."""
+        """Create the body of a request that sends `data`.
+
+        Each read calls `on_progress` with 0. This shows that the request has not stalled.
+        """
         super().__init__(data)
         self._on_progress = on_progress
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next bytes."""
+        """Return the next `size` bytes, or all remaining bytes if `size` is -1 or None."""
         self._on_progress(0)
         return super().read(size)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a file. The first part has number 1."""
+    """One part of a file that is uploaded in parts. The first part has number 1."""
 
     number: int
     data: bytes
 
     @cached_property
     def digest(self) -> bytes:
-        """MD5 of the part."""
+        """MD5 of the bytes of this part."""
         return md5(self.data)
 
 
 @dataclass(frozen=True)
 class SentParts:
-    """Result of `send_parts`: MD5 and ETag of each part, and the SHA-256 of the complete file."""
+    """Result of `send_parts`. It contains the MD5 and the ETag of each part, and the SHA-256 of the complete file."""
 
     md5s: list[bytes]
     etags: list[str]
@@ -85,17 +91,17 @@ def send_parts(
     retry: Retry = no_retry,
     on_progress: Callable[[int], None] = no_progress,
 ) -> SentParts:
-    """Read the first `size` bytes of a file and send them in parts, at most `MAX_CONCURRENT_PARTS` at a time.
+    """Read the first `size` bytes of a file and send them in parts. Up to `MAX_CONCURRENT_PARTS` threads send parts.
 
     Args:
         file: the file, opened for reading.
         size: number of bytes to send.
-        put: uploads one part and returns its ETag.
-        retry: repeats `put` for a part whose first attempt failed.
-        on_progress: called with the number of bytes of each uploaded part.
+        put: function that uploads one part and returns the ETag of the part.
+        retry: function that sends a part again if its first upload failed.
+        on_progress: function that is called with the number of bytes of each uploaded part.
 
     Raises:
-        UploadNotFound: the multipart upload does not exist any more, so sending a part again is useless.
+        UploadNotFound: the store does not know the multipart upload any more, so a part cannot be sent again.
     """
     content = hashlib.sha256()
     md5s, etags = list[bytes](), list[str]()
@@ -130,13 +136,16 @@ def send_parts(
 
 
 def md5(data: bytes) -> bytes:
-    """Return the MD5 of some bytes. Most stores compute ETags from it."""
+    """Return the MD5 of `data`. Most S3 stores compute the ETag of an object from MD5 hashes."""
     return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 @contextmanager
 def translate_local_errors(path: Path) -> Iterator[None]:
-    """Replace errors of the local file with `LocalFileError`. Errors of the store are raised unchanged."""
+    """Convert an `OSError` that a local file causes in this context to `LocalFileError`.
+
+    Errors of the S3 store are raised unchanged. `path` is the path of the file for the message.
+    """
     try:
         yield
     except StoreError:
@@ -148,10 +157,10 @@ def translate_local_errors(path: Path) -> Iterator[None]:
 
 
 def check_sha256(expected: str | None, found: str) -> None:
-    """Check that the SHA-256 of a file is the expected one. If `expected` is None, nothing is checked.
+    """Check that the SHA-256 of a file, `found`, is the expected one. If `expected` is None, nothing is checked.
 
     Raises:
-        LocalFileError: the SHA-256 differs.
+        LocalFileError: the file has another SHA-256.
     """
     if expected is not None and found != expected:
         raise LocalFileError("does not have the content that was written")
@@ -164,7 +173,10 @@ def _read_parts(file: BinaryIO, size: int) -> Iterator[Part]:
 
 
 def _call_in_thread(call: Callable[[Part], str], part: Part) -> Future[str]:
-    """Start `call(part)` in a daemon thread and return its future. A daemon thread does not delay the process exit."""
+    """Start a daemon thread that runs `call(part)`, and return a future of the result.
+
+    A daemon thread is used because the process can exit before the thread has ended.
+    """
     future: Future[str] = Future()
 
     def _run() -> None:

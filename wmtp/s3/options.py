@@ -1,4 +1,4 @@
-"""S3 URLs and connection options. Neither of them may contain credentials."""
+"""URLs and connection options of S3 stores. A URL or option that contains credentials is rejected."""
 
 import re
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ CREDENTIALS_IN_URL = f"holds a user or a password; set {CREDENTIAL_VARIABLES}, i
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Return the bucket and the key prefix of an S3 URL. The prefix is empty or ends with a slash.
+    """Split an S3 URL into the name of the bucket and the prefix of keys. The prefix is empty or ends with a slash.
 
     >>> split_url("s3://bucket/runs")
     ('bucket', 'runs/')
 
     Raises:
-        ValueError: the URL is not an S3 URL, or it contains credentials. The message does not repeat the URL.
+        ValueError: the URL is not an S3 URL, or it contains credentials. The error message does not contain the URL.
     """
     first = url.removeprefix("s3://").partition("/")[0]
     if url.startswith("s3://") and ("@" in first or ":" in first):
@@ -31,10 +31,10 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def check_endpoint(url: str) -> str:
-    """Check the endpoint URL of a store, and return it unchanged.
+    """Check the endpoint URL of an S3 store, and return the URL unchanged.
 
     Raises:
-        ValueError: the URL is not an HTTP URL, or it contains credentials. The message does not repeat the URL.
+        ValueError: the URL is not an HTTP URL, or it contains credentials. The error message does not contain the URL.
     """
     parts = urlsplit(url)
     if "@" in url:
@@ -45,7 +45,7 @@ def check_endpoint(url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return a text in which `…` replaces the user and the password of every URL."""
+    """Replace the user and the password in each URL of a text with `…`, and return the new text."""
     return re.sub(r"://\S*@", "://…@", text)
 
 
@@ -55,7 +55,7 @@ def _check_url(url: str) -> str:
 
 
 S3Url = Annotated[str, AfterValidator(_check_url)]
-"""S3 URL in a config, `s3://bucket/prefix`. A trailing slash is removed."""
+"""Type of a config value that is an S3 URL, such as `s3://bucket/prefix`. A trailing slash is removed."""
 Endpoint = Annotated[str, AfterValidator(check_endpoint)]
 AddressingStyle = Literal["auto", "path", "virtual"]
 Checksums = Literal["when_supported", "when_required"]
@@ -63,7 +63,7 @@ Checksums = Literal["when_supported", "when_required"]
 
 @dataclass(frozen=True, kw_only=True)
 class S3Options:
-    """Connection options of a store. Credentials are not options: boto3 reads them from the environment."""
+    """Connection options of an S3 store. They contain no credentials, which boto3 reads from the environment."""
 
     endpoint_url: Endpoint | None = None
     addressing_style: AddressingStyle = "auto"

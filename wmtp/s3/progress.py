@@ -1,4 +1,7 @@
-"""Progress display of uploads and downloads: a progress bar on a terminal, a line every 30 seconds elsewhere."""
+"""Show the progress of uploads and downloads.
+
+A terminal shows a progress bar. If the output is not a terminal, a line is printed every 30 seconds.
+"""
 
 import time
 from types import TracebackType
@@ -12,7 +15,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class TransferProgress:
-    """Progress display of one transfer. Without a console, nothing is shown."""
+    """Progress display of one upload or download. If `console` is None, nothing is shown."""
 
     def __init__(self, console: Console | None, title: str) -> None:
         self._console, self._title = console, title
@@ -31,7 +34,7 @@ class TransferProgress:
             self._print(f"{self._title}: done after {seconds:.0f} s")
 
     def update(self, done: int, total: int, name: str = "") -> None:
-        """Show that `done` of `total` bytes are transferred. `name` is the key of the current object."""
+        """Show that `done` of `total` bytes were transferred. `name` is the object that is being transferred."""
         if self._console is None:
             return
         if self._console.is_terminal:

@@ -1,4 +1,7 @@
-"""Upload the files of a run that are not part of a checkpoint: config, metrics, and pointer files such as best.json."""
+"""Upload the files of a run that are not part of a checkpoint.
+
+Examples are the config, the metrics, and pointer files, which name a checkpoint (for example, best.json).
+"""
 
 import json
 import logging
@@ -15,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFilesUploader:
-    """Uploader of the changed files of a run that are not part of a checkpoint."""
+    """Uploader of the files of a run that are not part of a checkpoint. It sends only new and changed files."""
 
     def __init__(self, folder: Path, remote: S3Folder, send: Callable[[Path, str], None], retry: Retry) -> None:
         """Create the uploader. Nothing is sent yet.
@@ -23,8 +26,9 @@ class RunFilesUploader:
         Args:
             folder: the run's folder.
             remote: the folder of the run in S3.
-            send: uploads a file under a key; raises `LocalFileError` if the file does not exist any more.
-            retry: calls the store and repeats failed calls.
+            send: function that uploads a local file to the object with the given key. It raises `LocalFileError` if the
+                file does not exist any more.
+            retry: function that makes a call to the store and repeats it if it fails.
         """
         self.folder, self.remote = folder, remote
         self.num_sent = 0
@@ -33,7 +37,7 @@ class RunFilesUploader:
         self._pointers: dict[str, bytes] = {}
 
     def send_changed(self, patterns: Iterable[str]) -> None:
-        """Upload the files that match the glob `patterns` and are new or have changed since their last upload."""
+        """Upload the files that match a glob pattern and that are new or have changed since their last upload."""
         for path in [path for pattern in patterns for path in sorted(self.folder.glob(pattern))]:
             key = path.relative_to(self.folder).as_posix()
             try:
@@ -50,7 +54,13 @@ class RunFilesUploader:
                 self._versions[path] = version
 
     def send_pointers(self) -> set[str]:
-        """Upload changed pointer files whose checkpoint is uploaded. Return the stages of the sent pointer files."""
+        """Upload the pointer files that have changed. A pointer file is a file that names a checkpoint.
+
+        A pointer file is skipped until the checkpoint that it names has been uploaded.
+
+        Returns:
+            The path prefixes of the stages for which best.json or latest.json was uploaded.
+        """
         pointers = {f"{stage}checkpoints/{name}.json": "folder" for stage in STAGES for name in ("best", "latest")}
         changed: set[str] = set()
         for key, field in [*pointers.items(), (STAGE1_RESULT, "saved")]:
@@ -73,7 +83,7 @@ class RunFilesUploader:
         return changed
 
     def _is_sent(self, path: Path, key: str) -> bool:
-        """Return whether an earlier process has uploaded the current content of a file."""
+        """Return whether the object in S3 is known to have the same content as the local file."""
 
         def _compare() -> bool | LocalFileError:
             try:

@@ -1,4 +1,4 @@
-"""A checkpoint store on disk that keeps checkpoints until they are uploaded to S3."""
+"""A checkpoint store on disk that does not delete a checkpoint before it was uploaded to S3, if possible."""
 
 import logging
 import shutil
@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class RemoteCheckpointStore(CheckpointStore):
-    """Checkpoints on disk that a `CheckpointUploader` uploads to S3.
+    """Store of checkpoints on disk. A `CheckpointUploader` uploads these checkpoints to S3.
 
-    A checkpoint that is not uploaded is kept until `keep_last` newer checkpoints are uploaded. If the disk is nearly
-    full (free space below the size of two checkpoints), the oldest of these checkpoints are deleted without upload.
+    A checkpoint that was not uploaded is kept until `keep_last` newer checkpoints are uploaded. But if the free space
+    on the disk is less than the size of two checkpoints, the oldest of these checkpoints is deleted, although it was
+    not uploaded.
     """
 
     def __init__(
@@ -37,12 +38,19 @@ class RemoteCheckpointStore(CheckpointStore):
         stall_seconds: PositiveFloat = 30.0,
         close_seconds: PositiveFloat = 1200.0,
     ) -> None:
-        """Create the store. Parameters that `CheckpointStore` does not have are for the uploader and unused here."""
+        """Create the store.
+
+        Only `folder`, `processes`, `keep_last` and `format` are used. They have the same meaning as in
+        `CheckpointStore`. All other parameters are config values for the uploader.
+        """
         super().__init__(folder, processes, keep_last=keep_last, format=format)
         self.run_folder = folder
 
     def _remote_url(self) -> str | None:
-        """Return the S3 URL of the run, whose folder is `self.run_folder` or, in stage 1, its parent."""
+        """Return the S3 URL of the run. Return None if the run has no S3 URL or is unknown.
+
+        In stage 2, `self.run_folder` is the folder of the run. In stage 1, its parent is the folder of the run.
+        """
         run = read_run(self.run_folder) or read_run(self.run_folder.parent)
         return None if run is None else run["remote"]
 

@@ -1,4 +1,4 @@
-"""Upload the checkpoints and files of a run to S3 from a background thread, while the run writes them."""
+"""Upload the checkpoints and other files of a run to S3 in a background thread, while training writes them."""
 
 import logging
 import math
@@ -36,10 +36,10 @@ LOCK = Path(".hydra") / "upload.lock"
 
 
 class CheckpointUploader:
-    """Background uploader that keeps a copy of a run in S3.
+    """Uploader that copies a run to S3 in a background thread.
 
     The manifest of a checkpoint is uploaded last. A checkpoint without a manifest is ignored, so an incomplete
-    checkpoint is never used. Only one process at a time uploads a run; other processes wait for a lock.
+    checkpoint is never used. Only one process at a time uploads a run. Other processes wait until this upload ends.
     """
 
     poll_seconds = 1.0
@@ -61,17 +61,17 @@ class CheckpointUploader:
         Args:
             folder: the run's folder.
             remote: the folder of the run in S3.
-            console: console for the progress display of `close`.
-            is_training: apply the time limits to `close`, because the hardware may be reserved for others afterwards.
-            keep_last: number of the newest checkpoints of each stage that are kept in S3, in addition to the best.
+            console: console on which `close` shows the progress. None shows no progress.
+            is_training: True if this process trains the run. If it is False, `close_seconds` has no effect.
+            keep_last: number of the newest checkpoints of each stage that S3 keeps. The best checkpoint is also kept.
             stall_seconds: maximum seconds that `close` waits for a store that does not respond.
-            close_seconds: maximum seconds that `close` waits while the store responds.
+            close_seconds: maximum seconds that `close` waits for a store that responds.
         """
         self.folder, self.remote, self.console = folder, remote, console
         self.is_training, self.keep_last = is_training, keep_last
         self.stall_seconds, self.close_seconds = stall_seconds, close_seconds
         self.uploaded: list[str] = []
-        """Checkpoints that this uploader has uploaded, as paths relative to the run's folder."""
+        """Paths of the checkpoints that this uploader has uploaded. They are relative to the run's folder."""
         self._damaged: dict[Path, bytes] = {}
         self._sender = BackgroundSender(remote.display_url, self._upload)
         self._files = RunFilesUploader(folder, remote, self._send, self._sender.retry)
@@ -83,12 +83,12 @@ class CheckpointUploader:
 
     @property
     def server(self) -> str:
-        """Name of the store for messages."""
+        """URL of the run in S3, for use in messages."""
         return self.remote.display_url
 
     @property
     def report(self) -> str:
-        """Message about the number of uploaded checkpoints and files."""
+        """Message that says how many checkpoints and other files were uploaded."""
         num_checkpoints, num_files = len(self.uploaded), self._files.num_sent
         if not num_checkpoints and not num_files:
             return f"{self.remote.url}: nothing was missing"
@@ -96,13 +96,14 @@ class CheckpointUploader:
         return f"{checkpoints} and {num_files} other file{'' if num_files == 1 else 's'} sent to {self.remote.url}"
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Do nothing: metrics.jsonl is uploaded with the next checkpoint."""
+        """Do nothing. The metrics are uploaded with the next checkpoint, because metrics.jsonl contains them."""
 
     def close(self, state: str) -> None:
-        """Wait until all data are uploaded, or until the time limits of the constructor are reached.
+        """Wait until all data of the run are uploaded, or until a time limit of the constructor is reached.
 
         Args:
-            state: final state of the run. The time limits are shorter unless it is FINISHED.
+            state: final state of the run. If this process trained the run and `state` is not FINISHED, the time limits
+                are shorter.
 
         Raises:
             PendingError: some data were not uploaded.
@@ -120,7 +121,10 @@ class CheckpointUploader:
                 raise PendingError(self.unsent())
 
     def unsent(self) -> str:
-        """Return a message about the data that were not uploaded: number of checkpoints, folder, reason, and remedy."""
+        """Return a message about the data that were not uploaded.
+
+        The message contains the number of checkpoints, the run's folder, the reason, and a command that uploads them.
+        """
         total = len(checkpoints_to_upload(self.folder, self.keep_last, self._damaged_checkpoints()))
         num_pending, folder = len(self._pending()), display_path(self.folder)
         error = self._sender.last_error
@@ -134,14 +138,13 @@ class CheckpointUploader:
         )
 
     def _upload(self) -> None:
-        """Upload new data until the run ends. This method runs in the background thread."""
+        """Upload new checkpoints and changed files until the run ends. This method runs in the background thread."""
         with self._upload_lock():
             self._abort_interrupted_uploads()
             self._files.send_changed(RECORDS)
             while True:
-                is_last = (
-                    self._sender.is_closing
-                )  # read before the search for new data, so that the last search is after the end of the run
+                # This is read before the search for new data, so that the last search begins after the run has ended.
+                is_last = self._sender.is_closing
                 self._send_new()
                 if is_last:
                     break
@@ -152,7 +155,7 @@ class CheckpointUploader:
 
     @contextmanager
     def _upload_lock(self) -> Iterator[None]:
-        """Hold the lock file of uploads of this run, so that only one process uploads at a time."""
+        """Hold a lock while the context is active, so that no other process uploads this run at the same time."""
 
         def _should_give_up() -> bool:
             if not self._waits_for_lock:
@@ -165,7 +168,10 @@ class CheckpointUploader:
             yield
 
     def _abort_interrupted_uploads(self) -> None:
-        """Abort the multipart uploads of a killed process. Log a warning if the store does not allow this."""
+        """Abort unfinished multipart uploads that a killed process left in S3.
+
+        If the store does not allow this, a warning is logged.
+        """
 
         def _abort() -> int:
             try:
@@ -180,7 +186,7 @@ class CheckpointUploader:
             log.info("%s: %d interrupted uploads were removed", self.remote.display_url, count)
 
     def _send_new(self) -> None:
-        """Upload all pending checkpoints and changed pointer files, and delete superseded checkpoints in S3."""
+        """Upload new checkpoints and changed pointer files. Delete checkpoints in S3 that are no longer needed."""
         while True:
             path = next(iter(self._pending()), None)
             if path is not None:
@@ -198,11 +204,11 @@ class CheckpointUploader:
         return pending_checkpoints(self.folder, self.remote.url, self.keep_last, self._damaged_checkpoints())
 
     def _damaged_checkpoints(self) -> set[Path]:
-        """Return the checkpoints that are known to be damaged and were not written again."""
+        """Return the local checkpoints that were found damaged during an upload and did not change since then."""
         return {path for path, damaged in self._damaged.items() if read_or_none(path / manifest.NAME) == damaged}
 
     def _send_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint, its manifest last. Log a warning for a damaged checkpoint; it is not tried again."""
+        """Upload a checkpoint. If it is damaged, log a warning and do not try to upload it again."""
         self._current_key = key = path.relative_to(self.folder).as_posix()
         manifest_bytes = read_or_none(path / manifest.NAME)
         if manifest_bytes is None:
@@ -259,7 +265,13 @@ class CheckpointUploader:
         self._sender.heartbeat()
 
     def _prune(self, changed: set[str]) -> None:
-        """Delete superseded checkpoints in S3. A failure is logged; the deletion is repeated after the next upload."""
+        """Delete the checkpoints in S3 that are no longer needed.
+
+        If a deletion fails, a warning is logged. The deletion is repeated after the next upload.
+
+        Args:
+            changed: path prefixes of the stages for which new data were uploaded.
+        """
         for stage in sorted(changed | self._stages_to_prune):
             try:
                 errors = self._delete_superseded(stage)

@@ -219,7 +219,7 @@ class SolutionClient:
 
 
 class Namespace(dict[str, Any]):
-    """The global variables of the tests. Other names that Python does not define are requested from the program."""
+    """The global variables of the tests. Names that neither the tests nor Python define come from the program."""
 
     def __init__(self, client: SolutionClient, setup: str, tests: list[str]) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
@@ -255,7 +255,10 @@ def _parse_preamble(preamble: str) -> ast.Module:
 
 
 def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
-    """Return the builtin names to look up in the program: those in every test, if the tests use no other names."""
+    """Return the builtin names that the tests take from the program.
+
+    These are the names that every test uses, provided that the tests use builtin names only.
+    """
     mentioned = [{node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)} for test in tests]
     if any(not hasattr(builtins, name) for name in set().union(*mentioned)):
         return frozenset()
@@ -309,7 +312,7 @@ class AssertionRunner:
         exec(compile(_parse_preamble(self._job["preamble"]), "<preamble>", "exec"), self._namespace)
 
     def _failure(self, error: BaseException, index: int) -> tuple[str, str, str]:
-        """Return the verdict for an exception; `index` is n in test n, 0 in the setup, −1 while the program loads."""
+        """Return the verdict for an exception in test `index`; 0 is the setup, −1 is the loading of the program."""
         place = "loading" if index < 0 else f"test {index}" if index else "setup"
         if self._client.verdict:
             outcome, reason, detail = self._client.verdict

@@ -48,7 +48,7 @@ class Malformed(Exception):
 
 
 def _library_type(value: Any) -> str:
-    """Return the name of a value's type if it is in `LIBRARY`, else an empty string; imports no module."""
+    """Return the name of a value's type if the type is in `LIBRARY`, else an empty string. No module is imported."""
     name = type(value).__name__
     module = sys.modules.get(LIBRARY[name][0]) if name in LIBRARY else None
     return name if type(value) is getattr(module, name, None) else ""

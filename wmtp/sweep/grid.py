@@ -1,4 +1,4 @@
-"""Expand the arguments of a sweep into its jobs: one job per combination of values."""
+"""Expansion of the arguments of a sweep into jobs. There is one job for each combination of values."""
 
 import shlex
 from collections.abc import Sequence
@@ -21,46 +21,46 @@ from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, build, n
 from wmtp.field_types import Positive
 
 SWEEP_KEYS = ("dry_run", "sweep.", "hydra.sweep", "hydra/launcher", "hydra.launcher", "hydra/sweeper")
-"""Prefixes of keys that configure the sweep and are not passed to its jobs."""
+"""Prefixes of the keys that configure the sweep itself. Overrides of these keys are not passed to the jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """The options under `sweep` in train.yaml."""
+    """The options in the node `sweep` of train.yaml."""
 
     jobs: Positive = 1
-    """Jobs that run at the same time on this machine and share its cores."""
+    """Maximum number of jobs that run at the same time on this machine. These jobs share the cores."""
     metric: str = "val/loss"
-    """Metric by which the table of results is sorted."""
+    """Name of the metric by which the table of results is sorted."""
     at: Literal["best", "last"] = "best"
-    """Model whose metric is used: the checkpoint with the lowest val/loss, or the last one."""
+    """Model whose metric is used. `best` is the checkpoint with the lowest val/loss, `last` the last checkpoint."""
     arms: list[str] = field(default_factory=list)
-    """Sets of overrides, one string each; every set is combined with the grid."""
+    """Sets of overrides. Each string contains one set, which is combined with all combinations of the other values."""
     resume: Path | None = None
-    """Folder of a sweep whose unfinished jobs are run again."""
+    """Folder of an earlier sweep whose unfinished jobs are run again."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep as the user described it."""
+    """The jobs and options of a sweep that the user requested on the command line."""
 
     jobs: list[list[str]]
     """Overrides of each job."""
     options: SweepOptions
     folder: Path | None
-    """Folder that the user chose; None for a new folder."""
+    """Folder that the user chose for the sweep. None means that a new folder is created."""
     launcher: dict[str, Any]
-    """Hydra's launcher config."""
+    """Config of the Hydra launcher that the user chose."""
     is_dry_run: bool
     has_job_overrides: bool
-    """True if the arguments contain overrides for the jobs, not only `SWEEP_KEYS`."""
+    """True if the arguments contain at least one override for the jobs, that is, a key that is not in `SWEEP_KEYS`."""
 
 
 def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
-    """Return the sweep that the arguments of a command describe: one grid per entry of `sweep.arms`.
+    """Return the sweep that the arguments of a command describe.
 
-    If a key occurs several times, an argument replaces an arm's override, which replaces `hydra.sweeper.params` of an
-    experiment.
+    Each set of overrides in `sweep.arms` is combined with all combinations of the other values. If a key is set in
+    several places, the arguments take precedence over `sweep.arms`, and `sweep.arms` over `hydra.sweeper.params`.
 
     Raises:
         ConfigError: an argument is not an override, or Hydra cannot compose the config.
@@ -98,7 +98,7 @@ def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
 
 
 def read_options(config: DictConfig) -> SweepOptions:
-    """Return the options of the sweep.
+    """Return the options in the node `sweep` of a config.
 
     Raises:
         ConfigError: an option is unknown, or has a wrong type or value.
@@ -110,7 +110,7 @@ def read_options(config: DictConfig) -> SweepOptions:
 
 
 def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Return a label for each job: its overrides that are not common to all jobs."""
+    """Return a label for each job. The label lists the overrides of the job that are not the same in all jobs."""
     common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
     return [" ".join(each.lstrip("+") for each in job if each not in common) for job in jobs]
 
@@ -135,7 +135,7 @@ def _parse(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]:
 
 
 def _merge(*sources: Sequence[Override]) -> list[Override]:
-    """Return the overrides of jobs, with the last value of each key at the position of its first."""
+    """Merge overrides for jobs. If a key occurs again, the later override replaces the earlier one at its position."""
     merged: dict[tuple[str, str | None], Override] = {}
     for each in chain(*sources):
         if not _is_sweep_key(each):

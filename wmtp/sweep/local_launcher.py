@@ -17,27 +17,28 @@ from wmtp.runtime.processes import CORES_VARIABLE, num_cores
 from wmtp.runtime.signals import SIGNALS
 
 STDERR_LINES = 60
-"""Last lines of standard error that are kept per job."""
+"""Number of lines that are kept from the end of each job's standard error."""
 POLL_INTERVAL_S = 0.1
 SWEEP_PID_VARIABLE = "WMTP_SWEEP"
-"""Environment variable of a job with the process id of its sweep; the job is killed when that process ends."""
+"""Environment variable with the process id of the sweep. A job is killed when the process with this id ends."""
 OnStart = Callable[[int], None]
-"""Callback with the number of a job that starts."""
+"""Callback that receives the number of a job that starts."""
 OnEnd = Callable[[int, int, str], None]
-"""Callback with a job's number, its exit code (128 + signal if killed) and its last lines of standard error."""
+"""Callback that receives the number of an ended job, its exit code, and the last lines of its standard error."""
 
 
 def run_local(
     commands: Mapping[int, list[str]], consoles: Mapping[int, Path], num_parallel: int, on_start: OnStart, on_end: OnEnd
 ) -> None:
-    """Run the commands of jobs, `num_parallel` at a time; each gets an equal share of the cores.
+    """Run the commands of jobs. Each running job may use an equal share of the cores.
 
-    An interruption is forwarded to the running jobs; the function waits until they have ended.
+    If a signal interrupts this process, the signal is forwarded to the running jobs. The function waits until they have
+    ended, and starts no other job.
 
     Args:
         commands: command line of each job, by job number.
-        consoles: file for the output of each job; used only if several jobs run at a time.
-        num_parallel: number of jobs that run at a time.
+        consoles: file for the output of each job, by job number. The files are used only if `num_parallel` is above 1.
+        num_parallel: maximum number of jobs that run at the same time.
         on_start: called before a job starts.
         on_end: called after a job has ended.
 
@@ -79,7 +80,7 @@ def run_local(
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Delay signals inside this context. Start no process inside: it would inherit the blocked signals."""
+    """Delay signals until this context ends. Start no process in it, because a new process would block them too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -88,7 +89,7 @@ def blocked_signals() -> Iterator[None]:
 
 
 class JobProcess:
-    """The process of one job, in its own session, so that Ctrl-C reaches it only through `send`."""
+    """The process of one job. It has its own session, so that Ctrl-C does not interrupt it directly."""
 
     def __init__(self, command: list[str], console: Path | None, cores: int) -> None:
         environment = {**os.environ, CORES_VARIABLE: str(cores), SWEEP_PID_VARIABLE: str(os.getpid())}
@@ -111,17 +112,20 @@ class JobProcess:
             print(line, end="", file=self._console or sys.stderr, flush=True)
 
     def poll(self) -> int | None:
-        """Return the exit code (128 + signal if a signal killed the process), or None while it runs."""
+        """Return the exit code of the process, or None while the process runs.
+
+        If a signal killed the process, the exit code is 128 plus the signal number.
+        """
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 
     def send(self, number: int) -> None:
-        """Send a signal to the process if it still runs."""
+        """Send the signal with the given number to the process if it still runs."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def stderr_tail(self) -> str:
-        """Return the last lines of standard error of a process that has ended."""
+        """Return the last lines of the process's standard error. The process must have ended."""
         self._reader.join(timeout=5)
         if self._console is not None:
             self._console.close()

@@ -18,20 +18,20 @@ PLUGIN = "hydra_plugins.hydra_submitit_launcher.submitit_launcher."
 COMMON_SETTINGS = (
     "cpus_per_task", "gpus_per_node", "mem_gb", "name", "nodes", "stderr_to_stdout", "tasks_per_node", "timeout_min",
 )  # fmt: skip
-"""Settings that submitit accepts for every cluster; all others take the prefix of the cluster, such as `slurm_`."""
+"""Settings that submitit accepts for every cluster. Other settings need the prefix of a cluster, such as `slurm_`."""
 SBATCH_NAMES = {"name": "job_name", "timeout_min": "time", "tasks_per_node": "ntasks_per_node", "mem_gb": "mem"}
-"""Names of sbatch options for settings that submitit names differently."""
+"""Name of the sbatch option for each submitit setting that has another name in sbatch."""
 NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout")
 CANCEL_TIMEOUT_S = 60.0
-"""Seconds to wait for cancelled jobs, which save a checkpoint first."""
+"""Maximum time in seconds to wait for cancelled jobs. They save a checkpoint before they end."""
 POLL_INTERVALS_S = {"slurm": 10.0, "local": 0.2}
 
 
 def is_submitted(launcher: Mapping[str, Any]) -> bool:
-    """Return whether Hydra's launcher config submits the jobs instead of running them here.
+    """Return whether the launcher submits jobs through submitit. Otherwise, it runs them directly on this machine.
 
     Raises:
-        ConfigError: sweeps do not support the launcher.
+        ConfigError: the launcher cannot be used for sweeps.
     """
     target = str(launcher["_target_"])
     if target.startswith("hydra._internal.core_plugins.basic_launcher."):
@@ -45,7 +45,9 @@ def is_submitted(launcher: Mapping[str, Any]) -> bool:
 def submit(
     commands: Mapping[int, list[str]], launcher: Mapping[str, Any], folder: Path, on_start: OnStart, on_end: OnEnd
 ) -> None:
-    """Submit commands as one job array and wait for all jobs; an interruption cancels the jobs that still run.
+    """Submit the commands of jobs as one job array, and wait until all jobs have ended.
+
+    If a signal interrupts this process, the jobs that have not ended are cancelled.
 
     Args:
         commands: command line of each job, by job number.
@@ -55,7 +57,7 @@ def submit(
         on_end: called after a job has ended.
 
     Raises:
-        InterruptedRun: a signal was received, and the cancelled jobs have ended or `CANCEL_TIMEOUT_S` have passed.
+        InterruptedRun: a signal was received. It is raised when the jobs have ended, or after `CANCEL_TIMEOUT_S`.
     """
     from submitit.helpers import CommandFunction
 
@@ -86,7 +88,11 @@ def submit(
 
 
 def create_executor(launcher: Mapping[str, Any], folder: Path) -> "tuple[submitit.AutoExecutor, str]":
-    """Return a submitit executor with the settings of Hydra's launcher, and its cluster, "slurm" or "local"."""
+    """Create a submitit executor with the settings of Hydra's launcher.
+
+    Returns:
+        The executor, and the name of its cluster, which is "slurm" or "local".
+    """
     import submitit
 
     cluster = "slurm" if str(launcher["_target_"]).endswith("SlurmLauncher") else "local"
@@ -102,9 +108,9 @@ def create_executor(launcher: Mapping[str, Any], folder: Path) -> "tuple[submiti
 
 
 def batch_script(launcher: Mapping[str, Any], folder: Path, command: list[str], count: int) -> str:
-    """Return the batch script that would be submitted for `count` jobs; this needs no Slurm.
+    """Return the batch script that would be submitted for `count` jobs. Slurm need not be installed.
 
-    For a launcher other than Slurm's, return the command line.
+    If the launcher is not the Slurm launcher, return the command line of the job instead.
     """
     if not str(launcher["_target_"]).endswith("SlurmLauncher"):
         return shlex.join(command)
@@ -118,7 +124,10 @@ def batch_script(launcher: Mapping[str, Any], folder: Path, command: list[str], 
 
 
 def _exit_code(folder: Path, job: "submitit.Job[str]") -> int:
-    """Return the exit code in the job's status file; without one, 0 or 1 as submitit reports success or failure."""
+    """Return the exit code that is recorded in the job's status file.
+
+    If no exit code is recorded, return 0 if the job succeeded according to submitit, and 1 if it failed.
+    """
     recorded = _recorded_exit_code(folder)
     return (0 if job.exception() is None else 1) if recorded is None else recorded
 

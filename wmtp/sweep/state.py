@@ -1,4 +1,4 @@
-"""State of a sweep in sweep.json: overrides, state and result of every job."""
+"""The state of a sweep. The file sweep.json contains the overrides, the state and the result of every job."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from wmtp.runtime.run_dir import SWEEP, mark_dead_run, read_status
 State = Literal["PENDING", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 TRACEBACK_START = "Traceback (most recent call last)"
 MAX_TRACEBACK = 6_000
-"""Maximum characters of a stored traceback; the end of a longer one is kept."""
+"""Maximum number of characters of a stored traceback. Of a longer traceback, only the end is stored."""
 RESULT_KEYS = ("total_steps", "total_tokens", "final_loss", "best_loss", "best_step", "stop_reason")
 """Keys of summary.json that are copied to a job's result."""
 SIGKILL_EXIT_CODE = 137
@@ -24,7 +24,7 @@ SIGKILL_EXIT_CODE = 137
 
 @dataclass
 class Job:
-    """One job of a sweep. The state, exit code and error are those of the last attempt."""
+    """One job of a sweep. If the job was run several times, the state and the exit code are those of the last run."""
 
     number: int
     overrides: list[str]
@@ -36,11 +36,11 @@ class Job:
     started: str | None = None
     ended: str | None = None
     result: dict[str, float | int | str | None] = field(default_factory=dict)
-    """Values of `RESULT_KEYS` from the job's summary.json."""
+    """Values from the job's summary.json for the keys in `RESULT_KEYS`."""
 
 
 class SweepState:
-    """The jobs of a sweep, saved in its folder after every change."""
+    """The jobs of a sweep. They are saved to sweep.json after every change."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         self.folder, self.jobs = folder, list(jobs)
@@ -66,7 +66,7 @@ class SweepState:
         return [RunRecord(self.job_folder(job)) for job in self.jobs if job.state == "FINISHED"]
 
     def group_labels(self) -> list[str]:
-        """Return the labels of the groups of finished runs."""
+        """Group the finished runs by their settings except the seed, and return the label of each group."""
         return list(group_runs(self.finished_runs()))
 
     def job_folder(self, job: Job) -> Path:
@@ -80,9 +80,10 @@ class SweepState:
         self.write()
 
     def record_end(self, job: Job, exit_code: int, stderr_tail: str = "") -> None:
-        """Record the end of a job: its exit code, and the error and result from its folder.
+        """Record the end of a job with its exit code, its error and its result.
 
-        The error is taken from `stderr_tail` if the job ended before it had a status file.
+        The error is read from the job's status.json, and the result from its summary.json. If status.json contains no
+        error, the error of a failed job is taken from `stderr_tail`, the last lines of its standard error.
         """
         folder = self.job_folder(job)
         job.exit_code, job.ended, job.state = exit_code, now(), job_state(exit_code)
@@ -104,12 +105,12 @@ class SweepState:
         self.write()
 
     def record_refusal(self, job: Job, problem: str, exit_code: int = InputError.exit_code) -> None:
-        """Record that a job cannot be started."""
+        """Record that a job cannot be started because of `problem`."""
         job.state, job.exit_code, job.error, job.attempts = "FAILED", exit_code, problem, job.attempts + 1
         self.write()
 
     def record_dead_jobs(self) -> None:
-        """Record the end of each job whose state is RUNNING. Its sweep was killed before the job ended.
+        """Record the end of each job that has the state RUNNING because the sweep was killed before the job ended.
 
         Raises:
             InputError: one of these jobs still runs.
@@ -125,14 +126,14 @@ class SweepState:
 
 
 def job_state(exit_code: int) -> State:
-    """Return the state of a job that ended with an exit code; pending uploads count as FINISHED."""
+    """Return the state of a job that ended with the given exit code. A job with pending uploads is FINISHED."""
     if exit_code in (0, PendingError.exit_code):
         return "FINISHED"
     return "KILLED" if exit_code >= 128 else "FAILED"
 
 
 def find_traceback(log: Path, stderr_tail: str) -> str | None:
-    """Return the last traceback in a log file, otherwise the last one in `stderr_tail`, otherwise None."""
+    """Return the last traceback in a log file. If there is none, return the last one in `stderr_tail`, or None."""
     for text in (log.read_text(errors="replace") if log.exists() else "", stderr_tail):
         if (start := text.rfind(TRACEBACK_START)) >= 0:
             return text[start:][-MAX_TRACEBACK:]

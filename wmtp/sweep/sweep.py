@@ -1,4 +1,4 @@
-"""Run all jobs of a sweep, from the arguments to the exit code."""
+"""Execution of a sweep, from its arguments to its exit code."""
 
 import shlex
 import sys
@@ -25,26 +25,26 @@ from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.state import Job, SweepState
 
 JobCheck = Callable[[list[str]], list[ConfigIssue]]
-"""Returns the issues of one job's overrides."""
+"""Callback that receives the overrides of one job, and returns the issues of these overrides."""
 EndCallback = Callable[[Path, str], None]
-"""Called with the sweep's folder and its final state."""
+"""Callback that receives the folder and the final state of a sweep."""
 
 
 class Sweep:
     """All jobs of one sweep. Each unfinished job runs as a separate command."""
 
     def __init__(self, command: str, arguments: Sequence[str], check: JobCheck) -> None:
-        """Read the jobs from the arguments and check their overrides.
+        """Determine the jobs of the sweep from the arguments, and check the overrides of each job.
 
         Args:
-            command: name of the command of each job, such as "train".
-            arguments: arguments of the sweep.
-            check: returns the issues of one job's overrides.
+            command: name of the command that each job runs, such as "train".
+            arguments: command-line arguments of the sweep.
+            check: function that returns the issues of one job's overrides.
 
         Raises:
-            ConfigError: the arguments do not describe a sweep, or every job has issues.
-            InputError: the sweep to resume does not exist or still runs, or it is unknown whether higher or lower
-                values of its metric are better.
+            ConfigError: the arguments or the folder of the sweep are not valid, or every job of a new sweep has issues.
+            InputError: the sweep to resume does not exist, or it is unknown whether higher or lower values of
+                `sweep.metric` are better.
         """
         self.command, self.console = command, Console()
         self.grid = parse_grid(command, arguments)
@@ -66,10 +66,13 @@ class Sweep:
         return self.state.folder
 
     def run(self, on_end: EndCallback) -> int:
-        """Run the unfinished jobs, print the results, and return the exit code of the worst job.
+        """Run the unfinished jobs, print the results, and return the exit code of the sweep.
+
+        This is the most severe exit code of all jobs, or the exit code of an interruption.
 
         Args:
-            on_end: called with the sweep's folder and its final state; a `PendingError` changes only the exit code.
+            on_end: called with the sweep's folder and its final state. A `PendingError` that it raises changes only the
+                exit code.
 
         Raises:
             InputError: the sweep or one of its jobs still runs.
@@ -106,7 +109,7 @@ class Sweep:
         return code
 
     def _run_unfinished_jobs(self) -> InterruptedRun | None:
-        """Run the unfinished jobs; return the interruption, if there was one, after all running jobs have ended."""
+        """Run the unfinished jobs and wait for their end. Return the interruption if there was one, otherwise None."""
         try:
             self.state.write()
             self._run_commands({job.number: self._job_command(job) for job in self._jobs_to_run()})
@@ -115,9 +118,9 @@ class Sweep:
         return None
 
     def dry_run(self) -> int:
-        """Print all jobs and their issues, and try the first valid job; return the exit code.
+        """Print all jobs and their issues, do a dry run of the first valid job, and return the exit code.
 
-        If the jobs would be submitted, print the batch script instead of trying a job.
+        If the jobs of this sweep would be submitted to a cluster, print the batch script instead of the dry run.
         """
         for job, label in zip(self.state.jobs, self.labels, strict=True):
             self._print(f"job {job.number}: {label or ' '.join(job.overrides)}")
@@ -140,13 +143,13 @@ class Sweep:
         return max([*codes, InputError.exit_code if len(valid) < len(self.state.jobs) else 0])
 
     def _find_issues(self, job: Job, check: JobCheck) -> list[ConfigIssue]:
-        """Return the issues of a job; for submitted jobs, the hardware of this machine does not matter."""
+        """Return the issues of a job. If jobs are submitted, issues about the hardware of this machine are omitted."""
         return [
             issue for issue in check(job.overrides) if not (self.is_submitted and issue.key.startswith("hardware."))
         ]
 
     def _create_folder(self) -> Path:
-        """Create and return the folder of a new sweep; in a dry run, return its name without creating it.
+        """Create the folder of a new sweep and return its path. In a dry run, return a path without creating a folder.
 
         Raises:
             ConfigError: the folder that the user named contains a sweep.
@@ -162,10 +165,10 @@ class Sweep:
         return folder
 
     def _read_jobs(self, folder: Path) -> list[Job]:
-        """Return the jobs of the sweep to resume.
+        """Read the jobs of the sweep in `folder`, which will be resumed.
 
         Raises:
-            ConfigError: the arguments describe other jobs.
+            ConfigError: the arguments describe other jobs than those of the sweep in the folder.
         """
         jobs = SweepState.read(folder).jobs
         before, now = [job.overrides for job in jobs], self.grid.jobs
@@ -179,7 +182,7 @@ class Sweep:
         return jobs
 
     def _jobs_to_run(self) -> list[Job]:
-        """Return the unfinished jobs without issues; record the jobs with issues as failed."""
+        """Return the unfinished jobs that have no issues. Record the unfinished jobs that have issues as failed."""
         to_run = []
         for job in self.state.jobs:
             if job.state == "FINISHED":
@@ -202,7 +205,7 @@ class Sweep:
         run_local(commands, consoles, self.grid.options.jobs, self._on_job_start, self._on_job_end)
 
     def _job_command(self, job: Job) -> list[str]:
-        """Return the command of a job: it resumes from the last checkpoint, or starts if there is none."""
+        """Return the command line of a job. If the job has a checkpoint, the command resumes the job from it."""
         if not self._has_checkpoint(job):
             return self._start_command(job)
         return [*self._interpreter(), f"resume={quote(self.state.job_folder(job))}"]
@@ -238,13 +241,13 @@ class Sweep:
 
 
 def run_sweep(command: str, arguments: Sequence[str], check: JobCheck, on_end: EndCallback) -> int:
-    """Run the sweep of a command with `-m`, or its dry run; return the exit code."""
+    """Run the sweep that the arguments describe, or only its dry run, and return the exit code."""
     sweep = Sweep(command, arguments, check)
     return sweep.dry_run() if sweep.grid.is_dry_run else sweep.run(on_end)
 
 
 def print_results(console: Console, state: SweepState, options: SweepOptions) -> None:
-    """Print the table of results and the errors of the unfinished jobs."""
+    """Print the table of results, and the error of each job that did not finish."""
     runs = state.finished_runs()
     console.print(f"\n{len(runs)} of {len(state.jobs)} jobs finished", highlight=False)
     if runs:
@@ -265,14 +268,20 @@ def print_results(console: Console, state: SweepState, options: SweepOptions) ->
 
 
 def metric_value(run: RunRecord, options: SweepOptions) -> float | None:
-    """Return a run's value of `sweep.metric`, or None if it has none; `pass@1` is always that of the last model."""
+    """Return the value of the metric `options.metric` for a run, or None if the run has no such value.
+
+    The option `at` has no effect on the metric `pass@1`, which is always the value of the last model.
+    """
     line = {"pass@1": (run.summary.get("pass@1") or {}).get("value"), **run.summary.get(options.at, {})}
     found = line.get(options.metric)
     return float(found) if isinstance(found, int | float) else None
 
 
 def results_table(runs: list[RunRecord], options: SweepOptions) -> Table:
-    """Return a table with one row per group of seeds, best mean of `sweep.metric` first, groups without values last."""
+    """Return a table with one row for each group of runs that differ only in the seed.
+
+    The rows are sorted by the mean of the metric `options.metric`, best mean first. Groups without a value come last.
+    """
     metric = options.metric
     rows: list[tuple[float | None, list[str]]] = []
     for label, members in group_runs(runs).items():

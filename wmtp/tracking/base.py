@@ -7,7 +7,7 @@ State = str
 
 
 class Tracker(Protocol):
-    """A tracker of one run."""
+    """Interface of an object that records the metrics and the final state of one run."""
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step. This method must not block, because training waits for it."""

@@ -1,4 +1,7 @@
-"""Console output during training: a live progress bar on a terminal, plain lines elsewhere."""
+"""Show metrics on the console during training.
+
+A terminal shows a progress bar and the last metrics. If the output is not a terminal, plain lines are printed.
+"""
 
 import math
 import time
@@ -12,7 +15,7 @@ from wmtp.tracking.base import State
 
 
 class ConsoleTracker:
-    """Tracker that prints epoch, step, loss, the loss of each head, tokens/s and the remaining time."""
+    """Tracker that shows the metrics of a run, its progress and the remaining time on the console."""
 
     def __init__(self, console: Console, num_updates: int, updates_per_epoch: int, first_step: int) -> None:
         self.console, self.num_updates, self.first_step = console, num_updates, first_step
@@ -30,7 +33,7 @@ class ConsoleTracker:
             self.live.start()
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Show the metrics of an update or of a validation."""
+        """Show the metrics of a training update or of a validation."""
         this_epoch, epochs = (math.ceil(n / self.updates_per_epoch) for n in (step, self.num_updates))
         position = f"epoch {this_epoch}/{epochs}  step {step}/{self.num_updates}"
         line = format_metrics(metrics)
@@ -43,7 +46,7 @@ class ConsoleTracker:
         self.live.refresh()
 
     def close(self, state: State) -> None:
-        """Stop the live display. The last values stay on the screen."""
+        """Stop the live display. The last metrics stay on the screen."""
         if self.live is not None:
             self.live.stop()
 
@@ -56,7 +59,11 @@ class ConsoleTracker:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Return one line of text with the loss, and with head losses, pass rate, value loss and tokens/s if present."""
+    """Return one line of text with the loss and other metrics.
+
+    The other metrics are the loss of each head, the pass rate, the value loss and the tokens per second. A metric that
+    is not in `metrics` is left out.
+    """
     split = "train" if "train/loss" in metrics else "val"
     heads: list[str] = []
     while (name := f"{split}/head_{len(heads) + 1}_loss") in metrics:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: all metrics of a run, one JSON object per line. Other trackers read them from this file."""
+"""Write and read metrics.jsonl, which contains all metrics of a run. Each line of the file is a JSON object."""
 
 import json
 import math
@@ -13,9 +13,10 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Tracker that appends to a run's metrics.jsonl.
+    """Tracker that appends metrics to a run's metrics.jsonl.
 
-    When a run is resumed, the lines after `resume_step` are removed first, because training writes them again.
+    When a run is resumed after step `resume_step`, the lines of later steps are removed, because training repeats these
+    steps and writes their lines again.
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None) -> None:
@@ -25,7 +26,7 @@ class MetricsFile:
         self._file = self.path.open("a")
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Append one line and flush the file. A value that is not finite is written as a string."""
+        """Append a line with the metrics of a step, and flush the file. NaN and infinite values become strings."""
         values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
         line = {"step": step, "epoch": epoch, "time": time.time()} | values
         self._file.write(json.dumps(line) + "\n")
@@ -38,6 +39,6 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics.jsonl. An incomplete last line, left by a crash, is ignored."""
+    """Return the lines of a metrics.jsonl as dictionaries. If a crash left an incomplete last line, it is ignored."""
     complete, _, _ = path.read_text().rpartition("\n")
     return [json.loads(line) for line in complete.splitlines()]

@@ -1,4 +1,7 @@
-"""Write system.jsonl: CPU, memory, disk and GPU usage during training, with MLflow's names for system metrics."""
+"""Record the usage of CPU, memory, disk and GPUs during training in system.jsonl.
+
+The metrics have the names that MLflow uses for system metrics.
+"""
 
 import json
 import logging
@@ -19,17 +22,26 @@ log = logging.getLogger(__name__)
 
 
 class SystemSampler:
-    """Thread that appends a line to a run's system.jsonl every `seconds` seconds. The step of a line is its number."""
+    """Background thread that appends one line of system metrics to a run's system.jsonl every `seconds` seconds.
+
+    The lines are numbered, and the number of a line is stored as its step.
+    """
 
     def __init__(self, folder: Path, seconds: float, first_step: int = 0) -> None:
-        """Start the thread. New lines are appended to an existing file; the first has at least step `first_step`."""
+        """Start the thread. If system.jsonl exists, new lines are appended.
+
+        Args:
+            folder: the run's folder.
+            seconds: time between two lines.
+            first_step: smallest step that the first new line may have.
+        """
         self.path, self.seconds, self.first_step = folder / FILE_NAME, seconds, first_step
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system metrics", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread."""
+        """Stop the background thread."""
         self._stopped.set()
         self._thread.join(self.seconds)
 
@@ -51,7 +63,7 @@ class SystemSampler:
 
 
 class Gpus:
-    """The NVIDIA GPUs of this machine; none if the driver is not available."""
+    """The NVIDIA GPUs of this machine. If the NVIDIA driver is not available, there are no GPUs."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -66,7 +78,10 @@ class Gpus:
         self._handles = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in range(self._nvml.nvmlDeviceGetCount())]
 
     def usage(self) -> dict[str, float]:
-        """Return used memory (MB, %), utilization (%) and power (W, %) of each GPU, if the GPU reports them."""
+        """Return the memory usage (in MB and %), the utilization (in %) and the power (in W and %) of each GPU.
+
+        A metric that a GPU does not report is left out.
+        """
         values: dict[str, float] = {}
         for i, handle in enumerate(self._handles):
             for query in (self._memory, self._utilization, self._power):
@@ -92,7 +107,10 @@ class Gpus:
 
 
 def machine_usage(process: psutil.Process) -> dict[str, float]:
-    """Return the usage of CPU (%), memory and disk (MB, %) of the machine, and the memory of `process` (MB)."""
+    """Return the CPU, memory and disk usage of this machine, and the memory usage of `process`.
+
+    Percentages and megabytes are separate metrics. For the disk, the megabytes are the free space.
+    """
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     values = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -106,7 +124,10 @@ def machine_usage(process: psutil.Process) -> dict[str, float]:
 
 
 def drop_torn_line(path: Path) -> int:
-    """Remove an incomplete last line. Return the next step: the step of the last complete line plus one, or 0."""
+    """Remove the last line of a system.jsonl if it is incomplete, and return the step of the next line.
+
+    The result is the step of the last complete line plus one. If there is no complete line, the result is 0.
+    """
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Read the new lines of a metrics.jsonl. The file grows, and is truncated when its run is resumed."""
+"""Read the new lines of a file of metrics while training appends lines. A resume of the run may also remove lines."""
 
 import json
 import re
@@ -8,37 +8,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Point = tuple[str, float, int, int]
-"""Name, value, milliseconds since 1970, and step of a metric."""
+"""One value of a metric: name of the metric, value, time in milliseconds since 1970, and step."""
 
 NOT_METRICS = ("step", "epoch", "time")
-"""Keys of a line that are not metrics."""
+"""Keys that each line of metrics.jsonl contains in addition to the metrics."""
 POINTS_PER_CALL = 500
-"""Maximum number of points in one request to MLflow."""
+"""Maximum number of metric values in one request to MLflow. A line with more values is sent in one request."""
 MAX_NAME_LENGTH = 250
-"""Maximum length that MLflow accepts for names of metrics, parameters and tags."""
+"""Maximum length that MLflow accepts for the name of a metric, a parameter or a tag."""
 BYTES_PER_READ = 1_000_000
 
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a reader in a file: the number of lines read, their size in bytes, and the last of them."""
+    """Position up to which a file was read: number and total size of the lines that were read, and the last line."""
 
     lines: int = 0
     size: int = 0
     last: str = ""
 
     def after(self, lines: Sequence[bytes]) -> "Position":
-        """Return the position after `lines`, which follow this position in the file."""
+        """Return the position after `lines`, which are the next lines in the file after this position."""
         size = self.size + sum(len(line) for line in lines)
         return Position(self.lines + len(lines), size, lines[-1].decode() if lines else self.last)
 
 
 class AlreadyLogged:
-    """Number of points that MLflow has from one file, for each metric and each step from `first_step` on.
+    """Record of the points of one file that MLflow already has. It is used to send no point twice.
 
-    Only the number of points is compared, not their values. A step that is computed again after a resume has another
-    speed and, on a GPU, slightly different values. MLflow keeps the points that were sent first. Lines of one step with
-    the same value of a metric count as one point.
+    A point is one value of a metric at one step. For each metric and each step from `first_step` on, the object counts
+    the points in MLflow. Values are not compared, because they differ slightly when a step is computed again after a
+    resume. MLflow keeps the points that were sent first. If several lines of a step contain the same value of a metric,
+    they count as one point.
     """
 
     def __init__(self, first_step: int) -> None:
@@ -48,12 +49,15 @@ class AlreadyLogged:
         self._step = first_step
 
     def add(self, name: str, step: int) -> None:
-        """Count one point that MLflow has."""
+        """Count one point that MLflow has. Points before `first_step` are ignored."""
         if step >= self.first_step:
             self._counts[name, step] += 1
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
-        """Return the points that MLflow does not have. `points` follow in the file; all count as sent afterwards."""
+        """Return the points in `points` that MLflow does not have.
+
+        `points` must directly follow the points of the previous call in the file.
+        """
         missing = []
         for point in points:
             name, value, _, step = point
@@ -73,10 +77,10 @@ class AlreadyLogged:
 
 
 def lines_after(path: Path, position: Position) -> list[bytes] | None:
-    """Return the complete lines after `position`, at most about one megabyte; None if `position` is not valid anymore.
+    """Return the complete lines of a file after `position`, up to about one megabyte.
 
-    A position becomes invalid when the file is truncated before it. Each line contains the time at which it was
-    written. So if the file has grown again since, the last line that was read is not found at its place.
+    Return None if the file was truncated before `position`. This is detected even if the file has grown again: the last
+    line that was read is then no longer at the same place, because each line contains the time at which it was written.
     """
     if not path.exists():
         return []
@@ -89,7 +93,7 @@ def lines_after(path: Path, position: Position) -> list[bytes] | None:
 
 
 def lines_before(path: Path, position: Position) -> list[bytes]:
-    """Return the complete lines before `position`, at most about one megabyte: those nearest to `position`."""
+    """Return the complete lines in the last megabyte of a file before `position`."""
     if not path.exists():
         return []
     start = max(0, position.size - BYTES_PER_READ)
@@ -100,13 +104,13 @@ def lines_before(path: Path, position: Position) -> list[bytes]:
 
 
 def count_lines(path: Path, position: Position) -> tuple[int, int]:
-    """Return the number of lines in a file, and the number of lines after `position`."""
+    """Return the number of all complete lines in a file, and the number of complete lines after `position`."""
     written = path.read_bytes().count(b"\n") if path.exists() else 0
     return written, written if lines_after(path, position) is None else max(0, written - position.lines)
 
 
 def clean_name(name: str) -> str:
-    """Return a similar name that MLflow accepts for a metric, parameter or tag."""
+    """Replace the characters in a name that MLflow does not accept for a metric, a parameter or a tag."""
     allowed = re.sub(r"[^/\w.\- :]", "_", name)[:MAX_NAME_LENGTH]
     # MLflow accepts only normalized relative paths.
     parts = ["_" if part in (".", "..") else part for part in allowed.split("/") if part]
@@ -120,9 +124,10 @@ def step_of(line: bytes) -> int:
 
 
 def line_points(line: dict[str, float | str], prefix: str = "") -> list[Point]:
-    """Return the metrics of a line. `prefix` is added to names that do not start with it.
+    """Convert a line of a file of metrics to points. `prefix` is added to each name that does not start with `prefix`.
 
-    Values that are not finite are strings in the file. They are not returned; the metric `nonfinite` is their number.
+    NaN and infinite values, which are strings in the file, are left out. If the line contains such values, their number
+    is returned as the metric `nonfinite`.
     """
     timestamp, step = int(float(line["time"]) * 1000), int(line["step"])
     metrics = {name: value for name, value in line.items() if name not in NOT_METRICS}
@@ -137,7 +142,10 @@ def line_points(line: dict[str, float | str], prefix: str = "") -> list[Point]:
 
 
 def batches(lines: Sequence[bytes], prefix: str = "") -> Iterator[tuple[list[bytes], list[Point]]]:
-    """Yield batches of lines, each with its points: at most `POINTS_PER_CALL` of them, or those of a single line."""
+    """Divide the lines of a file of metrics into batches. Yield the lines and the points of each batch.
+
+    A batch has at most `POINTS_PER_CALL` points. A line that has more points is a batch of its own.
+    """
     batch, points = list[bytes](), list[Point]()
     for line in lines:
         more = line_points(json.loads(line), prefix)

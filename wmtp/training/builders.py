@@ -1,4 +1,4 @@
-"""Build objects from a validated config: the components shared by all stages, and the trainer of each stage."""
+"""Functions that build the objects of a training run from a validated config, for example the data and the trainers."""
 
 import logging
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Components:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer shared by all models and data."""
+        """The tokenizer that all models and all data of the run use."""
         return self.data.tokenizer
 
 
@@ -67,7 +67,7 @@ def build_components(config: DictConfig) -> Components:
 
 
 def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
-    """Return the model's tokenizer.
+    """Return the tokenizer of the model.
 
     Rank 0 builds it first and writes its files to the cache. The other ranks then read these files.
     """
@@ -81,9 +81,9 @@ def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
 
 
 def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> Dataset:
-    """Return the data set, with rewards from a reward model if the config names one.
+    """Return the data set. If the config names a reward model, its scores are the rewards.
 
-    Rank 0 reads the data first and caches its tokens on disk; the other ranks then read the cache.
+    Rank 0 reads the data first and caches its tokens on disk. The other ranks then read the cache.
 
     Raises:
         InputError: the ranks have read different data.
@@ -105,13 +105,13 @@ def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> 
 
 
 def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
-    """Set the reward of every sample to the score of a reward model.
+    """Set the reward of every sample to the score of the reward model in the folder `path`.
 
-    The model runs on rank 0 only; the other ranks receive its scores. The hash of its weights becomes part of the
-    fingerprint of the data.
+    The model runs on rank 0 only, and the other ranks receive its scores. The hash of the model's weights becomes part
+    of the fingerprint of the data.
 
     Raises:
-        InputError: the folder at `path` contains no usable reward model, or a sample is too long for it.
+        InputError: the folder contains no usable reward model, or a sample is too long for the reward model.
     """
     splits = (data.train, data.validation)
 
@@ -128,10 +128,12 @@ def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
 
 
 def attach_token_labels(data: Dataset) -> None:
-    """Label every token of both splits as harmful or not, from the spans in the records (see `harmful_tokens`).
+    """Label every token of the training and validation split as harmful or not (see `harmful_tokens`).
+
+    The labels are computed from the decisive spans and the noise spans in the records.
 
     Raises:
-        InputError: the records contain no such spans.
+        InputError: no training record contains such spans.
     """
     if not has_token_labels(data.train):
         raise InputError(
@@ -142,10 +144,10 @@ def attach_token_labels(data: Dataset) -> None:
 
 
 def build_model(config: DictConfig, components: Components, *, values: bool) -> MtpModel:
-    """Return the model with its initial weights, on the device of the hardware.
+    """Return the model with its initial weights, on the device that the config selects.
 
-    Random weights are a pure function of the seed. The value head is initialized last, so the other weights do not
-    depend on it.
+    Random weights are determined by the seed. The value head is initialized last, so that the other weights are the
+    same with and without a value head.
 
     Args:
         config: the config of the run or of stage 1.
@@ -173,13 +175,13 @@ def build_sample_evaluation(config: DictConfig, folder: Path, components: Compon
 
 
 def build_grader(config: DictConfig, data: Dataset) -> Grader | None:
-    """Return the function that grades the model's programs.
+    """Return the function that runs the tests of a problem on a program of the model.
 
-    Returns None if no samples are requested, if no record has tests, or if `sandbox` is `auto` and no sandbox is
+    Return None if the config requests no samples, if no record has tests, or if `sandbox` is `auto` and no sandbox is
     available.
 
     Raises:
-        SandboxUnavailable: the sandbox that the config names cannot be used.
+        SandboxUnavailable: the config names a sandbox that cannot be used.
     """
     has_samples = config.num_validation_samples or config.num_samples
     if not has_samples or not any(record.tests for record in (*data.validation.records, *data.test)):
@@ -212,9 +214,9 @@ def build_trainer(
         folder: the folder for the stage's checkpoints.
         hardware: device, precision and processes.
         data: the data set.
-        model: the model; each process passes the same weights.
+        model: the model. Its weights must be the same in all processes.
         objective: the objective to train for.
-        sample_evaluation: the sampling that runs at every validation, if any.
+        sample_evaluation: the evaluation that samples solutions at every validation; None: no samples.
     """
     processes = hardware.processes
     if not processes.is_main:
@@ -245,7 +247,10 @@ def build_trainer(
 
 
 def build_stage(config: DictConfig, components: Components) -> Stage | None:
-    """Return stage 1; None if the config has no stage 1, or if `algo.reference` names a reference model instead."""
+    """Return stage 1, or None if the run has no stage 1.
+
+    A run has no stage 1 if `pretrain` is null, or if `algo.reference` selects an existing reference model.
+    """
     if config.pretrain is None or components.algorithm.reference is not None:
         return None
     stage: Stage = build(config.pretrain)
@@ -262,10 +267,11 @@ def build_stage_trainer(
         folder: the folder for the checkpoints of stage 1.
         components: the objects shared by all stages.
         stage: stage 1.
-        with_columns: whether to precompute the hidden states that the stage needs.
+        with_columns: whether to precompute hidden states if the stage needs them.
 
     Raises:
-        InputError: the data of stage 1 are missing, or all samples have the same reward and the stage learns values.
+        InputError: the data of stage 1 cannot be used, or the stage trains a value head and all training samples have
+            the same reward.
     """
     settings = stage_config(config)
     shares_data = settings.data == config.data and settings.seed == config.seed
@@ -285,7 +291,8 @@ def build_stage_trainer(
 def build_reference(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel | None:
     """Return the frozen reference model, or None if the algorithm needs none.
 
-    The reference is the model that `algo.reference` names, or else `stage_model`, the model of stage 1.
+    If `algo.reference` is set, it selects the reference model. Otherwise the reference model is `stage_model`, the
+    model of stage 1.
     """
     reference = components.algorithm.reference
     if not components.algorithm.needs_reference:
@@ -305,8 +312,8 @@ def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpMo
     """Load the reference model from a run's folder, a checkpoint or a Hugging Face model folder.
 
     Raises:
-        InputError: there is no model, its tokenizer differs from the policy's, or its maximum length is shorter than
-            `data.max_length`.
+        InputError: `path` contains no model, the reference model and the policy have different tokenizers, or the
+            reference model's maximum length is below `data.max_length`.
     """
     try:
         model = load_trained(path, components.tokenizer, components.hardware, cache_dir)
@@ -318,7 +325,10 @@ def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpMo
 
 
 def build_policy(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel:
-    """Return the model to train in stage 2: `stage_model` if stage 1 trained the policy, else a new one."""
+    """Return the model to train in stage 2.
+
+    It is `stage_model` if stage 1 has trained the policy. If `stage_model` is None, a new model is built.
+    """
     algorithm = components.algorithm
     if algorithm.needs_values:
         require_different_rewards(components.data)
@@ -332,7 +342,7 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
 
 
 def require_different_rewards(data: Dataset) -> None:
-    """Check that training rewards differ, because values cannot be learned otherwise.
+    """Check that the rewards of the training samples differ, because otherwise a value head cannot learn anything.
 
     Raises:
         InputError: every training sample has the same reward.

@@ -1,4 +1,4 @@
-"""A dry run: print the config, and run one update and one validation batch of every stage."""
+"""A dry run, which prints the config and runs one update and one validation batch of every stage."""
 
 import gc
 import time
@@ -40,7 +40,7 @@ def dry_run(config: DictConfig, folder: Path) -> None:
     No checkpoint, metric or summary is written.
 
     Raises:
-        InputError: the data, the reference or the stage named by `pretrain.reuse` cannot be used.
+        InputError: the data, the reference model or the stage 1 that `pretrain.reuse` names cannot be used.
     """
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
@@ -76,9 +76,10 @@ def _run_one_update(console: Console, trainer: Trainer) -> None:
 
 
 def describe_cost(trainer: Trainer, seconds: float) -> str:
-    """Return the expected memory for the longest samples and the expected time of the run, as text.
+    """Return a text with the expected memory and the expected total time of the run.
 
-    The time is extrapolated from the first update, which took `seconds`.
+    The memory is estimated for batches that contain only the longest samples. The time is extrapolated from the first
+    update, which took `seconds`.
     """
     hardware, plan, lengths = trainer.hardware, trainer.plan, trainer.data.train.samples.lengths
     setting = ParallelSetting(
@@ -98,7 +99,7 @@ def describe_cost(trainer: Trainer, seconds: float) -> str:
 
 
 def describe_training(trainer: Trainer) -> str:
-    """Return the size of the model, the hardware, the sizes of the data and the planned updates, as three lines."""
+    """Return a text of three lines about the model and the hardware, the size of the data, and the planned updates."""
     model, data, plan = trainer.model, trainer.data, trainer.plan
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if num_trained == model.num_parameters else f", {num_trained:,} of them trained"

@@ -1,4 +1,4 @@
-"""Early stopping: end a run before its last planned update if its metrics meet a criterion."""
+"""Early stopping, which ends a run before its last planned update if its metrics meet a criterion."""
 
 import math
 from collections import deque
@@ -17,16 +17,17 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class EarlyStopping:
     """Early stopping with three optional criteria.
 
-    - *converged*: none of the last `patience` measurements of `monitor` is more than `min_delta` below the best one
-      before. A value that is not finite counts as no improvement and never becomes the best.
-    - *unstable*: in the last `window` updates, the share of gradient norms above `threshold` is at least `ratio`. A
-      norm that is not finite counts as above the threshold. The criterion is off until the window is full.
-    - *out of range*: the value variance of the latest update is below `variance_min` or above `variance_max`. A
-      variance that is not finite is out of range. Without a value head the criterion is off.
+    - *converged*: the last `patience` measurements of the metric `monitor` were no improvements. A measurement is an
+      improvement if it is the first finite one, or if it is more than `min_delta` below the previous improvement.
+    - *unstable*: among the gradient norms of the last `window` updates, the share above `threshold` is at least
+      `ratio`. A norm that is not finite counts as above the threshold. The criterion does not apply before `window`
+      updates were made.
+    - *out of range*: the value variance of the latest update is not finite, below `variance_min` or above
+      `variance_max`. The criterion does not apply to a model without a value head.
 
-    `mode="any"` stops if one criterion holds; `"all"` stops if the run has converged and is neither unstable nor out of
-    range; `"loss_only"` stops if it has converged. A decision is final. It depends only on the observed values, so
-    each rank must observe the global values, not those of its own batches.
+    `mode="any"` stops the run if at least one criterion is met. `mode="all"` stops it if *converged* is met and the
+    other two are not. `mode="loss_only"` stops it if *converged* is met. A decision to stop is final. The decision
+    depends only on the observed metrics, so every rank must observe global metrics, not those of its own batches.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class EarlyStopping:
     ) -> None:
         """Create the criteria.
 
-        A criterion is off if its setting is None: `patience` for *converged*, `window` for *unstable*, and both
-        `variance_min` and `variance_max` for *out of range*.
+        A criterion is off if its setting is None. The setting is `patience` for *converged* and `window` for
+        *unstable*. The criterion *out of range* is off if both `variance_min` and `variance_max` are None.
 
         Raises:
-            InputError: `mode` needs a `patience`, or the range of variances is empty.
+            InputError: `patience` is None although `mode` needs it, or `variance_min` is above `variance_max`.
         """
         if mode != "any" and patience is None:
             raise InputError(f"mode={mode} stops only a run that has converged, so it needs a patience")
@@ -65,21 +66,21 @@ class EarlyStopping:
 
     @property
     def reason(self) -> str | None:
-        """The reason to stop, as text; None to continue."""
+        """The reason to stop the run, as text; None if the run continues."""
         return self._reason
 
     def stop(self, reason: str) -> None:
-        """Stop for the reason of another rank."""
+        """Stop the run for the given reason, which another rank has found."""
         self._reason = reason
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
-        """Record one update: its gradient norm before clipping, and its value variance (None without a value head)."""
+        """Record an update's gradient norm before clipping, and its value variance (None without a value head)."""
         self._exceeded.append(int(grad_norm > self.threshold or not math.isfinite(grad_norm)))
         self._variance = value_variance
         self._decide()
 
     def observe_metrics(self, metrics: dict[str, float]) -> None:
-        """Record the metrics of an evaluation; ignore them if `monitor` is not among them."""
+        """Record the value of the metric `monitor`. Do nothing if `metrics` does not contain it."""
         if self.monitor not in metrics:
             return
         value = metrics[self.monitor]
@@ -90,7 +91,10 @@ class EarlyStopping:
         self._decide()
 
     def metrics(self) -> dict[str, float]:
-        """Return the current values of the active criteria as `early_stopping/*` metrics, if they are finite."""
+        """Return the current values of the criteria that are on, as metrics named `early_stopping/*`.
+
+        Values that are not finite are left out.
+        """
         values: dict[str, float | None] = {}
         if self.patience is not None:
             values |= {"counter": float(self._counter), "best": self._best}
@@ -100,7 +104,7 @@ class EarlyStopping:
         return {f"early_stopping/{name}": v for name, v in values.items() if v is not None and math.isfinite(v)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the observed values and the settings of the criteria, as plain JSON values."""
+        """Return the observed values, the settings of the criteria and the reason to stop, as plain JSON values."""
         variance = self._variance
         return {
             "settings": self._settings(),
@@ -112,10 +116,11 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the observed values, under the current settings.
+        """Restore the observed values from `state`, but keep the current settings.
 
-        If the window is smaller than before, only its newest updates are kept. If `monitor` has changed, the best value
-        and the counter are reset. If any setting has changed, the decision to stop is made again.
+        If `window` is smaller than before, only the newest updates in the window are kept. If `monitor` has changed,
+        the best value and the counter are reset. If the run was stopped and any setting has changed, the decision to
+        stop is made again.
         """
         same_monitor = state["settings"]["monitor"] == self.monitor
         self._best, self._counter = (state["best"], state["counter"]) if same_monitor else (None, 0)
@@ -181,7 +186,7 @@ class EarlyStopping:
 
 
 def monitor_problem(monitor: str, available: Iterable[str]) -> str | None:
-    """Return the reason why a metric cannot be monitored; None if it is one of the available metrics."""
+    """Return the reason why early stopping cannot use the metric `monitor`, or None if the metric is available."""
     names = sorted(set(available))
     if monitor in names:
         return None

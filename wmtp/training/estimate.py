@@ -1,4 +1,4 @@
-"""Estimates of a training run: memory by use, FLOPs, network traffic, and time on an A100.
+"""Estimates for a training run: memory, FLOPs, network traffic, and the time on an A100 GPU.
 
 Memory and traffic are in bytes. docs/scaling.md and docs/presets.md list the sources of the numbers.
 """
@@ -16,26 +16,36 @@ from wmtp.ops import cross_entropy
 
 GB = 1e9
 PEAK_FLOPS = 312e12
-"""FLOP/s of an A100 in bf16, published."""
+"""Peak speed of matrix products on an A100 in bf16, in FLOP/s. Published value."""
 MEMORY_BANDWIDTH = 1.555e12
-"""Bytes per second of an A100, published."""
+"""Memory bandwidth of an A100, in bytes per second. Published value."""
 RING_BANDWIDTH = 200 * GB
-"""Bytes per second and GPU of a ring over NVLink 3, published: "busbw" of nccl-tests."""
+"""Bandwidth of each GPU in a ring over NVLink 3, in bytes per second. Published value ("busbw" of nccl-tests)."""
 NODE_RING_BANDWIDTH = 160 * GB
-"""Bytes per second and GPU of a ring over nodes with eight GPUs and a 200 Gb/s card for each GPU.
+"""Bandwidth of each GPU in a ring over several nodes, in bytes per second. Assumed value.
 
-Assumed: 80 % of 8 · 25 GB/s; rings use all cards.
+Each node has eight GPUs, and a 200 Gb/s network card for each GPU. A ring uses all cards of a node, and it reaches
+80 % of their total bandwidth of 8 · 25 GB/s.
 """
 UTILIZATION = (0.40, 0.65)
-"""Share of the peak FLOP/s that matrix products reach, including recomputed ones: low and high estimate, assumed."""
+"""Low and high estimate of the share of the peak FLOP/s that matrix products reach. Assumed values.
+
+Recomputed matrix products are included.
+"""
 BACKWARD_WORK = 1.07
-"""Peak memory of a block's backward, divided by the bytes that autograd keeps of its forward; measured on CPU."""
+"""Ratio of the peak memory of a block's backward pass to the memory that autograd keeps of the block's forward pass.
+
+Measured on a CPU.
+"""
 ADAM_TRAFFIC = 92
-"""Bytes per parameter that gradient clipping and AdamW (foreach) read and write."""
+"""Bytes that gradient clipping and AdamW (foreach) read and write for each parameter."""
 
 
 class ParallelSetting(NamedTuple):
-    """The parallel strategy, the precision of matrix products, and the optimizer's values per parameter (`moments`)."""
+    """The parallel strategy, the precision of matrix products, and the size of the optimizer's state.
+
+    `moments` is the number of values that the optimizer stores for each parameter.
+    """
 
     strategy: str
     activation_checkpointing: bool
@@ -49,8 +59,9 @@ class ParallelSetting(NamedTuple):
 class Machine:
     """The number of processes, their devices, and the size of an update.
 
-    `memory` is the nominal memory of a device in GB. `ring` is the bandwidth of a ring in bytes per second and GPU
-    (None: the published value for this number of processes). `sequence` is in tokens, `batch_size` in samples.
+    `memory` is the nominal memory of a device in GB. `sequence` is the number of tokens per sample. `batch_size` is the
+    number of samples per update. `ring` is the bandwidth of each GPU in a ring, in bytes per second. If `ring` is None,
+    `RING_BANDWIDTH` or `NODE_RING_BANDWIDTH` is used, depending on the number of processes.
     """
 
     processes: int
@@ -60,50 +71,54 @@ class Machine:
     ring: float | None = None
     device: str = "cuda"
     name: str = "A100"
-    """Name of the device; time is calculated only for an A100."""
+    """Name of the device. The time is calculated only for an A100."""
 
     @property
     def bandwidth(self) -> float:
-        """Bandwidth of a ring, in bytes per second and GPU."""
+        """Bandwidth of each GPU in a ring, in bytes per second."""
         return self.ring or (RING_BANDWIDTH if self.processes <= 8 else NODE_RING_BANDWIDTH)
 
     def micro_batches(self, setting: ParallelSetting) -> int:
-        """Return the number of forward passes of one process in an update."""
+        """Return the number of forward passes that each process makes in an update."""
         return -(-self.batch_size // (self.processes * setting.micro_batch_size))
 
 
 def product_bytes(shape: ModelShape, setting: ParallelSetting) -> int:
-    """Return the bytes per element of the result of a matrix product."""
+    """Return the size of one element of the result of a matrix product, in bytes."""
     return min(shape.number_bytes, 2 if setting.precision == "bf16" else 4)
 
 
 def has_fused_norm(shape: ModelShape, machine: Machine) -> bool:
-    """Return whether a norm is computed by one kernel.
+    """Return whether one kernel computes a whole normalization layer (norm).
 
-    For one kernel, autograd keeps the input and one number per token. On CPU, on MPS and in transformers, RMSNorm
-    consists of several kernels, and the gradient of its weight also needs the scaled input.
+    For a norm of one kernel, autograd keeps the input and one number per token. RMSNorm consists of several kernels on
+    CPU, on MPS and in models of transformers. Autograd then also keeps the scaled input for the gradient of the norm's
+    weight.
     """
     return shape.kind == "gpt2" or (shape.kind == "wmtp" and machine.device == "cuda")
 
 
 def normed_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
-    """Return the bytes per element of the result of a norm; on CUDA, autocast runs the norms of torch in fp32."""
+    """Return the size of one element of the result of a norm, in bytes.
+
+    On CUDA, autocast runs the norms of torch in fp32.
+    """
     is_raised = setting.precision == "bf16" and machine.device == "cuda" and has_fused_norm(shape, machine)
     return 4 if is_raised else shape.number_bytes
 
 
 def kept_input_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
-    """Return the bytes per element of a norm's input in the form that autograd keeps.
+    """Return the size of one element of a norm's input in the form that autograd keeps, in bytes.
 
-    A norm of several kernels first converts its input to fp32.
+    A norm that consists of several kernels first converts its input to fp32.
     """
     return normed_bytes(shape, machine, setting) if has_fused_norm(shape, machine) else 4
 
 
 def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
-    """Return the bytes per token that autograd keeps for a norm.
+    """Return the bytes per token that autograd keeps for the gradient of a norm.
 
-    The result of the norm is not included, because it is counted for the layers that read it.
+    The result of the norm is not included, because it is counted for the layers that use it as their input.
     """
     scaled = 0
     if not has_fused_norm(shape, machine) and not frozen:
@@ -112,12 +127,13 @@ def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, fr
 
 
 def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
-    """Return the bytes per token that autograd keeps for a block; a `frozen` block has adapters.
+    """Return the bytes per token that autograd keeps for the gradient of a block.
 
-    Autocast makes a separate copy of the normalized state for each matrix that reads it. Attention keeps queries, keys,
-    values, its result and, per head, a log-sum in fp32. The implementation of wmtp repeats keys that several heads
-    share. SwiGLU keeps the gate, its activation, the other half and their product. GPT-2's GELU consists of several
-    kernels and keeps five tensors; on CUDA, autocast converts three of them to fp32.
+    A block with `frozen=True` has adapters. For each matrix that multiplies the normalized state, autocast makes a
+    separate copy of that state. For attention, autograd keeps the queries, keys, values and result, and for each head
+    the logarithm of a sum in fp32. The attention of wmtp repeats a key that several heads share. For SwiGLU, autograd
+    keeps the gate, the activated gate, the other half and the product. The GELU of GPT-2 consists of several kernels,
+    for which autograd keeps five tensors. On CUDA, autocast converts three of these tensors to fp32.
     """
     dim, size, is_gpt2 = shape.dim, product_bytes(shape, setting), shape.kind == "gpt2"
     is_cast = size < normed_bytes(shape, machine, setting)
@@ -137,11 +153,11 @@ def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, f
 
 
 def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
-    """Return the bytes per token that autograd keeps between forward and backward.
+    """Return the bytes per token that autograd keeps between the forward pass and the backward pass.
 
-    With activation checkpointing, these are the inputs of the blocks; all heads share one input. The last norm keeps
-    its input, which is the states of all heads. Heads that are residual layers keep the results of their matrices, and
-    share the input of the matrices unless autocast makes a copy for each head.
+    With activation checkpointing, autograd keeps only the inputs of the blocks; all heads share one input. For the last
+    norm, it keeps the states of all heads, which are the input of this norm. For heads that are residual layers, it
+    keeps the results of their matrices. These heads share one input, unless autocast makes a copy of it for each head.
     """
     values = 0 if shape.value_dim is None else 8 * (shape.dim + shape.value_dim)
     if shape.trains_values_only:
@@ -161,19 +177,23 @@ def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetti
 
 
 def all_logits_bytes(shape: ModelShape, tokens: int) -> int:
-    """Return the bytes that an unchunked loss would need: the logits of all heads in fp32, and their gradient."""
+    """Return the memory that a loss without chunks would need, in bytes.
+
+    It contains the logits of all heads in fp32, and the gradient of these logits.
+    """
     return 2 * 4 * shape.num_heads * shape.vocab_size * tokens
 
 
 def chunk_bytes(machine: Machine) -> int:
-    """Return the bytes of the logits of one chunk of the loss."""
+    """Return the maximum size of the logits in one chunk of the loss, in bytes."""
     return cross_entropy.GPU_CHUNK_BYTES if machine.device == "cuda" else cross_entropy.CHUNK_BYTES
 
 
 def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
-    """Return the bytes of the chunked loss.
+    """Return the memory that the chunked loss needs, in bytes.
 
-    These are the states and their gradient, the gradient and bf16 copies of the unembedding, and one chunk of logits.
+    It contains the states of the heads and their gradient, the gradient of the unembedding, copies of the unembedding
+    in bf16, and one chunk of logits.
     """
     if shape.trains_values_only:
         return 0.0
@@ -190,7 +210,10 @@ def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
 
 
 def work_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
-    """Return the bytes of temporary buffers: gathered parameters, buffers of gradients, and the backward of a block."""
+    """Return the memory of temporary buffers, in bytes.
+
+    They contain gathered parameters, gradients that are being reduced, and the backward pass of one block.
+    """
     size, kept, number = product_bytes(shape, setting), block_bytes(shape, machine, setting), shape.number_bytes
     already_counted = number * shape.dim if setting.activation_checkpointing else kept
     backward = 0.0 if shape.trains_values_only else (BACKWARD_WORK * kept - already_counted) * tokens
@@ -209,9 +232,9 @@ def work_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
 
 
 def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dict[str, float]:
-    """Return the bytes of one process by use, and the peak under the key `total`.
+    """Return the memory that one process needs for each use, in bytes. The key `total` contains the peak memory.
 
-    If an update has only one forward pass, the total is less than the sum of the uses, because activations are freed
+    If an update has only one forward pass, the peak is less than the sum of all uses, because activations are freed
     while gradients are allocated.
     """
     tokens, counts = setting.micro_batch_size * machine.sequence, shape.counted
@@ -235,11 +258,13 @@ def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dic
 
 
 def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_batches: int) -> tuple[float, float]:
-    """Return the bytes that one process sends per update: to gather parameters, and to reduce gradients.
+    """Return the bytes that one process sends per update, as two numbers.
 
-    All collectives use ring algorithms. fsdp gathers every block for the forward and again for the backward, in bf16 if
-    that is the precision, and both vocabulary matrices once in their own dtype; its reduce-scatter uses fp32. ddp uses
-    all-reduce, which sends twice the bytes.
+    The first number is for gathering parameters, and the second is for reducing gradients. All collectives use ring
+    algorithms. The strategy fsdp gathers every block for the forward pass and again for the backward pass, in bf16 if
+    that is the precision of matrix products. It gathers both vocabulary matrices once per forward pass, in their own
+    dtype, and it reduces gradients in fp32. The strategy ddp gathers nothing. Its all-reduce sends twice as many bytes
+    as a reduce-scatter.
     """
     share, counts = (processes - 1) / processes, shape.counted
     if setting.strategy != "fsdp":
@@ -253,11 +278,11 @@ def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_b
 
 
 def flops_per_token(shape: ModelShape, sequence: int) -> tuple[float, float]:
-    """Return the FLOPs per token of forward and backward, and those of the recomputation for activation checkpointing.
+    """Return the FLOPs per token of the forward and backward pass, and the FLOPs of recomputing activations.
 
-    All pairs of positions count for attention, as in published utilizations, although causal attention needs only half
-    of them. The recomputation stops before the last matrix product of a block, because no gradient needs its result.
-    Frozen matrices need no gradient. The FLOPs of adapters are not included.
+    For attention, all pairs of positions are counted, although causal attention needs only half of them. Published
+    utilizations use the same convention. The last matrix product of a block is not recomputed, because no gradient
+    needs its result. Frozen matrices need no gradient. The FLOPs of adapters are not included.
     """
     products, attention = 2 * shape.block_matrices, 4 * sequence * shape.query_dim
     if shape.trains_values_only:
@@ -270,10 +295,11 @@ def flops_per_token(shape: ModelShape, sequence: int) -> tuple[float, float]:
 
 
 class Speed(NamedTuple):
-    """The parts of an update's time, and the resulting speed.
+    """The duration of the parts of an update, and the resulting speed of training.
 
-    The times are in seconds: matrix products at the peak FLOP/s, network traffic, optimizer. `slow` and `fast` are the
-    low and the high estimate of the speed, in tokens per second.
+    The durations are in seconds: `peak_seconds` for matrix products at the peak FLOP/s, `traffic_seconds` for network
+    traffic, and `optimizer_seconds` for the optimizer. `slow` and `fast` are the low and the high estimate of the
+    speed, in tokens per second.
     """
 
     peak_seconds: float
@@ -284,10 +310,10 @@ class Speed(NamedTuple):
 
 
 def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Speed:
-    """Return the speed of an update on A100 GPUs.
+    """Return the training speed on A100 GPUs.
 
-    The low estimate assumes low utilization, and no overlap of traffic with computation. The high estimate assumes high
-    utilization and complete overlap.
+    The low estimate assumes a low utilization, and that network traffic does not overlap with computation. The high
+    estimate assumes a high utilization and complete overlap.
     """
     model, recomputed = flops_per_token(shape, machine.sequence)
     tokens = machine.batch_size * machine.sequence
@@ -305,8 +331,8 @@ def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Spee
 class Estimate(NamedTuple):
     """An estimate of memory and time.
 
-    `memory` has the bytes of one process by use. `seconds` has the time of an update, as (high estimate, low estimate);
-    it is None for devices other than an A100.
+    `memory` contains the bytes that one process needs for each use. `seconds` contains the high and the low estimate of
+    the time of an update. It is None if the device is not an A100 or the precision is not bf16.
     """
 
     memory: dict[str, float]
@@ -314,7 +340,10 @@ class Estimate(NamedTuple):
 
 
 def estimate(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Estimate:
-    """Return the memory of one process and, on an A100 in bf16, the time of an update."""
+    """Return the estimated memory of one process, and the estimated time of an update.
+
+    The time is None unless the GPU is an A100 and the precision is bf16.
+    """
     seconds = None
     if machine.device == "cuda" and "A100" in machine.name and setting.precision == "bf16":
         rates, tokens = speed(shape, machine, setting), machine.batch_size * machine.sequence
@@ -323,18 +352,24 @@ def estimate(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> E
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of a GPU, or the type of any other device."""
+    """Return the product name if the device is a GPU of type cuda, and the device type otherwise."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def moments_per_parameter(optimizer: Optimizer) -> int:
-    """Return the number of values per parameter in the optimizer's state after its first step: 2 for Adam."""
+    """Return the number of values that the optimizer stores for each parameter, for example 2 for Adam.
+
+    The optimizer must have made its first step.
+    """
     counts = [sum(getattr(x, "shape", None) == p.shape for x in state.values()) for p, state in optimizer.state.items()]
     return max(counts, default=0)
 
 
 def format_estimate(estimated: Estimate, machine: Machine, setting: ParallelSetting) -> str:
-    """Return an estimate as text: the total memory, each use of at least 0.05 MB or GB, and the time if it is known."""
+    """Return an estimate as text: the total memory, the memory of each use, and the time if it is known.
+
+    Sizes are in MB or GB. Uses below 0.05 of that unit are left out.
+    """
     total = estimated.memory["total"]
     unit, name = (GB, "GB") if total >= GB else (1e6, "MB")
     uses = {use: f"{size / unit:,.1f}" for use, size in estimated.memory.items() if use != "total"}
@@ -351,7 +386,7 @@ def format_estimate(estimated: Estimate, machine: Machine, setting: ParallelSett
 
 
 def wrap_lines(lines: Iterable[str]) -> str:
-    """Return the lines wrapped to at most 80 columns."""
+    """Return the lines as one text in which each line has at most 80 columns."""
     return "\n".join(fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 

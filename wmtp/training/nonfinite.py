@@ -21,8 +21,8 @@ class FiniteCheck:
         """Create the check.
 
         Args:
-            action: "stop" ends the run at the first update that is not finite; "skip" skips such updates.
-            limit: maximum number of skipped updates of a run.
+            action: "stop" ends the run if the loss or gradient of an update is not finite; "skip" skips such updates.
+            limit: maximum number of updates that a run may skip.
             processes: the process group.
         """
         self.action, self.limit, self.processes = action, limit, processes
@@ -31,7 +31,7 @@ class FiniteCheck:
     def passes(
         self, step: int, loss: float, grad_norm: float, local_sums: MetricSums, batches: Sequence[Batch]
     ) -> bool:
-        """Return whether loss and gradient of update `step` are finite, so that the optimizer may make its step.
+        """Return whether the loss and the gradient of an update are finite, so that the optimizer may make its step.
 
         Args:
             step: number of the update.
@@ -41,8 +41,8 @@ class FiniteCheck:
             batches: this rank's micro-batches.
 
         Raises:
-            TrainingError: the update is not finite, and `action` is "stop" or `limit` is exceeded. The message names
-                the ranks and the records.
+            TrainingError: the loss or the gradient is not finite, and either `action` is "stop" or more than `limit`
+                updates were skipped. The message names the ranks and the records.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
@@ -58,9 +58,9 @@ class FiniteCheck:
         return False
 
     def _find_nonfinite(self, local_sums: MetricSums, batches: Sequence[Batch]) -> str:
-        """Return text that names the ranks, metrics and records that are not finite.
+        """Return a text that names the metrics that are not finite, with the ranks and the records of their batches.
 
-        If only the gradient is not finite, the text names all ranks and records.
+        If all metrics are finite, only the gradient is not. The text then names all ranks and records.
         """
         totals = local_sums.to_vector()[::2].tolist()
         nonfinite = [name for name, total in zip(local_sums.means, totals, strict=True) if not math.isfinite(total)]

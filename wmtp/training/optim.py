@@ -13,7 +13,7 @@ from wmtp.field_types import Ratio
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups for an optimizer.
 
-    Matrices have the optimizer's weight decay; norms, biases and embeddings have none.
+    Weight decay is 0 for norms, biases and embeddings. For all other parameters, the optimizer's weight decay applies.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -24,16 +24,17 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def warmup_factor(step: int, num_updates: int, warmup_ratio: float) -> float | None:
-    """Return the learning rate during warm-up, relative to the full one; None after warm-up.
+    """Return the factor of the learning rate during warm-up, or None after warm-up.
 
-    The factor grows linearly and would reach 1 at the first update after warm-up. `step` counts updates from 0.
+    The factor grows linearly with `step`, the number of completed updates. It would reach 1 at the first update after
+    warm-up.
     """
     warmup = math.ceil(warmup_ratio * num_updates)
     return (step + 1) / (warmup + 1) if step < warmup else None
 
 
 def decay_progress(step: int, num_updates: int, warmup_ratio: float) -> float:
-    """Return the completed fraction of the decay: 0 at the end of warm-up, 1 after the last update."""
+    """Return the completed fraction of the learning-rate decay: 0 at the end of warm-up, 1 after the last update."""
     warmup = math.ceil(warmup_ratio * num_updates)
     return min(1.0, (step - warmup) / max(1, num_updates - warmup))
 
@@ -44,7 +45,10 @@ def constant(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.
 
 
 def linear(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
-    """Decay the learning rate linearly after warm-up, from its full value to `final_ratio` of it."""
+    """Decay the learning rate linearly after warm-up.
+
+    The learning rate falls from its full value to `final_ratio` times that value.
+    """
 
     def _factor(step: int) -> float:
         done = decay_progress(step, num_updates, warmup_ratio)
@@ -54,7 +58,10 @@ def linear(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0,
 
 
 def cosine(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
-    """Decay the learning rate along half a cosine after warm-up, from its full value to `final_ratio` of it."""
+    """Decay the learning rate along half a cosine after warm-up.
+
+    The learning rate falls from its full value to `final_ratio` times that value.
+    """
 
     def _factor(step: int) -> float:
         done = decay_progress(step, num_updates, warmup_ratio)

@@ -9,10 +9,11 @@ from wmtp.field_types import Positive, PositiveFloat
 
 @dataclass(frozen=True)
 class Position:
-    """A position between two updates. It determines the samples of the next update.
+    """A position in a training run, between two updates. It determines the samples of the next update.
 
-    `step` counts updates, `epoch` counts complete passes over the data, `batch_in_epoch` counts the micro-batches
-    completed in the current pass, and `tokens` counts all tokens trained on.
+    `step` is the number of completed updates, and `epoch` is the number of complete passes over the data.
+    `batch_in_epoch` is the number of micro-batches completed in the current pass. `tokens` is the number of all tokens
+    trained on so far.
     """
 
     step: int = 0
@@ -36,8 +37,8 @@ class Plan:
     ) -> None:
         """Plan `num_epochs` passes over `num_samples` samples, but at most `max_steps` updates.
 
-        Each update uses `batch_size` samples, and each forward pass `micro_batch_size` of them. By default, each of
-        `num_processes` processes makes one forward pass per update.
+        Each update uses `batch_size` samples, and each forward pass uses `micro_batch_size` samples. If
+        `micro_batch_size` is None, each of `num_processes` processes makes one forward pass per update.
         """
         self.batch_size = batch_size
         self.max_micro_batch_size = math.ceil(batch_size / num_processes)
@@ -49,13 +50,14 @@ class Plan:
         self.num_updates = min(planned, max_steps) if max_steps else planned
 
     def update_in_epoch(self, position: Position) -> int:
-        """Return the index of the next update within its epoch."""
+        """Return the number of updates between the start of the epoch and the given position."""
         return position.batch_in_epoch // self.micro_batches_per_update
 
     def for_resume(self, micro_batch_size: int) -> "Plan":
-        """Return the plan for resuming a run that used `micro_batch_size`.
+        """Return the plan for resuming a run that used the given micro-batch size.
 
-        The plan keeps that size, unless the config sets another one or some process would get no samples.
+        The returned plan keeps the given size, unless the config sets `micro_batch_size` or the given size would leave
+        a process without samples.
         """
         plan = copy.copy(self)
         if self.is_default_size and micro_batch_size <= self.max_micro_batch_size:
@@ -64,12 +66,15 @@ class Plan:
         return plan
 
     def convert_position(self, position: Position, micro_batch_size: int) -> Position:
-        """Convert a position that counts micro-batches of `micro_batch_size` to the micro-batches of this plan."""
+        """Return the position with `batch_in_epoch` as a number of micro-batches of this plan.
+
+        In the given position, `batch_in_epoch` is a number of micro-batches of `micro_batch_size` samples.
+        """
         updates = position.batch_in_epoch // math.ceil(self.batch_size / micro_batch_size)
         return replace(position, batch_in_epoch=updates * self.micro_batches_per_update)
 
     def next_position(self, position: Position, num_tokens: int) -> Position:
-        """Return the position after one more update of `num_tokens` tokens.
+        """Return the position after one more update, which trains on `num_tokens` tokens.
 
         The position at the end of an epoch is the start of the next epoch.
         """

@@ -1,4 +1,4 @@
-"""Arrays with one entry per token of a data set, computed once by a model and cached on disk."""
+"""Arrays with one entry for each token of a data set, which a model computes once and which are cached on disk."""
 
 import hashlib
 import json
@@ -27,24 +27,27 @@ from wmtp.ops.targets import targets
 from wmtp.runtime.locks import file_lock
 
 FORMAT = 1
-"""Version of the cached files, part of their key."""
+"""Version of the file format. The names of the cached files depend on it."""
 BATCH_SIZE = 32
 
 
 class TokenColumns:
-    """A disk cache of per-token arrays (columns) that a frozen model computes for the splits of a data set.
+    """A disk cache of arrays (columns) that a frozen model computes, with one entry for each token of a split.
 
-    The name of a file contains a hash of the tokens, the tokenizer, the weights of the model and everything else that
-    determines its forward pass. Later epochs, runs and jobs of a sweep reuse the file. Stale files are never read.
+    The name of a cached file contains a hash of the tokens, the tokenizer, the weights of the model and everything else
+    that determines the model's forward pass. A file is therefore never used after one of these has changed. Later
+    epochs, runs and jobs of a sweep reuse it.
     """
 
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
     def attach_reference_losses(self, model: MtpModel, data: Dataset) -> None:
-        """Set `reference_losses` of both splits to the next-token cross-entropy of `model` in nats, shape [token].
+        """Load the reference losses of both splits from the cache, or compute them with `model`.
 
-        The value is 0 for tokens outside solutions. All ranks must call this method.
+        The reference loss of a token is the next-token cross-entropy of `model` in nats, and 0 for tokens outside
+        solutions. The losses become the attribute `reference_losses` of each split, shape [token]. All ranks must call
+        this method.
 
         Raises:
             InputError: the cached file cannot be read.
@@ -61,9 +64,10 @@ class TokenColumns:
         data.extend_fingerprint(weights)
 
     def attach_hidden_states(self, model: MtpModel, data: Dataset) -> None:
-        """Set `hidden_states` of both splits to the hidden state of the trunk at each token, shape [token, dim].
+        """Load the hidden states of both splits from the cache, or compute them with `model`.
 
-        All ranks must call this method.
+        A hidden state is the output of the model's trunk at a token. The hidden states become the attribute
+        `hidden_states` of each split, shape [token, dim]. All ranks must call this method.
 
         Raises:
             InputError: the cached file cannot be read.
@@ -137,15 +141,15 @@ def fill_column(
 ) -> None:
     """Compute values for all tokens of a split and write them to `column`.
 
-    Each rank computes the values of every `size`-th batch, where `size` is the number of ranks, and broadcasts them.
-    All ranks must call this function.
+    The batches are distributed over the ranks. Each rank computes the values of its batches and broadcasts them. All
+    ranks must call this function.
 
     Args:
-        column: the output, shape [token, ...]; None on ranks that do not store the values.
+        column: the array to fill, shape [token, ...]; None on ranks that do not store the values.
         split: the split.
-        tokenizer: the tokenizer of the split, for padding.
+        tokenizer: the tokenizer of the split, which provides the padding token.
         hardware: device, precision and processes.
-        compute: returns the values of a batch, shape [batch, position, ...].
+        compute: a function that returns the values of a batch, shape [batch, position, ...].
     """
     processes, offsets, lengths = hardware.processes, split.samples.offsets, split.samples.lengths
     batches = batches_by_length(lengths, BATCH_SIZE)

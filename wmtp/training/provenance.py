@@ -1,4 +1,4 @@
-"""Write the id and the S3 URL of a run, and the versions of its code and data."""
+"""Write the id of a run, the S3 URL of its copy, and the versions of its code and data."""
 
 import re
 import uuid
@@ -13,9 +13,10 @@ from wmtp.runtime.versions import versions
 
 
 def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, list[Any]], data: Dataset) -> None:
-    """Write provenance.json: the code versions, overrides and data of the most recent start of a run.
+    """Write provenance.json, which contains the code versions, the overrides and the data of a run.
 
-    `changed` maps each key that the overrides changed to its default and its value.
+    `changed` maps each key that the overrides changed to a list of its default and its new value. If a run is resumed,
+    the file is written again.
     """
     data_info = {
         "name": data.name,
@@ -32,9 +33,9 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
 
 
 def write_run_id(folder: Path, remote: str | None) -> None:
-    """Write run.json with the permanent id of the run and its URL below `remote`.
+    """Write run.json, which contains the permanent id of the run and the S3 URL of its copy.
 
-    With `remote` None, the run has no copy in S3.
+    The URL starts with the URL `remote`. If `remote` is None, the run has no copy in S3.
     """
     run = read_run(folder)
     run_id = run["id"] if run else uuid.uuid4().hex
@@ -44,15 +45,17 @@ def write_run_id(folder: Path, remote: str | None) -> None:
         replace_atomically(folder / RUN, encode_json({"id": run_id, "remote": after}))
 
 
-def remote_url(folder: Path, remote: str, before: str | None = None) -> str:
-    """Return the URL of a run below `remote`.
+def remote_url(folder: Path, remote: str, current: str | None = None) -> str:
+    """Return the S3 URL for the copy of a run, which starts with the URL `remote`.
 
-    If `before`, the current URL of the run, is below `remote`, it is returned unchanged. Otherwise the URL is `remote`
-    and the last components of the run's path, starting at the folder that is named by a date.
+    If `current`, the URL of an existing copy, starts with `remote`, it is returned unchanged. Otherwise the last
+    components of the run's path are appended to `remote`, starting at the folder whose name is a date. If no folder is
+    named by a date, only the name of the run's folder is appended. For a job of a sweep, the name of the sweep's folder
+    precedes it.
     """
     remote = remote.rstrip("/")
-    if before is not None and before.startswith(f"{remote}/"):
-        return before
+    if current is not None and current.startswith(f"{remote}/"):
+        return current
     path = folder.resolve()
     start = next((n for n, part in enumerate(path.parts) if re.fullmatch(r"\d{4}-\d\d-\d\d", part)), None)
     if start is None:

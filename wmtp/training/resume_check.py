@@ -1,4 +1,4 @@
-"""Check that a resumed run continues with the same settings, except those named by `resume_override`."""
+"""Check that a resumed run has the same settings as before, except for those that `resume_override` names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,19 @@ from wmtp.objectives.base import Objective
 from wmtp.training.plan import Plan
 
 OVERRIDABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
-"""Settings that `resume_override` may name. With any other change, the saved tensors or position would be invalid."""
+"""Settings that `resume_override` may name.
+
+If any other setting changed, the tensors or the position in the checkpoint would be invalid.
+"""
 
 
 def training_identity(
     data: Dataset, objective: Objective, plan: Plan, model: MtpModel, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Return the settings that determine the order of the samples and the training on them, as plain JSON values."""
+    """Return the settings that must be the same when a run is resumed, as plain JSON values.
+
+    They determine the order of the samples and the result of each update.
+    """
     return {
         "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
@@ -39,15 +45,15 @@ def training_identity(
 
 
 def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequence[str]) -> dict[str, str]:
-    """Return the declared settings that have changed, each with a description of the change.
+    """Return the settings that have changed, each with a description of the change.
 
     Args:
         before: the settings in the checkpoint, from `training_identity`.
         now: the settings of the resumed run.
-        declared: names of settings that may have changed.
+        declared: the names of the settings that are allowed to change.
 
     Raises:
-        InputError: a setting that is not declared has changed.
+        InputError: a setting has changed that `declared` does not contain.
     """
     changed = {name: describe_change(old, now[name]) for name, old in before.items() if now.get(name) != old}
     undeclared = [name for name in changed if name not in declared]
@@ -61,7 +67,10 @@ def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequ
 
 
 def describe_change(old: object, new: object) -> str:
-    """Return a line that describes a changed setting; of two dictionaries, only the first difference."""
+    """Return a description of a changed setting as one line.
+
+    If both values are dictionaries, the line contains the number of entries that differ, and the first such entry.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         return f"{len(keys)} entries differ, the first is {keys[0]}: was {old.get(keys[0])}, is now {new.get(keys[0])}"

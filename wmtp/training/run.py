@@ -1,4 +1,4 @@
-"""A training run from its config to its results: stages, resuming, trackers, samples, summary and report."""
+"""A training run from its config to its results: both stages, resuming, trackers, samples, summary and report."""
 
 import gc
 import hashlib
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """A run in its folder: stage 1, if there is one, and stage 2."""
+    """A training run with its folder. It consists of stage 1, which is optional, and stage 2."""
 
     def __init__(self, config: DictConfig, folder: Path, progress: JobProgress, overrides: Sequence[str]) -> None:
         """Create a run.
@@ -66,7 +66,7 @@ class Run:
         Args:
             config: the config of the run.
             folder: the folder of the run.
-            progress: receives the step and the stop reason of the run.
+            progress: the object in which the last step and the reason for an early stop are stored.
             overrides: the overrides on the command line.
         """
         config = with_absolute_model_path(config)
@@ -78,15 +78,15 @@ class Run:
         self.stage_result: dict[str, Any] | None = None
         self.is_recorded = False
         self.stores: list[CheckpointStore] = []
-        """The checkpoint stores of the stages, in the order in which they were trained."""
+        """The checkpoint stores of the stages, in the order in which the stages were trained."""
 
     def train(self) -> float | None:
         """Train all stages, write the results to the run's folder, and return the last validation loss.
 
-        Every rank calls this. Only the main process prints, tracks and writes.
+        All ranks must call this method. Only the main process prints and sends metrics to trackers.
 
         Raises:
-            PendingError: the training succeeded, but some uploads or tracking data are still pending.
+            PendingError: the training succeeded, but some data was not uploaded to S3 or to the tracking server.
         """
         try:
             trainer = self._prepare()
@@ -114,7 +114,10 @@ class Run:
         return result.final_loss
 
     def _prepare(self) -> Trainer:
-        """Train or load stage 1, and return the trainer of stage 2, restored from a checkpoint if the run resumes."""
+        """Train or load stage 1, and return the trainer of stage 2.
+
+        If the run is resumed, the trainer starts from the state in the latest checkpoint.
+        """
         self._print(f"Run folder: {self.folder}")
         components = build_components(self.config)
         stage = build_stage(self.config, components)
@@ -132,7 +135,10 @@ class Run:
         return trainer
 
     def _prepare_policy(self, stage: Stage | None, components: Components) -> MtpModel:
-        """Return the model for stage 2. A reference model is freed once its losses are cached."""
+        """Return the model to train in stage 2.
+
+        If the algorithm needs a reference model, the model's losses are cached first, and the model is then freed.
+        """
         stage_model = None if stage is None else self._stage_1_model(stage, components)
         reference = build_reference(self.config, components, stage_model)
         if reference is not None:
@@ -144,7 +150,10 @@ class Run:
         return build_policy(self.config, components, stage_model)
 
     def _stage_1_model(self, stage: Stage, components: Components) -> MtpModel:
-        """Return the model of stage 1: trained now, loaded from the run's folder, or copied from another run."""
+        """Return the trained model of stage 1.
+
+        Stage 1 is trained or copied from another run, unless the run's folder already contains its result.
+        """
         self.processes.run_on_all(lambda: require_unchanged(self.folder, self.config))
         if self.processes.run_on_main(lambda: read_stage_result(self.folder)) is None:
             if stage.reuse is None:
@@ -208,7 +217,10 @@ class Run:
                 log.warning("%s", error)
 
     def _restore(self, trainer: Trainer) -> None:
-        """Load the latest checkpoint if the run is resumed and the stage has one."""
+        """Load the latest checkpoint of a stage into its trainer.
+
+        Do nothing if the run is not resumed or if the stage has no checkpoint.
+        """
         if self.config.resume is None or not trainer.checkpoints.has_any():
             return
         checkpoint = trainer.checkpoints.latest()
@@ -220,7 +232,10 @@ class Run:
         self._print(f"resuming from {checkpoint}")
 
     def _record_start(self, components: Components) -> None:
-        """Record the config and start the uploads, once all checks have passed."""
+        """Write the config and other facts about the run to its folder, and start the uploads.
+
+        This method is called when all checks have passed. Only the first call has an effect.
+        """
         if not self.processes.is_main or self.is_recorded:
             return
         self.is_recorded = True
@@ -232,14 +247,20 @@ class Run:
         self.uploaders = open_uploaders(self.config, self.folder, self.console, is_training=True)
 
     def _save_model_files(self, config: DictConfig, folder: Path, components: Components) -> None:
-        """Copy the files that describe a pretrained model to the folder of the config that names it."""
+        """Write the files that describe a pretrained model to `folder`.
+
+        If `config` names no pretrained model, nothing is written.
+        """
         source = build_source(config.model, components.tokenizer, Path(config.cache_dir))
         for name, content in source.files_to_save().items():
             (folder / MODEL_FOLDER).mkdir(exist_ok=True)
             replace_atomically(folder / MODEL_FOLDER / name, content)
 
     def _record_resume(self, checkpoint: Path, changes: dict[str, str]) -> None:
-        """Append the checkpoint, the number of processes and the declared changes to the file `RESUMES`."""
+        """Append a line about the resumed run to the file `RESUMES`.
+
+        The line contains the checkpoint, the number of processes and the settings that have changed.
+        """
         line = {"checkpoint": str(checkpoint.relative_to(self.folder)), "processes": self.processes.size}
         with (self.folder / RESUMES).open("a") as file:
             file.write(json.dumps({"time": time.time(), **line, "declared_changes": changes}) + "\n")
@@ -247,7 +268,7 @@ class Run:
             log.warning("changed since the checkpoint, as declared by resume_override: %s: %s", name, change)
 
     def _final_results(self, trainer: Trainer, result: Result) -> dict[str, Any]:
-        """Measure the final model, and return the entries of summary.json that the trainer does not provide."""
+        """Measure the final model, and return those entries of summary.json that the trainer cannot provide."""
         objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
@@ -261,7 +282,10 @@ class Run:
         }
 
     def _write_report(self, state: str, exit_code: int, error: str | None = None) -> None:
-        """Write report.html if `report` is true. Errors are only logged, because the run is valid without a report."""
+        """Write report.html if the option `report` is true.
+
+        An error is only logged, because the run is valid without a report.
+        """
         if not (self.config.report and self.processes.is_main and self.is_recorded):
             return
         from wmtp.report.run_report import write_run_report  # imports matplotlib, which takes a second
@@ -282,7 +306,10 @@ class Run:
 
 
 def with_absolute_model_path(config: DictConfig) -> DictConfig:
-    """Return the config with `model.path`, the path of a pretrained model, made absolute if there is one."""
+    """Return the config with an absolute `model.path`, which is the path of a pretrained model.
+
+    If the config has no such path, it is returned unchanged.
+    """
     path = config.model.get("path")
     if path is None:
         return config
@@ -292,13 +319,13 @@ def with_absolute_model_path(config: DictConfig) -> DictConfig:
 
 
 def value_head_tensors(snapshot: Snapshot) -> Tensors:
-    """Return the tensors of the value head, by their names without the prefix `value_head.`."""
+    """Return the tensors of the value head by name. The prefix `value_head.` is removed from the names."""
     prefix = "value_head."
     return {name.removeprefix(prefix): x for name, x in snapshot.model.items() if name.startswith(prefix)}
 
 
 def longer_run_override(config: DictConfig, result: Result) -> str:
-    """Return an override that makes a finished run train for more updates when it is resumed."""
+    """Return an override with which a finished run, if it is resumed, trains for more updates."""
     if result.stop_reason is not None:
         return "early_stopping=none"
     return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"

@@ -1,4 +1,4 @@
-"""The config and the result of stage 1 in a run's folder, and the checks before they are reused."""
+"""Read and write the config and the result of stage 1, and check that they match the config of a run that uses them."""
 
 import json
 import os
@@ -15,22 +15,25 @@ from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PRETRAIN
 
 FIXED_KEYS = ("pretrain", "model", "data", "seed")
-"""Keys of the stage 1 config that must not change once stage 1 has begun."""
+"""Keys of the stage 1 config whose values must not change once stage 1 has begun."""
 
 
 def resolved_stage_config(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved config of stage 1 as plain values; `pretrain` contains the options of the stage itself."""
+    """Return the config of stage 1 with all interpolations resolved, as plain values.
+
+    Its key `pretrain` contains the group `pretrain` of the run's config.
+    """
     return to_plain(stage_config(config)) | {"pretrain": to_plain(config.pretrain)}
 
 
 def write_stage_config(folder: Path, config: DictConfig) -> None:
-    """Write the config.yaml of stage 1."""
+    """Write the config of stage 1 to its config.yaml in the run's folder."""
     (folder / PRETRAIN).mkdir(exist_ok=True)
     replace_atomically(folder / PRETRAIN / "config.yaml", OmegaConf.to_yaml(resolved_stage_config(config)).encode())
 
 
 def read_stage_config(folder: Path) -> dict[str, Any]:
-    """Read the config.yaml of a run's stage 1.
+    """Read the config of stage 1 from its config.yaml in a run's folder.
 
     Raises:
         InputError: the file does not exist.
@@ -44,12 +47,12 @@ def read_stage_config(folder: Path) -> dict[str, Any]:
 
 
 def write_stage_result(folder: Path, result: dict[str, Any]) -> None:
-    """Write the result.json of stage 1, which marks it as finished."""
+    """Write the result of stage 1 to its result.json in the run's folder. This file marks stage 1 as finished."""
     replace_atomically(folder / PRETRAIN / "result.json", encode_json(result))
 
 
 def read_stage_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of a run's stage 1; None if stage 1 is not finished."""
+    """Return the result of stage 1 from a run's folder, or None if stage 1 is not finished."""
     path = folder / PRETRAIN / "result.json"
     if not path.exists():
         return None
@@ -58,10 +61,10 @@ def read_stage_result(folder: Path) -> dict[str, Any] | None:
 
 
 def require_unchanged(folder: Path, config: DictConfig) -> None:
-    """Check that a resumed run has the same stage 1 settings as before, except those named by `resume_override`.
+    """Check that a resumed run has the same stage 1 settings as before, except for those that `resume_override` names.
 
     Raises:
-        InputError: stage 2 has begun without a stage 1, or a setting of stage 1 has changed.
+        InputError: a setting of stage 1 has changed, or the run was started without a stage 1 and now has one.
     """
     if read_stage_result(folder) is None and any(folder.glob("checkpoints/step_*/manifest.json")):
         raise InputError(f"{folder}: its training has begun without a stage 1; restore the original algo and pretrain")
@@ -77,11 +80,13 @@ def require_unchanged(folder: Path, config: DictConfig) -> None:
 
 
 def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
-    """Return the result of another run's finished stage 1.
+    """Check that another run has finished a stage 1 that matches the config, and return the result of that stage.
+
+    `source` is the folder of the other run.
 
     Raises:
-        InputError: that run has no finished stage 1, or the class or the model of its stage 1 differs from this
-            config's.
+        InputError: the other run has no finished stage 1, or the class or the model of its stage 1 differs from that
+            in `config`.
     """
     result, reused, current = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
     if result is None:
@@ -99,8 +104,10 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
 def copy_stage(source: Path, folder: Path, config: DictConfig) -> None:
     """Copy the finished stage 1 of another run to this run's folder.
 
+    `source` is the folder of the other run, and `folder` is that of this run.
+
     Raises:
-        InputError: that run has no finished stage 1, or its stage 1 does not match the config.
+        InputError: the other run has no finished stage 1, or its stage 1 does not match the config.
     """
     result = require_same_stage(source, config)
     staged = folder / f".{PRETRAIN}-copy"
@@ -116,5 +123,5 @@ def copy_stage(source: Path, folder: Path, config: DictConfig) -> None:
 
 
 def _settings(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return the sections `keys` of a config, flattened to dotted keys."""
+    """Return the sections of a config that `keys` names, as one flat dictionary with dotted keys."""
     return flatten({key: record.get(key) for key in keys})

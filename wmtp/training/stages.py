@@ -1,8 +1,8 @@
-"""Stage 1, the pretraining stage: a value head for critic, a reference model for rho1.
+"""Stage 1, the pretraining stage. It trains a value head for the algorithm critic, or a reference model for rho1.
 
-Stage 1 uses the same Trainer with another objective. All keys of `pretrain` that are not parameters of the classes
-below override the keys of train.yaml with the same name, in stage 1 only. Examples are `pretrain.num_epochs` and
-`pretrain.optimizer.lr`.
+Both stages use the class `Trainer`, but with different objectives. The group `pretrain` contains the parameters of a
+stage class. It may also contain keys of train.yaml, for example `pretrain.num_epochs` and `pretrain.optimizer.lr`.
+These keys override the keys of the same name for stage 1 only.
 """
 
 from pathlib import Path
@@ -23,28 +23,29 @@ class Stage(Protocol):
     """The interface of a pretraining stage."""
 
     reuse: Path | None
-    """Folder of an earlier run, whose finished stage 1 is copied; None: train stage 1."""
+    """Folder of an earlier run whose finished stage 1 is copied; None: train stage 1."""
     trains_policy: bool
-    """Whether stage 2 continues to train the model of this stage."""
+    """Whether stage 2 continues to train the model of this stage. Otherwise, a new model is built for stage 2."""
     needs_hidden_states: bool
     """Whether the stage trains on precomputed hidden states of a frozen trunk."""
     saves_value_head: bool
-    """Whether the value head is also saved in a separate file."""
+    """Whether the value head is saved in a separate file in addition to the checkpoint."""
 
     def objective(self) -> Objective:
         """Return the objective of the stage."""
 
     def freeze(self, model: MtpModel) -> None:
-        """Freeze the parameters that this stage does not train."""
+        """Freeze the parameters of the model that this stage does not train."""
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """Return the names of the stage's metrics for a model with `num_heads` heads."""
+        """Return the names of the metrics that the stage measures for a model with `num_heads` prediction heads."""
 
 
 class ValueStage:
-    """A stage that trains the policy's value head, alone on a frozen trunk or together with the language model.
+    """A stage that trains the policy's value head.
 
-    Stage 2 continues to train the model of this stage.
+    The value head is trained either alone on a frozen trunk, or together with the language model. Stage 2 continues to
+    train the model of this stage.
     """
 
     trains_policy = True
@@ -63,13 +64,13 @@ class ValueStage:
         """Create the stage.
 
         Args:
-            trains: "all" trains the value head together with the language model, "head" only the value head.
-            loss: the value loss, see `ValueLoss`.
-            discount: γ of the λ-return.
-            trace_decay: λ of the λ-return.
-            language_model_coef: coefficient of the language-model loss; not used with `trains="head"`.
-            save_value_head: whether the value head is also saved in a separate file.
-            reuse: an earlier run, whose finished stage 1 is copied; None: train stage 1.
+            trains: "all" trains the value head together with the language model, "head" trains only the value head.
+            loss: the kind of value loss, see `ValueLoss`.
+            discount: the discount factor γ of the λ-return.
+            trace_decay: the factor λ of the λ-return.
+            language_model_coef: the coefficient of the language-model loss; not used with `trains="head"`.
+            save_value_head: whether the value head is saved in a separate file in addition to the checkpoint.
+            reuse: the folder of an earlier run whose finished stage 1 is copied; None: train stage 1.
         """
         self.trains, self.language_model_coef = trains, language_model_coef
         self.value_loss = ValueLoss(loss, discount, trace_decay)
@@ -82,14 +83,17 @@ class ValueStage:
         return ValueObjective(self.value_loss, language_model, self.language_model_coef)
 
     def freeze(self, model: MtpModel) -> None:
-        """Freeze the parameters that this stage does not train."""
+        """Freeze the parameters of the model that this stage does not train."""
         model.set_trainable()
         for name, parameter in model.named_parameters():
             if self.trains == "head":
                 parameter.requires_grad_(name.startswith("value_head."))
 
     def metric_names(self, num_heads: int) -> list[str]:
-        """Return the names of the value metrics, and those of the prediction heads if these are trained."""
+        """Return the names of the value metrics.
+
+        If the stage also trains the prediction heads, the names of their metrics are included.
+        """
         trains_heads = self.trains == "all"
         return metric_names(num_heads if trains_heads else 0, values=True, language_model_loss=trains_heads)
 
@@ -102,7 +106,11 @@ class ReferenceStage:
     saves_value_head = False
 
     def __init__(self, *, reuse: Path | None = None) -> None:
-        """Create the stage. `reuse` is an earlier run, whose finished stage 1 is copied; None: train stage 1."""
+        """Create the stage.
+
+        Args:
+            reuse: the folder of an earlier run whose finished stage 1 is copied; None: train stage 1.
+        """
         self.reuse = reuse
 
     def objective(self) -> Objective:
@@ -110,7 +118,7 @@ class ReferenceStage:
         return MtpObjective(Uniform())
 
     def freeze(self, model: MtpModel) -> None:
-        """Leave all parameters trainable."""
+        """Do nothing, because this stage trains all parameters."""
 
     def metric_names(self, num_heads: int) -> list[str]:
         """Return the names of the metrics of the prediction heads."""

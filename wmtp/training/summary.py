@@ -1,4 +1,4 @@
-"""Write summary.json and print the table at the end of a run."""
+"""Write summary.json and print a table of results at the end of a run."""
 
 import json
 import sys
@@ -17,7 +17,10 @@ from wmtp.training.trainer import Result, Trainer
 
 
 def last_and_best(folder: Path) -> dict[str, Any]:
-    """Return the metrics of the last and of the best validation in metrics.jsonl; empty without a validation."""
+    """Return the metrics of the last validation and of the validation with the lowest loss, from metrics.jsonl.
+
+    Both entries are empty if there was no validation.
+    """
     validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
     if not validations:
         return {"last": {}, "best": {}}
@@ -25,14 +28,17 @@ def last_and_best(folder: Path) -> dict[str, Any]:
 
 
 def median_speed(folder: Path) -> float | None:
-    """Return the median of the logged training tokens per second; None if none was logged."""
+    """Return the median of the logged training speeds in tokens per second, or None if no speed was logged."""
     speeds = sorted(line["train/tokens_per_second"] for line in read_metrics(folder / FILE_NAME)
                     if "train/tokens_per_second" in line)  # fmt: skip
     return speeds[len(speeds) // 2] if speeds else None
 
 
 def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:
-    """Write summary.json with the values of the trainer and `extras`, and return its content."""
+    """Write summary.json, and return its content.
+
+    It contains values of the trainer and of `result`, the logged metrics, and the entries of `extras`.
+    """
     summary = {
         **asdict(result),
         **last_and_best(folder),
@@ -51,9 +57,9 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
 
 
 def print_summary(console: Console, folder: Path, summary: dict[str, Any], resume_overrides: str) -> None:
-    """Print the table at the end of a run, and the commands to use next.
+    """Print the table of results at the end of a run, and commands that are useful next.
 
-    `resume_overrides` are the overrides of a longer run, for the printed resume command.
+    One of these commands resumes the run with the overrides `resume_overrides`, so that it trains for longer.
     """
     table = Table(title=f"{summary['total_steps']} updates, {summary['total_tokens']:,} tokens", title_justify="left")
     table.add_column("validation")
@@ -95,6 +101,6 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
 
 
 def tracking_uri(folder: Path) -> str | None:
-    """Return the MLflow URI of a run; None if it is not tracked."""
+    """Return the URI of the MLflow store that tracks a run, or None if the run is not tracked."""
     path = folder / SYNC_STATE
     return str(json.loads(path.read_text())["uri"]) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Token-level reports at the end of a run: tokens.json, and how well the weights match the ground truth."""
+"""Token-level results at the end of a run: the file tokens.json, and a comparison of weights with the ground truth."""
 
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from wmtp.runtime.run_dir import TOKENS
 from wmtp.training.precompute import fill_column
 
 TOKEN_METRICS = ("weight", "loss", "value")
-"""Metrics of a token, in the order of `MtpObjective.token_metrics`."""
+"""Names of the metrics of a token, in the order of the results of `MtpObjective.token_metrics`."""
 NUM_TASKS = 3
-"""Number of tasks in tokens.json; each has a correct and an incorrect sample."""
+"""Number of tasks in tokens.json. The file contains at most twice as many samples, which belong to these tasks."""
 NUM_BINS = 10
-"""Number of bins of the calibration."""
+"""Number of bins into which `calibration` divides the values."""
 
 
 def measure_tokens(objective: MtpObjective, model: MtpModel, data: Dataset, hardware: Hardware) -> np.ndarray:
-    """Return the metrics of all tokens of the validation split, shape [token, metric], in the order `TOKEN_METRICS`.
+    """Return the metrics of all tokens of the validation split, shape [token, metric].
 
-    An entry is NaN if the token has no such metric. All ranks must call this function.
+    The metrics are in the order of `TOKEN_METRICS`. If a token does not have a metric, the entry is NaN. All ranks must
+    call this function.
     """
     split = data.validation
     measured = np.full((len(split.samples.tokens), len(TOKEN_METRICS)), np.nan, np.float32)
@@ -40,9 +41,9 @@ def measure_tokens(objective: MtpObjective, model: MtpModel, data: Dataset, hard
 
 
 def write_token_report(folder: Path, measured: np.ndarray, data: Dataset, step: int) -> None:
-    """Write tokens.json: samples of the first tasks, and the calibration of the values.
+    """Write tokens.json, which contains samples of the first validation tasks, and the calibration of the values.
 
-    `measured` has shape [token, metric], from `measure_tokens`; `step` is the number of the last update.
+    `measured` is the result of `measure_tokens`, shape [token, metric]. `step` is the number of the last update.
     """
     split = data.validation
     tasks = set(split.tasks[np.sort(np.unique(split.tasks, return_index=True)[1])][:NUM_TASKS].tolist())
@@ -58,7 +59,10 @@ def write_token_report(folder: Path, measured: np.ndarray, data: Dataset, step: 
 def describe_samples(
     split: TokenizedSplit, tokenizer: Tokenizer, measured: np.ndarray, indices: list[int]
 ) -> list[dict[str, Any]]:
-    """Return samples as plain JSON values, with the metrics of every token of their solutions."""
+    """Return the samples of a split at the given indices as plain JSON values.
+
+    Each sample contains the metrics of every token of its solution.
+    """
     decisive, noise, _ = label_tokens(split, tokenizer)
     records = [split.records[split.samples.kept[index]] for index in indices]
     all_spans = tokenizer.character_spans([record.solution for record in records])
@@ -78,9 +82,11 @@ def describe_samples(
 
 
 def calibration(split: TokenizedSplit, values: np.ndarray) -> list[dict[str, float]]:
-    """Return count, mean value and mean reward of the tokens in each of `NUM_BINS` equal bins of the value.
+    """Divide the tokens of a split into bins by their value, and return statistics of the tokens in each bin.
 
-    The bins divide [0, 1]; values outside count in the first or the last bin. `values` has shape [token].
+    The statistics are the number of tokens, their mean value and their mean reward. The interval [0, 1] is divided into
+    `NUM_BINS` bins of equal width. A value below 0 counts in the first bin, and a value above 1 counts in the last bin.
+    Empty bins are left out. `values` has shape [token] and is NaN for tokens without a value.
     """
     rewards = np.repeat(split.rewards, split.samples.lengths)
     known = np.isfinite(values)
@@ -103,12 +109,13 @@ def _plain(x: np.floating[Any]) -> float | None:
 
 
 def weight_quality(weights: np.ndarray, data: Dataset) -> dict[str, float | None]:
-    """Return how well small weights identify harmful tokens of the validation split, as areas under the ROC curve.
+    """Return areas under the ROC curve, which show how well small weights identify harmful tokens.
 
-    The score of a token is its negated weight, and `weights` has shape [token]. For `decisive_wrong_auc`, the positives
-    are the decisive tokens among the tokens of wrong solutions. For `noise_auc`, they are the noise tokens among the
-    tokens of all solutions. 1 is perfect, 0.5 is chance. The result is empty if the data has no ground truth or if all
-    weights are equal.
+    Only tokens of the validation split are used, and a token is compared only with tokens of the same solution. The
+    area is 1 if every harmful token has a lower weight than the tokens it is compared with, and 0.5 for random weights.
+    For `decisive_wrong_auc`, decisive tokens of wrong solutions are compared with the other tokens. For `noise_auc`,
+    noise tokens of all solutions are compared with the other tokens. The result is empty if the data has no ground
+    truth or if all weights are equal. `weights` has shape [token].
     """
     split = data.validation
     if not has_token_labels(split):
@@ -126,17 +133,17 @@ def weight_quality(weights: np.ndarray, data: Dataset) -> dict[str, float | None
 
 
 def area_under_roc(scores: np.ndarray, positive: np.ndarray, mask: np.ndarray, groups: np.ndarray) -> float | None:
-    """Return the probability that a positive has a higher score than a negative of its group; ties count as half.
+    """Return the probability that a positive token has a higher score than a negative token of the same group.
 
-    The result is None if there is no such pair. Pairs are formed only within a group (a solution): without groups,
-    weights that are permuted within each solution would score above chance, because they still show which solutions
-    are noisy.
+    A tie counts as half. The result is None if no group contains a positive and a negative token. Tokens of different
+    groups (solutions) are not compared. Otherwise, weights that are permuted within each solution would score above
+    chance, because they still show which solutions contain much noise.
 
     Args:
-        scores: scores, shape [token].
-        positive: True at positives, shape [token].
-        mask: True at the tokens to compare, shape [token].
-        groups: the group of each token, shape [token].
+        scores: the score of each token, shape [token].
+        positive: True for positive tokens, shape [token].
+        mask: True for the tokens to compare, shape [token].
+        groups: the number of the group of each token, shape [token].
     """
     scores, positive, groups = scores[mask], positive[mask], groups[mask]
     order = np.argsort(groups, kind="stable")

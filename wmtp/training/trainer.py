@@ -1,4 +1,4 @@
-"""The training loop, used by both stages."""
+"""The training loop, which both stages use."""
 
 import math
 import time
@@ -33,17 +33,18 @@ from wmtp.training.resume_check import declared_changes, training_identity
 
 
 class SampleEvaluator(Protocol):
-    """An evaluation that runs at every validation, in addition to the losses."""
+    """The interface of an evaluation that runs at every validation, after the losses have been measured."""
 
     def validate(self, model: MtpModel, step: int) -> dict[str, float]:
-        """Return metrics of the model after update `step`."""
+        """Return the metrics of the model after update number `step`."""
 
 
 @dataclass
 class Result:
     """The result of a training stage.
 
-    `final_loss` and `best_loss` are the losses of the last and of the best validation; None without a validation.
+    `final_loss` is the loss of the last validation, and `best_loss` is the lowest validation loss. Both are None if
+    there was no validation.
     """
 
     total_steps: int
@@ -56,7 +57,7 @@ class Result:
 
 
 class Trainer:
-    """The training loop: updates, logging, validation, early stopping, saving and resuming."""
+    """The training loop of a stage, with logging, validation, early stopping, checkpoints and resuming."""
 
     def __init__(
         self,
@@ -78,10 +79,10 @@ class Trainer:
         on_nonfinite: Action = "stop",
         max_skipped_updates: Positive = 10,
     ) -> None:
-        """Create a trainer; intervals count updates.
+        """Create a trainer. The arguments that end with `_interval` are numbers of updates.
 
-        Without `eval_interval`, validation runs only after each epoch and after the last update. Without
-        `save_interval`, only the best and the last state are saved.
+        If `eval_interval` is None, validation runs only after each epoch and after the last update. If `save_interval`
+        is None, only the best and the last state are saved.
         """
         self.model, self.objective, self.data, self.plan = model, objective, data, plan
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -102,9 +103,9 @@ class Trainer:
         """Train from the current position to the end of the plan, and log metrics to the trackers.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; the update that produced it was not applied.
-            InterruptedRun: a signal was received; the current update was completed and saved. If it was the last
-                update of the run, nothing is raised, and `interrupted_by` holds the signal.
+            TrainingError: the loss or the gradient of an update was not finite, and the update was not applied.
+            InterruptedRun: a signal was received. The current update was completed and saved first. If that update
+                ended the stage, no error is raised, and the attribute `interrupted_by` contains the signal.
         """
         self.trackers = trackers
         with DeferredSignals() as signals:
@@ -141,7 +142,7 @@ class Trainer:
         """Run one update: accumulate the gradients of its micro-batches and make the optimizer step.
 
         Returns:
-            The `train/` metrics of the update, over all ranks.
+            The metrics `train/*` of the update, computed over all ranks.
 
         Raises:
             TrainingError: the update has no target, or its loss or gradient is not finite (see `FiniteCheck`).
@@ -168,7 +169,10 @@ class Trainer:
         return metrics
 
     def _accumulate_gradients(self, batches: list[Batch]) -> MetricSums:
-        """Accumulate the gradient of the update's loss in the parameters, and return this rank's metric sums."""
+        """Run the forward and backward passes of an update, and return this rank's metric sums.
+
+        The gradients of all micro-batches are summed in the parameters.
+        """
         local_denominators = torch.stack([self.objective.denominators(self.model, batch) for batch in batches])
         denominators = self.processes.sum(local_denominators.sum(dim=0))
         self.objective.check_denominators(denominators)
@@ -197,10 +201,12 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, max_batches: int | None = None) -> bool:
-        """Measure the validation split, or its first `max_batches` batches, and log the metrics.
+        """Measure the model on the validation split, and log the metrics.
+
+        If `max_batches` is set, only the first `max_batches` batches are used.
 
         Returns:
-            Whether the validation loss is the best so far; False if there is no validation split.
+            Whether the validation loss is the lowest so far; False if there is no validation split.
 
         Raises:
             TrainingError: the validation loss is not finite.
@@ -231,14 +237,17 @@ class Trainer:
         return improved
 
     def save(self, is_best: bool) -> None:
-        """Write a checkpoint of the current position, and mark it as the best if `is_best`."""
+        """Write a checkpoint of the current state. If `is_best` is true, mark it as the best checkpoint."""
         self.checkpoints.save(self.position.step, self.snapshot())
         if is_best:
             assert self.best_loss is not None
             self.checkpoints.mark_best(self.position.step, self.best_loss)
 
     def snapshot(self) -> Snapshot:
-        """Return the complete training state, from which a resumed run continues exactly as without interruption."""
+        """Return the complete training state.
+
+        A run that is resumed from this state continues exactly as it would without an interruption.
+        """
         optimizer_tensors, optimizer_state = split_optimizer_state(self.model, self.optimizer)
         state = {
             "position": asdict(self.position),
@@ -258,14 +267,14 @@ class Trainer:
 
         Args:
             snapshot: the state to load.
-            declared: names of settings that are allowed to differ from the snapshot (`resume_override`).
+            declared: names of the settings that are allowed to differ from those in the snapshot (`resume_override`).
 
         Returns:
-            A description of the change for each declared setting that differs.
+            A description of the change for each setting that differs.
 
         Raises:
-            InputError: the data, the tokenizer, the batch size or another setting differs from the snapshot's, and
-                is not declared.
+            InputError: the data, the tokenizer, the batch size or another setting differs from that in the snapshot,
+                and `declared` does not contain it.
         """
         state = snapshot.state
         self.plan = self.plan.for_resume(state["identity"]["micro_batch_size"])
@@ -287,7 +296,7 @@ class Trainer:
         return training_identity(self.data, self.objective, self.plan, self.model, self.optimizer)
 
     def _synchronize(self, signals: DeferredSignals) -> None:
-        """Share received signals and decisions to stop early between all processes."""
+        """Share received signals and the decision to stop early between all processes."""
         size, reason = self.processes.size, self.early_stopping.reason
         # the largest value identifies the lowest rank that has a reason to stop
         signal, stopping = self.processes.max(signals.received or 0, size - self.processes.rank if reason else 0)
@@ -325,7 +334,7 @@ class Trainer:
 
 
 def interruption_error(trainer: Trainer) -> InterruptedRun:
-    """Return the error to raise after a signal ended the run and the last update was saved."""
+    """Return the error to raise if a signal has ended the run. Its message names the checkpoint of the last update."""
     assert trainer.interrupted_by is not None
     checkpoint = f"{trainer.checkpoints.folder}/step_{trainer.position.step:08d}"
     return InterruptedRun(

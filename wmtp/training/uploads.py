@@ -27,19 +27,25 @@ from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
 WAIT_NOTICE_S = 3.0
-"""Seconds that the end of a run waits for a server before a log message names this server."""
+"""Seconds of waiting for a server at the end of a run, after which a log message about the wait is written."""
 
 
 class RemoteIsAhead(InputError):
-    """The copy of a run in S3 has a later checkpoint than the local folder, so there is nothing to upload."""
+    """An error that is raised if the copy of a run in S3 has a later checkpoint than the local folder.
+
+    In this case, the local folder has nothing to upload.
+    """
 
 
 class Uploader(Tracker, Protocol):
-    """A tracker that sends data to a server and reports what was sent and what was not."""
+    """The interface of a tracker that sends data to a server.
+
+    An uploader can describe which data was sent and which data was not sent.
+    """
 
     @property
     def server(self) -> str:
-        """The name of the server, for messages."""
+        """The name of the server, as it appears in messages."""
 
     @property
     def report(self) -> str:
@@ -50,10 +56,10 @@ class Uploader(Tracker, Protocol):
 
 
 def check_servers(config: DictConfig, folder: Path) -> list[str]:
-    """Check that the servers accept this run. Return a message for each server that cannot be reached.
+    """Check that the servers accept this run, and return a message for each server that cannot be reached.
 
     Raises:
-        InputError: a server rejects the run, or the run's S3 URL belongs to a different run.
+        InputError: a server rejects the run, or the run's S3 URL contains a different run.
         RemoteIsAhead: the copy in S3 has a later checkpoint than `folder`.
     """
     unreachable: list[str] = []
@@ -77,11 +83,11 @@ def check_servers(config: DictConfig, folder: Path) -> list[str]:
 
 
 def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> None:
-    """Check that an S3 URL is unused or holds this run, with no later checkpoint than `folder`.
+    """Check that a folder in S3 is unused, or that it contains the run `run_id` and no later checkpoint than `folder`.
 
     Raises:
-        InputError: the URL holds a different run.
-        RemoteIsAhead: the copy in S3 has a later checkpoint.
+        InputError: the folder in S3 contains a different run.
+        RemoteIsAhead: the copy in S3 has a later checkpoint than `folder`.
     """
     remote_run = s3_folder.read_json(RUN)
     if remote_run is not None and remote_run["id"] != run_id:
@@ -100,9 +106,9 @@ def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> N
 def open_uploaders(
     config: DictConfig, folder: Path, console: Console, *, is_training: bool, short_timeouts: bool = False
 ) -> list[Uploader]:
-    """Start the background uploads of a run to the servers of its config.
+    """Start the uploads of a run in the background, one for each server that the config names.
 
-    With `short_timeouts`, servers that do not answer are given up sooner.
+    With `short_timeouts`, an upload ends sooner if its server does not respond.
     """
     run, parameters = read_run(folder), flatten(to_plain(config))
     if short_timeouts:
@@ -121,7 +127,7 @@ def open_uploaders(
 
 
 def with_short_timeouts(config: DictConfig) -> DictConfig:
-    """Return a copy of the config with short `stall_seconds`."""
+    """Return a copy of the config in which each option `stall_seconds` is at most `SHUTDOWN_STALL_S`."""
     config = copy.deepcopy(config)
     for node in (config.tracking, config.checkpoint):
         if node is not None and "stall_seconds" in node:
@@ -130,11 +136,11 @@ def with_short_timeouts(config: DictConfig) -> DictConfig:
 
 
 def send_pending(folder: Path, state: State) -> list[str]:
-    """Upload the pending data of an ended run or sweep, and return a report for each server.
+    """Upload the data of an ended run or sweep that was not uploaded before, and return a report for each server.
 
     Raises:
         InputError: a server rejects the data, or the config of the run is invalid.
-        PendingError: some data is still pending.
+        PendingError: some data could still not be uploaded.
     """
     if not (folder / "config.yaml").exists():
         report = end_sweep(folder, state)
@@ -154,9 +160,9 @@ def send_pending(folder: Path, state: State) -> list[str]:
 
 
 def _prune(config: DictConfig, folder: Path) -> None:
-    """Delete checkpoints that were kept only until their upload, unless a running job holds the folder.
+    """Delete checkpoints that were kept only because they had not been uploaded.
 
-    A running job deletes them itself.
+    If a job is running in the folder, nothing is deleted here, because the job itself deletes them.
     """
     try:
         lock = FolderLock(folder)
@@ -170,9 +176,10 @@ def _prune(config: DictConfig, folder: Path) -> None:
 
 
 def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | OSError]:
-    """Close all uploaders of a run, and return their errors, including those about data that is still pending.
+    """Close all uploaders of a run, and return their errors. Data that was not uploaded is reported as an error.
 
-    If the run has finished, an interruption (Ctrl-C) does not raise: it only ends the wait for the current server.
+    If the run has finished, an interruption (Ctrl-C) during this call ends only the wait for the current server, and it
+    raises no error.
     """
     errors: list[WmtpError | OSError] = []
     for uploader in uploaders:
@@ -193,7 +200,7 @@ def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | O
 
 
 def close_trackers(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:
-    """Close every tracker, also after an error in one of them, and return the errors."""
+    """Close all trackers, and return their errors. If one tracker raises an error, the others are still closed."""
     errors: list[WmtpError | OSError] = []
     for tracker in trackers:
         try:
@@ -204,5 +211,5 @@ def close_trackers(trackers: Sequence[Tracker], state: State) -> list[WmtpError 
 
 
 def pending_error(errors: list[WmtpError | OSError]) -> PendingError:
-    """Return one error that lists the pending data of all uploaders."""
+    """Return one error that contains the messages of all given errors about data that was not uploaded."""
     return PendingError("\n".join(str(error) for error in errors))

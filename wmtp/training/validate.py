@@ -1,4 +1,4 @@
-"""Validation of a composed training config, before anything is built."""
+"""Checks of a complete training config that run before any object of the run is built."""
 
 import math
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ from wmtp.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The keys of train.yaml that are options of the whole run, not of the trainer or its plan."""
+    """The keys of train.yaml that are options of the whole run, not of the trainer or of its plan."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_name: str | None
@@ -56,13 +56,14 @@ class RunOptions:
 
 
 REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")
-"""Config groups that must not be null."""
+"""Names of the config groups that must not be null."""
 
 
 def config_issues(config: DictConfig, stage: Stage | None = None) -> list[ConfigIssue]:
     """Return all issues of a training config.
 
-    The issues within each node are first; issues between nodes follow, but only for nodes that are valid.
+    Issues within one config group come first. Contradictions between groups follow; a group with issues of its own is
+    not checked for them. The issues of the config of stage 1 come last.
 
     Args:
         config: the composed config.
@@ -90,9 +91,9 @@ def config_issues(config: DictConfig, stage: Stage | None = None) -> list[Config
 
 
 def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """Yield issues of the value of a config group that names no class.
+    """Yield the issues of a config group whose value is not a dictionary with the key `_target_`, the name of a class.
 
-    A required group must not be null, and a group must not be a plain value or have keys of its own.
+    A required group must not be null. No group may be a plain value. A group without a class must have no keys.
     """
     options = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / name).glob("*.yaml") if path.stem != "base"))
     if value is None:
@@ -106,15 +107,18 @@ def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
 
 
 def stage_overridable_keys() -> dict[str, Parameter]:
-    """Return the keys of train.yaml that stage 1 may override. Their values are checked after merging."""
+    """Return the keys of train.yaml that stage 1 may override.
+
+    Every type is `Any`, because the values are checked later in the complete config of stage 1.
+    """
     names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed"]
     return {name: Parameter(Any, False) for name in names}
 
 
 def cross_issues(config: DictConfig, invalid: set[str], stage: Stage | None) -> Iterator[ConfigIssue]:
-    """Yield issues between groups, and resources that are not available.
+    """Yield issues that concern more than one setting, options that a class rejects, and missing files or hardware.
 
-    Groups in `invalid`, which already have issues, are skipped.
+    `invalid` contains the keys that already have issues. A check that needs one of these keys is skipped.
     """
     if "model" not in invalid and config.get("model") is not None and (found_issues := list(model_issues(config))):
         yield from found_issues
@@ -151,7 +155,7 @@ def batch_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def model_source(config: DictConfig) -> ModelSource:
-    """Return the source of the model without the tokenizer, because building the tokenizer takes time.
+    """Return the model source that the config names. It has no tokenizer, because building a tokenizer takes time.
 
     Raises:
         InputError: files of the model are missing.
@@ -160,9 +164,9 @@ def model_source(config: DictConfig) -> ModelSource:
 
 
 def model_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield issues of the model that can be found without loading weights.
+    """Yield the issues of the model that can be found without loading its weights.
 
-    A `data.max_length` above the maximum length of the model is one of them.
+    One of them is a `data.max_length` above the maximum sequence length of the model.
     """
     source = model_source(config)
     source_issues = [ConfigIssue(f"model.{key}", value, problem) for key, value, problem in source.issues()]
@@ -174,7 +178,7 @@ def model_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def data_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if sampling options of the data contradict each other."""
+    """Yield an issue if the options for sampling the data contradict each other."""
     data = config.data
     if data.get("balance_correct") and data.get("correct_ratio") not in (None, 0.5):
         problem = f"contradicts data.correct_ratio={data.correct_ratio}; set data.correct_ratio=null"
@@ -182,7 +186,7 @@ def data_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def algorithm_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield settings of stage 1, the data and the model that the algorithm does not support."""
+    """Yield an issue for each setting of stage 1, the data or the model that the algorithm does not support."""
     try:
         algorithm: Algorithm = build(config.algo)
     except InputError as error:
@@ -216,7 +220,7 @@ def algorithm_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
-    """Yield settings that stage 1 must not override, and settings that its loss does not support."""
+    """Yield an issue for each setting that stage 1 must not override or that the loss of stage 1 does not support."""
     changed = stage_config(config)
     if not (isinstance(changed.data, DictConfig) and isinstance(changed.model, DictConfig)):
         return
@@ -247,7 +251,10 @@ def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
 
 
 def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[ConfigIssue]:
-    """Yield contradictory settings of early stopping, and a monitor that is not a metric of this run."""
+    """Yield issues of early stopping.
+
+    The issues are settings that contradict each other, and a `monitor` that is not a metric of this run.
+    """
     try:
         stopping: EarlyStopping = build(config.early_stopping)
     except InputError as error:
@@ -261,7 +268,10 @@ def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[C
 
 
 def needs_values(config: DictConfig) -> bool:
-    """Return whether the algorithm, or for a control the wrapped algorithm, trains a value head."""
+    """Return whether the algorithm trains a value head.
+
+    If the algorithm is a control, which wraps another algorithm, the wrapped algorithm is examined.
+    """
     node = config.algo
     while "of" in node:
         node = node.of
@@ -269,7 +279,7 @@ def needs_values(config: DictConfig) -> bool:
 
 
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if the optimizer cannot be constructed, tried with a parameter of one element."""
+    """Yield an issue if the optimizer cannot be created. This is tried with a parameter that has one element."""
     options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
     try:
         locate(config.optimizer["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
@@ -278,7 +288,7 @@ def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def hardware_group_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield issues of hardware that is not available."""
+    """Yield an issue for each hardware setting that this machine cannot satisfy or that contradicts another one."""
     hardware = config.hardware
     for key, problem in hardware_issues(hardware.device, hardware.num_processes, hardware.strategy):
         yield ConfigIssue(f"hardware.{key}", str(hardware[key]), problem)
@@ -295,7 +305,7 @@ def resume_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 def resume_problem(folder: Path) -> str | None:
-    """Return the reason why a run's folder cannot be resumed; None if it can."""
+    """Return the reason why the run in a folder cannot be resumed, or None if it can be resumed."""
     if not (folder / SAVED_OVERRIDES).exists():
         return f"is not a run's folder: it has no {SAVED_OVERRIDES}"
     if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):

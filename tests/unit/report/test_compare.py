@@ -182,7 +182,7 @@ def test_the_baseline_can_be_given_by_a_part_of_its_label(tmp_path: Path, part: 
 def test_one_group_or_no_common_seed_is_an_error(tmp_path: Path) -> None:
     study(tmp_path / "one", baseline=BASELINE)
     with pytest.raises(
-        InputError, match="5 finished runs form only one group, because their configs differ at most in the seed"
+        InputError, match="finished runs: 5, but they form only one group, because their configs differ at most"
     ):
         compare_study(tmp_path / "one")
     for seed, algo in enumerate(["baseline", "critic"]):

@@ -315,7 +315,7 @@ def test_only_run_below_a_url_is_found(run: RunInS3, object_store: ObjectStore, 
     for number in range(12):
         run.remote.put_bytes(b"", f"../more/{number:02d}/config.yaml".replace("../", "jobs/"))
     assert find_run(run.url) == run.url
-    with pytest.raises(InputError, match="there are several runs; name one of them") as raised:
+    with pytest.raises(InputError, match="there are several runs; choose one of them") as raised:
         find_run(f"{run.url}/jobs")
     assert str(raised.value).count("s3://") == 11 and "…" in str(raised.value)
 

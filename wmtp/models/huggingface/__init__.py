@@ -1,1 +1,1 @@
-"""Models of Hugging Face's transformers; the only package that imports transformers."""
+"""Models of Hugging Face's transformers library. Only this package imports transformers directly."""

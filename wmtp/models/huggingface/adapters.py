@@ -1,4 +1,4 @@
-"""Adapters from decoders of transformers to the modules of a multi-token model."""
+"""Adapters that turn decoders of the transformers library into the modules of a multi-token model."""
 
 import copy
 import json
@@ -16,19 +16,19 @@ from wmtp.models.heads import ResidualHead
 
 
 class RotaryPositions(Positions):
-    """Rotary positions: cosines and sines for every block, scaled as the model's config specifies."""
+    """Rotary position encoding. Every block receives cosines and sines, scaled as the model's config specifies."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
 
     def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> Context:
-        """Return cosines and sines in the dtype of the residual stream."""
+        """Return the cosines and sines of the rotation angles, in the dtype of the residual stream `x`."""
         return self.rotary(x, position_ids=positions)
 
 
 class LearnedPositions(Positions):
-    """Learned position vectors, added to the embeddings."""
+    """Learned position vectors that are added to the token embeddings."""
 
     def __init__(self, vectors: nn.Embedding, dropout: nn.Module) -> None:
         super().__init__()
@@ -37,25 +37,26 @@ class LearnedPositions(Positions):
     def embed(
         self, x: Float[Tensor, "batch position dim"], positions: Int[Tensor, "#batch position"]
     ) -> Float[Tensor, "batch position dim"]:
-        """Return the embeddings plus the vector of each position.
+        """Return the token embeddings `x` plus the learned vector of each position, after dropout.
 
-        Positions after the last vector use the last vector; only drafts that are discarded have such positions.
+        Positions beyond the last learned vector use the last vector. Only draft tokens that are discarded have such
+        positions.
         """
         clamped = positions.clamp(max=self.vectors.num_embeddings - 1)
         out: Tensor = self.dropout(x + self.vectors(clamped))
         return out
 
     def forward(self, positions: Int[Tensor, "#batch position"], x: Float[Tensor, "*any dim"]) -> Context:
-        """Return None: blocks need no position input."""
+        """Return None, because the blocks need no position-dependent input."""
         return None
 
 
 @dataclass(frozen=True)
 class DecoderAdapter:
-    """Names of a decoder's modules in its causal language model, and the constructor of its position module.
+    """The names of the modules of a causal language model, and the function that builds its position module.
 
-    `body` is the name of the decoder in the model, `layers` and `norm` are names in the decoder, and `attention` is a
-    name in a layer.
+    `body` is the name of the decoder in the causal language model. `layers` and `norm` are names of modules in the
+    decoder. `attention` is the name of the attention module in a layer.
     """
 
     body: str
@@ -83,11 +84,11 @@ DECODER_ADAPTERS: dict[str, DecoderAdapter] = {
     "qwen3": LLAMA_ADAPTER,
     "gpt2": DecoderAdapter("transformer", "h", "ln_f", "attn", _learned),
 }
-"""Supported architectures, by the `model_type` of the config."""
+"""The adapter of every supported architecture, by the `model_type` in the model's config."""
 
 
 class DecoderBlock(nn.Module):
-    """A block that wraps a decoder layer of transformers."""
+    """A block that wraps a decoder layer of the transformers library."""
 
     def __init__(self, layer: nn.Module, attention: str, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -98,9 +99,10 @@ class DecoderBlock(nn.Module):
         self.window = layer_window(config, attention_module.layer_idx)
 
     def forward(self, x: Float[Tensor, "batch position dim"], context: Context) -> Float[Tensor, "batch position dim"]:
-        """Return the output of the layer; a position attends to itself and to earlier positions in its window.
+        """Return the output of the decoder layer for complete sequences, without a cache.
 
-        Padding must be on the right.
+        A position attends to itself and to earlier positions. If the layer has a sliding window, a position attends
+        only to positions in this window. Padding must be on the right.
         """
         mask = None
         if self.window is not None and x.shape[1] > self.window:
@@ -115,13 +117,13 @@ class DecoderBlock(nn.Module):
         mask: Bool[Tensor, "#batch 1 position slot"] | None,
         cache: object | None,
     ) -> Float[Tensor, "batch position dim"]:
-        """Return the output of the layer for positions whose earlier keys and values are in a cache.
+        """Return the output of the decoder layer. The keys and values of earlier positions can be in a cache.
 
         Args:
             x: the residual stream.
-            context: the position input of the layer.
-            mask: True where a position attends to a slot; None: causal attention.
-            cache: an object whose method `update` receives new keys and values; None: no cache.
+            context: the position-dependent input of the layer.
+            mask: True where a position attends to a key slot; None for causal attention.
+            cache: an object whose method `update` stores new keys and values; None for no cache.
         """
         out: Tensor = self.layer(
             x, attention_mask=mask, position_embeddings=context, past_key_values=cache, use_cache=cache is not None
@@ -132,10 +134,10 @@ class DecoderBlock(nn.Module):
 def window_mask(
     positions: Int[Tensor, "batch query"], length: int, window: int | None
 ) -> Bool[Tensor, "batch 1 query slot"]:
-    """Return the attention mask of queries over the slots 0 … `length` − 1: True where a query attends to a slot.
+    """Return the attention mask of queries over key slots. An element is True if the query attends to the slot.
 
-    `positions` are the positions of the queries, and slot i has the key of position i. `window` is the size of the
-    sliding window in positions; None: no window.
+    `positions` contains the positions of the queries. There are `length` slots, and slot i contains the key of
+    position i. `window` is the size of the sliding window in positions, or None if there is no sliding window.
     """
     distance = positions[:, None, :, None] - torch.arange(length, device=positions.device)
     is_visible = distance >= 0
@@ -143,7 +145,7 @@ def window_mask(
 
 
 def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
-    """Return the size of a layer's sliding window in positions; None: no window."""
+    """Return the size of a layer's sliding window in positions, or None if the layer has no sliding window."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
@@ -153,7 +155,10 @@ def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
 
 @dataclass(frozen=True)
 class HuggingFaceArchitecture:
-    """The architecture of a causal language model whose last block is head 1, with H − 1 additional heads."""
+    """The architecture of a causal language model of transformers with additional prediction heads.
+
+    The last block of the causal language model is head 1. There are `num_heads` − 1 additional heads.
+    """
 
     config: PreTrainedConfig
     num_heads: int
@@ -166,7 +171,7 @@ class HuggingFaceArchitecture:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Heads, dtype of the parameters, and the config values that affect a forward pass."""
+        """The number and kind of heads, the parameters' dtype, and the config values that affect forward passes."""
         from_config = {
             k: v for k, v in self.config.to_diff_dict().items() if k not in NON_FORWARD_KEYS and not k.startswith("_")
         }
@@ -178,7 +183,7 @@ class HuggingFaceArchitecture:
 
     @property
     def max_positions(self) -> int | None:
-        """Number of learned positions; None for rotary positions."""
+        """Number of learned position vectors, or None for rotary positions."""
         return int(self.config.max_position_embeddings) if self.config.model_type == "gpt2" else None
 
     @property
@@ -187,18 +192,18 @@ class HuggingFaceArchitecture:
         return int(self.config.hidden_size)
 
     def build_modules(self) -> Modules:
-        """Build new modules with the initialization of transformers."""
+        """Build new modules, initialized as in transformers."""
         return split_model(self.build_causal_model(), self)
 
     def build_causal_model(self) -> PreTrainedModel:
-        """Build a new one-head model of transformers."""
+        """Build a new causal language model of transformers, without additional heads."""
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             self.config, attn_implementation="sdpa", dtype=self.dtype
         )
         return model
 
     def build_positions(self) -> Positions:
-        """Build only the position module, with rotary frequencies computed from the config."""
+        """Build only the position module. Rotary frequencies are computed from the config."""
         with torch.device("meta"):
             body = self.build_causal_model().get_submodule(self.adapter.body)
             on_meta = self.adapter.build_positions(body)
@@ -216,9 +221,10 @@ NON_FORWARD_KEYS = frozenset({
 
 
 def split_model(model: PreTrainedModel, architecture: HuggingFaceArchitecture) -> Modules:
-    """Split a causal language model into modules.
+    """Split a causal language model of transformers into the modules of a multi-token model.
 
-    Heads 2 … H start as copies of head 1, or as residual layers that return head 1's state unchanged.
+    "transformer" heads 2 … H start as copies of head 1. "medusa" heads start as residual layers that return the hidden
+    state of head 1 unchanged.
     """
     adapter, config = architecture.adapter, architecture.config
     body = model.get_submodule(adapter.body)

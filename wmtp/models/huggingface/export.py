@@ -1,7 +1,7 @@
 """Write trained models as files that transformers and compatible servers can load.
 
-The tensors have the names of the architecture's causal language model in transformers, whose last layer is head 1.
-Additional heads are stored in the same file, under names that this model does not use.
+The tensors have the names that they have in the causal language model of transformers, whose last layer is head 1.
+Additional heads are stored in the same file, under names that the causal language model does not use.
 """
 
 import copy
@@ -31,34 +31,37 @@ from wmtp.runtime.atomic_files import encode_json
 CODE_FILE = "modeling_mtp.py"
 CLASS_NAME = "MtpForCausalLM"
 GENERATION_CONFIG = "generation_config.json"
-"""File with the end and padding tokens used by `generate` of transformers."""
+"""Name of the file with the end and padding tokens that the method `generate` of transformers uses."""
 LLAMA_LAYER = {
     "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj",
     "attention.output": "self_attn.o_proj", "feed_forward.gate": "mlp.gate_proj", "feed_forward.up": "mlp.up_proj",
     "feed_forward.output": "mlp.down_proj",
 }  # fmt: skip
-"""Names of the modules of a Llama block: from the names in wmtp to those in transformers."""
+"""Names of the modules of a Llama block. The keys are names in wmtp, and the values are names in transformers."""
 ROTATED = ("attention.query", "attention.key")
-"""Modules whose results are rotated by the position encoding."""
+"""Modules whose outputs are rotated by the position encoding."""
 
 
 def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of a query or key weight for another layout of rotary pairs.
+    """Reorder the rows of a query or key weight from Meta's layout of rotary pairs to the layout of transformers.
 
-    Meta's code rotates the pairs (0, 1), (2, 3), … of a head. transformers rotates the pairs (i, i + head_dim / 2). The
-    weight has shape [heads · head_dim, dim].
+    Meta's code rotates the pairs (0, 1), (2, 3), … of the dimensions of an attention head. transformers rotates the
+    pairs (i, i + head_dim / 2). The weight has the shape [number of attention heads · head_dim, dim].
     """
     return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Invert `to_half_split`."""
+    """Reorder the rows of a query or key weight from the layout of transformers to Meta's layout of rotary pairs.
+
+    This function is the inverse of `to_half_split`.
+    """
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def layer_tensors(block: nn.Module, head_dim: int) -> dict[str, Tensor]:
-    """Return the tensors of a block or head, by their names in a layer of transformers."""
+    """Return the tensors of a block or of a head. The keys are the tensors' names in a layer of transformers."""
     if isinstance(block, DecoderBlock):
         return block.layer.state_dict()
     state = block.state_dict()
@@ -72,7 +75,7 @@ def layer_tensors(block: nn.Module, head_dim: int) -> dict[str, Tensor]:
 
 
 def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreTrainedConfig:
-    """Return the config with which transformers loads trunk and head 1."""
+    """Return the config with which transformers loads the trunk and head 1 as a causal language model."""
     architecture = model.architecture
     if isinstance(architecture, HuggingFaceArchitecture):
         config = copy.deepcopy(architecture.config)
@@ -91,7 +94,7 @@ def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreT
 
 
 def empty_causal_model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[HuggingFaceArchitecture, PreTrainedModel]:
-    """Build the architecture and the one-head model of a config, on the meta device."""
+    """Build the architecture that a config describes, and its causal language model on the meta device."""
     architecture = HuggingFaceArchitecture(config, num_heads=1, dtype=dtype)
     with torch.device("meta"):
         return architecture, architecture.build_causal_model()
@@ -100,7 +103,10 @@ def empty_causal_model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Hu
 def causal_tensors(
     model: MtpModel, architecture: HuggingFaceArchitecture, causal: PreTrainedModel
 ) -> dict[str, Tensor]:
-    """Return all tensors of trunk and head 1, by their names in the causal language model."""
+    """Return all tensors of the model except heads 2 … H. The keys are the tensors' names in `causal`.
+
+    `causal` is the causal language model of transformers, and `architecture` is its architecture.
+    """
     adapter, head_dim = architecture.adapter, _head_dim(model)
     names = {id(module): name for name, module in causal.named_modules()}
     groups = {names[id(causal.get_input_embeddings())]: model.embedding.state_dict()}
@@ -121,7 +127,9 @@ def _head_dim(model: MtpModel) -> int:
 
 
 def write_causal(model: MtpModel, tokenizer: Tokenizer, max_length: int, folder: Path, *, all_heads: bool) -> None:
-    """Write the config and the tensors. With `all_heads`, also write the code that loads all heads.
+    """Write the config and the tensors of a model to a folder.
+
+    If `all_heads` is false, heads 2 … H are left out. If it is true, the code that loads all heads is written too.
 
     Raises:
         InputError: the written tensors do not match the config.
@@ -148,10 +156,10 @@ def write_causal(model: MtpModel, tokenizer: Tokenizer, max_length: int, folder:
 
 
 def check_causal(folder: Path) -> None:
-    """Check that the stored tensors match the model that the written config describes.
+    """Check that the tensors in a folder match the model that the config in the folder describes.
 
     Raises:
-        InputError: tensors are missing, unexpected, or have another shape or dtype; the message has a line for each.
+        InputError: tensors are missing or unexpected, or have a wrong shape or dtype; each has a line in the message.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     _, causal = empty_causal_model(config, config.dtype)
@@ -164,11 +172,11 @@ def check_causal(folder: Path) -> None:
 
 
 TensorHeaders = dict[str, tuple[list[int], str]]
-"""Shape and dtype of tensors, by name."""
+"""The shape and the dtype of tensors, by the names of the tensors."""
 
 
 def read_headers(folder: Path) -> TensorHeaders:
-    """Return shapes and dtypes from the headers of a folder's safetensors files."""
+    """Return the shapes and dtypes of all tensors in the safetensors files of a folder."""
     headers: TensorHeaders = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -179,15 +187,15 @@ def read_headers(folder: Path) -> TensorHeaders:
 
 
 def safetensors_dtype(tensor: Tensor) -> str:
-    """Return the name of a floating-point tensor's dtype in safetensors."""
+    """Return the name that the safetensors format uses for the dtype of a floating-point tensor."""
     return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[tensor.dtype]
 
 
 def check_tensors(folder: Path, stored: TensorHeaders, expected: TensorHeaders) -> None:
-    """Check that the stored tensors are exactly the expected ones.
+    """Check that the stored tensors have the expected names, shapes and dtypes.
 
     Raises:
-        InputError: tensors are missing, unexpected, or have another shape or dtype; the message has a line for each.
+        InputError: tensors are missing or unexpected, or have a wrong shape or dtype; each has a line in the message.
     """
     issues = [f"missing: {name}" for name in sorted(expected.keys() - stored.keys())]
     issues += [f"unexpected: {name}" for name in sorted(stored.keys() - expected.keys())]
@@ -200,10 +208,11 @@ def check_tensors(folder: Path, stored: TensorHeaders, expected: TensorHeaders) 
 
 
 def write_medusa(model: MtpModel, folder: Path) -> None:
-    """Write heads 2 … H as a Medusa draft model for vLLM, with a copy of the shared unembedding.
+    """Write heads 2 … H as a Medusa draft model for vLLM, with a copy of the unembedding that all heads share.
 
     The format follows vLLM's model_executor/models/medusa.py (at 09cddad8) and transformers_utils/configs/medusa.py
-    (at 4bb77b32), which reads every key with "num" and "heads" as the number of heads. It was not tested on a server.
+    (at 4bb77b32). vLLM interprets every config key that contains "num" and "heads" as the number of heads, so the
+    config has only one such key. The export was not tested on a server.
 
     Raises:
         InputError: the written tensors do not match the config.
@@ -225,7 +234,10 @@ def write_medusa(model: MtpModel, folder: Path) -> None:
 
 
 def meta_format_issues(architecture: HuggingFaceArchitecture) -> list[str]:
-    """Return the reasons why a model cannot be written in Meta's layout, which supports one kind of Llama only."""
+    """Return the reasons why a model of this architecture cannot be written in Meta's layout.
+
+    The list is empty if Meta's layout supports the model.
+    """
     config = architecture.config
     if config.model_type != "llama":
         return [f"its model type is {config.model_type}, and Meta's layout supports only llama"]
@@ -245,7 +257,10 @@ def meta_format_issues(architecture: HuggingFaceArchitecture) -> list[str]:
 
 
 def to_llama_model(model: MtpModel) -> MtpModel:
-    """Convert a model to an equivalent model with wmtp's `LlamaArchitecture`; `meta_format_issues` must be empty."""
+    """Convert a model of transformers to an equivalent model with wmtp's `LlamaArchitecture`.
+
+    `meta_format_issues` must return an empty list for the architecture of the model.
+    """
     assert isinstance(model.architecture, HuggingFaceArchitecture)
     config = model.architecture.config
     architecture = LlamaArchitecture(
@@ -270,9 +285,10 @@ def to_llama_model(model: MtpModel) -> MtpModel:
 
 
 def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
-    """Write the tokenizer files, and add the names of the end and padding tokens if the files do not contain them.
+    """Write the tokenizer files to a folder.
 
-    The files are copied from `source_folder`; None: they are created.
+    The files are copied from `source_folder`, or created if `source_folder` is None. If they do not name the end token
+    or the padding token, these names are added.
     """
     if source_folder is None:
         tokenizer.backend.save(str(folder / "tokenizer.json"))
@@ -291,7 +307,11 @@ def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Pa
 
 
 def write_generation_config(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
-    """Write generation_config.json: the original one, with the end token of training as an additional end token."""
+    """Write generation_config.json so that the method `generate` of transformers stops at the end token of training.
+
+    The content is copied from the file in `source_folder` if there is one, otherwise from the file in `folder`. The end
+    token is added to the end tokens in the content. The padding token is set only if the content has none.
+    """
     original = None if source_folder is None else source_folder / GENERATION_CONFIG
     content = _read_json(original if original is not None and original.is_file() else folder / GENERATION_CONFIG)
     ends = content.get("eos_token_id")
@@ -312,7 +332,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_notes(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Return warnings if transformers encodes text with the written tokenizer differently than in training."""
+    """Return a warning if transformers cannot load the written tokenizer or encodes text differently with it.
+
+    The encoding is compared with that of `tokenizer`, which was used in training.
+    """
     remedy = "load it with transformers.PreTrainedTokenizerFast.from_pretrained"
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Read the config of a folder written by `save_pretrained`, without running code in it."""
+"""Read the config of a folder that `save_pretrained` wrote, without running code in the folder."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from wmtp.errors import InputError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""Files of which a folder with weights has at least one."""
+"""Names of the files that indicate stored weights. A folder with weights contains at least one of them."""
 
 
 def read_model_config(key: str, path: Path, *, weights: bool = True) -> PreTrainedConfig:
-    """Load the config of a folder and check that required files exist; code in the folder is never run.
+    """Load the config in a folder, and check that the required files exist. Code in the folder is never run.
 
     Args:
-        key: config key of the path, for messages.
+        key: the config key that contains the path; it is used in error messages.
         path: the folder.
-        weights: whether the weights must exist too.
+        weights: whether a file with weights is required.
 
     Raises:
         InputError: a file is missing, or the config is not usable.
@@ -38,5 +38,5 @@ def read_model_config(key: str, path: Path, *, weights: bool = True) -> PreTrain
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error on one line."""
+    """Return the message of an exception as one line."""
     return " ".join(str(error).split())

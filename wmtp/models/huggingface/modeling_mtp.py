@@ -1,4 +1,4 @@
-"""A causal language model with additional heads for later tokens; requires only torch and transformers."""
+"""A causal language model with additional heads that predict later tokens. It requires only torch and transformers."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class MtpHeads:
-    """A mixin that adds heads 2 … H to a model: head k predicts, at position t, the token at t + k.
+    """A mixin that adds the prediction heads 2 … H to a causal language model.
 
-    The config contains the number of heads, `mtp_num_heads`, and the kind of the additional heads, `mtp_head_kind`.
-    "transformer" heads are blocks parallel to the last block. "medusa" heads are residual layers on the state from
-    which head 1's logits are computed.
+    At position t, head k predicts the token at position t + k. The config key `mtp_num_heads` is H, the number of all
+    heads. The config key `mtp_head_kind` is the kind of the additional heads. "transformer" heads are blocks parallel
+    to the last block. "medusa" heads are residual layers on the state from which head 1's logits are computed.
     """
 
     def __init__(self: Any, config: Any) -> None:
@@ -32,10 +32,12 @@ class MtpHeads:
 
     @classmethod
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load the model as in transformers, but raise an error for missing heads instead of initializing them.
+        """Load the model as in transformers, but raise an error if heads are missing.
+
+        transformers itself would initialize missing heads.
 
         Raises:
-            ValueError: heads that the config declares are not in the files.
+            ValueError: the files do not contain all heads that the config declares.
         """
         parent: Any = super()
         model, info = parent.from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -56,13 +58,13 @@ class MtpHeads:
         return_all_heads: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Run the model.
+        """Run the model, and return its output.
 
-        With `return_all_heads`, `logits` has shape [batch, position, head, vocabulary]. Otherwise the output is that of
-        the original model, which contains only head 1, with `logits` of shape [batch, position, vocabulary].
+        With `return_all_heads`, the logits of the output have the shape [batch, position, head, vocabulary]. Otherwise
+        only head 1 is run, and the logits have the shape [batch, position, vocabulary].
 
         Raises:
-            ValueError: `return_all_heads` is used with `past_key_values`: the additional heads have no cache.
+            ValueError: `return_all_heads` is used with `past_key_values`, but the additional heads have no cache.
         """
         parent: Any = super()
         kwargs |= {

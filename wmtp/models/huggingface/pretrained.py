@@ -1,4 +1,4 @@
-"""Multi-token models whose trunk and head 1 are a causal language model of transformers."""
+"""Multi-token models that are built from a causal language model of transformers, which becomes trunk and head 1."""
 
 import logging
 from collections.abc import Iterator
@@ -23,16 +23,16 @@ from wmtp.models.source import ModelIssue, PretrainedSource
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUM_HEADS, HEAD_KIND = "mtp_num_heads", "mtp_head_kind"
-"""Config keys of an export with all heads: their number and their kind."""
+"""Config keys of an export with all heads. They contain the number of heads and the kind of heads 2 … H."""
 EXTRA_HEADS = "extra_heads."
 """Prefix of the tensor names of heads 2 … H in an export with all heads."""
 
 
 class Pretrained(PretrainedSource):
-    """The source of a model that `save_pretrained` wrote.
+    """The source of a model that is stored in a folder written by `save_pretrained`.
 
-    The last block of the stored model is head 1, and new heads start as copies of it. If the folder is an export of
-    wmtp with all heads, the stored heads are used.
+    The last block of the stored model is head 1. If the folder is an export of wmtp with all heads, the stored heads
+    are used. New heads start as copies of head 1, or as residual layers that return the state of head 1 unchanged.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Pretrained(PretrainedSource):
 
         Args:
             tokenizer: the tokenizer of the model; None if the source is only validated.
-            path: the folder.
-            num_heads: number of prediction heads.
-            create_heads: whether heads that are not stored are created; if not, the model has only stored heads.
-            head_kind: kind of heads 2 … H.
-            dtype: the dtype of the parameters, which are converted to it.
-            lora: the adapters of the trunk.
-            value_head_dim: hidden width of a value head; None: the value head is linear.
+            path: the folder that `save_pretrained` wrote.
+            num_heads: the number of prediction heads.
+            create_heads: whether heads that are not stored are created. If false, the model has only stored heads.
+            head_kind: the kind of heads 2 … H.
+            dtype: the dtype to which the parameters are converted.
+            lora: the settings of the trunk's adapters.
+            value_head_dim: the hidden width of a value head; None for a linear value head.
         """
         self.tokenizer, self.path, self.value_head_dim = tokenizer, path, value_head_dim
         self.lora = lora if lora.rank is not None else None
@@ -67,7 +67,7 @@ class Pretrained(PretrainedSource):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Config of the model.
+        """The config of the stored model.
 
         Raises:
             InputError: the config is missing or not usable, or the architecture is not supported.
@@ -84,22 +84,22 @@ class Pretrained(PretrainedSource):
 
     @property
     def stored_heads(self) -> int:
-        """Number of heads in the folder that are of the configured kind."""
+        """Number of stored prediction heads. Additional heads are counted only if they have the configured kind."""
         if getattr(self.config, HEAD_KIND, self.head_kind) != self.head_kind:
             return 1
         return int(getattr(self.config, NUM_HEADS, 1))
 
     @property
     def max_positions(self) -> int | None:
-        """Maximum sequence length in tokens; None: no limit, or the folder does not exist."""
+        """Maximum sequence length in tokens, or None if there is no limit or the folder does not exist."""
         return self.architecture().max_positions if self.path.is_dir() else None
 
     def architecture(self) -> HuggingFaceArchitecture:
-        """Return the architecture of the folder's config."""
+        """Return the architecture that the folder's config describes, with the configured heads and dtype."""
         return HuggingFaceArchitecture(self.config, self.num_heads, self.head_kind, self.dtype)
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of the folder or, if there are none, of adapters that do not match the model."""
+        """Yield issues of the folder. If there are none, yield issues of adapters that do not match the model."""
         try:
             read_model_config(self.key, self.path)
             if self.config.num_hidden_layers < 2:
@@ -115,13 +115,17 @@ class Pretrained(PretrainedSource):
             yield from self.adapter_issues()
 
     def files_to_save(self) -> dict[str, bytes]:
-        """Return the files of the config and of the tokenizer, by name."""
+        """Return the contents of the config files and of the tokenizer files, by file name."""
         candidates = [self.path / name for name in ("config.json", "generation_config.json")]
         files = {path.name: path.read_bytes() for path in candidates if path.is_file()}
         return files | tokenizer_files(self.path, self.tokenizer)
 
     def load_base(self) -> MtpModel:
-        """Load the folder's weights; missing heads start as copies of head 1, or as residual layers with weight 0."""
+        """Load the weights in the folder.
+
+        Heads that are not stored start as copies of head 1, or as residual layers that return the state of head 1
+        unchanged.
+        """
         architecture = self.architecture()
         read_model_config(self.key, self.path)
         self.check_embeddings(int(self.config.vocab_size))
@@ -156,7 +160,7 @@ class Pretrained(PretrainedSource):
         return model
 
     def _fill_heads(self, model: MtpModel) -> None:
-        """Load the stored heads 2, 3, … into the model."""
+        """Load the stored additional heads (head 2, head 3, …) into the model."""
         num_stored = min(self.stored_heads, self.num_heads)
         for index in range(1, num_stored):
             prefix = f"{EXTRA_HEADS}{index - 1}."
@@ -169,7 +173,7 @@ class Pretrained(PretrainedSource):
                 raise self.error(f"head {index + 1}: {one_line(error)}") from error
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Return the stored tensors whose names start with `prefix`, with the prefix removed."""
+        """Return the stored tensors whose names start with `prefix`. The names in the result are without the prefix."""
         tensors: dict[str, Tensor] = {}
         for path in sorted(self.path.glob("model*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -178,9 +182,10 @@ class Pretrained(PretrainedSource):
 
 
 def _load_issues(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield kind and name of each tensor that transformers reports as missing, unexpected or of a wrong shape.
+    """Yield the kind of issue and the name of each tensor that is missing, unexpected or of a wrong shape.
 
-    Unexpected tensors of extra heads are no issue, because these heads are loaded separately.
+    `info` is the report of transformers about loaded weights. Unexpected tensors of additional heads are not an issue,
+    because these heads are loaded separately.
     """
     kinds = ("missing", "unexpected", "mismatched")
     missing, unexpected, mismatched = (info.get(f"{kind}_keys") or () for kind in kinds)

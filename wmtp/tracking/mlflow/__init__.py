@@ -1,6 +1,6 @@
-"""MLflow tracking. The tracker reads the files in a run's folder and sends their content.
+"""MLflow tracking. The MLflow tracker reads the files in a run's folder and sends their content to MLflow.
 
-No other package imports mlflow. The import takes seconds, so it is inside functions.
+Only this package imports mlflow. The import takes several seconds, so only functions that need mlflow import it.
 """
 
 from wmtp.tracking.mlflow.client import ServerUnreachable, check_server

@@ -1,4 +1,4 @@
-"""MLflow artifacts of a run: its config, samples and reports, and its best checkpoint."""
+"""Select the files of a run that are sent to MLflow as artifacts: config, samples, reports and the best checkpoint."""
 
 import hashlib
 import json
@@ -20,30 +20,30 @@ RECORDS = (
     "config.yaml", PROVENANCE, RESUMES, "summary.json", "samples.jsonl", "train.log", "report.html",
     "pretrain/result.json", "pretrain/value_head.safetensors",
 )  # fmt: skip
-"""Small files that are sent if they exist."""
+"""Paths of small files that are sent to MLflow if they exist. The paths are relative to the run's folder."""
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 LOCATIONS = f"{CHECKPOINTS}/addresses.json"
-"""Artifact with the URLs or paths of checkpoints that are stored outside of MLflow."""
+"""Name of the artifact that contains the URLs or paths of checkpoints that are stored outside of MLflow."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file to upload."""
+    """A file that is uploaded to MLflow as an artifact of a run."""
 
     name: str
-    """Path of the file relative to the run's folder."""
+    """Name of the artifact in MLflow. It is the path of the file relative to the run's folder."""
     path: Path
     content: bytes | None = None
-    """Content of the file if it is not on disk."""
+    """Content of the file. None if the file is on disk at `path`."""
     known_hash: str | None = None
-    """Hash that is used as the fingerprint, so that a large file is not read to compute one."""
+    """Hash that is used as the fingerprint. If it is None, the hash of the content is computed."""
 
     def size(self) -> int:
-        """Return the size in bytes."""
+        """Return the size of the content in bytes."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
     def fingerprint(self) -> str:
-        """Return a hash that is different after the content has changed."""
+        """Return a hash that changes when the content of the file changes."""
         if self.known_hash is not None:
             return self.known_hash
         if self.content is not None:
@@ -52,7 +52,7 @@ class Artifact:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def send(self, client: "MlflowClient", run_id: str) -> None:
-        """Upload the file as an artifact of a run."""
+        """Upload the file as an artifact of the MLflow run with the id `run_id`."""
         if self.content is not None:
             client.log_text(run_id, self.content.decode(), self.name)
         else:
@@ -60,13 +60,13 @@ class Artifact:
 
 
 def artifacts(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> Iterator[Artifact]:
-    """Yield the artifacts of a run.
+    """Yield the files of a run that are sent to MLflow as artifacts.
 
     Args:
         folder: the run's folder.
-        stored_at: URL or folder of the run outside of MLflow. If set, the locations of the checkpoints are sent instead
-            of checkpoints.
-        choice: `best` to send the best checkpoint if `stored_at` is None; `none` to send no checkpoint.
+        stored_at: URL or path of the run outside of MLflow, or None. If it is set, MLflow receives a file with the
+            locations of the checkpoints, and no checkpoint.
+        choice: `best` to send the best checkpoint if `stored_at` is None. `none` to send no checkpoint.
     """
     for name in RECORDS:
         if (folder / name).exists():
@@ -82,16 +82,20 @@ def artifacts(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> 
 
 
 def locations(folder: Path, stored_at: str) -> dict[str, str]:
-    """Return the URLs or paths of a run, of its checkpoints and of its best checkpoint."""
+    """Return a dictionary with the locations of a run, of its checkpoints and of its best checkpoint.
+
+    `stored_at` is the URL or the path of the run outside of MLflow. All locations start with it.
+    """
     best = best_location(folder, stored_at, "none")
     found = {} if best is None else {"best": best}
     return {"run": stored_at, CHECKPOINTS: f"{stored_at}/{CHECKPOINTS}", **found}
 
 
 def best_location(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> str | None:
-    """Return the location of the best checkpoint: its URL or path outside of MLflow, or its artifact path in MLflow.
+    """Return the location of a run's best checkpoint, or None if there is no such location.
 
-    The result is None if there is no best checkpoint, or if it is not stored outside of MLflow and not sent.
+    If `stored_at`, the URL or path of the run outside of MLflow, is set, the location is a URL or path below it.
+    Otherwise, the location is the path of the artifact in MLflow if `choice` is `best`.
     """
     best = read_best(folder)
     if best is None or (stored_at is None and choice == "none"):
@@ -101,7 +105,10 @@ def best_location(folder: Path, stored_at: str | None, choice: CheckpointChoice)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """Return `folder`, `step` and `val/loss` from best.json, or None if the file is missing or damaged."""
+    """Return the content of a run's best.json: the fields `folder`, `step` and `val/loss` of the best checkpoint.
+
+    Return None if the file is missing or damaged, or if the checkpoint does not exist on disk.
+    """
     path = folder / CHECKPOINTS / "best.json"
     if not path.exists():
         return None

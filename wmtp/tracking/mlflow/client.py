@@ -1,4 +1,4 @@
-"""Connections to an MLflow server, or to an SQLite file on this machine, and the check of a server."""
+"""Connect to an MLflow server or to an SQLite file on this machine, and check whether a server accepts runs."""
 
 import logging
 import os
@@ -29,30 +29,34 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-"""Environment variables of mlflow and their values, for variables that the user has not set."""
+"""Default values for environment variables of mlflow. A variable that the user has set is not changed."""
 CHECK_SECONDS = 9.0
-"""Time limit of `check_server` in seconds, without the import of mlflow."""
+"""Time limit in seconds of the check in `check_server`. It does not include the time to import mlflow."""
 BYTES_PER_SECOND = 1e6
-"""Lowest upload speed of artifacts for which time limits are set."""
+"""Assumed upload speed of artifacts in bytes per second. Time limits for uploads are computed from it."""
 INVALID_TAG_NAME = "x" * 251
-"""A tag name that is too long for MLflow. The error for it shows whether the user may set tags; no tag is set."""
+"""A tag name that is too long for MLflow. `check_server` uses it to check, without setting a tag, whether the user may
+set tags: the error of the server is different if the user has no permission."""
 OVERLOADED = (408, 429)
-"""HTTP status codes of a server that is overloaded."""
+"""HTTP status codes with which a server reports that it is temporarily overloaded."""
 
 
 class ServerUnreachable(OSError):
-    """An MLflow server does not respond, or is temporarily unavailable."""
+    """The MLflow server does not respond, or is temporarily unavailable."""
 
 
 def configure_mlflow() -> None:
-    """Set the environment variables of mlflow. Call this function before the import of mlflow."""
+    """Set environment variables that configure mlflow. This function must be called before mlflow is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 would log each of its retries
 
 
 def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
-    """Return a client and the id of an experiment. Create the experiment, and the SQLite file, if they do not exist."""
+    """Connect to an MLflow store. Return the client and the id of the experiment.
+
+    If the experiment does not exist, it is created. If `uri` is an SQLite file that does not exist, it is also created.
+    """
     configure_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -79,7 +83,10 @@ def connect(uri: str, experiment: str) -> tuple["MlflowClient", str]:
 
 
 def create_store(database: Path) -> None:
-    """Create an SQLite store under a temporary name and rename it, because a partly created store is unusable."""
+    """Create an SQLite file for MLflow.
+
+    The file is created in a temporary folder and then moved to `database`, because a partly created file is unusable.
+    """
     from mlflow import MlflowClient
 
     with tempfile.TemporaryDirectory(dir=database.parent, prefix=".mlflow-") as staging:
@@ -90,9 +97,9 @@ def create_store(database: Path) -> None:
 
 @contextmanager
 def longer_timeout(num_bytes: int) -> Iterator[None]:
-    """Extend the request timeout of mlflow in this context by the time to upload `num_bytes`.
+    """Extend mlflow's request timeout while the context is active, so that an artifact of `num_bytes` can be uploaded.
 
-    A server responds only after it has stored the complete artifact.
+    A longer timeout is necessary because the server responds only after it has stored the complete artifact.
     """
     before = os.environ[TIMEOUT]
     os.environ[TIMEOUT] = str(int(float(before) + num_bytes / BYTES_PER_SECOND))
@@ -103,10 +110,13 @@ def longer_timeout(num_bytes: int) -> Iterator[None]:
 
 
 def check_server(uri: str | None, experiment: str) -> None:
-    """Check that a server accepts a run. Do nothing for other stores. Takes ten seconds at most, plus the import.
+    """Check that an MLflow server accepts runs in an experiment. If `uri` is not the URL of a server, do nothing.
+
+    The check takes at most ten seconds, plus the time to import mlflow.
 
     Raises:
-        InputError: the server rejects the user, the user may not write to the experiment, or it is not MLflow.
+        InputError: the server rejects the user, the user may not write to the experiment, the experiment was deleted,
+            or the server is not an MLflow server.
         ServerUnreachable: the server does not respond, or is temporarily unavailable.
     """
     uri = resolve_uri(uri)
@@ -137,7 +147,13 @@ def _check_experiment(uri: str, experiment: str) -> None:
 
 
 def to_error(uri: str, experiment: str, error: "MlflowException") -> InputError | ServerUnreachable:
-    """Return the exception for an error response of a server."""
+    """Convert an error response of an MLflow server to an exception with a message for the user.
+
+    Args:
+        uri: URL of the server.
+        experiment: name of the experiment.
+        error: exception that mlflow raised for the response.
+    """
     status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
     if status == 401:
         are_set = os.environ.get(USERNAME) and os.environ.get(PASSWORD)

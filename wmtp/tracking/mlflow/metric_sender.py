@@ -1,4 +1,4 @@
-"""Send the metrics in the files of a run to MLflow while the files grow. Each point is sent once."""
+"""Send the metrics from the files of a run to MLflow while training appends to the files. No value is sent twice."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MetricSource:
-    """A file of metrics in a run's folder. The names of its metrics in MLflow start with `prefix`."""
+    """A file of metrics in a run's folder. In MLflow, the names of its metrics start with `prefix`."""
 
     name: str
     prefix: str
     is_truncated: bool = True
-    """Whether lines are removed when a run is resumed. They are removed before the first new line is written."""
+    """True if resuming the run removes lines from the file. The lines are removed before new lines are written."""
 
 
 SOURCES = (
@@ -35,7 +35,10 @@ SOURCES = (
 
 
 class MetricSender:
-    """Sender of the metrics that an MLflow run does not have. The sync state records the position in each file."""
+    """Sender of metrics to an MLflow run. It sends only metrics that the MLflow run does not have.
+
+    The sync state of the run's folder contains the position up to which each file was sent.
+    """
 
     def __init__(
         self, folder: Path, client: "MlflowClient", sender: BackgroundSender, sync_state: SyncState,
@@ -46,18 +49,21 @@ class MetricSender:
         Args:
             folder: the run's folder.
             client: client of the MLflow store.
-            sender: repeats failed calls.
-            sync_state: the current sync state of the folder.
-            save_state: called with each new sync state.
+            sender: sender whose method `retry` repeats failed calls.
+            sync_state: the current sync state of the folder, with the id of the MLflow run.
+            save_state: function that is called with the new sync state after each change.
         """
         self.folder, self.client, self.sender = folder, client, sender
         self.sync_state, self._save_state = sync_state, save_state
         self.num_lines = 0
-        """Number of lines in sent batches, for the report."""
+        """Number of lines in the batches that were sent. The number is shown to the user."""
         self._logged: dict[str, AlreadyLogged] = {}
 
     def send(self, *, truncated: bool = True) -> None:
-        """Send the new points of all files. With `truncated=False`, skip files that a resume may truncate."""
+        """Send the new metrics of all files.
+
+        If `truncated` is False, skip the files from which lines may still be removed because the run is being resumed.
+        """
         for source in SOURCES:
             if truncated or not source.is_truncated:
                 self._send(source)
@@ -80,7 +86,10 @@ class MetricSender:
                 self._update_state(self.sync_state.with_position(source.name, position))
 
     def _already_logged(self, source: MetricSource, step: int) -> AlreadyLogged:
-        """Return the points of a file that MLflow has from `step` on. Query MLflow again only if steps decrease."""
+        """Return a record of the points of a file that MLflow has from `step` on.
+
+        MLflow is queried only if there is no earlier record of the file, or if the earlier record starts after `step`.
+        """
         known = self._logged.get(source.name)
         if known is not None and step >= known.first_step:
             return known
@@ -102,12 +111,16 @@ class MetricSender:
 
 
 def prefix_of(name: str) -> str:
-    """Return the prefix of the source of a metric, or an empty string."""
+    """Return the prefix of a metric's name in MLflow, which shows the file of the metric. It may be empty."""
     return next((source.prefix for source in SOURCES if source.prefix and name.startswith(source.prefix)), "")
 
 
 def count_pending(folder: Path, sync_state: SyncState) -> tuple[int, int, list[Path]]:
-    """Return the number of lines in the metric files of a folder, the number of unsent lines, and the files."""
+    """Count the lines in the metric files of a run.
+
+    Returns:
+        The number of all lines, the number of lines that were not sent to MLflow, and the paths of the files.
+    """
     counts = [count_lines(folder / source.name, sync_state.position(source.name)) for source in SOURCES]
     files = [folder / source.name for source in SOURCES if (folder / source.name).exists()]
     return sum(written for written, _ in counts), sum(pending for _, pending in counts), files

@@ -1,4 +1,4 @@
-"""Find or create the MLflow run of a folder, and collect its parameters, tags and data sets."""
+"""Find or create the MLflow run that belongs to a folder, and collect its parameters, tags and data sets."""
 
 import getpass
 import json
@@ -20,27 +20,27 @@ MAX_PARAMETER_LENGTH = 6_000
 MAX_TAG_LENGTH = 5_000
 MAX_DIGEST_LENGTH = 36
 DIRTY_SUFFIX = "+changes"
-"""Suffix of a git revision with uncommitted changes."""
+"""Suffix that is appended to a git revision if the working tree has uncommitted changes."""
 SOURCE = "wmtp.train"
-"""Name of the program in MLflow."""
+"""Name of the training program, as shown in MLflow."""
 
 
 @dataclass(frozen=True)
 class UniqueTag:
-    """A tag whose value is different for each run. It identifies the MLflow run if mlflow.json is missing."""
+    """A tag of an MLflow run that no other run has. The run is found by this tag if mlflow.json is missing."""
 
     name: str
     value: str
 
     def search_filter(self) -> str:
-        """Return the filter string of a search for the run."""
+        """Return the filter string with which MLflow finds the run that has this tag."""
         quote = '"' if "'" in self.value else "'"
         return f"tags.`{self.name}` = {quote}{self.value}{quote}"
 
 
 @dataclass(frozen=True)
 class NewRun:
-    """Name and tags of an MLflow run that is created."""
+    """Name and tags of an MLflow run that is to be created."""
 
     name: str
     unique_tag: UniqueTag | None
@@ -48,7 +48,14 @@ class NewRun:
 
 
 def open_run(client: "MlflowClient", experiment_id: str, run_id: str, new: NewRun) -> "Run":
-    """Return the MLflow run with this id or this unique tag. Create the run if it does not exist or was deleted."""
+    """Find an MLflow run by its id or by its unique tag. If the run does not exist or was deleted, create a new run.
+
+    Args:
+        client: client of the MLflow store.
+        experiment_id: id of the experiment that contains the run.
+        run_id: id of the run; empty if the id is not known.
+        new: name and tags of the new run. They include the unique tag.
+    """
     run = get_active_run(client, run_id) if run_id else None
     if run is None and new.unique_tag is not None:
         filter_string = new.unique_tag.search_filter()
@@ -62,7 +69,7 @@ def open_run(client: "MlflowClient", experiment_id: str, run_id: str, new: NewRu
 
 
 def get_active_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """Return the MLflow run with this id. If the run was deleted, log a warning and return None."""
+    """Return the MLflow run with the id `run_id`. If it is missing or was deleted, log a warning and return None."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -81,9 +88,10 @@ def get_active_run(client: "MlflowClient", run_id: str) -> "Run | None":
 def missing_params_and_tags(
     run: "Run", parameters: dict[str, object], tags: dict[str, str]
 ) -> "tuple[list[Param], list[RunTag]]":
-    """Return the parameters and tags that an MLflow run does not have.
+    """Return those of the given parameters and tags that an MLflow run does not have.
 
-    MLflow does not allow changes of parameters, so a changed value is returned as the tag `resumed.<name>`.
+    MLflow does not allow a parameter to be changed. If the value of a parameter has changed, the new value is returned
+    as a tag with the name `resumed.<parameter name>`.
     """
     from mlflow.entities import Param, RunTag
 
@@ -101,7 +109,10 @@ def missing_params_and_tags(
 
 
 def origin_tags(provenance: dict[str, Any]) -> dict[str, str]:
-    """Return tags with the program, the user and the git revision. MLflow has table columns for `mlflow.` tags."""
+    """Return tags that contain the name of the training program, the user and the git revision.
+
+    MLflow shows tags whose names start with `mlflow.` in columns of its table of runs.
+    """
     tags = {"mlflow.source.name": SOURCE, "mlflow.source.type": "LOCAL"}
     try:
         tags["mlflow.user"] = getpass.getuser()
@@ -113,7 +124,10 @@ def origin_tags(provenance: dict[str, Any]) -> dict[str, str]:
 
 
 def missing_inputs(run: "Run", provenance: dict[str, Any]) -> "list[DatasetInput]":
-    """Return the training and validation data, as MLflow data sets, unless the MLflow run already has them."""
+    """Return the training data and the validation data of a run as MLflow data sets.
+
+    Data sets that the MLflow run already has are left out. `provenance` is the content of provenance.json.
+    """
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -135,7 +149,7 @@ def missing_inputs(run: "Run", provenance: dict[str, Any]) -> "list[DatasetInput
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's provenance.json, or an empty dict if there is none."""
+    """Return the content of the provenance.json in a run's folder, or an empty dictionary if the file is missing."""
     path = folder / PROVENANCE
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content

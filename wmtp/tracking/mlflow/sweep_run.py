@@ -1,4 +1,4 @@
-"""The MLflow run of a sweep. It is the parent run of the MLflow runs of the jobs."""
+"""Create and end the MLflow run of a sweep. It is the parent run of the MLflow runs of the sweep's jobs."""
 
 import os
 from dataclasses import replace
@@ -18,16 +18,24 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STALL_SECONDS, CLOSE_SECONDS = 5.0, 60.0
-"""Maximum seconds that `end_sweep` waits: for a server that does not respond, and for a server that responds."""
+"""Time limits of `end_sweep` in seconds. The first applies to a server that does not respond, the second to a server
+that responds."""
 
 
 def sweep_folder(folder: Path) -> Path | None:
-    """Return the folder of the sweep to which a run belongs, or None if the run is not a job of a sweep."""
+    """Return the folder of the sweep to which a run belongs, or None if the run is not part of a sweep."""
     return folder.parent if (folder.parent / SWEEP).exists() else None
 
 
 def open_sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, initial: SyncState) -> str:
-    """Return the id of a sweep's MLflow run. If there is none in the store of `initial`, create it."""
+    """Return the id of a sweep's MLflow run. If the sweep has no MLflow run in this store, create it.
+
+    Args:
+        client: client of the MLflow store.
+        experiment_id: id of the experiment that contains the run.
+        sweep: folder of the sweep.
+        initial: sync state for a sweep that has none in this store. It contains the tracking URI of the store.
+    """
     with file_lock(sweep / LOCK):
         sync_state = current_sync_state(sweep, initial)
         tag = UniqueTag("wmtp.sweep", str(sweep).replace('"', "_"))
@@ -39,7 +47,10 @@ def open_sweep_run(client: "MlflowClient", experiment_id: str, sweep: Path, init
 
 
 def end_sweep(folder: Path, state: State) -> str | None:
-    """Set the final status of a sweep's MLflow run. Return a message, or None if the sweep has no MLflow run.
+    """Send the final status of a sweep to its MLflow run.
+
+    Returns:
+        A message that says whether the status was sent, or None if the sweep has no MLflow run.
 
     Raises:
         PendingError: MLflow did not accept the status in time.

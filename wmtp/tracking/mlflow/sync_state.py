@@ -1,4 +1,4 @@
-"""Read and write mlflow.json: the MLflow run of a folder, and the data that were sent to it."""
+"""Read and write mlflow.json. This file contains the id of a folder's MLflow run, and records which data were sent."""
 
 import json
 import logging
@@ -12,48 +12,48 @@ from wmtp.runtime.run_dir import SYNC_STATE
 from wmtp.tracking.tail import Position
 
 LOCK = Path(".hydra") / "mlflow.lock"
-"""Lock file of the process that sends a folder to MLflow. The system releases the lock when the process ends."""
+"""Path of a lock file in the folder of a run or sweep. The process that sends data of the folder to MLflow locks it."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SyncState:
-    """The MLflow run of a folder, and the data that were sent to it."""
+    """Content of a folder's mlflow.json. It contains the id of the MLflow run, and records which data were sent."""
 
     run_id: str
-    """Id of the MLflow run; empty until the run is created."""
+    """Id of the MLflow run. The id is empty until the MLflow run is created."""
     uri: str
     """Tracking URI of the MLflow store."""
     experiment: str = ""
     run_name: str = ""
     sent: dict[str, Position] = field(default_factory=dict)
-    """Position up to which each metric file was sent, by file name."""
+    """For each metric file, the position up to which it was sent. The dictionary key is the name of the file."""
     artifacts: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each artifact that was sent, by artifact name."""
+    """For each artifact that was sent, a hash of its content. The dictionary key is the name of the artifact."""
 
     def position(self, name: str) -> Position:
-        """Return the position up to which a file was sent."""
+        """Return the position up to which the metric file `name` was sent."""
         return self.sent.get(name, Position())
 
     def with_position(self, name: str, position: Position) -> "SyncState":
-        """Return a copy that records that a file was sent up to `position`."""
+        """Return a copy of this sync state that records that the metric file `name` was sent up to `position`."""
         return replace(self, sent=self.sent | {name: position})
 
     def with_artifact(self, name: str, fingerprint: str) -> "SyncState":
-        """Return a copy that records that an artifact was sent."""
+        """Return a copy of this sync state that records that the artifact `name` was sent with this fingerprint."""
         return replace(self, artifacts=self.artifacts | {name: fingerprint})
 
     def write(self, folder: Path) -> None:
-        """Write the mlflow.json of a folder."""
+        """Write this sync state to the mlflow.json of a folder."""
         replace_atomically(folder / SYNC_STATE, encode_json(asdict(self)))
 
 
 def read_sync_state(folder: Path) -> SyncState | None:
-    """Return the content of a folder's mlflow.json, or None if there is none.
+    """Return the content of a folder's mlflow.json, or None if the file is missing.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: mlflow.json is damaged.
     """
     path = folder / SYNC_STATE
     if not path.exists():
@@ -70,7 +70,10 @@ def read_sync_state(folder: Path) -> SyncState | None:
 
 
 def current_sync_state(folder: Path, initial: SyncState) -> SyncState:
-    """Return the content of mlflow.json, or `initial` if the file is missing or belongs to another store."""
+    """Return the content of a folder's mlflow.json.
+
+    Return `initial` if the file is missing, or if its tracking URI differs from the tracking URI of `initial`.
+    """
     known = read_sync_state(folder)
     if known is None or known.uri == initial.uri:
         return known or initial

@@ -1,4 +1,4 @@
-"""The MLflow tracker, which sends a run's metrics, artifacts and status from a background thread."""
+"""Send the metrics, the artifacts and the status of a run to MLflow from a background thread."""
 
 import logging
 import os
@@ -44,16 +44,16 @@ if TYPE_CHECKING:  # the import takes seconds: only the sending thread imports m
 log = logging.getLogger(__name__)
 BEST = "best/val_loss"
 CREATE_STORE_SECONDS = 60.0
-"""Additional time limit for SQLite stores, because many processes that start at once wait for each other."""
+"""Seconds that are added to the time limits for an SQLite file. Processes that open it at once wait for each other."""
 RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.run", "wmtp.checkpoints", "mlflow.parentRunId"
 
 
 class MlflowTracker:
-    """Tracker that sends a run to MLflow from a background thread. Training does not wait for it.
+    """Tracker that sends a run to MLflow from a background thread. Training does not wait for the thread.
 
-    The thread reads new lines of metrics.jsonl and repeats failed requests. Every point is sent once, also after a
-    crash: when a run is resumed, the thread asks MLflow for the points of the run. MLflow cannot delete points, so it
-    keeps points that were sent after the last checkpoint before a crash.
+    The thread reads new lines of metrics.jsonl and repeats failed requests. When a run is resumed after a crash, the
+    thread asks MLflow which metric values it has, so that no value is sent twice. MLflow cannot delete values. So if a
+    crash occurs after a checkpoint, MLflow keeps the values that were sent between the checkpoint and the crash.
     """
 
     def __init__(
@@ -72,21 +72,25 @@ class MlflowTracker:
         system_seconds: PositiveFloat | None = 10.0,
         checkpoints: CheckpointChoice = "best",
     ) -> None:
-        """Start the background thread. If mlflow.json contains an MLflow run in the same store, that run is continued.
+        """Start the background thread.
+
+        If the mlflow.json in the run's folder contains an MLflow run in the same store, that MLflow run is continued.
 
         Args:
             folder: the run's folder.
-            run_name: name of a new MLflow run.
-            parameters: the config, as values by dotted keys.
-            tags: tags set by the user.
-            is_training: False to send the pending data of an ended run to the store that mlflow.json names.
-            uri: tracking URI. The default is MLFLOW_TRACKING_URI, or `mlflow.db` in the `outputs` folder that contains
-                the run; then the artifacts are in the same folder.
+            run_name: name of the MLflow run if a new one is created.
+            parameters: the config as a flat dictionary. Its keys are dotted, such as `tracking.uri`.
+            tags: tags that the user has set.
+            is_training: True if this process trains the run. If it is False, the pending data of an ended run are sent
+                to the store whose URI is in mlflow.json.
+            uri: tracking URI. If it is None, the environment variable MLFLOW_TRACKING_URI is used. If this is not set
+                either, the file `mlflow.db` in the `outputs` folder that contains the run is used.
             experiment: name of the MLflow experiment.
             poll_seconds: seconds between two searches for new metrics.
             stall_seconds: maximum seconds that `close` waits for a store that does not respond.
             close_seconds: maximum seconds that `close` waits for a store that responds.
-            system_seconds: seconds between two samples of system metrics; None for no system metrics.
+            system_seconds: seconds between two samples of system metrics. If it is None, no system metrics are
+                recorded.
             checkpoints: `best` to send the best checkpoint as artifacts, `none` to send no checkpoint.
 
         Raises:
@@ -114,16 +118,16 @@ class MlflowTracker:
 
     @property
     def server(self) -> str:
-        """Name of the store for messages."""
+        """Name and URI of the MLflow store, for use in messages."""
         return f"MLflow at {self.uri}"
 
     @property
     def report(self) -> str:
-        """Message about the data that were sent. It is complete after `close`."""
+        """Message that says which data were sent. It is complete after `close` has returned."""
         return f"MLflow: {', '.join(self._sent) or 'nothing was missing'}"
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Record that training has started. The metrics themselves are read from the file that `MetricsFile` writes."""
+        """Record that training has started. The background thread reads the metrics from metrics.jsonl."""
         self._training_started.set()
 
     def close(self, state: State | None) -> None:
@@ -134,10 +138,11 @@ class MlflowTracker:
         training did not finish.
 
         Args:
-            state: the final status; None keeps the status in MLflow.
+            state: final status of the run. If it is None and MLflow already has data of the run, the status that MLflow
+                has is kept.
 
         Raises:
-            PendingError: some data were not sent in time, or another process is sending this folder.
+            PendingError: some data were not sent in time, or another process is sending the data of this run.
         """
         self._final_state = state
         if self._sampler is not None:
@@ -153,7 +158,11 @@ class MlflowTracker:
             raise PendingError(self.unsent())
 
     def unsent(self) -> str:
-        """Return a message about the data that were not sent: number of lines, files, remedy and last error."""
+        """Return a message about the data that were not sent.
+
+        The message contains the number of unsent lines, the files that contain them, a command that sends them, and the
+        last error.
+        """
         error, where = self._sender.last_error, display_path(self.folder)
         if isinstance(error, LockHeld):
             return f"MLflow at {self.uri}: another process is sending {where}; wmtp.sync sends the rest later"
@@ -166,7 +175,10 @@ class MlflowTracker:
         )
 
     def _send(self) -> None:
-        """Send all data, from the parameters to the artifacts. This method runs in the background thread."""
+        """Send all data of the run: parameters, metrics, status and artifacts.
+
+        This method runs in the background thread until the run ends.
+        """
         retry = self._sender.retry
         with self._send_lock():
             self._sync_state = current_sync_state(self.folder, self._initial)
@@ -187,17 +199,20 @@ class MlflowTracker:
 
     @contextmanager
     def _send_lock(self) -> Iterator[None]:
-        """Hold the lock file of this folder, so that only one process sends it. During training, wait for the lock.
+        """Hold a lock while the context is active, so that no other process sends the data of this run.
+
+        A process that trains the run waits for the lock.
 
         Raises:
-            LockHeld: another process holds the lock, and this process is not training or sending was cancelled.
+            LockHeld: another process holds the lock. This process either does not train the run, or sending was
+                cancelled while it waited.
         """
         path = self.folder / LOCK
         with file_lock(path, lambda: not self.is_training or self._sender.is_cancelled):
             yield
 
     def _open_run(self, client: "MlflowClient", experiment_id: str) -> "Run":
-        """Return the MLflow run of this folder. During training, set its status to RUNNING."""
+        """Find or create the MLflow run of this folder. If this process trains the run, set the status to RUNNING."""
         local_run = read_run(self.folder)
         tag = None if local_run is None else UniqueTag(RUN_TAG, local_run["id"])
         run = open_run(client, experiment_id, self._sync_state.run_id, NewRun(self.run_name, tag))
@@ -206,7 +221,10 @@ class MlflowTracker:
         return run
 
     def _send_metadata(self, client: "MlflowClient", run: "Run", experiment_id: str) -> None:
-        """Send the parameters, tags and data sets that the MLflow run does not have, and the id of its parent run."""
+        """Send the parameters, tags and data sets that the MLflow run does not have.
+
+        If the run belongs to a sweep, the id of the sweep's MLflow run is sent as the parent run.
+        """
         provenance, sweep, known = read_provenance(self.folder), sweep_folder(self.folder), run.data.tags
         tags = origin_tags(provenance) | self.tags | {"wmtp.folder": str(self.folder)}
         if not self.is_training:  # this machine may be another one than the machine of the training
@@ -223,7 +241,7 @@ class MlflowTracker:
             self._sender.retry(client.log_inputs, run.info.run_id, inputs)
 
     def _send_final_state(self, client: "MlflowClient", run: "Run") -> None:
-        """Send the best loss, the final status, and the artifacts that are new or have changed."""
+        """Send the best validation loss, the final status, and all artifacts that are new or have changed."""
         retry, run_id = self._sender.retry, run.info.run_id
         best = read_best(self.folder)
         if best is not None and best["val/loss"] != run.data.metrics.get(BEST):
@@ -249,7 +267,11 @@ class MlflowTracker:
             retry(client.set_tag, run_id, CHECKPOINTS_TAG, location)
 
     def _status_to_send(self, run: "Run") -> tuple[State | None, int | None]:
-        """Return the status to send, or None if MLflow has it, and the end time of an ended run in ms since 1970."""
+        """Return the final status and the end time that are sent to MLflow.
+
+        The status is None if the status in MLflow does not change. The end time is in milliseconds since 1970. If it is
+        None, MLflow uses the current time.
+        """
         current = "RUNNING" if self.is_training else run.info.status
         if self.is_training or not (self.folder / "status.json").exists():
             return (self._final_state if self._final_state != current else None), None
@@ -260,7 +282,11 @@ class MlflowTracker:
         return (state if state != current else None), ended
 
     def _stored_at(self) -> str | None:
-        """Return the location of the run outside of MLflow: its S3 URL, or its folder if MLflow is a local file."""
+        """Return the location of the run's checkpoints outside of MLflow.
+
+        This is the S3 URL of the run. For a run without S3 URL, it is the run's folder if the MLflow store is a local
+        file, and None if it is a server.
+        """
         run = read_run(self.folder)
         if run is not None and run["remote"] is not None:
             return str(run["remote"])
@@ -276,7 +302,16 @@ class MlflowTracker:
 
 
 def send_pending(folder: Path, state: State | None = None) -> str | None:
-    """Send the pending data of an ended run. Return a message, or None if the run is not tracked.
+    """Send the data of an ended run that MLflow did not receive during training.
+
+    Args:
+        folder: the run's folder.
+        state: final status of the run. If it is None and MLflow already has data of the run, the status that MLflow has
+            is kept.
+
+    Returns:
+        A message that says which data were sent. None if the run is not tracked with MLflow, or if its MLflow store is
+        a file on another machine.
 
     Raises:
         PendingError: some data were not sent.

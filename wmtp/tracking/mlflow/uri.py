@@ -1,4 +1,4 @@
-"""The tracking URI of MLflow. It must not contain credentials, because it is logged and saved."""
+"""Check and resolve the tracking URI of MLflow. It must not contain credentials, because it is logged and saved."""
 
 import os
 import re
@@ -23,31 +23,34 @@ def _reject_credentials(uri: str) -> str:
 
 
 TrackingUri = Annotated[str, AfterValidator(_reject_credentials)]
-"""Tracking URI in a config. A user or a password in it is an error, because configs are saved and uploaded."""
+"""Type of a config value that is a tracking URI. A URI that contains a user or a password is rejected, because configs
+are saved and uploaded."""
 
 
 def has_credentials(uri: str) -> bool:
-    """Return whether a URI contains a user or a password, even if a `/` in the password makes it look like a path."""
+    """Return whether a URI contains a user or a password. A password that contains `/` is also recognized."""
     return HAS_HOST.match(uri) is not None and "@" in uri
 
 
 def is_server(uri: str) -> bool:
-    """Return whether a URI is the HTTP URL of a server."""
+    """Return whether a tracking URI is the HTTP or HTTPS URL of a server."""
     return uri.lower().startswith(("http://", "https://"))
 
 
 def is_on_other_machine(uri: str) -> bool:
-    """Return whether a URI is an SQLite file whose folder does not exist on this machine."""
+    """Return whether a tracking URI names an SQLite file in a folder that does not exist on this machine."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir()
 
 
 def move_credentials() -> None:
-    """Move the user and the password from MLFLOW_TRACKING_URI to their own environment variables.
+    """Move the user and the password from MLFLOW_TRACKING_URI to two other environment variables.
 
-    If the variable contains neither, it is not changed.
+    These are MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. If MLFLOW_TRACKING_URI contains no user and no
+    password, nothing is changed.
 
     Raises:
-        InputError: they cannot be parsed, or the URI is not an HTTP URL, so MLflow would not use the variables.
+        InputError: the user and the password cannot be parsed, or the URI is not an HTTP URL. For other URIs, MLflow
+            would ignore the two variables.
     """
     uri = os.environ.get(URI, "")
     if not has_credentials(uri):
@@ -63,7 +66,9 @@ def move_credentials() -> None:
 
 
 def resolve_uri(uri: str | None) -> str | None:
-    """Return the tracking URI of the config, otherwise that of the environment, otherwise None.
+    """Return the tracking URI that is used: `uri` from the config or, if it is not set, MLFLOW_TRACKING_URI.
+
+    Return None if neither is set.
 
     Raises:
         InputError: the URI contains a user or a password.
@@ -76,7 +81,10 @@ def resolve_uri(uri: str | None) -> str | None:
 
 
 def absolute_uri(uri: str | None, folder: Path) -> str:
-    """Return the tracking URI of the run in `folder`, with an absolute path; by default `mlflow.db` in `outputs`.
+    """Return the tracking URI of the run in `folder`. If the URI names an SQLite file, its path is absolute.
+
+    If neither `uri` nor MLFLOW_TRACKING_URI is set, the URI names the SQLite file `mlflow.db` in the `outputs` folder
+    that contains the run.
 
     Raises:
         InputError: the URI contains a user or a password.
