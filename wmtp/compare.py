@@ -67,7 +67,7 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def positional_args(arguments: list[str]) -> list[str]:
-    """Replace all positional arguments with one argument `runs=[…]` that lists them, and return all arguments."""
+    """Return the arguments with one argument `runs=[…]` in place of all positional arguments, which it lists."""
     from wmtp.config.overrides import quote
 
     runs, result = list[str](), list[str]()

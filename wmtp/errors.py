@@ -37,7 +37,7 @@ class TrainingError(WmtpError):
 
 
 class PendingError(WmtpError):
-    """An incomplete upload after a job that is otherwise complete. The data are kept on the local disk."""
+    """An incomplete upload at the end of a job that is otherwise complete. The data stay on the local disk."""
 
     exit_code = 3
 
@@ -51,7 +51,7 @@ class SandboxUnavailable(WmtpError):
 class InterruptedRun(BaseException):
     """The interruption of a run by a signal. The exit code is 128 plus the signal number.
 
-    This class is not a subclass of `Exception`, so that handlers of ordinary errors do not catch it.
+    This class is not a subclass of `Exception`, so `except Exception` does not catch it.
     """
 
     def __init__(self, signal_number: int, message: str) -> None:

@@ -85,7 +85,7 @@ def read_prompt(value: str) -> str:
 
 
 def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config with a default sampling temperature if the user set none."""
+    """Return the config. If the user set no sampling temperature, the config gets a default one."""
     from wmtp.evaluation.validate import fill_temperature
 
     return fill_temperature(config, config.n)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # modules that import torch are imported inside functions, be
 
 log = logging.getLogger(__name__)
 EXIT_BARRIER_S = 90.0
-"""Maximum time in seconds that a rank waits for the other ranks to end, after an error that all ranks raise."""
+"""Maximum time in seconds that a rank waits until the other ranks have ended, after all ranks raised an error."""
 UPLOAD_BARRIER_S = 24 * 3600.0
 """Maximum time in seconds that all other ranks wait while rank 0 uploads the remaining data of the run."""
 COLLECTIVE_ERRORS = (InterruptedRun, PendingError, TrainingError)
@@ -33,7 +33,7 @@ COLLECTIVE_ERRORS = (InterruptedRun, PendingError, TrainingError)
 
 @dataclass(frozen=True)
 class JobContext:
-    """The input of a job, and the object in which the job records its progress."""
+    """The input of a job. It also contains the object in which the job records its progress."""
 
     config: DictConfig
     folder: Path
@@ -83,7 +83,7 @@ def run_rank0(job: Job, context: JobContext, on_hang: Callable[[BaseException], 
 
     Args:
         job: the job that every rank runs.
-        context: input of the job. It is sent to the other ranks.
+        context: input of the job, which is also sent to the other ranks.
         on_hang: function that is called if another rank failed and this process hangs. It receives the error that
             ended the run.
     """
@@ -151,7 +151,7 @@ def run_worker(job: Job) -> NoReturn:
 def run_launched_worker(job: Job) -> NoReturn:
     """Run a job in a process that `launch` started."""
     values, folder = receive_context()
-    # imported here, because it imports torch, and until the signal handlers are set a signal ends this process quietly
+    # imported here, because it imports torch; before the signal handlers are set, a signal ends this process quietly
     from wmtp.distributed.exit_reports import FolderReportStore
 
     def _run() -> int:

@@ -1,6 +1,7 @@
 """Preparation, execution and end of a command.
 
-The overrides are checked, the folder is chosen, and Hydra runs the job. Then the status and the exit code are recorded.
+The overrides are checked, the folder is chosen, and Hydra runs the job. After that, the status and the exit code are
+recorded.
 """
 
 import logging
@@ -36,14 +37,14 @@ from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
-"""Hydra options that install Tab completion, or that a shell uses to request completions."""
+"""Hydra options with which users install Tab completion, or with which a shell requests completions."""
 
 
 def run(command: Command) -> NoReturn:
     """Run a command, and end this process with the exit code of the command.
 
-    If another process started this process as a worker, it only runs the job. If this process is a job of a sweep, it
-    is killed when the sweep's process dies.
+    If this process is a worker that another process started, it only runs the job. If this process is a job of a sweep,
+    it is killed when the process of the sweep dies.
     """
     if (sweep := os.environ.pop(SWEEP_PID_VARIABLE, None)) is not None:
         kill_on_parent_death(int(sweep))
@@ -78,7 +79,7 @@ class CommandRunner:
         self.codes: list[int] = []
         """Exit codes of the jobs."""
         self.folder: Path | None = None
-        """Folder of the job. It is None for a sweep, and until the folder is chosen."""
+        """Folder of the job. It is None if this is a sweep, or if the folder is not chosen yet."""
         self.is_temporary = False
         self.scratch: Path | None = None
         """Temporary folder for the downloads of a dry run."""
@@ -216,7 +217,7 @@ class CommandRunner:
         self.codes.append(code)
 
     def interrupted(self, code: int) -> None:
-        """Record the interruption by a signal that arrived while no job was running.
+        """Record that a signal interrupted this process while no job was running.
 
         If the run folder has content but no status.json, this file is written with the state KILLED.
         """

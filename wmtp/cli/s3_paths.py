@@ -29,7 +29,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
         arguments: arguments of the command.
         keys: config keys whose value may be an S3 URL. The choice for a key is "latest" if the run will be resumed, and
             "best" if only its model will be used.
-        scratch: folder for all copies. None means the folders that are described above.
+        scratch: folder for all copies. If it is None, the copies are in the folders that are described above.
 
     Raises:
         ConfigError: the options of the S3 store are not valid.

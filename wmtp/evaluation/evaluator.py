@@ -214,7 +214,7 @@ class Evaluator:
             send_pending(self.run_folder)
 
     def _metric_label(self) -> str:
-        """Return the part of metric names that identifies the data set, the split, the temperature and the `limit`."""
+        """Return the part of a metric's name that names the data set, the split, the temperature and the `limit`."""
         temperature, limit = self.decoding.temperature, self.settings.limit
         decoding_name = f"temperature_{temperature:g}" if temperature else "greedy"
         return "-".join([self.source.name, self.split, decoding_name, *([f"first_{limit}"] if limit else [])])
@@ -225,12 +225,12 @@ class Evaluator:
 
 @contextmanager
 def show_progress(console: Console, total: int, done: int) -> Iterator[Callable[[], None]]:
-    """Show how many samples are graded: on a terminal as a bar, otherwise as a line after each tenth of the samples.
+    """Show how many samples are graded, either as a bar (on a terminal) or as a line after each tenth of the samples.
 
     Args:
         console: the console on which the progress is shown.
         total: the number of all samples.
-        done: the number of samples that were graded before.
+        done: the number of samples that were graded before this call.
 
     Yields:
         A function that must be called after each graded sample.

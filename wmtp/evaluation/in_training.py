@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class SampleEvaluation:
-    """Generator of greedy samples for validation problems at every validation, and for test problems after training.
+    """Evaluation on greedy samples: for validation problems at every validation, and for test problems after training.
 
     If the data set has no test split, the test problems are also taken from the validation split. The main process
     generates the samples. If there is a `grader`, it grades the samples of problems that have tests.
@@ -44,12 +44,12 @@ class SampleEvaluation:
         self.test_problems = self._select_problems("test", data.test or data.validation.records, num_test)
 
     def drop_after(self, step: int) -> None:
-        """Remove the samples of steps after `step` from samples.jsonl, for a run that resumes from `step`."""
+        """Remove the samples of steps after `step` from samples.jsonl, because a run resumes from `step`."""
         if self.processes.is_main:
             drop_lines_after(self.path, step)
 
     def validate(self, model: MtpModel, step: int) -> dict[str, float]:
-        """Generate a sample for each validation problem, and return their metrics (see `sample_metrics`)."""
+        """Generate a sample for each validation problem, and return the samples' metrics (see `sample_metrics`)."""
         if not self.validation_problems:
             return {}
         full = unsharded_copy(model, self.processes.is_main)
@@ -58,9 +58,9 @@ class SampleEvaluation:
         )
 
     def evaluate_test(self, model: MtpModel, step: int) -> dict[str, Any] | None:
-        """Generate a sample for each test problem, and return pass@1.
+        """Generate a sample for each test problem, and return pass@1 with its interval and the number of problems.
 
-        The result also has the interval of pass@1 and the number of graded samples. It is None if no sample was graded.
+        Only problems whose sample was graded are counted. If there are none, None is returned.
         """
         if not self.test_problems:
             return None

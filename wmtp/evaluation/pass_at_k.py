@@ -24,11 +24,11 @@ class Estimate:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the probability that at least one of k samples passes, if k of n samples are drawn, of which c pass.
+    """Return the probability that at least one of k samples passes.
 
-    The samples are drawn without replacement. The probability is 1 − C(n−c, k) / C(n, k), where C(a, b) is the number
-    of ways to choose b of a samples. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code (arXiv
-    2107.03374), equation 1.
+    The k samples are drawn without replacement from n samples, of which c pass. The probability is
+    1 − C(n−c, k) / C(n, k), where C(a, b) is the number of ways to choose b of a samples. Source: Chen et al. 2021,
+    Evaluating Large Language Models Trained on Code (arXiv 2107.03374), equation 1.
 
     >>> pass_at_k(10, 3, 1), round(pass_at_k(10, 3, 5), 6)
     (0.3, 0.916667)

@@ -27,9 +27,10 @@ def prediction_metrics(
 ) -> dict[str, float]:
     """Return the losses, the perplexity and the accuracies of a model on the solutions of a split.
 
-    For each head k, the result contains `head_k_loss` and `head_k_accuracy`, which are means over the tokens of the
-    solutions. `loss` is the training loss if all weights are 1. `mtp_loss` is the mean of the losses of the heads, and
-    `perplexity` is exp(`head_1_loss`). Losses are in nats. If the split has no samples, the result is empty.
+    For each head k, `head_k_loss` and `head_k_accuracy` are means over the tokens that this head predicts. `mtp_loss`
+    is the mean of `head_k_loss` over the heads. For `loss`, the losses of all heads are first averaged at each
+    position, and the results are then averaged over the positions. `perplexity` is exp(`head_1_loss`). Losses are in
+    nats. If the split has no samples, the result is empty.
     """
     objective, sums = MtpObjective(Uniform()), MetricSums()
     model.eval()
@@ -51,7 +52,7 @@ def accuracy_sums(
     unembedding: Float[Tensor, "vocabulary dim"],
     target: Int[Tensor, "head batch position"],
 ) -> MetricSums:
-    """Return the number of correct predictions and the number of targets of each head, as sums for `head_k_accuracy`.
+    """Return the sums for `head_k_accuracy`: the number of correct predictions and the number of targets of each head.
 
     The prediction of head k is the token to which it gives the highest probability.
     """

@@ -1,7 +1,4 @@
-"""The result files of an evaluation.
-
-Each graded sample is appended to them, so an interrupted evaluation can continue.
-"""
+"""The result files of an evaluation. Each graded sample is appended, so an interrupted evaluation can continue."""
 
 import json
 from collections.abc import Sequence
@@ -22,9 +19,8 @@ Key = tuple[str, int]
 class ResultsLog:
     """Writer of the files samples.jsonl and results.jsonl. Each file has one line for each graded sample.
 
-    The format of samples.jsonl is the one that public evaluation tools read. `identity` contains all settings that
-    determine the samples. If the folder already contains an evaluation, `identity` must equal the identity stored
-    there.
+    Public evaluation tools can read samples.jsonl. `identity` contains all settings that determine the samples. If the
+    folder already contains an evaluation, `identity` must equal the identity stored there.
 
     Raises:
         InputError: the folder contains another evaluation, or a damaged file.
@@ -68,7 +64,10 @@ class ResultsLog:
             file.flush()
 
     def missing(self, problems: Sequence[Record], n: int) -> list[tuple[Record, int]]:
-        """Return the pairs (problem, sample index) that are not in the files, of the first `n` samples per problem."""
+        """Return a pair (problem, sample index) for each sample that is not in the files.
+
+        A complete evaluation has `n` samples of each problem.
+        """
         return [(p, index) for p in problems for index in range(n) if (p.task_id, index) not in self.results]
 
     def close(self, problems: Sequence[Record]) -> None:

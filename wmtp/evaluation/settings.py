@@ -24,8 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Evaluation:
     """Settings of an evaluation: its problems, the number of samples for each problem, and the isolation of programs.
 
-    If `split` is None, the test split is evaluated. If the data set is a benchmark, all its splits are evaluated
-    instead.
+    If `split` is None, the test split is evaluated, or, if the data set is a benchmark, all its splits.
     """
 
     n: Positive = 1
@@ -39,7 +38,7 @@ class Evaluation:
 
     @property
     def num_workers(self) -> int:
-        """The number of programs that run at the same time, which is `workers` or by default the number of cores."""
+        """The number of programs that run at the same time: `workers`, or if it is None, the number of cores."""
         return self.workers or num_cores()
 
 

@@ -21,8 +21,8 @@ NON_IDENTITY_KEYS: dict[str, tuple[str, ...]] = {
     "evaluation": ("n", "k", "limit", "workers", "sandbox"),
     "generation": ("batch_size",),
 }
-"""Keys of each config group that change the number of samples or the speed, but not the content or the verdict of any
-sample."""
+"""For each config group, the keys that change only the number of samples or the speed. They do not change the content
+or the verdict of any sample."""
 
 
 def fill_temperature(config: DictConfig, n: object) -> DictConfig:
@@ -39,10 +39,10 @@ def fill_temperature(config: DictConfig, n: object) -> DictConfig:
 def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
     """Return the config with data settings of the run that trained the checkpoint.
 
-    If the config names no data set, or the same data set as the run, it gets all data settings of the run. If it names
-    another data set, it gets only the run's `max_length`. Settings in `overrides`, which come from the command line,
-    have precedence. If the checkpoint or the config of its run cannot be read, the config is returned unchanged; in
-    this case `checkpoint_issues` reports the error.
+    If the config names no data set, or the same data set as the run, the config gets all data settings of the run. If
+    the config names another data set, it gets only the run's `max_length`. Settings in `overrides`, which come from the
+    command line, have precedence. If the checkpoint or the config of its run cannot be read, the config is returned
+    unchanged. In this case, `checkpoint_issues` reports the error.
     """
     try:
         trained = read_run_config(find_checkpoint(Path(config.checkpoint.path))[1])

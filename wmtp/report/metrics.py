@@ -108,7 +108,7 @@ def common_metrics(runs: Sequence[RunRecord], at: str) -> list[str]:
 
 
 def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
-    """Return pass@k of each run, measured on the same test problems, or None if not all runs have such a value.
+    """Return pass@k of each run. It must be measured on the same test problems in all runs; if it is not, return None.
 
     If `k` is 1 and all runs sampled the same test problems at the end of the training, then these samples are used.
     Otherwise the values are from an evaluation by `wmtp.evaluate` that all runs have.

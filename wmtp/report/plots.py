@@ -23,7 +23,7 @@ RIGHT_MARGIN, TITLE_HEIGHT, PANEL_GAP, LEGEND_ROW_HEIGHT = 0.15, 0.3, 0.38, 0.18
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 """Allowed steps between the ticks of an axis."""
 MAX_POINTS = 1_000
-"""Approximate maximum number of points of a plotted curve. More points would not be visible."""
+"""Approximate maximum number of points of a plotted curve. A reader could not distinguish more points."""
 
 INK, QUIET, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 LINES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
@@ -129,9 +129,10 @@ def set_integer_x_axis(axes: Axes) -> None:
 
 
 def set_log_y_axis(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, unless no plotted value is positive.
+    """Make the vertical axis logarithmic if at least one plotted value is positive.
 
-    Tick labels are plain numbers instead of powers of ten. A shorter axis has more ticks per power of ten.
+    Tick labels are plain numbers instead of powers of ten. If the axis covers only a few powers of ten, then each power
+    of ten has more ticks.
     """
     if not np.isfinite(axes.dataLim.minposy):
         return
@@ -220,7 +221,7 @@ MAX_MARKED_POINTS = 40
 
 
 def plot_curve(axes: Axes, series: Series, number: int, **options: Any) -> None:
-    """Plot the finite values of a curve, and a cross at the upper border for each value that is not finite.
+    """Plot the finite values of a curve. Each other value is shown as a cross at the upper border.
 
     Args:
         axes: panel in which the curve is plotted.
@@ -243,7 +244,7 @@ def plot_curve(axes: Axes, series: Series, number: int, **options: Any) -> None:
 
 
 def plot_training_and_validation(axes: Axes, training: Series, validation: Series) -> None:
-    """Plot a thin training curve and a strong validation curve."""
+    """Plot the training curve as a thin line, and the validation curve as a strong line."""
     plot_curve(axes, training, 5, label="training", **TRAINING_STYLE)
     plot_curve(axes, validation, 0, label="validation")
 

@@ -84,11 +84,11 @@ class Difference:
     verdict: Verdict
     """Verdict that follows from `p_holm` and from whether lower values of the metric are better.
 
-    The verdict is "runs failed" if the difference would favor the group or the baseline, but the favored one has failed
-    runs.
+    If the test shows that the group or the baseline is better, but the better one has failed runs, then the verdict is
+    "runs failed".
     """
     seeds_needed: int | None
-    """Number of seeds with which a true difference of this size would be shown with a probability of 80 %.
+    """Number of seeds with which the test shows a true difference of this size with a probability of 80 %.
 
     `SEEDS_CAP` + 1 means that more than `SEEDS_CAP` seeds are needed. None means that the number cannot be estimated.
     """

@@ -1,4 +1,4 @@
-"""Plots of one run, which show its losses, gradient norms, weights, predicted values, speed and pass rates."""
+"""Plots of one run. They show its losses, gradient norms, weights, predicted values, speed and pass rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def plot_updates(run: RunRecord) -> Plot | None:
 
 
 def _gradient_norm_levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
-    """Return the thresholds for gradient norms that the config sets: for clipping, and for early stopping.
+    """Return the thresholds for gradient norms that the config sets. One is for clipping, another for early stopping.
 
     Each threshold is a tuple (label, value, color, dash pattern) for a horizontal line.
     """
@@ -123,10 +123,10 @@ def _gradient_norm_levels(run: RunRecord) -> list[tuple[str, float, str, str]]:
 
 
 def _early_stopping_spans(run: RunRecord) -> list[tuple[str, int, int]]:
-    """Return the ranges of steps that a plot marks, as tuples (label, first step, last step).
+    """Return the ranges of steps that a plot marks because of early stopping, as tuples (label, first step, last step).
 
-    One range is the last window of updates that early stopping considered. If the run was stopped early, the other
-    range is its last step.
+    The first range is the last window of updates that early stopping considered. If the run was stopped early, there is
+    a second range, which is the last step.
     """
     window = (run.config.get("early_stopping") or {}).get("window")
     last = int(run.summary.get("total_steps") or run.status.get("step") or 0)
@@ -253,7 +253,7 @@ def plot_calibration(run: RunRecord) -> Plot | None:
 
 
 def plot_pass_rate(run: RunRecord) -> Plot | None:
-    """Plot the share of validation problems that the model solves, over the training."""
+    """Plot how the share of validation problems that the model solves changes during the training."""
     rates, num_problems = run.series("val/pass_rate"), run.config.get("num_validation_samples")
     if not rates:
         return None

@@ -21,11 +21,11 @@ class RunRecord:
 
     folder: Path
     final_status: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Fields that override those of status.json, for a report that is written before the final status is saved."""
+    """Fields that replace those of status.json if a report is written before the final status is saved."""
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """Content of status.json, overridden by `final_status`."""
+        """Content of status.json. The fields in `final_status` replace those of the file."""
         return read_status(self.folder) | dict(self.final_status)
 
     @cached_property

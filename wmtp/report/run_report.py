@@ -45,7 +45,7 @@ def write_run_report(folder: Path, final_status: Mapping[str, Any] | None = None
 
     Args:
         folder: folder of the run.
-        final_status: fields that override those of status.json if the final status of the run is not saved yet.
+        final_status: fields that replace those of status.json if the final status of the run is not saved yet.
     """
     run, path = RunRecord(folder, final_status or {}), folder / FILE_NAME
     with plot_style():

@@ -10,7 +10,7 @@ from wmtp.report.run_record import RunRecord
 from wmtp.report.statistics import median_interval
 
 LossCurve = Sequence[tuple[int, float]]
-"""The validation losses of a run as pairs (number of tokens trained on, loss)."""
+"""Validation losses of a run, as pairs (number of tokens trained on, loss)."""
 
 
 def loss_curve(run: RunRecord, metric: str) -> LossCurve | None:

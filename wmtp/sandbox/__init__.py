@@ -1,1 +1,1 @@
-"""Grade untrusted programs, written by a language model, in isolated processes."""
+"""Grading of untrusted programs, which were written by a language model, in isolated processes."""

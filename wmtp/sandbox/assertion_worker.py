@@ -1,11 +1,16 @@
-"""The assertion worker: run the tests, and request the functions and values of the program from the solution worker.
+"""The assertion worker, a script that runs the assertion tests of an untrusted program.
 
-This script imports only the standard library. It reads the job from standard input, then the answers to its requests.
-It writes the requests to standard output, and at the end the verdict in a line that starts with "=".
+The program itself is executed by another process, the solution worker. When the tests use a function or a value of the
+program, this script sends a request to the solution worker.
 
-Answers contain plain values (see `wire`), and arguments are sent as copies, so a program cannot change the values that
-the tests compare. Every other object is a `Handle`. Tests can call a handle, access its attributes and items, and pass
-it as an argument. If they compare it with a value, no code of the program is executed.
+Besides `wire`, this script imports only the standard library. It first reads the job (the program and its tests) from
+standard input, and later the answers to its requests. It writes the requests to standard output, and at the end the
+verdict in a line that starts with "=".
+
+Answers contain plain values (see `wire`), and arguments are sent as copies. Therefore a program cannot change the
+values that the tests compare. An object that is not a plain value is represented by a `Handle`. Tests can call a
+handle, access its attributes and items, and pass it as an argument. If they compare it with a value, no code of the
+program is executed.
 """
 
 import ast
@@ -19,20 +24,23 @@ from typing import Any, BinaryIO, cast
 from wmtp.sandbox.wire import CannotSend, Malformed, decode, dumps, encode, loads
 
 MAX_SHOWN = 80
-"""Maximum characters of a value or an exception in a verdict."""
+"""Maximum number of characters of a value or an exception in a verdict."""
 HANDLE_COMPARED = "the tests compare an object of the program, which cannot be graded"
 
 
 class SolutionError(Exception):
-    """An exception of the program that has no builtin type more specific than `Exception`."""
+    """Replacement for an exception of the program that no builtin subclass of `Exception` can represent."""
 
 
 class VerdictReached(BaseException):
-    """The verdict is final and the tests must stop; not an Exception, so that `except Exception` cannot catch it."""
+    """Exception that stops the tests because the verdict is final.
+
+    It is not a subclass of `Exception`, so that `except Exception` in a test cannot catch it.
+    """
 
 
 class Handle:
-    """A proxy for an object in the solution worker."""
+    """A proxy for an object that exists in the solution worker."""
 
     __slots__ = ("__client", "__number")
 
@@ -51,7 +59,7 @@ class Handle:
     __hash__ = object.__hash__
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
-        """Call the object in the solution worker."""
+        """Call the object in the solution worker, and return the result."""
         return self.__client.request("call", self, list(positional), named)
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +93,7 @@ class Handle:
 
 
 class SolutionClient:
-    """A client of the solution worker: it sends requests and reads their answers."""
+    """A client that sends requests to the solution worker and reads the answers."""
 
     def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
         self._requests = requests
@@ -105,22 +113,27 @@ class SolutionClient:
         """The last answer, as text for the verdict."""
 
     def load(self, source: str) -> None:
-        """Make the solution worker execute the program."""
+        """Send the program to the solution worker, which executes it."""
         self._send({"do": "load", "source": source})
         self.was_used = False
 
     def finish(self) -> None:
-        """Check that the program still answers, and that it has not sent more answers than requests."""
+        """Check that the solution worker still answers, and that it has not sent more answers than it got requests."""
         self._send({"do": "end"})
 
     def request(self, operation: str, *operands: Any) -> Any:
-        """Return the value of an operation on objects of the program, or raise its exception."""
+        """Request an operation from the solution worker, and return the resulting value.
+
+        Raises:
+            Exception: the operation raised an exception in the solution worker.
+            VerdictReached: the verdict is final, for example because the answer is malformed.
+        """
         encoded = [self._encode(operand) for operand in operands]
         self.was_answered = True
         return self._value(self._send({"do": operation, "with": encoded}))
 
     def global_variable(self, name: str) -> Any:
-        """Return a global variable of the program.
+        """Return the value of a global variable of the program.
 
         Raises:
             KeyError: the program does not define the variable.
@@ -133,10 +146,10 @@ class SolutionClient:
         return value
 
     def set_verdict(self, outcome: str, reason: str, detail: str) -> None:
-        """Set the verdict if it is not yet final, and stop the tests.
+        """Set the verdict unless it is already final, and stop the tests.
 
         Raises:
-            VerdictReached: always.
+            VerdictReached: always, because this exception stops the tests.
         """
         self.verdict = self.verdict or (outcome, reason, detail)
         raise VerdictReached
@@ -187,7 +200,11 @@ class SolutionClient:
             self.set_verdict("fail", "protocol", f"a malformed answer: {error}")
 
     def _exception(self, answer: dict[str, Any]) -> Exception:
-        """Return the exception of an answer, with its most specific builtin type, or a `SolutionError`."""
+        """Return the exception that an answer describes.
+
+        The exception gets the most specific builtin type that the program's exception has. If no builtin type is
+        suitable, the exception is a `SolutionError`.
+        """
         message = str(answer.get("message"))
         self.last = f"{answer.get('kind')}: {message}"[:MAX_SHOWN]
         known = answer["error"]
@@ -219,7 +236,10 @@ class SolutionClient:
 
 
 class Namespace(dict[str, Any]):
-    """The global variables of the tests. Names that neither the tests nor Python define come from the program."""
+    """The global variables of the tests.
+
+    If neither the tests nor Python define a name, its value is requested from the program.
+    """
 
     def __init__(self, client: SolutionClient, setup: str, tests: list[str]) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
@@ -235,7 +255,7 @@ class Namespace(dict[str, Any]):
 
 
 def _shorten(value: Any) -> str:
-    """Return the repr of a value, cut to `MAX_SHOWN` characters."""
+    """Return the repr of a value, shortened to `MAX_SHOWN` characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python prints
@@ -244,7 +264,7 @@ def _shorten(value: Any) -> str:
 
 
 def _parse_preamble(preamble: str) -> ast.Module:
-    """Parse a preamble without the function or class at its end, which the solution completes."""
+    """Parse a preamble, but remove the function or class at its end, because the solution completes it."""
     try:
         tree = ast.parse(preamble)
     except SyntaxError:
@@ -255,9 +275,9 @@ def _parse_preamble(preamble: str) -> ast.Module:
 
 
 def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
-    """Return the builtin names that the tests take from the program.
+    """Return the builtin names that the program redefines according to the tests.
 
-    These are the names that every test uses, provided that the tests use builtin names only.
+    If the tests use only builtin names, these are the names that occur in every test; otherwise there are none.
     """
     mentioned = [{node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)} for test in tests]
     if any(not hasattr(builtins, name) for name in set().union(*mentioned)):
@@ -266,7 +286,10 @@ def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
 
 
 def _used_modules(tests: list[str]) -> frozenset[str]:
-    """Return the names of standard library modules that the tests use; the program cannot replace these modules."""
+    """Return the names of the standard library modules that the tests use.
+
+    The tests get these modules from the standard library, even if the program assigns other objects to the names.
+    """
     return (
         frozenset(
             node.value.id
@@ -279,7 +302,7 @@ def _used_modules(tests: list[str]) -> frozenset[str]:
 
 
 class AssertionRunner:
-    """Runs the tests of one program."""
+    """Runner of the tests of one program."""
 
     def __init__(self, job: dict[str, Any], client: SolutionClient) -> None:
         self._job = job
@@ -288,7 +311,7 @@ class AssertionRunner:
         self._tests: list[CodeType] = []
 
     def verdict(self) -> tuple[str, str, str]:
-        """Run the setup and the tests; return outcome, reason and detail."""
+        """Run the setup and the tests, and return the outcome, the reason and the detail of the verdict."""
         try:
             self._prepare()
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -312,7 +335,13 @@ class AssertionRunner:
         exec(compile(_parse_preamble(self._job["preamble"]), "<preamble>", "exec"), self._namespace)
 
     def _failure(self, error: BaseException, index: int) -> tuple[str, str, str]:
-        """Return the verdict for an exception in test `index`; 0 is the setup, −1 is the loading of the program."""
+        """Return the verdict for an exception.
+
+        Args:
+            error: the exception.
+            index: the number of the test that raised the exception, 0 if the setup raised it, or −1 if it was raised
+                while the program was loaded.
+        """
         place = "loading" if index < 0 else f"test {index}" if index else "setup"
         if self._client.verdict:
             outcome, reason, detail = self._client.verdict
@@ -332,7 +361,7 @@ class AssertionRunner:
 
 
 def _failing_line(error: BaseException, source: str) -> str:
-    """Return the line of the tests at which an exception was raised."""
+    """Return the line of the test `source` at which an exception was raised, or an empty string if there is none."""
     found, trace = "", error.__traceback__
     lines = source.splitlines()
     while trace:
@@ -343,7 +372,7 @@ def _failing_line(error: BaseException, source: str) -> str:
 
 
 def main() -> None:
-    """Read the job, run its tests and write the verdict. The output of the tests is discarded."""
+    """Read the job, run its tests and write the verdict. Discard everything that the tests print."""
     answers = os.fdopen(os.dup(0), "rb")
     requests = os.fdopen(os.dup(1), "wb")
     empty = os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,8 @@
-"""Grade a program with assertions, which run in another process, or by its output for given input."""
+"""Grading of programs with two types of tests.
+
+An assertion runs in a process of its own and calls functions of the program. A stdio test runs the whole program with a
+given input, and compares its output with the expected output.
+"""
 
 import json
 import math
@@ -31,13 +35,13 @@ Reason = Literal[
     "tests",  # sandbox error: the tests themselves are wrong
 ]
 MAX_DETAIL = 300
-"""Maximum characters of a verdict's detail."""
+"""Maximum number of characters in the detail of a verdict."""
 MAX_REQUEST = 2**24
-"""Maximum bytes of a request of the assertion worker."""
+"""Maximum number of bytes in a request of the assertion worker."""
 TOLERANCE = 1e-6
-"""Relative and absolute tolerance for numbers in the output."""
+"""Relative and absolute tolerance for the comparison of numbers in the output with expected numbers."""
 CPU_LIMIT_EXIT_CODE = 128 + 24
-"""Exit code of a process that SIGXCPU killed."""
+"""Exit code of a process that the signal SIGXCPU killed because it used too much processor time."""
 LOADER = """
 import sys, types
 for name, source in {sources!r}:
@@ -45,23 +49,25 @@ for name, source in {sources!r}:
     exec(compile(source, name, "exec"), module.__dict__)
 module.main()
 """
-"""Script that creates the given modules and runs `main` of the last one."""
+"""Template of a script that creates modules from their source code and calls `main` of the last module."""
 
 
 @dataclass(frozen=True)
 class Program:
     """An untrusted program and its tests.
 
-    Tests pass their arguments as copies, so a test cannot check what a function changes in place.
+    Tests pass copies of their arguments to the program. Therefore a test cannot check whether a function changes its
+    arguments in place.
     """
 
     source: str
     tests: tuple[str | StdioTest, ...]
     setup: str = ""
-    """Trusted code that runs after the program is loaded and before the tests; it may use the program's names."""
+    """Trusted code that runs after the program is loaded and before the tests. It may use definitions of the program.
+    """
     preamble: str = ""
-    """Trusted code at the beginning of `source`, which completes its last function. Tests use the other definitions of
-    this code, even if the program redefines them."""
+    """Trusted code with which `source` begins. The rest of `source` completes the last function or class of the
+    preamble. Tests use the other definitions of the preamble, even if the program redefines them."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,13 @@ class Verdict:
     outcome: Outcome
     reason: Reason
     detail: str
-    """One line of explanation."""
+    """Explanation of the verdict in one line."""
     seconds: float
-    """Elapsed time of grading."""
+    """Elapsed time of the grading, in seconds."""
 
 
 class ProgramFailed(Exception):
-    """A program failed for the given reason."""
+    """Exception that means that the graded program failed for the given reason."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -85,10 +91,10 @@ class ProgramFailed(Exception):
 
 
 def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
-    """Grade a program and return the verdict. Can be called from several threads at once.
+    """Grade a program and return the verdict. Several threads can call this function at the same time.
 
     Raises:
-        ValueError: there are no tests.
+        ValueError: the program has no tests.
     """
     if not program.tests:
         raise ValueError("a program without tests cannot be graded")
@@ -113,7 +119,7 @@ def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
 
 @contextmanager
 def _failures_at(place: str) -> Iterator[None]:
-    """Prefix the detail of a `ProgramFailed` in this context with a place."""
+    """Prepend `place` to the message of a `ProgramFailed` that is raised in this context."""
     try:
         yield
     except ProgramFailed as failure:
@@ -127,14 +133,17 @@ def _one_line(text: str) -> str:
 
 @cache
 def _script(*modules: str) -> str:
-    """Return a script that contains the source of some modules of this package and runs the last one."""
+    """Return a script that contains the source code of the given sandbox modules and calls `main` of the last one."""
     package = files("wmtp.sandbox")
     sources = [(f"wmtp.sandbox.{name}", (package / f"{name}.py").read_text(encoding="utf-8")) for name in modules]
     return LOADER.format(sources=sources)
 
 
 class Relay:
-    """Relays requests from an assertion worker to a solution worker, and the answers back, line by line."""
+    """Relay between an assertion worker and a solution worker.
+
+    It forwards each request to the solution worker, and each answer to the assertion worker, line by line.
+    """
 
     def __init__(self, assertion_worker: Process, solution_worker: Process, limits: Limits) -> None:
         self._assertion_worker = assertion_worker
@@ -143,7 +152,7 @@ class Relay:
         self._num_answers = 0
 
     def verdict(self, job: bytes) -> tuple[Outcome, Reason, str]:
-        """Send the job to the assertion worker, relay lines until it sends the verdict, and return the verdict.
+        """Send the job to the assertion worker, relay lines until this worker sends a verdict, and return the verdict.
 
         Raises:
             ProgramFailed: the program ended, took too long, sent too much or violated the protocol.
@@ -210,7 +219,7 @@ class Relay:
 
 
 def _take_line(buffer: bytearray) -> bytes:
-    """Remove the first line of a buffer and return it; return b"" if the line is incomplete."""
+    """Remove the first line of a buffer and return the line. Return b"" if the buffer contains no complete line."""
     length = buffer.find(b"\n") + 1
     line = bytes(buffer[:length])
     del buffer[:length]
@@ -234,7 +243,7 @@ def _grade_stdio(source: str, test: StdioTest, isolation: Isolation, limits: Lim
     """Run a program once and compare its output with the expected output.
 
     Raises:
-        ProgramFailed: the program failed, or the output differs.
+        ProgramFailed: the program failed, or its output differs from the expected output.
     """
     expected = test.stdout
     max_bytes = limits.output_bytes + 2 * len(expected.encode(errors="replace"))
@@ -258,7 +267,13 @@ def _grade_stdio(source: str, test: StdioTest, isolation: Isolation, limits: Lim
 
 
 def _run(process: Process, pipe_loop: PipeLoop, deadline: float, max_bytes: int) -> int | None:
-    """Receive all output of a process; return its exit code, or None if the deadline passed first."""
+    """Receive the output of a process until it ends, and return the exit code of the process.
+
+    Return None if the process did not end before the deadline.
+
+    Raises:
+        ProgramFailed: the output is larger than `max_bytes`.
+    """
     for _ in pipe_loop.steps(deadline):
         if len(process.stdout_data) + len(process.stderr_data) > max_bytes:
             raise ProgramFailed("output", f"it wrote more than {max_bytes / 1024:g} KiB")
@@ -270,7 +285,10 @@ def _run(process: Process, pipe_loop: PipeLoop, deadline: float, max_bytes: int)
 
 
 def _exit_failure(exit_code: int, stderr: str) -> ProgramFailed:
-    """Return the failure of a program with an error exit code, from the last line of its traceback."""
+    """Return the failure of a program that ended with an error exit code.
+
+    The reason is determined from the last line of the traceback in `stderr`, if there is one.
+    """
     lines = [line for line in stderr.splitlines() if line.strip()]
     last = lines[-1] if lines and "Traceback" in stderr else ""
     kind = last.split(":")[0]
@@ -283,7 +301,7 @@ def _compare(words: list[str], expected: list[str]) -> None:
     """Compare the words of the output with the expected words.
 
     Raises:
-        ProgramFailed: a word differs, or the number of words does.
+        ProgramFailed: a word or the number of words differs.
     """
     for number, (actual, expected_word) in enumerate(zip(words, expected, strict=False), start=1):
         if not _is_equal(actual, expected_word):
@@ -293,9 +311,9 @@ def _compare(words: list[str], expected: list[str]) -> None:
 
 
 def _is_equal(actual: str, expected: str) -> bool:
-    """Return whether two words are equal.
+    """Return whether a word of the output is equal to the expected word.
 
-    If the expected word has a decimal point, numbers within `TOLERANCE` are equal.
+    If the expected word has a decimal point, two numbers also count as equal if they differ by at most `TOLERANCE`.
     """
     if actual == expected:
         return True

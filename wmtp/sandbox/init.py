@@ -1,7 +1,8 @@
-"""The first script in a sandbox: create namespaces if required, set the limits, then execute the program.
+"""The script that runs first in a sandbox: it creates namespaces if required, sets limits, and executes the program.
 
-Its only argument is JSON, created in `isolation.py`. It writes "." to the file descriptor `status` when the sandbox is
-ready, otherwise an error message. All code here runs before the first untrusted instruction.
+The only argument of this script is a JSON object, which `isolation.py` creates. Its key `status` is a file descriptor.
+The script writes "." to this descriptor when the sandbox is ready, or an error message if the sandbox cannot be
+created. All code of this script runs before the first instruction of the untrusted program.
 """
 # pathlib is not used, because importing it would take longer than the whole script
 # ruff: noqa: PTH102, PTH103, PTH106, PTH112, PTH120, PTH123, PTH211
@@ -17,7 +18,7 @@ import sys
 from typing import Any
 
 CLONE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-"""Flags for new mount, cgroup, uts, ipc, pid and network namespaces."""
+"""Flags that create new mount, cgroup, uts, ipc, pid and network namespaces."""
 CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
@@ -27,10 +28,10 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, MODE_FIL
 NUM_CAPABILITIES, CAPABILITY_VERSION = 64, 0x20080522
 OLD_ROOT = "/.old"
 NUM_FILES = 1024
-"""Maximum number of files and folders in the writable folder."""
+"""Maximum number of files and folders in the writable folder of the sandbox."""
 
 Setup = dict[str, Any]
-"""The decoded argument of this script."""
+"""Type of the argument of this script, decoded from JSON."""
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -53,13 +54,17 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
 
 
 def restrict_mount(path: str, attributes: int, flags: int = AT_RECURSIVE) -> None:
-    """Add attributes to a mount; its other attributes do not change."""
+    """Add attributes, for example "read-only", to the mount at a path. Its other attributes do not change."""
     structure = struct.pack("QQQQ", attributes, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, structure, len(structure))
 
 
 def make_namespaces(setup: Setup) -> None:
-    """Create new namespaces; without root also a user namespace, which gives the privileges to configure the others."""
+    """Create new namespaces for this process.
+
+    If the sandbox is not started as root, also create a user namespace, which gives the privileges to configure the
+    other namespaces.
+    """
     user, group = os.getuid(), os.getgid()
     call("unshare", CLONE_FLAGS | (0 if setup["user"] is not None else CLONE_NEWUSER))
     if setup["user"] is None:
@@ -74,9 +79,10 @@ def kill_on_parent_death() -> None:
 
 
 def wait_and_exit_like(child: int) -> None:
-    """Wait for a child, reaping other children, and exit with its code.
+    """Wait until a child process ends, and exit with the same exit code.
 
-    When the first process of a pid namespace exits, the kernel kills all other processes of the namespace.
+    If this process is the first one of a pid namespace, it also reaps orphaned processes while it waits, and the kernel
+    kills all other processes of the namespace when it exits.
     """
     os.closerange(0, 256)
     while True:
@@ -87,11 +93,14 @@ def wait_and_exit_like(child: int) -> None:
 
 
 def fork_and_wait(status: int | None = None) -> None:
-    """Fork and return only in the child; the parent waits and forwards the child's exit code.
+    """Fork, and return only in the child. The parent waits for the child and exits with the child's exit code.
 
-    If `status` is given, the parent first writes the child's pid to it. The child waits for a byte from the parent, so
-    that the pid is written before any other message, and so that the child notices if the parent ended before
-    `kill_on_parent_death` took effect.
+    The child waits for a byte from the parent. If the parent ended before `kill_on_parent_death` took effect, the child
+    does not receive the byte and exits.
+
+    Args:
+        status: file descriptor to which the parent writes the process id of the child, before the child continues. If
+            it is None, the process id is not written.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -108,7 +117,7 @@ def fork_and_wait(status: int | None = None) -> None:
 
 
 def bind_mount(source: str, target: str, attributes: int) -> None:
-    """Bind-mount a file or folder of the old root into the new root."""
+    """Bind-mount the file or folder `source` at `target`, and add attributes to this mount."""
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -119,7 +128,10 @@ def bind_mount(source: str, target: str, attributes: int) -> None:
 
 
 def change_root(setup: Setup) -> None:
-    """Replace the root of this mount namespace by a new one that contains only the paths of the layout."""
+    """Replace the root of this mount namespace by a new root.
+
+    The new root contains only the paths that are listed in `setup`, /proc, and the writable folder /tmp.
+    """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     os.mkdir(f"/tmp{OLD_ROOT}")
@@ -148,9 +160,10 @@ def change_root(setup: Setup) -> None:
 
 
 def drop_privileges(setup: Setup) -> None:
-    """Change from root to the user of this sandbox, and drop all capabilities.
+    """Change from root to the user id of this sandbox, and drop all capabilities. Without isolation, do nothing.
 
-    Each sandbox has its own user, because the kernel counts processes per user and does not limit root.
+    Each sandbox that root starts has its own user id, because the kernel counts processes per user and does not limit
+    root.
     """
     if setup["user"] is not None:
         if setup["namespaces"]:
@@ -169,14 +182,17 @@ def drop_privileges(setup: Setup) -> None:
 
 
 def filter_system_calls(program: bytes) -> None:
-    """Install a system call filter (see seccomp.py) that no process of this sandbox can remove."""
+    """Install a filter of system calls that no process of this sandbox can remove.
+
+    `program` is the filter in the format that `seccomp.py` creates.
+    """
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     buffer = ctypes.create_string_buffer(program, len(program))
     call("prctl", PR_SET_SECCOMP, MODE_FILTER, struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
 
 
 def main(setup: Setup) -> None:
-    """Set up the sandbox and execute the program."""
+    """Set up the sandbox and execute the program in it."""
     status = setup["status"]
     try:
         os.set_inheritable(status, False)

@@ -1,4 +1,4 @@
-"""Isolation methods for untrusted programs, and the selection of one that works on this machine."""
+"""Isolation methods for untrusted programs, and the selection of a method that works on this machine."""
 
 import json
 import os
@@ -22,18 +22,20 @@ from wmtp.sandbox.seccomp import system_call_filter
 
 Choice = Literal["auto", "bubblewrap", "unshare", "none"]
 FIRST_USER, NUM_USERS = 1_900_000_000, 200_000_000
-"""User ids outside the ranges of accounts and container managers; as root, each sandbox gets a random one of them."""
+"""First number and size of a range of user ids that accounts and container managers do not use. If root starts a
+sandbox, the sandbox gets a random user id from this range."""
 OPEN_FILES = 64
 """Maximum number of open files of a process."""
 SELF_TEST_TIMEOUT_S = 60.0
 INIT_SCRIPT = Path(__file__).with_name("init.py").read_text(encoding="utf-8")
-"""Source of the script that runs first in every sandbox."""
+"""Source code of the script that runs first in every sandbox."""
 
 
 class Isolation(ABC):
-    """A method to start a program in isolation, either as root (`as_root`) or in a user namespace.
+    """A method to start programs in isolation.
 
-    Root privileges are dropped before the program starts.
+    If `as_root` is true, root starts the sandbox, and root privileges are dropped before the program starts. Otherwise
+    the sandbox uses a user namespace.
     """
 
     name: str
@@ -47,15 +49,16 @@ class Isolation(ABC):
 
     @abstractmethod
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
-        """Return the words to put before the command that runs init.py.
+        """Return the words of the command line that precede the command that runs init.py.
 
         Args:
             limits: limits of the program.
-            namespace_fd: file descriptor to which the program that creates the namespaces writes its child's pid.
+            namespace_fd: file descriptor to which the program that creates the namespaces writes the process id of its
+                child.
         """
 
     def start(self, command: list[str], limits: Limits) -> Process:
-        """Start a command; isolation and limits are in force after `Process.wait_until_ready`.
+        """Start a command. Its isolation and limits are in force when `Process.wait_until_ready` returns.
 
         Raises:
             SandboxFailure: no process could be started.
@@ -95,7 +98,7 @@ class Bubblewrap(Isolation):
     name = "bubblewrap"
 
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
-        """Return the command line of bubblewrap."""
+        """Return the command line that starts bubblewrap."""
         paths = layout()
         privileges = (
             ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -129,7 +132,7 @@ class Unshare(Isolation):
 
 
 class NoIsolation(Isolation):
-    """No isolation: only limits of time, memory, file sizes and output."""
+    """Execution without isolation. Only time, memory, file sizes, open files and output are limited."""
 
     name = "none"
     is_filtered = False
@@ -138,7 +141,7 @@ class NoIsolation(Isolation):
         super().__init__(as_root=False)
 
     def prefix(self, limits: Limits, namespace_fd: int) -> list[str]:
-        """Return an empty list."""
+        """Return an empty list, because no other program creates namespaces."""
         return []
 
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
@@ -152,12 +155,12 @@ class NoIsolation(Isolation):
 
 @cache
 def find_isolation(choice: Choice = "auto") -> Isolation:
-    """Return the isolation named `choice` if its self-test passes; for "auto" the first one whose self-test passes.
+    """Return the isolation method with the name `choice`, if its self-test passes.
 
-    The choice "none" has no self-test.
+    If `choice` is "auto", return the first method whose self-test passes. The method "none" has no self-test.
 
     Raises:
-        SandboxUnavailable: no method works; the message lists the tried methods, their errors and remedies.
+        SandboxUnavailable: no self-test passed. The message lists the tried methods, their errors, and remedies.
     """
     if choice == "none":
         return NoIsolation()
@@ -179,7 +182,7 @@ def find_isolation(choice: Choice = "auto") -> Isolation:
 
 
 def _self_test_error(isolation: Isolation) -> str | None:
-    """Run the self-test in an isolation; return an error message, or None if the self-test passed."""
+    """Run the self-test with an isolation method. Return an error message, or None if the self-test passed."""
     limits = Limits()
     script = Path(self_test.__file__).read_text(encoding="utf-8")
     secret = Path(__file__).resolve()

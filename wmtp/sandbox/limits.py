@@ -10,24 +10,26 @@ class Limits:
     """Resource limits of one program."""
 
     wall_seconds: PositiveFloat = 5.0
-    """Elapsed time from when the process is ready: for all assertion tests in total, and for each stdio test."""
+    """Maximum elapsed time in seconds, measured from the time when the sandbox is ready. All assertions together have
+    this time, and each stdio test has this time separately."""
     cpu_seconds: Positive = 5
-    """Processor time of each process."""
+    """Maximum processor time of each process, in seconds."""
     memory_mib: Positive = 512
-    """Address space of each process."""
+    """Maximum address space of each process, in MiB."""
     processes: Positive = 16
-    """Processes and threads in total."""
+    """Maximum number of processes and threads in total."""
     file_kib: Positive = 1024
-    """Size of one file."""
+    """Maximum size of each file that the program writes, in KiB."""
     output_kib: Positive = 64
-    """Size of standard output and standard error in total, and of each answer in assertion tests."""
+    """Maximum size of standard output and standard error together, in KiB. In a stdio test, twice the size of the
+    expected output is added to this limit. In assertion tests, this is also the maximum size of each answer."""
 
     @property
     def output_bytes(self) -> int:
-        """The limit `output_kib` in bytes."""
+        """The limit `output_kib`, converted to bytes."""
         return self.output_kib * 1024
 
     @property
     def folder_bytes(self) -> int:
-        """Size limit in bytes of the writable folder."""
+        """The maximum size of the sandbox's writable folder, in bytes."""
         return 4 * self.file_kib * 1024

@@ -1,4 +1,7 @@
-"""File system and environment of a sandbox: the Python interpreter, its libraries, a few devices, five variables."""
+"""File system and environment variables of a sandbox.
+
+The file system contains only the Python interpreter, its libraries and a few devices.
+"""
 
 import os
 import sys
@@ -22,44 +25,48 @@ LINKS = (
     ("/proc/self/fd/2", "/dev/stderr"),
 )
 PACKAGES = ("site-packages", "dist-packages")
-"""Folders of installed packages inside the standard library; they are hidden in the sandbox."""
+"""Names of the folders that contain installed packages. These folders are hidden in the sandbox."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths that exist in a sandbox."""
+    """The paths that exist in the file system of a sandbox."""
 
     binds: tuple[str, ...]
-    """Files and folders of the machine, mounted read-only at the same path."""
+    """Files and folders of the machine that are mounted read-only in the sandbox, at the same paths."""
     links: tuple[tuple[str, str], ...]
-    """Symbolic links as (target, path)."""
+    """Symbolic links, each as a pair (target, path of the link)."""
     hidden: tuple[str, ...]
-    """Folders that appear empty."""
+    """Folders that appear empty in the sandbox."""
     devices: tuple[str, ...] = DEVICES
 
     @property
     def folders(self) -> list[str]:
-        """The parent folders of all paths, parents before children."""
+        """The folders that contain the paths of the layout. Each folder comes after its own parent folder."""
         paths = (*self.binds, *self.devices, *(path for _, path in self.links))
         return sorted({str(folder) for path in paths for folder in PurePath(path).parents} - {"/"})
 
 
 def interpreter() -> str:
-    """Return the real path of the Python interpreter, the base interpreter if this is a virtual environment."""
+    """Return the real path of the Python interpreter.
+
+    In a virtual environment, return the path of its base interpreter.
+    """
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def python(*arguments: str) -> list[str]:
-    """Return a command line that runs Python without `site`, bytecode files and the current folder in `sys.path`.
+    """Return a command line that runs Python with the given arguments.
 
-    The option `-I` is not used, because it would ignore PYTHONHASHSEED.
+    Python does not import `site`, does not write bytecode files, and does not add the current folder to `sys.path`. The
+    option `-I` is not used, because Python would then ignore PYTHONHASHSEED.
     """
     return [interpreter(), "-B", "-P", "-s", "-S", *arguments]
 
 
 @cache
 def layout() -> Layout:
-    """Return the paths that the interpreter of this machine needs."""
+    """Return the layout of a sandbox on this machine, with all paths that the Python interpreter needs."""
     prefix = os.path.realpath(sys.base_prefix)
     binds: list[str] = []
     links = list(LINKS)

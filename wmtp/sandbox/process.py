@@ -1,4 +1,4 @@
-"""A sandboxed process with pipes, and a loop that transfers data between this process and several of them."""
+"""Sandboxed processes, and a loop that transfers data between the current process and sandboxed processes."""
 
 import contextlib
 import os
@@ -15,33 +15,35 @@ from typing import IO
 from wmtp.sandbox.mounts import ENVIRONMENT
 
 CHUNK = 64 * 1024
-"""Maximum bytes per read or write of a pipe."""
+"""Maximum number of bytes that are read from a pipe or written to a pipe at once."""
 START_TIMEOUT_S = 60.0
-"""Maximum seconds until a sandbox is ready. The limit is generous, because the machine may be busy."""
+"""Maximum number of seconds until a sandbox is ready. The limit is generous, because the machine may be busy."""
 EXIT_TIMEOUT_S = 30.0
-"""Maximum seconds to wait for the exit of a process that was killed or that closed its output."""
+"""Maximum number of seconds to wait for the exit of a process that was killed or that closed its output."""
 CHILD_PID = re.compile(rb'"child-pid": *(\d+)[^}]*}')
-"""Status message of bubblewrap or init.py with the pid of the first process in the namespaces."""
+"""Pattern of the message in which bubblewrap or init.py reports the pid of the first process in the namespaces."""
 
 
 class SandboxFailure(Exception):
-    """A sandbox could not be created, or it failed; the program did not cause this."""
+    """Exception that means that a sandbox could not be created or failed later, not because of the program."""
 
 
 class Process:
-    """A process with pipes. As a context manager, it kills the process and all its descendants at the end.
+    """A sandboxed process with pipes. At the end of a `with` statement, it is killed together with all its descendants.
 
-    `stdout_data` and `stderr_data` collect the output; the caller must check their sizes after each step of the
-    `PipeLoop`. `output_ended` becomes True when all output has been received. Either standard output was closed; or the
-    process had exited before a step in which no data arrived, so that only other processes keep its pipes open.
+    `stdout_data` and `stderr_data` collect the output. The caller must check their sizes after each step of the
+    `PipeLoop`. `output_ended` becomes True when all output has been received, which has two possible causes. Either
+    standard output was closed, or the process had already exited and no data arrived in a step. In the second case,
+    only other processes keep the pipes open.
     """
 
     def __init__(self, command_for: Callable[[int, int], list[str]]) -> None:
         """Start a command.
 
         Args:
-            command_for: returns the command line, given two file descriptors for status messages: one for init.py and
-                one for the program that creates the namespaces.
+            command_for: function that returns the command line. Its arguments are two file descriptors for status
+                messages. init.py writes to the first one, and the program that creates the namespaces writes to the
+                second one.
 
         Raises:
             SandboxFailure: the machine cannot start more processes, or the command does not exist.
@@ -97,10 +99,10 @@ class Process:
         return self._popen.stderr
 
     def wait_until_ready(self) -> None:
-        """Wait until init.py reports that isolation and limits are in force.
+        """Wait until init.py reports that the isolation and the limits are in force.
 
         Raises:
-            SandboxFailure: init.py reports an error, or nothing within `START_TIMEOUT_S`.
+            SandboxFailure: init.py reports an error, or it reports nothing within `START_TIMEOUT_S` seconds.
         """
         report = b""
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -117,7 +119,7 @@ class Process:
                 report += received
 
     def send(self, data: bytes) -> None:
-        """Append data to the pending input of the process, which the `PipeLoop` writes."""
+        """Append data to the pending input of the process. The `PipeLoop` writes the pending input to the process."""
         self._pending_input = memoryview(bytes(self._pending_input) + data)
 
     def close_input(self) -> None:
@@ -126,7 +128,10 @@ class Process:
             self.stdin.close()
 
     def exit_code(self, seconds: float) -> int | None:
-        """Wait up to `seconds` and return the exit code (128 + signal if killed), or None if the process still runs."""
+        """Wait up to `seconds` for the process to end, and return its exit code, or None if the process still runs.
+
+        If a signal killed the process, the exit code is 128 plus the number of the signal.
+        """
         try:
             code = self._popen.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -156,7 +161,7 @@ class Process:
                 pipe.close()
 
     def read(self, pipe: IO[bytes]) -> bool:
-        """Read at most `CHUNK` bytes from a pipe; return whether the pipe is still open."""
+        """Read at most `CHUNK` bytes of output from a pipe, and return whether the pipe is still open."""
         buffer = self.stdout_data if pipe is self.stdout else self.stderr_data
         before = len(buffer)
         is_open = self._read(pipe, buffer)
@@ -166,7 +171,7 @@ class Process:
         return is_open
 
     def write(self) -> bool:
-        """Write as much pending input as the pipe accepts; return whether input is left."""
+        """Write as much of the pending input as the pipe accepts, and return whether any input is still pending."""
         try:
             self._pending_input = self._pending_input[os.write(self.stdin.fileno(), self._pending_input[:CHUNK]) :]
         except BlockingIOError:
@@ -177,7 +182,7 @@ class Process:
 
     @property
     def has_pending_input(self) -> bool:
-        """True if input is not yet written."""
+        """True if some input has not been written yet."""
         return len(self._pending_input) > 0
 
     @staticmethod
@@ -191,7 +196,7 @@ class Process:
 
 
 class PipeLoop:
-    """An event loop that transfers data between this process and several sandboxed processes."""
+    """An event loop that transfers data between the current process and several sandboxed processes."""
 
     STEP_SECONDS = 0.05
 
@@ -211,7 +216,10 @@ class PipeLoop:
         self._selector.close()
 
     def steps(self, deadline: float) -> Iterator[None]:
-        """Read and write once per step, and yield after each step, until the deadline (a value of `time.monotonic`)."""
+        """Transfer data in steps until the deadline, and yield after each step.
+
+        In each step, every pipe that is ready is read or written once. The deadline is a value of `time.monotonic`.
+        """
         while (remaining := deadline - time.monotonic()) > 0:
             for process in self._processes:
                 if process.has_pending_input and process.stdin.fileno() not in self._selector.get_map():
@@ -228,7 +236,7 @@ class PipeLoop:
 
 
 def _open_process(pid: int) -> int | None:
-    """Return a file descriptor of a process (pidfd), or None if the process has ended."""
+    """Return a file descriptor that refers to a process (a pidfd), or None if the process has ended."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:

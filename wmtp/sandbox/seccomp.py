@@ -1,9 +1,9 @@
-"""Filter of system calls with which even an unprivileged program could bypass its limits.
+"""A filter that refuses system calls with which a program could bypass its limits, even without privileges.
 
 New namespaces would let a program mount file systems without a size limit. Unmapped shared memory, message queues,
-memory files and extended attributes do not count towards any limit. Sockets other than local ones are useless
-without a network. The other refused calls only enlarge the attack surface of the kernel; Python programs do not need
-them.
+memory files and extended attributes do not count towards any limit. Only local sockets are allowed, because other
+sockets are useless without a network. The remaining refused system calls are not needed by Python programs, and they
+would only enlarge the attack surface of the kernel.
 """
 
 import errno
@@ -18,17 +18,20 @@ LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 NEW_NAMESPACES = 0x7E020000
-"""Flags of clone(2) that create a namespace."""
+"""All flags of the system call clone(2) that create a namespace."""
 X32 = 0x40000000
-"""Bit in the numbers of x32 system calls."""
+"""Bit that is set in the number of each system call of the x32 interface."""
 CLONE3 = 435  # a filter cannot read its flags, which are in memory; libraries fall back to clone
 SHARED_NUMBERS = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447, 463)
-"""Refused calls with the same number on both architectures: io_uring_*, open_tree … fspick, pidfd_getfd,
-mount_setattr, memfd_secret, setxattrat."""
+"""Numbers of the refused system calls that have the same number on both architectures: io_uring_*, open_tree … fspick,
+pidfd_getfd, mount_setattr, memfd_secret, setxattrat."""
 
 
 class Machine(NamedTuple):
-    """The system call numbers of one architecture."""
+    """The numbers that the filter needs for one processor architecture.
+
+    `audit` identifies the architecture. The other numbers are those of system calls.
+    """
 
     audit: int
     clone: int
@@ -56,7 +59,7 @@ def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -
 
 
 def system_call_filter() -> bytes:
-    """Return the filter as a classic BPF program for seccomp.
+    """Return the filter as a classic BPF program, which is the format that seccomp needs.
 
     Raises:
         SandboxUnavailable: the system call numbers of this machine's architecture are unknown.

@@ -1,6 +1,7 @@
-"""Self-test of a sandbox: a script that runs inside it and prints the violated guarantees.
+"""Self-test of a sandbox. This script runs inside the sandbox and prints the guarantees that the sandbox violates.
 
-Arguments: a file that must not be visible, and the maximum number of processes.
+The arguments of the script are the path of a file that must not be visible in the sandbox, and the maximum number of
+processes.
 """
 
 # ruff: noqa: PTH110, PTH123
@@ -11,11 +12,16 @@ import socket
 import sys
 
 PASSED = "isolated"
-"""Output of the script if all guarantees hold."""
+"""Output of the script if the sandbox violates no guarantee."""
 
 
 def find_violations(hidden: str, num_processes: int) -> list[str]:
-    """Return the violated guarantees; empty if the sandbox is isolated."""
+    """Return a description of each guarantee that the sandbox violates. The list is empty if the sandbox is isolated.
+
+    Args:
+        hidden: path of a file that must not be visible in the sandbox.
+        num_processes: maximum number of processes.
+    """
     found = []
     if os.path.exists(hidden):
         found.append(f"{hidden} is visible")

@@ -1,7 +1,8 @@
-"""The solution worker: load the untrusted program and execute the requests of the assertion worker.
+"""The solution worker, a script that loads the untrusted program and executes the requests of the assertion worker.
 
-This script imports only the standard library. Its process contains no secrets and is not trusted: even if the program
-takes control of it, it can only send answers, which the assertion worker decodes as plain values.
+Besides `wire`, this script imports only the standard library. Its process contains no secrets and is not trusted. Even
+if the program takes control of the process, it can only send answers, which the assertion worker decodes as plain
+values.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from wmtp.sandbox.wire import CannotSend, decode, dumps, encode, loads
 
 
 class Solution:
-    """A loaded program, and the objects of the program for which the assertion worker has handles."""
+    """A loaded program, and the objects of the program to which the assertion worker has handles."""
 
     def __init__(self) -> None:
         self._namespace: dict[str, Any] = {}
@@ -22,7 +23,10 @@ class Solution:
         self._numbers: dict[int, int] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a request: a value, an exception, or the reason why there is no value."""
+        """Execute a request and return the answer.
+
+        The answer contains a value, or an exception, or the reason why there is no value.
+        """
         number = request["id"]
         try:
             return {"id": number, **self._answer(request)}
@@ -88,7 +92,7 @@ def _text(error: BaseException) -> str:
 def main() -> None:
     """Answer requests until standard input ends.
 
-    For the program, standard input is empty, and standard output is redirected to standard error.
+    The standard input of the program is empty, and its standard output is redirected to standard error.
     """
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")

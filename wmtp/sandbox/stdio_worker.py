@@ -1,6 +1,7 @@
-"""Run a program as `__main__`: a script that reads the program from standard input.
+"""A script that reads a program from standard input and runs it as the module `__main__`.
 
-The input is the length of the source in bytes, a newline, the source, and then the program's own standard input.
+Standard input contains the length of the program's source code in bytes, a newline, the source code, and then the
+standard input of the program itself.
 """
 
 import _sitebuiltins
@@ -11,7 +12,11 @@ from typing import Any
 
 
 def _read(length: int) -> bytes:
-    """Read exactly `length` bytes of standard input, without buffering."""
+    """Read exactly `length` bytes of standard input, without buffering.
+
+    Raises:
+        EOFError: standard input contains fewer bytes.
+    """
     parts = b""
     while len(parts) < length:
         part = os.read(0, length - len(parts))
@@ -29,7 +34,7 @@ def _read_length() -> int:
 
 
 def main() -> None:
-    """Read the program and execute it in place of this script."""
+    """Read the program and execute it as the module `__main__`, in place of this script."""
     source = _read(_read_length()).decode()
     for name in ("exit", "quit"):  # missing, because the interpreter runs without `site`
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))

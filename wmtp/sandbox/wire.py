@@ -1,9 +1,10 @@
 """Encoding of Python values as strict JSON between the assertion worker and the solution worker.
 
 This module imports only the standard library. Lists, strings, small integers, finite floats, booleans and null are
-encoded as themselves; every other value is a JSON object with one key, its tag. An instance of a subclass of a builtin
-type is encoded as the builtin value that it contains. Some types of the standard library are encoded as values too,
-but not their subclasses. All other objects become handles (numbers).
+encoded as themselves. Every other value is encoded as a JSON object with one key, which names the type of the value. An
+instance of a subclass of a builtin type is encoded as the builtin value that it contains. Instances of some types of
+the standard library are also encoded as values, but not instances of their subclasses. All other objects are encoded as
+handles, which are numbers.
 """
 
 import builtins
@@ -17,7 +18,7 @@ from typing import Any
 MAX_DEPTH = 100
 MAX_ITEMS = 200_000
 SAFE_INTEGER = 2**53
-"""Integers of at least this absolute value are encoded as hexadecimal strings."""
+"""Integers whose absolute value is at least this number are encoded as hexadecimal strings."""
 
 Handles = Callable[[Any], int]
 EMPTY: dict[Any, Any] = {}
@@ -25,7 +26,7 @@ VIEWS: tuple[type[Any], ...] = (type(EMPTY.keys()), type(EMPTY.values()), type(E
 ITERATORS: dict[type[Any], Callable[[Any], Iterator[Any]]] = {
     kind: kind.__iter__ for kind in (list, tuple, set, frozenset)
 } | dict.fromkeys(VIEWS, iter)
-"""Iteration methods of the builtin types; a subclass cannot override them."""
+"""Functions that iterate over values of builtin types. A subclass cannot override them."""
 LIBRARY: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "Decimal": ("decimal", lambda value: (str(value),)),
     "Fraction": ("fractions", lambda value: (value.numerator, value.denominator)),
@@ -35,34 +36,43 @@ LIBRARY: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "time": ("datetime", lambda value: (value.hour, value.minute, value.second, value.microsecond, value.tzinfo)),
     "timedelta": ("datetime", lambda value: (value.days, value.seconds, value.microseconds)),
 }
-"""Types of the standard library: module, and a function that returns constructor arguments for an equal value."""
+"""Types of the standard library that are encoded as values. Each type has a pair: the name of its module, and a
+function that returns the constructor arguments of an equal value."""
 BUILTIN_TYPES: dict[Any, str] = {kind: name for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
 
 class CannotSend(Exception):
-    """A value cannot be encoded."""
+    """Exception that means that a value cannot be encoded."""
 
 
 class Malformed(Exception):
-    """A message or an encoded value is malformed."""
+    """Exception that means that a message or an encoded value is malformed."""
 
 
 def _library_type(value: Any) -> str:
-    """Return the name of a value's type if the type is in `LIBRARY`, else an empty string. No module is imported."""
+    """Return the name of a value's type if the type is in `LIBRARY`, and an empty string otherwise.
+
+    This function imports no module.
+    """
     name = type(value).__name__
     module = sys.modules.get(LIBRARY[name][0]) if name in LIBRARY else None
     return name if type(value) is getattr(module, name, None) else ""
 
 
 class _Encoder:
-    """Encodes one value and counts its items."""
+    """An encoder of one value, which counts the items of the value."""
 
     def __init__(self, handles: Handles) -> None:
         self._handles = handles
         self._num_items = 0
 
     def encode(self, value: Any, depth: int) -> Any:
-        """Return a value at a nesting depth as plain JSON; see the function `encode`."""
+        """Return a value as plain JSON, as the function `encode` describes.
+
+        Args:
+            value: the value, or an item of the encoded value.
+            depth: the nesting depth of the item; 0 for the value itself.
+        """
         self._num_items += 1
         if depth > MAX_DEPTH:
             raise CannotSend(f"nested more than {MAX_DEPTH} deep")
@@ -107,10 +117,10 @@ def encode(value: Any, handles: Handles) -> Any:
 
     Args:
         value: the value.
-        handles: returns the handle number of an object that has no encoding as a value.
+        handles: function that returns the handle number of an object that cannot be encoded as a value.
 
     Raises:
-        CannotSend: the value is too deep or too large, or `handles` raised it.
+        CannotSend: the value is nested too deeply or has too many items, or `handles` raised this exception.
     """
     return _Encoder(handles).encode(value, 0)
 
@@ -143,7 +153,7 @@ COLLECTIONS: dict[str, Callable[[Any], Any]] = {
     "dict_items": lambda items: dict(items).items(),
 }
 PARTS: dict[str, Callable[..., Any]] = {"range": range, "complex": complex}
-"""Types that consist of scalars. Their parts do not count as a level of nesting."""
+"""Types whose values consist of scalars. These scalars do not count as a level of nesting."""
 
 
 def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
@@ -167,14 +177,16 @@ def _decode(node: Any, objects: Callable[[int], Any], depth: int) -> Any:
 
 
 def decode(node: Any, objects: Callable[[int], Any]) -> Any:
-    """Return the decoded value. It contains only builtin types, types of `LIBRARY`, and results of `objects`.
+    """Decode a value, and return it.
+
+    The result contains only builtin types, types of `LIBRARY`, and objects that `objects` returned.
 
     Args:
         node: plain JSON, as returned by `encode`.
-        objects: returns the object of a handle number.
+        objects: function that returns the object for a handle number.
 
     Raises:
-        Malformed: `encode` cannot have produced the JSON.
+        Malformed: `node` is JSON that `encode` cannot have returned.
     """
     try:
         return _decode(node, objects, 0)
@@ -188,10 +200,10 @@ def dumps(message: Any) -> bytes:
 
 
 def loads(line: bytes) -> Any:
-    """Return the message in a line of JSON.
+    """Decode a line of JSON, and return the message that it contains.
 
     Raises:
-        Malformed: the line is not strict JSON, or is nested too deeply.
+        Malformed: the line is not strict JSON, or it is nested too deeply.
     """
     try:
         return json.loads(line, parse_constant=_reject_constant)

@@ -1,1 +1,1 @@
-"""Sweeps: the jobs of a sweep, the launchers that run them, and their results."""
+"""The parts of a sweep: its jobs, the launchers that run the jobs, and the results of the jobs."""

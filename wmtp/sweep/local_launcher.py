@@ -1,4 +1,4 @@
-"""Run the jobs of a sweep as processes of this machine, several at a time."""
+"""Run the jobs of a sweep as processes on this machine. Several jobs can run at the same time."""
 
 import os
 import signal

@@ -28,7 +28,7 @@ POLL_INTERVALS_S = {"slurm": 10.0, "local": 0.2}
 
 
 def is_submitted(launcher: Mapping[str, Any]) -> bool:
-    """Return whether the launcher submits jobs through submitit. Otherwise, it runs them directly on this machine.
+    """Return whether the launcher submits jobs through submitit. If it does not, it runs them directly on this machine.
 
     Raises:
         ConfigError: the launcher cannot be used for sweeps.
@@ -108,7 +108,7 @@ def create_executor(launcher: Mapping[str, Any], folder: Path) -> "tuple[submiti
 
 
 def batch_script(launcher: Mapping[str, Any], folder: Path, command: list[str], count: int) -> str:
-    """Return the batch script that would be submitted for `count` jobs. Slurm need not be installed.
+    """Return the batch script that would be submitted for `count` jobs. This also works on a machine without Slurm.
 
     If the launcher is not the Slurm launcher, return the command line of the job instead.
     """

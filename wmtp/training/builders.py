@@ -69,7 +69,8 @@ def build_components(config: DictConfig) -> Components:
 def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
     """Return the tokenizer of the model.
 
-    Rank 0 builds it first and writes its files to the cache. The other ranks then read these files.
+    Rank 0 builds the tokenizer first and writes the tokenizer's files to the cache. The other ranks then read these
+    files.
     """
 
     def _build() -> Tokenizer:
@@ -81,7 +82,7 @@ def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
 
 
 def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> Dataset:
-    """Return the data set. If the config names a reward model, its scores are the rewards.
+    """Return the data set. If the config names a reward model, the rewards are the scores of that model.
 
     Rank 0 reads the data first and caches its tokens on disk. The other ranks then read the cache.
 
@@ -175,7 +176,7 @@ def build_sample_evaluation(config: DictConfig, folder: Path, components: Compon
 
 
 def build_grader(config: DictConfig, data: Dataset) -> Grader | None:
-    """Return the function that runs the tests of a problem on a program of the model.
+    """Return the function that runs the tests of a problem on a program that the model has generated.
 
     Return None if the config requests no samples, if no record has tests, or if `sandbox` is `auto` and no sandbox is
     available.
@@ -216,7 +217,8 @@ def build_trainer(
         data: the data set.
         model: the model. Its weights must be the same in all processes.
         objective: the objective to train for.
-        sample_evaluation: the evaluation that samples solutions at every validation; None: no samples.
+        sample_evaluation: the evaluation that samples solutions at every validation. If it is None, no solutions are
+            sampled.
     """
     processes = hardware.processes
     if not processes.is_main:
@@ -327,7 +329,7 @@ def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpMo
 def build_policy(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel:
     """Return the model to train in stage 2.
 
-    It is `stage_model` if stage 1 has trained the policy. If `stage_model` is None, a new model is built.
+    If stage 1 has trained the policy, this is `stage_model`. If `stage_model` is None, a new model is built.
     """
     algorithm = components.algorithm
     if algorithm.needs_values:

@@ -99,7 +99,7 @@ def describe_cost(trainer: Trainer, seconds: float) -> str:
 
 
 def describe_training(trainer: Trainer) -> str:
-    """Return a text of three lines about the model and the hardware, the size of the data, and the planned updates."""
+    """Return three lines of text, which describe the model with its hardware, the samples, and the planned updates."""
     model, data, plan = trainer.model, trainer.data, trainer.plan
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = "" if num_trained == model.num_parameters else f", {num_trained:,} of them trained"

@@ -17,11 +17,12 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class EarlyStopping:
     """Early stopping with three optional criteria.
 
-    - *converged*: the last `patience` measurements of the metric `monitor` were no improvements. A measurement is an
-      improvement if it is the first finite one, or if it is more than `min_delta` below the previous improvement.
+    - *converged*: none of the last `patience` measurements of the metric `monitor` is an improvement. A measurement is
+      an improvement if it is the first finite one, or if it is lower than the previous improvement by more than
+      `min_delta`.
     - *unstable*: among the gradient norms of the last `window` updates, the share above `threshold` is at least
-      `ratio`. A norm that is not finite counts as above the threshold. The criterion does not apply before `window`
-      updates were made.
+      `ratio`. A norm that is not finite counts as above the threshold. The criterion applies only after the first
+      `window` updates.
     - *out of range*: the value variance of the latest update is not finite, below `variance_min` or above
       `variance_max`. The criterion does not apply to a model without a value head.
 
@@ -45,8 +46,8 @@ class EarlyStopping:
     ) -> None:
         """Create the criteria.
 
-        A criterion is off if its setting is None. The setting is `patience` for *converged* and `window` for
-        *unstable*. The criterion *out of range* is off if both `variance_min` and `variance_max` are None.
+        A criterion is switched off if its setting is None. The setting is `patience` for *converged* and `window` for
+        *unstable*. The criterion *out of range* is switched off if both `variance_min` and `variance_max` are None.
 
         Raises:
             InputError: `patience` is None although `mode` needs it, or `variance_min` is above `variance_max`.
@@ -74,7 +75,10 @@ class EarlyStopping:
         self._reason = reason
 
     def observe_update(self, grad_norm: float, value_variance: float | None) -> None:
-        """Record an update's gradient norm before clipping, and its value variance (None without a value head)."""
+        """Record an update's gradient norm before clipping, and its value variance.
+
+        The value variance is None if the model has no value head.
+        """
         self._exceeded.append(int(grad_norm > self.threshold or not math.isfinite(grad_norm)))
         self._variance = value_variance
         self._decide()
@@ -91,7 +95,7 @@ class EarlyStopping:
         self._decide()
 
     def metrics(self) -> dict[str, float]:
-        """Return the current values of the criteria that are on, as metrics named `early_stopping/*`.
+        """Return the current values of all criteria that are not switched off, as metrics named `early_stopping/*`.
 
         Values that are not finite are left out.
         """
@@ -119,8 +123,8 @@ class EarlyStopping:
         """Restore the observed values from `state`, but keep the current settings.
 
         If `window` is smaller than before, only the newest updates in the window are kept. If `monitor` has changed,
-        the best value and the counter are reset. If the run was stopped and any setting has changed, the decision to
-        stop is made again.
+        the best value and the number of measurements without improvement are reset. If the run was stopped and any
+        setting has changed, the decision to stop is made again.
         """
         same_monitor = state["settings"]["monitor"] == self.monitor
         self._best, self._counter = (state["best"], state["counter"]) if same_monitor else (None, 0)

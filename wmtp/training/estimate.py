@@ -20,9 +20,9 @@ PEAK_FLOPS = 312e12
 MEMORY_BANDWIDTH = 1.555e12
 """Memory bandwidth of an A100, in bytes per second. Published value."""
 RING_BANDWIDTH = 200 * GB
-"""Bandwidth of each GPU in a ring over NVLink 3, in bytes per second. Published value ("busbw" of nccl-tests)."""
+"""Bandwidth of each GPU if a ring uses NVLink 3, in bytes per second. Published value ("busbw" of nccl-tests)."""
 NODE_RING_BANDWIDTH = 160 * GB
-"""Bandwidth of each GPU in a ring over several nodes, in bytes per second. Assumed value.
+"""Bandwidth of each GPU if a ring connects several nodes, in bytes per second. Assumed value.
 
 Each node has eight GPUs, and a 200 Gb/s network card for each GPU. A ring uses all cards of a node, and it reaches
 80 % of their total bandwidth of 8 · 25 GB/s.
@@ -33,7 +33,7 @@ UTILIZATION = (0.40, 0.65)
 Recomputed matrix products are included.
 """
 BACKWARD_WORK = 1.07
-"""Ratio of the peak memory of a block's backward pass to the memory that autograd keeps of the block's forward pass.
+"""Peak memory of a block's backward pass, divided by the memory that autograd keeps from the block's forward pass.
 
 Measured on a CPU.
 """
@@ -60,8 +60,8 @@ class Machine:
     """The number of processes, their devices, and the size of an update.
 
     `memory` is the nominal memory of a device in GB. `sequence` is the number of tokens per sample. `batch_size` is the
-    number of samples per update. `ring` is the bandwidth of each GPU in a ring, in bytes per second. If `ring` is None,
-    `RING_BANDWIDTH` or `NODE_RING_BANDWIDTH` is used, depending on the number of processes.
+    number of samples per update. `ring` is the bandwidth of each GPU in bytes per second, if all GPUs communicate in a
+    ring. If `ring` is None, `RING_BANDWIDTH` or `NODE_RING_BANDWIDTH` is used, depending on the number of processes.
     """
 
     processes: int
@@ -75,7 +75,7 @@ class Machine:
 
     @property
     def bandwidth(self) -> float:
-        """Bandwidth of each GPU in a ring, in bytes per second."""
+        """The bandwidth of each GPU in bytes per second, if all GPUs communicate in a ring."""
         return self.ring or (RING_BANDWIDTH if self.processes <= 8 else NODE_RING_BANDWIDTH)
 
     def micro_batches(self, setting: ParallelSetting) -> int:
@@ -91,9 +91,9 @@ def product_bytes(shape: ModelShape, setting: ParallelSetting) -> int:
 def has_fused_norm(shape: ModelShape, machine: Machine) -> bool:
     """Return whether one kernel computes a whole normalization layer (norm).
 
-    For a norm of one kernel, autograd keeps the input and one number per token. RMSNorm consists of several kernels on
-    CPU, on MPS and in models of transformers. Autograd then also keeps the scaled input for the gradient of the norm's
-    weight.
+    If one kernel computes the norm, autograd keeps the norm's input and one or two numbers per token. On CPU, on MPS
+    and in models of transformers, several kernels compute an RMSNorm. In this case, autograd also keeps the scaled
+    input, which the gradient of the norm's weight needs.
     """
     return shape.kind == "gpt2" or (shape.kind == "wmtp" and machine.device == "cuda")
 
@@ -108,9 +108,9 @@ def normed_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) 
 
 
 def kept_input_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
-    """Return the size of one element of a norm's input in the form that autograd keeps, in bytes.
+    """Return the size of one element of the norm input that autograd keeps, in bytes.
 
-    A norm that consists of several kernels first converts its input to fp32.
+    If several kernels compute the norm, the first of them converts the input to fp32, and autograd keeps the result.
     """
     return normed_bytes(shape, machine, setting) if has_fused_norm(shape, machine) else 4
 
@@ -118,7 +118,8 @@ def kept_input_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetti
 def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
     """Return the bytes per token that autograd keeps for the gradient of a norm.
 
-    The result of the norm is not included, because it is counted for the layers that use it as their input.
+    The result of the norm is not included, because it is counted for the layers that use it as their input. If `frozen`
+    is true, the norm's weight needs no gradient.
     """
     scaled = 0
     if not has_fused_norm(shape, machine) and not frozen:
@@ -129,11 +130,12 @@ def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, fr
 def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
     """Return the bytes per token that autograd keeps for the gradient of a block.
 
-    A block with `frozen=True` has adapters. For each matrix that multiplies the normalized state, autocast makes a
-    separate copy of that state. For attention, autograd keeps the queries, keys, values and result, and for each head
-    the logarithm of a sum in fp32. The attention of wmtp repeats a key that several heads share. For SwiGLU, autograd
-    keeps the gate, the activated gate, the other half and the product. The GELU of GPT-2 consists of several kernels,
-    for which autograd keeps five tensors. On CUDA, autocast converts three of these tensors to fp32.
+    If `frozen` is true, the block has adapters. For each matrix that multiplies the normalized state, autocast makes a
+    separate copy of that state. For attention, autograd keeps the queries, the keys, the values and the result, and for
+    each head the logarithm of a sum in fp32. If several heads share a key, the attention of wmtp makes a copy of the
+    key for each of these heads. For SwiGLU, autograd keeps the gate before and after its activation function, the
+    factor that is multiplied by the gate, and the product. The GELU of GPT-2 consists of several kernels, for which
+    autograd keeps five tensors. On CUDA, autocast converts three of these tensors to fp32.
     """
     dim, size, is_gpt2 = shape.dim, product_bytes(shape, setting), shape.kind == "gpt2"
     is_cast = size < normed_bytes(shape, machine, setting)
@@ -155,9 +157,10 @@ def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, f
 def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
     """Return the bytes per token that autograd keeps between the forward pass and the backward pass.
 
-    With activation checkpointing, autograd keeps only the inputs of the blocks; all heads share one input. For the last
-    norm, it keeps the states of all heads, which are the input of this norm. For heads that are residual layers, it
-    keeps the results of their matrices. These heads share one input, unless autocast makes a copy of it for each head.
+    With activation checkpointing, autograd keeps only the inputs of the blocks. All heads have the same input, which is
+    counted once. For the last norm, autograd keeps the states of all heads, which are the input of this norm. For heads
+    that are residual layers, autograd keeps the results of their matrices. These heads share one input, unless autocast
+    makes a copy of it for each head.
     """
     values = 0 if shape.value_dim is None else 8 * (shape.dim + shape.value_dim)
     if shape.trains_values_only:
@@ -177,9 +180,9 @@ def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetti
 
 
 def all_logits_bytes(shape: ModelShape, tokens: int) -> int:
-    """Return the memory that a loss without chunks would need, in bytes.
+    """Return the memory that the loss would need if it were not computed in chunks, in bytes.
 
-    It contains the logits of all heads in fp32, and the gradient of these logits.
+    This memory contains the logits of all heads in fp32, and the gradient of these logits.
     """
     return 2 * 4 * shape.num_heads * shape.vocab_size * tokens
 
@@ -190,10 +193,10 @@ def chunk_bytes(machine: Machine) -> int:
 
 
 def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
-    """Return the memory that the chunked loss needs, in bytes.
+    """Return the memory that the loss needs, in bytes. The loss is computed in chunks.
 
-    It contains the states of the heads and their gradient, the gradient of the unembedding, copies of the unembedding
-    in bf16, and one chunk of logits.
+    This memory contains the states of the heads and their gradient, the gradient of the unembedding, copies of the
+    unembedding in bf16, and one chunk of logits.
     """
     if shape.trains_values_only:
         return 0.0
@@ -212,7 +215,8 @@ def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
 def work_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
     """Return the memory of temporary buffers, in bytes.
 
-    They contain gathered parameters, gradients that are being reduced, and the backward pass of one block.
+    The buffers contain gathered or converted parameters, gradients that are being reduced, and temporary results of the
+    backward pass of one block.
     """
     size, kept, number = product_bytes(shape, setting), block_bytes(shape, machine, setting), shape.number_bytes
     already_counted = number * shape.dim if setting.activation_checkpointing else kept
@@ -232,10 +236,10 @@ def work_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
 
 
 def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dict[str, float]:
-    """Return the memory that one process needs for each use, in bytes. The key `total` contains the peak memory.
+    """Return the number of bytes that one process needs for each use of memory, for example for gradients.
 
-    If an update has only one forward pass, the peak is less than the sum of all uses, because activations are freed
-    while gradients are allocated.
+    The key `total` contains the peak memory. If an update has only one forward pass, the peak is less than the sum over
+    all uses, because activations are freed while gradients are allocated.
     """
     tokens, counts = setting.micro_batch_size * machine.sequence, shape.counted
     shards = machine.processes if setting.strategy == "fsdp" else 1
@@ -297,9 +301,9 @@ def flops_per_token(shape: ModelShape, sequence: int) -> tuple[float, float]:
 class Speed(NamedTuple):
     """The duration of the parts of an update, and the resulting speed of training.
 
-    The durations are in seconds: `peak_seconds` for matrix products at the peak FLOP/s, `traffic_seconds` for network
-    traffic, and `optimizer_seconds` for the optimizer. `slow` and `fast` are the low and the high estimate of the
-    speed, in tokens per second.
+    The durations are in seconds. `peak_seconds` is the duration of all matrix products at the peak FLOP/s,
+    `traffic_seconds` that of the network traffic, and `optimizer_seconds` that of the optimizer. `slow` and
+    `fast` are the low and the high estimate of the speed, in tokens per second.
     """
 
     peak_seconds: float
@@ -312,8 +316,8 @@ class Speed(NamedTuple):
 def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Speed:
     """Return the training speed on A100 GPUs.
 
-    The low estimate assumes a low utilization, and that network traffic does not overlap with computation. The high
-    estimate assumes a high utilization and complete overlap.
+    The low estimate assumes that the utilization is low and that network traffic does not overlap with computation. The
+    high estimate assumes that the utilization is high and that the overlap is complete.
     """
     model, recomputed = flops_per_token(shape, machine.sequence)
     tokens = machine.batch_size * machine.sequence
@@ -331,8 +335,9 @@ def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Spee
 class Estimate(NamedTuple):
     """An estimate of memory and time.
 
-    `memory` contains the bytes that one process needs for each use. `seconds` contains the high and the low estimate of
-    the time of an update. It is None if the device is not an A100 or the precision is not bf16.
+    `memory` contains the number of bytes that one process needs for each use of memory (see the function `memory`).
+    `seconds` contains two estimates of the time of an update, first the high one and then the low one. It is None if
+    the device is not an A100 or the precision is not bf16.
     """
 
     memory: dict[str, float]
@@ -342,7 +347,7 @@ class Estimate(NamedTuple):
 def estimate(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Estimate:
     """Return the estimated memory of one process, and the estimated time of an update.
 
-    The time is None unless the GPU is an A100 and the precision is bf16.
+    The time is None if the device is not an A100 or the precision is not bf16.
     """
     seconds = None
     if machine.device == "cuda" and "A100" in machine.name and setting.precision == "bf16":
@@ -366,9 +371,9 @@ def moments_per_parameter(optimizer: Optimizer) -> int:
 
 
 def format_estimate(estimated: Estimate, machine: Machine, setting: ParallelSetting) -> str:
-    """Return an estimate as text: the total memory, the memory of each use, and the time if it is known.
+    """Return an estimate as text: the total memory, the memory for each use, and the time if it is known.
 
-    Sizes are in MB or GB. Uses below 0.05 of that unit are left out.
+    Sizes are in MB or GB. Uses that need less than 0.05 of that unit are left out.
     """
     total = estimated.memory["total"]
     unit, name = (GB, "GB") if total >= GB else (1e6, "MB")

@@ -60,7 +60,7 @@ class FiniteCheck:
     def _find_nonfinite(self, local_sums: MetricSums, batches: Sequence[Batch]) -> str:
         """Return a text that names the metrics that are not finite, with the ranks and the records of their batches.
 
-        If all metrics are finite, only the gradient is not. The text then names all ranks and records.
+        If all metrics are finite, the gradient is not finite. In this case, the text names all ranks and records.
         """
         totals = local_sums.to_vector()[::2].tolist()
         nonfinite = [name for name, total in zip(local_sums.means, totals, strict=True) if not math.isfinite(total)]

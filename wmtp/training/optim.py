@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def warmup_factor(step: int, num_updates: int, warmup_ratio: float) -> float | None:
-    """Return the factor of the learning rate during warm-up, or None after warm-up.
+    """Return the factor that multiplies the learning rate during warm-up, or None after warm-up.
 
     The factor grows linearly with `step`, the number of completed updates. It would reach 1 at the first update after
     warm-up.
@@ -58,7 +58,7 @@ def linear(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0,
 
 
 def cosine(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
-    """Decay the learning rate along half a cosine after warm-up.
+    """Decay the learning rate along half a period of a cosine after warm-up.
 
     The learning rate falls from its full value to `final_ratio` times that value.
     """

@@ -66,9 +66,9 @@ class Plan:
         return plan
 
     def convert_position(self, position: Position, micro_batch_size: int) -> Position:
-        """Return the position with `batch_in_epoch` as a number of micro-batches of this plan.
+        """Convert the `batch_in_epoch` of a position to micro-batches of this plan, and return the new position.
 
-        In the given position, `batch_in_epoch` is a number of micro-batches of `micro_batch_size` samples.
+        In the given position, `batch_in_epoch` counts micro-batches of `micro_batch_size` samples.
         """
         updates = position.batch_in_epoch // math.ceil(self.batch_size / micro_batch_size)
         return replace(position, batch_in_epoch=updates * self.micro_batches_per_update)

@@ -35,8 +35,8 @@ class TokenColumns:
     """A disk cache of arrays (columns) that a frozen model computes, with one entry for each token of a split.
 
     The name of a cached file contains a hash of the tokens, the tokenizer, the weights of the model and everything else
-    that determines the model's forward pass. A file is therefore never used after one of these has changed. Later
-    epochs, runs and jobs of a sweep reuse it.
+    that determines the model's forward pass. A file is therefore never used after one of these has changed. As long as
+    none of them changes, later epochs, later runs and other jobs of a sweep reuse the file.
     """
 
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:

@@ -15,8 +15,8 @@ from wmtp.runtime.versions import versions
 def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, list[Any]], data: Dataset) -> None:
     """Write provenance.json, which contains the code versions, the overrides and the data of a run.
 
-    `changed` maps each key that the overrides changed to a list of its default and its new value. If a run is resumed,
-    the file is written again.
+    For each key that the overrides changed, `changed` contains a list with the default value and the new value. If a
+    run is resumed, the file is written again.
     """
     data_info = {
         "name": data.name,
@@ -50,8 +50,8 @@ def remote_url(folder: Path, remote: str, current: str | None = None) -> str:
 
     If `current`, the URL of an existing copy, starts with `remote`, it is returned unchanged. Otherwise the last
     components of the run's path are appended to `remote`, starting at the folder whose name is a date. If no folder is
-    named by a date, only the name of the run's folder is appended. For a job of a sweep, the name of the sweep's folder
-    precedes it.
+    named by a date, only the name of the run's folder is appended. If the run is a job of a sweep, the name of the
+    sweep's folder is also appended, before the name of the run's folder.
     """
     remote = remote.rstrip("/")
     if current is not None and current.startswith(f"{remote}/"):

@@ -53,7 +53,7 @@ def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequ
         declared: the names of the settings that are allowed to change.
 
     Raises:
-        InputError: a setting has changed that `declared` does not contain.
+        InputError: a setting that is not in `declared` has changed.
     """
     changed = {name: describe_change(old, now[name]) for name, old in before.items() if now.get(name) != old}
     undeclared = [name for name in changed if name not in declared]

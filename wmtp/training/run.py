@@ -137,7 +137,8 @@ class Run:
     def _prepare_policy(self, stage: Stage | None, components: Components) -> MtpModel:
         """Return the model to train in stage 2.
 
-        If the algorithm needs a reference model, the model's losses are cached first, and the model is then freed.
+        If the algorithm needs a reference model, the reference losses are cached first, and the reference model is then
+        removed from memory.
         """
         stage_model = None if stage is None else self._stage_1_model(stage, components)
         reference = build_reference(self.config, components, stage_model)
@@ -247,7 +248,7 @@ class Run:
         self.uploaders = open_uploaders(self.config, self.folder, self.console, is_training=True)
 
     def _save_model_files(self, config: DictConfig, folder: Path, components: Components) -> None:
-        """Write the files that describe a pretrained model to `folder`.
+        """Write files to `folder` that describe the pretrained model of a config.
 
         If `config` names no pretrained model, nothing is written.
         """
@@ -325,7 +326,7 @@ def value_head_tensors(snapshot: Snapshot) -> Tensors:
 
 
 def longer_run_override(config: DictConfig, result: Result) -> str:
-    """Return an override with which a finished run, if it is resumed, trains for more updates."""
+    """Return an override for resuming a finished run so that it trains for more updates."""
     if result.stop_reason is not None:
         return "early_stopping=none"
     return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"

@@ -23,7 +23,7 @@ class Stage(Protocol):
     """The interface of a pretraining stage."""
 
     reuse: Path | None
-    """Folder of an earlier run whose finished stage 1 is copied; None: train stage 1."""
+    """Folder of an earlier run whose finished stage 1 is copied. If it is None, stage 1 is trained."""
     trains_policy: bool
     """Whether stage 2 continues to train the model of this stage. Otherwise, a new model is built for stage 2."""
     needs_hidden_states: bool
@@ -35,7 +35,7 @@ class Stage(Protocol):
         """Return the objective of the stage."""
 
     def freeze(self, model: MtpModel) -> None:
-        """Freeze the parameters of the model that this stage does not train."""
+        """Freeze all parameters that this stage does not train."""
 
     def metric_names(self, num_heads: int) -> list[str]:
         """Return the names of the metrics that the stage measures for a model with `num_heads` prediction heads."""
@@ -70,7 +70,7 @@ class ValueStage:
             trace_decay: the factor λ of the λ-return.
             language_model_coef: the coefficient of the language-model loss; not used with `trains="head"`.
             save_value_head: whether the value head is saved in a separate file in addition to the checkpoint.
-            reuse: the folder of an earlier run whose finished stage 1 is copied; None: train stage 1.
+            reuse: the folder of an earlier run whose finished stage 1 is copied. If it is None, stage 1 is trained.
         """
         self.trains, self.language_model_coef = trains, language_model_coef
         self.value_loss = ValueLoss(loss, discount, trace_decay)
@@ -83,7 +83,7 @@ class ValueStage:
         return ValueObjective(self.value_loss, language_model, self.language_model_coef)
 
     def freeze(self, model: MtpModel) -> None:
-        """Freeze the parameters of the model that this stage does not train."""
+        """Freeze all parameters that this stage does not train."""
         model.set_trainable()
         for name, parameter in model.named_parameters():
             if self.trains == "head":
@@ -109,7 +109,7 @@ class ReferenceStage:
         """Create the stage.
 
         Args:
-            reuse: the folder of an earlier run whose finished stage 1 is copied; None: train stage 1.
+            reuse: the folder of an earlier run whose finished stage 1 is copied. If it is None, stage 1 is trained.
         """
         self.reuse = reuse
 

@@ -17,9 +17,9 @@ from wmtp.training.trainer import Result, Trainer
 
 
 def last_and_best(folder: Path) -> dict[str, Any]:
-    """Return the metrics of the last validation and of the validation with the lowest loss, from metrics.jsonl.
+    """Read the metrics of the last validation, and of the validation with the lowest loss, from metrics.jsonl.
 
-    Both entries are empty if there was no validation.
+    If there was no validation, both results are empty.
     """
     validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
     if not validations:

@@ -112,10 +112,10 @@ def weight_quality(weights: np.ndarray, data: Dataset) -> dict[str, float | None
     """Return areas under the ROC curve, which show how well small weights identify harmful tokens.
 
     Only tokens of the validation split are used, and a token is compared only with tokens of the same solution. The
-    area is 1 if every harmful token has a lower weight than the tokens it is compared with, and 0.5 for random weights.
-    For `decisive_wrong_auc`, decisive tokens of wrong solutions are compared with the other tokens. For `noise_auc`,
-    noise tokens of all solutions are compared with the other tokens. The result is empty if the data has no ground
-    truth or if all weights are equal. `weights` has shape [token].
+    area is 1 if every harmful token has a lower weight than all tokens with which it is compared. It is about 0.5 for
+    random weights. For `decisive_wrong_auc`, decisive tokens of wrong solutions are compared with the other tokens. For
+    `noise_auc`, noise tokens of all solutions are compared with the other tokens. The result is empty if the data has
+    no ground truth or if all weights are equal. `weights` has shape [token].
     """
     split = data.validation
     if not has_token_labels(split):
@@ -136,8 +136,8 @@ def area_under_roc(scores: np.ndarray, positive: np.ndarray, mask: np.ndarray, g
     """Return the probability that a positive token has a higher score than a negative token of the same group.
 
     A tie counts as half. The result is None if no group contains a positive and a negative token. Tokens of different
-    groups (solutions) are not compared. Otherwise, weights that are permuted within each solution would score above
-    chance, because they still show which solutions contain much noise.
+    groups (solutions) are not compared. If they were, weights that are randomly permuted within each solution would
+    have a result above 0.5, because they still show which solutions contain much noise.
 
     Args:
         scores: the score of each token, shape [token].

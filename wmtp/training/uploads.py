@@ -108,7 +108,7 @@ def open_uploaders(
 ) -> list[Uploader]:
     """Start the uploads of a run in the background, one for each server that the config names.
 
-    With `short_timeouts`, an upload ends sooner if its server does not respond.
+    If `short_timeouts` is true, uploads to a server that does not respond are ended sooner.
     """
     run, parameters = read_run(folder), flatten(to_plain(config))
     if short_timeouts:
@@ -178,8 +178,8 @@ def _prune(config: DictConfig, folder: Path) -> None:
 def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | OSError]:
     """Close all uploaders of a run, and return their errors. Data that was not uploaded is reported as an error.
 
-    If the run has finished, an interruption (Ctrl-C) during this call ends only the wait for the current server, and it
-    raises no error.
+    If the run has finished, an interruption (Ctrl-C) during this call ends only the wait for the current server, and no
+    error is raised.
     """
     errors: list[WmtpError | OSError] = []
     for uploader in uploaders:

@@ -62,12 +62,12 @@ REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_sto
 def config_issues(config: DictConfig, stage: Stage | None = None) -> list[ConfigIssue]:
     """Return all issues of a training config.
 
-    Issues within one config group come first. Contradictions between groups follow; a group with issues of its own is
-    not checked for them. The issues of the config of stage 1 come last.
+    Issues within one config group come first. Contradictions between groups come next, but a group that has issues of
+    its own is not checked for contradictions. The issues of the config of stage 1 come last.
 
     Args:
         config: the composed config.
-        stage: stage 1, if `config` is the config of stage 1; None for the config of the run.
+        stage: stage 1, if `config` is the config of stage 1; None, if `config` is the config of the run.
     """
     groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
     expected = (groups | schema(Plan) | schema(RunOptions) | schema(Trainer)).keys() - {"experiment"}
@@ -91,9 +91,10 @@ def config_issues(config: DictConfig, stage: Stage | None = None) -> list[Config
 
 
 def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
-    """Yield the issues of a config group whose value is not a dictionary with the key `_target_`, the name of a class.
+    """Yield the issues of a config group that names no class, which means that it has no key `_target_`.
 
-    A required group must not be null. No group may be a plain value. A group without a class must have no keys.
+    The value of a required group must not be null. If a group is not null, its value must be a dictionary. If this
+    dictionary has no key `_target_`, it must be empty.
     """
     options = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / name).glob("*.yaml") if path.stem != "base"))
     if value is None:
@@ -109,7 +110,7 @@ def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
 def stage_overridable_keys() -> dict[str, Parameter]:
     """Return the keys of train.yaml that stage 1 may override.
 
-    Every type is `Any`, because the values are checked later in the complete config of stage 1.
+    Here the type of every key is `Any`, because the values are checked later, in the complete config of stage 1.
     """
     names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed"]
     return {name: Parameter(Any, False) for name in names}
@@ -270,7 +271,7 @@ def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[C
 def needs_values(config: DictConfig) -> bool:
     """Return whether the algorithm trains a value head.
 
-    If the algorithm is a control, which wraps another algorithm, the wrapped algorithm is examined.
+    A control is an algorithm that wraps another algorithm. If the algorithm is a control, the wrapped one is examined.
     """
     node = config.algo
     while "of" in node:
@@ -279,7 +280,7 @@ def needs_values(config: DictConfig) -> bool:
 
 
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if the optimizer cannot be created. This is tried with a parameter that has one element."""
+    """Yield an issue if the optimizer cannot be created for a parameter that has one element."""
     options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
     try:
         locate(config.optimizer["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
