@@ -1,1 +1,1 @@
-"""Algorithms: the weight of each target."""
+"""Algorithms, which compute the weight of each target in the loss."""

@@ -1,4 +1,4 @@
-"""The interface of algorithms: they map observations of a micro-batch to a weight for each target."""
+"""The interface of algorithms. An algorithm computes a weight for each target of a micro-batch."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ Reference = Literal["initial"] | ExistingPath
 
 @dataclass(frozen=True)
 class Observations:
-    """The inputs of a weighting for one micro-batch, all detached. Inputs that the algorithm does not use are None.
+    """The inputs of an algorithm for one micro-batch. Inputs that it does not need can be None.
 
-    Per-target tensors have the shape [head, batch, position], where head k at position t predicts the token at t + k.
-    For an algorithm with `uses_losses = "own"` they are one-dimensional and contain the targets of one chunk.
+    No input has a gradient. Tensors with one element per target have the shape [head, batch, position]. Head k at
+    position t predicts the token at t + k. If the algorithm has `uses_losses = "own"`, these tensors instead have one
+    dimension, and contain only the targets of one chunk.
     """
 
     valid: Bool[Tensor, "*target"]
@@ -33,39 +34,40 @@ class Observations:
     losses: Float[Tensor, "*target"] | None = None
     """Cross-entropy of the policy for each target, in nats."""
     reference_losses: Float[Tensor, "*target"] | None = None
-    """Next-token cross-entropy of the reference model for the same token, in nats."""
+    """Cross-entropy in nats with which head 1 of the reference model predicts the token of each target."""
     values: Float[Tensor, "batch position"] | None = None
     """Output of the value head after each token."""
     rewards: Float[Tensor, " batch"] | None = None
     """Reward of each solution."""
     harmful: Bool[Tensor, "batch position"] | None = None
-    """True at tokens that are noise or that make a wrong solution wrong; None if unknown."""
+    """True at tokens that are noise or that make a wrong solution wrong. None if these tokens are not known."""
     number: int = 0
     """Index of the micro-batch within the run."""
 
 
 class Algorithm(ABC):
-    """A weighting of targets, independent of the config, the optimizer and the trackers.
+    """A method that computes the weights of targets.
 
-    Raw weights are clipped to [`weight_min`, `weight_max`], then scaled to mean 1.
+    The results of the method `weights` are clipped to the range from `weight_min` to `weight_max`. The clipped weights
+    are then scaled to mean 1.
     """
 
     weight_min: float
     weight_max: float
     uses_losses: Literal["none", "own", "all"] = "none"
-    """The losses on which the weight of a target depends: "none", its "own" loss, or the losses of "all" targets.
+    """Which losses the weight of a target depends on: on no loss, on the loss of this target, or on all losses.
 
-    With "own", weights are computed chunk by chunk together with the losses. With "all", the losses are computed first,
-    in an extra pass.
+    If the value is "own", the weights are computed chunk by chunk together with the losses. If it is "all", the losses
+    are computed before the weights, in an additional pass.
     """
     min_heads = 1
-    """Minimum number of heads; with fewer, the algorithm is equal to the baseline."""
+    """Minimum number of heads. If a model has fewer heads, the algorithm is equal to the baseline."""
     needs_values = False
     """Whether the algorithm needs a value head."""
     needs_reference = False
     """Whether the algorithm needs a reference model."""
     needs_token_labels = False
-    """Whether the algorithm needs ground truth about harmful tokens; it is then an upper bound, not a method."""
+    """Whether the algorithm needs to know which tokens are harmful. This is not known for real data."""
     value_coef = 0.0
     """Coefficient of the value loss, relative to the policy loss."""
     reference: Path | Literal["initial"] | None = None
@@ -76,24 +78,25 @@ class Algorithm(ABC):
 
     @property
     def name(self) -> str:
-        """The name of the weighting; by default the class name."""
+        """The name of the algorithm. By default it is the name of the class."""
         return type(self).__name__
 
     @abstractmethod
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
-        """Return the raw weights in the shape of `observed.valid`; entries without a target are ignored.
+        """Return the weights before clipping, in the shape of `observed.valid`. Entries without a target are ignored.
 
-        With `uses_losses = "own"` the computation must be elementwise and accept losses of any shape.
+        If `uses_losses` is "own", the weight of a target may depend only on the inputs of this target, and the method
+        must accept losses of any shape.
         """
 
     def finish_update(self, processes: Processes) -> None:  # noqa: B027 - most algorithms have no state
         """Update the state after an optimizer step. All ranks must call this method."""
 
     def discard_update(self) -> None:  # noqa: B027
-        """Discard the statistics of the micro-batches of an update that was skipped."""
+        """Discard the statistics of an update that was skipped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs, as plain JSON values."""
+        """Return the state that is needed to resume a run, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
@@ -113,10 +116,10 @@ def require_range(weight_min: float, weight_max: float) -> None:
 def clip_weights(
     weights: Float[Tensor, "*target"], valid: Bool[Tensor, "*target"], weight_min: float, weight_max: float
 ) -> Float[Tensor, "*target"]:
-    """Return the weights clipped to their range, detached, and 0 where there is no target.
+    """Return weights that are clipped to a range. They have no gradient, and they are 0 where there is no target.
 
-    A raw weight that is negative or not finite becomes NaN, which makes the loss of the update NaN on every rank. This
-    function does not raise an error instead, because the other ranks would then wait for this rank.
+    If a weight is negative or not finite, the result is NaN. The loss of the update is then NaN on every rank. If this
+    function raised an error instead, the other ranks would wait for this rank.
     """
     weights = weights.detach().float()
     is_usable = torch.isfinite(weights) & (weights >= 0)
@@ -128,8 +131,8 @@ def mean_one_scale(
 ) -> Float[Tensor, ""]:
     """Return the factor that scales clipped weights so that Σ share·weight / Σ share = 1.
 
-    `shares` are the position weights, from `ops.targets.position_weights`. The factor is 0 if there is no target. It is
-    infinite if every target has weight 0; the loss is then NaN.
+    `shares` contains the position weights that `ops.targets.position_weights` returns. If there is no target, the
+    factor is 0. If every target has weight 0, the factor is infinite and the loss is NaN.
     """
     total = shares.sum()
     return torch.where(total > 0, total / (shares * weights).sum(), 0.0)

@@ -1,7 +1,7 @@
-"""Controls: weights with the distribution of another algorithm's weights, but without their information.
+"""Controls. A control replaces the weights of another algorithm by random weights with a similar distribution.
 
-If a weighting is better than uniform weights but not better than its control, its advantage does not come from finding
-the important tokens.
+An algorithm can be better than uniform weights although it is not better than its control. Then the reason for the
+improvement is not that the algorithm gives large weights to the important tokens.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from wmtp.distributed.process_group import Processes
 
 
 class Control(Algorithm):
-    """A wrapper of another algorithm that removes the information from its weights."""
+    """A wrapper of another algorithm. It replaces the weights by weights that are independent of their targets."""
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
         """Wrap the algorithm `of`. `seed` is the seed of the control's random numbers."""
@@ -35,7 +35,7 @@ class Control(Algorithm):
         return f"{type(self).__name__} of {self.of.name}"
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Return weights with the distribution of the wrapped algorithm's weights, but without their information."""
+        """Return weights that are distributed like the wrapped algorithm's, but independent of the targets."""
         weights = clip_weights(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
         # With one generator per micro-batch, the draws do not depend on the number of processes. The number of the
         # micro-batch is hashed, because torch uses only 32 bits of a seed, and the epoch is in its higher bits.
@@ -47,14 +47,14 @@ class Control(Algorithm):
     def uninformative(
         self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
-        """Return weights with a similar distribution that are independent of their targets."""
+        """Return weights that are independent of their targets. Their distribution is similar to that of `weights`."""
 
     def finish_update(self, processes: Processes) -> None:
         """Update the state of the wrapped algorithm."""
         self.of.finish_update(processes)
 
     def discard_update(self) -> None:
-        """Discard the statistics of the wrapped algorithm for an update that was skipped."""
+        """Discard the statistics that the wrapped algorithm has of an update that was skipped."""
         self.of.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,10 +86,10 @@ class Random(Control):
     """A control that draws log-normal weights with the mean and the variance of the wrapped algorithm's weights."""
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
-        """Wrap the algorithm `of`. `seed` is the seed of the draws.
+        """Wrap the algorithm `of`. `seed` is the seed of the random weights.
 
-        The range of weights is [0, ∞): if the draws were clipped to the wrapped algorithm's range, they would vary
-        less than its weights.
+        Random weights are not clipped to the range of the wrapped algorithm, because they would then vary less than
+        the weights of that algorithm.
         """
         super().__init__(of=of, seed=seed)
         self.weight_min, self.weight_max = 0.0, math.inf
@@ -97,7 +97,7 @@ class Random(Control):
     def uninformative(
         self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
     ) -> Float[Tensor, "head batch position"]:
-        """Return log-normal draws that have the mean and the variance of `weights` in expectation."""
+        """Return log-normal random numbers. Their expected mean and variance are those of `weights`."""
         chosen = weights[observed.valid]
         if not len(chosen):
             return weights

@@ -1,7 +1,8 @@
-"""Critic: weight each token by how much it improves the predicted reward of the solution.
+"""The algorithm critic. It gives a token a large weight if the token improves the predicted reward of the solution.
 
-w_i = exp(Â_i / beta). A_i is the advantage of token i, computed from a value head by generalized advantage estimation
-(Schulman et al. 2016, arXiv 1506.02438); with trace_decay = 0 it is the TD error. Â_i is the whitened advantage.
+The weight of token i is exp(Â_i / beta). A_i is the advantage of token i, which is computed from the output of a value
+head by generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438). If trace_decay is 0, A_i is the TD
+error. Â_i is A_i after normalization to mean 0 and standard deviation 1.
 """
 
 import math
@@ -21,10 +22,11 @@ from wmtp.ops.targets import shift_to_heads
 
 
 class Whitening:
-    """Normalization of advantages to mean 0 and standard deviation 1 with running moments.
+    """Normalization of advantages to mean 0 and standard deviation 1.
 
-    The moments are averaged over updates with `MOMENTUM`. The first `WARMUP` updates use the moments of the
-    micro-batch instead, because the average of a few updates is not reliable.
+    The mean and the variance are running averages over updates. A new update has the share `MOMENTUM` in the average.
+    The first `WARMUP` updates use the mean and the variance of the micro-batch instead, because an average of a few
+    updates is not reliable.
     """
 
     MOMENTUM = 0.1
@@ -38,7 +40,7 @@ class Whitening:
     def __call__(
         self, values: Float[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
     ) -> Float[Tensor, "batch position"]:
-        """Return the whitened values; entries outside the mask are undefined."""
+        """Return the normalized values, and record their statistics. Results outside the mask have no meaning."""
         chosen = values[mask].cpu().double()
         sums = torch.stack([torch.tensor(float(len(chosen)), dtype=torch.float64), chosen.sum(), chosen.square().sum()])
         self._sums += sums
@@ -46,7 +48,7 @@ class Whitening:
         return (values - mean) / max(math.sqrt(variance), 1e-8)
 
     def finish_update(self, processes: Processes) -> None:
-        """Add the moments of all values since the last update, over all ranks, to the running average."""
+        """Update the running averages with the values of all ranks since the last update."""
         sums = processes.sum(self._sums)
         if not sums[0]:
             return
@@ -63,7 +65,7 @@ class Whitening:
 
 
 def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
-    """Return mean and variance, given count, sum and sum of squares; 0 and 1 if the count is 0."""
+    """Return mean and variance, computed from count, sum and sum of squares. If the count is 0, return 0 and 1."""
     count, total, squares = sums.tolist()
     if not count:
         return 0.0, 1.0
@@ -71,7 +73,7 @@ def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
 
 
 class Critic(Algorithm):
-    """The weighting exp(Â / beta), with advantages from a value head that is trained together with the policy."""
+    """The algorithm with weights exp(Â / beta). The value head is trained together with the policy."""
 
     needs_values = True
 
@@ -85,15 +87,15 @@ class Critic(Algorithm):
         weight_max: PositiveFloat = 5.0,
         value_coef: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
-        """Create the weighting.
+        """Create the algorithm.
 
         Args:
-            beta: temperature; a smaller value makes the weights differ more.
-            discount: γ.
-            trace_decay: λ of generalized advantage estimation.
-            weight_min: lower limit of a weight, before the scaling to mean 1.
-            weight_max: upper limit of a weight, before the scaling to mean 1.
-            value_coef: coefficient of the value loss.
+            beta: the divisor of the normalized advantage. The weights differ more if it is smaller.
+            discount: the discount factor γ of generalized advantage estimation.
+            trace_decay: the factor λ of generalized advantage estimation.
+            weight_min: the lower limit to which weights are clipped before they are scaled to mean 1.
+            weight_max: the upper limit to which weights are clipped before they are scaled to mean 1.
+            value_coef: the coefficient of the value loss, relative to the loss of the policy.
         """
         require_range(weight_min, weight_max)
         self.beta, self.discount, self.trace_decay = beta, discount, trace_decay
@@ -101,7 +103,7 @@ class Critic(Algorithm):
         self.whitening = Whitening()
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Return one weight per token, the same for every head that predicts the token."""
+        """Return the weight of the token of each target. It is the same for all heads that predict the token."""
         assert observed.values is not None and observed.rewards is not None
         rewards = token_rewards(observed.rewards, observed.response)
         advantage = advantages(
@@ -113,7 +115,7 @@ class Critic(Algorithm):
         return shift_to_heads(token_weights, len(observed.valid), 1.0)
 
     def finish_update(self, processes: Processes) -> None:
-        """Update the running moments of the advantages."""
+        """Update the running mean and variance of the advantages."""
         self.whitening.finish_update(processes)
 
     def discard_update(self) -> None:
@@ -121,11 +123,11 @@ class Critic(Algorithm):
         self.whitening.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running moments."""
+        """Return the running mean and variance of the advantages, and the number of updates."""
         whitening = self.whitening
         return {"updates": whitening.num_updates, "mean": whitening.mean, "variance": whitening.variance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the running moments."""
+        """Restore the state that `state_dict` returned."""
         whitening = self.whitening
         whitening.num_updates, whitening.mean, whitening.variance = state["updates"], state["mean"], state["variance"]

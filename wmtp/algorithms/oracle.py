@@ -1,6 +1,7 @@
-"""Oracle: a weighting that uses ground truth about harmful tokens.
+"""The algorithm oracle, whose weights are computed from labels of harmful tokens.
 
-It is an upper bound to compare other algorithms with, not a method: real data has no such ground truth.
+Its result is an upper bound, with which the results of other algorithms are compared. It cannot be used for real data,
+because there the harmful tokens are not known.
 """
 
 from typing import Annotated
@@ -15,7 +16,7 @@ from wmtp.ops.targets import shift_to_heads
 
 
 class Oracle(Algorithm):
-    """The weighting that gives harmful tokens `misleading_weight` and all other tokens weight 1.
+    """The algorithm that gives harmful tokens `misleading_weight` and all other tokens weight 1.
 
     A token is harmful if it is noise or if it makes a wrong solution wrong.
     """
@@ -24,11 +25,11 @@ class Oracle(Algorithm):
     weight_max = 1.0
 
     def __init__(self, *, misleading_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> None:
-        """Create the weighting. With `misleading_weight` 0, harmful tokens are not trained."""
+        """Create the algorithm. If `misleading_weight` is 0, the model is not trained on harmful tokens."""
         self.weight_min = misleading_weight
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Return one weight per token, the same for every head that predicts the token."""
+        """Return the weight of the token of each target. It is the same for all heads that predict the token."""
         assert observed.harmful is not None
         token_weights = torch.where(observed.harmful, self.weight_min, 1.0)
         return shift_to_heads(token_weights, len(observed.valid), 1.0)

@@ -1,4 +1,4 @@
-"""The baseline: every target has the same weight."""
+"""The baseline, in which every target has the same weight."""
 
 import torch
 from jaxtyping import Float
@@ -8,11 +8,11 @@ from wmtp.algorithms.base import Algorithm, Observations
 
 
 class Uniform(Algorithm):
-    """The weighting that gives every target weight 1."""
+    """The algorithm that gives every target weight 1."""
 
     weight_min = 1.0
     weight_max = 1.0
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
-        """Return ones."""
+        """Return the weight 1 for every target."""
         return torch.ones_like(observed.valid, dtype=torch.float32)

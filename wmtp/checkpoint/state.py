@@ -51,7 +51,7 @@ def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tenso
 
 
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
-    """Load a state that `split_optimizer_state` returned into an optimizer.
+    """Load the tensors and the plain JSON from `split_optimizer_state` into an optimizer.
 
     If a parameter of the model is sharded, its full tensors are sharded in the same way before they are loaded.
     """

@@ -39,8 +39,8 @@ STATE = "state.json"
 class CheckpointStore:
     """The checkpoints of one training stage on disk. The store keeps the `keep_last` newest checkpoints and the best.
 
-    All ranks must call every method, except if the store was created without `processes`. Then only this process uses
-    the store, and `latest` does not change the folder, because a training run may use it at the same time.
+    All ranks must call every method, except if the store was created without `processes`. In that case, only this
+    process uses the store, and `latest` does not change the folder, because a training run may use it at the same time.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class CheckpointStore:
         replace_atomically(self.folder / f"{name}.json", encode_json(content))
 
     def _clean_up(self) -> None:
-        """Remove what interrupted saves and removals left in the folder, and complete interrupted replacements."""
+        """Remove the files and folders that interrupted saves and removals left. Complete interrupted replacements."""
         for path in self.folder.glob(f"{STAGING}*"):
             log.warning("%s was left by an interrupted save; it is removed", path)
             self._remove(path)

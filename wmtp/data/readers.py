@@ -69,8 +69,8 @@ def parse_json(text: str) -> object:
 
     Raises:
         Rejected: the text is not JSON, begins with a byte order mark, has an integer of more than `MAX_DIGITS` digits,
-            or is nested deeper than `MAX_DEPTH` levels. In contrast to Python's parser, a number that is not finite, a
-            duplicate key and a lone surrogate are also errors.
+            or is nested deeper than `MAX_DEPTH` levels. Unlike Python's parser, this function also rejects a number
+            that is not finite, a duplicate key and a lone surrogate.
     """
     value = _decode(text)
     _verify(value)
@@ -250,7 +250,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse
 
 
 def _verify(root: object) -> None:
-    """Raise the first `Rejected` in a decoded value. Also raise `Rejected` for a lone surrogate or too many levels."""
+    """Raise a `Rejected` for the first fault in a decoded value.
+
+    A fault is a lone surrogate, a nesting that is too deep, or a `Rejected` in the value. In the last case, that
+    `Rejected` itself is raised.
+    """
     pending = [(root, 0)]
     while pending:
         value, depth = pending.pop()

@@ -28,7 +28,7 @@ DifficultyBins = dict[Annotated[str, AfterValidator(_check_bin)], Annotated[floa
 class Selection:
     """The number of records to select, and their composition by correctness and difficulty.
 
-    A setting of None imposes no constraint.
+    A setting that is None imposes no constraint.
     """
 
     n_samples: int | None = None

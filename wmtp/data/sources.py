@@ -78,7 +78,7 @@ class DataSource(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource(DataSource):
-    """A source that generates the embedded programming tasks."""
+    """A source of the embedded tasks, which are programming tasks that wmtp itself generates."""
 
     num_train: Positive = 5_000
     num_validation: Positive = 200

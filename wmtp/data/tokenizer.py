@@ -58,7 +58,7 @@ class Tokenizer:
         return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text that belongs to token ids. Special tokens are left out."""
+        """Return the text that the token ids encode. Special tokens are left out."""
         text: str = self.backend.decode(tokens, skip_special_tokens=True)
         return text
 

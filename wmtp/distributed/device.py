@@ -16,7 +16,10 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Hardware:
-    """The hardware options of a run. `device=auto` selects the first that exists: a CUDA GPU, Apple's MPS, the CPU."""
+    """The hardware options of a run.
+
+    `device=auto` selects the first available device in this order: a CUDA GPU, Apple's MPS, the CPU.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,8 @@ class Hardware:
             num_processes: number of ranks.
             strategy: "ddp" or "fsdp" if there are several ranks. With one rank, this option has no effect.
             reduce_each_micro_batch: True to average the gradients over the ranks after every micro-batch, False to do
-                so once per update. True needs more communication, but with fsdp no rank stores full gradients.
+                so once per update. True needs more communication. With fsdp, however, no rank then stores full
+            gradients.
             activation_checkpointing: True to recompute activations in the backward pass instead of storing them.
             compile: True to compile the model's blocks with torch.compile.
             timeout: seconds after which a collective operation of the ranks fails.

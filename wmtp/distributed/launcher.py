@@ -144,7 +144,7 @@ def _send(number: int, pid: int) -> None:
 
 @contextmanager
 def _worker_environment(folder: Path, size: int) -> Iterator[None]:
-    """Set the environment variables that the workers inherit, and restore the previous variables at the end."""
+    """Set environment variables for the workers while the context is active. Restore the previous ones afterwards."""
     before = dict(os.environ)
     os.environ[CONTEXT_VARIABLE] = str(folder / CONTEXT_FILE)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // size)))

@@ -1,4 +1,4 @@
-"""Parallelize a model over the ranks, each of which trains on other data.
+"""Parallelize a model over the ranks, each of which trains on different data.
 
 With DDP, each rank holds a copy of the model. With FSDP2, each rank holds a shard of every parameter.
 """
@@ -61,7 +61,7 @@ def synchronize_gradients(model: nn.Module, now: bool) -> None:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down if their total norm exceeds `max_norm`, and return the norm before this.
+    """Scale the gradients down if their total norm exceeds `max_norm`. Return the total norm before the scaling.
 
     If the gradients are sharded, the total norm includes the shards of all ranks.
     """

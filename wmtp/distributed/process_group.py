@@ -86,7 +86,9 @@ class Processes:
         return [json.loads(bytes(part.tolist())) for part in gathered]
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Run an action on every rank and return its result on this rank. If it fails on one rank, all ranks raise.
+        """Run an action on every rank, and return its result on this rank.
+
+        If the action fails on a rank, all ranks raise an error.
 
         Raises:
             OtherProcessFailed: the action succeeded on this rank, but failed on other ranks. The error's `rank` is the

@@ -66,7 +66,8 @@ class Watchdog:
     def dead_rank(self) -> int | None:
         """Return another rank that failed, or None if there is no such rank.
 
-        A rank failed if it runs on this machine and its process died before it was done, or if it reported a failure.
+        A rank counts as failed if its process ran on this machine and died before the rank was done. It also counts as
+        failed if it reported a failure.
         """
         for rank, pid in self.pids.items():
             if not is_alive(pid) and not self._has(_done_key(rank)):
@@ -82,7 +83,7 @@ class Watchdog:
             self.store.set(FAILED_KEY, str(self.rank))
 
     def attribute_failure(self, report: ExitReport) -> ExitReport:
-        """Return an exit report of this rank. If another rank died and so caused the failure, add it to the message."""
+        """Return the exit report of this rank. If another rank caused the failure, add its number to the message."""
         if report.end != PEER_FAILED:
             return report
         time.sleep(SETTLE_S)

@@ -117,7 +117,7 @@ class CachedModel:
 
 
 def _cached_blocks(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[CachedBlock]:
-    """Return one cached block for each block."""
+    """Return one cached block for each of the given blocks."""
     if isinstance(blocks[0], Block):
         return [FusedBlock([block], dtype) for block in blocks]  # type: ignore[list-item]
     return [HuggingFaceBlock(block, dtype) for block in blocks]  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ KVBlock = Float[Tensor, "any_row part_head slot head_dim"]
 
 @runtime_checkable
 class CachedBlock(Protocol):
-    """One block, or several blocks with the same input. The keys and values are stored in a cache."""
+    """One block, or several blocks with the same input, whose keys and values are stored in a cache."""
 
     def new_kv_block(self, num_rows: int, num_slots: int) -> KVBlock:
         """Return an empty cache with `num_rows` rows and `num_slots` slots per row."""
@@ -62,8 +62,8 @@ class KVCache:
     def reserve(self, num_slots: int, maximum: int) -> None:
         """Increase the number of slots per row to at least `num_slots`.
 
-        If the cache is too small, twice as many slots are allocated, but at most `maximum`. Reallocation is therefore
-        rare.
+        If a row has fewer slots, the number of slots becomes twice `num_slots`, but at most `maximum`. The number
+        therefore rarely has to be increased again.
         """
         if num_slots > self.num_slots:
             num_added = min(2 * num_slots, maximum) - self.num_slots

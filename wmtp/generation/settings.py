@@ -18,9 +18,9 @@ class Decoding:
 
     If `temperature` is 0, decoding is greedy. Otherwise, tokens are sampled from the smallest set of tokens with a
     total probability of at least `top_p`. A completion ends before the first stop string, at the end token, after
-    `max_new_tokens` tokens, or when the context is full. If `max_new_tokens` is None, the number of tokens has no other
-    limit than the context. If `speculative` is true, heads 2 … H draft tokens, and head 1 verifies them. This does not
-    change the completions. `batch_size` is the maximum number of sequences that are decoded at the same time.
+    `max_new_tokens` tokens, or when the context is full. If `max_new_tokens` is None, only the context limits the
+    number of tokens. If `speculative` is true, heads 2 … H draft tokens, and head 1 verifies them. This does not change
+    the completions. `batch_size` is the maximum number of sequences that are decoded at the same time.
     """
 
     temperature: NonNegativeFloat = 0.0

@@ -68,7 +68,7 @@ class Architecture(Protocol):
         """Width of the residual stream."""
 
     def build_modules(self) -> Modules:
-        """Build new modules on torch's current default device."""
+        """Build new modules on the default device of torch."""
 
     def build_positions(self) -> Positions:
         """Build only the position module. Its buffers are filled, because checkpoints do not contain them."""

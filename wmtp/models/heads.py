@@ -1,4 +1,4 @@
-"""Heads of two kinds: the value head predicts the reward of a solution, and residual (Medusa) heads predict tokens."""
+"""Two kinds of heads. A value head predicts the reward of a solution. Residual (Medusa) heads predict tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class ValueHead(nn.Module):
     def forward(self, hidden_states: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any"]:
         """Return the values in fp32.
 
-        TD errors are often smaller than the resolution of bf16, which is 0.004 for values between 0.5 and 1.
+        bf16 is not used, because its resolution is 0.004 for values between 0.5 and 1, and TD errors are often smaller.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             x = self.norm(hidden_states.float())

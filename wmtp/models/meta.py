@@ -118,7 +118,7 @@ class MetaCheckpoint(PretrainedSource):
 
     @contextmanager
     def _error_location(self) -> Iterator[None]:
-        """Prefix every problem in the message of an `InputError` with the config key and the path of the folder."""
+        """Add the config key and the path of the folder before every problem in the message of an `InputError`."""
         try:
             yield
         except InputError as error:

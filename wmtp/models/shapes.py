@@ -19,7 +19,7 @@ for Mistral and Qwen2.
 
 @dataclass(frozen=True)
 class Counts:
-    """The number of all parameters of a model, the number of its trained parameters, and the sizes of both in bytes."""
+    """The numbers and sizes in bytes of all parameters of a model and of its trained parameters."""
 
     parameters: int
     trained: int
@@ -41,7 +41,7 @@ class ModelShape:
     hidden_dim: int = 11008
     vocab_size: int = 32000
     num_kv_heads: int | None = None
-    """Number of key heads, which is also the number of value heads. None means the number of attention heads."""
+    """Number of key-value heads in an attention layer. None means the number of attention heads."""
     head_dim: int | None = None
     """Width of an attention head. None means `dim` divided by the number of attention heads."""
     kind: BlockKind = "wmtp"
@@ -52,7 +52,10 @@ class ModelShape:
     """Size in bytes of a parameter, which is also the size of an element of the residual stream."""
     has_dropout: bool = False
     adapter_rank: int | None = None
-    """Rank of the LoRA adapters, or None without adapters. Adapters freeze trunk, embedding and unembedding."""
+    """Rank of the LoRA adapters, or None if the model has no adapters.
+
+    If it has adapters, its trunk, embedding and unembedding are frozen.
+    """
     value_dim: int | None = None
     """Hidden width of the value head. 0 means a linear value head, and None means no value head."""
     trains_values_only: bool = False
@@ -110,7 +113,7 @@ class ModelShape:
 
     @property
     def vocabulary_parameters(self) -> int:
-        """Number of parameters of the embedding, which is also the number of parameters of the unembedding."""
+        """Number of parameters of the embedding. The unembedding has the same number."""
         return self.vocab_size * self.dim
 
     @property

@@ -1,4 +1,4 @@
-"""Interface of model sources. A source creates a model to train, or a model into which a checkpoint is loaded."""
+"""Interface of model sources. A model source creates a model that is then trained or loaded from a checkpoint."""
 
 import hashlib
 import logging

@@ -1,1 +1,1 @@
-"""Objectives: the loss and the metrics of a batch."""
+"""Objectives, which compute the loss and the metrics of a batch."""

@@ -1,4 +1,4 @@
-"""The interface of objectives: the loss of a batch and its metrics."""
+"""The interface of objectives. An objective computes the loss and the metrics of a batch."""
 
 from typing import Any, Protocol
 
@@ -12,64 +12,67 @@ from wmtp.ops.metric_sums import MetricSums
 
 
 class Objective(Protocol):
-    """A definition of the loss and the metrics of a batch. The training loop is the same for every objective."""
+    """A definition of the loss and the metrics of a batch. All objectives have the same training loop."""
 
     @property
     def name(self) -> str:
-        """A short name of the loss; it must be the same when a run is resumed."""
+        """A short name of the loss. A run can be resumed only if the name has not changed."""
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
         """Return the denominator of each term of the loss for one micro-batch.
 
-        The trainer sums them over all micro-batches and ranks of an update. They depend on the labels only, so
-        they are known before any forward pass.
+        The denominators of an update are the sums over all its micro-batches and ranks. They do not depend on the
+        outputs of the model, so they are computed before the first forward pass.
         """
 
     def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
         """Check that an update has at least one target.
 
         Args:
-            denominators: summed over all micro-batches and ranks of the update.
+            denominators: the denominator of each term of the loss, summed over all micro-batches and ranks of the
+                update.
 
         Raises:
             TrainingError: the update has no target.
         """
 
     def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
-        """Return the contribution of a micro-batch to the loss of the update, with gradient, and its metric sums.
+        """Return the contribution of a micro-batch to the loss of the update, and the metric sums of the micro-batch.
 
-        The loss of the update is the sum of these contributions over all micro-batches and ranks.
+        The loss of the update is the sum of these contributions over all micro-batches and ranks. Only the contribution
+        has a gradient.
 
         Args:
             model: the model.
             batch: the micro-batch.
-            denominators: summed over all micro-batches and ranks of the update.
+            denominators: the denominator of each term of the loss, summed over all micro-batches and ranks of the
+                update.
         """
 
     def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of a validation batch."""
 
     def metrics(self, sums: MetricSums) -> dict[str, float]:
-        """Return the metrics by name, from sums over batches and ranks; `loss` is always one of them."""
+        """Return the metrics by name, computed from sums over batches and ranks. `loss` is always one of them."""
 
     def finish_update(self, processes: Processes) -> None:
         """Update the state after an optimizer step. All ranks must call this method."""
 
     def discard_update(self) -> None:
-        """Discard the statistics of the micro-batches of an update that was skipped."""
+        """Discard the statistics of an update that was skipped."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs, as plain JSON values."""
+        """Return the state that is needed to resume a run, as JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
 
 
 def metric_names(num_heads: int, *, values: bool, language_model_loss: bool = False) -> list[str]:
-    """Return the names of all metrics of a training stage; early stopping can monitor any of them.
+    """Return the names of all metrics of a training stage. Early stopping can monitor any of them.
 
     Args:
-        num_heads: number of prediction heads; 0 if none is trained.
+        num_heads: the number of prediction heads, or 0 if no prediction head is trained.
         values: whether the model has a value head.
         language_model_loss: whether the value head is trained together with the language model.
     """

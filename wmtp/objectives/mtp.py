@@ -1,8 +1,8 @@
 """Weighted multi-token prediction: L = Σ v·w·CE / Σ v over one update.
 
 The sums are over all heads k and positions t. v is the position weight (see `ops.targets.position_weights`), w is the
-algorithm's weight, and CE is the cross-entropy of head k at position t in nats. With one head and w = 1 this is the
-ordinary next-token loss.
+algorithm's weight, and CE is the cross-entropy of head k at position t in nats. If the model has one head
+and w is 1, L is the usual next-token loss.
 """
 
 from dataclasses import replace
@@ -24,9 +24,9 @@ from wmtp.ops.targets import position_weights, shift_to_heads, targets
 
 
 class MtpObjective:
-    """An objective that trains all heads on weighted targets and validates them with uniform weights.
+    """An objective that uses the weights of an algorithm in training and uniform weights in validation.
 
-    Validation does not depend on the algorithm, so runs with different weightings can be compared.
+    The validation loss does not depend on the algorithm, so runs with different algorithms can be compared.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
@@ -39,7 +39,10 @@ class MtpObjective:
         return self.algorithm.name
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return Σ v and the number of values. Σ v is the number of positions where at least one head has a target."""
+        """Return Σ v and the number of trained values.
+
+        Σ v is the number of positions at which at least one head has a target.
+        """
         valid = targets(batch.labels, model.num_heads) != IGNORED
         return torch.stack([valid.any(dim=0).sum(), self.value_loss.denominator(batch)]).float()
 
@@ -53,7 +56,10 @@ class MtpObjective:
             raise TrainingError("no token of the update is a target: every label is masked, so there is no loss")
 
     def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
-        """Return Σ v·w·CE / Σ v, plus the value loss if the algorithm trains a value head, and the metric sums."""
+        """Return the loss and the metric sums.
+
+        The loss is Σ v·w·CE / Σ v. If the model has a value head, the value loss times its coefficient is added.
+        """
         outputs = model(batch.tokens)
         loss, sums = self.loss_from_outputs(outputs, model, batch, denominators)
         if outputs.values is not None:
@@ -65,7 +71,7 @@ class MtpObjective:
     def loss_from_outputs(
         self, outputs: Outputs, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]
     ) -> tuple[Tensor, MetricSums]:
-        """Return Σ v·w·CE / Σ v and the metric sums of given model outputs."""
+        """Return the loss Σ v·w·CE / Σ v and the metric sums, computed from model outputs."""
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
         shares = position_weights(valid)
@@ -84,9 +90,10 @@ class MtpObjective:
     def _weighted_sum(
         self, outputs: Outputs, model: MtpModel, batch: Batch, target: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Σ v·w·CE with gradient, and the loss and the weight of every target, both without gradient.
+        """Return Σ v·w·CE, and the loss and the weight of every target.
 
-        `shares` are the position weights v. Losses and weights have the shape [head, batch, position].
+        `shares` contains the position weights v. Losses and weights have the shape [head, batch, position] and no
+        gradient.
         """
         algorithm, unembedding = self.algorithm, model.unembedding_weight
         low, high = algorithm.weight_min, algorithm.weight_max
@@ -126,7 +133,7 @@ class MtpObjective:
         Args:
             outputs: the outputs of the model.
             batch: the micro-batch.
-            target: the target of each head, shape [head, batch, position].
+            target: the targets of all heads. The shape is [head, batch, position].
         """
         reference = None
         if self.algorithm.needs_reference:
@@ -142,9 +149,9 @@ class MtpObjective:
     def token_metrics(self, model: MtpModel, batch: Batch) -> Float[Tensor, "batch position metric"]:
         """Return the weight, the loss and the value of each token.
 
-        The weight is the mean over the heads that predict the token, the loss is that of head 1, and the value is
-        the output of the value head after the token. Entries are NaN at tokens that are not targets. Without a value
-        head, all values are NaN.
+        The weight is the mean of the weights of all heads that predict the token. The loss is the loss of head 1. The
+        value is the output of the value head after the token. All three are NaN at tokens that are not targets. If the
+        model has no value head, all values are NaN.
         """
         target, outputs = targets(batch.labels, model.num_heads), model(batch.tokens)
         _, losses, weights = self._weighted_sum(outputs, model, batch, target, position_weights(target != IGNORED))
@@ -166,10 +173,10 @@ class MtpObjective:
         return sums
 
     def evaluate_outputs(self, outputs: Outputs, model: MtpModel, batch: Batch) -> MetricSums:
-        """Return the metric sums of the unweighted loss and the loss of each head, for given model outputs.
+        """Return the metric sums of the unweighted loss and the loss of each head, computed from model outputs.
 
-        If the batch has labels of harmful tokens, the sums include `clean_loss`, the loss on correct solutions,
-        excluding noise tokens.
+        If the harmful tokens of the batch are known, the sums include `clean_loss`. It is the loss on all tokens of
+        correct solutions except noise.
         """
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
@@ -196,7 +203,7 @@ class MtpObjective:
         self.algorithm.finish_update(processes)
 
     def discard_update(self) -> None:
-        """Discard the statistics of the algorithm for an update that was skipped."""
+        """Discard the statistics that the algorithm has of an update that was skipped."""
         self.algorithm.discard_update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,11 +216,11 @@ class MtpObjective:
 
 
 def head_sums(losses: Tensor, valid: Tensor) -> MetricSums:
-    """Return the metric sums `head_1_loss`, `head_2_loss`, …: summed cross-entropy and number of targets of each head.
+    """Return the metric sums `head_1_loss`, `head_2_loss`, …, from which the mean loss of each head is computed.
 
     Args:
-        losses: cross-entropy in nats, 0 where there is no target, shape [head, batch, position].
-        valid: True where there is a target, shape [head, batch, position].
+        losses: the cross-entropy in nats, or 0 where there is no target. The shape is [head, batch, position].
+        valid: True where there is a target. The shape is [head, batch, position].
     """
     loss_sums, counts = losses.flatten(1).sum(dim=1), valid.flatten(1).sum(dim=1)
     return MetricSums({f"head_{k}_loss": (loss_sums[k - 1], counts[k - 1]) for k in range(1, len(valid) + 1)})

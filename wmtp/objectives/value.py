@@ -1,4 +1,4 @@
-"""The objective of stage 1 for critic: train the value head alone, or together with the language model."""
+"""The objective of stage 1 of critic. The value head is trained alone or together with the language model."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from wmtp.ops.metric_sums import MetricSums
 class ValueObjective:
     """The objective L = value loss + `language_model_coef` · language-model loss.
 
-    With `language_model` None, the second term is 0 and no prediction head runs. If the batch has precomputed hidden
-    states, the trunk does not run either.
+    If `language_model` is None, the loss has only the first term and the prediction heads are not computed. If the
+    batch then contains the hidden states of the trunk, the trunk is not computed either.
     """
 
     def __init__(
@@ -29,19 +29,21 @@ class ValueObjective:
 
     @property
     def name(self) -> str:
-        """The kind of value loss, and the coefficient of the language-model loss if that is trained too."""
+        """The kind of the value loss and, if the language model is trained, the coefficient of its loss."""
         suffix = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
         return f"value of {self.value_loss.kind}{suffix}"
 
     def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return the number of values (of pairs for a ranking loss), then the denominators of the language model."""
+        """Return the denominator of the value loss, followed by the denominators of the language-model loss."""
         num_values = self.value_loss.denominator(batch).float()[None]
         if self.language_model is None:
             return num_values
         return torch.cat([num_values, self.language_model.denominators(model, batch)])
 
     def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
-        """Check the denominators of the language model, if any; an update without values is allowed.
+        """Check that the update has a target of the language model, if the language model is trained.
+
+        An update without a term of the value loss is allowed.
 
         Raises:
             TrainingError: the language model has no target.
@@ -50,7 +52,7 @@ class ValueObjective:
             self.language_model.check_denominators(denominators[1:])
 
     def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
-        """Return the sum of both losses, computed from one forward pass, and the metric sums."""
+        """Return the loss L and the metric sums, computed from one forward pass."""
         if self.language_model is None:
             total, sums = self.value_loss.sum(self._values(model, batch), batch)
             return total / denominators[0].clamp(min=1), sums
@@ -64,7 +66,7 @@ class ValueObjective:
         return total / denominators[0].clamp(min=1) + self.language_model_coef * language_model_loss, sums
 
     def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
-        """Return the metric sums of the values and, if the language model is trained, of the heads' losses."""
+        """Return the metric sums of the values and, if the language model is trained, of the losses of the heads."""
         if self.language_model is None:
             return self.value_loss.sum(self._values(model, batch), batch)[1]
         outputs = model(batch.tokens)
@@ -74,7 +76,7 @@ class ValueObjective:
         return sums
 
     def metrics(self, sums: MetricSums) -> dict[str, float]:
-        """Return the value metrics and those of the language model; `loss` is the training loss L."""
+        """Return the metrics of the values and of the language model. The metric `loss` is L."""
         if self.language_model is None:
             values = value_metrics(sums.results())
             return {"loss": values.get("value_loss", 0.0)} | values
@@ -84,17 +86,17 @@ class ValueObjective:
         return values | {"language_model_loss": language_model_loss}
 
     def finish_update(self, processes: Processes) -> None:
-        """Do nothing: this objective has no state between updates."""
+        """Do nothing, because this objective has no state between updates."""
 
     def discard_update(self) -> None:
-        """Do nothing: this objective has no state between updates."""
+        """Do nothing, because this objective has no state between updates."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: the state is empty."""
+        """Do nothing, because the state is empty."""
 
     def _values(self, model: MtpModel, batch: Batch) -> Tensor:
         outputs: Outputs = model(batch.tokens, num_heads=0, hidden_states=batch.hidden_states)

@@ -20,25 +20,25 @@ Kind = Literal["reward", "lambda_return", "ranking"]
 
 
 class ValueLoss:
-    """A loss for value heads: the squared error at every token, or a ranking loss on the values of last tokens.
+    """A loss for value heads: the squared error of values, or a ranking loss of the values at the last tokens.
 
-    The target of the squared error is the reward (`kind="reward"`) or the λ-return (`"lambda_return"`). `"ranking"`
-    trains the value at the last token of a correct solution to be higher than the value at the last token of an
-    incorrect solution to the same task.
+    If `kind` is "reward" or "lambda_return", the loss is the squared difference between the value and the reward or
+    λ-return. If `kind` is "ranking", the loss is low if the value after a correct solution is higher than the value
+    after an incorrect solution of the same task.
     """
 
     def __init__(self, kind: Kind = "reward", discount: float = 1.0, trace_decay: float = 0.95) -> None:
-        """Create the loss. `discount` is γ and `trace_decay` is λ; only the λ-return uses them."""
+        """Create the loss. `discount` is γ and `trace_decay` is λ. They are used only for the λ-return."""
         self.kind, self.discount, self.trace_decay = kind, discount, trace_decay
 
     def denominator(self, batch: Batch) -> Tensor:
-        """Return the number of terms of the loss: positions with a value, or pairs for ranking."""
+        """Return the number of terms of the loss. A term is a position with a trained value, or a pair for ranking."""
         if self.kind == "ranking":
             return ranking_loss(batch.rewards, batch.tasks, batch.is_correct)[1]
         return value_positions(batch.response).sum()
 
     def sum(self, values: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], MetricSums]:
-        """Return the sum of the loss over its terms, with gradient, and the metric sums of values and rewards."""
+        """Return the sum of all terms of the loss, and the metric sums of values and rewards."""
         rewards = token_rewards(batch.rewards, batch.response)
         mask = value_positions(batch.response)
         if self.kind == "ranking":

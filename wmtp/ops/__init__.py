@@ -1,1 +1,1 @@
-"""Pure tensor functions: cross entropy, targets, returns, metric sums."""
+"""Functions of tensors that compute cross-entropies, targets, returns and sums of metrics."""

@@ -1,7 +1,7 @@
-"""Weighted cross-entropy of every head at every position that has a target.
+"""The weighted cross-entropy of every head at every position that has a target.
 
-The unembedding and the cross-entropy of all heads are computed together, in chunks of rows. A row is one
-(head, batch, position) with a target. Only the logits of one chunk exist at a time.
+The logits and the cross-entropy of all heads are computed together, in chunks of rows. There is one row for each
+target of each head. Only the logits of one chunk exist at a time.
 """
 
 import math
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 
 def uncompiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Exclude a function from `torch.compile`, because its graph would differ from batch to batch."""
+    """Exclude a function from `torch.compile`, because its graph would be different for each batch."""
     excluded: Callable[Parameters, Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return excluded
 
@@ -49,9 +49,10 @@ def cross_entropy(
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None = None,
 ) -> Float[Tensor, "head batch position"]:
-    """Return −log p(target) in nats and at least fp32, without gradient; 0 where there is no target.
+    """Return −log p(target) in nats, or 0 where there is no target.
 
-    At most `chunk_rows` × vocabulary logits exist at a time; None selects the default size.
+    The result has no gradient. Its dtype is fp32 or more precise. Logits exist for at most `chunk_rows` rows at a time.
+    If `chunk_rows` is None, a default number of rows is used.
     """
     dtype = product_dtype(states, unembedding)
     with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
@@ -69,17 +70,18 @@ def weighted_cross_entropy(
     coefficients: Coefficients,
     chunk_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]]:
-    """Return Σ c·CE with gradient, the losses CE in nats and the coefficients c.
+    """Return the sum Σ c·CE, the losses CE in nats and the coefficients c.
 
-    Losses and coefficients are detached. The gradients are computed together with the losses and stored until
-    `backward`, which can run only once. To apply a factor common to all rows, such as 1/Σ c, multiply the returned sum.
-    Loss, coefficient and gradient are 0 where there is no target.
+    Only the sum has a gradient. The gradients are computed together with the losses and stored until `backward`, which
+    can run only once. If all rows have a common factor, such as 1/Σ c, multiply the returned sum by this factor. Loss,
+    coefficient and gradient are 0 where there is no target.
 
-    At most `chunk_rows` × vocabulary logits exist at a time; None selects the default size. Matrix products use the
-    dtype of autocast if it is on, the rest of the softmax uses fp32. This function is excluded from `torch.compile`.
+    Logits exist for at most `chunk_rows` rows at a time. If `chunk_rows` is None, a default number of rows is used. If
+    autocast is on, the matrix products use its dtype. The softmax is computed in fp32 or a more precise dtype. This
+    function is excluded from `torch.compile`.
 
     Raises:
-        RuntimeError: in `backward`, if it runs a second time or with `create_graph=True`.
+        RuntimeError: `backward` is run a second time or with `create_graph=True`. The error is raised in `backward`.
     """
     needs_gradient = tuple(torch.is_grad_enabled() and x.requires_grad for x in (states, unembedding))
     out: tuple[Tensor, Tensor, Tensor] = WeightedCrossEntropy.apply(
@@ -89,7 +91,7 @@ def weighted_cross_entropy(
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """The autograd function of `weighted_cross_entropy`; it accumulates the unembedding's gradient over all chunks."""
+    """The autograd function of `weighted_cross_entropy`. It sums the unembedding's gradient over all chunks."""
 
     @staticmethod
     def forward(
@@ -101,7 +103,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         chunk_rows: int | None,
         needs_gradient: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sum, the losses and the coefficients; store the gradients of the sum in `ctx`."""
+        """Return the sum, the losses and the coefficients. Store the gradients of the sum in `ctx`."""
         dtype = product_dtype(states, unembedding)
         weight = unembedding.to(dtype)
         # not zeros_like, which would keep the strides of an expanded or transposed input
@@ -157,11 +159,11 @@ class Chunk:
     targets: Int[Tensor, " row"]
     states: Float[Tensor, "row dim"]
     exponentials: Float[Tensor, "row vocabulary"]
-    """e^(logit − the row's largest logit), in fp32."""
+    """e^(logit − the row's largest logit), in fp32 or a more precise dtype."""
     sums: Float[Tensor, " row"]
     losses: Float[Tensor, " row"]
     products: Float[Tensor, "row vocabulary"]
-    """Buffer in the dtype of the matrix products; for fp32 this is `exponentials`."""
+    """A buffer in the dtype of the matrix products. For fp32 and fp64, it is `exponentials`."""
 
     def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
         """Return two tensors whose product is the gradient of Σ factor·loss with respect to the logits.
@@ -223,5 +225,5 @@ def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of losses and softmax sums: fp32, or the dtype of the inputs if it is more precise."""
+    """Return the dtype of losses and softmax sums. It is fp32, or `dtype` if that is more precise."""
     return torch.promote_types(dtype, torch.float32)

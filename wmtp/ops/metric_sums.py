@@ -1,4 +1,4 @@
-"""Sums of metrics over batches, micro-batches and ranks, divided once at the end."""
+"""Sums of metrics over batches, micro-batches and ranks. The division by the count is done once, at the end."""
 
 import math
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from wmtp.distributed.process_group import Processes
 
 @dataclass
 class MetricSums:
-    """Sums and counts of metrics that are means, and minima and maxima of other metrics, by name.
+    """The sums and counts of metrics that are means, and the values of metrics that are minima or maxima, by name.
 
-    Tensors stay on the device that computed them.
+    Tensors stay on the device on which they were computed.
     """
 
     means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class MetricSums:
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, other: "MetricSums") -> None:
-        """Add the sums and counts of another batch, and update the extremes."""
+        """Add the sums and counts of another batch, and update the minima and maxima."""
         for name, (total, count) in other.means.items():
             old_total, old_count = self.means.get(name, (0.0, 0.0))
             self.means[name] = (old_total + total, old_count + count)
@@ -33,7 +33,10 @@ class MetricSums:
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
     def reduced(self, processes: Processes) -> "MetricSums":
-        """Return the sums and extremes over all ranks, bitwise equal on each rank. All ranks must call this method."""
+        """Return the sums, minima and maxima over all ranks. The result is bitwise equal on all ranks.
+
+        All ranks must call this method.
+        """
         if processes.size == 1:
             return self
         total = processes.sum(self.to_vector())
@@ -45,14 +48,14 @@ class MetricSums:
         return reduced
 
     def to_vector(self) -> Tensor:
-        """Return the means as one vector (sum, count, sum, count, …), in fp64 on the CPU."""
+        """Return the sums and counts of all means as one vector (sum, count, sum, count, …), in fp64 on the CPU."""
         numbers = [torch.as_tensor(x) for pair in self.means.values() for x in pair]
         device = next((x.device for x in numbers if x.device.type != "cpu"), "cpu")
         # copy all of them at once, because each copy waits for the GPU
         return torch.stack([x.to(device) for x in numbers]).cpu().double()
 
     def results(self) -> dict[str, float]:
-        """Return the means and extremes by name, without means whose count is 0."""
+        """Return the means, minima and maxima by name. Means whose count is 0 are left out."""
         pairs = self.to_vector().view(-1, 2).tolist() if self.means else []
         metrics = {name: total / count for name, (total, count) in zip(self.means, pairs, strict=True) if count > 0}
         metrics |= {name: float(value) for name, value in (self.minima | self.maxima).items()}
@@ -65,8 +68,9 @@ def sum_in_order(batches: Sequence[MetricSums], num_batches: int, processes: Pro
     Batch i is on rank i mod `size`, where `size` is the number of ranks. All ranks must call this function.
 
     Args:
-        batches: the sums of this rank's batches; every rank has the same number of them.
-        num_batches: number of batches over all ranks; batches from this index on are padding and are ignored.
+        batches: the sums of the batches of this rank. All ranks must have the same number of batches.
+        num_batches: the total number of batches of all ranks. Batches with this index or a higher index are padding
+            and are ignored.
         processes: the process group.
     """
     table = torch.zeros(len(batches) * processes.size, 2 * len(batches[0].means), dtype=torch.float64)
@@ -76,5 +80,5 @@ def sum_in_order(batches: Sequence[MetricSums], num_batches: int, processes: Pro
 
 
 def standard_deviation(mean: float, mean_of_squares: float) -> float:
-    """Return the standard deviation, given the first two moments; 0 if rounding makes the variance negative."""
+    """Return the standard deviation, or 0 if the variance is negative because of rounding errors."""
     return math.sqrt(max(mean_of_squares - mean * mean, 0.0))

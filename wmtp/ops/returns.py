@@ -1,9 +1,9 @@
 """TD errors, advantages, λ-returns and losses of a value head.
 
-V_t is the value at position t, after token t. A response is a sequence of consecutive tokens a … b of one document.
-`rewards` contains its reward R at each of its tokens, but R counts only once, at b. If several documents are packed
-into a row, `documents` contains the index of the document of each position, and the results of one document do not
-depend on the other documents. Symbols: δ is the TD error, A is the advantage, G is the λ-return.
+V_t is the value at position t, after token t. A response consists of the consecutive tokens a … b of one document.
+`rewards` contains the reward R of a response at all tokens of the response, but R is used only once, at b. If a row
+contains several documents, `documents` contains the index of the document of each position, and the results of a
+document do not depend on the other documents. δ is the TD error, A is the advantage, and G is the λ-return.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ def last_of_response(
 def value_positions(
     response: Bool[Tensor, "batch position"], documents: Int[Tensor, "batch position"] | None = None
 ) -> Bool[Tensor, "batch position"]:
-    """Return a mask of the positions whose value is trained: a−1 … b.
+    """Return a mask of the positions a−1 … b, whose values are trained.
 
     These are the last token of the prompt and all tokens of the response.
 
@@ -39,7 +39,7 @@ def value_positions(
 def token_rewards(
     rewards: Float[Tensor, " batch"], response: Bool[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position"]:
-    """Return the reward of each sample at all tokens of its response, 0 elsewhere."""
+    """Return the reward of each sample at all tokens of its response, and 0 at other tokens."""
     return rewards[:, None].expand(response.shape).where(response, 0.0)
 
 
@@ -51,7 +51,7 @@ def td_errors(
     *,
     discount: float,
 ) -> Float[Tensor, "batch position"]:
-    """Return δ_i = r_i + γ·V_i·[i<b] − V_{i−1} at the tokens of responses, 0 elsewhere.
+    """Return δ_i = r_i + γ·V_i·[i<b] − V_{i−1} at the tokens of responses, and 0 elsewhere.
 
     r_b = R, and r_i = 0 for i < b. V_{i−1} is 0 if i is the first token of the document. `discount` is γ.
     """
@@ -69,9 +69,9 @@ def advantages(
     discount: float,
     trace_decay: float,
 ) -> Float[Tensor, "batch position"]:
-    """Return A_i = Σ_l (γλ)^l·δ_{i+l} over the rest of the response, 0 outside responses.
+    """Return A_i = Σ_l (γλ)^l·δ_{i+l} over the rest of the response, and 0 outside responses.
 
-    `discount` is γ and `trace_decay` is λ; with λ = 0 this is the TD error.
+    `discount` is γ and `trace_decay` is λ. If λ is 0, A_i is the TD error.
     Source: Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation
     (arXiv 1506.02438), eq. 16.
     """
@@ -96,7 +96,7 @@ def lambda_returns(
 ) -> Float[Tensor, "batch position"]:
     """Return the λ-return G_t = A_{t+1} + V_t at positions a−1 … b−1, R at b, and 0 elsewhere.
 
-    `discount` is γ and `trace_decay` is λ. No token follows b, so the target there is R.
+    `discount` is γ and `trace_decay` is λ. No token follows b, so the result at b is R.
     Source: Sutton & Barto 2018, Reinforcement Learning: An Introduction, eq. 12.2 and 12.3.
     """
     estimates = advantages(values, rewards, response, documents, discount=discount, trace_decay=trace_decay)
@@ -115,7 +115,10 @@ def value_targets(
     discount: float,
     trace_decay: float,
 ) -> Float[Tensor, "batch position"]:
-    """Return the training target of V at `value_positions`, detached: R or the λ-return; 0 elsewhere."""
+    """Return the training target of V at the positions a−1 … b, and 0 elsewhere. The result has no gradient.
+
+    The target is R if `kind` is "reward", and the λ-return if `kind` is "lambda_return".
+    """
     values, rewards = values.detach(), rewards.detach()
     if kind == "lambda_return":
         return lambda_returns(values, rewards, response, documents, discount=discount, trace_decay=trace_decay)
@@ -123,16 +126,16 @@ def value_targets(
 
 
 def explained_variance(target_mean: float, target_square: float, error_mean: float, error_square: float) -> float:
-    """Return 1 − Var(error) / Var(target), where error = target − value.
+    """Return 1 − Var(error) / Var(target). The error is the target minus the value.
 
-    The result is 0.0 if the standard deviation of the targets is at most a thousandth of their root mean square: such
-    a variance is a rounding error of sums in fp32.
+    The result is 0.0 if the standard deviation of the targets is at most a thousandth of their root mean square. Such a
+    small variance can be a rounding error of sums in fp32.
 
     Args:
-        target_mean: mean of the targets.
-        target_square: mean of the squared targets.
-        error_mean: mean of the errors.
-        error_square: mean of the squared errors.
+        target_mean: the mean of the targets.
+        target_square: the mean of the squared targets.
+        error_mean: the mean of the errors.
+        error_square: the mean of the squared errors.
     """
     target_deviation = standard_deviation(target_mean, target_square)
     if target_deviation**2 <= 1e-6 * target_square:
@@ -145,8 +148,8 @@ def ranking_loss(
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Return the ranking loss Σ −log σ(s⁺ − s⁻) over all pairs, and the number of pairs.
 
-    A pair is a correct sample with score s⁺ and an incorrect sample with score s⁻ of the same task. Without pairs, both
-    results are 0.
+    A pair consists of a correct sample with score s⁺ and an incorrect sample with score s⁻. Both samples belong to the
+    same task. If there are no pairs, both results are 0.
     Source: Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs: I.
     """
     pairs = (tasks[:, None] == tasks) & is_correct[:, None] & ~is_correct
@@ -157,7 +160,7 @@ def ranking_loss(
 def _neighbor(
     x: Shaped[Tensor, "batch position"], offset: Literal[-1, 1], documents: Int[Tensor, "batch position"] | None
 ) -> Shaped[Tensor, "batch position"]:
-    """Return x[t + offset] at position t; 0 if t + offset is outside the row or in another document."""
+    """Return x[t + offset] at position t, or 0 if t + offset is outside the row or in another document."""
     is_valid = torch.ones_like(x, dtype=torch.bool) if documents is None else documents.roll(-offset, 1) == documents
     is_valid[:, -1 if offset > 0 else 0] = False
     return x.roll(-offset, 1).masked_fill(~is_valid, 0)

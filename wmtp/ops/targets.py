@@ -1,4 +1,4 @@
-"""Targets of each head at each position, and the weights that make all positions count equally."""
+"""The targets of each head at each position, and weights with which all positions have equal influence."""
 
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -11,7 +11,7 @@ def shift_to_heads(
 ) -> Shaped[Tensor, "head batch position"]:
     """Shift values of tokens to the positions at which each head predicts these tokens.
 
-    out[k−1, :, t] = values[:, t + k], and `fill` past the end. Labels and token weights both use this function.
+    The result at [k−1, :, t] is values[:, t + k], or `fill` if t + k is past the end of the row.
 
     >>> import torch
     >>> shift_to_heads(torch.tensor([[5, 6, 7]]), num_heads=2, fill=-100).tolist()
@@ -28,10 +28,10 @@ def targets(
     num_heads: int,
     documents: Int[Tensor, "batch position"] | None = None,
 ) -> Int[Tensor, "head batch position"]:
-    """Return the targets; the target of head k at position t is the id of the token at position t + k.
+    """Return the targets. The target of head k at position t is the id of the token at position t + k.
 
-    It is −100 (no target) if t + k is past the end of the row, if the label at t + k is masked (−100), or if t and
-    t + k belong to different `documents`.
+    The result is −100, which means that there is no target, if t + k is past the end of the row, if the label at t + k
+    is masked (−100), or if t and t + k belong to different `documents`.
     """
     out = shift_to_heads(labels, num_heads, IGNORED)
     if documents is not None:
@@ -40,8 +40,9 @@ def targets(
 
 
 def position_weights(valid: Bool[Tensor, "head batch position"]) -> Float[Tensor, "head batch position"]:
-    """Return v[k, t] = 1 / |K(t)|, where K(t) are the heads that have a target at position t; 0 for the other heads.
+    """Return the position weights v. If n heads have a target at a position, each of these heads has the weight 1 / n.
 
-    The weights of a position sum to 1, so every position counts equally.
+    The other heads have the weight 0. The sum of the weights of a position with targets is 1, so all these positions
+    have equal influence.
     """
     return valid / valid.sum(dim=0).clamp(min=1)

@@ -1,4 +1,7 @@
-"""Lock files against other processes. On a file system without locks, continue with a warning."""
+"""Hold locks on files, which exclude other processes.
+
+If a file system does not support locks, the functions log a warning and behave as if the lock had been obtained.
+"""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Create and lock the folder of a run, and write its status.json. Name the other files in the folder."""
+"""Create and lock the folder of a run, and write its status.json. Define the names of its other files."""
 
 import fcntl
 import json

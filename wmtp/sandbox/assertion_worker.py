@@ -275,9 +275,9 @@ def _parse_preamble(preamble: str) -> ast.Module:
 
 
 def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
-    """Return the builtin names that the program redefines according to the tests.
+    """Return the builtin names that the program presumably redefines.
 
-    If the tests use only builtin names, these are the names that occur in every test; otherwise there are none.
+    If the tests use only builtin names, the result contains the names that occur in every test. Otherwise, it is empty.
     """
     mentioned = [{node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)} for test in tests]
     if any(not hasattr(builtins, name) for name in set().union(*mentioned)):
@@ -288,7 +288,7 @@ def _shadowed_builtins(tests: list[str]) -> frozenset[str]:
 def _used_modules(tests: list[str]) -> frozenset[str]:
     """Return the names of the standard library modules that the tests use.
 
-    The tests get these modules from the standard library, even if the program assigns other objects to the names.
+    The tests get these modules from the standard library, even if the program assigns other objects to their names.
     """
     return (
         frozenset(

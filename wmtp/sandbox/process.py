@@ -128,9 +128,10 @@ class Process:
             self.stdin.close()
 
     def exit_code(self, seconds: float) -> int | None:
-        """Wait up to `seconds` for the process to end, and return its exit code, or None if the process still runs.
+        """Wait up to `seconds` for the process to end, and return its exit code.
 
-        If a signal killed the process, the exit code is 128 plus the number of the signal.
+        The result is None if the process still runs. If a signal killed the process, the exit code is 128 plus the
+        number of the signal.
         """
         try:
             code = self._popen.wait(max(0.0, seconds))

@@ -1,4 +1,4 @@
-"""A filter that refuses system calls with which a program could bypass its limits, even without privileges.
+"""A filter that refuses the system calls with which an unprivileged program could bypass its limits.
 
 New namespaces would let a program mount file systems without a size limit. Unmapped shared memory, message queues,
 memory files and extended attributes do not count towards any limit. Only local sockets are allowed, because other

@@ -60,8 +60,8 @@ class MtpHeads:
     ) -> Any:
         """Run the model, and return its output.
 
-        With `return_all_heads`, the logits of the output have the shape [batch, position, head, vocabulary]. Otherwise
-        only head 1 is run, and the logits have the shape [batch, position, vocabulary].
+        If `return_all_heads` is true, the logits of the output have the shape [batch, position, head,
+        vocabulary]. Otherwise only head 1 is run, and the logits have the shape [batch, position, vocabulary].
 
         Raises:
             ValueError: `return_all_heads` is used with `past_key_values`, but the additional heads have no cache.

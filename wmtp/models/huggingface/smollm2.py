@@ -55,7 +55,7 @@ class SmolLM2(Pretrained):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The config of the model. The model is converted first if necessary."""
+        """The config of the model. If the model is not converted yet, it is converted first."""
         if self.is_converted_here:
             ensure_converted(self.cache_dir)
         return super().config
