@@ -67,7 +67,7 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
 
 
 def positional_args(arguments: list[str]) -> list[str]:
-    """Return the arguments with one argument `runs=[…]` in place of all positional arguments, which it lists."""
+    """Return the arguments, in which one argument `runs=[…]` with a list replaces all positional arguments."""
     from wmtp.config.overrides import quote
 
     runs, result = list[str](), list[str]()
