@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class TokenizedSplit:
     """The selected and tokenized records of one split.
 
-    `rewards` contains one number per sample. If the run uses a reward model, it is the score of this model. Otherwise
+    `rewards` contains one number per sample. If the run uses a reward model, it is the score of the model. Otherwise,
     it is 1 for a correct solution, and 0 for an incorrect solution. `reference_losses`, `hidden_states` and `harmful`
     are arrays with one entry per token of `samples.tokens`. They are None until they are computed.
     """

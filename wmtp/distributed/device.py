@@ -42,7 +42,7 @@ class Hardware:
             strategy: "ddp" or "fsdp" if there are several ranks. With one rank, this option has no effect.
             reduce_each_micro_batch: True to average the gradients over the ranks after every micro-batch, False to do
                 so once per update. True needs more communication. With fsdp, however, no rank then stores full
-            gradients.
+                gradients.
             activation_checkpointing: True to recompute activations in the backward pass instead of storing them.
             compile: True to compile the model's blocks with torch.compile.
             timeout: seconds after which a collective operation of the ranks fails.

@@ -1,4 +1,4 @@
-"""Hold locks on files, which exclude other processes.
+"""Hold locks on files. A lock excludes other processes.
 
 If a file system does not support locks, the functions log a warning and behave as if the lock had been obtained.
 """
