@@ -46,6 +46,7 @@ def generate(context: JobContext) -> None:
     requests = [Request(prompt, sample_seed(config.seed, text, index)) for index in range(config.n)]
 
     def _show(index: int, piece: str) -> None:
+        """Print a piece of text as soon as it is generated, if there is only one sample."""
         if config.n == 1:
             print(piece, end="", flush=True)
 

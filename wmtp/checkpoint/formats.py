@@ -38,6 +38,7 @@ def _write(path: Path, tensors: Tensors, processes: Processes) -> Entries:
     full = processes.run_on_all(lambda: gather_full(tensors, keep=processes.is_main))
 
     def _write_file() -> Entries:
+        """Write the tensors to the file, and return its manifest entries."""
         try:
             save_file(full, path)
         except SafetensorError as error:
@@ -60,6 +61,7 @@ def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Ent
     paths = write_shards(tensors, folder)
 
     def _sync() -> Entries:
+        """Sync the shards to disk, and return their manifest entries."""
         for path in paths:
             fsync_path(path)
         return entries(paths)
@@ -74,12 +76,14 @@ def read_sharded(folder: Path, like: Mapping[str, Tensor], *, optimizer: bool) -
     """Read the files that `write_sharded` wrote. The arguments and the result are the same as those of `read_full`."""
 
     def _live(name: str) -> Tensor | None:
+        """Return the parameter of the model that corresponds to a stored tensor."""
         prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else OPTIMIZER_PREFIX
         return find_live_parameter(name.removeprefix(prefix), like)
 
     tensors = read_shards(folder, lambda name: optimizer or name.startswith(MODEL_PREFIX), _live)
 
     def _select(prefix: str) -> Tensors:
+        """Return the tensors whose names start with the prefix, without the prefix in their names."""
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     return _select(MODEL_PREFIX), _select(OPTIMIZER_PREFIX)

@@ -95,6 +95,7 @@ def run_rank0(job: Job, context: JobContext, on_hang: Callable[[BaseException], 
     report_store = RendezvousReportStore()
 
     def _report_hang(dead_rank: int) -> int:
+        """Report the root cause of the failure, and return its exit code."""
         error = _find_root_cause(report_store) or OtherProcessFailed(dead_rank, "died", 1)
         on_hang(error)
         return getattr(error, "exit_code", 1)
@@ -139,6 +140,7 @@ def run_worker(job: Job) -> NoReturn:
     from wmtp.distributed.rendezvous import RendezvousReportStore, wait_for_context
 
     def _run() -> int:
+        """Wait for the context of rank 0, run the job, and return the exit code."""
         values = wait_for_context()
         if "exit_code" in values:
             return int(values["exit_code"])
@@ -155,6 +157,7 @@ def run_launched_worker(job: Job) -> NoReturn:
     from wmtp.distributed.exit_reports import FolderReportStore
 
     def _run() -> int:
+        """Run the job with the received context, and return exit code 0."""
         mark_ready(folder)
         _run_received(job, values, FolderReportStore(folder))
         return 0
@@ -214,6 +217,7 @@ def run_in_group(
     rank, hardware = int(os.environ["RANK"]), context.config.hardware
 
     def _report_hang(dead_rank: int) -> int:
+        """Report that another rank died, unless this rank has reported an error itself. Return the exit code."""
         if rank not in report_store.read():
             report_store.put(ExitReport.from_error(OtherProcessFailed(dead_rank, "died", 1), rank, context.progress))
         return 1

@@ -118,6 +118,7 @@ class CommandRunner:
         refuse_credentials(arguments)
 
         def _check(overrides: list[str]) -> list[ConfigIssue]:
+            """Return the issues of the overrides of one job."""
             try:
                 check_overrides(command, overrides)
             except ConfigError as error:
@@ -177,6 +178,7 @@ class CommandRunner:
             return None
 
         def _record(error: BaseException) -> None:
+            """Record the error as the end of the run, and print its message."""
             code, state = exit_state(error)
             if not (isinstance(error, InputError) and status.withdraw()):
                 status.end(state, code, progress, error=str(error) or type(error).__name__)

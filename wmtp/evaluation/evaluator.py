@@ -244,6 +244,7 @@ def show_progress(console: Console, total: int, done: int) -> Iterator[Callable[
     count = done
 
     def _advance() -> None:
+        """Count one more graded sample, and log a line after each tenth of the samples."""
         nonlocal count
         count += 1
         if count == total or count % max(1, total // 10) == 0:

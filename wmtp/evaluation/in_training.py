@@ -67,6 +67,7 @@ class SampleEvaluation:
         full = unsharded_copy(model, self.processes.is_main)
 
         def _pass_at_1() -> dict[str, Any] | None:
+            """Sample the test problems, and return pass@1; None if no sample was graded."""
             outcomes = graded_outcomes(self._generate(self.test_problems, full, step, "test"))
             if not outcomes:
                 return None

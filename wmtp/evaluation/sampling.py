@@ -82,6 +82,7 @@ def generate_samples(
     pending: dict[Future[Verdict], tuple[int, Completion]] = {}
 
     def _graded(future: Future[Verdict]) -> Sample:
+        """Return the sample of a finished grading."""
         number, completion = pending.pop(future)
         return Sample(*keys[number], completion, future.result())
 

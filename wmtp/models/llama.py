@@ -65,6 +65,7 @@ class LlamaArchitecture:
         """Build new modules with torch's default initialization."""
 
         def _block() -> Block:
+            """Create one block."""
             return Block(
                 self.dim, self.num_attention_heads, self.num_kv_heads, self.hidden_dim, self.norm_eps, self.dropout
             )

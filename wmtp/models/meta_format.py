@@ -144,6 +144,7 @@ def meta_names(num_trunk_blocks: int, num_heads: int) -> dict[str, str]:
     """Return Meta's name for each tensor of wmtp. The keys are wmtp's names, in the order of Meta's files."""
 
     def _weights(blocks: dict[str, str]) -> dict[str, str]:
+        """Return Meta's name of each weight of the blocks. `blocks` maps wmtp's name of a block to Meta's name."""
         named = [(f"{ours}.{{}}.weight", f"{theirs}.{{}}.weight") for ours, theirs in blocks.items()]
         return {ours.format(name): theirs.format(meta) for ours, theirs in named for name, meta in BLOCK.items()}
 

@@ -102,6 +102,7 @@ class MtpObjective:
             flat_shares, reference_losses = shares.flatten(), observed.reference_losses
 
             def _coefficients(losses: Tensor, rows: Tensor) -> Tensor:
+                """Return the coefficient v·w of each row of a chunk, given the losses of the rows."""
                 reference = None if reference_losses is None else reference_losses.flatten()[rows]
                 valid = torch.ones_like(losses, dtype=torch.bool)
                 inputs = Observations(valid, observed.response, losses, reference, number=observed.number)

@@ -50,6 +50,7 @@ def _mix_with_neutral(end: tuple[Color, Color], share: float) -> tuple[Color, Co
     """Return a mixture of the neutral color and the color `end`, for light mode and for dark mode."""
 
     def _mix(mode: int) -> Color:
+        """Return the mixture for one mode (0: light, 1: dark)."""
         red, green, blue = (
             round(low + (high - low) * share) for low, high in zip(_NEUTRAL[mode], end[mode], strict=True)
         )

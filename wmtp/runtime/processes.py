@@ -54,6 +54,7 @@ def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
     failures: list[BaseException] = []
 
     def _run() -> None:
+        """Run the call, and keep its exception."""
         try:
             call()
         except BaseException as error:  # noqa: BLE001 - raised below, in the calling thread

@@ -24,6 +24,7 @@ def raise_on_signals() -> Iterator[None]:
     count = 0
 
     def _interrupt(number: int, frame: FrameType | None) -> None:
+        """Raise the signal as an error. After the second signal, the next one kills the process."""
         nonlocal count
         count += 1
         if count > 1:

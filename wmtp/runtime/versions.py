@@ -17,6 +17,7 @@ def git_revision() -> str | None:
     source = Path(__file__).parent
 
     def _git(*arguments: str) -> str | None:
+        """Return the output of a git command; None if it fails."""
         try:
             done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):

@@ -109,6 +109,7 @@ class CheckpointDownloader:
         with TransferProgress(self.console, f"fetching {self.remote.url}/{key}") as progress:
 
             def _add(count: int) -> None:
+                """Add received bytes to the displayed progress."""
                 nonlocal done
                 done += count
                 progress.update(done, total)

@@ -108,12 +108,14 @@ def send_parts(
     in_flight: deque[tuple[Part, Future[str]]] = deque()
 
     def _resend(part: Part) -> str | UploadNotFound:
+        """Send a part. Return `UploadNotFound` instead of raising it, because a retry is useless."""
         try:
             return put(part)
         except UploadNotFound as error:
             return error
 
     def _finish_oldest() -> None:
+        """Wait until the oldest part in flight is sent, and record its MD5 and ETag."""
         part, future = in_flight.popleft()
         try:
             etag: str | UploadNotFound = future.result()
@@ -180,6 +182,7 @@ def _call_in_thread(call: Callable[[Part], str], part: Part) -> Future[str]:
     future: Future[str] = Future()
 
     def _run() -> None:
+        """Make the call, and store its result or exception in the future."""
         try:
             future.set_result(call(part))
         except BaseException as error:  # noqa: BLE001 - raised by future.result()

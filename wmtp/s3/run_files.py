@@ -86,6 +86,7 @@ class RunFilesUploader:
         """Return whether the object in S3 is known to have the same content as the local file."""
 
         def _compare() -> bool | LocalFileError:
+            """Return whether the object equals the file, or the error of the file."""
             try:
                 return self.remote.has_content_of(path, key)
             except LocalFileError as error:  # returned instead of raised, because a retry is useless

@@ -158,6 +158,7 @@ class CheckpointUploader:
         """Hold a lock while the context is active, so that no other process uploads this run at the same time."""
 
         def _should_give_up() -> bool:
+            """Return whether to stop waiting for the lock."""
             if not self._waits_for_lock:
                 log.warning("%s: another process is uploading this run; waiting for it", self.folder)
             self._waits_for_lock = True
@@ -174,6 +175,7 @@ class CheckpointUploader:
         """
 
         def _abort() -> int:
+            """Abort unfinished uploads, and return their number; return 0 if the store does not allow it."""
             try:
                 return self.remote.abort_uploads()
             except StoreUnreachable:
@@ -248,6 +250,7 @@ class CheckpointUploader:
 
     def _send(self, path: Path, key: str, sha256: str | None = None) -> None:
         def _put() -> LocalFileError | None:
+            """Upload the file, and return an error of the file instead of raising it."""
             retry = self._sender.retry
             try:
                 self.remote.put(path, key, sha256=sha256, retry=retry, on_progress=self._count_bytes)

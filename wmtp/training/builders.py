@@ -74,6 +74,7 @@ def build_tokenizer(config: DictConfig, hardware: Hardware) -> Tokenizer:
     """
 
     def _build() -> Tokenizer:
+        """Build the tokenizer."""
         tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=Path(config.cache_dir))
         return tokenizer
 
@@ -92,6 +93,7 @@ def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> 
     cache_dir, processes = Path(config.cache_dir), hardware.processes
 
     def _read() -> tuple[DataSource, Dataset]:
+        """Read the data."""
         source: DataSource = build(config.data, tokenizer=tokenizer)
         return source, Dataset(source, cache_dir, config.seed)
 
@@ -117,6 +119,7 @@ def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
     splits = (data.train, data.validation)
 
     def _score() -> tuple[str, list[list[float]]]:
+        """Return the fingerprint of the reward model, and its scores for each split."""
         from wmtp.models.huggingface.reward_model import RewardModel  # imports transformers, which takes seconds
 
         reward_model = RewardModel(path, data.tokenizer, hardware)

@@ -51,6 +51,7 @@ def linear(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0,
     """
 
     def _factor(step: int) -> float:
+        """Return the factor of the learning rate at a step."""
         done = decay_progress(step, num_updates, warmup_ratio)
         return warmup_factor(step, num_updates, warmup_ratio) or final_ratio + (1 - final_ratio) * (1 - done)
 
@@ -64,6 +65,7 @@ def cosine(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0,
     """
 
     def _factor(step: int) -> float:
+        """Return the factor of the learning rate at a step."""
         done = decay_progress(step, num_updates, warmup_ratio)
         shape = 0.5 * (1 + math.cos(math.pi * done))
         return warmup_factor(step, num_updates, warmup_ratio) or final_ratio + (1 - final_ratio) * shape

@@ -54,6 +54,7 @@ class TokenColumns:
         """
 
         def _reference_losses(batch: Batch) -> Tensor:
+            """Return the loss of the reference model for each token of a batch."""
             target = targets(batch.labels, 1)
             losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
             return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token

@@ -62,6 +62,7 @@ def end_sweep(folder: Path, state: State) -> str | None:
     changed: list[State] = []
 
     def _send() -> None:
+        """Send the final state and sweep.json to the MLflow run."""
         client, _ = sender.retry(connect, sync_state.uri, sync_state.experiment)
         if sender.retry(client.get_run, sync_state.run_id).info.status != state:
             sender.retry(client.set_terminated, sync_state.run_id, state)
