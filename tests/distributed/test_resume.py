@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
+from tests.commands.test_resume import trace
 from tests.conftest import Invoke, compose_config
 from tests.distributed.test_parallel import differences
 from tests.support.ranks import Ranks
 from tests.support.training import COMMON, STRATEGIES, metrics_of
-from tests.unit.training.test_resume import trace
 from wmtp.algorithms.critic import Critic
 from wmtp.data import dataset as dataset_module
 from wmtp.data.collate import Batch
