@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 def find_run_folders(folders: list[Path]) -> list[Path]:
     """Return the folders of all runs and sweeps that are in the given folders and may have pending data.
 
-    These are the folders for which `has_remote` or `has_running_status` is true. They are sorted by path, and the
-    folders of sweeps come last.
+    A folder may have pending data if `has_remote` or `has_running_status` is true for it. The folders are sorted by
+    path, and the folders of sweeps come last.
 
     Raises:
         InputError: one of the given folders contains no such run.
@@ -81,7 +81,7 @@ def has_remote(folder: Path) -> bool:
 
 
 def has_running_status(folder: Path) -> bool:
-    """Return whether the state in status.json is RUNNING. Return True for a damaged file too; it is reported later."""
+    """Return whether the state in status.json is RUNNING, or the file is damaged. Damage is reported later."""
     try:
         return bool(read_status(folder)["state"] == "RUNNING")
     except (ValueError, KeyError):

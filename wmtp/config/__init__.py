@@ -1,1 +1,1 @@
-"""Composition of configs, checks against constructor signatures, and construction of objects from configs."""
+"""Composition of configs, checks of config values against constructor signatures, and construction of objects."""

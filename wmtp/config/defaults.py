@@ -11,7 +11,7 @@ from wmtp.config.schema import CONFIG_FOLDER, to_plain
 
 
 def changed_keys(config: DictConfig, command: str) -> dict[str, list[Any]]:
-    """Return `[default, value]` for each dotted key whose two values differ. The value of a missing key is None."""
+    """Return `[default, value]` for each dotted key whose value is not the default. A missing key is None."""
     before, now = (flatten(to_plain(each)) for each in (default_config(command), config))
     keys = [*now, *(key for key in before if key not in now)]
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}

@@ -63,7 +63,7 @@ def expand_group_choice(argument: str) -> str:
 
 
 def to_hydra_override(argument: str) -> str:
-    """Add the prefix or package to an override that Hydra needs to accept it.
+    """Add the prefix or the package without which Hydra would not accept an override.
 
     `key=value` becomes `++key=value`. Without the prefix, Hydra would stop at the first unknown key, but the config
     check reports all errors together. `experiment=name` becomes `experiment@_global_=name`, because the experiment
@@ -95,9 +95,10 @@ def parse_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[Ove
 
 
 def load_saved_overrides(arguments: list[str]) -> list[str]:
-    """Return the saved overrides of the run to resume, which is named by the argument `resume=…`.
+    """Return the saved overrides of the run that the argument `resume=…` names.
 
-    If there is no such argument or no saved override, return an empty list. A later check reports a wrong folder.
+    If there is no such argument or the run has no saved overrides, return an empty list. A later check reports an error
+    if the folder is wrong.
     """
     resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
     path = Path(str(resume).strip("'\"")) / SAVED_OVERRIDES

@@ -27,13 +27,13 @@ from wmtp.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FOLDER = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""Folder of the config files. In an installed package it is inside the package, otherwise beside it."""
+"""Folder of the config files. It is inside the package if the package is installed, and beside it otherwise."""
 ALLOWED_TARGETS = ("wmtp.", "torch.optim.", "torch.optim.lr_scheduler.")
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})
 PASSED_TO_TORCH = frozenset({"params", "optimizer"})
 """Parameters of torch's optimizers and schedulers that are objects passed by the command, not config keys."""
 CREDENTIALS = re.compile(r"://\S*@")
-"""Pattern of a user name and password in a URL. Text that matches it is not printed."""
+"""Pattern of a user name and password in a URL. Text that matches the pattern is not printed."""
 WHOLE_INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -83,7 +83,7 @@ def load_run_config(path: Path) -> DictConfig:
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a hint for an unknown word: the most similar known word, or all known words if none is similar."""
+    """Return a hint for an unknown word. It names the most similar known word, or all of them if none is similar."""
     known = sorted(known)
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if matches:
@@ -113,7 +113,8 @@ def locate(target: str) -> Callable[..., Any]:
 def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
     """Return the config keys that a class or function accepts.
 
-    These are its keyword-only parameters. For a class of torch, these are all parameters except `PASSED_TO_TORCH`.
+    The config keys of a class of torch are all its parameters except `PASSED_TO_TORCH`. The config keys of any other
+    class or function are its keyword-only parameters.
     """
     signature = inspect.signature(target)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)

@@ -26,7 +26,7 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
     """Check that all runs use the same data and tokenizer.
 
     Returns:
-        Notes on what cannot be checked, because a run does not record its data or its tokenizer.
+        A note for each check that is not possible, because a run does not record its data or its tokenizer.
 
     Raises:
         InputError: two runs differ in the training data, the validation set or the tokenizer.
@@ -54,7 +54,8 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
 def config_differences(one: RunRecord, other: RunRecord, prefix: str) -> list[str]:
     """Return lines that list the config keys with the given prefix whose values differ between two runs.
 
-    If no value differs, the only line says that the files named in the config must have changed.
+    If the two runs have the same values for all of these keys, the result is a single line. It says that the contents
+    of the files that the config names must have changed between the two runs.
     """
     before, after = (
         {key: value for key, value in flatten(run.config).items() if key.startswith(prefix)} for run in (one, other)
@@ -84,7 +85,7 @@ def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:
 def common_loss(runs: Sequence[RunRecord], metric: str) -> str:
     """Return the name of a validation loss that has the same meaning in all runs.
 
-    This loss is used for the loss curves, and to count the tokens until a run reaches the baseline's best loss. The
+    The loss curves show this loss, and the tokens until a run reaches the baseline's best loss are counted by it. The
     result is `metric` if all runs recorded `metric` at validations and lower values of it are better. Otherwise, the
     result is `val/loss`, or the validation loss of the first head if the runs have different numbers of heads.
     """

@@ -1,4 +1,4 @@
-"""Comparison of groups of runs with a baseline group: selection of runs, pairing by seed, and statistical tests."""
+"""Comparison of groups of runs with a baseline group. Runs are paired by seed, and their differences are tested."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from wmtp.report.statistics import (
 from wmtp.report.tokens_to_target import tokens_to_target
 
 SECOND_METRIC = "pass@1"
-"""Metric that is compared in addition to the requested metric, if all runs have this additional metric."""
+"""Metric that is compared in addition to the metric that the user requested, if all runs have it."""
 RunsBySeed = dict[int, RunRecord]
 
 
@@ -286,7 +286,7 @@ def group_values(label: str, group: RunsBySeed, metric: MetricValues, failed_run
 
 
 def differences(study: Study, label: str, metric: MetricValues) -> dict[int, float]:
-    """Return the value of the group minus the value of the baseline, for each seed for which both are finite."""
+    """Return, for each seed, the value of the group minus the value of the baseline. Both values must be finite."""
     return {
         seed: metric.values[run] - metric.values[base]
         for seed, (base, run) in study.pairs(label).items()
@@ -295,7 +295,7 @@ def differences(study: Study, label: str, metric: MetricValues) -> dict[int, flo
 
 
 def mcnemar(study: Study, label: str, metric: MetricValues) -> McNemar | None:
-    """Return McNemar's test of a group against the baseline, over the test problems graded in all paired runs.
+    """Return McNemar's test of a group against the baseline. It uses the problems that were graded in all paired runs.
 
     The result is None if there are no pairs, or if a paired run has no graded problems.
     """
@@ -318,8 +318,7 @@ def verdict(
 ) -> Verdict:
     """Return the verdict on the difference between a group and the baseline at the 5 % level.
 
-    If the difference would favor the group or the baseline, and the favored one has failed runs, then the verdict is
-    "runs failed".
+    If the test shows that one of the two is better, but that one has failed runs, then the verdict is "runs failed".
 
     Args:
         pairs: difference from the baseline by seed.

@@ -1,4 +1,4 @@
-"""Plots of a comparison, which show the value of each run, the differences from the baseline, and the loss curves."""
+"""Plots of a comparison. They show the value of each run, the differences from the baseline, and the loss curves."""
 
 import math
 import textwrap
@@ -34,7 +34,7 @@ NAME_WIDTH, MAX_NAME_LETTERS, MAX_NAME_LINES = 1.75, 21, 4
 """Space for a group name: width in inches, maximum number of letters per line, and maximum number of lines."""
 VERDICT_COLORS = {"better": GOOD, "worse": BAD}
 NUM_MARKERS = 10
-"""Maximum number of markers on a curve. Markers identify a curve without its color, but too many would hide it."""
+"""Maximum number of markers on a curve. Markers identify a curve without its color, but many would hide it."""
 MAX_GROUPS_WITH_RUNS = 4
 """Maximum number of groups for which the curves of single runs are shown. More curves would hide the mean curves."""
 
@@ -88,7 +88,7 @@ def plot_forest(metric: MetricComparison, baseline: str, name: str) -> Plot | No
 
 
 def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[Plot]:
-    """Plot a validation metric of all groups over the training.
+    """Plot how a validation metric of each group changes during the training.
 
     A second plot shows the second half of the training on a larger scale. Each group has a line for the mean over
     seeds, with a band of one standard deviation. The curves of single runs are shown too if there are at most

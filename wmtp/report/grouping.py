@@ -11,7 +11,7 @@ IGNORED_KEYS = (
     "checkpoint", "sweep", "report", "num_validation_samples", "num_samples", "sandbox", "log_interval",
     "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
-"""Config keys whose values do not distinguish groups, such as the seed, paths, and additional measurements."""
+"""Config keys whose values do not distinguish groups, such as the seed, paths, and settings of extra measurements."""
 
 
 def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:

@@ -1,4 +1,4 @@
-"""Functions that create self-contained HTML pages and their elements. Text that is not markup is escaped."""
+"""Functions that create self-contained HTML pages and their elements. They escape all text that is not markup."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -160,7 +160,7 @@ def cards(entries: Iterable[Markup]) -> Markup:
 
 
 def card(name: str, css_class: str, verdict: str, body: Markup) -> Markup:
-    """Return a framed box with a name, a verdict and a body.
+    """Return an HTML box with a frame, which contains a name, a verdict and a body.
 
     Args:
         name: heading of the box.
@@ -174,7 +174,7 @@ def card(name: str, css_class: str, verdict: str, body: Markup) -> Markup:
 
 
 def details(summary: str, body: Markup, *, printed: bool = False, is_open: bool = False) -> Markup:
-    """Return a block that the reader can expand and collapse.
+    """Return an HTML block that the reader of the page can expand and collapse.
 
     Args:
         summary: text that is always visible.
@@ -193,7 +193,7 @@ def code(text: Any) -> Markup:
 
 
 def breakable(name: str) -> Markup:
-    """Return a config key or group label in which a line may break after a dot, underscore or equals sign.
+    """Return a config key or group label as markup. A line may break after each dot, underscore or equals sign.
 
     >>> breakable("data.group_tasks=0.5")
     Markup('data.<wbr>group_<wbr>tasks=0.5')

@@ -11,7 +11,7 @@ from scipy import special, stats
 LEVEL = 0.05
 POWER = 0.8
 MIN_PAIRS = 3
-"""Minimum number of pairs for an interval. With fewer pairs, no interval is known to have its nominal coverage."""
+"""Minimum number of pairs for an interval. With fewer pairs, an interval could miss the true mean too often."""
 MIN_PAIRS_FOR_MEDIAN = 5
 """Minimum number of values for an interval of the median.
 
@@ -39,9 +39,9 @@ class Estimate:
 
 
 def estimate_mean_difference(differences: Sequence[float]) -> Estimate:
-    """Return the mean of paired differences, with an interval and a p-value that `bootstrap_t` computes.
+    """Return the mean of paired differences, with the interval and the p-value that `bootstrap_t` computes for it.
 
-    Fewer than `MIN_PAIRS` differences, and differences that are all equal, have no interval and no p-value.
+    If there are fewer than `MIN_PAIRS` differences, or if all of them are equal, there is no interval and no p-value.
     """
     values = np.asarray(differences, dtype=np.float64)
     mean = float(values.mean())
@@ -75,8 +75,8 @@ def bootstrap_t(
 
     The method was chosen by simulated studies with five pairs. The first three columns show how often the interval
     contained the true mean if the differences were normal, t₃-distributed or exponential. The last two columns show
-    the power if the true mean is two standard deviations: for a single comparison, and for the comparison with the
-    strictest level among three comparisons with Holm's correction.
+    the power if the true mean is two standard deviations. The first of these two is for a single comparison. The second
+    is for the comparison with the strictest level among three comparisons with Holm's correction.
 
         percentile bootstrap        0.84  0.85  0.80
         t test                      0.95  0.96  0.87    0.92  0.68

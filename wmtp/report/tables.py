@@ -54,7 +54,7 @@ def differences_table(metric: MetricComparison, baseline: str) -> Table:
 
 
 def pairs_table(metric: MetricComparison) -> Table:
-    """Return a table with the number of pairs, the number needed, and the signed-rank test's p-value of each group."""
+    """Return a table with the number of pairs, the number of seeds needed and the signed-rank p-value of each group."""
     title = "Pairs of runs, pairs needed for 80 % power, and the signed-rank test"
     table = new_table(title, "pairs", "needed", "signed-rank p", "by Holm")
     for each in metric.differences:

@@ -80,7 +80,7 @@ def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
             grids = [BasicSweeper.split_arguments(_merge(params, arm, given), None)[0] for arm in arms]
             # the arms alternate, so that their results become available at the same rate
             in_order = [job for row in zip_longest(*grids) for job in row if job is not None]
-            # again, because `pretrain.model=nano,micro` can be expanded only when each job has a single value
+            # expand again, because `pretrain.model=nano,micro` can be expanded only when each job has a single value
             jobs = [[expand_group_choice(each) for each in job] for job in in_order]
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())

@@ -16,7 +16,7 @@ from wmtp.runtime.run_dir import SWEEP, mark_dead_run, read_status
 State = Literal["PENDING", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 TRACEBACK_START = "Traceback (most recent call last)"
 MAX_TRACEBACK = 6_000
-"""Maximum number of characters of a stored traceback. Of a longer traceback, only the end is stored."""
+"""Maximum number of characters of a stored traceback. If a traceback is longer, only its end is stored."""
 RESULT_KEYS = ("total_steps", "total_tokens", "final_loss", "best_loss", "best_step", "stop_reason")
 """Keys of summary.json that are copied to a job's result."""
 SIGKILL_EXIT_CODE = 137
@@ -133,7 +133,7 @@ def job_state(exit_code: int) -> State:
 
 
 def find_traceback(log: Path, stderr_tail: str) -> str | None:
-    """Return the last traceback in a log file. If there is none, return the last one in `stderr_tail`, or None."""
+    """Return the last traceback in a log file, or in `stderr_tail` if the log has none, or None if both have none."""
     for text in (log.read_text(errors="replace") if log.exists() else "", stderr_tail):
         if (start := text.rfind(TRACEBACK_START)) >= 0:
             return text[start:][-MAX_TRACEBACK:]

@@ -34,7 +34,7 @@ class Sweep:
     """All jobs of one sweep. Each unfinished job runs as a separate command."""
 
     def __init__(self, command: str, arguments: Sequence[str], check: JobCheck) -> None:
-        """Determine the jobs of the sweep from the arguments, and check the overrides of each job.
+        """Determine the jobs of the sweep from the arguments, and check the overrides of each unfinished job.
 
         Args:
             command: name of the command that each job runs, such as "train".
@@ -68,7 +68,8 @@ class Sweep:
     def run(self, on_end: EndCallback) -> int:
         """Run the unfinished jobs, print the results, and return the exit code of the sweep.
 
-        This is the most severe exit code of all jobs, or the exit code of an interruption.
+        The exit code of the sweep is the most severe exit code of its jobs. If the sweep is interrupted, it is the exit
+        code of the interruption.
 
         Args:
             on_end: called with the sweep's folder and its final state. A `PendingError` that it raises changes only the
@@ -280,7 +281,7 @@ def metric_value(run: RunRecord, options: SweepOptions) -> float | None:
 def results_table(runs: list[RunRecord], options: SweepOptions) -> Table:
     """Return a table with one row for each group of runs that differ only in the seed.
 
-    The rows are sorted by the mean of the metric `options.metric`, best mean first. Groups without a value come last.
+    The rows are sorted by the mean of the metric `options.metric`, from best to worst. Groups without a value are last.
     """
     metric = options.metric
     rows: list[tuple[float | None, list[str]]] = []
