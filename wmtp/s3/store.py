@@ -1,4 +1,4 @@
-"""A checkpoint store on disk that does not delete a checkpoint before it was uploaded to S3, if possible."""
+"""A checkpoint store on disk. Where possible, it keeps each checkpoint until the checkpoint is uploaded to S3."""
 
 import logging
 import shutil

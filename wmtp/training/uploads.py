@@ -136,7 +136,7 @@ def with_short_timeouts(config: DictConfig) -> DictConfig:
 
 
 def send_pending(folder: Path, state: State) -> list[str]:
-    """Upload the data of an ended run or sweep that was not uploaded before, and return a report for each server.
+    """Upload the pending data of an ended run or sweep, and return a report for each server.
 
     Raises:
         InputError: a server rejects the data, or the config of the run is invalid.
