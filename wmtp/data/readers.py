@@ -1,7 +1,7 @@
 """Readers of files in four formats: plain JSONL, MBPP, HumanEval and CodeContests.
 
-Error messages name the file and the row. A value that cannot be decoded is replaced by a `Rejected`. In a JSON array, a
-faulty number therefore rejects only the row that contains it.
+Error messages name the file and the row. A value that cannot be decoded is replaced by a `Rejected`. Therefore a faulty
+number rejects only its own row, even if the file is a single JSON array.
 """
 
 import gzip

@@ -29,7 +29,7 @@ class ValueObjective:
 
     @property
     def name(self) -> str:
-        """The kind of the value loss and, if the language model is trained, the coefficient of its loss."""
+        """The kind of the value loss, with the coefficient of the language-model loss if there is one."""
         suffix = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
         return f"value of {self.value_loss.kind}{suffix}"
 

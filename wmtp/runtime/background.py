@@ -81,7 +81,7 @@ class BackgroundSender:
         self.extend_deadline(0)
 
     def extend_deadline(self, seconds: float) -> None:
-        """Record that the server has just responded, and that its next response may take up to `seconds` longer."""
+        """Record that the server has just responded, and add `seconds` to the time allowed for its next response."""
         self._alive_at = time.monotonic() + seconds
 
     def retry(self, call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

@@ -25,7 +25,7 @@ CHILD_PID = re.compile(rb'"child-pid": *(\d+)[^}]*}')
 
 
 class SandboxFailure(Exception):
-    """Exception that means that a sandbox could not be created or failed later, not because of the program."""
+    """Error of the sandbox, not of the program: it could not be created, or it failed later."""
 
 
 class Process:

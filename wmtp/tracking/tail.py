@@ -79,8 +79,9 @@ class AlreadyLogged:
 def lines_after(path: Path, position: Position) -> list[bytes] | None:
     """Return the complete lines of a file after `position`, up to about one megabyte.
 
-    Return None if the file was truncated before `position`. This is detected even if the file has grown again: the last
-    line that was read is then no longer at the same place, because each line contains the time at which it was written.
+    Return None if the file was truncated before `position`. To detect this even if the file has grown again, the last
+    line that was read must still be at its place. New lines differ from it, because each line contains its time of
+    writing.
     """
     if not path.exists():
         return []

@@ -130,7 +130,9 @@ def norm_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, fr
 def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, frozen: bool = False) -> int:
     """Return the bytes per token that autograd keeps for the gradient of a block.
 
-    If `frozen` is true, the block has adapters. For each matrix that multiplies the normalized state, autocast makes a
+    If `frozen` is true, the weights of the block are frozen and only its adapters are trained.
+
+    For each matrix that multiplies the normalized state, autocast makes a
     separate copy of that state. For attention, autograd keeps the queries, the keys, the values and the result, and for
     each head the logarithm of a sum in fp32. If several heads share a key, the attention of wmtp makes a copy of the
     key for each of these heads. For SwiGLU, autograd keeps the gate before and after its activation function, the
