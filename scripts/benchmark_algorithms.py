@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.uniform import Uniform
 from wmtp.checkpoint.store import CheckpointStore
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.distributed.device import Hardware
@@ -74,10 +75,10 @@ def main(num_rounds: int) -> None:
             tokenizer=task_tokenizer(folder), num_train=num_rounds * BATCH_SIZE // 2,
             difficulties={1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}, correct_ratio=0.5, noise=0.5,
         )  # fmt: skip
-        data = Dataset(source, folder, seed=0)
+        data = read_dataset(source, folder, seed=0)
         path = folder / "reference.npy"
         np.save(path, np.random.default_rng(0).exponential(size=len(data.train.samples.tokens)).astype(np.float32))
-        data.train.reference_losses = np.load(path, mmap_mode="r")
+        data = replace(data, train=data.train.with_columns(reference_losses=np.load(path, mmap_mode="r")))
         trainers = {n: trainer_of(a, data, num_rounds, folder / n) for n, (a, _) in ALGORITHMS.items()}
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for round_ in range(num_rounds):

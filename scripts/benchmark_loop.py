@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 from wmtp.algorithms.uniform import Uniform
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.distributed.device import Hardware
@@ -206,7 +206,7 @@ def main(num_turns: int) -> None:
             tokenizer=task_tokenizer(folder), num_train=num_updates * BATCH_SIZE, difficulties=difficulties,
             correct_ratio=1.0,
         )  # fmt: skip
-        data = Dataset(source, folder, seed=0)
+        data = read_dataset(source, folder, seed=0)
         batches = [data.micro_batches(0, update, BATCH_SIZE, BATCH_SIZE)[0] for update in range(num_updates)]
         turns = Turns()
         turns.add("bare loop", lambda: bare_loop(batches, turns))

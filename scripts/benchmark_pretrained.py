@@ -75,17 +75,17 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
     config = composed([*overrides, *CASES[case], "early_stopping=none"])
     started = time.perf_counter()
     components = build_components(config)
+    data = components.data
     if components.algorithm.needs_reference:
         # reference losses are computed once, not in each update; constants replace them here
         reference = build_reference(config, components, None)
         del reference
-        for split in (components.data.train, components.data.validation):
-            split.reference_losses = np.ones(len(split.samples.tokens), np.float32)
+        data = data.with_columns(reference_losses=[np.ones(len(s.samples.tokens), np.float32) for s in data.splits])
     model = build_model(config, components, values=components.algorithm.needs_values)
     loaded = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         objective = mtp.MtpObjective(components.algorithm)
-        trainer = build_trainer(config, Path(folder), components.hardware, components.data, model, objective)
+        trainer = build_trainer(config, Path(folder), components.hardware, data, model, objective)
         seconds, tokens, losses = [], [], []
         for _ in range(updates + 1):  # the first one is a warm-up
             before, started = trainer.position.tokens, time.perf_counter()

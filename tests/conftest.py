@@ -30,7 +30,7 @@ from tests.support.servers import (  # noqa: F401
 from wmtp.cli.runner import run as main
 from wmtp.config.overrides import to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import Tokenizer, task_tokenizer
 from wmtp.models.llama import LlamaArchitecture, create_llama
@@ -144,7 +144,7 @@ def tiny_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
     source = TaskSource(
         tokenizer=tokenizer, num_train=40, num_validation=8, num_test=8, difficulties={1: 1, 2: 1}, correct_ratio=1.0
     )
-    return Dataset(source, cache, seed=0)
+    return read_dataset(source, cache, seed=0)
 
 
 def tiny_model(num_heads: int = 4, dropout: float = 0.0, seed: int = 0) -> MtpModel:

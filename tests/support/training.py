@@ -46,13 +46,12 @@ def make_trainer(folder: Path, *overrides: str) -> Trainer:
     """
     config = compose_config(*COMMON, *overrides)
     components = build_components(config)
+    data = components.data
     if components.algorithm.needs_reference:
-        for split in (components.data.train, components.data.validation):
-            split.reference_losses = np.full(len(split.samples.tokens), 2.0, np.float32)
+        losses = [np.full(len(split.samples.tokens), 2.0, np.float32) for split in data.splits]
+        data = data.with_columns(reference_losses=losses)
     model = build_model(config, components, values=components.algorithm.needs_values)
-    return build_trainer(
-        config, folder, components.hardware, components.data, model, MtpObjective(components.algorithm)
-    )
+    return build_trainer(config, folder, components.hardware, data, model, MtpObjective(components.algorithm))
 
 
 def parameters(model: torch.nn.Module) -> torch.Tensor:

@@ -8,12 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from wmtp.data.split import TokenizedSplit
+from wmtp.data.split import TOKEN_COLUMNS, TokenizedSplit
 
 IGNORED = -100
 """The label of a position without a training target."""
-TOKEN_COLUMNS = ("reference_losses", "hidden_states", "harmful")
-"""The names of the optional arrays of a `TokenizedSplit` that have one entry per token."""
 
 
 @dataclass(frozen=True)

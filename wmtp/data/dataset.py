@@ -1,61 +1,82 @@
 """The data set of a run, which makes batches of selected and tokenized records."""
 
 import hashlib
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from wmtp.data.collate import Batch, collate
+from wmtp.data.records import Record
 from wmtp.data.sampler import batches_by_length, epoch_batches, items_for_rank
 from wmtp.data.sources import DataSource
-from wmtp.data.split import TokenizedSplit
+from wmtp.data.split import TokenizedSplit, build_split
 from wmtp.data.token_labels import harmful_tokens, has_token_labels
+from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 
 SINGLE_PROCESS = Processes.single_process()
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """The training and validation data of a run.
+    """The training and validation data of a run. It cannot be changed.
 
     The samples of a batch depend only on the data, on the seed and on the position of the batch in the run.
-    `max_new_tokens` is the number of tokens of the longest training solution.
-
-    Raises:
-        InputError: the data cannot be read, the selection is impossible, or no training sample is left.
     """
 
-    def __init__(self, source: DataSource, cache_dir: Path, seed: int) -> None:
-        splits = source.read()
-        self.name, self.origin = source.name, source.origin
-        self.tokenizer, self.template, self.seed = source.tokenizer, source.template, seed
-        self.train = TokenizedSplit("train", splits.train, source, source.n_samples, cache_dir)
-        self.validation = TokenizedSplit("validation", splits.validation, source, None, cache_dir)
-        self.test = splits.test
-        if has_token_labels(self.validation) and (harmful := harmful_tokens(self.validation, self.tokenizer)).any():
-            self.validation.harmful = harmful
-        self.max_length = source.max_length
-        self.group_tasks = source.group_tasks
-        responses = self.train.samples.lengths - self.train.samples.prompt_lengths
-        self.max_new_tokens = int(responses.max(initial=0))
-        if not len(self.train):
-            raise InputError("data: no training samples are left; increase data.max_length or select more records")
-        parts = (self.train.fingerprint, self.validation.fingerprint, str(source.group_tasks))
-        self.fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
-        groups = self.train.tasks if source.group_tasks else None
-        self._epoch = lru_cache(maxsize=2)(
+    name: str
+    origin: str
+    tokenizer: Tokenizer
+    template: str
+    max_length: int
+    group_tasks: bool
+    seed: int
+    train: TokenizedSplit
+    validation: TokenizedSplit
+    test: tuple[Record, ...]
+    fingerprint: str
+    """A hash of everything that determines the samples. A run can only be resumed with data of the same fingerprint."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The number of tokens of the longest training solution."""
+        return int((self.train.samples.lengths - self.train.samples.prompt_lengths).max(initial=0))
+
+    @property
+    def splits(self) -> tuple[TokenizedSplit, TokenizedSplit]:
+        """The training split and the validation split."""
+        return self.train, self.validation
+
+    @cached_property
+    def _epoch(self) -> Callable[[int, int], list[list[int]]]:
+        """A function that returns the batches of an epoch for a batch size, and that keeps its last two results."""
+        groups = self.train.tasks if self.group_tasks else None
+        return lru_cache(maxsize=2)(
             lambda epoch, batch_size: epoch_batches(self.train.samples.lengths, batch_size, self.seed, epoch, groups)
         )
 
-    def extend_fingerprint(self, fingerprint: str) -> None:
-        """Make the fingerprint of the data depend on the fingerprint of a model.
+    def with_columns(self, *, fingerprint: str | None = None, **columns: Iterable[np.ndarray]) -> "Dataset":
+        """Return a data set whose splits also have the given columns (see `TokenizedSplit.with_columns`).
 
-        This is needed if outputs of the model, such as rewards, are added to the data.
+        Args:
+            fingerprint: the fingerprint of the model whose outputs the columns contain. The fingerprint of the new data
+                set depends on it. If it is None, the new data set has the same fingerprint as this data set.
+            columns: for each column, its array for the training split, followed by its array for the validation split.
+
+        Raises:
+            ValueError: no column has this name, or a column does not have one entry per sample or per token.
         """
-        self.fingerprint = hashlib.sha256((self.fingerprint + fingerprint).encode()).hexdigest()
+        train, validation = self.splits
+        for name, arrays in columns.items():
+            train, validation = (
+                split.with_columns(**{name: array}) for split, array in zip((train, validation), arrays, strict=True)
+            )
+        combined = self.fingerprint if fingerprint is None else _hash(self.fingerprint + fingerprint)
+        return replace(self, train=train, validation=validation, fingerprint=combined)
 
     def micro_batches(
         self, epoch: int, update: int, batch_size: int, micro_batch_size: int, processes: Processes = SINGLE_PROCESS
@@ -98,3 +119,29 @@ class Dataset:
             return batches_by_length(self.validation.samples.lengths, batch_size)
         ordered = np.argsort(self.validation.tasks, kind="stable").tolist()
         return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def read_dataset(source: DataSource, cache_dir: Path, seed: int) -> Dataset:
+    """Read the records of a source, select and tokenize them, and return them as a data set.
+
+    If the validation records have token labels, the validation split has the column `harmful`.
+
+    Raises:
+        InputError: the data cannot be read, the selection is impossible, or no training sample is left.
+    """
+    records = source.read()
+    train = build_split("train", records.train, source, source.n_samples, cache_dir)
+    validation = build_split("validation", records.validation, source, None, cache_dir)
+    if not len(train):
+        raise InputError("data: no training samples are left; increase data.max_length or select more records")
+    fingerprint = _hash(train.fingerprint + validation.fingerprint + str(source.group_tasks))
+    if has_token_labels(validation) and (harmful := harmful_tokens(validation, source.tokenizer)).any():
+        validation = validation.with_columns(harmful=harmful)
+    return Dataset(
+        source.name, source.origin, source.tokenizer, source.template, source.max_length, source.group_tasks,
+        seed, train, validation, tuple(records.test), fingerprint,
+    )  # fmt: skip
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

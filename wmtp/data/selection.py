@@ -22,6 +22,12 @@ def _check_bin(text: str) -> str:
 
 
 DifficultyBins = dict[Annotated[str, AfterValidator(_check_bin)], Annotated[float, Field(ge=0)]]
+Category = tuple[str | None, bool | None]
+"""A pair of a difficulty bin and of the correctness, which identifies a category of records.
+
+If the bin is None, the category contains records of any difficulty. If the correctness is None, it contains both
+correct and incorrect records.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,8 @@ def find_bin(record: Record, bins: DifficultyBins) -> str | None:
     return None
 
 
-def target_shares(selection: Selection) -> dict[tuple[str | None, bool | None], float]:
-    """Return the target share of each category of records. The shares sum to 1.
-
-    A category is a pair of a difficulty bin and of the correctness. If the bin is None, the category contains records
-    of any difficulty. If the correctness is None, it contains both correct and incorrect records.
+def target_shares(selection: Selection) -> dict[Category, float]:
+    """Return the target share of each category of records. The shares sum to 1. Shares of 0 are left out.
 
     Raises:
         InputError: the weights of all bins are 0.
@@ -107,6 +110,68 @@ def add_mismatched(records: list[Record], seed: int) -> list[Record]:
     return [*records, *added]
 
 
+def group_by_category(records: list[Record], selection: Selection) -> dict[Category, list[int]]:
+    """Return the indices of the records in each category that has a share greater than 0 in the selection.
+
+    >>> records = [Record(task_id="a", prompt="p", solution="s", is_correct=correct) for correct in (True, False, True)]
+    >>> group_by_category(records, Selection(correct_ratio=0.5))
+    {(None, True): [0, 2], (None, False): [1]}
+    """
+    members: dict[Category, list[int]] = {category: [] for category in target_shares(selection)}
+    for index, record in enumerate(records):
+        bin_ = find_bin(record, selection.difficulty_bins or {})
+        category = (bin_, None if selection.correct_ratio is None else record.is_correct)
+        if category in members:
+            members[category].append(index)
+    return members
+
+
+def category_counts(sizes: dict[Category, int], selection: Selection) -> dict[Category, int]:
+    """Return the number of records to select from each category. `sizes` contains the sizes of the categories.
+
+    If `n_samples` is None, the sum of the numbers is as large as possible.
+
+    >>> category_counts({(None, True): 5, (None, False): 2}, Selection(correct_ratio=0.5))
+    {(None, True): 2, (None, False): 2}
+
+    Raises:
+        InputError: a category is empty or has too few records.
+    """
+    shares = target_shares(selection)
+
+    def _allocate(n: int) -> dict[Category, int]:
+        """Divide `n` among the categories."""
+        return dict(zip(shares, allocate_counts(list(shares.values()), n), strict=True))
+
+    n = selection.n_samples
+    if n is None:
+        n = min(int(sizes[category] / share + 1e-9) for category, share in shares.items())
+        while any(count > sizes[category] for category, count in _allocate(n).items()):
+            n -= 1
+    counts = _allocate(n)
+    for category, count in counts.items():
+        if count > sizes[category] or not sizes[category]:
+            bin_, correct = category
+            kind = "" if correct is None else ("correct " if correct else "incorrect ")
+            where = "" if bin_ is None else f" of difficulty {bin_}"
+            raise InputError(
+                f"data: {count or 'some'} {kind}records{where} are needed, but there are {sizes[category]}; "
+                "change data.n_samples, data.correct_ratio or data.difficulty_bins"
+                f"{MISMATCHED_HINT if correct is False else ''}"
+            )
+    return counts
+
+
+def draw(members: dict[Category, list[int]], counts: dict[Category, int], seed: int) -> list[int]:
+    """Draw the given number of indices from each category at random, and return them in ascending order.
+
+    >>> draw({(None, True): [0, 2], (None, False): [1, 3]}, {(None, True): 2, (None, False): 0}, seed=0)
+    [0, 2]
+    """
+    random_ = random.Random(f"{seed}/sampling")
+    return sorted(index for category, count in counts.items() for index in random_.sample(members[category], count))
+
+
 def select(records: list[Record], selection: Selection) -> list[Record]:
     """Draw records at random so that they have the given composition. No record is drawn twice.
 
@@ -116,31 +181,6 @@ def select(records: list[Record], selection: Selection) -> list[Record]:
         InputError: a category of the composition (for example, a difficulty) has no records, or too few for
             `n_samples`.
     """
-    shares = target_shares(selection)
-    bins = selection.difficulty_bins or {}
-    categories: dict[tuple[str | None, bool | None], list[int]] = {category: [] for category in shares}
-    for index, record in enumerate(records):
-        category = (find_bin(record, bins), None if selection.correct_ratio is None else record.is_correct)
-        if category in categories and (category[0] is not None or not bins):
-            categories[category].append(index)
-    n = selection.n_samples
-    if n is None:
-        n = min(int(len(categories[category]) / share + 1e-9) for category, share in shares.items())
-        while n and any(
-            c > len(m) for c, m in zip(allocate_counts(list(shares.values()), n), categories.values(), strict=True)
-        ):
-            n -= 1
-    chosen: list[int] = []
-    random_ = random.Random(f"{selection.seed}/sampling")
-    for (bin_, correct), count in zip(shares, allocate_counts(list(shares.values()), n), strict=True):
-        members = categories[bin_, correct]
-        if count > len(members) or not members:
-            kind = "" if correct is None else ("correct " if correct else "incorrect ")
-            where = "" if bin_ is None else f" of difficulty {bin_}"
-            raise InputError(
-                f"data: {count or 'some'} {kind}records{where} are needed, but there are {len(members)}; "
-                "change data.n_samples, data.correct_ratio or data.difficulty_bins"
-                f"{MISMATCHED_HINT if correct is False else ''}"
-            )
-        chosen += random_.sample(members, count)
-    return [records[index] for index in sorted(chosen)]
+    members = group_by_category(records, selection)
+    counts = category_counts({category: len(indices) for category, indices in members.items()}, selection)
+    return [records[index] for index in draw(members, counts, selection.seed)]

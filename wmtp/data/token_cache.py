@@ -22,7 +22,7 @@ LongSamples = Literal["drop", "cut"]
 
 @dataclass(frozen=True)
 class TokenizedRecords:
-    """The tokens of records, concatenated in one array.
+    """The tokens of records, concatenated in one array. The arrays are read-only.
 
     Sample i contains the tokens `tokens[offsets[i] : offsets[i + 1]]` of the record with the index `kept[i]`. The first
     `prompt_lengths[i]` tokens of the sample are the prompt. `num_long` is the number of records with more than
@@ -34,6 +34,11 @@ class TokenizedRecords:
     prompt_lengths: np.ndarray
     kept: np.ndarray
     num_long: int
+
+    def __post_init__(self) -> None:
+        """Make the arrays read-only."""
+        for array in (self.tokens, self.offsets, self.prompt_lengths, self.kept):
+            array.flags.writeable = False
 
     def __len__(self) -> int:
         return len(self.kept)

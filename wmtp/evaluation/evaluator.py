@@ -19,7 +19,7 @@ from wmtp.config.flatten import flatten
 from wmtp.config.schema import build
 from wmtp.data.records import Record
 from wmtp.data.sources import DataSource
-from wmtp.data.split import TokenizedSplit
+from wmtp.data.split import build_split
 from wmtp.data.token_cache import records_fingerprint
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
@@ -150,7 +150,7 @@ class Evaluator:
     def _prediction_metrics(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
         """Return the model's losses and accuracies on the correct solutions among `records`."""
         correct = [record for record in records if record.is_correct]
-        split = TokenizedSplit("evaluation", correct, self.source.without_selection(), None, self.cache_dir)
+        split = build_split("evaluation", correct, self.source.without_selection(), None, self.cache_dir)
         return prediction_metrics(model, split, self.source.tokenizer, self.hardware, self.config.batch_size)
 
     def _grade_missing(

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.config.schema import build, stage_config
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import DataSource
 from wmtp.data.token_labels import harmful_tokens, has_token_labels
 from wmtp.data.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def build_components(config: DictConfig) -> Components:
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
     algorithm: Algorithm = build(config.algo)
     if algorithm.needs_token_labels:
-        attach_token_labels(data)
+        data = with_token_labels(data)
     return Components(hardware, data, algorithm, columns)
 
 
@@ -95,46 +95,43 @@ def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> 
     def _read() -> tuple[DataSource, Dataset]:
         """Read the data."""
         source: DataSource = build(config.data, tokenizer=tokenizer)
-        return source, Dataset(source, cache_dir, config.seed)
+        return source, read_dataset(source, cache_dir, config.seed)
 
     first = processes.run_on_all(lambda: _read() if processes.is_main else None)
     source, data = first or _read()
     if source.reward_model is not None:
-        attach_rewards(data, source.reward_model, hardware)
+        data = with_rewards(data, source.reward_model, hardware)
     fingerprints = processes.gather(data.fingerprint)
     if len(set(fingerprints)) > 1:
         raise InputError(f"data: the processes have read different data, with the hashes {', '.join(fingerprints)}")
     return data
 
 
-def attach_rewards(data: Dataset, path: Path, hardware: Hardware) -> None:
-    """Set the reward of every sample to the score of the reward model in the folder `path`.
+def with_rewards(data: Dataset, path: Path, hardware: Hardware) -> Dataset:
+    """Return the data set with the scores of the reward model in the folder `path` as rewards.
 
-    The model runs on rank 0 only, and the other ranks receive its scores. The hash of the model's weights becomes part
-    of the fingerprint of the data.
+    The model runs on rank 0 only, and the other ranks receive its scores. The fingerprint of the data set depends on
+    the weights of the model.
 
     Raises:
         InputError: the folder contains no usable reward model, or a sample is too long for the reward model.
     """
-    splits = (data.train, data.validation)
 
     def _score() -> tuple[str, list[list[float]]]:
         """Return the fingerprint of the reward model, and its scores for each split."""
         from wmtp.models.huggingface.reward_model import RewardModel  # imports transformers, which takes seconds
 
         reward_model = RewardModel(path, data.tokenizer, hardware)
-        return reward_model.fingerprint, [reward_model.rewards(split).tolist() for split in splits]
+        return reward_model.fingerprint, [reward_model.rewards(split).tolist() for split in data.splits]
 
     fingerprint, scores = hardware.processes.run_on_main(_score)
-    for split, rewards in zip(splits, scores, strict=True):
-        split.rewards = np.asarray(rewards, np.float32)
-    data.extend_fingerprint(fingerprint)
+    return data.with_columns(fingerprint=fingerprint, rewards=[np.asarray(rewards, np.float32) for rewards in scores])
 
 
-def attach_token_labels(data: Dataset) -> None:
-    """Label every token of the training and validation split as harmful or not (see `harmful_tokens`).
+def with_token_labels(data: Dataset) -> Dataset:
+    """Return the data set with the column `harmful`, which labels every token as harmful or not.
 
-    The labels are computed from the decisive spans and the noise spans in the records.
+    The labels are computed by `harmful_tokens` from the decisive spans and the noise spans in the records.
 
     Raises:
         InputError: no training record contains such spans.
@@ -143,8 +140,7 @@ def attach_token_labels(data: Dataset) -> None:
         raise InputError(
             "data: no record has decisive or noise spans, which algo=oracle needs to identify harmful tokens"
         )
-    for split in (data.train, data.validation):
-        split.harmful = harmful_tokens(split, data.tokenizer)
+    return data.with_columns(harmful=[harmful_tokens(split, data.tokenizer) for split in data.splits])
 
 
 def build_model(config: DictConfig, components: Components, *, values: bool) -> MtpModel:
@@ -289,7 +285,7 @@ def build_stage_trainer(
     model = build_model(settings, components, values=stage.trains_policy)
     stage.freeze(model)
     if stage.needs_hidden_states and with_columns:
-        components.columns.attach_hidden_states(model, data)
+        data = components.columns.with_hidden_states(model, data)
     return build_trainer(settings, folder, components.hardware, data, model, stage.objective())
 
 

@@ -56,11 +56,11 @@ def dry_run(config: DictConfig, folder: Path) -> None:
         gc.collect()
     if components.algorithm.reference is not None:
         build_reference(config, components, None)
+    data = components.data
     if components.algorithm.needs_reference:  # placeholder losses, because computing them takes long
-        for split in (components.data.train, components.data.validation):
-            split.reference_losses = np.zeros(len(split.samples.tokens), np.float32)
+        data = data.with_columns(reference_losses=[np.zeros(len(s.samples.tokens), np.float32) for s in data.splits])
     model, objective = build_policy(config, components, None), MtpObjective(components.algorithm)
-    _run_one_update(console, build_trainer(config, folder, components.hardware, components.data, model, objective))
+    _run_one_update(console, build_trainer(config, folder, components.hardware, data, model, objective))
     console.print("The config is valid; one update and one validation batch ran. Nothing was saved.")
 
 

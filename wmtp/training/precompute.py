@@ -42,12 +42,12 @@ class TokenColumns:
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
-    def attach_reference_losses(self, model: MtpModel, data: Dataset) -> None:
-        """Load the reference losses of both splits from the cache, or compute them with `model`.
+    def with_reference_losses(self, model: MtpModel, data: Dataset) -> Dataset:
+        """Return the data set with the column `reference_losses`, shape [token], from the cache or from `model`.
 
         The reference loss of a token is the next-token cross-entropy of `model` in nats, and 0 for tokens outside
-        solutions. The losses become the attribute `reference_losses` of each split, shape [token]. All ranks must call
-        this method.
+        solutions. The fingerprint of the new data set depends on the weights of the model. All ranks must call this
+        method.
 
         Raises:
             InputError: the cached file cannot be read.
@@ -60,29 +60,26 @@ class TokenColumns:
             return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token
 
         weights = weights_fingerprint(model, exclude_prefix="value_head.")
-        for split in (data.train, data.validation):
-            split.reference_losses = self._column("reference-losses", weights, split, (), model, _reference_losses)
-        data.extend_fingerprint(weights)
+        losses = [
+            self._column("reference-losses", weights, split, (), model, _reference_losses) for split in data.splits
+        ]
+        return data.with_columns(fingerprint=weights, reference_losses=losses)
 
-    def attach_hidden_states(self, model: MtpModel, data: Dataset) -> None:
-        """Load the hidden states of both splits from the cache, or compute them with `model`.
+    def with_hidden_states(self, model: MtpModel, data: Dataset) -> Dataset:
+        """Return the data set with the column `hidden_states`, shape [token, dim], from the cache or from `model`.
 
-        A hidden state is the output of the model's trunk at a token. The hidden states become the attribute
-        `hidden_states` of each split, shape [token, dim]. All ranks must call this method.
+        A hidden state is the output of the model's trunk at a token. All ranks must call this method.
 
         Raises:
             InputError: the cached file cannot be read.
         """
         weights = weights_fingerprint(model, exclude_prefix="value_head.")
-        for split in (data.train, data.validation):
-            split.hidden_states = self._column(
-                "hidden-states",
-                weights,
-                split,
-                (model.architecture.dim,),
-                model,
-                lambda batch: model.trunk_states(batch.tokens),
-            )
+        shape = (model.architecture.dim,)
+        states = [
+            self._column("hidden-states", weights, split, shape, model, lambda batch: model.trunk_states(batch.tokens))
+            for split in data.splits
+        ]
+        return data.with_columns(hidden_states=states)
 
     def _column(
         self,

@@ -20,6 +20,7 @@ from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.cli.runner import exit_state
 from wmtp.config.defaults import changed_keys
 from wmtp.config.schema import stage_config
+from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.models.loading import MODEL_FOLDER, build_source, load_weights
 from wmtp.models.mtp import MtpModel
@@ -121,34 +122,36 @@ class Run:
         self._print(f"Run folder: {self.folder}")
         components = build_components(self.config)
         stage = build_stage(self.config, components)
-        model = self._prepare_policy(stage, components)
+        model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
         objective = MtpObjective(components.algorithm)
-        hardware, data = components.hardware, components.data
-        trainer = build_trainer(self.config, self.folder, hardware, data, model, objective, self.sample_evaluation)
+        trainer = build_trainer(
+            self.config, self.folder, components.hardware, data, model, objective, self.sample_evaluation
+        )
         self._restore(trainer)
         self.sample_evaluation.drop_after(trainer.position.step)
-        self._record_start(components)
+        self._record_start(components, data)
         if stage is not None:
             self._print("Stage 2, the training:")
         self._print(describe_training(trainer))
         return trainer
 
-    def _prepare_policy(self, stage: Stage | None, components: Components) -> MtpModel:
-        """Return the model to train in stage 2.
+    def _prepare_policy(self, stage: Stage | None, components: Components) -> tuple[MtpModel, Dataset]:
+        """Return the model and the data of stage 2.
 
-        If the algorithm needs a reference model, the reference losses are cached first, and the reference model is then
-        removed from memory.
+        If the algorithm needs a reference model, its losses become a column of the data, and it is then removed from
+        memory.
         """
+        data = components.data
         stage_model = None if stage is None else self._stage_1_model(stage, components)
         reference = build_reference(self.config, components, stage_model)
         if reference is not None:
             self._print("loading the reference losses from the cache, or computing them …")
-            components.columns.attach_reference_losses(reference, components.data)
+            data = components.columns.with_reference_losses(reference, data)
         del reference
         if stage is None or not stage.trains_policy:
             stage_model = None
-        return build_policy(self.config, components, stage_model)
+        return build_policy(self.config, components, stage_model), data
 
     def _stage_1_model(self, stage: Stage, components: Components) -> MtpModel:
         """Return the trained model of stage 1.
@@ -182,15 +185,13 @@ class Run:
         folder = self.folder / PRETRAIN
         trainer = build_stage_trainer(self.config, folder, components, stage)
         self._restore(trainer)
-        self._record_start(components)
+        self._record_start(components, components.data)
         self.processes.run_on_main(lambda: write_stage_config(self.folder, self.config))
         self.processes.run_on_main(lambda: self._save_model_files(stage_config(self.config), folder, components))
         self._print(f"Stage 1, {type(stage).__name__}:\n{describe_training(trainer)}")
         result = self._fit(trainer, folder)
         if result.stop_reason is not None:
             self._print(f"stopped early after update {result.total_steps}: {result.stop_reason}")
-        for split in (trainer.data.train, trainer.data.validation):
-            split.hidden_states = None  # not used in stage 2
         saved = trainer.checkpoints.best() or trainer.checkpoints.latest()
         if stage.saves_value_head:
             head = value_head_tensors(load(saved, optimizer=False, verified=True))  # just written: skip verification
@@ -232,8 +233,8 @@ class Run:
             trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
         self._print(f"resuming from {checkpoint}")
 
-    def _record_start(self, components: Components) -> None:
-        """Write the config and other facts about the run to its folder, and start the uploads.
+    def _record_start(self, components: Components, data: Dataset) -> None:
+        """Write the config and other facts about the run and its data to its folder, and start the uploads.
 
         This method is called when all checks have passed. Only the first call has an effect.
         """
@@ -244,7 +245,7 @@ class Run:
         replace_atomically(self.folder / SAVED_OVERRIDES, encode_json(self.overrides))
         self._save_model_files(self.config, self.folder, components)
         write_run_id(self.folder, self.config.checkpoint.get("remote"))
-        write_provenance(self.folder, self.overrides, changed_keys(self.config, "train"), components.data)
+        write_provenance(self.folder, self.overrides, changed_keys(self.config, "train"), data)
         self.uploaders = open_uploaders(self.config, self.folder, self.console, is_training=True)
 
     def _save_model_files(self, config: DictConfig, folder: Path, components: Components) -> None:

@@ -11,10 +11,10 @@ from wmtp.algorithms.base import Observations
 from wmtp.algorithms.oracle import Oracle
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import collate
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.records import Record
 from wmtp.data.sources import TaskSource
-from wmtp.data.split import TokenizedSplit
+from wmtp.data.split import TokenizedSplit, build_split
 from wmtp.data.token_labels import harmful_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
@@ -30,7 +30,7 @@ def noisy_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
     source = TaskSource(
         tokenizer=tokenizer, num_train=8, num_validation=12, num_test=1, difficulties={1: 1, 2: 1}, noise=0.5
     )
-    return Dataset(source, cache, seed=0)
+    return read_dataset(source, cache, seed=0)
 
 
 def text_of(split: TokenizedSplit, tokenizer: Tokenizer, index: int, chosen: np.ndarray) -> str:
@@ -47,7 +47,7 @@ def test_noise_and_decisive_tokens_of_wrong_solutions_are_harmful(tokenizer: Tok
         for right in (True, False)
     ]
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
-    split = TokenizedSplit("train", records, source, None, tmp_path)
+    split = build_split("train", records, source, None, tmp_path)
     harmful = harmful_tokens(split, tokenizer)
     text_by_correctness = {
         bool(split.is_correct[index]): text_of(split, tokenizer, index, harmful).replace(" ", "") for index in (0, 1)

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.records import Record
-from wmtp.data.selection import Selection, add_mismatched, allocate_counts, select
+from wmtp.data.selection import (
+    Selection,
+    add_mismatched,
+    allocate_counts,
+    category_counts,
+    draw,
+    group_by_category,
+    select,
+)
 from wmtp.errors import InputError
 
 
@@ -52,6 +60,32 @@ def test_the_seed_determines_the_selected_records() -> None:
 def test_too_few_records_raise_an_error(selection: Selection) -> None:
     with pytest.raises(InputError, match="are needed"):
         select(records(5, 5), selection)
+
+
+def test_records_of_other_difficulties_are_in_no_category() -> None:
+    everything = [*records(1, 1, 1), *records(1, 1, 2), *records(1, 1, 3)]
+    selection = Selection(correct_ratio=0.5, difficulty_bins={"1": 1.0, "3": 1.0, "2": 0.0})
+    found = group_by_category(everything, selection)
+    assert found == {("1", True): [0], ("1", False): [1], ("3", True): [4], ("3", False): [5]}
+
+
+def test_the_counts_of_categories_are_the_largest_that_fit() -> None:
+    selection = Selection(difficulty_bins={"1": 2.0, "2": 1.0})
+    assert category_counts({("1", None): 9, ("2", None): 3}, selection) == {("1", None): 6, ("2", None): 3}
+    assert category_counts({("1", None): 3, ("2", None): 3}, selection) == {("1", None): 3, ("2", None): 1}
+
+
+def test_an_empty_category_raises_an_error_that_names_it() -> None:
+    selection = Selection(correct_ratio=0.5, difficulty_bins={"1": 1.0})
+    with pytest.raises(InputError, match="some incorrect records of difficulty 1 are needed, but there are 0"):
+        category_counts({("1", True): 5, ("1", False): 0}, selection)
+
+
+def test_records_are_drawn_from_their_categories_in_ascending_order() -> None:
+    members = {("1", None): list(range(0, 40, 2)), ("2", None): list(range(1, 40, 2))}
+    drawn = draw(members, {("1", None): 9, ("2", None): 4}, seed=0)
+    assert drawn == sorted(set(drawn)) and Counter(index % 2 for index in drawn) == {0: 9, 1: 4}
+    assert drawn != draw(members, {("1", None): 9, ("2", None): 4}, seed=1)
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6), st.integers(0, 100))

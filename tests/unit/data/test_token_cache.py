@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.collate import IGNORED, collate
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import read_dataset
 from wmtp.data.records import Record
 from wmtp.data.sampler import batches_by_length, epoch_batches
 from wmtp.data.sources import TaskSource
-from wmtp.data.split import TokenizedSplit
+from wmtp.data.split import build_split
 from wmtp.data.token_cache import TokenizedRecords, cached_tokens, tokenize
 from wmtp.data.tokenizer import Tokenizer, task_tokenizer
 from wmtp.errors import InputError
@@ -35,7 +35,7 @@ def test_the_task_tokenizer_is_deterministic(tokenizer: Tokenizer, tmp_path: Pat
 
 
 def test_labels_cover_exactly_the_solution_and_its_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    split = TokenizedSplit("train", RECORDS, TaskSource(tokenizer=tokenizer, difficulties={1: 1}), None, tmp_path)
+    split = build_split("train", RECORDS, TaskSource(tokenizer=tokenizer, difficulties={1: 1}), None, tmp_path)
     samples = split.samples
     batch = collate(split, [0, 1], tokenizer.padding)
     for row, record in enumerate(RECORDS):
@@ -119,7 +119,7 @@ def test_every_epoch_has_every_sample_once_in_a_different_order(count: int, batc
 def test_less_than_fifteen_percent_of_the_tasks_tokens_are_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
     difficulties = {1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}
     source = TaskSource(tokenizer=tokenizer, num_train=800, difficulties=difficulties, correct_ratio=1.0)
-    data = Dataset(source, tmp_path, seed=0)
+    data = read_dataset(source, tmp_path, seed=0)
     lengths = data.train.samples.lengths
 
     def padding(batches: list[list[int]]) -> float:

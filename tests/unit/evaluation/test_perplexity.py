@@ -67,8 +67,8 @@ def test_metrics_equal_those_of_a_loop_over_targets(
 
 def test_metrics_are_empty_without_samples(tiny_data: Dataset, cache: Path) -> None:
     from wmtp.data.sources import TaskSource
-    from wmtp.data.split import TokenizedSplit
+    from wmtp.data.split import build_split
 
     source = TaskSource(tokenizer=tiny_data.tokenizer, difficulties={1: 1.0})
-    empty = TokenizedSplit("test", [], source, None, cache)
+    empty = build_split("test", [], source, None, cache)
     assert prediction_metrics(tiny_model(), empty, tiny_data.tokenizer, Hardware(device="cpu"), 4) == {}

@@ -91,7 +91,7 @@ def test_a_reward_is_the_score_at_the_last_token_of_the_sample(
     backbone = model.base_model
     samples, expected = tiny_data.train.samples, []
     for start, stop in zip(samples.offsets, samples.offsets[1:], strict=False):
-        tokens = torch.from_numpy(samples.tokens[start:stop]).long()[None]
+        tokens = torch.tensor(samples.tokens[start:stop]).long()[None]
         assert tokens[0, -1] == tokenizer.end
         with torch.no_grad():
             logits = model.score(backbone(tokens).last_hidden_state[0, -1])

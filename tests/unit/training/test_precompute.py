@@ -1,7 +1,7 @@
 """Tests of precomputed per-token columns, and of the order and the selection of samples."""
 
-import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import tiny_model
 from wmtp.data.collate import IGNORED, collate
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.records import Record
 from wmtp.data.sampler import epoch_batches
 from wmtp.data.sources import TaskSource
@@ -35,15 +35,9 @@ def columns(tmp_path: Path, tokenizer: Tokenizer) -> TokenColumns:
 
 
 def with_column(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -> Dataset:
-    """Return a copy of the data set with the column."""
-    data = copy.copy(data)
-    data.train, data.validation = copy.copy(data.train), copy.copy(data.validation)
-    attach = {
-        "reference losses": columns.attach_reference_losses,
-        "hidden states": columns.attach_hidden_states,
-    }[kind]
-    attach(model, data)
-    return data
+    """Return a data set with the column."""
+    add = {"reference losses": columns.with_reference_losses, "hidden states": columns.with_hidden_states}[kind]
+    return add(model, data)
 
 
 def get_column(kind: str, split: TokenizedSplit) -> np.ndarray:
@@ -59,7 +53,7 @@ def iter_samples(split: TokenizedSplit) -> Iterator[tuple[int, int, int, torch.T
     """Yield start, end, prompt length and tokens of each sample."""
     samples = split.samples
     for start, stop, prompt in zip(samples.offsets, samples.offsets[1:], samples.prompt_lengths, strict=False):
-        yield start, stop, prompt, torch.from_numpy(samples.tokens[start:stop]).long()
+        yield start, stop, prompt, torch.tensor(samples.tokens[start:stop]).long()
 
 
 @torch.no_grad()
@@ -149,8 +143,7 @@ def test_other_data_tokenizer_or_precision_never_read_a_stale_column(
     columns: TokenColumns, tiny_data: Dataset, tmp_path: Path
 ) -> None:
     model = tiny_model()
-    swapped_splits = copy.copy(tiny_data)
-    swapped_splits.train, swapped_splits.validation = tiny_data.validation, tiny_data.train
+    swapped_splits = replace(tiny_data, train=tiny_data.validation, validation=tiny_data.train)
     with_column(columns, "reference losses", model, tiny_data)
     with_column(columns, "reference losses", model, swapped_splits)
     assert len(cache_files(columns)) == 2  # one file for each split, independent of its use
@@ -196,9 +189,8 @@ def test_damaged_column_is_reported_with_the_file_to_delete(
 
 def test_batch_has_the_reference_loss_of_each_target(columns: TokenColumns, tokenizer: Tokenizer) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=6, num_validation=1, num_test=1, difficulties={1: 1, 2: 1})
-    data, model = Dataset(source, columns.cache_dir, seed=0), tiny_model()
-    columns.attach_reference_losses(model, data)
-    columns.attach_hidden_states(model, data)
+    data, model = read_dataset(source, columns.cache_dir, seed=0), tiny_model()
+    data = columns.with_hidden_states(model, columns.with_reference_losses(model, data))
     batch = collate(data.train, [3, 0, 5], tokenizer.padding)
     assert batch.reference_losses is not None and batch.hidden_states is not None
     target = targets(batch.labels, 1)[0]
@@ -264,7 +256,7 @@ def both_solutions(tokenizer: Tokenizer, cache: Path, **options: bool) -> Datase
         tokenizer=tokenizer, num_train=40, num_validation=11, num_test=1, difficulties={1: 1, 2: 1}, noise=0.4,
         **options,
     )  # fmt: skip
-    return Dataset(source, cache, seed=0)
+    return read_dataset(source, cache, seed=0)
 
 
 def test_group_tasks_pairs_the_solutions_of_a_data_set(tokenizer: Tokenizer, cache: Path) -> None:
@@ -284,7 +276,7 @@ def test_group_tasks_pairs_the_solutions_of_a_data_set(tokenizer: Tokenizer, cac
 def test_curated_data_has_no_incorrect_or_noisy_solutions(tokenizer: Tokenizer, cache: Path) -> None:
     everything, curated = (both_solutions(tokenizer, cache, curated=option) for option in (False, True))
     for name in ("train", "validation"):
-        before: list[Record] = getattr(everything, name).records
-        after: list[Record] = getattr(curated, name).records
-        assert after == [record for record in before if record.is_correct and not record.noise]
+        before: tuple[Record, ...] = getattr(everything, name).records
+        after: tuple[Record, ...] = getattr(curated, name).records
+        assert after == tuple(record for record in before if record.is_correct and not record.noise)
         assert 0 < len(after) < sum(record.is_correct for record in before) < len(before)

@@ -1,5 +1,6 @@
 """Tests of the quality of weights: area under the ROC curve, token labels, and weights of known quality."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,10 @@ from wmtp.algorithms.base import Algorithm
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.excess_loss import ExcessLoss
 from wmtp.algorithms.uniform import Uniform
-from wmtp.data.dataset import Dataset
+from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.records import Record
 from wmtp.data.sources import TaskSource
-from wmtp.data.split import TokenizedSplit
+from wmtp.data.split import TokenizedSplit, build_split
 from wmtp.data.token_labels import label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
@@ -68,7 +69,7 @@ def labeled_split(tokenizer: Tokenizer, folder: Path) -> TokenizedSplit:
         ),
     ]  # fmt: skip
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1}, max_length=200)
-    return TokenizedSplit("validation", records, source, None, folder)
+    return build_split("validation", records, source, None, folder)
 
 
 def test_exactly_the_tokens_that_overlap_a_span_are_labeled(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -106,13 +107,14 @@ def noisy_data(tokenizer: Tokenizer, cache: Path) -> Dataset:
     source = TaskSource(
         tokenizer=tokenizer, num_train=2, num_validation=12, num_test=1, difficulties={1: 1, 2: 1}, noise=0.5
     )
-    return Dataset(source, cache, seed=0)
+    return read_dataset(source, cache, seed=0)
 
 
 def quality_of(
     data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    data.validation.reference_losses = reference_losses
+    if reference_losses is not None:
+        data = replace(data, validation=data.validation.with_columns(reference_losses=reference_losses))
     return quality(MtpObjective(algorithm), data)
 
 
@@ -139,10 +141,12 @@ def test_correct_weights_score_one_inverted_weights_zero_and_random_weights_half
 @pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
 def test_shuffled_weights_score_half(name: str, tokenizer: Tokenizer, cache: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=2, num_validation=80, num_test=1, difficulties={1: 1}, noise=0.5)
-    data = Dataset(source, cache, seed=0)
+    data = read_dataset(source, cache, seed=0)
     decisive, noise, response = label_tokens(data.validation, data.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
-    shuffled = quality_of(data, Shuffled(of=ExcessLoss()), 1000 * truth.astype(np.float32))[name]
+    losses = 1000 * truth.astype(np.float32)
+    data = replace(data, validation=data.validation.with_columns(reference_losses=losses))
+    shuffled = quality_of(data, Shuffled(of=ExcessLoss()))[name]
     assert shuffled is not None and 0.45 < shuffled < 0.55
 
     if name == "decisive_wrong_auc":
@@ -168,15 +172,15 @@ def test_decisive_tokens_count_only_in_incorrect_solutions(noisy_data: Dataset) 
 
 def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
-    plain = TokenizedSplit("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
+    plain = build_split("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
     data = SimpleNamespace(validation=plain, tokenizer=tokenizer)
     assert quality(MtpObjective(Uniform()), data) == {}
-    no_records = TokenizedSplit("validation", [], source, None, tmp_path)
+    no_records = build_split("validation", [], source, None, tmp_path)
     data = SimpleNamespace(validation=no_records, tokenizer=tokenizer)
     assert quality(MtpObjective(Uniform()), data) == {}
-    only_noise = labeled_split(tokenizer, tmp_path)
-    only_noise.is_correct[:] = True
+    split = labeled_split(tokenizer, tmp_path)
+    losses = np.arange(len(split.samples.tokens), dtype=np.float32)
+    only_noise = replace(split, is_correct=np.ones(len(split), bool), reference_losses=losses)
     data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
-    only_noise.reference_losses = np.arange(len(only_noise.samples.tokens), dtype=np.float32)
     values = quality(MtpObjective(ExcessLoss()), data)
     assert values["decisive_wrong_auc"] is None and values["noise_auc"] is not None
