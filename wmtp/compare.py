@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import JobContext
-    from wmtp.config.schema import ConfigIssue
+    from wmtp.config.schema import CheckedConfig
 
 
 def compare(context: JobContext) -> None:
@@ -46,11 +46,11 @@ def compare(context: JobContext) -> None:
     console.print(f"The comparison is in {display_path(folder)}", soft_wrap=True, highlight=False)
 
 
-def find_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all errors of a config."""
+def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Check a config."""
     from omegaconf import OmegaConf
 
-    from wmtp.config.schema import ConfigIssue, node_issues
+    from wmtp.config.schema import CheckedConfig, ConfigIssue, node_issues
 
     issues = list(node_issues(config, ""))
     if OmegaConf.is_missing(config, "runs"):
@@ -63,7 +63,7 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
         folder = Path(config.folder)
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             issues.append(ConfigIssue("folder", str(folder), "exists and is not empty; choose a new folder"))
-    return issues
+    return CheckedConfig(config, issues)
 
 
 def positional_args(arguments: list[str]) -> list[str]:
@@ -79,7 +79,7 @@ def positional_args(arguments: list[str]) -> list[str]:
 
 
 COMMAND = Command(
-    "compare", compare, find_issues, lambda config, overrides: None, positional_args=positional_args,
+    "compare", compare, check, positional_args=positional_args,
     raw_keys=frozenset({"baseline", "metric", "folder"}),
 )  # fmt: skip
 

@@ -14,34 +14,24 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import JobContext
-    from wmtp.config.schema import ConfigIssue
+    from wmtp.config.schema import CheckedConfig
 
 
 def evaluate(context: JobContext) -> float | None:
     """Evaluate a model. Return pass@k for the first value in `evaluation.k`, or None if no program was graded."""
     from wmtp.evaluation.evaluator import Evaluator  # imports torch, which --help does not need
 
-    return Evaluator(context.config, context.folder).evaluate()
+    return Evaluator(context.config, context.folder, context.inputs).evaluate()
 
 
-def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config with a default sampling temperature and the data settings of the model's training."""
-    from omegaconf import OmegaConf
+def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Check a config, and add a default sampling temperature and the data settings of the model's training."""
+    from wmtp.evaluation.validate import check_evaluation
 
-    from wmtp.evaluation.validate import fill_run_data, fill_temperature
-
-    n = OmegaConf.select(config, "evaluation.n")
-    return fill_run_data(fill_temperature(config, n), overrides)
+    return check_evaluation(config, overrides)
 
 
-def find_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all errors of a config."""
-    from wmtp.evaluation.validate import evaluation_issues
-
-    return evaluation_issues(config)
-
-
-def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
+def evaluation_folder(checked: CheckedConfig, overrides: list[str]) -> Path:
     """Return the folder for the results of an evaluation.
 
     This is `hydra.run.dir` if it is set. Otherwise, it is a folder inside the folder of the evaluated run. Its name
@@ -53,13 +43,12 @@ def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
     from wmtp.config.overrides import chosen_run_dir
     from wmtp.config.schema import ConfigError, ConfigIssue
     from wmtp.evaluation.validate import evaluation_identity
-    from wmtp.models.loading import find_checkpoint
 
     if named := chosen_run_dir(overrides):
         return named
-    checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
+    config, checkpoint = checked.config, checked.inputs
     key = hashlib.sha256(json.dumps(evaluation_identity(config, checkpoint), sort_keys=True).encode()).hexdigest()
-    folder = config_path.parent / EVALUATIONS / f"{config.data.get('shape', 'tasks')}-{key[:8]}"
+    folder: Path = checkpoint.run_folder / EVALUATIONS / f"{config.data.get('shape', 'tasks')}-{key[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,8 +58,7 @@ def evaluation_folder(config: DictConfig, overrides: list[str]) -> Path:
 
 
 COMMAND = Command(
-    "evaluate", evaluate, find_issues, evaluation_folder, complete=complete,
-    aliases=CHECKPOINT_KEY, remote_keys={"checkpoint.path": "best"},
+    "evaluate", evaluate, check, evaluation_folder, aliases=CHECKPOINT_KEY, remote_keys={"checkpoint.path": "best"},
     resume_hint=lambda folder: "The graded samples are saved; run the same command again to continue.",
 )  # fmt: skip
 

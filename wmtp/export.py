@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import JobContext
-    from wmtp.config.schema import ConfigIssue
+    from wmtp.config.schema import CheckedConfig
 
 POSITIONAL_KEYS = ("checkpoint", "folder")
 """Config keys that are set by the positional arguments, in this order."""
@@ -20,20 +20,18 @@ FORMATS = "format=hf, hf_trunk, medusa or meta"
 
 def export(context: JobContext) -> None:
     """Export a trained model, and print what was exported and how to load it."""
-    from wmtp.config.schema import build
     from wmtp.distributed.device import Hardware
     from wmtp.models.export import TrainedModel, check_format, write_export
-    from wmtp.models.loading import build_source, find_checkpoint, load_trained, read_run_config
+    from wmtp.models.loading import TrainedCheckpoint, build_source
     from wmtp.models.lora import merge_adapters
     from wmtp.training.validate import needs_values  # these import torch, which --help does not need
 
     config = context.config
     cache_dir = Path(config.cache_dir)
-    checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
-    trained = read_run_config(config_path)
-    tokenizer = build(trained.model.tokenizer, cache_dir=cache_dir)
+    checkpoint: TrainedCheckpoint = context.inputs
+    trained, tokenizer = checkpoint.config, checkpoint.tokenizer(cache_dir)
     check_format(config.format, build_source(trained.model, tokenizer, cache_dir).architecture())
-    model = load_trained(checkpoint, tokenizer, Hardware(device="cpu"), cache_dir)
+    model = checkpoint.load_model(tokenizer, Hardware(device="cpu"), cache_dir)
     merge_adapters(model.trunk)
     notes = ["adapters are merged"] if model.lora is not None else []
     model.lora = None
@@ -45,12 +43,12 @@ def export(context: JobContext) -> None:
     print("\n  ".join([*written, *notes]))
 
 
-def find_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all errors of a config."""
+def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Check a config, and find and verify its checkpoint."""
     from omegaconf import OmegaConf
 
-    from wmtp.config.schema import ConfigIssue, node_issues
-    from wmtp.evaluation.validate import checkpoint_issues
+    from wmtp.config.schema import CheckedConfig, ConfigIssue, node_issues
+    from wmtp.evaluation.validate import read_checkpoint
     from wmtp.models.export import folder_issue
 
     issues = [issue for issue in node_issues(config, "") if issue.key != "checkpoint"]
@@ -61,7 +59,8 @@ def find_issues(config: DictConfig) -> list[ConfigIssue]:
         folder = str(config.folder)
         problem = "exports are written to a local folder" if "://" in folder else folder_issue(Path(folder))
         issues += [ConfigIssue("folder", folder, problem)] if problem else []
-    return [*issues, *checkpoint_issues(config)]
+    checkpoint, checkpoint_issues = read_checkpoint(config)
+    return CheckedConfig(config, [*issues, *checkpoint_issues], checkpoint)
 
 
 def positional_args(arguments: list[str]) -> list[str]:
@@ -90,7 +89,7 @@ def positional_args(arguments: list[str]) -> list[str]:
 
 
 COMMAND = Command(
-    "export", export, find_issues, lambda config, overrides: None, positional_args=positional_args,
+    "export", export, check, positional_args=positional_args,
     raw_keys=frozenset({"folder"}), aliases=CHECKPOINT_KEY, remote_keys={"checkpoint.path": "best"},
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import JobContext
-    from wmtp.config.schema import ConfigIssue
+    from wmtp.config.schema import CheckedConfig
 
 STANDARD_INPUT = "-"
 
@@ -25,14 +25,14 @@ def generate(context: JobContext) -> None:
     from wmtp.generation.decoding import Completion, Request
     from wmtp.generation.decoding import generate as completions
     from wmtp.generation.speculation_stats import speculation_metrics
-    from wmtp.models.loading import check_max_positions, find_checkpoint, load_trained, read_run_config
+    from wmtp.models.loading import TrainedCheckpoint, check_max_positions
 
     config = context.config
-    checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
-    trained = read_run_config(config_path)
+    checkpoint: TrainedCheckpoint = context.inputs
+    trained = checkpoint.config
     text = read_prompt(config.prompt)
     cache_dir = Path(config.cache_dir)
-    tokenizer = build(trained.model.tokenizer, cache_dir=cache_dir)
+    tokenizer = checkpoint.tokenizer(cache_dir)
     (prompt,) = encode_prompts(tokenizer, trained.data.template, [text])
     max_tokens = config.context or trained.data.max_length
     if len(prompt) >= max_tokens:
@@ -41,7 +41,7 @@ def generate(context: JobContext) -> None:
             "shorten it, or set context=… to more tokens than in training"
         )
     hardware = build(config.hardware)
-    model = load_trained(checkpoint, tokenizer, hardware, cache_dir)
+    model = checkpoint.load_model(tokenizer, hardware, cache_dir)
     check_max_positions(model, max_tokens, "context")
     requests = [Request(prompt, sample_seed(config.seed, text, index)) for index in range(config.n)]
 
@@ -85,26 +85,17 @@ def read_prompt(value: str) -> str:
     return text
 
 
-def complete(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the config. If the user set no sampling temperature, the config gets a default one."""
-    from wmtp.evaluation.validate import fill_temperature
+def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Check a config. If the user set no sampling temperature, add a default one."""
+    from wmtp.evaluation.validate import check_generation
 
-    return fill_temperature(config, config.n)
-
-
-def find_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all errors of a config."""
-    from wmtp.evaluation.validate import generation_issues
-
-    return generation_issues(config)
+    return check_generation(config, overrides)
 
 
 COMMAND = Command(
     "generate",
     generate,
-    find_issues,
-    lambda config, overrides: None,
-    complete=complete,
+    check,
     raw_keys=frozenset({"prompt"}),
     aliases=CHECKPOINT_KEY,
     remote_keys={"checkpoint.path": "best"},

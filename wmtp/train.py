@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import JobContext
-    from wmtp.config.schema import ConfigIssue
+    from wmtp.config.schema import CheckedConfig
 
 
 def train(context: JobContext) -> float | None:
@@ -21,16 +21,16 @@ def train(context: JobContext) -> float | None:
     from wmtp.training.run import Run
 
     if context.config.dry_run:
-        dry_run(context.config, context.folder)
+        dry_run(context.config, context.folder, context.inputs)
         return None
-    return Run(context.config, context.folder, context.progress, context.overrides).train()
+    return Run(context.config, context.folder, context.progress, context.overrides, context.inputs).train()
 
 
-def find_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all errors of a training config."""
-    from wmtp.training.validate import config_issues  # imports torch
+def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Check a training config. The `inputs` of the result are the algorithm."""
+    from wmtp.training.validate import check_training  # imports torch
 
-    return config_issues(config)
+    return check_training(config)
 
 
 def preflight(config: DictConfig, folder: Path) -> list[str]:
@@ -44,7 +44,7 @@ def preflight(config: DictConfig, folder: Path) -> list[str]:
     return check_servers(config, folder)
 
 
-def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
+def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     """Return the folder for the run, or None for a dry run.
 
     If a run is resumed, this is the folder of that run. Otherwise, it is the folder in `hydra.run.dir`, or a new folder
@@ -56,6 +56,7 @@ def run_folder(config: DictConfig, overrides: list[str]) -> Path | None:
     from wmtp.config.overrides import chosen_run_dir
     from wmtp.config.schema import ConfigError, ConfigIssue
 
+    config = checked.config
     if config.dry_run:
         return None
     named = chosen_run_dir(overrides)
@@ -87,7 +88,7 @@ def end_sweep(folder: Path, state: str) -> None:
 
 
 COMMAND = Command(
-    "train", train, find_issues, run_folder, preflight=preflight,
+    "train", train, check, run_folder, preflight=preflight,
     resume_hint=resume_hint,
     remote_keys={"resume": "latest"},
     end_sweep=end_sweep,

@@ -67,13 +67,15 @@ def test_the_other_ranks_wait_while_rank_0_uploads(start: Start) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(start: Start) -> None:
-    worker, launcher = start(*TWO_PROCESSES), start(*TWO_PROCESSES)
+    worker, command, stopped = (start(*TWO_PROCESSES) for _ in range(3))
     control = start(*TWO_PROCESSES, without="kill_on_parent_death")
-    for run in (worker, launcher, control):
+    for run in (worker, command, control, stopped):
         run.wait_for(*STEP_FILES)
+        if run in (stopped, control):
+            run.send(signal.SIGSTOP, rank=1)
         run.send(signal.SIGKILL, rank=1 if run is worker else None)
-    assert len(control.survivors(1)) == 2, "control: without the parent-death signal the workers survive"
-    assert launcher.survivors(1) == []
+    assert len(control.survivors(1)) == 1, "control: a stopped worker survives without the parent-death signal"
+    assert command.survivors(1) == [] and stopped.survivors(1) == []
     code, out, seconds = worker.end()
     assert code == 1 and seconds < 5 and worker.survivors() == []
     assert worker.status()["state"] == "FAILED"
@@ -93,19 +95,32 @@ def test_an_error_in_one_process_fails_the_run_and_its_traceback_is_logged(start
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_ended_when_another_dies(start: Start) -> None:
-    stopped, hanging = start(*TWO_PROCESSES), start(*TWO_PROCESSES, "tags.action=hang")
-    control = start(*TWO_PROCESSES, "tags.action=hang", without="watchdog,launcher")
-    stopped.wait_for(*STEP_FILES)
-    stopped.send(signal.SIGSTOP, rank=0)
-    hanging.wait_for("hangs")
-    control.wait_for("hangs")
-    for run in (stopped, control, hanging):
+    hanging, control = (start(*TWO_PROCESSES, "tags.action=hang", without=off) for off in ("", "watchdog"))
+    for run in (hanging, control):
+        run.wait_for("hangs")
         run.send(signal.SIGKILL, rank=1)
-    for run, limit in ((hanging, 6), (stopped, 10)):
-        code, out, seconds = run.end()
-        assert code == 1 and seconds < limit
-        assert "process 1: was ended by SIGKILL" in out and run.survivors() == []
-        assert control.survivors(), "control: without watchdog and launcher the process hangs"
+    code, out, seconds = hanging.end()
+    assert code == 1 and seconds < 6 and hanging.status()["state"] == "FAILED"
+    assert "process 1: was ended by SIGKILL" in out and hanging.survivors() == []
+    assert control.process.poll() is None, "control: without the watchdog the process hangs"
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_process_that_waits_for_a_stopped_one(start: Start) -> None:
+    """The wait is a collective operation, during which no handler of a signal can run."""
+    two = [option for option in TWO_PROCESSES if not option.startswith("hardware.timeout")]
+    stopped, control = (start(*two, "hardware.timeout=60", without=off) for off in ("", "watchdog"))
+    for run in (stopped, control):
+        run.wait_for(*STEP_FILES)
+        run.send(signal.SIGSTOP, rank=1)
+        time.sleep(0.5)
+        run.send(signal.SIGINT)
+        time.sleep(0.5)
+        run.send(signal.SIGINT)
+    code, out, seconds = stopped.end()
+    assert (code, stopped.status()["state"]) == (130, "KILLED") and seconds < 8, out
+    assert stopped.survivors(1) == []
+    assert control.process.poll() is None, "control: without the watchdog the process waits for the time limit"
 
 
 @pytest.mark.slow
@@ -134,7 +149,7 @@ def test_after_a_signal_all_processes_save_and_a_second_signal_ends_them(start: 
 def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> None:
     run = start(*TWO_PROCESSES)
     run.wait_for("train.log")
-    while len(run.children) < 2:
+    while len(run.children) < 1:
         run.wait_for("train.log")
     run.send(signal.SIGINT)
     code, out, seconds = run.end()
@@ -171,14 +186,14 @@ def report(rank: int, end: str, when: float, message: str = "") -> ExitReport:
 
 
 def test_the_root_cause_is_distinguished_from_its_consequences() -> None:
-    ends = [report(0, PEER_FAILED, 1.0), report(1, FAILED, 2.0), report(2, INTERRUPTED, 0.5), report(3, FAILED, 3.0)]
-    found = root_cause({end.rank: end for end in ends}, {0: 1, 1: 1, 2: 143, 3: 1}, None)
-    assert found is not None and found.rank == 1, "the first rank that failed with an error of its own"
-    assert root_cause({0: ends[0]}, {0: 1, 1: -9}, None).message == "was ended by SIGKILL"  # type: ignore[union-attr]
-    assert root_cause({0: ends[0]}, {0: 1, 1: -15}, None).rank == 1  # type: ignore[union-attr]
-    assert root_cause({1: ends[1]}, {0: -15, 1: 1}, None).rank == 1, "torch ends the other ranks with SIGTERM"  # type: ignore[union-attr]
-    assert root_cause({0: report(0, FINISHED, 1.0)}, {}, None) is None
-    assert root_cause({0: ends[0]}, {1: -9}, 15).end == INTERRUPTED, "after a signal, deaths are consequences"  # type: ignore[union-attr]
+    ends = [report(0, PEER_FAILED, 1.0), report(1, FAILED, 2.0), report(2, FAILED, 3.0), report(3, INTERRUPTED, 0.5)]
+    by_rank = {end.rank: end for end in ends}
+    assert root_cause(by_rank, {0: 1, 1: 1, 3: 143}) is ends[1], "the first rank that failed with an error of its own"
+    died = root_cause({0: ends[0], 1: ends[1]}, {0: 1, 1: 1, 2: -9})
+    assert died is not None and (died.rank, died.message) == (2, "was ended by SIGKILL")
+    assert root_cause({0: ends[0], 3: ends[3]}, {1: -15}) is ends[3], "after a signal, deaths are consequences"
+    assert root_cause({0: ends[0], 2: report(2, INTERRUPTED, 9.0), 3: ends[3]}, {}).rank == 2  # type: ignore[union-attr]
+    assert root_cause({0: report(0, FINISHED, 1.0)}, {0: 0}) is None
 
 
 @pytest.mark.slow

@@ -14,14 +14,14 @@ def dead_ranks(reports: bool) -> list[int | None]:
     from torch.distributed.distributed_c10d import _get_default_store
 
     processes = Processes()
-    watchdog = Watchdog(processes, _get_default_store(), lambda rank: 1)
+    watchdog = Watchdog(processes, _get_default_store(), lambda error: 1)
     before = watchdog.dead_rank()
     processes.barrier()
     if reports and not processes.is_main:
         watchdog.report_failure()
     processes.barrier()
     after = watchdog.dead_rank()
-    watchdog._stopped.set()  # otherwise the watchdog would end this process
+    watchdog.stop()  # otherwise the watchdog would end this process
     processes.barrier()
     return [before, after]
 

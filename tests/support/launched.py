@@ -10,14 +10,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # same as in the commands of wmtp
 
 import torch
-from omegaconf import DictConfig
 
-from wmtp.cli import job as job_module
+from wmtp.cli import runner
 from wmtp.cli.command import Command
 from wmtp.cli.job import JobContext
 from wmtp.cli.runner import run as main
 from wmtp.config.overrides import chosen_run_dir
-from wmtp.distributed import launcher, watchdog, worker
+from wmtp.config.schema import CheckedConfig
+from wmtp.distributed import launcher, membership, watchdog
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.runtime import signals
@@ -27,7 +27,7 @@ ERRORS = {"value": ValueError, "close": InputError}
 WITHOUT = os.environ.get("WITHOUT", "")
 """Mechanisms to disable, for tests that show their effect."""
 if "kill_on_parent_death" in WITHOUT:
-    worker.kill_on_parent_death = lambda launcher: None
+    runner.kill_on_parent_death = lambda launcher: None
 if "watchdog" in WITHOUT:
     watchdog.ABORT_GRACE_S = watchdog.CLOSE_GRACE_S = 1e9
 if "launcher" in WITHOUT:
@@ -35,7 +35,7 @@ if "launcher" in WITHOUT:
 if "exit_barrier" in WITHOUT:
     watchdog.Watchdog.exit_barrier = lambda self, timeout: None  # type: ignore[method-assign]
 if "upload_barrier" in WITHOUT:
-    job_module.UPLOAD_BARRIER_S = 1
+    membership.UPLOAD_BARRIER_S = 1
 if "second" in WITHOUT:
     signals.interrupt_error = lambda number: os.kill(os.getpid(), number)  # type: ignore[assignment,return-value]
 
@@ -79,7 +79,7 @@ def steps(context: JobContext, processes: Processes, action: str | None) -> floa
     return total
 
 
-def folder(config: DictConfig, overrides: list[str]) -> Path | None:
+def folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     """Return the run folder that the user has chosen."""
     return chosen_run_dir(overrides)
 
@@ -87,7 +87,7 @@ def folder(config: DictConfig, overrides: list[str]) -> Path | None:
 COMMAND = Command(
     "train",
     job,
-    lambda config: [],
+    lambda config, overrides: CheckedConfig(config, []),
     folder,
     num_processes=lambda config: int(config.hardware.num_processes),
 )

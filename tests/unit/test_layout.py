@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.cli.runner import check_overrides
+from wmtp.cli.resolve import compose as compose_job
 from wmtp.config.schema import CONFIG_FOLDER, PACKAGE, iter_nodes
 from wmtp.sweep.grid import parse_grid
 from wmtp.train import COMMAND as TRAIN
-from wmtp.training.validate import config_issues
+from wmtp.training.validate import check_training
 
 ROOT = CONFIG_FOLDER.parent
 EXPERIMENTS = sorted((CONFIG_FOLDER / "experiment").glob("**/*.yaml"))
@@ -42,7 +42,7 @@ def with_required_options(override: str) -> list[str]:
 def test_every_option_composes_and_is_valid_except_for_values_that_a_user_must_set(
     compose: Callable[..., DictConfig], override: str
 ) -> None:
-    issues = config_issues(compose(*with_required_options(override)))
+    issues = check_training(compose(*with_required_options(override))).issues
     expected = {"checkpoint.remote", "data.path", "hardware.device", "hardware.num_processes", "model.path"}
     assert [issue for issue in issues if issue.key not in expected] == []
 
@@ -64,7 +64,7 @@ def test_every_job_of_a_preset_sweep_is_valid(path: Path) -> None:
     assert (len(jobs) > 1) == name.startswith("sweep/")
     arms = {tuple(override for override in job if not override.startswith("seed=")): job for job in jobs}
     for job in arms.values() if len(jobs) > 1 else []:
-        check_overrides(TRAIN, job)
+        compose_job(TRAIN, job)
 
 
 def test_a_preset_may_be_overridden(compose: Callable[..., DictConfig]) -> None:

@@ -12,15 +12,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from wmtp.cli.job import Job
-    from wmtp.config.schema import ConfigIssue
+    from wmtp.config.schema import CheckedConfig
 
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
 """Alias of the key `checkpoint.path`. Without it, Hydra would treat `checkpoint=…` as the choice of a config group."""
-
-
-def unchanged(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the given config."""
-    return config
 
 
 @dataclass(frozen=True)
@@ -30,12 +25,10 @@ class Command:
     name: str
     """Name of the command. It is also the name of the command's config file in conf/ and of its log file."""
     job: Job
-    find_issues: Callable[[DictConfig], list[ConfigIssue]]
-    """Function that returns all errors of a config."""
-    folder: Callable[[DictConfig, list[str]], Path | None]
+    check: Callable[[DictConfig, list[str]], CheckedConfig]
+    """Function that completes and checks a composed config. Its second argument is the list of overrides."""
+    folder: Callable[[CheckedConfig, list[str]], Path | None] = lambda checked, overrides: None
     """Function that returns the output folder, or None to use a temporary folder that is removed at the end."""
-    complete: Callable[[DictConfig, list[str]], DictConfig] = unchanged
-    """Function that adds default values to the composed config. Its second argument is the list of overrides."""
     resume_hint: Callable[[Path], str] = lambda folder: "Nothing was saved; start again."
     """Function that returns a message about how to continue after an interruption."""
     num_processes: Callable[[DictConfig], int] | None = None

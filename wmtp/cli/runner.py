@@ -11,46 +11,38 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import run_job as hydra_run_job
+from hydra.types import HydraContext
 
 from wmtp.cli.command import Command
 from wmtp.cli.env import load_environment, refuse_credentials
-from wmtp.cli.job import JobContext, launch, run_launched_worker, run_rank0, run_worker, shutdown_workers
-from wmtp.config.groups import group_options, is_group
-from wmtp.config.overrides import expand_argument, load_saved_overrides, parse_overrides, quote, to_hydra_override
-from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, did_you_mean
-from wmtp.distributed.worker import CONTEXT_VARIABLE
+from wmtp.cli.job import JobContext, run_job, run_worker
+from wmtp.cli.resolve import ResolvedJob, compose, resolve
+from wmtp.config.overrides import expand_argument, to_hydra_override
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
-from wmtp.runtime.processes import kill_on_parent_death, limit_threads, started_together
+from wmtp.runtime.processes import PARENT_VARIABLE, kill_on_parent_death, started_together
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
-from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE
 
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
-COMPLETION = ("-sc", "--shell-completion")
-"""Hydra options with which users install Tab completion, or with which a shell requests completions."""
 
 
 def run(command: Command) -> NoReturn:
     """Run a command, and end this process with the exit code of the command.
 
-    If this process is a worker that another process started, it only runs the job. If this process is a job of a sweep,
-    it is killed when the process of the sweep dies.
+    If this process is a rank above 0 of a run, it only runs the job. If another process of wmtp or torchrun started
+    this process, it is killed when that process dies.
     """
-    if (sweep := os.environ.pop(SWEEP_PID_VARIABLE, None)) is not None:
-        kill_on_parent_death(int(sweep))
-    if CONTEXT_VARIABLE in os.environ:
-        run_launched_worker(command.job)
-    if started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
+    if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
+        kill_on_parent_death(int(parent))
+    elif started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
         kill_on_parent_death(os.getppid())
     if started_together() and os.environ["RANK"] != "0":
         run_worker(command.job)
@@ -96,10 +88,25 @@ class CommandRunner:
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
-        overrides = self._prepare(arguments)
-        sys.argv = [sys.argv[0], *overrides]
+        if started_together() and self.command.num_processes is None:
+            problem = f"{self.command.name} runs in one process; run it without torchrun"
+            raise ConfigError([ConfigIssue("torchrun", "", problem)])
+        refuse_credentials(arguments)
+        arguments = self._download_remote(arguments)
+        if options:  # --help, --cfg and others are Hydra's own
+            self._run_hydra([to_hydra_override(argument) for argument in arguments if argument not in MULTIRUN])
+            return
+        resolved = resolve(self.command, arguments)
+        self.folder, self.is_temporary = resolved.folder, resolved.is_temporary
+        for warning in self.command.preflight(resolved.composed.checked.config, resolved.folder):
+            print(f"WARNING: {warning}", file=sys.stderr)
+        self._run_resolved(resolved)
+
+    def _run_hydra(self, arguments: list[str]) -> None:
+        """Run one of Hydra's own options, which print something and start no job."""
+        sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        main(self._run_job)()
+        main(lambda config: None)()
 
     def _sweep(self, arguments: list[str]) -> None:
         """Run a sweep, with one job for each combination of the values in the arguments."""
@@ -120,35 +127,12 @@ class CommandRunner:
         def _check(overrides: list[str]) -> list[ConfigIssue]:
             """Return the issues of the overrides of one job."""
             try:
-                check_overrides(command, overrides)
+                compose(command, overrides)
             except ConfigError as error:
                 return error.issues
             return []
 
         self.codes.append(run_sweep(command.name, self._download_remote(arguments), _check, command.end_sweep))
-
-    def _prepare(self, arguments: list[str]) -> list[str]:
-        """Check the arguments, choose the run folder, and return the overrides for Hydra."""
-        command = self.command
-        if started_together() and command.num_processes is None:
-            problem = f"{command.name} runs in one process; run it without torchrun"
-            raise ConfigError([ConfigIssue("torchrun", "", problem)])
-        if any(argument in COMPLETION for argument in arguments):
-            return arguments
-        refuse_credentials(arguments)
-        arguments = self._download_remote(arguments)
-        if any(argument.startswith("-") for argument in arguments):  # --help, --cfg: Hydra's own
-            return [to_hydra_override(argument) for argument in arguments if argument not in MULTIRUN]
-        overrides, config = check_overrides(command, arguments)
-        folder = command.folder(config, overrides)
-        if folder is None:
-            folder, self.is_temporary = Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")), True
-        self.folder = folder
-        for warning in command.preflight(config, folder):
-            print(f"WARNING: {warning}", file=sys.stderr)
-        if config.get("dry_run"):
-            overrides.append(f"++cache_dir={quote(folder / 'cache')}")
-        return [*overrides, f"hydra.run.dir={quote(folder)}"]
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
         """Download the runs whose S3 URLs are in the arguments, and replace the URLs with local paths.
@@ -167,15 +151,20 @@ class CommandRunner:
         except OSError as error:
             raise InputError(f"{error}; nothing was done") from error
 
-    def _run_job(self, config: DictConfig) -> float | None:
+    def _run_resolved(self, resolved: ResolvedJob) -> None:
+        """Run a resolved job: let Hydra write its files and set up the logging, and record the end of the job."""
+        settings = resolved.composed.hydra
+        context = HydraContext(resolved.composed.loader, Callbacks(settings))
+        hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+
+    def _run_job(self, resolved: ResolvedJob) -> None:
         """Run one job. Record its end in status.json and `self.codes`, and the traceback of an error in the log."""
-        hydra_config = HydraConfig.get()
-        folder = Path(hydra_config.runtime.output_dir)
+        folder, checked = resolved.folder, resolved.composed.checked
         try:
             status, progress = RunStatus(folder), JobProgress()
         except InputError as error:
             self.end(error.exit_code, str(error))
-            return None
+            return
 
         def _record(error: BaseException) -> None:
             """Record the error as the end of the run, and print its message."""
@@ -186,32 +175,18 @@ class CommandRunner:
                 log.info("the job ended: %s", state, exc_info=error)
             self.end(code, final_message(error, None if self.is_temporary else folder, self.command))
 
+        overrides = list(resolved.composed.hydra.hydra.overrides.task)
+        context = JobContext(checked.config, folder, overrides, progress, checked.inputs)
+        size = self.command.num_processes(checked.config) if self.command.num_processes else 1
+        self.has_shared_job = True
         try:
-            overrides = list(hydra_config.overrides.task)
-            config = self.command.complete(config, overrides)
-            if issues := self.command.find_issues(config):
-                raise ConfigError(issues)
-            value = self._dispatch(JobContext(config, folder, overrides, progress), _record)
+            run_job(self.command.job, context, size, _record)
             status.end("FINISHED", 0, progress)
         except BaseException as error:  # noqa: BLE001 - every end of the job is recorded
             with ignore_signals():
                 _record(error)
             if isinstance(error, InterruptedRun):
                 sys.exit(self.codes[-1])
-            return None
-        return value
-
-    def _dispatch(self, context: JobContext, record: Callable[[BaseException], None]) -> float | None:
-        """Run the job in as many processes as its config requires."""
-        command = self.command
-        if started_together():
-            self.has_shared_job = True
-            return run_rank0(command.job, context, record)
-        size = command.num_processes(context.config) if command.num_processes else 1
-        if size > 1:
-            return launch(command.job, context, size)
-        limit_threads()
-        return command.job(context)
 
     def end(self, code: int, message: str) -> None:
         """Print a message about the end of a job, and record the exit code of the job."""
@@ -237,40 +212,9 @@ class CommandRunner:
             self.folder.rmdir()
         if started_together() and not self.has_shared_job:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one of the other ranks ends
-            shutdown_workers(worst_exit_code(self.codes))
+            from wmtp.distributed.store import send_shutdown  # imports torch, which --help does not need
 
-
-def check_overrides(command: Command, arguments: list[str]) -> tuple[list[str], DictConfig]:
-    """Check the arguments of a command, and compose its config from them.
-
-    Returns:
-        The overrides in Hydra's syntax, and the config. If a run is resumed, its saved overrides are included.
-
-    Raises:
-        ConfigError: the arguments contain errors. The message lists all errors in syntax, groups, keys and values.
-    """
-    issues: list[ConfigIssue] = []
-    overrides: dict[tuple[str, str | None], str] = {}
-    for override in parse_overrides(load_saved_overrides(arguments) + arguments, issues):
-        key, text = override.key_or_group, override.input_line or ""
-        options = group_options(key) if is_group(key) else None
-        if options is not None and str(override.value()) not in options:
-            choice = str(override.value())
-            issues.append(ConfigIssue(key, choice, f"no such option; {did_you_mean(choice, options)}"))
-        else:
-            overrides[key, override.package] = to_hydra_override(text)
-    chosen = list(overrides.values())
-    config = DictConfig({})
-    try:
-        with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            config = command.complete(hydra.compose(command.name, chosen), chosen)
-    except (HydraException, OmegaConfBaseException) as error:
-        issues.append(ConfigIssue("config", "", " ".join(str(error).split())))
-    else:
-        issues += command.find_issues(config)
-    if issues:
-        raise ConfigError(issues)
-    return chosen, config
+            send_shutdown(worst_exit_code(self.codes))
 
 
 def final_message(error: BaseException, folder: Path | None, command: Command) -> str:

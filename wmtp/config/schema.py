@@ -61,6 +61,17 @@ class ConfigError(InputError):
 
 
 @dataclass(frozen=True)
+class CheckedConfig:
+    """A config that has been checked, with the issues that were found."""
+
+    config: DictConfig
+    """The composed config, completed with default values that depend on other inputs."""
+    issues: list[ConfigIssue]
+    inputs: Any = None
+    """Objects that were built or read for the check, and that the job uses. None if there are issues."""
+
+
+@dataclass(frozen=True)
 class Parameter:
     """The type of a config key, and whether the key is required."""
 

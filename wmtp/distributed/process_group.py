@@ -1,9 +1,8 @@
-"""Join the process group of a run, and communicate between its ranks with collective operations."""
+"""Communicate between the ranks of a process group with collective operations."""
 
 import json
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -120,23 +119,6 @@ class Processes:
     def barrier(self) -> None:
         """Wait until all ranks have called this method."""
         self.max(0)
-
-
-def join_group(device: torch.device, timeout: float) -> None:
-    """Join the process group that the environment variables of the launcher describe.
-
-    A collective operation fails after `timeout` seconds.
-    """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-
-
-def leave_group() -> None:
-    """Leave the process group, if this process has joined one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def local_rank() -> int:

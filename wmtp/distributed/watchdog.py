@@ -1,6 +1,7 @@
-"""A watchdog that ends this rank if another rank of the run dies."""
+"""A watchdog that ends this rank if it hangs after another rank has died, or after a second signal."""
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -14,31 +15,33 @@ from torch.distributed.distributed_c10d import Store
 
 from wmtp.distributed.exit_reports import PEER_FAILED, ExitReport
 from wmtp.distributed.process_group import OtherProcessFailed, Processes
+from wmtp.errors import InterruptedRun
 from wmtp.runtime.processes import is_alive
-from wmtp.runtime.signals import is_sigterm_ignored
+from wmtp.runtime.signals import SIGNALS, interrupt_error, is_sigterm_ignored
 
 POLL_INTERVAL_S = 0.5
 """Seconds between checks of the other ranks."""
 FAILED_KEY = "failed"
 """Key under which a rank that failed writes its number into the key-value store of the ranks."""
-ABORT_GRACE_S, CLOSE_GRACE_S = 3.0, 20.0
-"""Seconds after the failure of another rank until the watchdog ends this process. The second number applies while this
-process closes files and uploads data after an error."""
+ABORT_GRACE_S, CLOSE_GRACE_S, SIGNAL_GRACE_S = 3.0, 20.0, 5.0
+"""Seconds until the watchdog ends this process: after the failure of another rank, after such a failure while this
+process closes files and uploads data, and after the second signal."""
 SETTLE_S = 0.2
 """Seconds to wait after a connection to another rank broke, until the end of a dying process can be observed."""
 
 
 class Watchdog:
-    """A thread that ends this process if another rank fails and this process hangs because of it.
+    """A thread that ends this process if it hangs although another rank failed or two signals arrived.
 
     The thread starts when the process group exists, and stops in `exit_barrier`. It looks for ranks that reported a
     failure, and for ranks on this machine that died before they were done. If there is such a rank, this process has a
     few seconds to end by itself. It may be unable to do so, because it waits in a call that cannot be interrupted (for
-    example, a collective operation of NCCL). Then the watchdog calls `on_hang` with the number of the failed rank, and
-    ends this process with the exit code that `on_hang` returns.
+    example, a collective operation of NCCL). Then the watchdog calls `on_hang` with an error that names the failed
+    rank, and ends this process with the exit code that `on_hang` returns. During such a call, Python handles no signal,
+    either. Therefore the watchdog counts SIGINT and SIGTERM itself, and the second one has the same effect.
     """
 
-    def __init__(self, processes: Processes, store: Store, on_hang: Callable[[int], int]) -> None:
+    def __init__(self, processes: Processes, store: Store, on_hang: Callable[[BaseException], int]) -> None:
         self.rank, self.size = processes.rank, processes.size
         self.store, self.on_hang = store, on_hang
         all_processes = processes.gather([_machine(), os.getpid()])
@@ -48,6 +51,12 @@ class Watchdog:
             if machine == _machine() and rank != self.rank
         }
         self._stopped = threading.Event()
+        self._received: list[int] = []
+        self._signals, writer = socket.socketpair()
+        self._signals.setblocking(False)
+        writer.setblocking(False)
+        self._writer = writer
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def exit_barrier(self, timeout: float) -> None:
@@ -58,10 +67,15 @@ class Watchdog:
         """
         self.store.set(_done_key(self.rank), "")
         self._wait_until_done(timeout)
-        self._stopped.set()
+        self.stop()
         self.store.set(_stopped_key(self.rank), "")
         if self.rank == 0:  # rank 0 may host the store, which the other ranks still read
             self._wait_until_stopped()
+
+    def stop(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        signal.set_wakeup_fd(-1)
 
     def dead_rank(self) -> int | None:
         """Return another rank that failed, or None if there is no such rank.
@@ -116,15 +130,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_INTERVAL_S):
-            if (dead := self.dead_rank()) is not None:
+            if (reason := self._reason_to_end()) is not None:
                 break
         else:
             return
+        grace = SIGNAL_GRACE_S if isinstance(reason, InterruptedRun) else ABORT_GRACE_S
         started = time.monotonic()
         while not self._stopped.wait(0.1):
-            waited = time.monotonic() - started
-            if waited > (CLOSE_GRACE_S if is_sigterm_ignored() else ABORT_GRACE_S):
-                os._exit(self.on_hang(dead))
+            if time.monotonic() - started > (CLOSE_GRACE_S if is_sigterm_ignored() else grace):
+                os._exit(self.on_hang(reason))
+
+    def _reason_to_end(self) -> BaseException | None:
+        """Return an error if another rank has failed or if this process has received two signals, otherwise None."""
+        if (dead := self.dead_rank()) is not None:
+            return OtherProcessFailed(dead, "died", 1)
+        with suppress(BlockingIOError):
+            self._received += [number for number in self._signals.recv(4096) if number in SIGNALS]
+        return interrupt_error(self._received[-1]) if len(self._received) > 1 else None
 
 
 def _done_key(rank: int) -> str:

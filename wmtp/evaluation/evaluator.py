@@ -21,7 +21,6 @@ from wmtp.data.records import Record
 from wmtp.data.sources import DataSource
 from wmtp.data.split import build_split
 from wmtp.data.token_cache import records_fingerprint
-from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.perplexity import prediction_metrics
@@ -31,7 +30,7 @@ from wmtp.evaluation.settings import Evaluation
 from wmtp.evaluation.summary import decoding_summary, pass_summary, print_report
 from wmtp.evaluation.validate import evaluation_identity
 from wmtp.generation.settings import Decoding
-from wmtp.models.loading import check_max_positions, checkpoint_position, find_checkpoint, load_trained, read_run_config
+from wmtp.models.loading import TrainedCheckpoint, check_max_positions
 from wmtp.models.mtp import MtpModel
 from wmtp.report.run_report import rewrite_report
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
@@ -52,17 +51,14 @@ class Evaluator:
     Samples that are already in the folder are not generated again.
     """
 
-    def __init__(self, config: DictConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: DictConfig, folder: Path, checkpoint: TrainedCheckpoint) -> None:
+        self.config, self.folder, self.checkpoint = config, folder, checkpoint
         self.console = Console(markup=False)
         self.settings: Evaluation = build(config.evaluation)
         self.decoding: Decoding = build(config.generation)
-        self.checkpoint, config_path = find_checkpoint(Path(config.checkpoint.path))
-        self.run_folder = config_path.parent
+        self.run_folder = checkpoint.run_folder
         self.cache_dir = Path(config.cache_dir)
-        trained = read_run_config(config_path)
-        tokenizer: Tokenizer = build(trained.model.tokenizer, cache_dir=self.cache_dir)
-        self.source: DataSource = build(config.data, tokenizer=tokenizer)
+        self.source: DataSource = build(config.data, tokenizer=checkpoint.tokenizer(self.cache_dir))
         self.split = self.settings.split or ("all" if self.source.is_test_set else "test")
         self.hardware: Hardware = build(config.hardware)
 
@@ -81,9 +77,9 @@ class Evaluator:
         started = time.monotonic()
         records = self._read_records()
         problems = self._select_problems(records)
-        model = load_trained(self.checkpoint, self.source.tokenizer, self.hardware, self.cache_dir)
+        model = self.checkpoint.load_model(self.source.tokenizer, self.hardware, self.cache_dir)
         check_max_positions(model, self.source.max_length, "data.max_length")
-        step, epoch = checkpoint_position(self.checkpoint)  # not later: an active run may replace its best checkpoint
+        step, epoch = self.checkpoint.position  # not later: an active run may replace its best checkpoint
         isolation = find_isolation(self.settings.sandbox)
         if isolation.name == "none":
             log.warning(
@@ -96,7 +92,7 @@ class Evaluator:
         keys = [(problem.task_id, index) for problem in problems for index in range(self.settings.n)]
         rows = [results_log.results[key] for key in keys if key in results_log.results]
         summary = {
-            "checkpoint": str(self.checkpoint),
+            "checkpoint": str(self.checkpoint.path),
             "step": step,
             "epoch": epoch,
             "data": self.source.name,

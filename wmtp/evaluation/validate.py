@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config.schema import ConfigError, ConfigIssue, iter_nodes, node_issues, to_plain
+from wmtp.config.schema import CheckedConfig, ConfigError, ConfigIssue, iter_nodes, node_issues, to_plain
 from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
-from wmtp.models.loading import checkpoint_hash, find_checkpoint, read_run_config
+from wmtp.models.loading import TrainedCheckpoint, find_trained_checkpoint
 
 SAMPLING_TEMPERATURE = 0.8
 """Default temperature if several samples are generated for each prompt."""
@@ -36,18 +35,13 @@ def fill_temperature(config: DictConfig, n: object) -> DictConfig:
     return config
 
 
-def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
+def fill_run_data(config: DictConfig, overrides: list[str], trained: DictConfig) -> DictConfig:
     """Return the config with data settings of the run that trained the checkpoint.
 
     If the config names no data set, or the same data set as the run, the config gets all data settings of the run. If
     the config names another data set, it gets only the run's `max_length`. Settings in `overrides`, which come from the
-    command line, have precedence. If the checkpoint or the config of its run cannot be read, the config is returned
-    unchanged. In this case, `checkpoint_issues` reports the error.
+    command line, have precedence. `trained` is the config of the run.
     """
-    try:
-        trained = read_run_config(find_checkpoint(Path(config.checkpoint.path))[1])
-    except (InputError, OmegaConfBaseException):
-        return config
     config = config.copy()
     OmegaConf.set_struct(config, False)
     chosen = config.get("data")
@@ -66,23 +60,27 @@ def fill_run_data(config: DictConfig, overrides: list[str]) -> DictConfig:
     return config
 
 
-def evaluation_identity(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
+def evaluation_identity(config: DictConfig, checkpoint: TrainedCheckpoint) -> dict[str, Any]:
     """Return all settings that determine the samples, their statistics and their verdicts, as plain JSON values."""
     content = to_plain(config)
     parts: dict[str, Any] = {
         name: {key: value for key, value in content[name].items() if key not in excluded}
         for name, excluded in NON_IDENTITY_KEYS.items()
     }
-    return {"checkpoint": checkpoint_hash(checkpoint), "is_protected": config.evaluation.sandbox != "none", **parts}
+    return {"checkpoint": checkpoint.fingerprint, "is_protected": config.evaluation.sandbox != "none", **parts}
 
 
-def evaluation_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all issues of a config of the command `evaluate`."""
-    issues = _common_issues(config)
+def check_evaluation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Complete and check a config of the command `evaluate`. The `inputs` of the result are its checkpoint."""
+    checkpoint, checkpoint_issues = read_checkpoint(config)
+    config = fill_temperature(config, OmegaConf.select(config, "evaluation.n"))
+    if checkpoint is not None:
+        config = fill_run_data(config, overrides, checkpoint.config)
+    issues = [*_common_issues(config), *checkpoint_issues]
     invalid = {issue.key.split(".")[0] for issue in issues}
     if not invalid & {"evaluation", "generation"}:
         issues += sampling_issues(config)
-    return issues
+    return CheckedConfig(config, issues, checkpoint)
 
 
 def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
@@ -96,18 +94,20 @@ def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue("evaluation.n", str(n), "greedy samples are all the same; set generation.temperature above 0")
 
 
-def generation_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return all issues of a config of the command `generate`."""
-    issues = _common_issues(config)
+def check_generation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
+    """Complete and check a config of the command `generate`. The `inputs` of the result are its checkpoint."""
+    checkpoint, checkpoint_issues = read_checkpoint(config)
+    config = fill_temperature(config, config.n)
+    issues = [*_common_issues(config), *checkpoint_issues]
     if not issues and config.n > 1 and config.generation.temperature == 0:
         issues.append(
             ConfigIssue("n", str(config.n), "greedy answers are all the same; set generation.temperature above 0")
         )
-    return issues
+    return CheckedConfig(config, issues, checkpoint)
 
 
 def _common_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return the issues that both commands check: those of config nodes, of the hardware and of the checkpoint."""
+    """Return the issues that both commands check: those of config nodes and of the hardware."""
     issues = list(node_issues(config, ""))
     for key, node in iter_nodes(config):
         issues += node_issues(node, key)
@@ -119,23 +119,25 @@ def _common_issues(config: DictConfig) -> list[ConfigIssue]:
         if hardware.num_processes > 1:
             problem = "only training can use several processes; choose another hardware, such as auto"
             issues.append(ConfigIssue("hardware.num_processes", str(hardware.num_processes), problem))
-    return [*issues, *checkpoint_issues(config)]
+    return issues
 
 
-def checkpoint_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if there is no checkpoint, or if the run that trained the checkpoint has no valid config."""
+def read_checkpoint(config: DictConfig) -> tuple[TrainedCheckpoint | None, list[ConfigIssue]]:
+    """Find and verify the checkpoint that a config names, and read the config of its run.
+
+    Returns:
+        The checkpoint, or None if there is none that can be used; and the issues that explain why.
+    """
     if OmegaConf.is_missing(config.checkpoint, "path"):
-        yield ConfigIssue(
-            "checkpoint", "", "missing; set it to the folder of a run or of a checkpoint: checkpoint=outputs/…"
-        )
-        return
+        problem = "missing; set it to the folder of a run or of a checkpoint: checkpoint=outputs/…"
+        return None, [ConfigIssue("checkpoint", "", problem)]
     path = Path(config.checkpoint.path)
     if not path.exists():
-        yield ConfigIssue("checkpoint", str(path), f"does not exist; relative paths are relative to {Path.cwd()}")
-        return
+        problem = f"does not exist; relative paths are relative to {Path.cwd()}"
+        return None, [ConfigIssue("checkpoint", str(path), problem)]
     try:
-        read_run_config(find_checkpoint(path)[1])
+        return find_trained_checkpoint(path), []
     except ConfigError as error:
-        yield from error.issues
+        return None, error.issues
     except InputError as error:
-        yield ConfigIssue("checkpoint", str(path), str(error))
+        return None, [ConfigIssue("checkpoint", str(path), str(error))]

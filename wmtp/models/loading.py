@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from wmtp.checkpoint.manifest import find_damage
 from wmtp.checkpoint.state import load_model
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config.schema import ConfigError, ConfigIssue, build, load_run_config, node_issues
@@ -25,22 +27,69 @@ MODEL_FOLDER = "model"
 """Name of the subfolder of a run that contains copies of the config and tokenizer of the run's pretrained model."""
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Return the path of a checkpoint, and the path of the config.yaml of the checkpoint's run.
+@dataclass(frozen=True)
+class TrainedCheckpoint:
+    """A checkpoint whose files were verified, together with the config of its run."""
 
-    `path` is either a checkpoint or the folder of a run. If it is the folder of a run, the best checkpoint of the run
-    is chosen. If no checkpoint is marked as the best, the latest checkpoint is chosen.
+    path: Path
+    run_folder: Path
+    config: DictConfig
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the manifest, which contains the hashes of all other files of the checkpoint."""
+        return hashlib.sha256((self.path / "manifest.json").read_bytes()).hexdigest()
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The training step and the epoch at which the checkpoint was saved."""
+        position = json.loads((self.path / "state.json").read_text())["position"]
+        return int(position["step"]), int(position["epoch"])
+
+    def tokenizer(self, cache_dir: Path) -> Tokenizer:
+        """Return the tokenizer with which the model was trained."""
+        tokenizer: Tokenizer = build(self.config.model.tokenizer, cache_dir=cache_dir)
+        return tokenizer
+
+    def load_model(self, tokenizer: Tokenizer, hardware: Hardware, cache_dir: Path) -> MtpModel:
+        """Build the model from the config of the run, without a value head, and load its weights.
+
+        Raises:
+            InputError: files are missing, or the model was trained with another tokenizer.
+        """
+        source = build_source(self.config.model, tokenizer, cache_dir)
+        return load_weights(self.path, source.empty(), tokenizer, hardware, verified=True)
+
+
+def find_trained_checkpoint(path: Path) -> TrainedCheckpoint:
+    """Find and verify the checkpoint that `path` names, and read the config of its run.
 
     Raises:
-        InputError: there is no checkpoint.
+        InputError: there is no undamaged checkpoint, or the config of its run is missing or not valid.
     """
-    if (path / "manifest.json").exists():
-        return path, path.parent.parent / "config.yaml"
-    if not (path / "checkpoints").is_dir():
+    checkpoint, run_folder = find_checkpoint(path)
+    return TrainedCheckpoint(checkpoint, run_folder, read_run_config(run_folder / "config.yaml"))
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """Find and verify a checkpoint. Return its path, and the folder of its run.
+
+    `path` is either a checkpoint or the folder of a run. If it is the folder of a run, the best checkpoint of the run
+    is chosen. If no checkpoint is marked as the best, the latest undamaged checkpoint is chosen.
+
+    Raises:
+        InputError: there is no checkpoint, or the chosen checkpoint is damaged.
+    """
+    is_checkpoint = (path / "manifest.json").exists()
+    if not is_checkpoint and not (path / "checkpoints").is_dir():
         problem = "neither a run's folder nor a checkpoint nor a pretrained model"
         raise InputError(f"{path}: {problem}: it has no checkpoints, manifest.json or config.json")
-    store = CheckpointStore(path)
-    return store.best() or store.latest(), path / "config.yaml"
+    chosen, run_folder = (path, path.parent.parent) if is_checkpoint else (CheckpointStore(path).best(), path)
+    if chosen is None:
+        return CheckpointStore(path).latest(), run_folder  # `latest` verifies it
+    if (damage := find_damage(chosen)) is not None:
+        raise InputError(f"{chosen}: no complete checkpoint: {damage}")
+    return chosen, run_folder
 
 
 def read_run_config(path: Path) -> DictConfig:
@@ -81,14 +130,18 @@ def build_source(node: DictConfig, tokenizer: Tokenizer | None, cache_dir: Path)
     return source
 
 
-def load_weights(checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardware: Hardware) -> MtpModel:
+def load_weights(
+    checkpoint: Path, model: MtpModel, tokenizer: Tokenizer, hardware: Hardware, *, verified: bool = False
+) -> MtpModel:
     """Load the weights of a checkpoint into a model, and return the model after moving it to the device of `hardware`.
+
+    If `verified` is true, the files of the checkpoint were verified before, and they are not verified again.
 
     Raises:
         InputError: the checkpoint is damaged, was trained with another tokenizer or base model, or does not match
             the model.
     """
-    snapshot = load(checkpoint, optimizer=False)
+    snapshot = load(checkpoint, optimizer=False, verified=verified)
     stored, current = snapshot.state["identity"]["tokenizer"], tokenizer.fingerprint
     if stored != current:
         raise InputError(f"{checkpoint}: was trained with another tokenizer: {stored[:16]}…, current: {current[:16]}…")
@@ -117,9 +170,9 @@ def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir
     if (path / "config.json").is_file():
         return _load_pretrained(path, tokenizer).to(hardware.device)
     paths = hardware.processes.run_on_main(lambda: [str(p) for p in find_checkpoint(path)])
-    checkpoint, config_path = map(Path, paths)
-    source = build_source(read_run_config(config_path).model, tokenizer, cache_dir)
-    return load_weights(checkpoint, source.empty(), tokenizer, hardware)
+    checkpoint, run_folder = map(Path, paths)
+    trained = TrainedCheckpoint(checkpoint, run_folder, read_run_config(run_folder / "config.yaml"))
+    return trained.load_model(tokenizer, hardware, cache_dir)
 
 
 def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
@@ -148,14 +201,3 @@ def check_max_positions(model: MtpModel, length: int, key: str) -> None:
     limit = model.architecture.max_positions
     if limit is not None and length > limit:
         raise InputError(f"{key}={length}: the model reads {limit} tokens at most")
-
-
-def checkpoint_hash(checkpoint: Path) -> str:
-    """Return a hash of the manifest of a checkpoint. The other files of the checkpoint are not verified."""
-    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-
-
-def checkpoint_position(checkpoint: Path) -> tuple[int, int]:
-    """Return the training step and the epoch at which a checkpoint was saved. The checkpoint must be undamaged."""
-    position = json.loads((checkpoint / "state.json").read_text())["position"]
-    return int(position["step"]), int(position["epoch"])

@@ -17,6 +17,10 @@ import psutil
 PR_SET_PDEATHSIG = 1
 
 
+PARENT_VARIABLE = "WMTP_PARENT"
+"""Environment variable of a process that is to end when another process dies. It contains the id of that process."""
+
+
 def kill_on_parent_death(launcher: int) -> None:
     """Make this process end when its launcher dies. If the launcher is already dead, end this process now.
 

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import IO
 
 from wmtp.errors import InterruptedRun
-from wmtp.runtime.processes import CORES_VARIABLE, num_cores
+from wmtp.runtime.processes import CORES_VARIABLE, PARENT_VARIABLE, num_cores
 from wmtp.runtime.signals import SIGNALS
 
 STDERR_LINES = 60
 """Number of lines that are kept from the end of each job's standard error."""
 POLL_INTERVAL_S = 0.1
-SWEEP_PID_VARIABLE = "WMTP_SWEEP"
-"""Environment variable with the process id of the sweep. A job is killed when the process with this id ends."""
 OnStart = Callable[[int], None]
 """Callback that receives the number of a job that starts."""
 OnEnd = Callable[[int, int, str], None]
@@ -92,7 +90,7 @@ class JobProcess:
     """The process of one job. It has its own session, so that Ctrl-C does not interrupt it directly."""
 
     def __init__(self, command: list[str], console: Path | None, cores: int) -> None:
-        environment = {**os.environ, CORES_VARIABLE: str(cores), SWEEP_PID_VARIABLE: str(os.getpid())}
+        environment = {**os.environ, CORES_VARIABLE: str(cores), PARENT_VARIABLE: str(os.getpid())}
         self._console: IO[str] | None = None
         if console is not None:
             console.parent.mkdir(parents=True, exist_ok=True)

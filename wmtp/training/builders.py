@@ -50,7 +50,7 @@ class Components:
         return self.data.tokenizer
 
 
-def build_components(config: DictConfig) -> Components:
+def build_components(config: DictConfig, algorithm: Algorithm | None = None) -> Components:
     """Set up the hardware, read the data and build the algorithm.
 
     Raises:
@@ -60,7 +60,9 @@ def build_components(config: DictConfig) -> Components:
     tokenizer = build_tokenizer(config, hardware)
     data = build_data(config, hardware, tokenizer)
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
-    algorithm: Algorithm = build(config.algo)
+    if algorithm is None:  # this process did not check the config
+        algorithm = build(config.algo)
+    assert algorithm is not None
     if algorithm.needs_token_labels:
         data = with_token_labels(data)
     return Components(hardware, data, algorithm, columns)

@@ -8,6 +8,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from wmtp.algorithms.base import Algorithm
 from wmtp.distributed.process_group import Processes
 from wmtp.models.shapes import model_shape
 from wmtp.objectives.mtp import MtpObjective
@@ -34,7 +35,7 @@ from wmtp.training.stage_results import require_same_stage
 from wmtp.training.trainer import Trainer
 
 
-def dry_run(config: DictConfig, folder: Path) -> None:
+def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None) -> None:
     """Print the config, and run one update and one validation batch of every stage.
 
     No checkpoint, metric or summary is written.
@@ -44,7 +45,7 @@ def dry_run(config: DictConfig, folder: Path) -> None:
     """
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
-    components = build_components(config)
+    components = build_components(config, algorithm)
     stage = build_stage(config, components)
     if stage is not None:
         if stage.reuse is not None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save_file
 
+from wmtp.algorithms.base import Algorithm
 from wmtp.checkpoint.state import Snapshot, Tensors
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.cli.runner import exit_state
@@ -61,7 +62,14 @@ log = logging.getLogger(__name__)
 class Run:
     """A training run with its folder. It consists of stage 1, which is optional, and stage 2."""
 
-    def __init__(self, config: DictConfig, folder: Path, progress: JobProgress, overrides: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        folder: Path,
+        progress: JobProgress,
+        overrides: Sequence[str],
+        algorithm: Algorithm | None = None,
+    ) -> None:
         """Create a run.
 
         Args:
@@ -69,9 +77,11 @@ class Run:
             folder: the folder of the run.
             progress: the object in which the last step and the reason for an early stop are stored.
             overrides: the overrides on the command line.
+            algorithm: the algorithm of the config, if the check of the config has built it in this process.
         """
         config = with_absolute_model_path(config)
         self.config, self.folder, self.progress, self.overrides = config, folder, progress, list(overrides)
+        self.algorithm = algorithm
         self.processes = Processes()
         self.resolved = OmegaConf.to_yaml(config, resolve=True)
         self.console = Console(markup=False, quiet=not self.processes.is_main)
@@ -120,7 +130,7 @@ class Run:
         If the run is resumed, the trainer starts from the state in the latest checkpoint.
         """
         self._print(f"Run folder: {self.folder}")
-        components = build_components(self.config)
+        components = build_components(self.config, self.algorithm)
         stage = build_stage(self.config, components)
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)

@@ -14,6 +14,7 @@ from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.config.groups import STAGE_GROUPS
 from wmtp.config.schema import (
     CONFIG_FOLDER,
+    CheckedConfig,
     ConfigIssue,
     Parameter,
     build,
@@ -59,8 +60,8 @@ REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_sto
 """Names of the config groups that must not be null."""
 
 
-def config_issues(config: DictConfig, stage: Stage | None = None) -> list[ConfigIssue]:
-    """Return all issues of a training config.
+def check_training(config: DictConfig, stage: Stage | None = None) -> CheckedConfig:
+    """Check a training config. The `inputs` of the result are its algorithm, which is built for the check.
 
     Issues within one config group come first. Contradictions between groups come next, but a group that has issues of
     its own is not checked for contradictions. The issues of the config of stage 1 come last.
@@ -72,22 +73,28 @@ def config_issues(config: DictConfig, stage: Stage | None = None) -> list[Config
     groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
     expected = (groups | schema(Plan) | schema(RunOptions) | schema(Trainer)).keys() - {"experiment"}
     if missing := [name for name in expected if name not in config]:
-        return [ConfigIssue(name, "", "is missing, but required") for name in missing]
+        return CheckedConfig(config, [ConfigIssue(name, "", "is missing, but required") for name in missing])
     issues = list(node_issues(config, "", groups | schema(Plan) | schema(RunOptions)))
     for key, node in iter_nodes(config):
         issues += node_issues(node, key, stage_overridable_keys() if key == "pretrain" else None)
     for name in groups:
         issues += group_issues(name, config.get(name))
     invalid = {issue.key.split(".")[0] for issue in issues}
-    issues += cross_issues(config, invalid, stage)
+    algorithm: Algorithm | None = None
+    if stage is None and "algo" not in invalid:
+        try:
+            algorithm = build(config.algo)
+        except InputError as error:
+            issues.append(ConfigIssue("algo", "", str(error)))
+    issues += cross_issues(config, invalid, stage, algorithm)
     if config.pretrain is not None and not invalid:
         known = {(issue.key, issue.problem) for issue in issues}
         issues += [
             replace(issue, key=f"pretrain.{issue.key}")
-            for issue in config_issues(stage_config(config), build(config.pretrain))
+            for issue in check_training(stage_config(config), build(config.pretrain)).issues
             if (issue.key, issue.problem) not in known
         ]
-    return issues
+    return CheckedConfig(config, issues, algorithm)
 
 
 def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:
@@ -116,7 +123,9 @@ def stage_overridable_keys() -> dict[str, Parameter]:
     return {name: Parameter(Any, False) for name in names}
 
 
-def cross_issues(config: DictConfig, invalid: set[str], stage: Stage | None) -> Iterator[ConfigIssue]:
+def cross_issues(
+    config: DictConfig, invalid: set[str], stage: Stage | None, algorithm: Algorithm | None
+) -> Iterator[ConfigIssue]:
     """Yield issues that concern more than one setting, options that a class rejects, and missing files or hardware.
 
     `invalid` contains the keys that already have issues. A check that needs one of these keys is skipped.
@@ -132,8 +141,8 @@ def cross_issues(config: DictConfig, invalid: set[str], stage: Stage | None) -> 
     ):
         if group not in invalid and config.get(group) is not None:
             yield from check(config)
-    if stage is None and not invalid & {"algo", "model", "data", "pretrain"}:
-        yield from algorithm_issues(config)
+    if algorithm is not None and not invalid & {"model", "data", "pretrain"}:
+        yield from algorithm_issues(config, algorithm)
     if not invalid & {"algo", "model", "early_stopping"}:
         yield from early_stopping_issues(config, stage)
     if not invalid & {"batch_size", "micro_batch_size", "hardware"}:
@@ -186,13 +195,8 @@ def data_issues(config: DictConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue("data.balance_correct", "true", problem)
 
 
-def algorithm_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[ConfigIssue]:
     """Yield an issue for each setting of stage 1, the data or the model that the algorithm does not support."""
-    try:
-        algorithm: Algorithm = build(config.algo)
-    except InputError as error:
-        yield ConfigIssue("algo", "", str(error))
-        return
     stage: Stage | None = None if config.pretrain is None else build(config.pretrain)
     if algorithm.needs_reference and algorithm.reference is None and not isinstance(stage, ReferenceStage):
         problem = "the algorithm needs a reference: train one with pretrain=rho1, or name one with algo.reference=PATH"

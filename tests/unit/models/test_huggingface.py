@@ -27,7 +27,7 @@ from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import MetricSums
-from wmtp.training.validate import config_issues
+from wmtp.training.validate import check_training
 
 LENGTH = 24
 QUICK = [
@@ -224,8 +224,8 @@ def test_missing_heads_are_created_or_omitted_with_a_warning(
 
 def test_validation_uses_the_number_of_heads_of_the_created_model(folders: Callable[[str], Path]) -> None:
     overrides = ["model=huggingface", f"model.path={folders('llama')}", "early_stopping.monitor=val/head_4_loss"]
-    assert not config_issues(compose_config(*overrides))
-    assert "head_4_loss" in str(config_issues(compose_config(*overrides, "model.create_heads=false"))[0])
+    assert not check_training(compose_config(*overrides)).issues
+    assert "head_4_loss" in str(check_training(compose_config(*overrides, "model.create_heads=false")).issues[0])
 
 
 def change_weights(path: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -278,8 +278,8 @@ def test_too_few_embeddings_for_the_tokenizer_are_refused(tmp_path: Path, tokeni
 
 def test_texts_longer_than_learned_positions_are_refused(folders: Callable[[str], Path]) -> None:
     overrides = ["model=huggingface", f"model.path={folders('gpt2')}"]
-    assert not config_issues(compose_config(*overrides, "data.max_length=512"))
-    (issue,) = config_issues(compose_config(*overrides, "data.max_length=513"))
+    assert not check_training(compose_config(*overrides, "data.max_length=512")).issues
+    (issue,) = check_training(compose_config(*overrides, "data.max_length=513")).issues
     assert (issue.key, issue.problem) == ("data.max_length", "the model reads 512 tokens at most")
 
 
@@ -404,5 +404,5 @@ def test_a_config_that_transformers_cannot_use_is_an_issue(folders: Callable[[st
     for name, value in {"hidden_act": "nosuch", "quantization_config": {"quant_method": "gptq", "bits": 4}}.items():
         config = json.loads((folders("llama") / "config.json").read_text()) | {name: value}
         (path / "config.json").write_text(json.dumps(config))
-        (issue,) = config_issues(compose_config("model=huggingface", f"model.path={path}"))
+        (issue,) = check_training(compose_config("model=huggingface", f"model.path={path}")).issues
         assert issue.key == "model.path", issue

@@ -21,7 +21,7 @@ from wmtp.models.huggingface.smollm2 import (
     smollm2_tokenizer,
 )
 from wmtp.models.lora import Lora
-from wmtp.training.validate import config_issues
+from wmtp.training.validate import check_training
 
 installed = pytest.mark.skipif(bool(smollm2.missing_packages()), reason="scripts/setup smollm2 was not run")
 
@@ -43,7 +43,9 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compose: Callable[..., object]
 ) -> None:
     cache = tmp_path / "cache"
-    assert not config_issues(compose_config("model=smollm2", f"cache_dir={cache}")), "validation converted the model"
+    assert not check_training(compose_config("model=smollm2", f"cache_dir={cache}")).issues, (
+        "validation converted the model"
+    )
     assert not cache.exists()
     tokenizer = smollm2_tokenizer(cache)
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.end])) == (49152, "")
@@ -66,9 +68,9 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
         states = model(tokens).states
         for head in states @ model.unembedding_weight.T:
             torch.testing.assert_close(head, read(tokens).logits, rtol=1e-4, atol=1e-4)
-    assert not config_issues(compose_config("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4"))
-    issue, *_ = config_issues(
+    assert not check_training(compose_config("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4")).issues
+    issue, *_ = check_training(
         compose_config("model=smollm2", f"cache_dir={cache}", "model.lora.rank=4", "model.lora.targets=[x]")
-    )
+    ).issues
     assert "q_proj" in issue.problem
     shutil.rmtree(cache)

@@ -1,0 +1,97 @@
+"""From the arguments of a command to a checked job."""
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from wmtp.cli.command import Command
+from wmtp.config.groups import group_options, is_group
+from wmtp.config.overrides import load_saved_overrides, parse_overrides, to_hydra_override
+from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
+
+
+@dataclass(frozen=True)
+class ComposedJob:
+    """A checked config, with the overrides from which it was composed and with Hydra's settings."""
+
+    checked: CheckedConfig
+    overrides: list[str]
+    """Overrides in Hydra's syntax from which the config was composed, including those of Hydra's own settings."""
+    hydra: DictConfig
+    """The composed config with the node `hydra`, which contains Hydra's own settings."""
+    loader: ConfigLoader
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job with everything that its arguments determine: the checked config, Hydra's settings, and the folder."""
+
+    composed: ComposedJob
+    folder: Path
+    is_temporary: bool
+    """True if the folder is removed at the end of the job."""
+
+
+def resolve(command: Command, arguments: list[str]) -> ResolvedJob:
+    """Compose and check the config of a command, find the checkpoint that it names, and choose the folder.
+
+    Raises:
+        ConfigError: the arguments contain errors, or the folder cannot be used.
+    """
+    job = compose(command, arguments)
+    named = command.folder(job.checked, job.overrides)
+    folder = named or Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-"))
+    if job.checked.config.get("dry_run"):
+        job.checked.config.cache_dir = str(folder / "cache")
+    with open_dict(job.hydra):
+        job.hydra.hydra.run.dir = str(folder)
+    return ResolvedJob(job, folder, named is None)
+
+
+def compose(command: Command, arguments: list[str]) -> ComposedJob:
+    """Compose and check the config of a command. This creates no folder.
+
+    Raises:
+        ConfigError: the arguments contain errors. The message lists all errors in syntax, groups, keys and values.
+    """
+    issues: list[ConfigIssue] = []
+    overrides = merge_overrides(load_saved_overrides(arguments) + arguments, issues)
+    checked = CheckedConfig(DictConfig({}), issues)
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_FOLDER), command.name, version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            composed = hydra.compose(command.name, overrides, return_hydra_config=True)
+        config = copy.deepcopy(composed)
+        with open_dict(config):
+            del config["hydra"]
+        checked = command.check(config, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        issues.append(ConfigIssue("config", "", " ".join(str(error).split())))
+    if issues or checked.issues:
+        raise ConfigError([*issues, *checked.issues])
+    return ComposedJob(checked, overrides, composed, loader)
+
+
+def merge_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[str]:
+    """Convert arguments to overrides in Hydra's syntax. If a key is set several times, the last value remains.
+
+    An issue is appended to `issues` for each argument that is not an override or that chooses an unknown option.
+    """
+    overrides: dict[tuple[str, str | None], str] = {}
+    for override in parse_overrides(arguments, issues):
+        key = override.key_or_group
+        options = group_options(key) if is_group(key) else None
+        if options is not None and str(override.value()) not in options:
+            choice = str(override.value())
+            issues.append(ConfigIssue(key, choice, f"no such option; {did_you_mean(choice, options)}"))
+        else:
+            overrides[key, override.package] = to_hydra_override(override.input_line or "")
+    return list(overrides.values())
