@@ -137,18 +137,10 @@ def category_counts(sizes: dict[Category, int], selection: Selection) -> dict[Ca
     Raises:
         InputError: a category is empty or has too few records.
     """
-    shares = target_shares(selection)
-
-    def _allocate(n: int) -> dict[Category, int]:
-        """Divide `n` among the categories."""
-        return dict(zip(shares, allocate_counts(list(shares.values()), n), strict=True))
-
-    n = selection.n_samples
-    if n is None:
+    shares, n = target_shares(selection), selection.n_samples
+    if n is None:  # n * share <= size, so a rounded count is at most the size too
         n = min(int(sizes[category] / share + 1e-9) for category, share in shares.items())
-        while any(count > sizes[category] for category, count in _allocate(n).items()):
-            n -= 1
-    counts = _allocate(n)
+    counts = dict(zip(shares, allocate_counts(list(shares.values()), n), strict=True))
     for category, count in counts.items():
         if count > sizes[category] or not sizes[category]:
             bin_, correct = category
