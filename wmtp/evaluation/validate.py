@@ -7,10 +7,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from wmtp.checkpoint.manifest import manifest_hash
 from wmtp.config.schema import ConfigError, ConfigIssue, iter_nodes, node_issues, to_plain
 from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
-from wmtp.models.loading import checkpoint_hash, find_checkpoint, read_run_config
+from wmtp.models.loading import find_checkpoint, read_run_config
 
 SAMPLING_TEMPERATURE = 0.8
 """Default temperature if several samples are generated for each prompt."""
@@ -73,7 +74,7 @@ def evaluation_identity(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
         name: {key: value for key, value in content[name].items() if key not in excluded}
         for name, excluded in NON_IDENTITY_KEYS.items()
     }
-    return {"checkpoint": checkpoint_hash(checkpoint), "is_protected": config.evaluation.sandbox != "none", **parts}
+    return {"checkpoint": manifest_hash(checkpoint), "is_protected": config.evaluation.sandbox != "none", **parts}
 
 
 def evaluation_issues(config: DictConfig) -> list[ConfigIssue]:

@@ -1,6 +1,5 @@
 """Loading of trained models from the folder of a run, from a checkpoint, or from the folder of a pretrained model."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -148,11 +147,6 @@ def check_max_positions(model: MtpModel, length: int, key: str) -> None:
     limit = model.architecture.max_positions
     if limit is not None and length > limit:
         raise InputError(f"{key}={length}: the model reads {limit} tokens at most")
-
-
-def checkpoint_hash(checkpoint: Path) -> str:
-    """Return a hash of the manifest of a checkpoint. The other files of the checkpoint are not verified."""
-    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def checkpoint_position(checkpoint: Path) -> tuple[int, int]:

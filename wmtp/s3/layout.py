@@ -4,7 +4,8 @@ import json
 from collections.abc import Container
 from pathlib import Path
 
-from wmtp.checkpoint.listing import complete_checkpoints, manifest_hash, read_pointer
+from wmtp.checkpoint.listing import complete_checkpoints, read_pointer
+from wmtp.checkpoint.manifest import manifest_hash
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PROVENANCE, RESUMES, RUN, SAVED_OVERRIDES, SYNC_STATE
 
