@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from wmtp.config.moved_targets import update_targets
+from wmtp.config.moved_targets import update_config
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import EVALUATIONS, PRETRAIN, PROVENANCE, TOKENS, read_status
 from wmtp.tracking.jsonl import FILE_NAME, read_metrics
@@ -31,7 +31,7 @@ class RunRecord:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The config of the run, read from config.yaml."""
-        content: dict[str, Any] = update_targets(_yaml(self.folder / "config.yaml"))
+        content: dict[str, Any] = update_config(_yaml(self.folder / "config.yaml"))
         return content
 
     @cached_property

@@ -30,7 +30,7 @@ from wmtp.s3.multipart import (
 )
 from wmtp.s3.options import CREDENTIAL_VARIABLES, S3Options, check_endpoint, redact, split_url
 
-__all__ = ["LocalFileError", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
+__all__ = ["LocalFileError", "S3Folder", "StoreError", "StoreUnreachable"]
 log = logging.getLogger(__name__)
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 2
 """Limits of one request: seconds to connect, seconds to wait for a response, and the number of attempts."""
@@ -375,9 +375,7 @@ class S3Folder:
         except BotoCoreError as error:
             raise InputError(f"{self.display_url}: {error}; set {CREDENTIAL_VARIABLES}, or AWS_PROFILE") from error
         except ValueError as error:
-            problem = (
-                f"{redact(str(error))}; set endpoint_url, or AWS_ENDPOINT_URL_S3, to one such as https://host:port"
-            )
+            problem = f"{redact(str(error))}; set checkpoint.s3.endpoint_url, or AWS_ENDPOINT_URL_S3, to one such as https://host:port"
             raise InputError(f"{self.display_url}: {problem}") from error
 
     @contextmanager
@@ -407,7 +405,7 @@ def _get_field(response: dict[str, Any], name: str, where: str) -> str:
         InputError: the field is missing. This happens if the endpoint is a web server but not an S3 store.
     """
     if name not in response:
-        problem = "does not answer as an S3 store does; see checkpoint.endpoint_url and AWS_ENDPOINT_URL_S3"
+        problem = "does not answer as an S3 store does; see checkpoint.s3.endpoint_url and AWS_ENDPOINT_URL_S3"
         raise InputError(f"{where}: {problem}")
     return str(response[name])
 

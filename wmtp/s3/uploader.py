@@ -12,7 +12,6 @@ from rich.console import Console
 from wmtp.checkpoint import manifest
 from wmtp.checkpoint.listing import read_pointer
 from wmtp.errors import InputError, PendingError
-from wmtp.field_types import Positive, PositiveFloat
 from wmtp.runtime.atomic_files import folder_size, read_or_none
 from wmtp.runtime.background import SHUTDOWN_LIMIT_S, SHUTDOWN_STALL_S, BackgroundSender, format_error
 from wmtp.runtime.locks import file_lock
@@ -27,6 +26,7 @@ from wmtp.s3.layout import (
     pending_checkpoints,
     stage_of,
 )
+from wmtp.s3.options import S3Settings
 from wmtp.s3.progress import TransferProgress
 from wmtp.s3.retention import delete_superseded, read_remote_best
 from wmtp.s3.run_files import RunFilesUploader
@@ -48,33 +48,32 @@ class CheckpointUploader:
     def __init__(
         self,
         folder: Path,
-        remote: S3Folder,
+        url: str,
+        settings: S3Settings,
+        keep_last: int,
         console: Console | None = None,
         is_training: bool = True,
-        *,
-        keep_last: Positive,
-        stall_seconds: PositiveFloat,
-        close_seconds: PositiveFloat,
     ) -> None:
         """Start the background thread.
 
         Args:
             folder: the run's folder.
-            remote: the folder of the run in S3.
+            url: S3 URL of the run.
+            settings: settings of the store, and the time limits of `close`.
+            keep_last: number of the newest checkpoints of each stage that S3 keeps. The best checkpoint is also kept.
             console: console on which `close` shows the progress. None shows no progress.
             is_training: True if this process trains the run. If it is False, `close_seconds` has no effect.
-            keep_last: number of the newest checkpoints of each stage that S3 keeps. The best checkpoint is also kept.
-            stall_seconds: maximum seconds that `close` waits for a store that does not respond.
-            close_seconds: maximum seconds that `close` waits for a store that responds.
+
+        Raises:
+            InputError: a setting is not valid.
         """
-        self.folder, self.remote, self.console = folder, remote, console
-        self.is_training, self.keep_last = is_training, keep_last
-        self.stall_seconds, self.close_seconds = stall_seconds, close_seconds
+        self.folder, self.remote, self.settings = folder, S3Folder(url, settings), settings
+        self.keep_last, self.console, self.is_training = keep_last, console, is_training
         self.uploaded: list[str] = []
         """Paths of the checkpoints that this uploader has uploaded. They are relative to the run's folder."""
         self._damaged: dict[Path, bytes] = {}
-        self._sender = BackgroundSender(remote.display_url, self._upload)
-        self._files = RunFilesUploader(folder, remote, self._send, self._sender.retry)
+        self._sender = BackgroundSender(self.server, self._upload)
+        self._files = RunFilesUploader(folder, self.remote, self._send, self._sender.retry)
         self._bytes_sent = self._bytes_of_current = 0
         self._current_key = ""
         self._stages_to_prune = set(STAGES)
@@ -95,11 +94,8 @@ class CheckpointUploader:
         checkpoints = f"{num_checkpoints} checkpoint{'' if num_checkpoints == 1 else 's'}"
         return f"{checkpoints} and {num_files} other file{'' if num_files == 1 else 's'} sent to {self.remote.url}"
 
-    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Do nothing. The metrics are uploaded with the next checkpoint, because metrics.jsonl contains them."""
-
     def close(self, state: str) -> None:
-        """Wait until all data of the run are uploaded, or until a time limit of the constructor is reached.
+        """Wait until all data of the run are uploaded, or until a time limit of the settings is reached.
 
         Args:
             state: final state of the run. If this process trained the run and `state` is not FINISHED, the time limits
@@ -108,7 +104,7 @@ class CheckpointUploader:
         Raises:
             PendingError: some data were not uploaded.
         """
-        limit, stall = self.close_seconds if self.is_training else math.inf, self.stall_seconds
+        limit, stall = self.settings.close_seconds if self.is_training else math.inf, self.settings.stall_seconds
         if self.is_training and state != "FINISHED":
             limit, stall = min(SHUTDOWN_LIMIT_S, limit), min(SHUTDOWN_STALL_S, stall)
         before = self._bytes_sent

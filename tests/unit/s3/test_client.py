@@ -22,7 +22,8 @@ from tests.support.servers import ObjectStore
 from wmtp.errors import InputError
 from wmtp.runtime.background import BackgroundSender
 from wmtp.s3 import client as remote
-from wmtp.s3.client import LocalFileError, S3Folder, S3Options, StoreError, StoreUnreachable
+from wmtp.s3.client import LocalFileError, S3Folder, StoreError, StoreUnreachable
+from wmtp.s3.options import S3Options
 from wmtp.s3.retention import delete_superseded
 
 pytestmark = [

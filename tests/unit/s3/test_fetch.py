@@ -17,9 +17,10 @@ from wmtp.checkpoint.manifest import find_damage
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import LOCK
-from wmtp.s3.client import S3Options, StoreUnreachable
+from wmtp.s3.client import StoreUnreachable
 from wmtp.s3.fetch import fetch_run, find_run, local_folder
 from wmtp.s3.layout import is_uploaded
+from wmtp.s3.options import S3Options
 
 pytestmark = [
     pytest.mark.servers,
