@@ -86,7 +86,7 @@ def test_an_unchanged_run_is_not_sent_again(make_run: MakeRun, proxy: FaultyProx
     ).unlink()  # as if the process was killed just before writing this file
     before = proxy.requests["PUT"]
     second_upload = run.upload_all()
-    assert second_upload.uploaded == [] and proxy.requests["PUT"] == before
+    assert second_upload.checkpoints.sent == [] and proxy.requests["PUT"] == before
     assert second_upload.report == f"{run.url}: nothing was missing"
     assert (
         pending_checkpoints(run.folder, run.url, 2) == [] and pending_checkpoints(run.folder, run.url + "-b", 2) != []
@@ -113,7 +113,7 @@ def test_manifest_is_visible_only_after_all_its_files(make_run: MakeRun, monkeyp
         path = run.save(number)
         wait_until(lambda path=path: is_uploaded(path, run.url))
     uploader.close("FINISHED")
-    assert problems == [] and len(uploader.uploaded) == 4
+    assert problems == [] and len(uploader.checkpoints.sent) == 4
 
 
 def test_upload_survives_errors_drops_and_a_stall(make_run: MakeRun, proxy: FaultyProxy) -> None:
@@ -147,7 +147,7 @@ def test_checkpoints_are_uploaded_after_an_outage(
     assert run.local_steps() == [step(number) for number in range(1, 6)]
     proxy.dead = False
     second_upload = run.upload_all()  # meanwhile, the thread of the first uploader ends
-    assert len(second_upload.uploaded) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
+    assert len(second_upload.checkpoints.sent) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
     run.store.prune()
     assert run.local_steps() == [step(2), step(4), step(5)]
 
@@ -205,7 +205,7 @@ def test_three_checkpoints_remain_after_slow_uploads_and_a_failed_removal(
 
     monkeypatch.setattr(shutil, "rmtree", fail_once)
     proxy.delay = 0.02
-    proxy.answer(500, 3, ("POST",))  # all attempts of boto3 for the first removal in S3
+    proxy.answer(403, 1, ("POST",))  # the first removal in S3
     uploader = run.start_uploader()
     for number in range(1, 8):
         path = run.save(number, best=0.5 if number == 2 else None)
@@ -405,7 +405,7 @@ def test_config_builds_store_and_uploader(make_run: MakeRun, compose: Any) -> No
     (uploader,) = open_uploaders(config, run.folder, Console(quiet=True), is_training=True)
     assert isinstance(uploader, CheckpointUploader)
     uploader.close("FINISHED")
-    assert built.keep_last == uploader.keep_last == 3 and built.s3 == uploader.settings
+    assert built.keep_last == uploader.checkpoints.keep_last == 3 and built.s3 == uploader.settings
     assert uploader.remote.url == run.url and uploader.settings.stall_seconds == 7
 
 
