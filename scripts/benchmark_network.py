@@ -95,7 +95,7 @@ def ratio_of(
         network.answer(503, 5)
         network.drop(2)
         network.stall(8)
-    stored = ["checkpoint=s3", f"checkpoint.remote=s3://{store.new_bucket()}/runs"]
+    stored = ["checkpoint=s3", f"checkpoint.s3.url=s3://{store.new_bucket()}/runs"]
     plan = [f"max_steps={updates}", "num_epochs=99", "log_interval=1", "save_interval=20", "eval_interval=100000"]
     rest = ["early_stopping=none", "num_samples=0", "num_validation_samples=0", "hardware=cpu"]
     variables = store.environment(network and network.url) | server.environment()

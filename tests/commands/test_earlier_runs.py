@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Invoke, run_command
+from tests.support.servers import ObjectStore
 from wmtp.config import moved_targets
+from wmtp.sync import main as sync
 
 RUN = Path(__file__).parents[1] / "fixtures" / "run_of_flat_modules"
 """The folder of a run of the earlier version."""
@@ -86,6 +88,42 @@ def test_old_targets_are_not_found_without_the_table_of_moved_targets(
         done = invoke(*arguments, command=command)
         assert done.code == 2
         assert "its model.tokenizer is not a class of wmtp" in done.err
+
+
+@pytest.mark.servers
+@pytest.mark.slow
+@pytest.mark.xdist_group("servers")
+@pytest.mark.usefixtures("s3_credentials")
+def test_an_earlier_run_with_a_copy_in_s3_is_uploaded_resumed_and_evaluated(
+    run: Path, invoke: Invoke, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is without the tables of moved keys."""
+    url = f"s3://{object_store.bucket}/runs"
+    node = f"  _target_: wmtp.checkpoint.store.RemoteCheckpointStore\n  remote: {url}\n  stall_seconds: 9.0\n"
+    config, saved = (run / "config.yaml").read_text(), run / ".hydra" / "accepted.json"
+    local = "  _target_: wmtp.checkpoint.store.CheckpointStore\n"
+    assert local in config
+    (run / "config.yaml").write_text(config.replace(local, node, 1))
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"remote": f"{url}/run"}))
+    overrides = ["checkpoint=s3", f"++checkpoint.remote={url}", "++checkpoint.stall_seconds=9"]
+    saved.write_text(json.dumps(json.loads(saved.read_text()) + overrides))
+
+    with monkeypatch.context() as without_tables:
+        without_tables.setattr(moved_targets, "MOVED_TO_S3", {})
+        without_tables.setattr(moved_targets, "MOVED_KEYS", {})
+        assert sync([str(run)]) == 2 and invoke("resume=run", "max_steps=9", tiny=False).code == 2
+    assert object_store.keys(object_store.bucket) == []
+
+    def steps() -> set[str]:
+        """Return the names of the checkpoints in the bucket."""
+        keys = (key.split("/") for key in object_store.keys(object_store.bucket))
+        return {key[3] for key in keys if key[1:3] == ["run", "checkpoints"] and key[-1] == "manifest.json"}
+
+    assert sync([str(run)]) == 0 and steps() == {path.name for path in run.glob("checkpoints/step_*")} != set()
+    done = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
+    assert done.code == 0 and "step_00000009" in steps(), done.err
+    assert f"    url: {url}\n" in (run / "config.yaml").read_text()
+    assert invoke("checkpoint=run", "evaluation.sandbox=none", command="evaluate").code == 0
 
 
 @pytest.mark.parametrize("target", moved_targets.MOVED_TARGETS)

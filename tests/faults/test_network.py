@@ -171,7 +171,7 @@ WRONG = {
 def test_wrong_credentials_are_reported_at_the_start(world: World, dry_run: bool) -> None:
     overrides = [*world.tracked, *world.stored, f"dry_run={dry_run}"]
     children = [(world.train(*overrides, variables=wrong), wrong) for wrong in WRONG.values()]
-    children.append((world.train(*overrides, "checkpoint.remote=s3://no-such-bucket/runs"), {}))
+    children.append((world.train(*overrides, "checkpoint.s3.url=s3://no-such-bucket/runs"), {}))
     for child, wrong in children:
         assert child.wait() == 2, child.text
         assert len(child.err.splitlines()) == 1 and child.out == "", child.text

@@ -194,8 +194,8 @@ def test_sync_during_training_and_after_a_kill(world: World) -> None:
 
 
 def test_uploads_survive_network_faults(world: World, s3_proxy: FaultyProxy) -> None:
-    child = world.train("tracking=none", *world.stored, "checkpoint.checksums=when_required", "max_steps=60",
-                        "checkpoint.stall_seconds=30")  # fmt: skip
+    child = world.train("tracking=none", *world.stored, "checkpoint.s3.checksums=when_required", "max_steps=60",
+                        "checkpoint.s3.stall_seconds=30")  # fmt: skip
     folder = wait_for_steps(world, child, 1)
     s3_proxy.answer(503, 5)
     s3_proxy.drop(2, ("PUT",))

@@ -4,15 +4,18 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from wmtp.checkpoint.state import Snapshot
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import PendingError
-from wmtp.s3.client import S3Folder, S3Options
+from wmtp.s3.client import S3Folder
+from wmtp.s3.options import S3Settings
 from wmtp.s3.store import RemoteCheckpointStore
 from wmtp.s3.uploader import CheckpointUploader
 
@@ -29,14 +32,15 @@ class RunInS3:
     """A run's local folder and its copy in a bucket."""
 
     def __init__(self, folder: Path, url: str, keep_last: int = 2, **options: Any) -> None:
-        self.folder, self.url, self.keep_last, self.options = folder, url, keep_last, options
+        self.folder, self.url, self.keep_last = folder, url, keep_last
+        self.settings = S3Settings(url=url.rpartition("/")[0], close_seconds=90.0, **options)
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text(json.dumps({"id": RUN_ID, "remote": url}))
         (folder / "config.yaml").write_text("model: tiny\n")
         (folder / ".hydra" / "accepted.json").write_text("[]")
         (folder / ".hydra" / "overrides.yaml").write_text("[]")
         (folder / "metrics.jsonl").touch()
-        self.remote = S3Folder(url, S3Options(**options))
+        self.remote = S3Folder(url, self.settings)
         self.store = self.checkpoints()
 
     def checkpoints(self, stage: str = "") -> RemoteCheckpointStore:
@@ -44,7 +48,7 @@ class RunInS3:
         return RemoteCheckpointStore(
             self.folder / stage,
             Processes.single_process(),
-            remote=self.url.rpartition("/")[0],
+            s3=self.settings,
             keep_last=self.keep_last,
         )
 
@@ -60,10 +64,12 @@ class RunInS3:
             store.mark_best(step, best)
         return path
 
-    def start_uploader(self, **options: Any) -> CheckpointUploader:
-        """Return a started uploader of the run."""
-        settings: dict[str, Any] = {"keep_last": self.keep_last, "stall_seconds": 30.0, "close_seconds": 90.0}
-        return QuickUploader(self.folder, self.remote, **(settings | options))
+    def start_uploader(
+        self, console: Console | None = None, is_training: bool = True, **changes: Any
+    ) -> CheckpointUploader:
+        """Return a started uploader of the run. `changes` are changes of the settings."""
+        settings = replace(self.settings, **changes)
+        return QuickUploader(self.folder, self.url, settings, self.keep_last, console, is_training)
 
     def upload_all(self, **options: Any) -> CheckpointUploader:
         """Upload everything, and return the closed uploader. Raises PendingError."""

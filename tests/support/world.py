@@ -21,7 +21,7 @@ SMALL = [
 ]  # fmt: skip
 """Overrides of a training run of about one second that saves four times, with random sample order and dropout."""
 QUICK_TRACKING = ["tracking.poll_seconds=0.1", "tracking.stall_seconds=8", "tracking.system_seconds=null"]
-UPLOADED = ["checkpoint=s3", "checkpoint.stall_seconds=8"]
+UPLOADED = ["checkpoint=s3", "checkpoint.s3.stall_seconds=8"]
 
 
 @dataclass
@@ -54,7 +54,7 @@ class World:
     @property
     def stored(self) -> list[str]:
         """Overrides of a training run that is uploaded to the store."""
-        return [*UPLOADED, f"checkpoint.remote={self.remote}"]
+        return [*UPLOADED, f"checkpoint.s3.url={self.remote}"]
 
     def start(
         self, command: str, *arguments: str, home: Path | None = None, variables: dict[str, str] | None = None

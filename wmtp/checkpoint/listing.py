@@ -1,6 +1,5 @@
 """List the checkpoints in the folder of a stage, and read the pointer files best.json and latest.json."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -9,11 +8,6 @@ from wmtp.checkpoint import manifest
 
 STEP = re.compile(r"step_\d{8,}")
 """Pattern of the name of a checkpoint's folder."""
-
-
-def manifest_hash(checkpoint: Path) -> str:
-    """Return the SHA-256 of a checkpoint's manifest. Checkpoints with different content have different hashes."""
-    return hashlib.sha256((checkpoint / manifest.NAME).read_bytes()).hexdigest()
 
 
 def complete_checkpoints(stage: Path) -> list[Path]:

@@ -28,6 +28,14 @@ def file_names(folder: Path) -> set[str]:
     return set(json.loads((folder / NAME).read_bytes())["files"])
 
 
+def manifest_hash(checkpoint: Path) -> str:
+    """Return the SHA-256 of a checkpoint's manifest file. Checkpoints with different content have different hashes.
+
+    The other files of the checkpoint are not verified.
+    """
+    return _sha256(checkpoint / NAME)
+
+
 def parse(manifest_bytes: bytes) -> Entries:
     """Verify a manifest against the hash that it contains, and return its entries.
 

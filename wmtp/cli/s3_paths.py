@@ -6,15 +6,16 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
+from wmtp.config.moved_targets import current_key
 from wmtp.config.overrides import chosen_run_dir, quote
 from wmtp.config.schema import ConfigError, ConfigIssue, format_problem, validate_value
 from wmtp.runtime.run_dir import OUTPUTS
-from wmtp.s3.client import S3Options
 from wmtp.s3.fetch import CheckpointChoice, fetch_run, find_run, local_folder
+from wmtp.s3.options import S3Options
 
 COPIES = OUTPUTS / "copies"
 """Folder for models that are downloaded for evaluation, generation or export."""
-STORE_PREFIX = "checkpoint."
+STORE_PREFIX = "checkpoint.s3."
 """Prefix of the config keys with options of the S3 store."""
 
 
@@ -58,16 +59,18 @@ def store_options(arguments: list[str]) -> S3Options:
     """Return the S3 options that the arguments set. All other options have their default values.
 
     Raises:
-        ConfigError: an option is not valid.
+        ConfigError: an option is not valid, or its key has the name that it had in an earlier version.
     """
     values = {}
     for argument in arguments:
         key, equals, value = argument.lstrip("+").partition("=")
+        if (current := current_key(key)) != key:
+            raise ConfigError([ConfigIssue(key, value, f"unknown key; did you mean {current}?")])
         name = key.removeprefix(STORE_PREFIX)
         if equals and key.startswith(STORE_PREFIX) and name in S3Options.__annotations__ and value != "null":
             values[name] = value.strip("'\"")
     try:
         options: S3Options = validate_value(S3Options, values)
     except ValidationError as error:
-        raise ConfigError([ConfigIssue("checkpoint", str(values), format_problem(error))]) from error
+        raise ConfigError([ConfigIssue("checkpoint.s3", str(values), format_problem(error))]) from error
     return options

@@ -1,4 +1,4 @@
-"""Paths of `_target_` values in earlier versions, and the current paths of the same targets."""
+"""Values of `_target_` and config keys of earlier versions, and their current names."""
 
 from typing import Any
 
@@ -17,6 +17,17 @@ MOVED_TARGETS = {
     "wmtp.sweep.options.SweepOptions": "wmtp.sweep.grid.SweepOptions",
     "wmtp.trainer.Trainer": "wmtp.training.trainer.Trainer",
 }
+S3_STORE, S3_SETTINGS = "wmtp.s3.store.RemoteCheckpointStore", "wmtp.s3.options.S3Settings"
+MOVED_TO_S3 = {
+    "remote": "url",
+    "endpoint_url": "endpoint_url",
+    "addressing_style": "addressing_style",
+    "checksums": "checksums",
+    "stall_seconds": "stall_seconds",
+    "close_seconds": "close_seconds",
+}
+"""Keys that were in the node of the class `S3_STORE`, and their names in its node `s3`."""
+MOVED_KEYS = {f"checkpoint.{old}": f"checkpoint.s3.{new}" for old, new in MOVED_TO_S3.items()}
 
 
 def current_target(target: str) -> str:
@@ -24,11 +35,31 @@ def current_target(target: str) -> str:
     return MOVED_TARGETS.get(target, target)
 
 
-def update_targets(value: Any) -> Any:
-    """Return a copy of nested dictionaries and lists in which every `_target_` has its current path."""
-    if isinstance(value, dict):
-        return {
-            key: current_target(item) if key == "_target_" and isinstance(item, str) else update_targets(item)
-            for key, item in value.items()
-        }
-    return [update_targets(item) for item in value] if isinstance(value, list) else value
+def current_key(key: str) -> str:
+    """Return the current name of a dotted key. The key may be that of stage 1, as in `pretrain.checkpoint.remote`."""
+    prefix = "pretrain." if key.startswith("pretrain.") else ""
+    name = key.removeprefix(prefix)
+    return prefix + MOVED_KEYS.get(name, name)
+
+
+def current_override(text: str) -> str:
+    """Return a saved override with the current name of its key. The value and a prefix such as `++` are not changed."""
+    key, equals, value = text.partition("=")
+    name = key.lstrip("+~")
+    return f"{key.removesuffix(name)}{current_key(name)}{equals}{value}"
+
+
+def update_config(value: Any) -> Any:
+    """Return a copy of nested dictionaries and lists of an earlier version, with the current targets and keys."""
+    if isinstance(value, list):
+        return [update_config(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    node = {key: update_config(item) for key, item in value.items()}
+    if isinstance(node.get("_target_"), str):
+        node["_target_"] = current_target(node["_target_"])
+    moved = {MOVED_TO_S3[key]: item for key, item in node.items() if key in MOVED_TO_S3}
+    if node.get("_target_") != S3_STORE or not moved:
+        return node
+    kept = {key: item for key, item in node.items() if key not in MOVED_TO_S3}
+    return {"s3": {"_target_": S3_SETTINGS} | moved, **kept}

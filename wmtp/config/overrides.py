@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from wmtp.config.groups import is_group
+from wmtp.config.moved_targets import current_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigIssue
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
 
@@ -95,7 +96,7 @@ def parse_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[Ove
 
 
 def load_saved_overrides(arguments: list[str]) -> list[str]:
-    """Return the saved overrides of the run that the argument `resume=…` names.
+    """Return the saved overrides of the run that the argument `resume=…` names, with the current names of their keys.
 
     If there is no such argument or the run has no saved overrides, return an empty list. A later check reports an error
     if the folder is wrong.
@@ -105,4 +106,4 @@ def load_saved_overrides(arguments: list[str]) -> list[str]:
     if resume is None or not path.exists():
         return []
     saved: list[str] = json.loads(path.read_text())
-    return [text for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
+    return [current_override(text) for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from wmtp.config.moved_targets import current_target, update_targets
+from wmtp.config.moved_targets import current_key, current_target, update_config
 from wmtp.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -87,14 +87,20 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
 
 
 def load_run_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run. Targets that had another path in an earlier version get their current path."""
-    config = OmegaConf.create(update_targets(OmegaConf.to_container(OmegaConf.load(path))))
+    """Load the config.yaml of a run. Targets and keys of an earlier version get their current names."""
+    config = OmegaConf.create(update_config(OmegaConf.to_container(OmegaConf.load(path))))
     assert isinstance(config, DictConfig)
     return config
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a hint for an unknown word. It names the most similar known word, or all of them if none is similar."""
+    """Return a hint for an unknown word. It names the most similar known word, or all of them if none is similar.
+
+    `prefix` is the beginning of a dotted key whose end is `word`. If the key had this name in an earlier version, the
+    hint contains its current name.
+    """
+    if (current := current_key(prefix + word)) != prefix + word:
+        return f"did you mean {current}?"
     known = sorted(known)
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if matches:

@@ -34,12 +34,13 @@ from wmtp.models.loading import TrainedCheckpoint, check_max_positions
 from wmtp.models.mtp import MtpModel
 from wmtp.report.run_report import rewrite_report
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS, RUN, display_path, is_running
 from wmtp.runtime.versions import versions
 from wmtp.sandbox.grader import grade
 from wmtp.sandbox.isolation import Isolation, find_isolation
 from wmtp.tracking.jsonl import FILE_NAME as METRICS
-from wmtp.tracking.jsonl import MetricsFile, read_metrics
+from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.mlflow import send_pending
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class Evaluator:
         folder = self.run_folder / EVALUATIONS
         try:
             folder.mkdir(exist_ok=True)
-            logged = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+            logged = read_json_lines(folder / METRICS)
             if not any(named.items() <= line.items() for line in logged):  # false if the evaluation is repeated
                 file = MetricsFile(folder)
                 file.log(summary["step"], summary["epoch"], named)

@@ -16,7 +16,7 @@ from wmtp.evaluation.sampling import Grader, Sample, encode_prompts, generate_sa
 from wmtp.generation.settings import Decoding
 from wmtp.generation.speculation_stats import speculation_metrics
 from wmtp.models.mtp import MtpModel, unsharded_copy
-from wmtp.runtime.atomic_files import drop_lines_after
+from wmtp.runtime.json_lines import drop_lines_after
 from wmtp.runtime.processes import num_cores
 
 log = logging.getLogger(__name__)

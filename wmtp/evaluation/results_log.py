@@ -9,6 +9,7 @@ from wmtp.data.records import Record
 from wmtp.errors import InputError
 from wmtp.evaluation.sampling import Sample
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.json_lines import read_lines
 from wmtp.runtime.run_dir import display_path
 
 SAMPLES, RESULTS, IDENTITY = "samples.jsonl", "results.jsonl", "evaluation.json"
@@ -98,11 +99,8 @@ def _read(path: Path) -> dict[Key, Row]:
     Raises:
         InputError: a complete line is damaged.
     """
-    if not path.exists():
-        return {}
-    complete, _, _ = path.read_text().rpartition("\n")
     rows: dict[Key, Row] = {}
-    for number, line in enumerate(complete.splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
             rows[row["task_id"], row["index"]] = row

@@ -1,13 +1,12 @@
 """Loading of trained models from the folder of a run, from a checkpoint, or from the folder of a pretrained model."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.checkpoint.manifest import find_damage
+from wmtp.checkpoint.manifest import find_damage, manifest_hash
 from wmtp.checkpoint.state import load_model
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config.schema import ConfigError, ConfigIssue, build, load_run_config, node_issues
@@ -38,7 +37,7 @@ class TrainedCheckpoint:
     @property
     def fingerprint(self) -> str:
         """A hash of the manifest, which contains the hashes of all other files of the checkpoint."""
-        return hashlib.sha256((self.path / "manifest.json").read_bytes()).hexdigest()
+        return manifest_hash(self.path)
 
     @property
     def position(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.report.run_record import RunRecord
+from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS
 
 PASS_AT_K = re.compile(r"pass@([1-9]\d*)")
@@ -131,7 +132,9 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
     several_note = f"pass@{k} is from {chosen.name}, one of {len(candidates)} evaluations that all runs have"
     summaries = {run: _json(folder / "summary.json") for run, folder in chosen.folders.items()}
     values = {run: float(summary["pass_at_k"][str(k)]["value"]) for run, summary in summaries.items()}
-    solved = {run: problem_pass_rates(_lines(folder / "results.jsonl")) for run, folder in chosen.folders.items()}
+    solved = {
+        run: problem_pass_rates(read_json_lines(folder / "results.jsonl")) for run, folder in chosen.folders.items()
+    }
     notes = [several_note] if len(candidates) > 1 else []
     return MetricValues(f"pass@{k}", False, f"evaluation {chosen.name}", values, solved, notes)
 
@@ -183,7 +186,3 @@ def common_evaluations(runs: Sequence[RunRecord]) -> list[CommonEvaluation]:
 def _json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     return content
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

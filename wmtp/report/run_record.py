@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from wmtp.config.moved_targets import update_targets
+from wmtp.config.moved_targets import update_config
 from wmtp.errors import InputError
+from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS, PRETRAIN, PROVENANCE, TOKENS, read_status
-from wmtp.tracking.jsonl import FILE_NAME, read_metrics
+from wmtp.tracking.jsonl import FILE_NAME
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class RunRecord:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The config of the run, read from config.yaml."""
-        content: dict[str, Any] = update_targets(_yaml(self.folder / "config.yaml"))
+        content: dict[str, Any] = update_config(_yaml(self.folder / "config.yaml"))
         return content
 
     @cached_property
@@ -57,12 +58,12 @@ class RunRecord:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl."""
-        return _lines(self.folder / FILE_NAME)
+        return read_json_lines(self.folder / FILE_NAME)
 
     @cached_property
     def pretrain_metrics(self) -> list[dict[str, Any]]:
         """Lines of the metrics.jsonl of stage 1."""
-        return _lines(self.folder / PRETRAIN / FILE_NAME)
+        return read_json_lines(self.folder / PRETRAIN / FILE_NAME)
 
     @cached_property
     def tokens(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class RunRecord:
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """Lines of samples.jsonl, each with a sample that the model generated for a validation or test problem."""
-        return _lines(self.folder / "samples.jsonl")
+        return read_json_lines(self.folder / "samples.jsonl")
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -124,8 +125,3 @@ def _json(path: Path) -> dict[str, Any]:
 def _yaml(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
     return content
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file. An incomplete last line, which a crash can leave, is ignored."""
-    return list(read_metrics(path)) if path.exists() else []

@@ -67,13 +67,3 @@ def folder_size(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 total += path.stat().st_size
     return total
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of a JSONL file whose value of `step` is larger than the argument `step`.
-
-    A last line without a line break is removed, too, because it is incomplete. If the file does not exist, do nothing.
-    """
-    if path.exists():
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        replace_atomically(path, b"".join(line for line in lines if json.loads(line)["step"] <= step))

@@ -4,7 +4,7 @@ import logging
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from tenacity import RetryCallState, Retrying, stop_when_event_set, wait_random_exponential
@@ -13,14 +13,15 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
-MAX_PAUSE_S, MAX_PAUSE_AT_END_S = 30.0, 1.0
-"""Longest pause in seconds between two attempts of a call: during training, and while the run closes."""
+FIRST_PAUSE_S, MAX_PAUSE_S, MAX_PAUSE_AT_END_S = 0.25, 30.0, 1.0
+"""Longest pauses in seconds between two attempts of a call: before the second attempt, after which it doubles with each
+attempt; during training; and while the run closes. After seven failures, the pauses took 32 seconds at most."""
 FAILING_SERVER_GRACE_S = 5.0
 """Shortest time in seconds that a closing run waits for a server that does not respond. It applies if the server had
 already stopped responding before the run began to close. A shorter `stall_s` takes precedence."""
 SHUTDOWN_STALL_S, SHUTDOWN_LIMIT_S = 5.0, 40.0
-"""Upper bounds of the arguments `stall_s` and `limit_s` of `drain` after a run has failed or was interrupted. They are
-short, because such a run is often killed soon."""
+"""Upper bounds of the arguments of `wait_until_done` after a run has failed or was interrupted. They are short, because
+such a run is often killed soon."""
 POLL_S = 0.1
 
 
@@ -96,7 +97,7 @@ class BackgroundSender:
             raise Cancelled(f"{self.server} was given up before this call")
         retrying = Retrying(
             stop=stop_when_event_set(self._cancelled),
-            wait=wait_random_exponential(multiplier=0.5, max=MAX_PAUSE_S),
+            wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=MAX_PAUSE_S),
             sleep=self._pause,
             after=self._note_failure,
             reraise=True,
@@ -112,21 +113,27 @@ class BackgroundSender:
         self.heartbeat()
         return result
 
-    def drain(self, stall_s: float, limit_s: float) -> Iterator[None]:
-        """Wait until all data are sent or sending is cancelled. Yield several times a second during the wait.
+    def wait_until_done(self, stall_s: float, limit_s: float, on_tick: Callable[[], None] | None = None) -> bool:
+        """Wait until all data are sent or sending is cancelled.
 
         Args:
             stall_s: number of seconds after which sending is cancelled if the server does not respond to a call.
             limit_s: number of seconds after which sending is cancelled in any case.
+            on_tick: function that is called several times a second during the wait.
+
+        Returns:
+            Whether all data were sent.
         """
         self._closing_at = time.monotonic()
         self._closing.set()
         try:
             while self._thread.is_alive() and not self._should_cancel(stall_s, limit_s):
-                yield
+                if on_tick is not None:
+                    on_tick()
                 self._thread.join(POLL_S)
         finally:
             self._cancelled.set()
+        return self.is_done
 
     def _should_cancel(self, stall_s: float, limit_s: float) -> bool:
         now = time.monotonic()
@@ -139,7 +146,7 @@ class BackgroundSender:
         try:
             self._send()
             self.is_done = True
-        except Exception as error:  # an exception would be lost with the thread; the caller of `drain` reports it
+        except Exception as error:  # it would be lost with the thread; the caller of `wait_until_done` reports it
             self.last_error = error
             log.warning("%s did not accept everything: %s", self.server, format_error(error))
             log.debug("traceback:", exc_info=error)

@@ -5,41 +5,37 @@ import json
 import logging
 import os
 import secrets
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 from wmtp.errors import InputError
 from wmtp.runtime.processes import run_with_timeout
-from wmtp.s3.errors import ObjectMissing, StoreError, StoreUnreachable, UploadNotFound, to_error
+from wmtp.s3.connection import create_client, translate_errors
+from wmtp.s3.errors import ObjectMissing, StoreError, StoreUnreachable, UploadNotFound
 from wmtp.s3.multipart import (
-    MAX_CONCURRENT_PARTS,
     MIN_PART_BYTES,
     LocalFileError,
     Part,
     RequestBody,
-    Retry,
     check_sha256,
     md5,
     no_progress,
-    no_retry,
     send_parts,
     translate_local_errors,
 )
-from wmtp.s3.options import CREDENTIAL_VARIABLES, S3Options, check_endpoint, redact, split_url
+from wmtp.s3.options import S3Options, check_endpoint, redact, split_url
+from wmtp.s3.retry import Retry, retry_few_times
 
-__all__ = ["LocalFileError", "S3Folder", "S3Options", "StoreError", "StoreUnreachable"]
+__all__ = ["LocalFileError", "S3Folder", "StoreError", "StoreUnreachable"]
 log = logging.getLogger(__name__)
-CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 20, 2
-"""Limits of one request: seconds to connect, seconds to wait for a response, and the number of attempts."""
 CHECK_SECONDS = 10.0
 """Time limit of `S3Folder.check` in seconds."""
-VERBOSE_LOGGERS = ("boto3", "botocore", "urllib3")
-"""Names of loggers that write request headers at level DEBUG. These headers contain access tokens."""
 CHUNK_BYTES = 2**20
 MAX_KEYS_PER_DELETE = 1000
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class S3Folder:
@@ -48,14 +44,26 @@ class S3Folder:
     Keys in arguments and results are relative to the prefix. Every method that sends a request raises `InputError` if
     the S3 store refuses the request, `StoreUnreachable` if the store does not respond, and `StoreError` for any other
     failure. Error messages have one line and contain no credentials. Several threads may use the same instance.
+
+    Only this class repeats failed requests. It repeats single requests, such as that for one part of a large file.
     """
 
-    def __init__(self, url: str, options: S3Options | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        options: S3Options | None = None,
+        *,
+        retry: Retry = retry_few_times,
+        on_progress: Callable[[int], None] = no_progress,
+    ) -> None:
         """Create the boto3 client. No request is sent.
 
         Args:
             url: `s3://bucket` or `s3://bucket/prefix`.
             options: connection options of the store.
+            retry: function that makes the requests. It decides how often and for how long a failed one is repeated.
+            on_progress: function that is called with the number of uploaded bytes after each part of an upload. While a
+                part is sent, it is called with 0, which shows that the request has not stalled.
 
         Raises:
             InputError: the URL or an option is invalid, or the AWS profile does not exist.
@@ -73,7 +81,8 @@ class S3Folder:
                 check_endpoint(options.endpoint_url)
             except ValueError as error:
                 raise InputError(f"{redact(options.endpoint_url)}: {error}") from error
-        self._client = self._create_client(options)
+        self._retry, self._on_progress = retry, on_progress
+        self._client = create_client(self.display_url, options)
         endpoint = str(self._client.meta.endpoint_url)
         if not endpoint.endswith(".amazonaws.com"):
             self.display_url = f"{self.url} at {redact(endpoint)}"
@@ -99,15 +108,7 @@ class S3Folder:
         if errors:
             raise InputError(f"{self.display_url}: objects can be written there, but not deleted: {errors[key]}")
 
-    def put(
-        self,
-        path: Path,
-        key: str,
-        *,
-        sha256: str | None = None,
-        retry: Retry = no_retry,
-        on_progress: Callable[[int], None] = no_progress,
-    ) -> None:
+    def put(self, path: Path, key: str, *, sha256: str | None = None) -> None:
         """Upload a file and verify the uploaded object.
 
         If the file grows during the call, the additional bytes are not uploaded. A file larger than `MIN_PART_BYTES` is
@@ -117,43 +118,44 @@ class S3Folder:
             path: path of the local file.
             key: key of the object.
             sha256: expected SHA-256 of the file. If the file has another SHA-256, no object is created.
-            retry: function that makes the calls to the store. It receives one function for each request, so it can
-                repeat one request without sending the whole file again.
-            on_progress: function that is called with the number of uploaded bytes after each request. While a request
-                is sent, it is called with 0, which shows that the request has not stalled.
 
         Raises:
             LocalFileError: the file is missing or unreadable, or does not have the expected SHA-256.
         """
+        self._repeat(self._put, path, key, sha256)
+
+    def _put(self, path: Path, key: str, sha256: str | None) -> None:
         with translate_local_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MIN_PART_BYTES:
-                self._put_large(file, size, key, sha256, retry, on_progress)
+                self._put_large(file, size, key, sha256)
                 return
             data = file.read(size)
             check_sha256(sha256, hashlib.sha256(data).hexdigest())
-            retry(lambda: self.put_bytes(data, key, on_progress))
-            on_progress(size)
+            self._put_bytes(data, key)
 
-    def put_bytes(self, data: bytes, key: str, on_progress: Callable[[int], None] = no_progress) -> None:
-        """Upload data as an object in one request, and verify the object.
+    def put_bytes(self, data: bytes, key: str) -> None:
+        """Upload data as an object in one request, and verify the object."""
+        self._repeat(self._put_bytes, data, key)
 
-        While the data are sent, `on_progress` is called with 0. This shows that the request has not stalled.
-        """
+    def _put_bytes(self, data: bytes, key: str) -> None:
+        body = RequestBody(data, self._on_progress)
         with self._translate_errors("write"):
-            response = self._client.put_object(
-                Bucket=self.bucket, Key=self.prefix + key, Body=RequestBody(data, on_progress)
-            )
-        self._verify(
-            key, _get_field(response, "ETag", self.display_url), md5(data).hex(), hashlib.sha256(data).hexdigest()
-        )
+            response = self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=body)
+        etag = _get_field(response, "ETag", self.display_url)
+        self._verify(key, etag, md5(data).hex(), hashlib.sha256(data).hexdigest())
+        self._on_progress(len(data))
 
     def get(self, key: str) -> bytes | None:
         """Return the content of an object, or None if it does not exist."""
-        with self._translate_errors("read"):
-            response = self._get(key)
-            content: bytes | None = None if response is None else response["Body"].read()
-        return content
+
+        def _read() -> bytes | None:
+            """Request the object once."""
+            with self._translate_errors("read"):
+                response = self._get(key)
+                return None if response is None else response["Body"].read()
+
+        return self._repeat(_read)
 
     def has_content_of(self, path: Path, key: str) -> bool:
         """Return whether the ETag of an object proves that the object has the same content as a local file.
@@ -166,7 +168,7 @@ class S3Folder:
         """
         with translate_local_errors(path):
             data = path.read_bytes() if path.stat().st_size <= MIN_PART_BYTES else None
-        response = self._get(key) if data is not None else None
+        response = self._repeat(self._get, key) if data is not None else None
         if response is None or data is None:
             return False
         response["Body"].close()
@@ -190,7 +192,8 @@ class S3Folder:
     def download(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
         """Download an object to a local file, and return the SHA-256 of the complete file.
 
-        If an earlier download was interrupted and the file exists, only the missing bytes are requested.
+        If an earlier download was interrupted and the file exists, only the missing bytes are requested. A failed
+        request is repeated for as long as bytes arrive.
 
         Args:
             key: key of the object.
@@ -201,6 +204,15 @@ class S3Folder:
         Raises:
             ObjectMissing: the object does not exist.
         """
+        while True:
+            before = path.stat().st_size if path.exists() else 0
+            try:
+                return self._repeat(self._download, key, path, size, on_progress)
+            except StoreError:
+                if not path.exists() or path.stat().st_size <= before:
+                    raise
+
+    def _download(self, key: str, path: Path, size: int, on_progress: Callable[[int], None]) -> str:
         content = hashlib.sha256()
         with path.open("a+b") as file:
             file.seek(0)
@@ -220,26 +232,59 @@ class S3Folder:
 
     def list_objects(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Yield the key and the size in bytes of every object whose key starts with `prefix`."""
-        with self._translate_errors("list"):
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                for entry in page.get("Contents", []):
-                    yield entry["Key"].removeprefix(self.prefix), entry["Size"]
+
+        def _page(**position: str) -> dict[str, Any]:
+            """Request one page of the list."""
+            with self._translate_errors("list"):
+                target = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
+                return self._client.list_objects_v2(**target, **position)  # type: ignore[no-any-return]
+
+        page = self._repeat(_page)
+        while True:
+            for entry in page.get("Contents", []):
+                yield entry["Key"].removeprefix(self.prefix), entry["Size"]
+            if not page.get("IsTruncated"):
+                return
+            page = self._repeat(_page, ContinuationToken=page["NextContinuationToken"])
 
     def delete(self, keys: Iterable[str]) -> dict[str, str]:
-        """Delete objects. Return a dictionary that maps each key that could not be deleted to its error code."""
+        """Delete objects. Return a dictionary that maps each key that could not be deleted to its error code.
+
+        The requests are repeated only if the store does not respond.
+        """
+
+        def _delete(entries: list[dict[str, str]]) -> list[dict[str, str]]:
+            """Delete some objects, and return the errors."""
+            with self._translate_errors("delete"):
+                response = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": entries, "Quiet": True})
+            return response.get("Errors", [])  # type: ignore[no-any-return]
+
         errors: dict[str, str] = {}
         entries = [{"Key": self.prefix + key} for key in keys]
         for start in range(0, len(entries), MAX_KEYS_PER_DELETE):
-            batch = {"Objects": entries[start : start + MAX_KEYS_PER_DELETE], "Quiet": True}
-            with self._translate_errors("delete"):
-                response = self._client.delete_objects(Bucket=self.bucket, Delete=batch)
-            for entry in response.get("Errors", []):
+            batch = entries[start : start + MAX_KEYS_PER_DELETE]
+            for entry in self._repeat(_delete, batch, retried=StoreUnreachable):
                 errors[entry["Key"].removeprefix(self.prefix)] = str(entry.get("Code") or entry.get("Message"))
         return errors
 
+    def delete_object(self, key: str) -> None:
+        """Delete one object. If the store does not delete it, the request is repeated like any other."""
+
+        def _delete() -> None:
+            """Delete the object once."""
+            if errors := self.delete([key]):
+                raise StoreError(f"{self.display_url}: {key} cannot be deleted: {errors[key]}")
+
+        self._repeat(_delete)
+
     def abort_uploads(self) -> int:
-        """Abort all unfinished multipart uploads in this folder, and return the number of aborted uploads."""
+        """Abort all unfinished multipart uploads in this folder, and return the number of aborted uploads.
+
+        The requests are repeated only if the store does not respond, because a store may not support them.
+        """
+        return self._repeat(self._abort_uploads, retried=StoreUnreachable)
+
+    def _abort_uploads(self) -> int:
         count = 0
         with self._translate_errors("list the unfinished uploads"):
             pages = self._client.get_paginator("list_multipart_uploads")
@@ -249,34 +294,37 @@ class S3Folder:
                     count += 1
         return count
 
-    def _put_large(
-        self,
-        file: BinaryIO,
-        size: int,
-        key: str,
-        sha256: str | None,
-        retry: Retry,
-        on_progress: Callable[[int], None],
-    ) -> None:
+    def _put_large(self, file: BinaryIO, size: int, key: str, sha256: str | None) -> None:
         target = {"Bucket": self.bucket, "Key": self.prefix + key}
-        upload = target | {"UploadId": retry(lambda: self._create_upload(target))}
+        upload = target | {"UploadId": self._repeat(self._create_upload, target)}
+
+        def _put_part(part: Part) -> str:
+            """Upload one part, and return its ETag."""
+            return self._put_part(upload, part)
+
+        def _put_part_again(part: Part) -> str:
+            """Upload one part whose upload has failed, and return its ETag."""
+            return self._repeat(_put_part, part)
+
         try:
-            sent = send_parts(file, size, lambda part: self._put_part(upload, part, on_progress), retry, on_progress)
+            sent = send_parts(file, size, _put_part, _put_part_again, self._on_progress)
             check_sha256(sha256, sent.sha256)
-            etag = retry(lambda: self._complete_upload(upload, sent.etags))
+            etag = self._repeat(self._complete_upload, upload, sent.etags)
+        except UploadNotFound as error:  # the store has aborted it, so the next attempt is a new upload
+            raise StoreError(str(error)) from error
         except BaseException:
             self._try_abort_upload(upload)
             raise
         self._verify(key, etag, f"{md5(b''.join(sent.md5s)).hex()}-{len(sent.md5s)}", sent.sha256)
 
-    def _put_part(self, upload: dict[str, str], part: Part, on_progress: Callable[[int], None]) -> str:
+    def _put_part(self, upload: dict[str, str], part: Part) -> str:
         """Upload one part of a file and return the ETag of the part.
 
         If the ETag shows that the part was damaged on the way, the part is uploaded once more.
         """
         for _ in range(2):  # if the ETags are not MD5s, only the complete object can be verified, later
             with self._translate_errors("write"):
-                body = RequestBody(part.data, on_progress)
+                body = RequestBody(part.data, self._on_progress)
                 response = self._client.upload_part(**upload, PartNumber=part.number, Body=body)
             if _etag_matches(response["ETag"], part.digest.hex()) or "SSEKMSKeyId" in response:
                 break
@@ -353,51 +401,35 @@ class S3Folder:
             return None
         return response
 
-    def _create_client(self, options: S3Options) -> Any:
-        import boto3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
+    def _repeat(
+        self,
+        call: Callable[..., Result],
+        *args: Any,
+        retried: type[Exception] | tuple[type[Exception], ...] = (StoreError, InputError),
+        **options: Any,
+    ) -> Result:
+        """Make a request with the function `retry` of the constructor, and return its result.
 
-        for name in VERBOSE_LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        config = Config(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
-            max_pool_connections=MAX_CONCURRENT_PARTS + 2,
-            tcp_keepalive=True,
-            s3={"addressing_style": options.addressing_style},
-            request_checksum_calculation=options.checksums,
-            response_checksum_validation=options.checksums,
-        )
-        try:
-            return boto3.session.Session().client("s3", endpoint_url=options.endpoint_url, config=config)
-        except BotoCoreError as error:
-            raise InputError(f"{self.display_url}: {error}; set {CREDENTIAL_VARIABLES}, or AWS_PROFILE") from error
-        except ValueError as error:
-            problem = (
-                f"{redact(str(error))}; set endpoint_url, or AWS_ENDPOINT_URL_S3, to one such as https://host:port"
-            )
-            raise InputError(f"{self.display_url}: {problem}") from error
-
-    @contextmanager
-    def _translate_errors(self, action: str) -> Iterator[None]:
-        """Convert the exceptions that boto3 raises in this context to `InputError` or `StoreError`.
-
-        `action` is a verb for the error message, such as "write". It says what the request should do.
+        `retry` never sees exceptions after which a repetition is useless: missing objects and uploads, and exceptions
+        of other types than `retried`.
         """
-        from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError  # noqa: A004
 
-        try:
-            yield
-        except ClientError as error:
-            raise to_error(self.display_url, action, error.response) from error
-        except (ConnectionError, HTTPClientError) as error:
-            raise StoreUnreachable(f"{self.display_url}: does not answer: {_format_error(error)}") from error
-        except BotoCoreError as error:
-            if "Credential" in type(error).__name__ or "Token" in type(error).__name__:
-                raise InputError(f"{self.display_url}: {error}; set {CREDENTIAL_VARIABLES}, or AWS_PROFILE") from error
-            raise StoreError(f"{self.display_url}: {_format_error(error)}") from error
+        def _attempt() -> tuple[Result | None, Exception | None]:
+            """Make the request, and return its result and the error that must not be retried."""
+            try:
+                return call(*args, **options), None
+            except Exception as error:
+                if isinstance(error, retried) and not isinstance(error, (ObjectMissing, UploadNotFound)):
+                    raise
+                return None, error
+
+        result, error = self._retry(_attempt)
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def _translate_errors(self, action: str) -> AbstractContextManager[None]:
+        return translate_errors(self.display_url, action)
 
 
 def _get_field(response: dict[str, Any], name: str, where: str) -> str:
@@ -407,14 +439,10 @@ def _get_field(response: dict[str, Any], name: str, where: str) -> str:
         InputError: the field is missing. This happens if the endpoint is a web server but not an S3 store.
     """
     if name not in response:
-        problem = "does not answer as an S3 store does; see checkpoint.endpoint_url and AWS_ENDPOINT_URL_S3"
+        problem = "does not answer as an S3 store does; see checkpoint.s3.endpoint_url and AWS_ENDPOINT_URL_S3"
         raise InputError(f"{where}: {problem}")
     return str(response[name])
 
 
 def _etag_matches(etag: str, expected: str) -> bool:
     return etag.strip('"').lower() == expected
-
-
-def _format_error(error: Exception) -> str:
-    return redact(textwrap.shorten(f"{type(error).__name__}: {error}", 300))

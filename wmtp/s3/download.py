@@ -2,45 +2,21 @@
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
-from tenacity import Retrying, before_sleep_log, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from wmtp.checkpoint import manifest
 from wmtp.checkpoint.manifest import Entries, find_damage
 from wmtp.runtime.atomic_files import fsync_path, read_or_none, write_synced
 from wmtp.s3.client import S3Folder
-from wmtp.s3.errors import ObjectMissing, StoreError
+from wmtp.s3.errors import ObjectMissing
 from wmtp.s3.layout import mark_uploaded
-from wmtp.s3.multipart import no_progress
 from wmtp.s3.progress import TransferProgress
 
 log = logging.getLogger(__name__)
 STAGING = ".fetching-"
 """Prefix of the name of the temporary folder to which a checkpoint is downloaded."""
-ATTEMPTS = 5
-Result = TypeVar("Result")
-
-
-def retry_on_store_error(call: Callable[[], Result]) -> Result:
-    """Call a function and return its result. If the function raises `StoreError`, repeat the call.
-
-    Raises:
-        StoreError: `ATTEMPTS` calls have failed.
-        ObjectMissing: the requested object does not exist. The call is not repeated in this case.
-        InputError: the store refuses the request. The call is not repeated in this case.
-    """
-    retrying = Retrying(
-        retry=retry_if_exception(lambda error: isinstance(error, StoreError) and not isinstance(error, ObjectMissing)),
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.5, max=10),
-        before_sleep=before_sleep_log(log, logging.WARNING),
-        reraise=True,
-    )
-    return retrying(call)
 
 
 class CheckpointDownloader:
@@ -63,7 +39,7 @@ class CheckpointDownloader:
         key, final = f"{stage}checkpoints/{name}", self.folder / stage / "checkpoints" / name
         staged = final.with_name(STAGING + name)
         try:
-            manifest_bytes = retry_on_store_error(lambda: self.remote.get(f"{key}/{manifest.NAME}"))
+            manifest_bytes = self.remote.get(f"{key}/{manifest.NAME}")
             if manifest_bytes is None:
                 raise ValueError(f"it has no {manifest.NAME}")
             files = manifest.parse(manifest_bytes)
@@ -116,7 +92,7 @@ class CheckpointDownloader:
 
             for name, entry in files.items():
                 for is_second in (False, True):
-                    found = self.fetch_file(f"{key}/{name}", staged / name, entry["bytes"], _add)
+                    found = self.remote.download(f"{key}/{name}", staged / name, entry["bytes"], _add)
                     if found == entry["sha256"]:
                         break
                     (staged / name).unlink()
@@ -124,22 +100,3 @@ class CheckpointDownloader:
                         raise ValueError(f"{name} does not have the content that was written")
                 fsync_path(staged / name)
         fsync_path(staged)
-
-    def fetch_file(self, key: str, path: Path, size: int, on_progress: Callable[[int], None] = no_progress) -> str:
-        """Download an object to a local file, and return the SHA-256 of the complete file.
-
-        If the store fails, the download is continued. The error is raised if no byte arrives in `ATTEMPTS` attempts.
-
-        Args:
-            key: key of the object.
-            path: path of the local file.
-            size: size of the object in bytes.
-            on_progress: function that is called with the number of bytes of each received chunk.
-        """
-        while True:
-            before = path.stat().st_size if path.exists() else 0
-            try:
-                return retry_on_store_error(lambda: self.remote.download(key, path, size, on_progress))
-            except StoreError:
-                if not path.exists() or path.stat().st_size <= before:
-                    raise

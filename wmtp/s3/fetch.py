@@ -20,7 +20,7 @@ from wmtp.runtime.atomic_files import encode_json, fsync_path, read_or_none, rep
 from wmtp.runtime.locks import file_lock
 from wmtp.runtime.run_dir import OUTPUTS, RUN, SYNC_STATE, display_path, is_running, read_run
 from wmtp.s3.client import S3Folder
-from wmtp.s3.download import CheckpointDownloader, retry_on_store_error
+from wmtp.s3.download import CheckpointDownloader
 from wmtp.s3.layout import FINAL_FILES, RECORDS, STAGE1_RESULT, STAGES
 from wmtp.s3.options import S3Options
 from wmtp.s3.retention import read_remote_best
@@ -62,9 +62,9 @@ def find_run(url: str, options: S3Options | None = None) -> str:
         StoreUnreachable: the store does not respond.
     """
     remote = S3Folder(_split_checkpoint_url(url)[0], options)
-    if retry_on_store_error(lambda: remote.get(CONFIG)) is not None:
+    if remote.get(CONFIG) is not None:
         return remote.url
-    found = retry_on_store_error(lambda: list(islice(_runs_below(remote), MAX_RUNS_LISTED + 1)))
+    found = list(islice(_runs_below(remote), MAX_RUNS_LISTED + 1))
     if len(found) == 1:
         return found[0]
     if not found:
@@ -158,7 +158,7 @@ class _RunDownloader:
             raise InputError(f"{self.remote.display_url}: there is no run: it has no {CONFIG}")
         if is_running(self.folder):
             raise InputError(f"{where}: a command is running in it; wait for its end, or use another folder")
-        local_run, run = read_run(self.folder), retry_on_store_error(lambda: self.remote.read_json(RUN))
+        local_run, run = read_run(self.folder), self.remote.read_json(RUN)
         is_empty = not any(path.name != LOCK.parent.name for path in self.folder.glob("*"))
         if not is_empty and (local_run is None or run is None or local_run["id"] != run["id"]):
             raise InputError(f"{where}: contains other data than the run at {self.remote.url}; use another folder")
@@ -217,13 +217,13 @@ class _RunDownloader:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 staged = path.with_name(f".{path.name}.fetching")
                 staged.unlink(missing_ok=True)
-                self.checkpoints.fetch_file(key, staged, self.sizes[key])
+                self.remote.download(key, staged, self.sizes[key])
                 fsync_path(staged)
                 os.replace(staged, path)
                 fsync_path(path.parent)
 
     def _list(self) -> None:
-        self.sizes = retry_on_store_error(lambda: dict(self.remote.list_objects()))
+        self.sizes = dict(self.remote.list_objects())
 
     def _remote_checkpoints(self, stage: str) -> list[str]:
         """Return the names of all checkpoints of a stage in S3 that have a manifest. The oldest checkpoint is first."""
@@ -283,7 +283,7 @@ class _RunDownloader:
         Return None if best.json is missing or damaged in S3, or if S3 does not contain the checkpoint that it names.
         """
         try:
-            best = retry_on_store_error(lambda: read_remote_best(self.remote, stage))
+            best = read_remote_best(self.remote, stage)
         except InputError as error:
             log.warning("%s; the best checkpoint is unknown", error)
             return None
@@ -301,7 +301,7 @@ class _RunDownloader:
             name: `best` or `latest`.
         """
         folder = self.folder / stage / "checkpoints"
-        content = retry_on_store_error(lambda: self.remote.get(f"{stage}checkpoints/{name}.json"))
+        content = self.remote.get(f"{stage}checkpoints/{name}.json")
         remote, local = (_parse_pointer(each, "folder") for each in (content, read_or_none(folder / f"{name}.json")))
         found = [path.name for path in complete_checkpoints(folder.parent)]
         if content is not None and remote in found and (local not in found or step_of(local) <= step_of(remote)):
@@ -314,7 +314,7 @@ class _RunDownloader:
 
         If the checkpoint that the result names does not exist locally, the file is not written and a warning is logged.
         """
-        content = retry_on_store_error(lambda: self.remote.get(STAGE1_RESULT))
+        content = self.remote.get(STAGE1_RESULT)
         if content is None or (self.folder / STAGE1_RESULT).exists():
             return
         saved = _parse_pointer(content, "saved")

@@ -4,7 +4,8 @@ import json
 from collections.abc import Container
 from pathlib import Path
 
-from wmtp.checkpoint.listing import complete_checkpoints, manifest_hash, read_pointer
+from wmtp.checkpoint.listing import complete_checkpoints, read_pointer
+from wmtp.checkpoint.manifest import manifest_hash
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PROVENANCE, RESUMES, RUN, SAVED_OVERRIDES, SYNC_STATE
 
@@ -30,13 +31,21 @@ def mark_uploaded(checkpoint: Path, url: str) -> None:
     replace_atomically(checkpoint / MARKER, encode_json({"url": url, "manifest": manifest_hash(checkpoint)}))
 
 
-def is_uploaded(checkpoint: Path, url: str | None) -> bool:
-    """Return whether the current content of a checkpoint was uploaded. `url` is the S3 URL of the run."""
+def uploaded_to(checkpoint: Path) -> str | None:
+    """Return the S3 URL of the run to which the current content of a checkpoint was uploaded.
+
+    Return None if this content was not uploaded.
+    """
     try:
         marker = json.loads((checkpoint / MARKER).read_bytes())
-        return bool(marker["url"] == url and marker["manifest"] == manifest_hash(checkpoint))
+        return str(marker["url"]) if marker["manifest"] == manifest_hash(checkpoint) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+
+
+def is_uploaded(checkpoint: Path, url: str) -> bool:
+    """Return whether the current content of a checkpoint was uploaded. `url` is the S3 URL of the run."""
+    return uploaded_to(checkpoint) == url
 
 
 def checkpoints_to_upload(folder: Path, keep_last: int, damaged: Container[Path] = ()) -> list[Path]:

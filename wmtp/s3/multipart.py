@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
 from wmtp.errors import InputError
 from wmtp.s3.errors import StoreError, UploadNotFound
@@ -24,18 +24,6 @@ MAX_CONCURRENT_PARTS = 4
 
 class LocalFileError(Exception):
     """A file cannot be uploaded, because it is missing or unreadable, or does not have the expected SHA-256."""
-
-
-class Retry(Protocol):
-    """Type of a function that makes a call to the S3 store. It may repeat the call if the call fails."""
-
-    def __call__(self, call: Callable[[], Any], /) -> Any:
-        """Call the function `call` and return its result."""
-
-
-def no_retry(call: Callable[[], Any], /) -> Any:
-    """Call the function `call` once and return its result. Do not repeat a failed call."""
-    return call()
 
 
 def no_progress(count: int, /) -> None:
@@ -88,8 +76,8 @@ def send_parts(
     file: BinaryIO,
     size: int,
     put: Callable[[Part], str],
-    retry: Retry = no_retry,
-    on_progress: Callable[[int], None] = no_progress,
+    put_again: Callable[[Part], str],
+    on_progress: Callable[[int], None],
 ) -> SentParts:
     """Read the first `size` bytes of a file and send them in parts. Up to `MAX_CONCURRENT_PARTS` threads send parts.
 
@@ -97,7 +85,7 @@ def send_parts(
         file: the file, opened for reading.
         size: number of bytes to send.
         put: function that uploads one part and returns the ETag of the part.
-        retry: function that sends a part again if its first upload failed.
+        put_again: function that does the same for a part whose first upload has failed.
         on_progress: function that is called with the number of bytes of each uploaded part.
 
     Raises:
@@ -107,22 +95,15 @@ def send_parts(
     md5s, etags = list[bytes](), list[str]()
     in_flight: deque[tuple[Part, Future[str]]] = deque()
 
-    def _resend(part: Part) -> str | UploadNotFound:
-        """Send a part. Return `UploadNotFound` instead of raising it, because a retry is useless."""
-        try:
-            return put(part)
-        except UploadNotFound as error:
-            return error
-
     def _finish_oldest() -> None:
         """Wait until the oldest part in flight is sent, and record its MD5 and ETag."""
         part, future = in_flight.popleft()
         try:
-            etag: str | UploadNotFound = future.result()
+            etag = future.result()
+        except UploadNotFound:
+            raise
         except (StoreError, InputError):
-            etag = retry(lambda: _resend(part))
-        if isinstance(etag, UploadNotFound):
-            raise etag
+            etag = put_again(part)
         md5s.append(part.digest)
         etags.append(etag)
         on_progress(len(part.data))

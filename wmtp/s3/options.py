@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
+from wmtp.field_types import PositiveFloat
+
 S3_URL = re.compile(r"s3://([a-z0-9][a-z0-9.\-]{1,61}[a-z0-9])(?:/(.*))?")
 CREDENTIAL_VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or in .env"
 CREDENTIALS_IN_URL = f"holds a user or a password; set {CREDENTIAL_VARIABLES}, instead"
@@ -57,8 +59,6 @@ def _check_url(url: str) -> str:
 S3Url = Annotated[str, AfterValidator(_check_url)]
 """Type of a config value that is an S3 URL, such as `s3://bucket/prefix`. A trailing slash is removed."""
 Endpoint = Annotated[str, AfterValidator(check_endpoint)]
-AddressingStyle = Literal["auto", "path", "virtual"]
-Checksums = Literal["when_supported", "when_required"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,5 +66,18 @@ class S3Options:
     """Connection options of an S3 store. They contain no credentials, which boto3 reads from the environment."""
 
     endpoint_url: Endpoint | None = None
-    addressing_style: AddressingStyle = "auto"
-    checksums: Checksums = "when_supported"
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    checksums: Literal["when_supported", "when_required"] = "when_supported"
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Settings(S3Options):
+    """Settings of the copies of runs in S3. `url` is the URL below which each run has a folder.
+
+    At the end of a run, `CheckpointUploader.close` waits `stall_seconds` at most for a store that does not respond, and
+    `close_seconds` at most for a store that responds.
+    """
+
+    url: S3Url
+    stall_seconds: PositiveFloat = 30.0
+    close_seconds: PositiveFloat = 1200.0

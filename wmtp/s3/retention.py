@@ -1,12 +1,59 @@
 """Delete old checkpoints in S3, and find the newest and the best checkpoint."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from wmtp.checkpoint import manifest
-from wmtp.checkpoint.listing import STEP, step_of
-from wmtp.s3.client import S3Folder
+from wmtp.checkpoint.listing import STEP, read_pointer, step_of
+from wmtp.errors import InputError
+from wmtp.s3.client import S3Folder, StoreError
+from wmtp.s3.layout import STAGES, checkpoints_to_upload, stage_of
+
+log = logging.getLogger(__name__)
+
+
+class RemotePruner:
+    """Object that deletes the checkpoints of a run in S3 that are no longer needed."""
+
+    def __init__(self, folder: Path, remote: S3Folder, keep_last: int) -> None:
+        """Create the object. `keep_last` newest checkpoints of each stage are kept, and the best checkpoint."""
+        self.folder, self.remote, self.keep_last = folder, remote, keep_last
+        self._stages_to_prune = set(STAGES)
+
+    def prune(self, changed: set[str]) -> None:
+        """Delete the checkpoints in S3 that are no longer needed.
+
+        If a deletion fails, a warning is logged. The next call repeats the deletion.
+
+        Args:
+            changed: path prefixes of the stages for which new data were uploaded.
+        """
+        for stage in sorted(changed | self._stages_to_prune):
+            try:
+                errors = self._delete_superseded(stage)
+            except (StoreError, InputError) as error:
+                errors = {stage: str(error)}
+            if errors:
+                self._stages_to_prune.add(stage)
+                key, reason = next(iter(errors.items()))
+                log.warning(
+                    "%s: superseded checkpoints cannot be deleted yet: %s %s", self.remote.display_url, key, reason
+                )
+            else:
+                self._stages_to_prune.discard(stage)
+
+    def _delete_superseded(self, stage: str) -> dict[str, str]:
+        try:
+            best = read_pointer(self.folder / stage / "checkpoints" / "best.json")
+        except (ValueError, KeyError, TypeError):
+            return {}  # the best checkpoint is unknown, so delete nothing
+        selected = checkpoints_to_upload(self.folder, self.keep_last)
+        local = {path.name for path in selected if stage_of(self.folder, path) == stage}
+        keep = local | {name for name in (best, read_remote_best(self.remote, stage)) if name is not None}
+        return delete_superseded(self.remote, stage, self.keep_last, keep)
 
 
 def delete_superseded(remote: S3Folder, stage: str, keep_last: int, keep: Collection[str]) -> dict[str, str]:

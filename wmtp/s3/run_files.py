@@ -5,14 +5,12 @@ Examples are the config, the metrics, and pointer files, which name a checkpoint
 
 import json
 import logging
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 from wmtp.runtime.atomic_files import read_or_none
 from wmtp.s3.client import LocalFileError, S3Folder
 from wmtp.s3.layout import STAGE1_RESULT, STAGES, is_uploaded, stage_of
-from wmtp.s3.multipart import Retry
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +18,10 @@ log = logging.getLogger(__name__)
 class RunFilesUploader:
     """Uploader of the files of a run that are not part of a checkpoint. It sends only new and changed files."""
 
-    def __init__(self, folder: Path, remote: S3Folder, send: Callable[[Path, str], None], retry: Retry) -> None:
-        """Create the uploader. Nothing is sent yet.
-
-        Args:
-            folder: the run's folder.
-            remote: the folder of the run in S3.
-            send: function that uploads a local file to the object with the given key. It raises `LocalFileError` if the
-                file does not exist any more.
-            retry: function that makes a call to the store and repeats it if it fails.
-        """
+    def __init__(self, folder: Path, remote: S3Folder) -> None:
+        """Create the uploader of the run in `folder`. Nothing is sent yet. `remote` is the run's folder in S3."""
         self.folder, self.remote = folder, remote
         self.num_sent = 0
-        self._send, self._retry = send, retry
         self._versions: dict[Path, tuple[int, int, int]] = {}
         self._pointers: dict[str, bytes] = {}
 
@@ -45,8 +34,8 @@ class RunFilesUploader:
                 version = (status.st_mtime_ns, status.st_size, status.st_ino)
                 if self._versions.get(path) == version:
                     continue
-                if path in self._versions or not self._is_sent(path, key):
-                    self._send(path, key)
+                if path in self._versions or not self.remote.has_content_of(path, key):
+                    self.remote.put(path, key)
                     self.num_sent += 1
             except (LocalFileError, FileNotFoundError) as error:
                 log.warning("%s cannot be uploaded: %s", path, error)
@@ -75,24 +64,9 @@ class RunFilesUploader:
                 self._pointers[key] = content
                 continue
             if is_uploaded(checkpoint, self.remote.url):
-                if key in self._pointers or self._retry(partial(self.remote.get, key)) != content:
-                    self._retry(partial(self.remote.put_bytes, content, key))
+                if key in self._pointers or self.remote.get(key) != content:
+                    self.remote.put_bytes(content, key)
                     self.num_sent += 1
                     changed |= {stage_of(self.folder, checkpoint)} if key != STAGE1_RESULT else set()
                 self._pointers[key] = content
         return changed
-
-    def _is_sent(self, path: Path, key: str) -> bool:
-        """Return whether the object in S3 is known to have the same content as the local file."""
-
-        def _compare() -> bool | LocalFileError:
-            """Return whether the object equals the file, or the error of the file."""
-            try:
-                return self.remote.has_content_of(path, key)
-            except LocalFileError as error:  # returned instead of raised, because a retry is useless
-                return error
-
-        result: bool | LocalFileError = self._retry(_compare)
-        if isinstance(result, LocalFileError):
-            raise result
-        return result

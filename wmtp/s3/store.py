@@ -7,11 +7,10 @@ from typing import Literal
 
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.distributed.process_group import Processes
-from wmtp.field_types import Positive, PositiveFloat
+from wmtp.field_types import Positive
 from wmtp.runtime.atomic_files import folder_size
-from wmtp.runtime.run_dir import read_run
-from wmtp.s3.layout import is_uploaded
-from wmtp.s3.options import AddressingStyle, Checksums, Endpoint, S3Url
+from wmtp.s3.layout import uploaded_to
+from wmtp.s3.options import S3Settings
 
 log = logging.getLogger(__name__)
 
@@ -29,34 +28,21 @@ class RemoteCheckpointStore(CheckpointStore):
         folder: Path,
         processes: Processes | None = None,
         *,
-        remote: S3Url,
+        s3: S3Settings,
         keep_last: Positive = 2,
         format: Literal["whole", "sharded"] = "whole",  # noqa: A002 - name of the config key
-        endpoint_url: Endpoint | None = None,
-        addressing_style: AddressingStyle = "auto",
-        checksums: Checksums = "when_supported",
-        stall_seconds: PositiveFloat = 30.0,
-        close_seconds: PositiveFloat = 1200.0,
     ) -> None:
         """Create the store.
 
-        Only `folder`, `processes`, `keep_last` and `format` are used. They have the same meaning as in
-        `CheckpointStore`. All other parameters are config values for the uploader.
+        Checkpoints that were uploaded to a URL below `s3.url` count as uploaded. The other parameters are those of
+        `CheckpointStore`.
         """
         super().__init__(folder, processes, keep_last=keep_last, format=format)
-        self.run_folder = folder
-
-    def _remote_url(self) -> str | None:
-        """Return the S3 URL of the run. Return None if the run has no S3 URL or is unknown.
-
-        In stage 2, `self.run_folder` is the folder of the run. In stage 1, its parent is the folder of the run.
-        """
-        run = read_run(self.run_folder) or read_run(self.run_folder.parent)
-        return None if run is None else run["remote"]
+        self.s3 = s3
 
     def _superseded(self, best: str | None) -> list[Path]:
-        url, found, superseded = self._remote_url(), self._list(), super()._superseded(best)
-        uploaded = [path for path in found if is_uploaded(path, url)]
+        found, superseded = self._list(), super()._superseded(best)
+        uploaded = [path for path in found if (uploaded_to(path) or "").startswith(f"{self.s3.url}/")]
         waiting = [
             path
             for path in superseded

@@ -4,31 +4,22 @@ import logging
 import math
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from wmtp.checkpoint import manifest
-from wmtp.checkpoint.listing import read_pointer
 from wmtp.errors import InputError, PendingError
-from wmtp.field_types import Positive, PositiveFloat
-from wmtp.runtime.atomic_files import folder_size, read_or_none
+from wmtp.runtime.atomic_files import folder_size
 from wmtp.runtime.background import SHUTDOWN_LIMIT_S, SHUTDOWN_STALL_S, BackgroundSender, format_error
 from wmtp.runtime.locks import file_lock
 from wmtp.runtime.run_dir import display_path
-from wmtp.s3.client import LocalFileError, S3Folder, StoreError, StoreUnreachable
-from wmtp.s3.layout import (
-    FINAL_FILES,
-    RECORDS,
-    STAGES,
-    checkpoints_to_upload,
-    mark_uploaded,
-    pending_checkpoints,
-    stage_of,
-)
+from wmtp.s3.checkpoint_sender import CheckpointSender
+from wmtp.s3.client import S3Folder, StoreError, StoreUnreachable
+from wmtp.s3.layout import FINAL_FILES, RECORDS, stage_of
+from wmtp.s3.options import S3Settings
 from wmtp.s3.progress import TransferProgress
-from wmtp.s3.retention import delete_superseded, read_remote_best
+from wmtp.s3.retention import RemotePruner
 from wmtp.s3.run_files import RunFilesUploader
 
 log = logging.getLogger(__name__)
@@ -38,8 +29,7 @@ LOCK = Path(".hydra") / "upload.lock"
 class CheckpointUploader:
     """Uploader that copies a run to S3 in a background thread.
 
-    The manifest of a checkpoint is uploaded last. A checkpoint without a manifest is ignored, so an incomplete
-    checkpoint is never used. Only one process at a time uploads a run. Other processes wait until this upload ends.
+    Only one process at a time uploads a run. Other processes wait until this upload ends.
     """
 
     poll_seconds = 1.0
@@ -48,36 +38,33 @@ class CheckpointUploader:
     def __init__(
         self,
         folder: Path,
-        remote: S3Folder,
+        url: str,
+        settings: S3Settings,
+        keep_last: int,
         console: Console | None = None,
         is_training: bool = True,
-        *,
-        keep_last: Positive,
-        stall_seconds: PositiveFloat,
-        close_seconds: PositiveFloat,
     ) -> None:
         """Start the background thread.
 
         Args:
             folder: the run's folder.
-            remote: the folder of the run in S3.
+            url: S3 URL of the run.
+            settings: settings of the store, and the time limits of `close`.
+            keep_last: number of the newest checkpoints of each stage that S3 keeps. The best checkpoint is also kept.
             console: console on which `close` shows the progress. None shows no progress.
             is_training: True if this process trains the run. If it is False, `close_seconds` has no effect.
-            keep_last: number of the newest checkpoints of each stage that S3 keeps. The best checkpoint is also kept.
-            stall_seconds: maximum seconds that `close` waits for a store that does not respond.
-            close_seconds: maximum seconds that `close` waits for a store that responds.
+
+        Raises:
+            InputError: a setting is not valid.
         """
-        self.folder, self.remote, self.console = folder, remote, console
-        self.is_training, self.keep_last = is_training, keep_last
-        self.stall_seconds, self.close_seconds = stall_seconds, close_seconds
-        self.uploaded: list[str] = []
-        """Paths of the checkpoints that this uploader has uploaded. They are relative to the run's folder."""
-        self._damaged: dict[Path, bytes] = {}
-        self._sender = BackgroundSender(remote.display_url, self._upload)
-        self._files = RunFilesUploader(folder, remote, self._send, self._sender.retry)
+        self.folder, self.settings, self.console, self.is_training = folder, settings, console, is_training
+        self._sender = BackgroundSender(url, self._upload)
+        self.remote = S3Folder(url, settings, retry=self._sender.retry, on_progress=self._count_bytes)
+        self._sender.server = self.remote.display_url
+        self.checkpoints = CheckpointSender(folder, self.remote, keep_last, self._sender.retry)
+        self._files = RunFilesUploader(folder, self.remote)
+        self._pruner = RemotePruner(folder, self.remote, keep_last)
         self._bytes_sent = self._bytes_of_current = 0
-        self._current_key = ""
-        self._stages_to_prune = set(STAGES)
         self._waits_for_lock = False
         self._sender.start()
 
@@ -89,17 +76,14 @@ class CheckpointUploader:
     @property
     def report(self) -> str:
         """Message that says how many checkpoints and other files were uploaded."""
-        num_checkpoints, num_files = len(self.uploaded), self._files.num_sent
+        num_checkpoints, num_files = len(self.checkpoints.sent), self._files.num_sent
         if not num_checkpoints and not num_files:
             return f"{self.remote.url}: nothing was missing"
         checkpoints = f"{num_checkpoints} checkpoint{'' if num_checkpoints == 1 else 's'}"
         return f"{checkpoints} and {num_files} other file{'' if num_files == 1 else 's'} sent to {self.remote.url}"
 
-    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Do nothing. The metrics are uploaded with the next checkpoint, because metrics.jsonl contains them."""
-
     def close(self, state: str) -> None:
-        """Wait until all data of the run are uploaded, or until a time limit of the constructor is reached.
+        """Wait until all data of the run are uploaded, or until a time limit of the settings is reached.
 
         Args:
             state: final state of the run. If this process trained the run and `state` is not FINISHED, the time limits
@@ -108,16 +92,19 @@ class CheckpointUploader:
         Raises:
             PendingError: some data were not uploaded.
         """
-        limit, stall = self.close_seconds if self.is_training else math.inf, self.stall_seconds
+        limit, stall = self.settings.close_seconds if self.is_training else math.inf, self.settings.stall_seconds
         if self.is_training and state != "FINISHED":
             limit, stall = min(SHUTDOWN_LIMIT_S, limit), min(SHUTDOWN_STALL_S, stall)
         before = self._bytes_sent
-        to_send = sum(map(folder_size, self._pending())) - self._bytes_of_current
+        to_send = sum(map(folder_size, self.checkpoints.pending())) - self._bytes_of_current
         with TransferProgress(self.console, f"uploading to {self.remote.url}") as progress:
-            for _ in self._sender.drain(stall, limit):
+
+            def _show_progress() -> None:
+                """Show how many bytes of the pending checkpoints were sent."""
                 if to_send > 0:
-                    progress.update(self._bytes_sent - before, to_send, self._current_key)
-            if self._pending() or not self._sender.is_done:
+                    progress.update(self._bytes_sent - before, to_send, self.checkpoints.current)
+
+            if not self._sender.wait_until_done(stall, limit, _show_progress) or self.checkpoints.pending():
                 raise PendingError(self.unsent())
 
     def unsent(self) -> str:
@@ -125,9 +112,8 @@ class CheckpointUploader:
 
         The message contains the number of checkpoints, the run's folder, the reason, and a command that uploads them.
         """
-        total = len(checkpoints_to_upload(self.folder, self.keep_last, self._damaged_checkpoints()))
-        num_pending, folder = len(self._pending()), display_path(self.folder)
-        error = self._sender.last_error
+        total, num_pending = len(self.checkpoints.selected()), len(self.checkpoints.pending())
+        error, folder = self._sender.last_error, display_path(self.folder)
         reason = format_error(error) if error is not None else "waiting ended before they were sent"
         if self._waits_for_lock:
             reason = "another process is still uploading this run"
@@ -150,8 +136,8 @@ class CheckpointUploader:
                     break
                 self._sender.wait(self.poll_seconds)
             self._files.send_changed(RECORDS + FINAL_FILES)
-            if self.uploaded:
-                self._prune(set())
+            if self.checkpoints.sent:
+                self._pruner.prune(set())
 
     @contextmanager
     def _upload_lock(self) -> Iterator[None]:
@@ -173,128 +159,32 @@ class CheckpointUploader:
 
         If the store does not allow this, a warning is logged.
         """
-
-        def _abort() -> int:
-            """Abort unfinished uploads, and return their number; return 0 if the store does not allow it."""
-            try:
-                return self.remote.abort_uploads()
-            except StoreUnreachable:
-                raise
-            except (StoreError, InputError) as error:
-                log.warning("interrupted uploads cannot be removed from the store: %s", error)
-                return 0
-
-        if count := self._sender.retry(_abort):
-            log.info("%s: %d interrupted uploads were removed", self.remote.display_url, count)
+        try:
+            if count := self.remote.abort_uploads():
+                log.info("%s: %d interrupted uploads were removed", self.remote.display_url, count)
+        except StoreUnreachable:
+            raise
+        except (StoreError, InputError) as error:
+            log.warning("interrupted uploads cannot be removed from the store: %s", error)
 
     def _send_new(self) -> None:
         """Upload new checkpoints and changed pointer files. Delete checkpoints in S3 that are no longer needed."""
         while True:
-            path = next(iter(self._pending()), None)
+            path = next(iter(self.checkpoints.pending()), None)
             if path is not None:
                 self._files.send_changed(RECORDS)
-                self._send_checkpoint(path)
+                self.checkpoints.send(path)
+                self._bytes_of_current = 0
             changed = self._files.send_pointers()
             if path is not None:
                 changed.add(stage_of(self.folder, path))
             if changed:
-                self._prune(changed)
+                self._pruner.prune(changed)
             if path is None:
                 return
 
-    def _pending(self) -> list[Path]:
-        return pending_checkpoints(self.folder, self.remote.url, self.keep_last, self._damaged_checkpoints())
-
-    def _damaged_checkpoints(self) -> set[Path]:
-        """Return the local checkpoints that were found damaged during an upload and did not change since then."""
-        return {path for path, damaged in self._damaged.items() if read_or_none(path / manifest.NAME) == damaged}
-
-    def _send_checkpoint(self, path: Path) -> None:
-        """Upload a checkpoint. If it is damaged, log a warning and do not try to upload it again."""
-        self._current_key = key = path.relative_to(self.folder).as_posix()
-        manifest_bytes = read_or_none(path / manifest.NAME)
-        if manifest_bytes is None:
-            return  # the checkpoint was deleted in the meantime
-        try:
-            self._send_files(path, key, manifest_bytes)
-        except LocalFileError as error:
-            if read_or_none(path / manifest.NAME) == manifest_bytes:
-                self._damaged[path] = manifest_bytes
-                log.warning("%s is damaged and is not uploaded: %s", path, error)
-        finally:
-            self._current_key, self._bytes_of_current = "", 0
-
-    def _send_files(self, path: Path, key: str, manifest_bytes: bytes) -> None:
-        try:
-            files = manifest.parse(manifest_bytes)
-        except ValueError as error:
-            raise LocalFileError(str(error)) from error
-        remote_manifest = self._sender.retry(self.remote.get, f"{key}/{manifest.NAME}")
-        if remote_manifest != manifest_bytes:
-            if remote_manifest is not None:  # S3 has another checkpoint of the same step
-                self._sender.retry(self._delete, f"{key}/{manifest.NAME}")
-            for name, entry in files.items():
-                self._send(path / name, f"{key}/{name}", entry["sha256"])
-            self._sender.retry(self.remote.put_bytes, manifest_bytes, f"{key}/{manifest.NAME}")
-            self.uploaded.append(key)
-        self._sender.retry(self._mark_uploaded, path, manifest_bytes)
-
-    def _mark_uploaded(self, path: Path, manifest_bytes: bytes) -> None:
-        if read_or_none(path / manifest.NAME) == manifest_bytes:
-            with suppress(FileNotFoundError):  # the checkpoint was deleted in the meantime
-                mark_uploaded(path, self.remote.url)
-
-    def _delete(self, key: str) -> None:
-        if errors := self.remote.delete([key]):
-            raise StoreError(f"{self.remote.display_url}: {key} cannot be deleted: {errors[key]}")
-
-    def _send(self, path: Path, key: str, sha256: str | None = None) -> None:
-        def _put() -> LocalFileError | None:
-            """Upload the file, and return an error of the file instead of raising it."""
-            retry = self._sender.retry
-            try:
-                self.remote.put(path, key, sha256=sha256, retry=retry, on_progress=self._count_bytes)
-            except LocalFileError as error:  # returned instead of raised, because a retry is useless
-                return error
-            return None
-
-        error = self._sender.retry(_put)
-        if error is not None:
-            raise error
-
     def _count_bytes(self, count: int) -> None:
+        """Add uploaded bytes to the progress, and record that the store responds."""
         self._bytes_sent += count
-        self._bytes_of_current += count if self._current_key else 0
+        self._bytes_of_current += count if self.checkpoints.current else 0
         self._sender.heartbeat()
-
-    def _prune(self, changed: set[str]) -> None:
-        """Delete the checkpoints in S3 that are no longer needed.
-
-        If a deletion fails, a warning is logged. The deletion is repeated after the next upload.
-
-        Args:
-            changed: path prefixes of the stages for which new data were uploaded.
-        """
-        for stage in sorted(changed | self._stages_to_prune):
-            try:
-                errors = self._delete_superseded(stage)
-            except (StoreError, InputError) as error:
-                errors = {stage: str(error)}
-            if errors:
-                self._stages_to_prune.add(stage)
-                key, reason = next(iter(errors.items()))
-                log.warning(
-                    "%s: superseded checkpoints cannot be deleted yet: %s %s", self.remote.display_url, key, reason
-                )
-            else:
-                self._stages_to_prune.discard(stage)
-
-    def _delete_superseded(self, stage: str) -> dict[str, str]:
-        try:
-            best = read_pointer(self.folder / stage / "checkpoints" / "best.json")
-        except (ValueError, KeyError, TypeError):
-            return {}  # the best checkpoint is unknown, so delete nothing
-        selected = checkpoints_to_upload(self.folder, self.keep_last)
-        local = {path.name for path in selected if stage_of(self.folder, path) == stage}
-        keep = local | {name for name in (best, read_remote_best(self.remote, stage)) if name is not None}
-        return delete_superseded(self.remote, stage, self.keep_last, keep)

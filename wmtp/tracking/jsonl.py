@@ -1,4 +1,4 @@
-"""Write and read metrics.jsonl, which contains all metrics of a run. Each line of the file is a JSON object."""
+"""Write metrics.jsonl, which contains all metrics of a run. Each line of the file is a JSON object."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from wmtp.runtime.atomic_files import drop_lines_after
+from wmtp.runtime.json_lines import drop_lines_after, drop_torn_line
 from wmtp.tracking.base import State
 
 FILE_NAME = "metrics.jsonl"
@@ -23,6 +23,8 @@ class MetricsFile:
         self.path = folder / FILE_NAME
         if resume_step is not None:
             drop_lines_after(self.path, resume_step)
+        else:
+            drop_torn_line(self.path)
         self._file = self.path.open("a")
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
@@ -36,9 +38,3 @@ class MetricsFile:
         """Sync the file to disk and close it."""
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics.jsonl as dictionaries. If a crash left an incomplete last line, it is ignored."""
-    complete, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]

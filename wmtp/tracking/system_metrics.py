@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from wmtp.runtime.atomic_files import replace_atomically
+from wmtp.runtime.json_lines import drop_torn_line
+from wmtp.tracking.tail import step_of
 
 FILE_NAME = "system.jsonl"
 PREFIX = "system/"
@@ -47,7 +48,8 @@ class SystemSampler:
 
     def _sample(self) -> None:
         try:
-            step = max(self.first_step, drop_torn_line(self.path))
+            lines = drop_torn_line(self.path)
+            step = max(self.first_step, step_of(lines[-1]) + 1 if lines else 0)
             gpus, process = Gpus(), psutil.Process()
             psutil.cpu_percent()  # the next call returns the usage since this call
             with self.path.open("a") as file:
@@ -121,17 +123,3 @@ def machine_usage(process: psutil.Process) -> dict[str, float]:
         "disk_available_megabytes": disk.free / MEGABYTE,
     }
     return {name: round(value, 1) for name, value in values.items()}
-
-
-def drop_torn_line(path: Path) -> int:
-    """Remove the last line of a system.jsonl if it is incomplete, and return the step of the next line.
-
-    The result is the step of the last complete line plus one. If there is no complete line, the result is 0.
-    """
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        replace_atomically(path, b"".join(lines))
-    return int(json.loads(lines[-1])["step"]) + 1 if lines else 0

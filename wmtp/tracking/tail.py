@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wmtp.runtime.json_lines import complete_lines, read_lines
+
 Point = tuple[str, float, int, int]
 """One value of a metric: name of the metric, value, time in milliseconds since 1970, and step."""
 
@@ -90,7 +92,7 @@ def lines_after(path: Path, position: Position) -> list[bytes] | None:
         file.seek(position.size - len(last))
         if file.read(len(last)) != last:
             return None
-        return [line for line in file.readlines(BYTES_PER_READ) if line.endswith(b"\n")]
+        return complete_lines(file.readlines(BYTES_PER_READ))
 
 
 def lines_before(path: Path, position: Position) -> list[bytes]:
@@ -106,7 +108,7 @@ def lines_before(path: Path, position: Position) -> list[bytes]:
 
 def count_lines(path: Path, position: Position) -> tuple[int, int]:
     """Return the number of all complete lines in a file, and the number of complete lines after `position`."""
-    written = path.read_bytes().count(b"\n") if path.exists() else 0
+    written = len(read_lines(path))
     return written, written if lines_after(path, position) is None else max(0, written - position.lines)
 
 

@@ -31,6 +31,7 @@ from wmtp.runtime.run_dir import PRETRAIN, RESUMES, SAVED_OVERRIDES, JobProgress
 from wmtp.tracking.base import Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
+from wmtp.tracking.mlflow import MlflowTracker
 from wmtp.training.builders import (
     Components,
     build_components,
@@ -222,7 +223,7 @@ class Run:
                 ConsoleTracker(self.console, plan.num_updates, plan.updates_per_epoch, step),
             ]
         try:
-            return trainer.fit([*trackers, *self.uploaders])
+            return trainer.fit([*trackers, *(u for u in self.uploaders if isinstance(u, MlflowTracker))])
         finally:
             self.progress.step = trainer.position.step
             for error in close_trackers(trackers, "RUNNING"):
@@ -254,7 +255,7 @@ class Run:
         replace_atomically(self.folder / "config.yaml", self.resolved.encode())
         replace_atomically(self.folder / SAVED_OVERRIDES, encode_json(self.overrides))
         self._save_model_files(self.config, self.folder, components)
-        write_run_id(self.folder, self.config.checkpoint.get("remote"))
+        write_run_id(self.folder, OmegaConf.select(self.config, "checkpoint.s3.url"))
         write_provenance(self.folder, self.overrides, changed_keys(self.config, "train"), data)
         self.uploaders = open_uploaders(self.config, self.folder, self.console, is_training=True)
 

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import SYNC_STATE, display_path, read_run
 from wmtp.runtime.versions import versions
-from wmtp.tracking.jsonl import FILE_NAME, read_metrics
+from wmtp.tracking.jsonl import FILE_NAME
 from wmtp.training.trainer import Result, Trainer
 
 
@@ -21,7 +22,7 @@ def last_and_best(folder: Path) -> dict[str, Any]:
 
     If there was no validation, both results are empty.
     """
-    validations = [line for line in read_metrics(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
+    validations = [line for line in read_json_lines(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
     if not validations:
         return {"last": {}, "best": {}}
     return {"last": validations[-1], "best": min(validations, key=lambda line: line["val/loss"])}
@@ -29,7 +30,7 @@ def last_and_best(folder: Path) -> dict[str, Any]:
 
 def median_speed(folder: Path) -> float | None:
     """Return the median of the logged training speeds in tokens per second, or None if no speed was logged."""
-    speeds = sorted(line["train/tokens_per_second"] for line in read_metrics(folder / FILE_NAME)
+    speeds = sorted(line["train/tokens_per_second"] for line in read_json_lines(folder / FILE_NAME)
                     if "train/tokens_per_second" in line)  # fmt: skip
     return speeds[len(speeds) // 2] if speeds else None
 

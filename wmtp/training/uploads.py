@@ -12,13 +12,14 @@ from rich.console import Console
 
 from wmtp.checkpoint.listing import complete_checkpoints, step_of
 from wmtp.config.flatten import flatten
-from wmtp.config.schema import ConfigError, build, load_run_config, node_issues, to_plain
+from wmtp.config.schema import ConfigError, build, iter_nodes, load_run_config, node_issues, to_plain
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.runtime.background import SHUTDOWN_STALL_S
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
-from wmtp.s3.client import S3Folder, S3Options, StoreError, StoreUnreachable
+from wmtp.s3.client import S3Folder, StoreError, StoreUnreachable
 from wmtp.s3.layout import STAGES
+from wmtp.s3.options import S3Settings
 from wmtp.s3.retention import newest_remote_step
 from wmtp.s3.uploader import CheckpointUploader
 from wmtp.tracking.base import State, Tracker
@@ -37,8 +38,8 @@ class RemoteIsAhead(InputError):
     """
 
 
-class Uploader(Tracker, Protocol):
-    """The interface of a tracker that sends data to a server.
+class Uploader(Protocol):
+    """The interface of an object that sends the data of one run to a server in the background.
 
     An uploader can describe which data was sent and which data was not sent.
     """
@@ -50,6 +51,13 @@ class Uploader(Tracker, Protocol):
     @property
     def report(self) -> str:
         """A description of the data that was sent."""
+
+    def close(self, state: State) -> None:
+        """Send all pending data of a run whose final state is `state`.
+
+        Raises:
+            PendingError: some data could not be sent.
+        """
 
     def unsent(self) -> str:
         """Return a description of the data that was not sent."""
@@ -68,16 +76,16 @@ def check_servers(config: DictConfig, folder: Path) -> list[str]:
             check_server(config.tracking.uri, config.tracking.experiment)
         except ServerUnreachable as error:
             unreachable.append(f"{error}; metrics are kept in the run's folder until it can be reached")
-    if remote := config.checkpoint.get("remote"):
+    if settings := s3_settings(config):
         run = read_run(folder) or {"id": None, "remote": None}
-        s3_folder = S3Folder(remote_url(folder, remote, run["remote"]), build(config.checkpoint, S3Options))
+        s3_folder = S3Folder(remote_url(folder, settings.url, run["remote"]), settings)
         try:
             s3_folder.check()
             require_same_run(s3_folder, folder, run["id"])
         except StoreUnreachable as error:
             unreachable.append(f"{error}; checkpoints are kept in the run's folder until it can be reached")
         except StoreError as error:
-            hint = "if the store does not support this request, try checkpoint.checksums=when_required"
+            hint = "if the store does not support this request, try checkpoint.s3.checksums=when_required"
             raise InputError(f"{error}; {hint}") from error
     return unreachable
 
@@ -91,8 +99,8 @@ def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> N
     """
     remote_run = s3_folder.read_json(RUN)
     if remote_run is not None and remote_run["id"] != run_id:
-        message = "holds another run; name another folder (hydra.run.dir) or remote"
-        raise InputError(f"checkpoint.remote: {s3_folder.url} {message}")
+        message = "holds another run; name another folder (hydra.run.dir) or URL"
+        raise InputError(f"checkpoint.s3.url: {s3_folder.url} {message}")
     for stage in reversed(STAGES):
         newest = newest_remote_step(s3_folder, stage)
         newest_local = max((step_of(path.name) for path in complete_checkpoints(folder / stage)), default=0)
@@ -119,18 +127,25 @@ def open_uploaders(
         name = config.run_name or folder.name
         options = {"folder": folder, "run_name": name, "parameters": parameters, "tags": tags}
         uploaders.append(build(config.tracking, MlflowTracker, **options, is_training=is_training))
-    if run is not None and run["remote"] is not None and config.checkpoint.get("remote"):
-        remote = S3Folder(run["remote"], build(config.checkpoint, S3Options))
-        options = {"folder": folder, "remote": remote, "console": console, "is_training": is_training}
-        uploaders.append(build(config.checkpoint, CheckpointUploader, **options))
+    settings = s3_settings(config)
+    if run is not None and run["remote"] is not None and settings is not None:
+        keep_last = int(config.checkpoint.keep_last)
+        uploaders.append(CheckpointUploader(folder, run["remote"], settings, keep_last, console, is_training))
     return uploaders
+
+
+def s3_settings(config: DictConfig) -> S3Settings | None:
+    """Return the settings of the copy in S3, or None if the checkpoints are only in the run's folder."""
+    node = config.checkpoint.get("s3")
+    settings: S3Settings | None = None if node is None else build(node)
+    return settings
 
 
 def with_short_timeouts(config: DictConfig) -> DictConfig:
     """Return a copy of the config in which each option `stall_seconds` is at most `SHUTDOWN_STALL_S`."""
     config = copy.deepcopy(config)
-    for node in (config.tracking, config.checkpoint):
-        if node is not None and "stall_seconds" in node:
+    for node in (config.tracking, config.checkpoint.get("s3")):
+        if node is not None:
             node.stall_seconds = min(node.stall_seconds, SHUTDOWN_STALL_S)
     return config
 
@@ -146,8 +161,8 @@ def send_pending(folder: Path, state: State) -> list[str]:
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
-    keys = [key for key in ("tracking", "checkpoint") if config[key] is not None]
-    if issues := [issue for key in keys for issue in node_issues(config[key], key)]:
+    nodes = [(key, node) for key, node in iter_nodes(config) if key.partition(".")[0] in ("tracking", "checkpoint")]
+    if issues := [issue for key, node in nodes for issue in node_issues(node, key)]:
         raise ConfigError(issues)
     unreachable = check_servers(config, folder)
     console = Console(markup=False)
@@ -199,8 +214,8 @@ def close_all(uploaders: Sequence[Uploader], state: State) -> list[WmtpError | O
     return errors
 
 
-def close_trackers(trackers: Sequence[Tracker], state: State) -> list[WmtpError | OSError]:
-    """Close all trackers, and return their errors. If one tracker raises an error, the others are still closed."""
+def close_trackers(trackers: Sequence[Tracker | Uploader], state: State) -> list[WmtpError | OSError]:
+    """Close all trackers or uploaders, and return their errors. All of them are closed, even if one raises an error."""
     errors: list[WmtpError | OSError] = []
     for tracker in trackers:
         try:

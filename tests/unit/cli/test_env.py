@@ -35,7 +35,7 @@ def test_credentials_are_removed_from_the_tracking_uri(monkeypatch: pytest.Monke
     "argument",
     [
         f"tracking.uri=https://me:{SECRET}@host",
-        f"checkpoint.endpoint_url='http://key:{SECRET}@host:9000'",
+        f"checkpoint.s3.endpoint_url='http://key:{SECRET}@host:9000'",
         f"+tags.where=s3://key:{SECRET}@bucket",
     ],
 )

@@ -42,11 +42,10 @@ def start_sender(server: Server, count: int) -> BackgroundSender:
     return sender
 
 
-def drain(sender: BackgroundSender, stall_s: float, limit_s: float) -> float:
-    """Drain the sender and return the seconds that this took."""
+def wait_until_done(sender: BackgroundSender, stall_s: float, limit_s: float) -> float:
+    """Wait for the sender, and return the seconds that this took."""
     started = time.monotonic()
-    for _ in sender.drain(stall_s, limit_s):
-        pass
+    assert sender.wait_until_done(stall_s, limit_s) == sender.is_done
     return time.monotonic() - started
 
 
@@ -65,7 +64,7 @@ def test_failed_calls_are_retried_and_failure_and_recovery_are_logged_once(caplo
         wait_for(lambda: server.calls > 2)
         assert not sender.is_done and str(sender.last_error) == "is down"
         server.is_down = False
-        drain(sender, 10, 10)
+        wait_until_done(sender, 10, 10)
     assert sender.is_done and server.num_done == 3 and sender.last_error is None
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
@@ -85,7 +84,7 @@ def test_a_failing_server_gets_one_call_at_growing_intervals(monkeypatch: pytest
 
     monkeypatch.setattr(BackgroundSender, "_note_failure", recover)
     sender = start_sender(server, 1)
-    drain(sender, 10, 10)
+    wait_until_done(sender, 10, 10)
     assert sender.is_done and server.max_in_progress == 1
     assert max(pauses) <= module.MAX_PAUSE_S, "a pause is longer than half a minute"
     assert sum(pauses[-100:]) > 20 * sum(pauses[:5]), "the pauses do not grow"
@@ -100,8 +99,8 @@ def test_sending_is_given_up_for_a_dead_server_but_not_for_a_slow_one() -> None:
     dead.is_down = True
     dead_sender, slow_sender = start_sender(dead, 1), start_sender(slow, 10)
     wait_for(lambda: dead_sender.last_error is not None)
-    assert 0.3 < drain(dead_sender, stall_s=0.5, limit_s=60) < 3 and not dead_sender.is_done
-    assert drain(slow_sender, stall_s=0.5, limit_s=60) > 1 and slow_sender.is_done, (
+    assert 0.3 < wait_until_done(dead_sender, stall_s=0.5, limit_s=60) < 3 and not dead_sender.is_done
+    assert wait_until_done(slow_sender, stall_s=0.5, limit_s=60) > 1 and slow_sender.is_done, (
         "sending to a slow server was given up"
     )
 
@@ -123,7 +122,7 @@ def test_heartbeats_keep_a_slow_upload_alive() -> None:
 
         sender = BackgroundSender("the server", send)
         sender.start()
-        drain(sender, stall_s=0.4, limit_s=60)
+        wait_until_done(sender, stall_s=0.4, limit_s=60)
         done[has_heartbeat] = sender.is_done
         assert finished.wait(5)
     assert done == {True: True, False: False}
@@ -132,7 +131,7 @@ def test_heartbeats_keep_a_slow_upload_alive() -> None:
 def test_the_limit_holds_for_a_working_server_and_the_thread_ends(caplog: pytest.LogCaptureFixture) -> None:
     server = Server(seconds=0.2)
     sender = start_sender(server, 100)
-    assert 0.4 < drain(sender, stall_s=60, limit_s=0.5) < 2 and not sender.is_done and sender.is_cancelled
+    assert 0.4 < wait_until_done(sender, stall_s=60, limit_s=0.5) < 2 and not sender.is_done and sender.is_cancelled
     server.is_down = True
     wait_for(lambda: not sender._thread.is_alive())
     assert server.calls < 20
@@ -146,7 +145,7 @@ def test_closing_ends_a_pause_early(monkeypatch: pytest.MonkeyPatch) -> None:
     sender = start_sender(server, 1)
     wait_for(lambda: sender.last_error is not None)
     server.is_down = False
-    assert drain(sender, stall_s=20, limit_s=20) < 5 and sender.is_done
+    assert wait_until_done(sender, stall_s=20, limit_s=20) < 5 and sender.is_done
 
 
 @pytest.mark.slow
@@ -163,7 +162,7 @@ def test_an_unanswered_call_is_given_up_unless_its_deadline_was_extended() -> No
 
         sender = BackgroundSender("the server", send)
         sender.start()
-        drain(sender, stall_s=0.3, limit_s=60)
+        wait_until_done(sender, stall_s=0.3, limit_s=60)
         done[extends] = sender.is_done
         sender._thread.join()
     assert done == {False: False, True: True}
@@ -172,6 +171,6 @@ def test_an_unanswered_call_is_given_up_unless_its_deadline_was_extended() -> No
 def test_no_call_starts_after_cancellation() -> None:
     server = Server(seconds=0.3)
     sender = start_sender(server, 10)
-    drain(sender, stall_s=60, limit_s=0.1)
+    wait_until_done(sender, stall_s=60, limit_s=0.1)
     sender._thread.join()
     assert server.calls <= 2 and isinstance(sender.last_error, Cancelled)

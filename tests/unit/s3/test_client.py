@@ -22,7 +22,9 @@ from tests.support.servers import ObjectStore
 from wmtp.errors import InputError
 from wmtp.runtime.background import BackgroundSender
 from wmtp.s3 import client as remote
-from wmtp.s3.client import LocalFileError, S3Folder, S3Options, StoreError, StoreUnreachable
+from wmtp.s3 import connection
+from wmtp.s3.client import LocalFileError, S3Folder, StoreError, StoreUnreachable
+from wmtp.s3.options import S3Options
 from wmtp.s3.retention import delete_superseded
 
 pytestmark = [
@@ -39,7 +41,8 @@ OpenFolder = Callable[..., S3Folder]
 @pytest.fixture
 def open_folder(object_store: ObjectStore) -> OpenFolder:
     def make(prefix: str = "runs/one", **options: Any) -> S3Folder:
-        return S3Folder(f"s3://{object_store.bucket}/{prefix}", S3Options(**options))
+        hooks = {name: options.pop(name) for name in ("retry", "on_progress") if name in options}
+        return S3Folder(f"s3://{object_store.bucket}/{prefix}", S3Options(**options), **hooks)
 
     return make
 
@@ -50,14 +53,13 @@ def write_random(path: Path, size: int) -> bytes:
     return content
 
 
-def send_in_background(call: Callable[[BackgroundSender], object]) -> tuple[bool, float]:
-    """Return whether a background sender finished a call, and the seconds it took."""
+def put_in_background(open_folder: OpenFolder, path: Path, **options: Any) -> tuple[bool, float]:
+    """Return whether a background sender has uploaded a file to the key `a`, and the seconds it took."""
     started = time.monotonic()
-    sender = BackgroundSender("the store", lambda: call(sender) and None)
+    sender = BackgroundSender("the store", lambda: folder.put(path, "a"))
+    folder = open_folder(retry=sender.retry, **options)
     sender.start()
-    for _ in sender.drain(60, 60):
-        pass
-    return sender.is_done, time.monotonic() - started
+    return sender.wait_until_done(60, 60), time.monotonic() - started
 
 
 @pytest.mark.parametrize("size", [0, SMALL, LARGE])
@@ -65,14 +67,10 @@ def send_in_background(call: Callable[[BackgroundSender], object]) -> tuple[bool
 def test_uploaded_file_is_downloaded_unchanged(
     open_folder: OpenFolder, tmp_path: Path, size: int, checksums: str
 ) -> None:
-    content, remote_folder = write_random(tmp_path / "a", size), open_folder(checksums=checksums)
     bytes_moved: list[int] = []
-    remote_folder.put(
-        tmp_path / "a",
-        "folder/a file, ünd more",
-        sha256=hashlib.sha256(content).hexdigest(),
-        on_progress=bytes_moved.append,
-    )
+    remote_folder = open_folder(checksums=checksums, on_progress=bytes_moved.append)
+    content = write_random(tmp_path / "a", size)
+    remote_folder.put(tmp_path / "a", "folder/a file, ünd more", sha256=hashlib.sha256(content).hexdigest())
     assert sum(bytes_moved) == size and list(remote_folder.list_objects()) == [("folder/a file, ünd more", size)]
     assert remote_folder.get("folder/a file, ünd more") == content and remote_folder.get("folder/a") is None
     (tmp_path / "b").write_bytes(content[:1000])
@@ -180,14 +178,10 @@ def test_a_store_without_response_is_unreachable(open_folder: OpenFolder, proxy:
 
 
 def test_upload_survives_errors_drops_and_a_stall(open_folder: OpenFolder, proxy: FaultyProxy, tmp_path: Path) -> None:
-    content, remote_folder = write_random(tmp_path / "a", LARGE), open_folder(endpoint_url=proxy.url)
+    content = write_random(tmp_path / "a", LARGE)
     proxy.answer(503, 5), proxy.drop(2), proxy.stall(8.0)
-
-    def send(sender: BackgroundSender) -> None:
-        sender.retry(remote_folder.put, tmp_path / "a", "a", retry=sender.retry)
-
-    is_done, seconds = send_in_background(send)
-    assert is_done and seconds < 60 and remote_folder.get("a") == content
+    is_done, seconds = put_in_background(open_folder, tmp_path / "a", endpoint_url=proxy.url)
+    assert is_done and seconds < 60 and open_folder().get("a") == content
     assert [proxy.done[kind] for kind in ("answer", "drop", "stall")] == [5, 2, 1]
 
 
@@ -204,15 +198,10 @@ def test_control_a_single_call_of_boto3_fails_after_five_errors(
 def test_flipped_byte_is_detected_and_sent_again(
     open_folder: OpenFolder, proxy: FaultyProxy, tmp_path: Path, size: int, checksums: str
 ) -> None:
-    content, remote_folder = (
-        write_random(tmp_path / "a", size),
-        open_folder(endpoint_url=proxy.url, checksums=checksums),
-    )
+    content = write_random(tmp_path / "a", size)
     proxy.flip()
-    is_done, _ = send_in_background(
-        lambda sender: sender.retry(remote_folder.put, tmp_path / "a", "a", retry=sender.retry)
-    )
-    assert is_done and proxy.done["flip"] == 1 and remote_folder.get("a") == content
+    is_done, _ = put_in_background(open_folder, tmp_path / "a", endpoint_url=proxy.url, checksums=checksums)
+    assert is_done and proxy.done["flip"] == 1 and open_folder().get("a") == content
     assert proxy.requests["PUT"] <= (2 if size == SMALL else 4), "undamaged parts were sent again"
 
 
@@ -236,7 +225,7 @@ def test_an_object_whose_etag_is_not_an_md5_is_downloaded_and_compared(
 ) -> None:
     content, remote_folder = (
         write_random(tmp_path / "a", size),
-        open_folder(endpoint_url=proxy.url, checksums="when_required"),
+        open_folder(endpoint_url=proxy.url, checksums="when_required", retry=lambda call: call()),
     )
     monkeypatch.setattr(remote, "_etag_matches", lambda etag, expected: False)
     remote_folder.put(tmp_path / "a", "a")
@@ -255,9 +244,7 @@ def test_an_upload_aborted_by_the_store_starts_again(open_folder: OpenFolder, tm
         if count and not aborted:
             aborted.append(remote_folder.abort_uploads())
 
-    is_done, _ = send_in_background(
-        lambda sender: sender.retry(remote_folder.put, tmp_path / "a", "a", retry=sender.retry, on_progress=bytes_moved)
-    )
+    is_done, _ = put_in_background(open_folder, tmp_path / "a", on_progress=bytes_moved)
     assert aborted == [1] and is_done and remote_folder.get("a") == content
 
 
@@ -266,10 +253,10 @@ def test_token_is_not_logged_at_level_debug(
     open_folder: OpenFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_quiet: bool
 ) -> None:
     """The control does not change the loggers of boto3."""
-    for name in remote.VERBOSE_LOGGERS:
+    for name in connection.VERBOSE_LOGGERS:
         monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
     if not is_quiet:
-        monkeypatch.setattr(remote, "VERBOSE_LOGGERS", ())
+        monkeypatch.setattr(connection, "VERBOSE_LOGGERS", ())
     monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-of-a-session")
     with caplog.at_level(logging.DEBUG), suppress(StoreError, InputError):
         open_folder().put_bytes(b"1", "a")

@@ -17,9 +17,11 @@ from wmtp.checkpoint.manifest import find_damage
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import LOCK
-from wmtp.s3.client import S3Options, StoreUnreachable
+from wmtp.s3.client import StoreUnreachable
 from wmtp.s3.fetch import fetch_run, find_run, local_folder
 from wmtp.s3.layout import is_uploaded
+from wmtp.s3.multipart import no_progress
+from wmtp.s3.options import S3Options
 
 pytestmark = [
     pytest.mark.servers,
@@ -172,7 +174,7 @@ def test_an_interrupted_download_is_continued(run: RunInS3, tmp_path: Path, prox
     sizes = {}
     original = type(run.remote).download
 
-    def count_bytes(self: Any, key: str, path: Path, size: int, moved: Any) -> str:
+    def count_bytes(self: Any, key: str, path: Path, size: int, moved: Any = no_progress) -> str:
         files[key] = path.stat().st_size if path.exists() else 0
         return original(
             self, key, path, size, lambda count: sizes.update({key: sizes.get(key, 0) + count}) or moved(count)
@@ -216,7 +218,7 @@ def test_download_survives_dropped_connections(run: RunInS3, tmp_path: Path, pro
 def test_a_store_without_response_is_unreachable(
     run: RunInS3, tmp_path: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wmtp.s3.download.ATTEMPTS", 1)
+    monkeypatch.setattr("wmtp.s3.retry.ATTEMPTS", 1)
     proxy.dead = True
     with pytest.raises(StoreUnreachable):
         fetch_run(run.url, tmp_path / "local", options(proxy))

@@ -21,12 +21,13 @@ from tests.support.servers import ObjectStore
 from wmtp.checkpoint import store
 from wmtp.checkpoint.manifest import find_damage
 from wmtp.checkpoint.store import CheckpointStore
-from wmtp.config.schema import ConfigIssue, build, node_issues
+from wmtp.config.schema import ConfigIssue, build, iter_nodes, node_issues
 from wmtp.errors import PendingError
 from wmtp.runtime.locks import file_lock
 from wmtp.s3.client import S3Folder
-from wmtp.s3.layout import is_uploaded, pending_checkpoints
+from wmtp.s3.layout import is_uploaded, mark_uploaded, pending_checkpoints
 from wmtp.s3.uploader import LOCK, CheckpointUploader
+from wmtp.training.uploads import open_uploaders
 
 pytestmark = [
     pytest.mark.servers,
@@ -85,7 +86,7 @@ def test_an_unchanged_run_is_not_sent_again(make_run: MakeRun, proxy: FaultyProx
     ).unlink()  # as if the process was killed just before writing this file
     before = proxy.requests["PUT"]
     second_upload = run.upload_all()
-    assert second_upload.uploaded == [] and proxy.requests["PUT"] == before
+    assert second_upload.checkpoints.sent == [] and proxy.requests["PUT"] == before
     assert second_upload.report == f"{run.url}: nothing was missing"
     assert (
         pending_checkpoints(run.folder, run.url, 2) == [] and pending_checkpoints(run.folder, run.url + "-b", 2) != []
@@ -112,7 +113,7 @@ def test_manifest_is_visible_only_after_all_its_files(make_run: MakeRun, monkeyp
         path = run.save(number)
         wait_until(lambda path=path: is_uploaded(path, run.url))
     uploader.close("FINISHED")
-    assert problems == [] and len(uploader.uploaded) == 4
+    assert problems == [] and len(uploader.checkpoints.sent) == 4
 
 
 def test_upload_survives_errors_drops_and_a_stall(make_run: MakeRun, proxy: FaultyProxy) -> None:
@@ -121,7 +122,6 @@ def test_upload_survives_errors_drops_and_a_stall(make_run: MakeRun, proxy: Faul
     path = run.save(1, num_values=5 * MEGABYTE)
     started = time.monotonic()
     uploader = run.start_uploader(stall_seconds=30.0, close_seconds=60.0)
-    uploader.log(1, 0, {})
     assert time.monotonic() - started < 1, "training waited for the upload"
     uploader.close("FINISHED")
     assert time.monotonic() - started < 60 and is_uploaded(path, run.url)
@@ -147,7 +147,7 @@ def test_checkpoints_are_uploaded_after_an_outage(
     assert run.local_steps() == [step(number) for number in range(1, 6)]
     proxy.dead = False
     second_upload = run.upload_all()  # meanwhile, the thread of the first uploader ends
-    assert len(second_upload.uploaded) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
+    assert len(second_upload.checkpoints.sent) == 3 and run.remote_steps() == [step(2), step(4), step(5)]
     run.store.prune()
     assert run.local_steps() == [step(2), step(4), step(5)]
 
@@ -205,7 +205,7 @@ def test_three_checkpoints_remain_after_slow_uploads_and_a_failed_removal(
 
     monkeypatch.setattr(shutil, "rmtree", fail_once)
     proxy.delay = 0.02
-    proxy.answer(500, 3, ("POST",))  # all attempts of boto3 for the first removal in S3
+    proxy.answer(403, 1, ("POST",))  # the first removal in S3
     uploader = run.start_uploader()
     for number in range(1, 8):
         path = run.save(number, best=0.5 if number == 2 else None)
@@ -297,9 +297,9 @@ SENDER = """
 import sys
 from pathlib import Path
 from wmtp.s3.uploader import CheckpointUploader
-from wmtp.s3.client import S3Folder
-folder, remote = Path(sys.argv[1]), S3Folder(sys.argv[2])
-CheckpointUploader(folder, remote, keep_last=2, stall_seconds=30, close_seconds=60).close("FINISHED")
+from wmtp.s3.options import S3Settings
+settings = S3Settings(url="s3://unused", stall_seconds=30, close_seconds=60)
+CheckpointUploader(Path(sys.argv[1]), sys.argv[2], settings, 2).close("FINISHED")
 """
 
 
@@ -373,30 +373,50 @@ def test_the_final_message_contains_the_error_of_the_store(make_run: MakeRun, mo
 
 
 def config_errors(compose: Any, *overrides: str) -> list[ConfigIssue]:
-    return list(node_issues(compose("checkpoint=s3", *overrides).checkpoint, "checkpoint"))
+    nodes = iter_nodes(compose("checkpoint=s3", *overrides))
+    return [issue for key, node in nodes if key.startswith("checkpoint") for issue in node_issues(node, key)]
 
 
 def test_config_errors_are_reported(compose: Any) -> None:
     assert [str(error) for error in config_errors(compose)] == [
-        "checkpoint.remote: missing; set it with checkpoint.remote=…"
+        "checkpoint.s3.url: missing; set it with checkpoint.s3.url=…"
     ]
-    assert config_errors(compose, "checkpoint.remote=s3://bucket/runs/") == []
+    assert config_errors(compose, "checkpoint.s3.url=s3://bucket/runs/") == []
     for override, message in {
-        "checkpoint.remote=bucket/runs": "must be s3://bucket or s3://bucket/prefix",
-        "checkpoint.remote='s3://user:topsecret@bucket'": "holds a user or a password",
-        "checkpoint.endpoint_url='https://user:topsecret@host'": "holds a user or a password",
-        "checkpoint.addressing_style=host": "must be 'auto', 'path' or 'virtual'",
-        "checkpoint.stall_seconds=0": "greater than 0",
+        "checkpoint.s3.url=bucket/runs": "must be s3://bucket or s3://bucket/prefix",
+        "checkpoint.s3.url='s3://user:topsecret@bucket'": "holds a user or a password",
+        "checkpoint.s3.endpoint_url='https://user:topsecret@host'": "holds a user or a password",
+        "checkpoint.s3.addressing_style=host": "must be 'auto', 'path' or 'virtual'",
+        "checkpoint.s3.stall_seconds=0": "greater than 0",
+        "checkpoint.remote=s3://bucket/runs": "checkpoint.remote=s3://bucket/runs: unknown key; did you mean "
+        "checkpoint.s3.url?",
+        "checkpoint.endpoint_url=http://host": "unknown key; did you mean checkpoint.s3.endpoint_url?",
     }.items():
-        remote = [] if "remote" in override else ["checkpoint.remote=s3://bucket"]
-        text = "\n".join(map(str, config_errors(compose, *remote, override)))
+        url = [] if "s3.url" in override else ["checkpoint.s3.url=s3://bucket"]
+        text = "\n".join(map(str, config_errors(compose, *url, override)))
         assert message in text and "topsecret" not in text
 
 
 def test_config_builds_store_and_uploader(make_run: MakeRun, compose: Any) -> None:
     run = make_run()
-    config = compose("checkpoint=s3", f"checkpoint.remote={run.url}", "checkpoint.keep_last=3").checkpoint
-    built = build(config, folder=run.folder)
-    uploader = build(config, CheckpointUploader, folder=run.folder, remote=run.remote, console=None)
+    options = ["tracking=none", "checkpoint=s3", f"checkpoint.s3.url={run.settings.url}", "checkpoint.keep_last=3"]
+    config = compose(*options, "checkpoint.s3.stall_seconds=7")
+    built = build(config.checkpoint, folder=run.folder)
+    (uploader,) = open_uploaders(config, run.folder, Console(quiet=True), is_training=True)
+    assert isinstance(uploader, CheckpointUploader)
     uploader.close("FINISHED")
-    assert built.keep_last == uploader.keep_last == 3
+    assert built.keep_last == uploader.checkpoints.keep_last == 3 and built.s3 == uploader.settings
+    assert uploader.remote.url == run.url and uploader.settings.stall_seconds == 7
+
+
+def test_checkpoint_uploaded_to_another_url_counts_as_not_uploaded(make_run: MakeRun) -> None:
+    """A checkpoint that was uploaded to another bucket is kept, because it is not in this one."""
+    run = make_run()
+    for number in range(1, 6):
+        mark_uploaded(run.save(number), "s3://another/prefix/run")
+    run.store.prune()
+    assert run.local_steps() == [step(number) for number in (1, 2, 3, 4, 5)]
+    for number in (4, 5):
+        mark_uploaded(run.store.folder / step(number), run.url)
+    run.store.prune()
+    assert run.local_steps() == [step(4), step(5)]

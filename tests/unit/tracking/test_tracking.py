@@ -10,8 +10,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from rich.console import Console
 
+from wmtp.runtime.json_lines import read_json_lines
 from wmtp.tracking.console import ConsoleTracker, format_metrics
-from wmtp.tracking.jsonl import MetricsFile, read_metrics
+from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.system_metrics import Gpus, SystemSampler
 
 TRAINED = {"train/loss": 1.25, "train/head_1_loss": 1.0, "train/head_2_loss": 1.5, "train/tokens_per_second": 12345.6}
@@ -22,7 +23,7 @@ def test_metrics_are_lines_of_valid_json_also_with_nonfinite_values(tmp_path: Pa
     metrics.log(1, 0, TRAINED)
     metrics.log(2, 0, {"train/loss": math.nan})
     metrics.close("FINISHED")
-    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    first, second = read_json_lines(tmp_path / "metrics.jsonl")
     assert first | TRAINED == first
     assert set(first) == {"step", "epoch", "time", *TRAINED}
     assert second["train/loss"] == "nan"
@@ -117,7 +118,7 @@ def sample_system(folder: Path, count: int, first_step: int = 0) -> list[dict[st
         assert time.monotonic() < deadline
         time.sleep(0.02)
     sampler.stop()
-    return read_metrics(path)
+    return read_json_lines(path)
 
 
 def test_system_metrics_are_sampled_and_a_resumed_run_continues_their_steps(tmp_path: Path) -> None:

@@ -89,14 +89,14 @@ def remote(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_url_of_another_run_is_rejected(remote: S3Folder, tmp_path: Path) -> None:
     """The control is the URL of the same run."""
     folder = tmp_path / "run"
-    config = compose_config("checkpoint=s3", f"checkpoint.remote=s3://{remote.bucket}/prefix", "tracking=none")
+    config = compose_config("checkpoint=s3", f"checkpoint.s3.url=s3://{remote.bucket}/prefix", "tracking=none")
     assert check_servers(config, folder) == []
     write_run_id(folder, f"s3://{remote.bucket}/prefix")
     remote.put(folder / "run.json", "run.json")
     assert check_servers(config, folder) == []
 
     (folder / "run.json").unlink()
-    with pytest.raises(InputError, match=r"holds another run; name another folder \(hydra.run.dir\) or remote"):
+    with pytest.raises(InputError, match=r"holds another run; name another folder \(hydra.run.dir\) or URL"):
         check_servers(config, folder)
     assert [key for key, _ in remote.list_objects()] == ["run.json"], "the object of the write check was not deleted"
 
@@ -153,7 +153,7 @@ def test_a_server_that_is_not_an_s3_store_is_a_warning_or_an_error(
         if response != "nothing":
             threading.Thread(target=answer, args=(server,), daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        overrides = ["checkpoint=s3", "checkpoint.remote=s3://bucket/prefix", f"checkpoint.endpoint_url={endpoint}"]
+        overrides = ["checkpoint=s3", "checkpoint.s3.url=s3://bucket/prefix", f"checkpoint.s3.endpoint_url={endpoint}"]
         config, started = compose_config(*overrides, "tracking=none"), time.monotonic()
         if response == "nothing":
             (problem,) = check_servers(config, tmp_path / "run")

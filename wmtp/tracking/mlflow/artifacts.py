@@ -76,7 +76,7 @@ def artifacts(folder: Path, stored_at: str | None, choice: CheckpointChoice) -> 
         yield Artifact(LOCATIONS, folder / LOCATIONS, encode_json(locations(folder, stored_at)))
     elif choice == "best" and best is not None:
         checkpoint = folder / CHECKPOINTS / best["folder"]
-        manifest_hash = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+        manifest_hash = Artifact(MANIFEST, checkpoint / MANIFEST).fingerprint()
         for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
             yield Artifact(path.relative_to(folder).as_posix(), path, known_hash=manifest_hash)
 

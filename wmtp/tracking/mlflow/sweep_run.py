@@ -72,9 +72,7 @@ def end_sweep(folder: Path, state: State) -> str | None:
 
     sender = BackgroundSender(f"MLflow at {sync_state.uri}", _send)
     sender.start()
-    for _ in sender.drain(STALL_SECONDS, CLOSE_SECONDS):
-        pass
-    if not sender.is_done:
+    if not sender.wait_until_done(STALL_SECONDS, CLOSE_SECONDS):
         error = format_error(sender.last_error) if sender.last_error else "none, a request was still running"
         raise PendingError(
             f"MLflow at {sync_state.uri} did not receive the status {state} of the sweep {display_path(folder)}; "

@@ -152,9 +152,7 @@ class MlflowTracker:
         stall, limit = self.stall_seconds, self.close_seconds + num_bytes / BYTES_PER_SECOND
         if self.is_training and state != "FINISHED":
             stall, limit = min(stall, SHUTDOWN_STALL_S), min(limit, SHUTDOWN_LIMIT_S)
-        for _ in self._sender.drain(stall, limit):
-            pass
-        if not self._sender.is_done:
+        if not self._sender.wait_until_done(stall, limit):
             raise PendingError(self.unsent())
 
     def unsent(self) -> str:

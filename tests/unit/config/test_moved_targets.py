@@ -1,0 +1,84 @@
+"""Tests that the saved config and the saved overrides of an earlier version have the same meaning as before."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.config import moved_targets
+from wmtp.config.moved_targets import current_key, current_override
+from wmtp.config.overrides import load_saved_overrides
+from wmtp.config.schema import ConfigIssue, build, iter_nodes, load_run_config, node_issues
+from wmtp.s3.options import S3Settings
+
+EARLIER_NODE = """
+checkpoint:
+  _target_: wmtp.s3.store.RemoteCheckpointStore
+  remote: s3://bucket/runs
+  keep_last: 3
+  format: sharded
+  endpoint_url: http://host:9000
+  addressing_style: path
+  checksums: when_required
+  stall_seconds: 8.0
+  close_seconds: 60.0
+evaluation: {checkpoint: {path: best, remote: kept}}
+"""
+EARLIER_OVERRIDES = ["checkpoint=s3", "++checkpoint.remote=s3://bucket/runs", "++checkpoint.endpoint_url=null",
+                     "++checkpoint.keep_last=3", "++data.path='checkpoint.remote=x'", "+a.checkpoint.remote=1",
+                     "++checkpoint@pretrain.checkpoint=s3", "++pretrain.checkpoint.remote=s3://b/c"]  # fmt: skip
+
+
+def issues(config: DictConfig) -> list[ConfigIssue]:
+    return [issue for key, node in iter_nodes(config) for issue in node_issues(node, key)]
+
+
+def load_earlier(tmp_path: Path) -> DictConfig:
+    (tmp_path / "config.yaml").write_text(EARLIER_NODE)
+    return load_run_config(tmp_path / "config.yaml")
+
+
+def test_s3_keys_of_an_earlier_config_become_the_node_s3(tmp_path: Path) -> None:
+    config = load_earlier(tmp_path)
+    assert issues(config) == []
+    store = build(config.checkpoint, folder=tmp_path)
+    assert (store.keep_last, store.format) == (3, "sharded")
+    assert store.s3 == S3Settings(
+        url="s3://bucket/runs", endpoint_url="http://host:9000", addressing_style="path", checksums="when_required",
+        stall_seconds=8.0, close_seconds=60.0,
+    )  # fmt: skip
+    assert config.evaluation == {"checkpoint": {"path": "best", "remote": "kept"}}, "a key of another node was moved"
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    assert load_run_config(tmp_path / "config.yaml") == config, "a current config was changed"
+
+
+def test_control_without_the_table_an_earlier_config_is_not_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moved_targets, "MOVED_TO_S3", {})
+    assert "checkpoint.remote" in {issue.key for issue in issues(load_earlier(tmp_path))}
+
+
+def test_saved_overrides_of_an_earlier_version_are_valid(
+    tmp_path: Path, compose: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is without the table."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "accepted.json").write_text(json.dumps(EARLIER_OVERRIDES))
+    saved = load_saved_overrides([f"resume={tmp_path}"])
+    assert saved == [
+        "checkpoint=s3", "++checkpoint.s3.url=s3://bucket/runs", "++checkpoint.s3.endpoint_url=null",
+        "++checkpoint.keep_last=3", "++data.path='checkpoint.remote=x'", "+a.checkpoint.remote=1",
+        "++checkpoint@pretrain.checkpoint=s3", "++pretrain.checkpoint.s3.url=s3://b/c",
+    ]  # fmt: skip
+    assert issues(compose(*saved[:4])) == []
+    monkeypatch.setattr(moved_targets, "MOVED_KEYS", {})
+    assert issues(compose(*load_saved_overrides([f"resume={tmp_path}"])[:4])) != []
+
+
+def test_current_names_are_not_changed() -> None:
+    assert current_key("checkpoint.s3.url") == "checkpoint.s3.url" and current_key("remote") == "remote"
+    assert current_override("++checkpoint.s3.url=checkpoint.remote") == "++checkpoint.s3.url=checkpoint.remote"
+    assert current_override("~checkpoint.stall_seconds") == "~checkpoint.s3.stall_seconds"
