@@ -344,8 +344,7 @@ def add_limit_notes(metric: str, difference: Difference, notes: list[str]) -> No
     """
     num = len(difference.pairs)
     if num < MIN_PAIRS:
-        pairs = f"{num} pair{'s' if num > 1 else ''}"
-        notes.append(f"{difference.label}: {pairs} of runs cannot rule out chance; train at least {MIN_PAIRS} seeds")
+        notes.append(f"{difference.label}: {num} pair of runs cannot rule out chance; train at least {MIN_PAIRS} seeds")
     elif difference.p is None:
         notes.append(
             f"{difference.label}: the difference in {metric} is the same for every seed, so it cannot be tested"
