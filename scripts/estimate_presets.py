@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hydra
 import torch
-from estimate_scaling import YES, fits, table
+from estimate_scaling import YES, Cluster, fits, speed, table
 from omegaconf import DictConfig
 
 from wmtp.config.overrides import to_hydra_override
@@ -19,7 +19,8 @@ from wmtp.config.schema import CONFIG_FOLDER, build, stage_config
 from wmtp.models.loading import build_source
 from wmtp.models.mtp import empty_model
 from wmtp.models.shapes import ModelShape, model_shape
-from wmtp.training.estimate import GB, Machine, ParallelSetting, all_logits_bytes, format_duration, memory, speed
+from wmtp.training.dry_run import format_duration
+from wmtp.training.estimate import GB, ParallelSetting, all_logits_bytes, memory
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
 from wmtp.training.validate import needs_values
@@ -48,7 +49,7 @@ class Training:
 
     name: str
     shape: ModelShape
-    machine: Machine
+    machine: Cluster
     setting: ParallelSetting
     num_samples: int
     num_updates: int
@@ -98,9 +99,7 @@ def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = 
         hardware.strategy if hardware.num_processes > 1 else "single", hardware.activation_checkpointing,
         hardware.reduce_each_micro_batch, plan.micro_batch_size, hardware.precision,
     )  # fmt: skip
-    machine = Machine(
-        hardware.num_processes, NOMINAL[device], sequence=data.max_length, batch_size=plan.batch_size, device=device
-    )
+    machine = Cluster(hardware.num_processes, data.max_length, plan.batch_size, device, NOMINAL[device])
     return Training(name, shape(config, folder, stage), machine, setting, num_samples, plan.num_updates)
 
 

@@ -1,4 +1,4 @@
-"""Write the calculated tables of docs/scaling.md and docs/presets.md: `scripts/write_doc_tables.py [--check]`.
+"""Write the calculated tables of the docs: `scripts/write_doc_tables.py [--check]`.
 
 A table is replaced if the line before it is `<!-- from scripts/NAME.py -->`. With `--check`, nothing is written, and
 the exit code is 1 if a table differs from the output of its script.
@@ -6,16 +6,17 @@ the exit code is 1 if a table differs from the output of its script.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import estimate_presets
 import estimate_scaling
+import simulate_intervals
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def replace_tables(page: str, script: str, tables: list[str]) -> str:
+def replace_tables(page: str, script: str, tables: Sequence[str]) -> str:
     """Replace the tables of a page that are marked with the name of `script`, in order, and return the page.
 
     Raises:
@@ -33,6 +34,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     for name, script, tables in (
         ("scaling.md", "estimate_scaling", estimate_scaling.default_tables()),
         ("presets.md", "estimate_presets", estimate_presets.tables()),
+        ("sweeps.md", "simulate_intervals", simulate_intervals.tables()),
     ):
         yield DOCS / name, replace_tables((DOCS / name).read_text(), script, tables)
 

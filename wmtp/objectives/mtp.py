@@ -6,7 +6,7 @@ and w is 1, L is the usual next-token loss.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,11 @@ from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from wmtp.ops.metric_sums import MetricSums, standard_deviation
 from wmtp.ops.targets import position_weights, shift_to_heads, targets
+
+WeightedSum: TypeAlias = tuple[
+    Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]
+]
+"""Σ v·w·CE, and the loss and the weight of every target. Losses and weights have no gradient."""
 
 
 class MtpObjective:
@@ -89,44 +94,60 @@ class MtpObjective:
 
     def _weighted_sum(
         self, outputs: Outputs, model: MtpModel, batch: Batch, target: Tensor, shares: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Σ v·w·CE, and the loss and the weight of every target.
-
-        `shares` contains the position weights v. Losses and weights have the shape [head, batch, position] and no
-        gradient.
-        """
-        algorithm, unembedding = self.algorithm, model.unembedding_weight
-        low, high = algorithm.weight_min, algorithm.weight_max
+    ) -> WeightedSum:
+        """Return Σ v·w·CE, and the losses and weights of all targets. `shares` contains the position weights v."""
         observed = self.observations(outputs, batch, target)
-        if algorithm.uses_losses == "own":
-            flat_shares, reference_losses = shares.flatten(), observed.reference_losses
+        kinds = {"none": self._sum_without_losses, "own": self._sum_with_own_losses, "all": self._sum_with_all_losses}
+        weighted_sum = kinds[self.algorithm.uses_losses]
+        return weighted_sum(outputs.states, model.unembedding_weight, target, shares, observed)
 
-            def _coefficients(losses: Tensor, rows: Tensor) -> Tensor:
-                """Return the coefficient v·w of each row of a chunk, given the losses of the rows."""
-                reference = None if reference_losses is None else reference_losses.flatten()[rows]
-                valid = torch.ones_like(losses, dtype=torch.bool)
-                inputs = Observations(valid, observed.response, losses, reference, number=observed.number)
-                return flat_shares[rows] * clip_weights(algorithm.weights(inputs), valid, low, high)
-
-            total, losses, products = weighted_cross_entropy(outputs.states, unembedding, target, _coefficients)
-            weights = products / shares.where(shares > 0, 1.0)
-            scale = mean_one_scale(weights, shares)
-            return total * scale, losses, weights * scale
-
-        if algorithm.uses_losses == "all":
-            observed = replace(observed, losses=cross_entropy(outputs.states.detach(), unembedding.detach(), target))
-        weights = clip_weights(algorithm.weights(observed), observed.valid, low, high)
+    def _sum_without_losses(
+        self, states: Tensor, unembedding: Tensor, target: Tensor, shares: Tensor, observed: Observations
+    ) -> WeightedSum:
+        """Compute the weights first, because they depend on no loss, and then everything else in one pass."""
+        weights = self._clipped(observed)
         weights = weights * mean_one_scale(weights, shares)
         factors = (shares * weights).flatten()
-        # targets with weight 0 are left out of the pass that computes gradients, unless their loss is not finite
-        skipped = torch.zeros_like(target, dtype=torch.bool)
-        if observed.losses is not None:
-            skipped = (weights == 0) & observed.losses.isfinite()
-        trained = target.masked_fill(skipped, IGNORED)
-        total, losses, _ = weighted_cross_entropy(
-            outputs.states, unembedding, trained, lambda losses, rows: factors[rows]
-        )
-        return total, losses if observed.losses is None else observed.losses, weights
+        total, losses, _ = weighted_cross_entropy(states, unembedding, target, lambda losses, rows: factors[rows])
+        return total, losses, weights
+
+    def _sum_with_own_losses(
+        self, states: Tensor, unembedding: Tensor, target: Tensor, shares: Tensor, observed: Observations
+    ) -> WeightedSum:
+        """Compute losses and weights in one pass, chunk by chunk. The scale of the weights is known at the end."""
+        flat_shares, reference_losses = shares.flatten(), observed.reference_losses
+
+        def _coefficients(losses: Tensor, rows: Tensor) -> Tensor:
+            """Return the coefficient v·w of each row of a chunk, given the losses of the rows."""
+            reference = None if reference_losses is None else reference_losses.flatten()[rows]
+            valid = torch.ones_like(losses, dtype=torch.bool)
+            inputs = Observations(valid, observed.response, losses, reference, number=observed.number)
+            return flat_shares[rows] * self._clipped(inputs)
+
+        total, losses, products = weighted_cross_entropy(states, unembedding, target, _coefficients)
+        weights = products / shares.where(shares > 0, 1.0)
+        scale = mean_one_scale(weights, shares)
+        return total * scale, losses, weights * scale
+
+    def _sum_with_all_losses(
+        self, states: Tensor, unembedding: Tensor, target: Tensor, shares: Tensor, observed: Observations
+    ) -> WeightedSum:
+        """Compute the losses in a pass of their own, then the weights, and then the gradients in a second pass.
+
+        The second pass leaves out the targets with weight 0, unless their loss is not finite.
+        """
+        losses = cross_entropy(states.detach(), unembedding.detach(), target)
+        weights = self._clipped(replace(observed, losses=losses))
+        weights = weights * mean_one_scale(weights, shares)
+        factors = (shares * weights).flatten()
+        trained = target.masked_fill((weights == 0) & losses.isfinite(), IGNORED)
+        total, _, _ = weighted_cross_entropy(states, unembedding, trained, lambda losses, rows: factors[rows])
+        return total, losses, weights
+
+    def _clipped(self, observed: Observations) -> Tensor:
+        """Return the weights of the algorithm, clipped to its range."""
+        algorithm = self.algorithm
+        return clip_weights(algorithm.weights(observed), observed.valid, algorithm.weight_min, algorithm.weight_max)
 
     def observations(self, outputs: Outputs, batch: Batch, target: Tensor) -> Observations:
         """Return the inputs of the algorithm, except the losses of the policy.

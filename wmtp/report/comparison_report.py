@@ -28,7 +28,7 @@ from wmtp.report.plots import plot_style
 from wmtp.report.results import Comparison, Difference, MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import FILE_NAME
-from wmtp.report.statistics import SEEDS_CAP
+from wmtp.report.statistics import MIN_PAIRS, SEEDS_CAP
 
 CSS_CLASSES = {"better": "good", "worse": "bad"}
 """CSS class of each verdict. Verdicts that are not listed have the class `quiet`."""
@@ -119,7 +119,10 @@ def describe_difference(difference: Difference) -> str:
 def _describe_pairs(difference: Difference, seeds: str) -> str:
     mean = f"Mean difference {_format_signed(difference.mean)}"
     if difference.low is None or difference.high is None:
-        return f"{mean} over {seeds}. One or two seeds are too few: the difference may be chance."
+        reason = "The difference is the same for every seed, so it cannot be tested."
+        if len(difference.pairs) < MIN_PAIRS:
+            reason = "The difference may be chance: a test needs at least two seeds."
+        return f"{mean} over {seeds}. {reason}"
     interval = (
         f"{mean}, 95 % interval {_format_signed(difference.low)} to {_format_signed(difference.high)}, over {seeds}"
     )

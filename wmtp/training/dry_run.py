@@ -3,10 +3,12 @@
 import gc
 import time
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch.optim import Optimizer
 
 from wmtp.algorithms.base import Algorithm
 from wmtp.distributed.process_group import Processes
@@ -21,16 +23,7 @@ from wmtp.training.builders import (
     build_stage_trainer,
     build_trainer,
 )
-from wmtp.training.estimate import (
-    Machine,
-    ParallelSetting,
-    device_name,
-    estimate,
-    format_duration,
-    format_estimate,
-    moments_per_parameter,
-    wrap_lines,
-)
+from wmtp.training.estimate import GB, Machine, ParallelSetting, memory
 from wmtp.training.stage_results import require_same_stage
 from wmtp.training.trainer import Trainer
 
@@ -89,14 +82,16 @@ def describe_cost(trainer: Trainer, seconds: float) -> str:
     )  # fmt: skip
     machine = Machine(
         hardware.processes.size, sequence=int(lengths.max()), batch_size=plan.batch_size,
-        device=hardware.device.type, name=device_name(hardware.device),
+        device=hardware.device.type,
     )  # fmt: skip
     tokens = float(lengths.mean()) * min(plan.batch_size, len(lengths)) * plan.num_updates
     rate = trainer.position.tokens / seconds
     time_left = f"time: up to {format_duration(tokens / rate)} for {plan.num_updates:,} updates"
     first = f"the first took {format_duration(seconds)}, at {rate:,.0f} tokens/s"
-    memory = format_estimate(estimate(model_shape(trainer.model), machine, setting), machine, setting)
-    return memory + "\n" + wrap_lines([f"{time_left}; {first}"])
+    uses = format_memory(memory(model_shape(trainer.model), machine, setting), machine, setting)
+    return "\n".join(
+        fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in (uses, f"{time_left}; {first}")
+    )
 
 
 def describe_training(trainer: Trainer) -> str:
@@ -113,3 +108,39 @@ def describe_training(trainer: Trainer) -> str:
         f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
+
+
+def moments_per_parameter(optimizer: Optimizer) -> int:
+    """Return the number of values that the optimizer stores for each parameter, for example 2 for Adam.
+
+    The optimizer must have made its first step.
+    """
+    counts = [sum(getattr(x, "shape", None) == p.shape for x in state.values()) for p, state in optimizer.state.items()]
+    return max(counts, default=0)
+
+
+def format_memory(sizes: dict[str, float], machine: Machine, setting: ParallelSetting) -> str:
+    """Return the result of the function `memory` as text, in MB or GB.
+
+    Uses that need less than 0.05 of that unit are left out.
+    """
+    unit, name = (GB, "GB") if sizes["total"] >= GB else (1e6, "MB")
+    uses = {use: f"{size / unit:,.1f}" for use, size in sizes.items() if use != "total"}
+    uses = {use: size for use, size in uses.items() if size != "0.0"}
+    if "gradients" in uses and machine.micro_batches(setting) == 1:
+        uses["gradients"] += " (reuse activations)"
+    batch = f"{setting.micro_batch_size} x {machine.sequence:,} tokens"
+    uses_text = ", ".join(f"{use} {size}" for use, size in uses.items())
+    return f"memory: about {sizes['total'] / unit:,.1f} {name} a process with {batch}: {uses_text}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as text with a suitable unit.
+
+    >>> [format_duration(x) for x in (0.42, 59, 600, 86_000, 3_000_000)]
+    ['0.4 s', '59 s', '10 min', '23.9 h', '34.7 days']
+    """
+    for size, name, decimals in ((86_400, "days", 1), (3_600, "h", 1), (60, "min", 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{decimals}f} {name}"
+    return f"{seconds:.{0 if seconds >= 10 else 1}f} s"

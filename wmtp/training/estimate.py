@@ -1,44 +1,20 @@
-"""Estimates for a training run: memory, FLOPs, network traffic, and the time on an A100 GPU.
+"""Estimate of the memory that a training run needs, in bytes.
 
-Memory and traffic are in bytes. docs/scaling.md and docs/presets.md list the sources of the numbers.
+docs/scaling.md and docs/presets.md list the sources of the numbers.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from textwrap import fill
 from typing import NamedTuple
-
-import torch
-from torch.optim import Optimizer
 
 from wmtp.models.shapes import ModelShape
 from wmtp.ops import cross_entropy
 
 GB = 1e9
-PEAK_FLOPS = 312e12
-"""Peak speed of matrix products on an A100 in bf16, in FLOP/s. Published value."""
-MEMORY_BANDWIDTH = 1.555e12
-"""Memory bandwidth of an A100, in bytes per second. Published value."""
-RING_BANDWIDTH = 200 * GB
-"""Bandwidth of each GPU if a ring uses NVLink 3, in bytes per second. Published value ("busbw" of nccl-tests)."""
-NODE_RING_BANDWIDTH = 160 * GB
-"""Bandwidth of each GPU if a ring connects several nodes, in bytes per second. Assumed value.
-
-Each node has eight GPUs, and a 200 Gb/s network card for each GPU. A ring uses all cards of a node, and it reaches
-80 % of their total bandwidth of 8 · 25 GB/s.
-"""
-UTILIZATION = (0.40, 0.65)
-"""Low and high estimate of the share of the peak FLOP/s that matrix products reach. Assumed values.
-
-Recomputed matrix products are included.
-"""
 BACKWARD_WORK = 1.07
 """Peak memory of a block's backward pass, divided by the memory that autograd keeps from the block's forward pass.
 
 Measured on a CPU.
 """
-ADAM_TRAFFIC = 92
-"""Bytes that gradient clipping and AdamW (foreach) read and write for each parameter."""
 
 
 class ParallelSetting(NamedTuple):
@@ -57,26 +33,15 @@ class ParallelSetting(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """The number of processes, their devices, and the size of an update.
+    """The number of processes, the type of their devices, and the size of an update.
 
-    `memory` is the nominal memory of a device in GB. `sequence` is the number of tokens per sample. `batch_size` is the
-    number of samples per update. `ring` is the bandwidth of each GPU in bytes per second, if all GPUs communicate in a
-    ring. If `ring` is None, `RING_BANDWIDTH` or `NODE_RING_BANDWIDTH` is used, depending on the number of processes.
+    `sequence` is the number of tokens per sample. `batch_size` is the number of samples per update.
     """
 
     processes: int
-    memory: float = 80
     sequence: int = 2048
     batch_size: int = 256
-    ring: float | None = None
     device: str = "cuda"
-    name: str = "A100"
-    """Name of the device. The time is calculated only for an A100."""
-
-    @property
-    def bandwidth(self) -> float:
-        """The bandwidth of each GPU in bytes per second, if all GPUs communicate in a ring."""
-        return self.ring or (RING_BANDWIDTH if self.processes <= 8 else NODE_RING_BANDWIDTH)
 
     def micro_batches(self, setting: ParallelSetting) -> int:
         """Return the number of forward passes that each process makes in an update."""
@@ -261,149 +226,3 @@ def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dic
     # AdamW (foreach) keeps the square roots in a separate list
     square_roots = counts.trained_bytes / shards if machine.device == "cuda" else 0.0
     return uses | {"total": state + max(peak + uses["work"], counts.trained_bytes / shards + square_roots)}
-
-
-def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_batches: int) -> tuple[float, float]:
-    """Return the bytes that one process sends per update, as two numbers.
-
-    The first number is for gathering parameters, and the second is for reducing gradients. All collectives use ring
-    algorithms. The strategy fsdp gathers every block for the forward pass and again for the backward pass, in bf16 if
-    that is the precision of matrix products. It gathers both vocabulary matrices once per forward pass, in their own
-    dtype, and it reduces gradients in fp32. The strategy ddp gathers nothing. Its all-reduce sends twice as many bytes
-    as a reduce-scatter.
-    """
-    share, counts = (processes - 1) / processes, shape.counted
-    if setting.strategy != "fsdp":
-        return 0.0, 2 * share * counts.trained_bytes
-    blocks = shape.num_blocks * shape.block_parameters
-    other_bytes = shape.number_bytes * (counts.parameters - blocks)
-    num_gathers = 1 if shape.trains_values_only else 2
-    gathered = share * (num_gathers * product_bytes(shape, setting) * blocks + other_bytes)
-    reductions = micro_batches if setting.reduce_each_micro_batch else 1
-    return micro_batches * gathered, reductions * share * 4 * counts.trained
-
-
-def flops_per_token(shape: ModelShape, sequence: int) -> tuple[float, float]:
-    """Return the FLOPs per token of the forward and backward pass, and the FLOPs of recomputing activations.
-
-    For attention, all pairs of positions are counted, although causal attention needs only half of them. Published
-    utilizations use the same convention. The last matrix product of a block is not recomputed, because no gradient
-    needs its result. Frozen matrices need no gradient. The FLOPs of adapters are not included.
-    """
-    products, attention = 2 * shape.block_matrices, 4 * sequence * shape.query_dim
-    if shape.trains_values_only:
-        return float(shape.num_trunk_blocks * (products + attention)), 0.0
-    num_passes = 3 if shape.adapter_rank is None else 2
-    blocks = shape.num_trunk_blocks * num_passes * products + 3 * shape.num_head_blocks * products
-    blocks += 3 * shape.num_blocks * attention + 3 * 2 * shape.residual_parameters
-    recomputed = shape.num_blocks * (products + attention - 2 * shape.dim * shape.hidden_dim)
-    return float(blocks + num_passes * 2 * shape.num_heads * shape.vocabulary_parameters), float(recomputed)
-
-
-class Speed(NamedTuple):
-    """The duration of the parts of an update, and the resulting speed of training.
-
-    The durations are in seconds. `peak_seconds` is the duration of all matrix products at the peak FLOP/s,
-    `traffic_seconds` that of the network traffic, and `optimizer_seconds` that of the optimizer. `slow` and
-    `fast` are the low and the high estimate of the speed, in tokens per second.
-    """
-
-    peak_seconds: float
-    traffic_seconds: float
-    optimizer_seconds: float
-    slow: float
-    fast: float
-
-
-def speed(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Speed:
-    """Return the training speed on A100 GPUs.
-
-    The low estimate assumes that the utilization is low and that network traffic does not overlap with computation. The
-    high estimate assumes that the utilization is high and that the overlap is complete.
-    """
-    model, recomputed = flops_per_token(shape, machine.sequence)
-    tokens = machine.batch_size * machine.sequence
-    flops = (model + (recomputed if setting.activation_checkpointing else 0)) * tokens / machine.processes
-    shards = machine.processes if setting.strategy == "fsdp" else 1
-    optimizer_seconds = ADAM_TRAFFIC * shape.counted.trained / shards / MEMORY_BANDWIDTH
-    sent = traffic(shape, machine.processes, setting, machine.micro_batches(setting))
-    traffic_seconds = sum(sent) / machine.bandwidth
-    peak = flops / PEAK_FLOPS
-    slow = tokens / (peak / UTILIZATION[0] + traffic_seconds + optimizer_seconds)
-    fast = tokens / (max(peak / UTILIZATION[1], traffic_seconds) + optimizer_seconds)
-    return Speed(peak, traffic_seconds, optimizer_seconds, slow, fast)
-
-
-class Estimate(NamedTuple):
-    """An estimate of memory and time.
-
-    `memory` contains the number of bytes that one process needs for each use of memory (see the function `memory`).
-    `seconds` contains two estimates of the time of an update, first the high one and then the low one. It is None if
-    the device is not an A100 or the precision is not bf16.
-    """
-
-    memory: dict[str, float]
-    seconds: tuple[float, float] | None
-
-
-def estimate(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> Estimate:
-    """Return the estimated memory of one process, and the estimated time of an update.
-
-    The time is None if the device is not an A100 or the precision is not bf16.
-    """
-    seconds = None
-    if machine.device == "cuda" and "A100" in machine.name and setting.precision == "bf16":
-        rates, tokens = speed(shape, machine, setting), machine.batch_size * machine.sequence
-        seconds = tokens / rates.slow, tokens / rates.fast
-    return Estimate(memory(shape, machine, setting), seconds)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the product name if the device is a GPU of type cuda, and the device type otherwise."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def moments_per_parameter(optimizer: Optimizer) -> int:
-    """Return the number of values that the optimizer stores for each parameter, for example 2 for Adam.
-
-    The optimizer must have made its first step.
-    """
-    counts = [sum(getattr(x, "shape", None) == p.shape for x in state.values()) for p, state in optimizer.state.items()]
-    return max(counts, default=0)
-
-
-def format_estimate(estimated: Estimate, machine: Machine, setting: ParallelSetting) -> str:
-    """Return an estimate as text: the total memory, the memory for each use, and the time if it is known.
-
-    Sizes are in MB or GB. Uses that need less than 0.05 of that unit are left out.
-    """
-    total = estimated.memory["total"]
-    unit, name = (GB, "GB") if total >= GB else (1e6, "MB")
-    uses = {use: f"{size / unit:,.1f}" for use, size in estimated.memory.items() if use != "total"}
-    uses = {use: size for use, size in uses.items() if size != "0.0"}
-    if "gradients" in uses and machine.micro_batches(setting) == 1:
-        uses["gradients"] += " (reuse activations)"
-    batch = f"{setting.micro_batch_size} x {machine.sequence:,} tokens"
-    uses_text = ", ".join(f"{use} {size}" for use, size in uses.items())
-    lines = [f"memory: about {total / unit:,.1f} {name} a process with {batch}: {uses_text}"]
-    if estimated.seconds is not None:
-        slow, fast = map(format_duration, estimated.seconds)
-        lines.append(f"calculated for an A100: {fast} to {slow} for an update with the longest samples")
-    return wrap_lines(lines)
-
-
-def wrap_lines(lines: Iterable[str]) -> str:
-    """Return the lines as one text in which each line has at most 80 columns."""
-    return "\n".join(fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
-
-
-def format_duration(seconds: float) -> str:
-    """Return a time as text with a suitable unit.
-
-    >>> [format_duration(x) for x in (0.42, 59, 600, 86_000, 3_000_000)]
-    ['0.4 s', '59 s', '10 min', '23.9 h', '34.7 days']
-    """
-    for size, name, decimals in ((86_400, "days", 1), (3_600, "h", 1), (60, "min", 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{decimals}f} {name}"
-    return f"{seconds:.{0 if seconds >= 10 else 1}f} s"

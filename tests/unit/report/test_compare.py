@@ -124,12 +124,12 @@ def test_the_option_at_selects_the_best_checkpoint_or_the_last_model(tmp_path: P
     assert (best.at, last.at) == ("best checkpoint", "last model")
 
 
-def test_two_pairs_are_too_few_and_noted(tmp_path: Path) -> None:
-    comparison = compare_study(study(tmp_path, baseline=BASELINE[:2], critic=BETTER[:2]))
+def test_one_pair_is_too_few_and_noted(tmp_path: Path) -> None:
+    comparison = compare_study(study(tmp_path, baseline=BASELINE[:1], critic=BETTER[:1]))
     found = difference(comparison, "critic")
     assert (found.low, found.high, found.p, found.p_holm, found.seeds_needed) == (None,) * 5
     assert found.verdict == "too few seeds"
-    assert "critic: 2 pairs of runs cannot rule out chance; train at least 3 seeds" in comparison.notes
+    assert "critic: 1 pair of runs cannot rule out chance; train at least 2 seeds" in comparison.notes
 
 
 def test_seeds_without_a_partner_are_noted_and_left_out(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_different_files_with_equal_configs_are_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_with_reference_losses_may_differ(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b", algo="rho1", provenance={"fingerprint": "with the reference's losses"})
-    assert compare_study(tmp_path).notes == ["rho1: 1 pair of runs cannot rule out chance; train at least 3 seeds"]
+    assert compare_study(tmp_path).notes == ["rho1: 1 pair of runs cannot rule out chance; train at least 2 seeds"]
 
 
 def test_runs_without_recorded_data_are_compared_with_a_note(tmp_path: Path) -> None:

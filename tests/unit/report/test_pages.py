@@ -333,8 +333,10 @@ def test_an_interval_that_excludes_zero_does_not_contradict_the_verdict(comparis
 
 def test_too_few_seeds_give_no_verdict(comparison: Comparison) -> None:
     alone = replace(comparison.metrics[0].differences[0], pairs={0: -0.1}, low=None, high=None, verdict="too few seeds")
-    assert "the difference may be chance" in describe_difference(alone)
+    assert "The difference may be chance" in describe_difference(alone)
     assert describe_difference(replace(alone, pairs={})) == "No seed has a run in both groups."
+    equal = replace(alone, pairs=dict.fromkeys(range(5), -0.1), verdict="no difference shown")
+    assert "over 5 seeds. The difference is the same for every seed" in describe_difference(equal)
 
 
 def test_failed_runs_and_their_effect_on_the_verdict_are_shown(tmp_path: Path, comparison: Comparison) -> None:

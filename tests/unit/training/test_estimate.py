@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import Invoke
 from tests.unit.training.test_scaling import saved_tensors
+from tests.unit.training.test_scaling import script as scaling
 from wmtp.models.architecture import Architecture
 from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
 from wmtp.models.llama import LlamaArchitecture
@@ -26,18 +27,15 @@ from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.ops import cross_entropy as losses
+from wmtp.training.dry_run import format_memory, moments_per_parameter
 from wmtp.training.estimate import (
     Machine,
     ParallelSetting,
     activation_bytes,
     all_logits_bytes,
     block_bytes,
-    estimate,
-    flops_per_token,
-    format_estimate,
     loss_bytes,
     memory,
-    moments_per_parameter,
     product_bytes,
 )
 
@@ -79,7 +77,7 @@ def architectures() -> dict[str, Architecture]:
 
 
 KINDS = tuple(architectures())
-CPU = Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="cpu", name="cpu")
+CPU = Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="cpu")
 TOKENS = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
 
 
@@ -150,7 +148,7 @@ def test_activation_checkpointing_saves_the_inputs_of_blocks(kind: str) -> None:
 
 
 def test_unfused_attention_saves_all_pairs_of_positions() -> None:
-    model, on_mps = create_model("llama"), Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="mps", name="mps")
+    model, on_mps = create_model("llama"), Machine(1, sequence=POSITIONS, batch_size=SAMPLES, device="mps")
     with sdpa_kernel(SDPBackend.MATH), saved_tensors(model) as saved_by_autograd:
         model(TOKENS)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved_by_autograd.values()) / TOKENS.numel()
@@ -205,7 +203,7 @@ def test_operations_equal_those_that_torch_counts(kind: str, rank: int | None) -
     adapters = 0
     if rank:  # the estimate omits adapters, which are cheap compared with wide matrices
         adapters = 6 * sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert flops_per_token(model_shape(model), POSITIONS)[0] + adapters == pytest.approx(counted, rel=0.02)
+    assert scaling.flops_per_token(model_shape(model), POSITIONS)[0] + adapters == pytest.approx(counted, rel=0.02)
 
 
 def test_frozen_parameters_have_no_gradient_and_no_moments() -> None:
@@ -239,16 +237,12 @@ def test_moments_of_the_optimizer_are_counted(optimizer: Callable[..., torch.opt
     assert moments_per_parameter(instance) == expected
 
 
-def test_time_is_estimated_only_for_a_known_gpu() -> None:
-    setting = ParallelSetting("fsdp", False, True, 2)
-    with_gpu = estimate(ModelShape(), Machine(4, name="NVIDIA A100-SXM4-80GB"), setting)
-    assert with_gpu.seconds is not None and with_gpu.seconds[0] > with_gpu.seconds[1] > 20
-    assert estimate(ModelShape(), Machine(4, name="NVIDIA GeForce"), setting).seconds is None
-    assert estimate(ModelShape(), CPU, setting).seconds is None
-    text = format_estimate(with_gpu, Machine(4), setting)
-    assert max(map(len, text.splitlines())) <= 80
-    total = with_gpu.memory["total"] / 1e9
-    assert f"about {total:.1f} GB a process with 2 x 2,048 tokens" in text and "for an A100" in text
+def test_memory_is_printed_with_its_unit_and_uses() -> None:
+    sizes = memory(ModelShape(), Machine(4), ParallelSetting("fsdp", False, True, 2))
+    text = format_memory(sizes, Machine(4), ParallelSetting("fsdp", False, True, 2))
+    assert f"about {sizes['total'] / 1e9:.1f} GB a process with 2 x 2,048 tokens: parameters" in text
+    small = format_memory({"gradients": 2e6, "work": 1e3, "total": 2e6}, Machine(4, batch_size=4), single_process())
+    assert small.endswith("about 2.0 MB a process with 4 x 2,048 tokens: gradients 2.0 (reuse activations)")
 
 
 def test_dry_run_prints_memory_and_time_of_each_stage(invoke: Invoke) -> None:

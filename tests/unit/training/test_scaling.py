@@ -167,7 +167,7 @@ def test_operations_equal_those_that_torch_counts(activation_checkpointing: bool
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
     shape = ModelShape(**SMALL)
-    model_flops, recomputed = estimate.flops_per_token(shape, POSITIONS)
+    model_flops, recomputed = script.flops_per_token(shape, POSITIONS)
     expected = model_flops + (recomputed if activation_checkpointing else 0)
     assert counter.get_total_flops() / (SAMPLES * POSITIONS) == pytest.approx(expected, rel=0.001)
     rule_of_thumb = (8 if activation_checkpointing else 6) * shape.parameters
@@ -207,7 +207,7 @@ def test_traffic_equals_the_bytes_that_fsdp_sends(group_of_four: int, activation
         weighted_loss(model).backward()  # type: ignore[no-untyped-call]
     share = (group_of_four - 1) / group_of_four
     shape = ModelShape(**SMALL)
-    gathered, reduced = estimate.traffic(shape, group_of_four, setting(activation_checkpointing), micro_batches=1)
+    gathered, reduced = script.traffic(shape, group_of_four, setting(activation_checkpointing), micro_batches=1)
     assert (share * counted.gathered, share * counted.reduced) == (gathered, reduced)
     blocks = shape.num_blocks * shape.block_parameters
     assert gathered > 1.4 * share * (
@@ -239,7 +239,7 @@ def recommended_overrides() -> list[list[str]]:
 
 
 def test_the_page_recommends_the_fastest_setting_that_fits() -> None:
-    machines = [Machine(4, 40), Machine(4, 80), Machine(64, 80)]
+    machines = [script.Cluster(gpus, memory=memory) for gpus, memory in script.MACHINES]
     assert len(recommended_overrides()) == len(machines)
     for machine, overrides in zip(machines, recommended_overrides(), strict=True):
         page_values = dict(override.split("=", 1) for override in overrides)
@@ -259,8 +259,8 @@ def test_the_rates_on_the_page_equal_those_computed() -> None:
     rows = re.findall(r"^\| (\d+) × A100 (\d+) GB \|.*\| ([\d,]+) – ([\d,]+) tokens/s", PAGE.read_text(), re.MULTILINE)
     assert [(int(row[0]), int(row[1])) for row in rows] == [(4, 40), (4, 80), (64, 80)]
     for gpus, memory, *rates in rows:
-        machine = Machine(int(gpus), int(memory))
-        found = estimate.speed(ModelShape(), machine, script.best(ModelShape(), machine))
+        machine = script.Cluster(int(gpus), memory=int(memory))
+        found = script.speed(ModelShape(), machine, script.best(ModelShape(), machine))
         page_values = [int(rate.replace(",", "")) for rate in rates]
         assert page_values == pytest.approx([found.slow, found.fast], rel=0.05)
 
