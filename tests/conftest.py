@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from tests.support.forking import ForkServer
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, RanksByStrategy
 from tests.support.servers import (  # noqa: F401
     ObjectStore,
     TrackingServer,
@@ -97,13 +97,13 @@ def invoke(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Yield two processes that run functions as ranks.
+    """Yield two processes that run functions as ranks, and two other ones for FSDP.
 
     Mark tests that use it `xdist_group("ranks")`, so that they share the processes.
     """
-    pair = Ranks()
-    yield pair
-    pair.stop()
+    pairs = RanksByStrategy()
+    yield pairs
+    pairs.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Tests of the collectives of the process group."""
 
+import os
 import time
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.ranks import Ranks
+from tests.support.training import STRATEGIES
 from wmtp.distributed.process_group import OtherProcessFailed, Processes
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -84,3 +86,14 @@ def test_a_single_process_does_not_wait() -> None:
     assert processes.sum(torch.ones(2)).tolist() == [1.0, 1.0]
     assert processes.max(3, 4) == [3, 4]
     assert processes.gather("a") == ["a"] and processes.run_on_main(lambda: object) is object
+
+
+def process_id(overrides: list[str]) -> int:
+    """Return the process id of this rank."""
+    return os.getpid()
+
+
+def test_fsdp_runs_in_other_processes_than_ddp(ranks: Ranks) -> None:
+    ddp, fsdp = (ranks(process_id, STRATEGIES[strategy]) for strategy in ("ddp", "fsdp"))
+    assert set(ddp).isdisjoint(fsdp)
+    assert ranks(process_id, STRATEGIES["ddp"]) == ddp, "control: the processes of a strategy stay the same"

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -87,6 +87,34 @@ class Ranks:
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
+
+
+class RanksByStrategy(Ranks):
+    """Ranks that run FSDP in processes of their own, because a rank once crashed in a thread of gloo after DDP runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fsdp = Ranks()
+
+    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout: float = 10.0) -> list[Outcome]:
+        """Return the outcome in each rank of the pair for the strategy that the arguments name."""
+        if _names_fsdp(arguments):
+            return self.fsdp.outcomes(function, *arguments, timeout=timeout)
+        return super().outcomes(function, *arguments, timeout=timeout)
+
+    def stop(self) -> None:
+        """Kill the processes of both pairs."""
+        super().stop()
+        self.fsdp.stop()
+
+
+def _names_fsdp(arguments: Sequence[Any]) -> bool:
+    """Return whether the arguments, or the lists among them, contain the strategy or its override."""
+    return any(
+        argument in ("fsdp", "hardware.strategy=fsdp") if isinstance(argument, str) else _names_fsdp(argument)
+        for argument in arguments
+        if isinstance(argument, str | list | tuple)
+    )
 
 
 def _serve(rank: int, pipe: Connection) -> None:
