@@ -14,14 +14,14 @@ import torch
 
 from tests.conftest import TINY, run_command, start_training
 from wmtp.config.schema import ConfigError, ConfigIssue
-from wmtp.distributed.launcher import _worker_environment
+from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError, PendingError
 from wmtp.runtime.processes import CORES_VARIABLE, limit_threads, num_cores
 from wmtp.runtime.run_dir import SWEEP, read_status
 from wmtp.sweep import slurm_launcher as slurm
 from wmtp.sweep.grid import job_labels, parse_grid
 from wmtp.sweep.local_launcher import run_local
-from wmtp.sweep.sweep import Sweep
+from wmtp.sweep.sweep import PreparedJob, Sweep
 
 GRID = ["algo=critic", "algo.beta=0.5,0.9,1.2", "early_stopping.patience=5,10", "seed=0,1,2"]
 """Overrides of a sweep with 18 jobs."""
@@ -29,8 +29,8 @@ FAKE_JOB = ["-m", "tests.support.fake_job"]
 """Arguments of Python that start a fake job."""
 LINKED_FAKE_JOB = (
     "import os, sys; from wmtp.runtime.processes import kill_on_parent_death; "
-    "from wmtp.sweep.local_launcher import SWEEP_PID_VARIABLE; "
-    "kill_on_parent_death(int(os.environ[SWEEP_PID_VARIABLE])); "
+    "from wmtp.runtime.processes import PARENT_VARIABLE; "
+    "kill_on_parent_death(int(os.environ[PARENT_VARIABLE])); "
     "from tests.support.fake_job import main; main(sys.argv[1:])"
 )
 """The code of a fake job that is killed when the process of its sweep dies."""
@@ -98,9 +98,9 @@ def test_an_invalid_sweep_is_refused(argument: str, message: str) -> None:
 # Sweeps of fake jobs
 
 
-def no_issues(overrides: list[str]) -> list[ConfigIssue]:
-    """Return no config issues for any job."""
-    return []
+def no_issues(overrides: list[str]) -> PreparedJob:
+    """Return a job without config issues."""
+    return PreparedJob([], {"overrides": overrides})
 
 
 @pytest.fixture
@@ -175,7 +175,8 @@ def start_sweep_with_waiting_job(number: int, seeds: str, module: list[str]) -> 
     script = (
         "import sys; from wmtp.runtime.signals import raise_on_signals; import wmtp.sweep.sweep as r; "
         f"r.module_arguments = lambda name: {module!r}\n"
-        "with raise_on_signals():\n    sys.exit(r.run_sweep('train', sys.argv[1:], lambda o: [], lambda f, s: None))\n"
+        "prepare = lambda overrides: r.PreparedJob([], {'overrides': overrides})\n"
+        "with raise_on_signals():\n    sys.exit(r.run_sweep('train', sys.argv[1:], prepare, lambda f, s: None))\n"
     )
     command = [sys.executable, "-c", script, seeds, "hydra.sweep.dir=sweep"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -234,8 +235,9 @@ def test_sweeps_started_together_have_separate_folders(sent_states: list[str]) -
 
 
 def test_an_invalid_job_fails_and_a_sweep_of_only_invalid_jobs_is_refused(sent_states: list[str]) -> None:
-    def check(overrides: list[str]) -> list[ConfigIssue]:
-        return [ConfigIssue("seed", "1", "is wrong")] if "seed=1" in overrides else []
+    def check(overrides: list[str]) -> PreparedJob:
+        issues = [ConfigIssue("seed", "1", "is wrong")] if "seed=1" in overrides else []
+        return PreparedJob(issues, {"overrides": overrides})
 
     sweep = Sweep("train", ["seed=0,1,2", "hydra.sweep.dir=sweep"], check)
     assert sweep.run(lambda folder, state: sent_states.append(state)) == 2 and sent_states == ["FAILED"]
@@ -335,8 +337,8 @@ def test_the_processes_of_a_job_share_its_cores(monkeypatch: pytest.MonkeyPatch,
     try:
         limit_threads()
         assert (num_cores(), torch.get_num_threads()) == (4, 4)
-        with _worker_environment(tmp_path, size=2):
-            assert os.environ["OMP_NUM_THREADS"] == "2"
+        with start_workers(["-c", "pass"], size=2):
+            assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("2", 2)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         torch.set_num_threads(3)
         limit_threads()
@@ -366,8 +368,9 @@ def test_a_slurm_sweep_can_use_hardware_that_this_machine_lacks(
 ) -> None:
     pytest.importorskip("submitit")
 
-    def check(overrides: list[str]) -> list[ConfigIssue]:
-        return [ConfigIssue("hardware.device", "cuda", "this machine has no cuda device")]
+    def check(overrides: list[str]) -> PreparedJob:
+        issue = ConfigIssue("hardware.device", "cuda", "this machine has no cuda device")
+        return PreparedJob([issue], {"overrides": overrides})
 
     arguments = ["seed=0,1", "hardware=a100x4", "dry_run=true"]
     submitted = Sweep("train", [*arguments, "hydra/launcher=submitit_slurm"], check)

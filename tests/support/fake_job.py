@@ -25,7 +25,8 @@ def value_of(arguments: list[str], key: str) -> str | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the files of a run, as the behavior file requests."""
+    """Write the files of a run, as the behavior file requests. The last argument is the file of the job."""
+    arguments = json.loads(Path(arguments[-1]).read_text())["overrides"]
     resumed = value_of(arguments, "resume")
     folder = Path(resumed or value_of(arguments, "hydra.run.dir") or "")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,17 @@
 """From the arguments of a command to a checked job."""
 
 import copy
+import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import hydra
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
+from hydra.conf import HydraConf
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.cli.command import Command
@@ -27,7 +29,6 @@ class ComposedJob:
     """Overrides in Hydra's syntax from which the config was composed, including those of Hydra's own settings."""
     hydra: DictConfig
     """The composed config with the node `hydra`, which contains Hydra's own settings."""
-    loader: ConfigLoader
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,19 @@ def resolve(command: Command, arguments: list[str]) -> ResolvedJob:
     Raises:
         ConfigError: the arguments contain errors, or the folder cannot be used.
     """
-    job = compose(command, arguments)
+    return choose_folder(command, compose(command, arguments))
+
+
+def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:
+    """Choose the folder of a job whose config is valid. If the command needs no folder, create a temporary one.
+
+    Raises:
+        ConfigError: the config has issues, or the folder cannot be used.
+    """
+    if job.checked.issues:
+        raise ConfigError(job.checked.issues)
     named = command.folder(job.checked, job.overrides)
-    folder = named or Path(tempfile.mkdtemp(prefix=f"wmtp-{command.name}-"))
+    folder = Path(os.path.abspath(named or tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")))
     if job.checked.config.get("dry_run"):
         job.checked.config.cache_dir = str(folder / "cache")
     with open_dict(job.hydra):
@@ -57,27 +68,20 @@ def resolve(command: Command, arguments: list[str]) -> ResolvedJob:
 
 
 def compose(command: Command, arguments: list[str]) -> ComposedJob:
-    """Compose and check the config of a command. This creates no folder.
+    """Compose and check the config of a command. The result contains all issues of the arguments.
 
     Raises:
         ConfigError: the arguments contain errors. The message lists all errors in syntax, groups, keys and values.
     """
     issues: list[ConfigIssue] = []
     overrides = merge_overrides(load_saved_overrides(arguments) + arguments, issues)
-    checked = CheckedConfig(DictConfig({}), issues)
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), command.name, version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
             composed = hydra.compose(command.name, overrides, return_hydra_config=True)
-        config = copy.deepcopy(composed)
-        with open_dict(config):
-            del config["hydra"]
-        checked = command.check(config, overrides)
+        checked = command.check(without_hydra(composed), overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        issues.append(ConfigIssue("config", "", " ".join(str(error).split())))
-    if issues or checked.issues:
-        raise ConfigError([*issues, *checked.issues])
-    return ComposedJob(checked, overrides, composed, loader)
+        raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
+    return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed)
 
 
 def merge_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[str]:
@@ -95,3 +99,27 @@ def merge_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[str
         else:
             overrides[key, override.package] = to_hydra_override(override.input_line or "")
     return list(overrides.values())
+
+
+def encode_job(job: ComposedJob) -> dict[str, Any]:
+    """Return a composed job as plain JSON values, with which another process can run it."""
+    return {"overrides": job.overrides, "config": OmegaConf.to_yaml(job.hydra)}
+
+
+def decode_job(command: Command, values: Mapping[str, Any]) -> ComposedJob:
+    """Create a job from the values that `encode_job` returned, and check its config on this machine."""
+    composed = OmegaConf.create(values["config"])
+    assert isinstance(composed, DictConfig)
+    settings = OmegaConf.structured(HydraConf)
+    OmegaConf.set_struct(settings, False)  # groups of Hydra, such as hydra/env, add keys
+    composed.hydra = OmegaConf.merge(settings, composed.hydra)
+    return ComposedJob(command.check(without_hydra(composed), values["overrides"]), values["overrides"], composed)
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a copy of a composed config without the node `hydra`. Keys cannot be added to it."""
+    config = copy.deepcopy(composed)
+    OmegaConf.set_struct(config, True)
+    with open_dict(config):
+        del config["hydra"]
+    return config

@@ -4,6 +4,7 @@ The overrides are checked, the folder is chosen, and Hydra runs the job. After t
 recorded.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -22,16 +23,18 @@ from hydra.types import HydraContext
 from wmtp.cli.command import Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
-from wmtp.cli.resolve import ResolvedJob, compose, resolve
+from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
 from wmtp.config.overrides import expand_argument, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
-from wmtp.runtime.processes import PARENT_VARIABLE, kill_on_parent_death, started_together
+from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
 
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
+COMPLETION = ("-sc", "--shell-completion")
+"""Hydra's options for Tab completion. Their values look like overrides, but are none."""
 
 
 def run(command: Command) -> NoReturn:
@@ -84,6 +87,10 @@ class CommandRunner:
         Raises:
             ConfigError: an override, the config or the folder is not valid.
         """
+        if arguments[:1] == [JOB_OPTION]:
+            values = json.loads(Path(arguments[1]).read_text())
+            self._start(choose_folder(self.command, decode_job(self.command, values)))
+            return
         options = [argument for argument in arguments if argument.startswith("-")]
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
@@ -94,13 +101,19 @@ class CommandRunner:
         refuse_credentials(arguments)
         arguments = self._download_remote(arguments)
         if options:  # --help, --cfg and others are Hydra's own
-            self._run_hydra([to_hydra_override(argument) for argument in arguments if argument not in MULTIRUN])
+            arguments = [argument for argument in arguments if argument not in MULTIRUN]
+            self._run_hydra(arguments if options[0] in COMPLETION else [*map(to_hydra_override, arguments)])
             return
-        resolved = resolve(self.command, arguments)
+        self._start(resolve(self.command, arguments))
+
+    def _start(self, resolved: ResolvedJob) -> None:
+        """Start a resolved job: let Hydra write its files and set up the logging, then run the job."""
         self.folder, self.is_temporary = resolved.folder, resolved.is_temporary
         for warning in self.command.preflight(resolved.composed.checked.config, resolved.folder):
             print(f"WARNING: {warning}", file=sys.stderr)
-        self._run_resolved(resolved)
+        settings = resolved.composed.hydra
+        context = HydraContext(None, Callbacks(settings))  # type: ignore[arg-type] # no loader: nothing is composed
+        hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
 
     def _run_hydra(self, arguments: list[str]) -> None:
         """Run one of Hydra's own options, which print something and start no job."""
@@ -110,7 +123,7 @@ class CommandRunner:
 
     def _sweep(self, arguments: list[str]) -> None:
         """Run a sweep, with one job for each combination of the values in the arguments."""
-        from wmtp.sweep.sweep import run_sweep
+        from wmtp.sweep.sweep import PreparedJob, run_sweep
 
         command = self.command
         if started_together():
@@ -124,15 +137,15 @@ class CommandRunner:
             raise ConfigError([ConfigIssue(resumed[0], "", problem)])
         refuse_credentials(arguments)
 
-        def _check(overrides: list[str]) -> list[ConfigIssue]:
-            """Return the issues of the overrides of one job."""
+        def _prepare(overrides: list[str]) -> PreparedJob:
+            """Compose and check one job."""
             try:
-                compose(command, overrides)
+                job = compose(command, overrides)
+                return PreparedJob(job.checked.issues, encode_job(job))
             except ConfigError as error:
-                return error.issues
-            return []
+                return PreparedJob(error.issues, {})
 
-        self.codes.append(run_sweep(command.name, self._download_remote(arguments), _check, command.end_sweep))
+        self.codes.append(run_sweep(command.name, self._download_remote(arguments), _prepare, command.end_sweep))
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
         """Download the runs whose S3 URLs are in the arguments, and replace the URLs with local paths.
@@ -150,12 +163,6 @@ class CommandRunner:
             return replace_remote_args(arguments, self.command.remote_keys, self.scratch)
         except OSError as error:
             raise InputError(f"{error}; nothing was done") from error
-
-    def _run_resolved(self, resolved: ResolvedJob) -> None:
-        """Run a resolved job: let Hydra write its files and set up the logging, and record the end of the job."""
-        settings = resolved.composed.hydra
-        context = HydraContext(resolved.composed.loader, Callbacks(settings))
-        hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
 
     def _run_job(self, resolved: ResolvedJob) -> None:
         """Run one job. Record its end in status.json and `self.codes`, and the traceback of an error in the log."""

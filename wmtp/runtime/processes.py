@@ -17,6 +17,8 @@ import psutil
 PR_SET_PDEATHSIG = 1
 
 
+JOB_OPTION = "--job"
+"""First argument of a command that runs a job of a sweep. The second argument is the file with the composed job."""
 PARENT_VARIABLE = "WMTP_PARENT"
 """Environment variable of a process that is to end when another process dies. It contains the id of that process."""
 

@@ -1,10 +1,14 @@
 """Execution of a sweep, from its arguments to its exit code."""
 
+import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,15 +21,26 @@ from wmtp.errors import InputError, InterruptedRun, PendingError, worst_exit_cod
 from wmtp.report.grouping import group_runs
 from wmtp.report.metrics import MODEL_LABELS, is_lower_better
 from wmtp.report.run_record import RunRecord
-from wmtp.runtime.processes import module_arguments
+from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.processes import JOB_OPTION, module_arguments
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, SWEEP, JobProgress, RunStatus, create_run_folder, display_path
 from wmtp.sweep import slurm_launcher
 from wmtp.sweep.grid import SweepOptions, job_labels, parse_grid
 from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.state import Job, SweepState
 
-JobCheck = Callable[[list[str]], list[ConfigIssue]]
-"""Callback that receives the overrides of one job, and returns the issues of these overrides."""
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A composed and checked job."""
+
+    issues: list[ConfigIssue]
+    values: dict[str, Any]
+    """Plain JSON values with which another process runs the job. They are empty if it could not be composed."""
+
+
+Prepare = Callable[[list[str]], PreparedJob]
+"""Callback that receives the overrides of one job, and composes and checks the job."""
 EndCallback = Callable[[Path, str], None]
 """Callback that receives the folder and the final state of a sweep."""
 
@@ -33,13 +48,13 @@ EndCallback = Callable[[Path, str], None]
 class Sweep:
     """All jobs of one sweep. Each unfinished job runs as a separate command."""
 
-    def __init__(self, command: str, arguments: Sequence[str], check: JobCheck) -> None:
-        """Determine the jobs of the sweep from the arguments, and check the overrides of each unfinished job.
+    def __init__(self, command: str, arguments: Sequence[str], prepare: Prepare) -> None:
+        """Determine the jobs of the sweep from the arguments, and compose and check each unfinished job.
 
         Args:
             command: name of the command that each job runs, such as "train".
             arguments: command-line arguments of the sweep.
-            check: function that returns the issues of one job's overrides.
+            prepare: function that composes and checks one job.
 
         Raises:
             ConfigError: the arguments or the folder of the sweep are not valid, or every job of a new sweep has issues.
@@ -55,7 +70,9 @@ class Sweep:
             self._read_jobs(resumed) if resumed else [Job(number, each) for number, each in enumerate(self.grid.jobs)]
         )
         self.labels = job_labels([job.overrides for job in jobs])
-        self.issues = {job.number: self._find_issues(job, check) for job in jobs if job.state != "FINISHED"}
+        self.prepare = prepare
+        self.prepared = {job.number: prepare(self._arguments(job, resumed)) for job in jobs if job.state != "FINISHED"}
+        self.issues = {number: self._find_issues(each) for number, each in self.prepared.items()}
         if not resumed and not self.grid.is_dry_run and all(self.issues.values()):
             raise ConfigError(issue for each in self.issues.values() for issue in each)
         self.state = SweepState(resumed or self._create_folder(), jobs)
@@ -130,24 +147,25 @@ class Sweep:
         valid = [job for job in self.state.jobs if not self.issues[job.number]]
         if not valid:
             return InputError.exit_code
-        command = self._start_command(valid[0])
         if self.is_submitted:
+            command = self._command(self._job_file(valid[0]))
             self._print("\nThe job array that would be submitted, with the command of the first job:\n")
             self._print(slurm_launcher.batch_script(self.grid.launcher, self.folder, command, len(self.state.jobs)))
             return 0 if len(valid) == len(self.state.jobs) else InputError.exit_code
         self._print(f"{self.grid.options.jobs} at the same time on this machine. The first job:\n")
         codes: list[int] = []
-        run_local(
-            {0: [*command[:-1], "dry_run=true"]}, {0: Path()}, 1, lambda number: None,
-            lambda number, code, stderr_tail: codes.append(code),
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="wmtp-") as name:
+            file = Path(name) / "job.json"
+            file.write_text(json.dumps(self.prepare([*valid[0].overrides, "dry_run=true"]).values))
+            run_local(
+                {0: self._command(file)}, {0: Path()}, 1, lambda number: None,
+                lambda number, code, stderr_tail: codes.append(code),
+            )  # fmt: skip
         return max([*codes, InputError.exit_code if len(valid) < len(self.state.jobs) else 0])
 
-    def _find_issues(self, job: Job, check: JobCheck) -> list[ConfigIssue]:
+    def _find_issues(self, prepared: PreparedJob) -> list[ConfigIssue]:
         """Return the issues of a job. If jobs are submitted, issues about the hardware of this machine are omitted."""
-        return [
-            issue for issue in check(job.overrides) if not (self.is_submitted and issue.key.startswith("hardware."))
-        ]
+        return [issue for issue in prepared.issues if not (self.is_submitted and issue.key.startswith("hardware."))]
 
     def _create_folder(self) -> Path:
         """Create the folder of a new sweep and return its path. In a dry run, return a path without creating a folder.
@@ -206,25 +224,33 @@ class Sweep:
         run_local(commands, consoles, self.grid.options.jobs, self._on_job_start, self._on_job_end)
 
     def _job_command(self, job: Job) -> list[str]:
-        """Return the command line of a job. If the job has a checkpoint, the command resumes the job from it."""
-        if not self._has_checkpoint(job):
-            return self._start_command(job)
-        return [*self._interpreter(), f"resume={quote(self.state.job_folder(job))}"]
+        """Write the file of a job, and return the command line that runs the job."""
+        file, folder, values = self._job_file(job), self.state.job_folder(job), self.prepared[job.number].values
+        if not self._has_checkpoint(folder):  # a resumed job keeps its folder
+            values = values | {"overrides": [*values["overrides"], f"hydra.run.dir={quote(folder)}"]}
+        file.parent.mkdir(exist_ok=True)
+        replace_atomically(file, encode_json(values))
+        return self._command(file)
 
-    def _has_checkpoint(self, job: Job) -> bool:
-        folder = self.state.job_folder(job)
+    def _job_file(self, job: Job) -> Path:
+        return self.folder / "jobs" / f"{job.number}.json"
+
+    def _command(self, file: Path) -> list[str]:
+        return [sys.executable, *module_arguments(f"wmtp.{self.command}"), JOB_OPTION, str(file)]
+
+    def _arguments(self, job: Job, folder: Path | None) -> list[str]:
+        """Return the overrides of a job of a sweep in `folder`. A job that has a checkpoint resumes from it."""
+        if folder is None or not self._has_checkpoint(folder / str(job.number)):
+            return job.overrides
+        return [f"resume={quote(folder / str(job.number))}"]
+
+    def _has_checkpoint(self, folder: Path) -> bool:
         return (folder / SAVED_OVERRIDES).exists() and any(folder.glob(f"**/step_*/{NAME}"))
-
-    def _start_command(self, job: Job) -> list[str]:
-        return [*self._interpreter(), *job.overrides, f"hydra.run.dir={quote(self.state.job_folder(job))}"]
-
-    def _interpreter(self) -> list[str]:
-        return [sys.executable, *module_arguments(f"wmtp.{self.command}")]
 
     def _on_job_start(self, number: int) -> None:
         job = self.state.jobs[number]
         folder = self.state.job_folder(job)
-        if not self._has_checkpoint(job) and (folder / "status.json").exists():  # keep the logs of the failed attempt
+        if not self._has_checkpoint(folder) and (folder / "status.json").exists():  # keep the logs of the attempt
             folder.rename(folder.with_name(f"{folder.name}.attempt-{job.attempts}"))
         self.state.record_start(job)
         self._print(f"job {number} of {len(self.state.jobs)} starts: {self.labels[number]}")
@@ -241,9 +267,9 @@ class Sweep:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def run_sweep(command: str, arguments: Sequence[str], check: JobCheck, on_end: EndCallback) -> int:
+def run_sweep(command: str, arguments: Sequence[str], prepare: Prepare, on_end: EndCallback) -> int:
     """Run the sweep that the arguments describe, or only its dry run, and return the exit code."""
-    sweep = Sweep(command, arguments, check)
+    sweep = Sweep(command, arguments, prepare)
     return sweep.dry_run() if sweep.grid.is_dry_run else sweep.run(on_end)
 
 
