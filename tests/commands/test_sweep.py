@@ -350,7 +350,7 @@ def test_the_processes_of_a_job_share_its_cores(monkeypatch: pytest.MonkeyPatch,
 # Slurm
 
 
-def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
+def test_the_dry_run_shows_the_batch_script() -> None:
     pytest.importorskip("submitit")
     grid = parse_grid(
         "train",
@@ -358,7 +358,7 @@ def test_the_dry_run_shows_the_batch_script(tmp_path: Path) -> None:
          "hydra.launcher.timeout_min=600", "hydra.launcher.mem_gb=64", "hardware=cpu"],
     )  # fmt: skip
     assert slurm.is_submitted(grid.launcher) and grid.jobs == [["seed=0", "hardware=cpu"], ["seed=1", "hardware=cpu"]]
-    text = slurm.batch_script(grid.launcher, tmp_path, ["python", "-m", "wmtp.train", "seed=0"], 2)
+    text = slurm.batch_script(grid.launcher, ["python", "-m", "wmtp.train", "seed=0"], 2)
     expected = "--partition=gpu", "--gpus-per-node=4", "--time=600", "--mem=64GB", "--array=0-1", "python -m wmtp.train"
     assert [option for option in expected if option not in text] == []
 

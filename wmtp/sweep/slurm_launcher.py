@@ -22,6 +22,8 @@ COMMON_SETTINGS = (
 SBATCH_NAMES = {"name": "job_name", "timeout_min": "time", "tasks_per_node": "ntasks_per_node", "mem_gb": "mem"}
 """Name of the sbatch option for each submitit setting that has another name in sbatch."""
 NOT_SBATCH = ("_target_", "submitit_folder", "max_num_timeout")
+NO_OPTIONS = ("srun_args", "stderr_to_stdout", "signal_delay_s")
+"""Settings that are no options of sbatch."""
 CANCEL_TIMEOUT_S = 60.0
 """Maximum time in seconds to wait for cancelled jobs. They save a checkpoint before they end."""
 POLL_INTERVALS_S = {"slurm": 10.0, "local": 0.2}
@@ -107,20 +109,27 @@ def create_executor(launcher: Mapping[str, Any], folder: Path) -> "tuple[submiti
     return executor, cluster
 
 
-def batch_script(launcher: Mapping[str, Any], folder: Path, command: list[str], count: int) -> str:
-    """Return the batch script that would be submitted for `count` jobs. This also works on a machine without Slurm.
+def batch_script(launcher: Mapping[str, Any], command: list[str], count: int) -> str:
+    """Return the options and the command of the job array that would be submitted for `count` jobs.
 
-    If the launcher is not the Slurm launcher, return the command line of the job instead.
+    This also works on a machine without Slurm, where submitit cannot write the script itself. If the launcher is not
+    the Slurm launcher, the result is only the command.
     """
     if not str(launcher["_target_"]).endswith("SlurmLauncher"):
         return shlex.join(command)
-    from submitit.slurm.slurm import _make_sbatch_string  # SlurmExecutor cannot be created on a machine without Slurm
-
     settings = {SBATCH_NAMES.get(key, key): value for key, value in launcher.items() if key not in NOT_SBATCH}
+    settings |= settings.pop("additional_parameters", None) or {}
     if settings.get("mem") is not None:
         settings["mem"] = f"{settings['mem']}GB"
-    given = {key: value for key, value in settings.items() if value is not None}
-    return _make_sbatch_string(shlex.join(command), folder / ".submitit", map_count=count, **given)
+    concurrent = settings.pop("array_parallelism", None)
+    settings["array"] = f"0-{count - 1}" + (f"%{min(concurrent, count)}" if concurrent else "")
+    setup = settings.pop("setup", None) or []
+    options = [
+        f"#SBATCH --{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for key, value in sorted(settings.items())
+        if value is not None and value is not False and key not in NO_OPTIONS
+    ]
+    return "\n".join([*options, "", *setup, shlex.join(command)])
 
 
 def _exit_code(folder: Path, job: "submitit.Job[str]") -> int:

@@ -150,7 +150,7 @@ class Sweep:
         if self.is_submitted:
             command = self._command(self._job_file(valid[0]))
             self._print("\nThe job array that would be submitted, with the command of the first job:\n")
-            self._print(slurm_launcher.batch_script(self.grid.launcher, self.folder, command, len(self.state.jobs)))
+            self._print(slurm_launcher.batch_script(self.grid.launcher, command, len(self.state.jobs)))
             return 0 if len(valid) == len(self.state.jobs) else InputError.exit_code
         self._print(f"{self.grid.options.jobs} at the same time on this machine. The first job:\n")
         codes: list[int] = []
