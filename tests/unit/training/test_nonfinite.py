@@ -15,6 +15,7 @@ from tests.support.training import STRATEGIES, digest, make_trainer, parameters
 from tests.unit.training.test_early_stopping import MissesNan
 from wmtp.algorithms.base import Observations
 from wmtp.data.collate import Batch
+from wmtp.data.dataset import Dataset
 from wmtp.errors import TrainingError
 from wmtp.models.heads import ValueHead
 from wmtp.training.early_stopping import EarlyStopping
@@ -77,7 +78,7 @@ def train_with_nan(
 
     error, hashes = None, [digest(parameters(trainer.model))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.data, "micro_batches", micro_batches)
+        patch.setattr(Dataset, "micro_batches", lambda _, *arguments: micro_batches(*arguments))
         patch.setattr(trainer.objective.algorithm, "weights", weights)  # type: ignore[attr-defined]
         patch.setattr(trainer, "train_update", train_update)
         if not has_check:
