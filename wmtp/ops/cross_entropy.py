@@ -6,7 +6,6 @@ target of each head. Only the logits of one chunk exist at a time.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -151,27 +150,48 @@ class WeightedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-@dataclass
 class Chunk:
-    """A chunk of rows, their losses, and the tensors from which their gradients are computed."""
+    """Some of the rows with a target, their losses, and the tensors from which their gradients are computed.
 
-    rows: Int[Tensor, " row"]
-    targets: Int[Tensor, " row"]
-    states: Float[Tensor, "row dim"]
-    exponentials: Float[Tensor, "row vocabulary"]
-    """e^(logit − the row's largest logit), in fp32 or a more precise dtype."""
-    sums: Float[Tensor, " row"]
-    losses: Float[Tensor, " row"]
-    products: Float[Tensor, "row vocabulary"]
-    """A buffer in the dtype of the matrix products. For fp32 and fp64, it is `exponentials`."""
+    All chunks share two buffers of [row, vocabulary], and every step overwrites the result of the previous one. So a
+    chunk must be used before the next one is created, and `errors` can be called only once.
+
+    - `products` has the dtype of the matrix products. It contains the logits, and later the errors.
+    - `exponentials` has fp32 or a more precise dtype. It contains the logits to the base 2, and later
+      their exponentials relative to the largest logit of the row.
+
+    If these dtypes are equal, both are the same tensor, and the two steps between them are left out.
+    """
+
+    def __init__(
+        self,
+        rows: Int[Tensor, " row"],
+        targets: Int[Tensor, " row"],
+        states: Float[Tensor, "row dim"],
+        unembedding: Float[Tensor, "vocabulary dim"],
+        buffers: tuple[Float[Tensor, "buffer vocabulary"], Float[Tensor, "buffer vocabulary"]],
+    ) -> None:
+        """Compute the losses of the rows. The buffers are `products` and `exponentials`, and may have more rows."""
+        self.rows, self.targets, self.states = rows, targets, states
+        products, exponentials = buffers
+        self.has_one_buffer = products is exponentials
+        self.exponentials = exponentials[: len(rows)]
+        self.products = self.exponentials if self.has_one_buffer else products[: len(rows)]
+        # logits to the base 2, because some processors compute powers of 2 several times faster than powers of e
+        if self.has_one_buffer:
+            torch.mm(states * LOG2_E, unembedding.T, out=self.exponentials)
+        else:
+            torch.mm(states, unembedding.T, out=self.products)
+            torch.mul(self.products, LOG2_E, out=self.exponentials)
+        target_logits = self.exponentials.gather(1, targets.unsqueeze(1))
+        largest = self.exponentials.amax(dim=1, keepdim=True)
+        self.sums = self.exponentials.sub_(largest).exp2_().sum(dim=1)
+        self.losses = (self.sums.log2() + (largest - target_logits).squeeze(1)) / LOG2_E
 
     def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
-        """Return two tensors whose product is the gradient of Σ factor·loss with respect to the logits.
-
-        The buffer `exponentials` is overwritten.
-        """
+        """Return two tensors whose product is the gradient of Σ factor·loss with respect to the logits."""
         self.exponentials.scatter_add_(1, self.targets.unsqueeze(1), -self.sums.unsqueeze(1))
-        if self.products is self.exponentials:
+        if self.has_one_buffer:
             # the small operand of each product includes the division by the sum
             return self.products, (factors / self.sums).unsqueeze(1)
         torch.div(self.exponentials, self.sums.unsqueeze(1), out=self.products)
@@ -184,10 +204,7 @@ def chunks(
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None,
 ) -> Iterator[Chunk]:
-    """Yield the rows with a target in chunks of nearly equal size.
-
-    Each chunk reuses the buffers of the previous chunk, so a chunk must be used before the next one is requested.
-    """
+    """Yield the rows with a target in chunks of nearly equal size, which share their buffers."""
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
     if not len(rows):
         return
@@ -200,20 +217,9 @@ def chunks(
     products = exponentials
     if unembedding.dtype != dtype:
         products = states.new_empty(exponentials.shape, dtype=unembedding.dtype)
-    for chunk_indices in row_chunks:
-        chunk_states = flat_states[chunk_indices].to(unembedding.dtype)
-        target = flat_targets[chunk_indices]
-        # logits to the base 2, because some processors compute powers of 2 several times faster than powers of e
-        if products is exponentials:
-            logits = buffer = torch.mm(chunk_states * LOG2_E, unembedding.T, out=products[: len(chunk_indices)])
-        else:
-            logits = torch.mm(chunk_states, unembedding.T, out=products[: len(chunk_indices)])
-            buffer = torch.mul(logits, LOG2_E, out=exponentials[: len(chunk_indices)])
-        target_logits = buffer.gather(1, target.unsqueeze(1))
-        largest = buffer.amax(dim=1, keepdim=True)
-        sums = buffer.sub_(largest).exp2_().sum(dim=1)
-        losses = (sums.log2() + (largest - target_logits).squeeze(1)) / LOG2_E
-        yield Chunk(chunk_indices, target, chunk_states, buffer, sums, losses, logits)
+    for chunk in row_chunks:
+        chunk_states = flat_states[chunk].to(unembedding.dtype)
+        yield Chunk(chunk, flat_targets[chunk], chunk_states, unembedding, (products, exponentials))
 
 
 def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:
