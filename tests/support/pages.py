@@ -129,9 +129,11 @@ def _metric(
     first_verdict = "better" if lower_is_better else "worse"
     differences = [
         Difference(
-            group.label, pairs, mean(pairs.values()), mean(pairs.values()) - spread, mean(pairs.values()) + spread,
-            p, 2 * p, 0.0625, 0.125, 0.0625, McNemar(9, 3, 88, 0.15), 0.3, verdict, needed,
-            FailedRuns(0, 5), FailedRuns(0, 5),
+            label=group.label, pairs=pairs,
+            mean=mean(pairs.values()), low=mean(pairs.values()) - spread, high=mean(pairs.values()) + spread,
+            p=p, p_holm=2 * p, wilcoxon=0.0625, wilcoxon_holm=0.125, wilcoxon_floor=0.0625,
+            mcnemar=McNemar(9, 3, 88, 0.15), mcnemar_holm=0.3,
+            verdict=verdict, seeds_needed=needed, lost=FailedRuns(0, 5), baseline_lost=FailedRuns(0, 5),
         )
         for group, spread, p, verdict, needed in zip(
             others, (0.01, 0.09), (0.004, 0.31), (first_verdict, "no difference shown"), (5, 23), strict=True

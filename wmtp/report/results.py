@@ -52,7 +52,7 @@ class McNemar:
     """p-value of the two-sided exact binomial test of `won` against `lost`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """The difference between a group and the baseline in one metric, with statistical tests.
 
