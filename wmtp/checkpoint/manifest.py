@@ -15,7 +15,7 @@ Entries = dict[str, dict[str, Any]]
 
 def entries(paths: list[Path]) -> Entries:
     """Return the manifest entries of the files with the given paths."""
-    return {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(paths)}
+    return {path.name: {"sha256": file_hash(path), "bytes": path.stat().st_size} for path in sorted(paths)}
 
 
 def write(folder: Path, step: int, files: Entries) -> None:
@@ -33,7 +33,7 @@ def manifest_hash(checkpoint: Path) -> str:
 
     The other files of the checkpoint are not verified.
     """
-    return _sha256(checkpoint / NAME)
+    return file_hash(checkpoint / NAME)
 
 
 def parse(manifest_bytes: bytes) -> Entries:
@@ -63,7 +63,7 @@ def find_damage(folder: Path) -> str | None:
     """
     try:
         for name, entry in parse((folder / NAME).read_bytes()).items():
-            if _sha256(folder / name) != entry["sha256"]:
+            if file_hash(folder / name) != entry["sha256"]:
                 return f"{name} does not have the content that was written"
     except OSError as error:
         return f"{type(error).__name__}: {error}"
@@ -72,7 +72,8 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

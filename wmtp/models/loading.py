@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -34,7 +35,7 @@ class TrainedCheckpoint:
     run_folder: Path
     config: DictConfig
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the manifest, which contains the hashes of all other files of the checkpoint."""
         return manifest_hash(self.path)

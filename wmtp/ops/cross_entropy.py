@@ -157,7 +157,8 @@ class Chunk:
     chunk must be used before the next one is created, and `errors` can be called only once.
 
     - `products` has the dtype of the matrix products. It contains the logits, and later the errors.
-    - `exponentials` has fp32 or a more precise dtype. It contains the logits to the base 2, and later the exponentials.
+    - `exponentials` has fp32 or a more precise dtype. It contains the logits to the base 2, and later
+      their exponentials relative to the largest logit of the row.
 
     If these dtypes are equal, both are the same tensor, and the two steps between them are left out.
     """
@@ -172,8 +173,10 @@ class Chunk:
     ) -> None:
         """Compute the losses of the rows. The buffers are `products` and `exponentials`, and may have more rows."""
         self.rows, self.targets, self.states = rows, targets, states
-        self.has_one_buffer = buffers[0] is buffers[1]
-        self.products, self.exponentials = (buffer[: len(rows)] for buffer in buffers)
+        products, exponentials = buffers
+        self.has_one_buffer = products is exponentials
+        self.exponentials = exponentials[: len(rows)]
+        self.products = self.exponentials if self.has_one_buffer else products[: len(rows)]
         # logits to the base 2, because some processors compute powers of 2 several times faster than powers of e
         if self.has_one_buffer:
             torch.mm(states * LOG2_E, unembedding.T, out=self.exponentials)

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,44 +37,42 @@ class Position:
 class AlreadyLogged:
     """Record of the points of one file that MLflow already has. It is used to send no point twice.
 
-    A point is one value of a metric at one step. For each metric and each step from `first_step` on, the object counts
-    the points in MLflow. Values are not compared, because they differ slightly when a step is computed again after a
-    resume. MLflow keeps the points that were sent first. If several lines of a step contain the same value of a metric,
-    they count as one point.
+    A point is one value of a metric at one step. MLflow's points are counted for each metric and each step. Values are
+    not compared, because they differ slightly when a step is computed again after a resume. MLflow keeps the points
+    that were sent first. If several lines of a step contain the same value of a metric, they count as one point.
+
+    Args:
+        counts: number of points in MLflow for each metric and each step from `first_step` on.
+        first_step: first step whose points were counted.
     """
 
-    def __init__(self, first_step: int) -> None:
-        self.first_step = first_step
-        self._counts = Counter[tuple[str, int]]()
-        self._seen = set[tuple[str, float]]()
-        self._step = first_step
-
-    def add(self, name: str, step: int) -> None:
-        """Count one point that MLflow has. Points before `first_step` are ignored."""
-        if step >= self.first_step:
-            self._counts[name, step] += 1
+    def __init__(self, counts: Mapping[tuple[str, int], int], first_step: int = 0) -> None:
+        self.first_step, self._counts = first_step, dict(counts)
+        self._step, self._values_of_step = first_step, set[tuple[str, float]]()
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
         """Return the points in `points` that MLflow does not have.
 
         `points` must directly follow the points of the previous call in the file.
         """
-        missing = []
-        for point in points:
-            name, value, _, step = point
-            if step != self._step:
-                self._step = step
-                self._seen.clear()
-            if (name, value) in self._seen:
-                continue
-            self._seen.add((name, value))
-            if self._counts[name, step]:
-                self._counts[name, step] -= 1
-            else:
-                missing.append(point)
-            if not self._counts[name, step]:
-                del self._counts[name, step]
-        return missing
+        return [point for point in points if self._is_new_value(point) and not self._remove_one(point)]
+
+    def _is_new_value(self, point: Point) -> bool:
+        """Return whether the lines of the point's step have not contained this value of the metric so far."""
+        name, value, _, step = point
+        if step != self._step:
+            self._step, self._values_of_step = step, set()
+        is_new = (name, value) not in self._values_of_step
+        self._values_of_step.add((name, value))
+        return is_new
+
+    def _remove_one(self, point: Point) -> bool:
+        """Remove a point with this metric and step from the counts. Return False if there is none."""
+        name, _, _, step = point
+        count = self._counts.pop((name, step), 0)
+        if count > 1:
+            self._counts[name, step] = count - 1
+        return count > 0
 
 
 def lines_after(path: Path, position: Position) -> list[bytes] | None:

@@ -127,7 +127,7 @@ class LoggedByValue(AlreadyLogged):
 
 
 def read_values(self: MetricSender, source: MetricSource, step: int) -> AlreadyLogged:
-    logged = LoggedByValue(step)
+    logged = LoggedByValue({}, step)
     logged.known = set(stored_points(self.client, self.sync_state.run_id))
     return logged
 
@@ -312,7 +312,7 @@ def test_points_that_were_sent_but_not_recorded_are_not_sent_again(
     (folder / "mlflow.json").write_bytes(saved_state)  # as if killed between the request and writing mlflow.json
 
     if not queries_mlflow:
-        monkeypatch.setattr(MetricSender, "_already_logged", lambda *args: AlreadyLogged(0))
+        monkeypatch.setattr(MetricSender, "_already_logged", lambda *args: AlreadyLogged({}))
     tracker = start(folder)
     attempt(folder, tracker, 2, {3: [{"loss": 3.0}], 4: [{"loss": 4.0}], 5: [{"loss": 5.0}]})
     tracker.close("FINISHED")
@@ -385,10 +385,7 @@ def test_each_point_is_stored_as_often_as_it_is_in_the_file(
         (name, float(value), 0, step) for step in sorted(lines) for line in lines[step] for name, value in line.items()
     ]
     expected = Counter((name, step) for name, _, step in {(name, value, step) for name, value, _, step in points})
-    known, got = AlreadyLogged(0), Counter(stored_counts)
-    for (name, step), count in stored_counts.items():
-        for _ in range(count):
-            known.add(name, step)
+    known, got = AlreadyLogged(stored_counts), Counter(stored_counts)
     for first in range(0, len(points), 2):  # as they come, a few at a time
         got.update((name, step) for name, _, _, step in known.missing(points[first : first + 2]))
     assert {point: max(count, stored_counts.get(point, 0)) for point, count in expected.items()} == {
@@ -463,8 +460,7 @@ def test_a_process_may_die_between_the_two_lines_of_a_step(client: MlflowClient,
     tracker.log(1, 0, {})
     tracker.close("FINISHED")
     assert stored_points(client, run_id) == [("a", 1, 1.0), ("a", 1, 2.0), ("loss", 1, 1.0), ("val/loss", 1, 2.0)]
-    forgetful = AlreadyLogged(1)
-    forgetful.add("a", 1)
+    forgetful = AlreadyLogged({("a", 1): 1})
     assert forgetful.missing([("a", 2.0, 0, 1)]) == []
 
 

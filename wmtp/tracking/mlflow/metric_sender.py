@@ -1,5 +1,6 @@
 """Send the metrics from the files of a run to MLflow while training appends to the files. No value is sent twice."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,11 @@ class MetricSender:
         known = self._logged.get(source.name)
         if known is not None and step >= known.first_step:
             return known
-        logged = AlreadyLogged(step)
-        for name in self.sender.retry(self.client.get_run, self.sync_state.run_id).data.metrics:
-            if prefix_of(name) == source.prefix:
-                for metric in self.sender.retry(self.client.get_metric_history, self.sync_state.run_id, name):
-                    logged.add(name, metric.step)
+        run_id, retry = self.sync_state.run_id, self.sender.retry
+        names = [name for name in retry(self.client.get_run, run_id).data.metrics if prefix_of(name) == source.prefix]
+        histories = (retry(self.client.get_metric_history, run_id, name) for name in names)
+        counts = Counter((each.key, each.step) for history in histories for each in history if each.step >= step)
+        logged = AlreadyLogged(counts, first_step=step)
         # Earlier lines of these steps were sent already. Their points must not be counted for the next lines.
         before = lines_before(self.folder / source.name, self.sync_state.position(source.name))
         for _, points in batches([line for line in before if step_of(line) >= step], source.prefix):
