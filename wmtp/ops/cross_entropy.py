@@ -160,7 +160,7 @@ class Chunk:
     - `exponentials` has fp32 or a more precise dtype. It contains the logits to the base 2, and later
       their exponentials relative to the largest logit of the row.
 
-    If these dtypes are equal, both are the same tensor, and the two steps between them are left out.
+    If these dtypes are equal, both are the same tensor, and the conversions between them are left out.
     """
 
     def __init__(
