@@ -158,6 +158,15 @@ def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> Non
 
 
 @pytest.mark.slow
+def test_a_worker_that_ends_before_the_run_starts_fails_the_run(start: Start) -> None:
+    run, control = (start(*TWO_PROCESSES, without=off) for off in ("joining", "joining,exit_codes"))
+    code, out, _ = run.end()
+    assert (code, run.status()["state"]) == (1, "FAILED")
+    assert "process 1: ended with exit code 3" in out and "Traceback" not in out
+    assert control.process.poll() is None, "control: rank 0 waits for a rank that never comes"
+
+
+@pytest.mark.slow
 def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) -> None:
     failing, endless = start(*TWO_PROCESSES, "tags.action=value", torchrun=True), start(*TWO_PROCESSES, torchrun=True)
     invalid, help_run = start(*TWO_PROCESSES, "model=mikro", torchrun=True), start("--help", torchrun=True)

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,12 +75,9 @@ class CommandRunner:
         self.codes: list[int] = []
         """Exit codes of the jobs."""
         self.folder: Path | None = None
-        """Folder of the job. It is None if this is a sweep, or if the folder is not chosen yet."""
-        self.is_temporary = False
-        self.scratch: Path | None = None
-        """Temporary folder for the downloads of a dry run."""
-        self.has_shared_job = False
-        """True if this process has started to send the job to the other ranks of torchrun."""
+        """Folder of the run. It is None if it is not chosen yet, and for sweeps and jobs without a lasting folder."""
+        self.clean_up = ExitStack()
+        """Removal of temporary folders and of an empty run folder."""
 
     def run(self, arguments: list[str]) -> None:
         """Run a sweep if the arguments contain `-m` or `--multirun`. Otherwise, run one job.
@@ -108,7 +106,11 @@ class CommandRunner:
 
     def _start(self, resolved: ResolvedJob) -> None:
         """Start a resolved job: let Hydra write its files and set up the logging, then run the job."""
-        self.folder, self.is_temporary = resolved.folder, resolved.is_temporary
+        if resolved.is_temporary:
+            self.clean_up.callback(shutil.rmtree, resolved.folder, ignore_errors=True)
+        else:
+            self.folder = resolved.folder
+            self.clean_up.callback(_remove_if_empty, resolved.folder)
         for warning in self.command.preflight(resolved.composed.checked.config, resolved.folder):
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
@@ -157,10 +159,12 @@ class CommandRunner:
             return arguments
         from wmtp.cli.s3_paths import replace_remote_args
 
+        scratch: Path | None = None
         if "dry_run=true" in (argument.lstrip("+").lower() for argument in arguments):
-            self.scratch = Path(tempfile.mkdtemp(prefix=f"wmtp-{self.command.name}-"))
+            temporary = tempfile.TemporaryDirectory(prefix=f"wmtp-{self.command.name}-", ignore_cleanup_errors=True)
+            scratch = Path(self.clean_up.enter_context(temporary))
         try:
-            return replace_remote_args(arguments, self.command.remote_keys, self.scratch)
+            return replace_remote_args(arguments, self.command.remote_keys, scratch)
         except OSError as error:
             raise InputError(f"{error}; nothing was done") from error
 
@@ -180,12 +184,11 @@ class CommandRunner:
                 status.end(state, code, progress, error=str(error) or type(error).__name__)
             if progress.logged is not error:
                 log.info("the job ended: %s", state, exc_info=error)
-            self.end(code, final_message(error, None if self.is_temporary else folder, self.command))
+            self.end(code, final_message(error, self.folder, self.command))
 
         overrides = list(resolved.composed.hydra.hydra.overrides.task)
         context = JobContext(checked.config, folder, overrides, progress, checked.inputs)
         size = self.command.num_processes(checked.config) if self.command.num_processes else 1
-        self.has_shared_job = True
         try:
             run_job(self.command.job, context, size, _record)
             status.end("FINISHED", 0, progress)
@@ -206,22 +209,23 @@ class CommandRunner:
         If the run folder has content but no status.json, this file is written with the state KILLED.
         """
         self.end(code, "interrupted before the job started")
-        folder = None if self.is_temporary else self.folder
+        folder = self.folder
         if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "status.json").exists():
             RunStatus(folder).end("KILLED", code, JobProgress(), error="interrupted before the job started")
 
     def close(self) -> None:
         """Remove temporary folders and an empty run folder. End the ranks of torchrun that still wait for a job."""
-        for folder in (self.scratch, self.folder if self.is_temporary else None):
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-        if self.folder is not None and self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-        if started_together() and not self.has_shared_job:
+        self.clean_up.close()
+        if started_together():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one of the other ranks ends
             from wmtp.distributed.store import send_shutdown  # imports torch, which --help does not need
 
             send_shutdown(worst_exit_code(self.codes))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def final_message(error: BaseException, folder: Path | None, command: Command) -> str:

@@ -38,12 +38,15 @@ def send_input(values: Mapping[str, Any]) -> None:
 
 
 def send_shutdown(exit_code: int) -> None:
-    """Make the other ranks end with an exit code, because there is no job for them.
+    """Make the other ranks end with an exit code, unless they have received the input of a job.
 
     The function returns when all other ranks have received the exit code, or after `SHUTDOWN_TIMEOUT_S` seconds.
     """
+    store = common_store()
+    if store.check([INPUT_KEY]):
+        return
     send_input({"exit_code": exit_code})
-    store, deadline = common_store(), time.monotonic() + SHUTDOWN_TIMEOUT_S
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
     others = [f"shutdown/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
     while not all(store.check([key]) for key in others) and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_S)
