@@ -1,33 +1,35 @@
-"""Upload a local file in parts. The file is read only once, and several threads send the parts."""
+"""Upload a local file in parts. The file is read only once, and several threads send the parts.
+
+boto3's transfer manager is not used: the process could not exit before its threads have ended, which takes more than a
+minute if the store does not respond, and one damaged part would cause the upload of the whole file again.
+"""
 
 import hashlib
 import io
+import logging
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 from wmtp.errors import InputError
-from wmtp.s3.errors import StoreError, UploadNotFound
+from wmtp.s3.connection import MAX_CONCURRENT_PARTS, S3Connection
+from wmtp.s3.errors import ObjectMissing, StoreError, UploadNotFound
 
+log = logging.getLogger(__name__)
 MIB = 2**20
 MIN_PART_BYTES, MAX_PARTS = 8 * MIB, 9000
 """Smallest size in bytes of each part except the last, and largest number of parts. S3 accepts at most 10,000 parts."""
-MAX_CONCURRENT_PARTS = 4
 
 
 class LocalFileError(Exception):
     """A file cannot be uploaded, because it is missing or unreadable, or does not have the expected SHA-256."""
-
-
-def no_progress(count: int, /) -> None:
-    """Do nothing. This function is used where the progress of a transfer is not needed."""
 
 
 class RequestBody(io.BytesIO):
@@ -70,6 +72,89 @@ class SentParts:
     md5s: list[bytes]
     etags: list[str]
     sha256: str
+
+
+class MultipartUpload:
+    """One upload of a large file in parts. The object becomes visible when all parts are uploaded."""
+
+    def __init__(self, connection: S3Connection, key: str) -> None:
+        """Start the upload of the object with the key `key`, which includes the prefix."""
+        self.connection, self.client, self.key = connection, connection.client, key
+        self._target = {"Bucket": connection.bucket, "Key": key}
+        self._upload = self._target | {"UploadId": connection.repeat(self._create)}
+
+    def send(self, file: BinaryIO, size: int, sha256: str | None) -> tuple[str, SentParts]:
+        """Send the first `size` bytes of a file, and return the ETag of the new object and the parts.
+
+        Raises:
+            LocalFileError: the file does not have the SHA-256 `sha256`. No object was created.
+            StoreError: the store has aborted the upload.
+        """
+        try:
+            sent = send_parts(file, size, self._put, self._put_again, self.connection.on_progress)
+            check_sha256(sha256, sent.sha256)
+            return self.connection.repeat(self._complete, sent.etags), sent
+        except UploadNotFound as error:
+            raise StoreError(str(error)) from error
+        except BaseException:
+            self._try_abort()
+            raise
+
+    def _create(self) -> str:
+        with self.connection.translate_errors("write"):
+            return self.connection.get_field(self.client.create_multipart_upload(**self._target), "UploadId")
+
+    def _put(self, part: Part) -> str:
+        """Upload one part of a file and return the ETag of the part.
+
+        If the ETag shows that the part was damaged on the way, the part is uploaded once more.
+        """
+        for _ in range(2):  # if the ETags are not MD5s, only the complete object can be verified, later
+            with self.connection.translate_errors("write"):
+                body = RequestBody(part.data, self.connection.on_progress)
+                response = self.client.upload_part(**self._upload, PartNumber=part.number, Body=body)
+            if etag_matches(response["ETag"], part.digest.hex()) or "SSEKMSKeyId" in response:
+                break
+            log.warning("%s: part %d of %s arrived damaged", self.connection.display_url, part.number, self.key)
+        return str(response["ETag"])
+
+    def _put_again(self, part: Part) -> str:
+        return self.connection.repeat(self._put, part)
+
+    def _complete(self, etags: list[str]) -> str:
+        """Complete the upload, and return the ETag of the new object.
+
+        An earlier request may already have completed the upload. Then the ETag of the existing object is returned. If
+        the object does not exist either, the result is an empty string.
+        """
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        try:
+            with self.connection.translate_errors("write"):
+                response = self.client.complete_multipart_upload(**self._upload, MultipartUpload={"Parts": parts})
+        except UploadNotFound:  # an earlier request may have completed the upload while its response was lost
+            try:
+                with self.connection.translate_errors("read"):
+                    response = self.client.head_object(**self._target)
+            except ObjectMissing:
+                return ""
+        return str(response["ETag"])
+
+    def _try_abort(self) -> None:
+        try:
+            abort_upload(self.connection, self._upload)
+        except (StoreError, InputError) as error:
+            log.info("a failed upload could not be aborted; the next start aborts it: %s", error)
+
+
+def abort_upload(connection: S3Connection, upload: dict[str, str]) -> None:
+    """Abort an unfinished upload. `upload` contains its bucket, its key and its id."""
+    with suppress(UploadNotFound), connection.translate_errors("abort unfinished uploads"):
+        connection.client.abort_multipart_upload(**upload)
+
+
+def etag_matches(etag: str, expected: str) -> bool:
+    """Return whether an ETag is the expected one. Stores write ETags with or without quotes."""
+    return etag.strip('"').lower() == expected
 
 
 def send_parts(

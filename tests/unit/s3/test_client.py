@@ -22,7 +22,7 @@ from tests.support.servers import ObjectStore
 from wmtp.errors import InputError
 from wmtp.runtime.background import BackgroundSender
 from wmtp.s3 import client as remote
-from wmtp.s3 import connection
+from wmtp.s3 import connection, multipart
 from wmtp.s3.client import LocalFileError, S3Folder, StoreError, StoreUnreachable
 from wmtp.s3.options import S3Options
 from wmtp.s3.retention import delete_superseded
@@ -185,6 +185,35 @@ def test_upload_survives_errors_drops_and_a_stall(open_folder: OpenFolder, proxy
     assert [proxy.done[kind] for kind in ("answer", "drop", "stall")] == [5, 2, 1]
 
 
+def call_thrice(call: Callable[[], Any]) -> Any:
+    """Make a call up to three times, until it raises no error."""
+    for _ in range(2):
+        with suppress(Exception):
+            return call()
+    return call()
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "num_requests"),
+    [
+        ("get", 503, 3), ("get", 403, 3), ("get", 404, 1), ("put_bytes", 503, 3), ("list_objects", 503, 3),
+        ("delete", 503, 3), ("delete", 403, 1), ("abort_uploads", 503, 3), ("abort_uploads", 403, 1),
+    ],
+)  # fmt: skip
+def test_only_the_retry_function_repeats_requests_and_only_if_that_is_useful(
+    open_folder: OpenFolder, proxy: FaultyProxy, method: str, status: int, num_requests: int
+) -> None:
+    """The control is a function that repeats nothing: boto3 itself makes each request once."""
+    arguments: dict[str, tuple[Any, ...]] = {"get": ("a",), "put_bytes": (b"1", "a"), "delete": (["a"],)}
+    proxy.answer(status, 99)
+    for retry, expected in ((call_thrice, num_requests), (lambda call: call(), 1)):
+        folder, before = open_folder(endpoint_url=proxy.url, retry=retry), proxy.requests.total()
+        with suppress(StoreError, InputError):
+            result = getattr(folder, method)(*arguments.get(method, ()))
+            list(result) if method == "list_objects" else None
+        assert proxy.requests.total() - before == expected
+
+
 def test_control_a_single_call_of_boto3_fails_after_five_errors(
     object_store: ObjectStore, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -213,7 +242,8 @@ def test_control_without_verification_a_flipped_byte_is_not_detected(
         write_random(tmp_path / "a", size),
         open_folder(endpoint_url=proxy.url, checksums="when_required"),
     )
-    monkeypatch.setattr(remote, "_etag_matches", lambda etag, expected: True)
+    for module in (remote, multipart):
+        monkeypatch.setattr(module, "etag_matches", lambda etag, expected: True)
     proxy.flip()
     remote_folder.put(tmp_path / "a", "a")
     assert remote_folder.get("a") != content
@@ -227,7 +257,8 @@ def test_an_object_whose_etag_is_not_an_md5_is_downloaded_and_compared(
         write_random(tmp_path / "a", size),
         open_folder(endpoint_url=proxy.url, checksums="when_required", retry=lambda call: call()),
     )
-    monkeypatch.setattr(remote, "_etag_matches", lambda etag, expected: False)
+    for module in (remote, multipart):
+        monkeypatch.setattr(module, "etag_matches", lambda etag, expected: False)
     remote_folder.put(tmp_path / "a", "a")
     assert remote_folder.get("a") == content
     proxy.flip(2 if size == SMALL else 9)

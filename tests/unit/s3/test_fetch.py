@@ -18,9 +18,9 @@ from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import LOCK
 from wmtp.s3.client import StoreUnreachable
+from wmtp.s3.connection import no_progress
 from wmtp.s3.fetch import fetch_run, find_run, local_folder
 from wmtp.s3.layout import is_uploaded
-from wmtp.s3.multipart import no_progress
 from wmtp.s3.options import S3Options
 
 pytestmark = [
@@ -126,7 +126,7 @@ def test_incomplete_checkpoint_is_not_used(run: RunInS3, tmp_path: Path) -> None
 def test_control_plain_download_accepts_damaged_content(run: RunInS3, tmp_path: Path) -> None:
     key = f"checkpoints/{step(3)}/model.safetensors"
     flip_bit(run, key)
-    run.remote._client.download_file(run.remote.bucket, run.remote.prefix + key, str(tmp_path / "model"))
+    run.remote.client.download_file(run.remote.bucket, run.remote.prefix + key, str(tmp_path / "model"))
     assert (tmp_path / "model").read_bytes() != (run.folder / key).read_bytes()
 
 

@@ -26,8 +26,6 @@ class InterruptedUploader:
 
     server, report = "the server", ""
 
-    def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None: ...
-
     def close(self, state: str) -> None:
         raise interrupt_error(signal.SIGINT)
 
