@@ -29,7 +29,7 @@ from wmtp.distributed.device import Hardware
 from wmtp.generation.decoding import Completion, Request, generate
 from wmtp.generation.settings import Decoding
 from wmtp.generation.speculation_stats import speculation_metrics
-from wmtp.models.loading import find_checkpoint, load_trained, read_run_config
+from wmtp.models.loading import find_trained_checkpoint
 from wmtp.models.mtp import MtpModel
 
 NUM_TURNS = 5
@@ -42,14 +42,15 @@ class Benchmark:
     """A trained model, and the requests whose decoding is measured."""
 
     def __init__(self, path: Path, num_prompts: int, cache_dir: Path) -> None:
-        config = read_run_config(find_checkpoint(path)[1])
-        self.tokenizer: Tokenizer = build(config.model.tokenizer, cache_dir=cache_dir)
+        checkpoint = find_trained_checkpoint(path)
+        config = checkpoint.config
+        self.tokenizer: Tokenizer = checkpoint.tokenizer(cache_dir)
         source: DataSource = build(config.data, tokenizer=self.tokenizer)
         splits = source.read()
         prompts = list(dict.fromkeys(record.prompt for record in splits.test or splits.validation))[:num_prompts]
         self.context = source.max_length
         hardware: Hardware = build(config.hardware)
-        self.model: MtpModel = load_trained(path, self.tokenizer, hardware, cache_dir).eval()
+        self.model: MtpModel = checkpoint.load_model(self.tokenizer, hardware, cache_dir).eval()
         texts = [source.template.replace("{prompt}", prompt) for prompt in prompts]
         self.requests = [Request(prompt) for prompt in self.tokenizer.encode(texts)]
 

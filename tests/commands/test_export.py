@@ -27,7 +27,7 @@ from tests.support.families import FAMILIES, SIZES, write_family
 from wmtp import export as export_command
 from wmtp.checkpoint import manifest
 from wmtp.cli.job import JobContext
-from wmtp.config.schema import CONFIG_FOLDER, ConfigError, build
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError
 from wmtp.data.tokenizer import PROBE, Tokenizer, pretrained_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, InterruptedRun
@@ -35,7 +35,7 @@ from wmtp.export import positional_args
 from wmtp.models import export as model_export
 from wmtp.models.huggingface import export as hf_export
 from wmtp.models.huggingface.pretrained import Pretrained
-from wmtp.models.loading import find_checkpoint, load_trained, read_run_config
+from wmtp.models.loading import find_checkpoint, find_trained_checkpoint
 from wmtp.models.lora import Lora
 from wmtp.models.meta import MetaCheckpoint
 from wmtp.models.mtp import MtpModel
@@ -102,9 +102,9 @@ class Runs:
 
     def load(self, path: Path) -> TrainedRun:
         """Return the run in a folder, with its model as loaded by wmtp."""
-        checkpoint, config_path = find_checkpoint(path)
-        tokenizer = build(read_run_config(config_path).model.tokenizer, cache_dir=self.cache)
-        return TrainedRun(path, load_trained(checkpoint, tokenizer, Hardware(device="cpu"), self.cache), tokenizer)
+        checkpoint = find_trained_checkpoint(path)
+        tokenizer = checkpoint.tokenizer(self.cache)
+        return TrainedRun(path, checkpoint.load_model(tokenizer, Hardware(device="cpu"), self.cache), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,8 @@ def export(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Ca
         folder = tmp_path / f"{run.folder.name}-{format_}"
         content = {"checkpoint": {"path": str(run.folder)}, "folder": str(folder), "format": format_}
         capsys.readouterr()
-        export_command.export(JobContext(OmegaConf.create(content | {"cache_dir": str(runs.cache)}), tmp_path, []))
+        config = OmegaConf.create(content | {"cache_dir": str(runs.cache)})
+        export_command.export(JobContext(config, tmp_path, [], inputs=find_trained_checkpoint(run.folder)))
         (tmp_path / "output.txt").write_text(capsys.readouterr().out)
         return folder
 
