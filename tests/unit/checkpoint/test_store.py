@@ -53,8 +53,8 @@ def test_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = CheckpointStore(tmp_path, Processes())
     store.save(1, snapshot(1))
     hashed: list[str] = []
-    original = manifest._sha256
-    monkeypatch.setattr(manifest, "_sha256", lambda path: hashed.append(path.name) or original(path))
+    original = manifest.file_hash
+    monkeypatch.setattr(manifest, "file_hash", lambda path: hashed.append(path.name) or original(path))
     load(store.latest(), verified=True)
     assert sorted(hashed) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     load(store.latest())
