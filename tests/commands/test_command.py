@@ -163,6 +163,22 @@ def test_a_sweep_refuses_resume(invoke: Invoke) -> None:
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize("option", ["--config-dir=other", "--config-name=other", "--run", "-m1"])
+def test_an_option_that_is_not_supported_is_refused(invoke: Invoke, option: str) -> None:
+    """Hydra would take some of these options and start no job, and the command would seem to have succeeded."""
+    outcome = invoke(option, "max_steps=1")
+    assert outcome.code == 2 and f"{option}: is not an option of this command" in outcome.err
+
+
+def test_an_error_before_the_job_starts_is_not_lost(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wmtp.cli.runner.RunStatus", fail)
+    with pytest.raises(OSError, match="No space left"):
+        invoke("max_steps=1")
+
+
 def test_run_folders_created_in_the_same_second_differ(tmp_path: Path) -> None:
     folders = {create_run_folder(tmp_path) for _ in range(50)}
     assert len(folders) == 50

@@ -199,6 +199,15 @@ def test_an_interruption_stops_running_jobs_and_leaves_the_others_pending(sent_s
     assert [call["job"] for call in read_calls("sweep")] == ["0", "1", "1", "2"]
 
 
+def test_a_sweep_of_an_earlier_version_is_resumed_with_the_current_keys(sent_states: list[str]) -> None:
+    assert run(["seed=0,1", "hydra.sweep.dir=sweep"], sent_states) == 0
+    content = json.loads(Path("sweep", SWEEP).read_text())
+    content["jobs"][1] |= {"state": "PENDING", "overrides": ["checkpoint=s3", "checkpoint.remote=s3://bucket"]}
+    Path("sweep", SWEEP).write_text(json.dumps(content))
+    assert run(["sweep.resume=sweep"], sent_states) == 0
+    assert read_jobs("sweep")[1]["overrides"] == ["checkpoint=s3", "checkpoint.s3.url=s3://bucket"]
+
+
 def test_a_killed_sweep_kills_its_jobs_and_can_be_resumed(sent_states: list[str]) -> None:
     """An orphaned job would write to the same files as the resumed job."""
     process = start_sweep_with_waiting_job(0, "seed=0,1", ["-c", LINKED_FAKE_JOB])

@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
 """Hydra's options for Tab completion. Their values look like overrides, but are none."""
+PRINTING = {
+    "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info",
+    *COMPLETION,
+}  # fmt: skip
+"""Hydra's options that print something and start no job."""
 
 
 def run(command: Command) -> NoReturn:
@@ -96,9 +101,12 @@ class CommandRunner:
         if started_together() and self.command.num_processes is None:
             problem = f"{self.command.name} runs in one process; run it without torchrun"
             raise ConfigError([ConfigIssue("torchrun", "", problem)])
+        if unknown := [option for option in options if option.partition("=")[0] not in {*PRINTING, *MULTIRUN}]:
+            problem = "is not an option of this command; settings are written as key=value, and --help lists the keys"
+            raise ConfigError([ConfigIssue(option, "", problem) for option in unknown])
         refuse_credentials(arguments)
         arguments = self._download_remote(arguments)
-        if options:  # --help, --cfg and others are Hydra's own
+        if options:
             arguments = [argument for argument in arguments if argument not in MULTIRUN]
             self._run_hydra(arguments if options[0] in COMPLETION else [*map(to_hydra_override, arguments)])
             return
@@ -115,7 +123,8 @@ class CommandRunner:
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
         context = HydraContext(None, Callbacks(settings))  # type: ignore[arg-type] # no loader: nothing is composed
-        hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+        result = hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+        _ = result.return_value  # raises an error of `_run_job` itself, which Hydra has kept
 
     def _run_hydra(self, arguments: list[str]) -> None:
         """Run one of Hydra's own options, which print something and start no job."""

@@ -59,8 +59,9 @@ def start_workers(entry: list[str], size: int) -> Iterator[Workers]:
         size: number of ranks, including rank 0.
     """
     server = TCPStore(HOST, 0, None, True, wait_for_workers=False)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // size))
-    torch.set_num_threads(int(threads))  # torch is already imported here, and ignores the variable
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() // size))  # torch is already imported here, and ignores the variable
+    threads = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
     common = {
         "MASTER_ADDR": HOST, "MASTER_PORT": str(server.port), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": threads,

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from wmtp.config.moved_targets import current_override
 from wmtp.errors import InputError, PendingError
 from wmtp.report.grouping import group_runs
 from wmtp.report.run_record import RunRecord
@@ -55,7 +56,10 @@ class SweepState:
         path = folder / SWEEP
         if not path.exists():
             raise InputError(f"sweep.resume={folder}: is not the folder of a sweep: it has no {SWEEP}")
-        return cls(folder, [Job(**job) for job in json.loads(path.read_text())["jobs"]])
+        jobs = [Job(**job) for job in json.loads(path.read_text())["jobs"]]
+        for job in jobs:
+            job.overrides = [current_override(override) for override in job.overrides]
+        return cls(folder, jobs)
 
     def write(self) -> None:
         """Write the state to sweep.json."""
