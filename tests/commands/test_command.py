@@ -113,7 +113,7 @@ def test_a_run_writes_all_files_to_its_folder(invoke: Invoke) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_losses_and_leaves_no_files(invoke: Invoke, tmp_path: Path) -> None:
-    outcome = invoke("dry_run=true", tiny=True)
+    outcome = invoke("dry_run=true", "cache_dir=kept")
     assert outcome.code == 0, outcome.err
     assert "num_epochs: 3" in outcome.out and "updates of 16 samples" in outcome.out
     assert "train/loss" in outcome.out and "val/loss" in outcome.out
