@@ -1,9 +1,11 @@
 """Tests of the launcher: start of several processes, signals, failures and the exit of all processes."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.conftest import TINY
 from tests.support.launching import ONE_PROCESS, TWO_PROCESSES, StartedCommand
 from wmtp.checkpoint.store import find_damage
 from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, PEER_FAILED, ExitReport, root_cause
+from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import FolderLock, JobProgress, RunStatus, is_running
 
@@ -155,6 +158,15 @@ def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> Non
     code, out, seconds = run.end()
     assert (code, run.status()["state"]) == (130, "KILLED") and seconds < 10
     assert "Traceback" not in out and run.survivors(2) == []
+
+
+def test_no_worker_is_left_when_rank_0_is_interrupted() -> None:
+    before, started = dict(os.environ), time.monotonic()
+    with suppress(KeyboardInterrupt), start_workers(["-S", "-c", "import time; time.sleep(60)"], size=3) as workers:
+        assert os.environ["WORLD_SIZE"] == "3" and workers.exit_codes() == {}
+        raise KeyboardInterrupt
+    assert workers.exit_codes() == {1: -signal.SIGKILL, 2: -signal.SIGKILL}
+    assert dict(os.environ) == before and time.monotonic() - started < 5
 
 
 @pytest.mark.slow
