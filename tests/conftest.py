@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+import jaxtyping
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 TINY = ["model=nano", "data.num_train=40", "data.num_validation=8", "data.num_test=8", "num_samples=2",
         "num_validation_samples=0", "report=false"]  # fmt: skip
 """Overrides with which a training run takes about one second."""
+UNIT_TESTS = Path(__file__).parent / "unit"
 
 
 @dataclass
@@ -59,6 +60,11 @@ for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))
 os.environ["OMP_NUM_THREADS"] = "1"  # also in started processes: on busy cores, torch's threads waste time
 torch.set_num_threads(1)  # a second thread does not speed up models this small
 Invoke = Callable[..., Outcome]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check the shapes in signatures during the unit tests only, because this slows training down."""
+    jaxtyping.config.update("jaxtyping_disable", not item.path.is_relative_to(UNIT_TESTS))
 
 
 @pytest.fixture(scope="session")
@@ -121,15 +127,6 @@ def world(
     from tests.support.world import World  # imports mlflow, which takes seconds
 
     return World(fork_server, object_store, tracking_server, cache, tmp_path / "home")
-
-
-def start_training(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
-    """Start `python -m wmtp.train …` as a separate process in `folder`."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "wmtp.train", *overrides],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY, Invoke, start_training
+from tests.conftest import TINY, Invoke
+from tests.support.forking import ForkServer
 from wmtp.checkpoint.store import find_damage
 from wmtp.runtime.processes import CORES_VARIABLE
 from wmtp.runtime.run_dir import create_run_folder
@@ -241,31 +242,23 @@ def test_help_takes_less_than_two_seconds_of_cpu_time() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("forked")
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_run_with_a_checkpoint_to_resume_from(
-    tmp_path: Path, cache: Path, invoke: Invoke, signal_number: signal.Signals, code: int
+    tmp_path: Path, cache: Path, invoke: Invoke, fork_server: ForkServer, signal_number: signal.Signals, code: int
 ) -> None:
-    process = start_training(
-        tmp_path,
-        "tracking=none",
-        f"cache_dir={cache}",
-        *TINY,
-        "num_epochs=100000",
-        "log_interval=1",
-        "hydra.run.dir=run",
-    )
+    overrides = [*TINY, "tracking=none", f"cache_dir={cache}", "num_epochs=100000", "log_interval=1"]
+    child = fork_server.start("wmtp.train", *overrides, "hydra.run.dir=run", folder=tmp_path, variables={})
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal_number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == code, err
+    assert child.kill(signal_number) == code, child.text
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("KILLED", code)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob(f"step_{status['step']:08d}")
     assert find_damage(checkpoint) is None
-    assert "Traceback" not in out + err
+    assert "Traceback" not in child.text
     outcome = invoke("resume=run", f"max_steps={status['step'] + 2}", tiny=False)
     assert outcome.code == 0, outcome.err

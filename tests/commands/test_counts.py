@@ -59,13 +59,14 @@ def test_control_a_second_resolution_is_counted(
 
 
 @pytest.mark.slow
-def test_a_run_with_two_processes_composes_and_checks_once(tmp_path: Path, cache: Path) -> None:
+def test_a_run_with_two_processes_composes_and_checks_once(invoke: Invoke, tmp_path: Path, cache: Path) -> None:
     """A check of critic includes that of its stage 1. Each process builds its own algorithm, and one of them hashes."""
-    for number, arguments in enumerate(([*CRITIC, *TINY, *TWO_PROCESSES], ["resume=run", "max_steps=3"])):
-        file = tmp_path / f"counts-{number}"
-        command = [sys.executable, "-m", "tests.support.counting", "train", f"cache_dir={cache}", "tracking=none"]
-        environment = {**os.environ, "COUNTS": str(file), "PYTHONPATH": str(ROOT)}
-        subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True)
-        assert kinds(file) == {"composition": 1, "check": 2, "algorithm": 2}
-        assert len({pid for pid, kind, _ in read_calls(file) if kind == "algorithm"}) == 2
+    assert invoke(*CRITIC, "micro_batch_size=2").code == 0
+    file = tmp_path / "counts"
+    command = [sys.executable, "-m", "tests.support.counting", "train", f"cache_dir={cache}", "tracking=none"]
+    environment = {**os.environ, "COUNTS": str(file), "PYTHONPATH": str(ROOT)}
+    arguments = ["resume=run", "max_steps=3", *TWO_PROCESSES]
+    subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert kinds(file) == {"composition": 1, "check": 2, "algorithm": 2}
+    assert len({pid for pid, kind, _ in read_calls(file) if kind == "algorithm"}) == 2
     assert set(hashes(file)) == {1} and len({pid for pid, kind, _ in read_calls(file) if kind == "hash"}) == 1

@@ -92,7 +92,7 @@ def test_old_targets_are_not_found_without_the_table_of_moved_targets(
 
 @pytest.mark.servers
 @pytest.mark.slow
-@pytest.mark.xdist_group("servers")
+@pytest.mark.xdist_group("s3")
 @pytest.mark.usefixtures("s3_credentials")
 def test_an_earlier_run_with_a_copy_in_s3_is_uploaded_resumed_and_evaluated(
     run: Path, invoke: Invoke, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch

@@ -73,7 +73,8 @@ def trace(run: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_resumes_bit_for_bit_in_either_stage(invoke: Invoke, runs: Path, name: str) -> None:
-    for stage, step in (("", 5), ("pretrain", 3)):
+    """Critic and rho1 train all that the stages can train; for the others, stage 2 is enough."""
+    for stage, step in (("", 5), ("pretrain", 3)) if name in ("critic", "rho1") else (("", 5),):
         resumed = cut_back(runs / name, f"resumed-{stage}", stage, step)
         outcome = invoke(f"resume={resumed}", tiny=False)
         assert outcome.code == 0, outcome.err

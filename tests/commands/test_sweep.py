@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import TINY, run_command, start_training
+from tests.conftest import TINY, run_command
+from tests.support.forking import ForkServer
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError, PendingError
@@ -405,22 +406,25 @@ def test_submitted_jobs_can_fail_and_be_resumed(sent_states: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("forked")
 def test_a_killed_job_resumes_from_its_checkpoint(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path: Path, cache: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Job 1 is killed after its first checkpoint; the resumed sweep finishes it."""
     overrides = [*TINY, "tracking=none", f"cache_dir={cache}", "report=false", "num_samples=0", "save_interval=5",
                  "max_steps=40", "num_epochs=100", "log_interval=1", "early_stopping=none"]  # fmt: skip
-    process = start_training(tmp_path, "-m", *overrides, "seed=0,1", "hydra.sweep.dir=sweep", "sweep.jobs=2")
+    arguments = ["-m", *overrides, "seed=0,1", "hydra.sweep.dir=sweep", "sweep.jobs=2"]
+    sweep = fork_server.start("wmtp.train", *arguments, folder=tmp_path, variables={})
     killed_run = tmp_path / "sweep" / "1"
     deadline = time.monotonic() + 180
     while not list(killed_run.glob("checkpoints/step_*/manifest.json")):
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline and sweep.poll() is None, sweep.text
         time.sleep(0.02)
     os.kill(read_status(killed_run)["pid"], signal.SIGKILL)
-    out, _ = process.communicate(timeout=180)
+    code = sweep.wait()
     states = [job["state"] for job in read_jobs(str(tmp_path / "sweep"))]
-    assert process.returncode == 137 and states == ["FINISHED", "KILLED"], out
+    assert code == 137 and states == ["FINISHED", "KILLED"], sweep.text
     monkeypatch.chdir(tmp_path)
     assert run_command(["-m", "sweep.resume=sweep"], monkeypatch) == 0
     assert read_status(killed_run)["step"] == 40 and (killed_run / "resumes.jsonl").exists()

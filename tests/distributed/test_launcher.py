@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import TINY
+from tests.support.forking import ForkServer
 from tests.support.launching import ONE_PROCESS, TWO_PROCESSES, StartedCommand
 from wmtp.checkpoint.store import find_damage
 from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, PEER_FAILED, ExitReport, root_cause
@@ -18,17 +20,23 @@ from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import FolderLock, JobProgress, RunStatus, is_running
 
+pytestmark = pytest.mark.xdist_group("forked")  # they share the server from which commands are forked
+
 Start = Callable[..., StartedCommand]
 STEP_FILES = "step-0", "step-1"
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Yield a function that starts commands; kill those that are still running at the end of a test."""
+def start(tmp_path: Path, fork_server: ForkServer) -> Iterator[Start]:
+    """Yield a function that starts commands; kill those that are still running at the end of a test.
+
+    With `cold=True` or torchrun, the processes are new interpreters, as for a user.
+    """
     started: list[StartedCommand] = []
 
-    def begin(*overrides: str, **options: object) -> StartedCommand:
-        started.append(StartedCommand(tmp_path / str(len(started)), *overrides, **options))  # type: ignore[arg-type]
+    def begin(*overrides: str, cold: bool = False, **options: Any) -> StartedCommand:
+        server = None if cold or options.get("torchrun") else fork_server
+        started.append(StartedCommand(tmp_path / str(len(started)), *overrides, server=server, **options))
         return started[-1]
 
     yield begin
@@ -40,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_two_processes_train_in_one_folder_and_a_signal_during_training_saves_once(start: Start, cache: Path) -> None:
     options = ["hardware=cpux2", "hardware.timeout=10", "tracking=none", f"cache_dir={cache}", *TINY, "log_interval=1"]
     short = start(*options, "max_steps=4", module="wmtp.train")
-    endless = start(*options, "num_epochs=100000", module="wmtp.train")
+    endless = start(*options, "num_epochs=100000", module="wmtp.train", cold=True)
     code, out, _ = short.end(90)
     assert code == 0, out
     assert short.status()["state"] == "FINISHED" and short.status()["step"] == 4
@@ -150,7 +158,7 @@ def test_after_a_signal_all_processes_save_and_a_second_signal_ends_them(start: 
 
 @pytest.mark.slow
 def test_a_signal_while_the_workers_start_ends_them_at_once(start: Start) -> None:
-    run = start(*TWO_PROCESSES)
+    run = start(*TWO_PROCESSES, cold=True)
     run.wait_for("train.log")
     while len(run.children) < 1:
         run.wait_for("train.log")

@@ -7,10 +7,11 @@ import pytest
 
 
 @pytest.mark.slow
-def test_killed_runs_resume_to_the_same_result() -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.deep)])
+def test_killed_runs_resume_to_the_same_result(kills: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.killing", "12"], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "tests.support.killing", str(kills)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     counts = eval(done.stdout.splitlines()[-1])
-    assert counts["kills"] >= 12 and counts["resumed"] >= 6 and counts["completed"] >= 1
+    assert counts["kills"] >= kills and counts["resumed"] >= kills / 2 and counts["completed"] >= 1

@@ -8,16 +8,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
+from wmtp.distributed import launcher
 from wmtp.runtime.processes import kill_on_parent_death
 
 TIME_LIMIT_S = 120.0
 """Time limit of a command in seconds."""
+WARM_MODULES = [
+    "boto3", "mlflow", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel", "wmtp.cli.s3_paths",
+    "wmtp.distributed.membership", "wmtp.distributed.parallelize", "wmtp.distributed.store",
+    "wmtp.evaluation.evaluator", "wmtp.sync", "wmtp.train", "wmtp.training.run",
+]  # fmt: skip
+"""Modules that the server imports before it forks commands."""
 
 
 class ForkServer:
@@ -42,21 +51,32 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, command: str, *arguments: str, folder: Path, variables: dict[str, str]) -> "Child":
-        """Start `python -m wmtp.<command> …` in a folder, with additional environment variables."""
+    def start(
+        self, command: str, *arguments: str, folder: Path, variables: Mapping[str, str], num_processes: int = 1
+    ) -> "Child":
+        """Start `python -m <command> …` in a folder, with additional environment variables.
+
+        `command` is the name of a module. With two processes, the second one is forked too; it becomes rank 1 when the
+        command starts it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"output-{time.monotonic_ns()}"
-        request = {"command": command, "arguments": arguments, "folder": str(folder), "variables": variables}
-        return Child(self, self.request(**request, log=str(log)), log)
+        request = {
+            "command": command, "arguments": arguments, "folder": str(folder), "variables": dict(variables),
+            "log": str(log), "num_processes": num_processes,
+        }  # fmt: skip
+        pid = self.request(**request)
+        return Child(pid, log, lambda: self.request(poll=pid))
 
 
 @dataclass
 class Child:
-    """A started command."""
+    """A started command, with its output in files."""
 
-    fork_server: ForkServer
     pid: int
     log: Path
+    """The path of both files with the output, without their suffixes."""
+    find_code: Callable[[], int | None]
     _code: int | None = None
 
     @property
@@ -77,12 +97,12 @@ class Child:
     def poll(self) -> int | None:
         """Return the exit code, negative after a signal; None while the command runs."""
         if self._code is None:
-            self._code = self.fork_server.request(poll=self.pid)
+            self._code = self.find_code()
         return self._code
 
-    def wait(self) -> int:
-        """Wait for the end of the command, and return its exit code."""
-        deadline = time.monotonic() + TIME_LIMIT_S
+    def wait(self, seconds: float = TIME_LIMIT_S) -> int:
+        """Wait at most `seconds` for the end of the command, and return its exit code."""
+        deadline = time.monotonic() + seconds
         while (code := self.poll()) is None:
             assert time.monotonic() < deadline, self.text
             time.sleep(0.02)
@@ -94,49 +114,108 @@ class Child:
         return self.wait()
 
 
-def fork(request: dict[str, Any]) -> int:
-    """Start a command that is killed when this process ends, and return its process id."""
-    parent = os.getpid()
+def fork(work: Callable[[], object]) -> int:
+    """Start a process that does `work` and exits with its exit code, and return its process id."""
     if pid := os.fork():
         return pid
-    code = 1
+    code: object = 1
     try:
-        kill_on_parent_death(parent)
-        os.chdir(request["folder"])
-        os.environ.update(request["variables"])
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for descriptor, suffix in ((1, ".out"), (2, ".err")):
-            path = Path(request["log"]).with_suffix(suffix)
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        sys.argv = [f"wmtp.{request['command']}", *request["arguments"]]
-        module = import_module(f"wmtp.{request['command']}")
-        if hasattr(module, "COMMAND"):
-            import_module("wmtp.cli.runner").run(module.COMMAND)
-            code = 0
-        else:
-            code = module.main()
+        code = work()
     except SystemExit as ended:
-        code = int(ended.code or 0)
+        code = ended.code
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(int(code or 0))  # type: ignore[call-overload]
+
+
+def run_request(request: dict[str, Any], server: int) -> object:
+    """Run the requested command in this process, which is killed when the server ends, and return its exit code."""
+    kill_on_parent_death(server)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # same as in the commands of wmtp
+    os.chdir(request["folder"])
+    os.environ.update(request["variables"])
+    tempfile.tempdir = None  # the folder of temporary files may be another one now
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, suffix in ((1, ".out"), (2, ".err")):
+        path = Path(request["log"]).with_suffix(suffix)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if request["num_processes"] > 1:
+        fork_worker()
+    return run_module(request["command"], request["arguments"])
+
+
+def run_module(name: str, arguments: list[str]) -> object:
+    """Run a command of wmtp with arguments, or the function `main` of another module, and return the exit code."""
+    sys.argv = [name, *arguments]
+    module = import_module(name)
+    if hasattr(module, "COMMAND"):
+        return import_module("wmtp.cli.runner").run(module.COMMAND)
+    return module.main()
+
+
+def fork_worker() -> None:
+    """Fork a process that becomes rank 1 when the command of this process starts that rank.
+
+    It is forked before the command has started threads, because a forked process has only one.
+    """
+    read, write = os.pipe()
+
+    def wait_for_start() -> object:
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            text = pipe.read()
+        if not text:
+            return 0  # the command ended before it started rank 1
+        module, environment = json.loads(text)
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(environment)
+        return run_module(module, [])
+
+    worker = ForkedWorker(fork(wait_for_start))
+    os.close(read)
+
+    def start(self: launcher.Workers, rank: int, entry: list[str], environment: Mapping[str, str]) -> None:
+        with os.fdopen(write, "w") as pipe:
+            json.dump((entry[-1], dict(environment)), pipe)
+        self._processes[rank] = worker  # type: ignore[assignment]
+
+    launcher.Workers.start = start  # type: ignore[method-assign]
+
+
+@dataclass
+class ForkedWorker:
+    """A forked rank, with the methods of `Popen` that the launcher calls."""
+
+    pid: int
+    _code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while the process runs."""
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def wait(self, timeout: float = TIME_LIMIT_S) -> None:
+        """Wait for the end of the process. Raises TimeoutExpired."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank 1", timeout)
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """Kill the process."""
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def serve() -> None:
     """Handle requests until the input ends, then kill all commands that are still running."""
-    for name in (
-        "torch",
-        "boto3",
-        "mlflow",
-        "wmtp.training.run",
-        "wmtp.evaluation.evaluator",
-        "wmtp.cli.s3_paths",
-        "wmtp.train",
-        "wmtp.sync",
-    ):
+    for name in WARM_MODULES:
         import_module(name)
-    running: set[int] = set()
+    server, running = os.getpid(), set[int]()
     for line in sys.stdin:
         request = json.loads(line)
         answer: int | None = None
@@ -146,7 +225,7 @@ def serve() -> None:
                 running.remove(pid)
                 answer = os.waitstatus_to_exitcode(status)
         else:
-            answer = fork(request)
+            answer = fork(lambda: run_request(request, server))  # noqa: B023 - called before the next request
             running.add(answer)
         print(json.dumps(answer), flush=True)
     for pid in running:

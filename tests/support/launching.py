@@ -11,36 +11,51 @@ from typing import Any
 
 import psutil
 
+from tests.support.forking import Child, ForkServer
 from wmtp.runtime.processes import is_alive
 
 ROOT = Path(__file__).parents[2]
 TWO_PROCESSES = ["hardware=cpu", "hardware.num_processes=2", "hardware.strategy=ddp", "hardware.timeout=10"]
 ONE_PROCESS = ["hardware=cpu"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def start_interpreter(arguments: list[str], folder: Path, variables: dict[str, str]) -> Child:
+    """Start Python with arguments, as a user does."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    log = folder / f"output-{time.monotonic_ns()}"
+    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=folder, stdout=out, stderr=err, env=environment | variables
+        )
+    return Child(process.pid, log, process.poll)
 
 
 class StartedCommand:
     """A command that is started in a folder, with `run` as the run's folder.
 
-    `without` names mechanisms of wmtp that `tests.support.launched` disables.
+    `without` names mechanisms of wmtp that `tests.support.launched` disables. The command is forked from the server
+    if there is one, otherwise a new interpreter starts, as for a user.
     """
 
     def __init__(
         self,
         folder: Path,
         *overrides: str,
+        server: ForkServer | None = None,
         torchrun: bool = False,
         without: str = "",
         module: str = "tests.support.launched",
     ) -> None:
         self.folder, self.run = folder, folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"] if torchrun else ["-m"]
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, module, "hydra.run.dir=run", *overrides],
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**environment, "PYTHONPATH": str(ROOT), "WITHOUT": without, "TMPDIR": str(folder)},
-        )  # fmt: skip
+        variables = {"PYTHONPATH": str(ROOT), "WITHOUT": without, "TMPDIR": str(folder)}
+        arguments = ["hydra.run.dir=run", *overrides]
+        self.process = (
+            server.start(module, *arguments, folder=folder, variables=variables, num_processes=2)
+            if server
+            else start_interpreter([*(TORCHRUN if torchrun else []), "-m", module, *arguments], folder, variables)
+        )
         self.children: list[int] = []
 
     def wait_for(self, *names: str, timeout: float = 60) -> None:
@@ -48,7 +63,7 @@ class StartedCommand:
         deadline = time.monotonic() + timeout
         while not all((self.run / name).exists() for name in names):
             assert time.monotonic() < deadline, f"{names} were not written"
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert self.process.poll() is None, self.process.text
             time.sleep(0.02)
         self.children = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
@@ -63,8 +78,8 @@ class StartedCommand:
     def end(self, timeout: float = 40) -> tuple[int, str, float]:
         """Wait for the end of the command; return the exit code, the output and the seconds waited."""
         started = time.monotonic()
-        out, _ = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out, time.monotonic() - started
+        code = self.process.wait(timeout)
+        return code, self.process.text, time.monotonic() - started
 
     def survivors(self, seconds: float = 0) -> list[int]:
         """Return the process ids of workers that are still alive after `seconds`."""
@@ -87,4 +102,4 @@ class StartedCommand:
         for pid in [self.process.pid, *self.children]:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        self.process.wait()

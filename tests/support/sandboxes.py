@@ -30,10 +30,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize tests that take `isolation` with both isolation methods. Test modules import this function.
 
     If a module defines `ONE_IS_ENOUGH`, because it tests the grader and not the isolation, the second method is
-    marked slow.
+    marked deep, unless the first one is missing.
     """
     if "isolation" in metafunc.fixturenames:
-        marks = [pytest.mark.slow] if hasattr(metafunc.module, "ONE_IS_ENOUGH") else []
+        is_deep = hasattr(metafunc.module, "ONE_IS_ENOUGH") and shutil.which("bwrap")
+        marks = [pytest.mark.deep] if is_deep else []
         second = pytest.param("unshare", marks=marks)
         metafunc.parametrize("isolation", [pytest.param("bubblewrap", marks=NO_BUBBLEWRAP), second])
 

@@ -1,6 +1,7 @@
 """Real servers on the loopback, started once per test session: an S3 store and an MLflow server with a password.
 
-Tests that use them share one worker: mark them `servers`, `slow` and `xdist_group("servers")`.
+Tests that use them share a worker: mark them `servers`, `slow` and `xdist_group("s3")`, or `xdist_group("servers")` if
+they use the MLflow server, too.
 """
 
 import os
@@ -209,8 +210,8 @@ def start_store(folder: Path) -> ObjectStore:
     (folder / "data").mkdir()
     ports = free_ports(8)
     command = seaweedfs(ports)
-    # one volume per bucket instead of seven, and a small heap
-    variables = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "GOMEMLIMIT": "200MiB"}
+    # one volume per bucket instead of seven; with a heap below 300 MiB it spends most of its time on garbage collection
+    variables = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "GOMEMLIMIT": "600MiB"}
     server = Server(command, variables, folder, lambda: is_store_ready(store))
     store = ObjectStore(f"http://127.0.0.1:{ports[0]}", access_key, secret_key, FIRST_BUCKET, server)
     server.start()

@@ -61,7 +61,7 @@ class World:
     ) -> Child:
         """Start a command of the user, by default in the user's folder with the user's variables."""
         environment = self.variables | (variables or {})
-        return self.fork_server.start(command, *arguments, folder=home or self.home, variables=environment)
+        return self.fork_server.start(f"wmtp.{command}", *arguments, folder=home or self.home, variables=environment)
 
     def train(self, *overrides: str, variables: dict[str, str] | None = None) -> Child:
         """Start a small training run."""

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import Invoke, compose_config
 from wmtp.models.huggingface import smollm2
 from wmtp.models.huggingface.smollm2 import (
-    FILE,
     PACKAGE,
     SmolLM2,
     converted_folder,
@@ -47,7 +46,15 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
         "validation converted the model"
     )
     assert not cache.exists()
-    tokenizer = smollm2_tokenizer(cache)
+    read_package, loaded = AutoModelForCausalLM.from_pretrained, []
+
+    def keep_loaded(*arguments: object, **options: object) -> object:
+        loaded.append(read_package(*arguments, **options))
+        return loaded[-1]
+
+    with monkeypatch.context() as patch:  # reading the package's file again would take ten seconds
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", keep_loaded)
+        tokenizer = smollm2_tokenizer(cache)
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.end])) == (49152, "")
     monkeypatch.setattr(smollm2, "_convert", lambda folder: pytest.fail("the model was converted again"))
     assert ensure_converted(cache) == converted_folder(cache)
@@ -60,9 +67,7 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.unembedding is None, "the embeddings are not tied"
 
-    package = importlib.util.find_spec(PACKAGE)
-    assert package is not None and package.origin is not None
-    read = AutoModelForCausalLM.from_pretrained(Path(package.origin).parent, gguf_file=FILE).eval()
+    read = loaded[0].eval()
     tokens = torch.tensor(tokenizer.encode(["def add(a, b):\n    return a + b\n"]))
     with torch.no_grad():
         states = model(tokens).states

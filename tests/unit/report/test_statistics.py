@@ -32,6 +32,7 @@ NOISES: dict[str, Draw] = {
     "skewed": lambda generator, shape: generator.exponential(size=shape) - 1,
     "flat": lambda generator, shape: generator.uniform(-1, 1, shape),
 }
+SAMPLE = ["normal", *(pytest.param(name, marks=pytest.mark.deep) for name in NOISES if name != "normal")]
 LISTS = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=3, max_size=9)
 
 
@@ -57,7 +58,7 @@ def differences(draw: Draw, num_groups: int, seed: int) -> Floats:
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", SAMPLE)
 def test_false_positive_rate_with_five_seeds_is_at_most_eight_percent(noise: str, num_groups: int) -> None:
     found = intervals(differences(NOISES[noise], num_groups, seed=1))[0].reshape(STUDIES, -1)
     corrected = [holm(list(study)) for study in found]
@@ -69,7 +70,7 @@ def test_control_without_correction_three_comparisons_exceed_eight_percent() -> 
     assert np.mean(uncorrected.min(axis=1) < 0.05) > 0.08
 
 
-@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("noise", SAMPLE)
 def test_the_interval_of_five_seeds_covers_the_true_difference_but_the_percentile_interval_does_not(
     noise: str,
 ) -> None:

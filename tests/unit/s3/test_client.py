@@ -30,7 +30,7 @@ from wmtp.s3.retention import delete_superseded
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.slow,
-    pytest.mark.xdist_group("servers"),
+    pytest.mark.xdist_group("s3"),
     pytest.mark.usefixtures("s3_credentials"),
 ]
 SMALL, LARGE = 5_000, 20_000_000

@@ -26,7 +26,7 @@ from wmtp.s3.options import S3Options
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.slow,
-    pytest.mark.xdist_group("servers"),
+    pytest.mark.xdist_group("s3"),
     pytest.mark.usefixtures("s3_credentials"),
 ]
 MEGABYTE = 250_000

@@ -32,7 +32,7 @@ from wmtp.training.uploads import open_uploaders
 pytestmark = [
     pytest.mark.servers,
     pytest.mark.slow,
-    pytest.mark.xdist_group("servers"),
+    pytest.mark.xdist_group("s3"),
     pytest.mark.usefixtures("s3_credentials"),
 ]
 MEGABYTE = 250_000

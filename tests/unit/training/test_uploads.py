@@ -83,7 +83,7 @@ def remote(object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.servers
 @pytest.mark.slow
-@pytest.mark.xdist_group("servers")
+@pytest.mark.xdist_group("s3")
 def test_the_url_of_another_run_is_rejected(remote: S3Folder, tmp_path: Path) -> None:
     """The control is the URL of the same run."""
     folder = tmp_path / "run"
@@ -101,7 +101,7 @@ def test_the_url_of_another_run_is_rejected(remote: S3Folder, tmp_path: Path) ->
 
 @pytest.mark.servers
 @pytest.mark.slow
-@pytest.mark.xdist_group("servers")
+@pytest.mark.xdist_group("s3")
 @pytest.mark.parametrize(
     ("local_steps", "remote_steps", "is_behind"),
     [
@@ -131,7 +131,7 @@ def test_a_folder_behind_its_copy_is_reported(
 
 @pytest.mark.servers
 @pytest.mark.slow
-@pytest.mark.xdist_group("servers")
+@pytest.mark.xdist_group("s3")
 @pytest.mark.parametrize("response", ["nothing", "a web page"])
 def test_a_server_that_is_not_an_s3_store_is_a_warning_or_an_error(
     remote: S3Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, response: str
