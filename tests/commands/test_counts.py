@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, Invoke
+from tests.conftest import Invoke
 from tests.support.counting import count_calls, read_calls
 from tests.support.launching import ROOT, TWO_PROCESSES
 from wmtp.cli import resolve

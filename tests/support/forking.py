@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from wmtp.distributed import launcher
 from wmtp.runtime.processes import kill_on_parent_death
@@ -22,8 +22,8 @@ from wmtp.runtime.processes import kill_on_parent_death
 TIME_LIMIT_S = 120.0
 """Time limit of a command in seconds."""
 WARM_MODULES = [
-    "boto3", "mlflow", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel", "wmtp.cli.s3_paths",
-    "wmtp.distributed.membership", "wmtp.distributed.parallelize", "wmtp.distributed.store",
+    "boto3", "mlflow", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel",
+    "wmtp.cli.s3_paths", "wmtp.distributed.membership", "wmtp.distributed.parallelize", "wmtp.distributed.store",
     "wmtp.evaluation.evaluator", "wmtp.sync", "wmtp.train", "wmtp.training.run",
 ]  # fmt: skip
 """Modules that the server imports before it forks commands."""
