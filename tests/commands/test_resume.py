@@ -88,8 +88,8 @@ def _without_generators(patch: pytest.MonkeyPatch) -> None:
 
 def _with_state(**changes: Any) -> Any:
     def change(patch: pytest.MonkeyPatch) -> None:
-        def load(path: Path) -> Snapshot:
-            snapshot = store_module.load(path)
+        def load(*arguments: Any, **options: Any) -> Snapshot:
+            snapshot = store_module.load(*arguments, **options)
             for section, values in changes.items():
                 snapshot.state[section] |= values
             return snapshot
@@ -123,10 +123,8 @@ def test_a_resume_without_any_part_of_the_state_gives_another_run(
         with monkeypatch.context() as patch:
             mutate(patch)
             outcome = invoke(f"resume={resumed}", FEW_SAVES, tiny=False)
-        last = resumed / "checkpoints" / "step_00000020"
-        assert outcome.code != 0 or not last.exists() or trace(resumed) != trace(uninterrupted), (
-            f"{name}: the resumed run equals the uninterrupted run"
-        )
+        assert outcome.code == 0, f"{name}: {outcome.err}"
+        assert trace(resumed) != trace(uninterrupted), f"{name}: the resumed run equals the uninterrupted run"
 
 
 def test_a_finished_run_can_be_resumed_with_the_same_or_a_longer_plan(invoke: Invoke, uninterrupted: Path) -> None:

@@ -129,6 +129,10 @@ def _without_generators(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainer_module, "restore_generators", lambda *arguments: None)
 
 
+def _without_optimizer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trainer_module, "restore_optimizer", lambda *arguments: None)
+
+
 def _without_state_of(kind: type) -> Mutation:
     return lambda patch: patch.setattr(kind, "load_state_dict", lambda *arguments: None)
 
@@ -163,6 +167,7 @@ STATE_MUTATIONS: dict[str, Mutation] = {
     "skipped updates": _with_state(skipped_updates=0),
 }
 MUTATIONS = STATE_MUTATIONS | {
+    "optimizer": _without_optimizer,
     "epoch starts again": _with_state(position={"batch_in_epoch": 0}),
     "same order": _same_order_every_epoch,
 }
@@ -265,11 +270,16 @@ def test_another_number_of_ranks_resumes_with_the_same_samples(
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
     run_session(uninterrupted, [*overrides, *HARDWARE["alone"]])
     first = run_sessions(ranks, before, run, [*overrides, *HARDWARE[before]], Signal(0, 9))
+    control = shutil.copytree(run, tmp_path / "control")
     second = run_sessions(ranks, after, run, [*overrides, *HARDWARE[after]])
     padding = [Session("", [])]
     check_every_sample_is_used_once([*(first + padding)[:2], *(second + padding)[:2]])
     found = differences(metrics_of(uninterrupted), metrics_of(run))
     assert max(value for name, value in found.items() if name.endswith("loss")) <= 1e-6, found
+    if after == "alone":
+        run_session(control, [*overrides, *HARDWARE[after]], Signal(0, 11), "optimizer")
+        found = differences(metrics_of(uninterrupted)[:11], metrics_of(control))
+        assert found["train/loss"] > 1e-6 and found["train/lr"] == 0.0, "control: the state of the optimizer is lost"
     (resume,) = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
     assert resume["processes"] == (1 if after == "alone" else 2) and not resume["declared_changes"]
 

@@ -1,5 +1,6 @@
-"""Tests of sharing work among processes: micro-batches of an update, validation batches, and the decision to stop."""
+"""Tests of sharing work among processes: micro-batches of an update, validation batches, stop reasons and signals."""
 
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from tests.support.training import STRATEGIES, gradients, make_trainer
 from wmtp.data import dataset as dataset_module
 from wmtp.data.collate import Batch
 from wmtp.data.sampler import items_for_rank
+from wmtp.errors import InterruptedRun
 from wmtp.models.mtp import MtpModel
 from wmtp.ops.metric_sums import MetricSums
+from wmtp.runtime.signals import DeferredSignals
 from wmtp.training.trainer import Trainer
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
@@ -135,7 +138,7 @@ def test_validation_is_bitwise_equal_to_one_process(ranks: Ranks, tmp_path: Path
     assert abs(mean_of_means(tmp_path, overrides) - single_process["val/loss"]) > 1e-4
 
 
-# Stopping
+# Stopping and signals
 
 
 def train_until_second_stops(
@@ -178,3 +181,41 @@ def test_a_stop_reason_of_one_process_stops_both_after_the_same_update(
         "the control: the first process does not wait for the second"
     )
     assert control[1].value[:2] == (3, "only here")
+
+
+def keep_signal(trainer: Trainer, signals: DeferredSignals) -> None:
+    """Do not share a signal with the other processes."""
+    trainer.interrupted_by = signals.received
+
+
+def train_until_second_is_interrupted(folder: Path, overrides: Sequence[str], shares: bool = True) -> tuple[int, int]:
+    """Train in two processes; only the second gets a SIGTERM, at the third update.
+
+    Return the last update and the exit code.
+    """
+    trainer = make_trainer(folder, *overrides)
+    observe = trainer.early_stopping.observe_update
+
+    def _observe(grad_norm: float, value_variance: float | None) -> None:
+        observe(grad_norm, value_variance)
+        if trainer.processes.rank == 1 and trainer.position.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.early_stopping.observe_update = _observe  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        if not shares:
+            patch.setattr(Trainer, "_synchronize", keep_signal)
+            patch.setattr(Trainer, "save", lambda *arguments, **options: None)  # saving is a collective operation
+        with pytest.raises(InterruptedRun) as interrupted:
+            trainer.fit()
+    return trainer.position.step, interrupted.value.exit_code
+
+
+def test_a_signal_to_one_process_interrupts_both_after_the_same_update(
+    ranks: Ranks, tmp_path: Path, cache: Path
+) -> None:
+    overrides = [f"cache_dir={cache}", *STRATEGIES["ddp"]]
+    assert ranks(train_until_second_is_interrupted, tmp_path / "run", overrides) == [(3, 143)] * 2
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000003"]
+    control = ranks.outcomes(train_until_second_is_interrupted, tmp_path / "control", overrides, False, timeout=3.0)
+    assert control[0].error is not None and control[1].value == (3, 143), "control: the first process trains on alone"

@@ -319,14 +319,19 @@ def test_without_bubblewrap_or_namespaces_no_program_runs() -> None:
     script = (
         "from wmtp.sandbox.seccomp import system_call_filter\nfrom wmtp.sandbox.init import filter_system_calls\n"
         "from wmtp.sandbox.isolation import find_isolation\nimport sys\nfilter_system_calls(system_call_filter())\n"
-        "try: find_isolation(sys.argv[1])\n"
+        "try:\n  isolation = find_isolation(sys.argv[1])\n"
+        "  from wmtp.sandbox.grader import Limits, Program, grade\n"
+        "  print(grade(Program('f = 1', ('assert f == 1',)), isolation, Limits()).outcome)\n"
         "except Exception as error: print(type(error).__name__, error.exit_code, error)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    for choice in ("auto", "bubblewrap", "unshare"):
+    for choice in ("auto", "bubblewrap", "unshare", "none"):
         result = subprocess.run(
             [sys.executable, "-c", script, choice], env=environment, capture_output=True, text=True, check=True
         )
+        if choice == "none":
+            assert result.stdout == "pass\n", "control: a fallback to no isolation runs the program"
+            continue
         assert result.stdout.startswith("SandboxUnavailable 4 "), result
         assert "none was run" in result.stdout
         assert "install bubblewrap" in result.stdout

@@ -30,14 +30,10 @@ if "kill_on_parent_death" in WITHOUT:
     runner.kill_on_parent_death = lambda launcher: None
 if "watchdog" in WITHOUT:
     watchdog.ABORT_GRACE_S = watchdog.CLOSE_GRACE_S = 1e9
-if "launcher" in WITHOUT:
-    launcher.EXIT_GRACE_S = 1e9
 if "joining" in WITHOUT and os.environ.get("RANK") == "1":
     os._exit(3)
 if "exit_codes" in WITHOUT:
     launcher.Workers.exit_codes = lambda self: {}  # type: ignore[method-assign]
-if "exit_barrier" in WITHOUT:
-    watchdog.Watchdog.exit_barrier = lambda self, timeout: None  # type: ignore[method-assign]
 if "upload_barrier" in WITHOUT:
     membership.UPLOAD_BARRIER_S = 1
 if "second" in WITHOUT:

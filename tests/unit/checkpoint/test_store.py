@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,37 @@ def test_save_removes_files_of_an_interrupted_save(
     assert caplog.text.count("was left by an interrupted save") == 2
 
 
-def test_newest_and_best_are_kept(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=2)
-    for step in (1, 2, 3, 4, 5):
+class RemovesTheBest(CheckpointStore):
+    """A store that selects the checkpoints to remove only by their age."""
+
+    def _superseded(self, best: str | None) -> list[Path]:
+        return super()._superseded(None)
+
+
+class StopsAtAFailedRemoval(CheckpointStore):
+    """A store that removes no more checkpoints after one that cannot be removed."""
+
+    def _remove(self, path: Path) -> None:
+        if path.exists():
+            shutil.rmtree(path)
+
+    def _prune(self) -> None:
+        with suppress(OSError):
+            super()._prune()
+
+
+def remaining_steps(store: CheckpointStore, num_steps: int) -> list[int]:
+    """Save a checkpoint after each step, of which the second is the best, and return the steps that are kept."""
+    for step in range(1, num_steps + 1):
         store.save(step, snapshot(step))
         if step == 2:
             store.mark_best(2, 0.5)
-    assert [path.name for path in sorted(store.folder.glob("step_*"))] == [f"step_0000000{n}" for n in (2, 4, 5)]
+    return sorted(int(path.name[5:]) for path in store.folder.glob("step_*"))
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    assert remaining_steps(CheckpointStore(tmp_path, keep_last=2), 5) == [2, 4, 5]
+    assert remaining_steps(RemovesTheBest(tmp_path / "control", keep_last=2), 5) == [4, 5]
 
 
 def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,13 +145,10 @@ def test_failed_removal_is_logged_and_tried_again(
         original(path, *arguments, **options)
 
     monkeypatch.setattr(shutil, "rmtree", fail_once)
-    for step in range(1, 8):
-        store.save(step, snapshot(step))
-        if step == 2:
-            store.mark_best(2, 0.5)
+    assert remaining_steps(store, 7) == [2, 6, 7]
     assert "step_00000003 cannot be removed" in caplog.text and "busy" in caplog.text
-    three = ["step_00000002", "step_00000006", "step_00000007"]
-    assert [path.name for path in sorted(store.folder.glob("step_*"))] == three
+    control = StopsAtAFailedRemoval(tmp_path / "control", Processes(), keep_last=2)
+    assert remaining_steps(control, 7) == [2, 3, 4, 5, 6, 7]
     assert (store.folder / ".removed-step_00000003").exists()
     monkeypatch.undo()
     store.save(8, snapshot(8))

@@ -3,8 +3,9 @@
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -320,17 +321,37 @@ def test_grading_stops_at_the_first_failure(isolation: Choice) -> None:
     assert verdict.detail == "test 3: word 1 is '2', not '1'"
 
 
+def verdicts(verdict: Callable[[Any], Any], cases: Iterable[Any], num_workers: int) -> list[Any]:
+    """Return the verdict on each case; several workers call the function at the same time."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(pool.map(verdict, cases))
+
+
 @pytest.mark.slow
 def test_verdicts_do_not_depend_on_the_number_of_workers(isolation: Choice) -> None:
     cases = [(source, test) for source, test, _ in FAULTY.values() if "itertools" not in source]
     cases = [case for case in cases if "while True" not in case[0]] + list(CORRECT.values())
 
-    def verdicts(num_workers: int) -> list[tuple[str, str]]:
-        with ThreadPoolExecutor(num_workers) as pool:
-            found = pool.map(lambda case: verdict_of(case[0], isolation, case[1], Limits(wall_seconds=20.0)), cases)
-            return [(verdict.outcome, verdict.reason) for verdict in found]
+    def verdict(case: tuple[str, str | StdioTest]) -> tuple[str, str]:
+        found = verdict_of(case[0], isolation, case[1], Limits(wall_seconds=20.0))
+        return found.outcome, found.reason
 
-    assert verdicts(1) == verdicts(4)
+    assert verdicts(verdict, cases, 1) == verdicts(verdict, cases, 4)
+
+
+def test_control_verdicts_of_programs_in_one_namespace_depend_on_the_number_of_workers() -> None:
+    cases = [CORRECT[name] for name in ("a value", "special numbers", "nested collections", "exceptions")]
+    namespace: dict[str, Any] = {}
+
+    def verdict(case: tuple[str, str]) -> bool:
+        exec(case[0], namespace)
+        time.sleep(0.1)  # meanwhile, the other workers load their programs
+        with suppress(Exception):
+            exec(case[1], namespace)
+            return True
+        return False
+
+    assert verdicts(verdict, cases, 1) == [True] * 4 != verdicts(verdict, cases, 4)
 
 
 def test_time_is_measured_from_the_start_of_the_program(isolation: Choice) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -380,6 +380,11 @@ def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: 
     again = RecordingTracker([])
     assert resumed.fit([again]) == result
     assert again.lines == []
+
+    forgetful, snapshot = stopping_run(tmp_path, [1.0]), load(trainer.checkpoints.latest())
+    snapshot.state["validation"] |= {"last": {}}
+    forgetful.restore(snapshot)
+    assert forgetful.fit() == replace(result, final_loss=None)  # the control: the last validation is lost
 
     forgetful, snapshot = stopping_run(tmp_path, [1.0]), load(trainer.checkpoints.latest())
     snapshot.state["early_stopping"] |= {"reason": None, "counter": 0}
