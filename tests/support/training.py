@@ -18,7 +18,7 @@ from wmtp.training.trainer import Trainer
 
 COMMON = [
     *TINY, "tracking=none", "batch_size=8", "micro_batch_size=2", "max_steps=20", "log_interval=1",
-    "early_stopping=none", "num_samples=0", "hardware=cpu",
+    "early_stopping=none", "num_samples=0", "hardware=cpu", "model.num_heads=2",
 ]  # fmt: skip
 """Overrides of a small run. An epoch of 40 samples has five updates of four micro-batches."""
 STRATEGIES = {"ddp": ["hardware=cpux2"], "fsdp": ["hardware=cpux2", "hardware.strategy=fsdp"]}
