@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import TINY
 from tests.support.forking import ForkServer
 from tests.support.launching import ONE_PROCESS, TWO_PROCESSES, StartedCommand
+from tests.support.servers import free_ports
 from wmtp.checkpoint.store import find_damage
 from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, PEER_FAILED, ExitReport, root_cause
 from wmtp.distributed.launcher import start_workers
@@ -189,7 +190,7 @@ def test_a_worker_that_ends_before_the_run_starts_fails_the_run(start: Start) ->
 @pytest.mark.slow
 def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) -> None:
     failing, endless = start(*TWO_PROCESSES, "tags.action=value", torchrun=True), start(*TWO_PROCESSES, torchrun=True)
-    invalid, help_run = start(*TWO_PROCESSES, "model=mikro", torchrun=True), start("--help", torchrun=True)
+    invalid = start(*TWO_PROCESSES, "model=mikro", torchrun=True)
     endless.wait_for(*STEP_FILES)
     endless.send(signal.SIGTERM)
     endless.end()
@@ -203,10 +204,31 @@ def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) 
     assert code == 1 and "did you mean micro?" in out and not invalid.run.exists(), (
         "no rank waits for a run that never starts"
     )
-    code, out, _ = help_run.end(20)
-    assert code == 0 and out.count("wmtp.train num_epochs=1") == 1
-    code, out, _ = start("-m", *TWO_PROCESSES, "seed=0,1", torchrun=True).end(20)
-    assert code == 1 and "a sweep starts its own processes" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--help"], 0, "wmtp.train num_epochs=1"),
+        (["-m", "seed=0,1"], 2, "a sweep starts its own processes"),
+        (["model=mikro"], 2, "did you mean micro?"),
+    ],
+)
+def test_all_ranks_end_if_no_run_starts(
+    fork_server: ForkServer, tmp_path: Path, arguments: list[str], code: int, text: str
+) -> None:
+    """The ranks are started as by a launcher without a store of its own, so rank 0 hosts the store."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
+    ranks = [
+        fork_server.start(
+            "tests.support.launched", *arguments, *TWO_PROCESSES, folder=tmp_path / rank,
+            variables={**address, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    assert [rank.wait(20) for rank in ranks] == [code, code], ranks[0].text
+    assert ranks[0].text.count(text) == 1 and ranks[1].text == ""
 
 
 def report(rank: int, end: str, when: float, message: str = "") -> ExitReport:

@@ -22,7 +22,7 @@ from wmtp.checkpoint.store import find_damage
 from wmtp.cli.runner import run as main
 from wmtp.train import COMMAND
 
-UPDATES = 100
+UPDATES = 60
 RUN = [
     *TINY, "tracking=none", f"max_steps={UPDATES}", "num_epochs=99", "batch_size=4", "save_interval=5",
     "eval_interval=25", "early_stopping=none", "model.dropout=0.1", "num_samples=0", "hardware=cpu",
