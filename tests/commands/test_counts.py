@@ -26,6 +26,7 @@ def hashes(file: Path) -> list[int]:
     return sorted(Counter(path for _, kind, path in read_calls(file) if kind == "hash" and "run/" in path).values())
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_compose_check_and_build_once(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_an_earlier_run_can_generate(run: Path, invoke: Invoke) -> None:
     assert "12 tokens" in done.err
 
 
+@pytest.mark.slow
 def test_an_earlier_run_can_be_compared(
     run: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def trace(run: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7, 10], ids=["mid-epoch", "epoch-end"])
 def test_a_resumed_run_equals_an_uninterrupted_one(invoke: Invoke, uninterrupted: Path, step: int) -> None:
     resumed = cut_back(uninterrupted, step, "resumed")
@@ -127,6 +128,7 @@ def test_a_resume_without_any_part_of_the_state_gives_another_run(
         assert trace(resumed) != trace(uninterrupted), f"{name}: the resumed run equals the uninterrupted run"
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_resumed_with_the_same_or_a_longer_plan(invoke: Invoke, uninterrupted: Path) -> None:
     run = start_over(uninterrupted, "finished")
     assert invoke(f"resume={run}", tiny=False).code == 0

@@ -130,6 +130,7 @@ def read_calls(folder: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_failed_and_killed_jobs_run_again_on_resume(sent_states: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     behaviors = {7: "fail", 12: "die"}
     Path("sweep").mkdir()
@@ -307,6 +308,7 @@ def test_a_job_without_a_summary_fails_and_the_others_continue(sent_states: list
 # Processes of local jobs
 
 
+@pytest.mark.slow
 def test_the_requested_number_of_jobs_runs_at_once(tmp_path: Path) -> None:
     append_time = "open(sys.argv[1], 'a').write(f'{time.time()} %s\\n'); "
     code = IMPORTS + append_time % "+" + "time.sleep(0.4); " + append_time % "-"

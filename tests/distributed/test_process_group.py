@@ -93,6 +93,7 @@ def process_id(overrides: list[str]) -> int:
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_fsdp_runs_in_other_processes_than_ddp(ranks: Ranks) -> None:
     ddp, fsdp = (ranks(process_id, STRATEGIES[strategy]) for strategy in ("ddp", "fsdp"))
     assert set(ddp).isdisjoint(fsdp)
