@@ -188,6 +188,17 @@ def test_a_worker_that_ends_before_the_run_starts_fails_the_run(start: Start) ->
 
 
 @pytest.mark.slow
+def test_a_failure_before_the_process_group_exists_ends_the_others(start: Start) -> None:
+    """Rank 0 waits for the other rank in a call that cannot be interrupted."""
+    two = [*TWO_PROCESSES, "hardware.timeout=60"]
+    run, control = (start(*two, without=off) for off in ("initializing", "initializing,watchdog"))
+    code, out, seconds = run.end()
+    assert (code, run.status()["state"]) == (1, "FAILED") and seconds < 15
+    assert "process 1: ZeroDivisionError" in out and "ZeroDivisionError" in run.log()
+    assert control.process.poll() is None, "control: without the watchdog rank 0 waits for the time limit"
+
+
+@pytest.mark.slow
 def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) -> None:
     failing, endless = start(*TWO_PROCESSES, "tags.action=value", torchrun=True), start(*TWO_PROCESSES, torchrun=True)
     invalid = start(*TWO_PROCESSES, "model=mikro", torchrun=True)

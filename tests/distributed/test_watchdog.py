@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.ranks import Ranks
 from wmtp.distributed.process_group import Processes
+from wmtp.distributed.store import ProcessAddress
 from wmtp.distributed.watchdog import Watchdog
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -14,7 +15,8 @@ def dead_ranks(reports: bool) -> list[int | None]:
     from torch.distributed.distributed_c10d import _get_default_store
 
     processes = Processes()
-    watchdog = Watchdog(processes, _get_default_store(), lambda error: 1)
+    ranks = [ProcessAddress(*address) for address in processes.gather(ProcessAddress.own())]
+    watchdog = Watchdog(processes.rank, ranks, _get_default_store(), lambda error: 1)
     before = watchdog.dead_rank()
     processes.barrier()
     if reports and not processes.is_main:

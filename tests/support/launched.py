@@ -32,6 +32,8 @@ if "watchdog" in WITHOUT:
     watchdog.ABORT_GRACE_S = watchdog.CLOSE_GRACE_S = 1e9
 if "joining" in WITHOUT and os.environ.get("RANK") == "1":
     os._exit(3)
+if "initializing" in WITHOUT and os.environ.get("RANK") == "1":
+    membership.dist.init_process_group = lambda *arguments, **options: 1 / 0
 if "exit_codes" in WITHOUT:
     launcher.Workers.exit_codes = lambda self: {}  # type: ignore[method-assign]
 if "upload_barrier" in WITHOUT:

@@ -26,7 +26,8 @@ success."""
 PRIORITY = {DIED: 0, FAILED: 1, INTERRUPTED: 2, PEER_FAILED: 3}
 """Order in which the ends of ranks are considered as the root cause of the end of a run."""
 CONNECTION_ERROR = re.compile(
-    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out (after )?waiting|tcpstore", re.IGNORECASE
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out (after )?waiting|wait timeout|tcpstore",
+    re.IGNORECASE,
 )
 """Pattern of torch.distributed's error messages about a lost connection to another rank. It is needed because the gloo
 backend has no error class for this case."""

@@ -70,13 +70,14 @@ def process_group(
 
     watchdog: Watchdog | None = None
     try:
-        wait_for_ranks(store, rank, size, exit_codes)
+        watchdog = Watchdog(rank, wait_for_ranks(store, rank, size, exit_codes), store, _report_hang)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        group_store, limit = PrefixStore("group", store), timedelta(seconds=timeout)
+        # the group blocks its connection to the store while it waits for a rank, so the watchdog needs another one
+        connection = store.clone()  # type: ignore[attr-defined] # missing in torch's stubs
+        group_store, limit = PrefixStore("group", connection), timedelta(seconds=timeout)
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=limit)
-        watchdog = Watchdog(Processes(), store, _report_hang)
         yield Processes()
         reports.put(ExitReport(rank, FINISHED, time=time.time()))
         watchdog.exit_barrier(UPLOAD_BARRIER_S)
@@ -97,7 +98,8 @@ def process_group(
 
 def _leave_after_error(error: BaseException, watchdog: Watchdog) -> None:
     """Tell the other ranks about an error of this rank. If all ranks raised it, wait for them and leave the group."""
-    if not isinstance(error, COLLECTIVE_ERRORS) or isinstance(error, InterruptedAtOnce):
+    is_collective = dist.is_initialized() and isinstance(error, COLLECTIVE_ERRORS)
+    if not is_collective or isinstance(error, InterruptedAtOnce):
         watchdog.report_failure()
         return
     try:

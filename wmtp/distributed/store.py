@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -18,6 +21,20 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
 SHUTDOWN_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.05
 INPUT_KEY = "input"
+
+
+class ProcessAddress(NamedTuple):
+    """The machine on which a rank runs, and the id of its process."""
+
+    machine: str
+    """Host name and namespace of process ids. A process id is valid only within this combination."""
+    pid: int
+
+    @classmethod
+    def own(cls) -> "ProcessAddress":
+        """Return the address of this process."""
+        namespace = str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
+        return cls(socket.gethostname() + namespace, os.getpid())
 
 
 def common_store() -> Store:
@@ -67,14 +84,18 @@ def receive_input() -> dict[str, Any]:
     return values
 
 
-def wait_for_ranks(store: Store, rank: int, size: int, exit_codes: Callable[[], Mapping[int, int]]) -> None:
-    """Wait until all ranks have called this function. A signal can interrupt this wait.
+def wait_for_ranks(
+    store: Store, rank: int, size: int, exit_codes: Callable[[], Mapping[int, int]]
+) -> list[ProcessAddress]:
+    """Wait until all ranks have called this function, and return their addresses. A signal can interrupt this wait.
 
     Raises:
         OtherProcessFailed: the process of a rank has ended, according to `exit_codes`.
     """
-    store.set(f"ready/{rank}", "")
-    while missing := [other for other in range(size) if not store.check([f"ready/{other}"])]:
-        if ended := [other for other in missing if other in exit_codes()]:
+    keys = [f"ready/{other}" for other in range(size)]
+    store.set(keys[rank], json.dumps(ProcessAddress.own()))
+    while not store.check(keys):
+        if ended := [other for other in exit_codes() if not store.check([keys[other]])]:
             raise OtherProcessFailed(ended[0], "ended before the run started", 1)
         time.sleep(POLL_INTERVAL_S)
+    return [ProcessAddress(*json.loads(store.get(key))) for key in keys]

@@ -3,18 +3,17 @@
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
 from wmtp.distributed.exit_reports import PEER_FAILED, ExitReport
-from wmtp.distributed.process_group import OtherProcessFailed, Processes
+from wmtp.distributed.process_group import OtherProcessFailed
+from wmtp.distributed.store import ProcessAddress
 from wmtp.errors import InterruptedRun
 from wmtp.runtime.processes import is_alive
 from wmtp.runtime.signals import SIGNALS, interrupt_error, is_sigterm_ignored
@@ -26,6 +25,8 @@ FAILED_KEY = "failed"
 ABORT_GRACE_S, CLOSE_GRACE_S, SIGNAL_GRACE_S = 3.0, 20.0, 5.0
 """Seconds until the watchdog ends this process: after the failure of another rank, after such a failure while this
 process closes files and uploads data, and after the second signal."""
+BARRIER_POLL_S = 0.05
+"""Seconds between checks whether all ranks are done."""
 SETTLE_S = 0.2
 """Seconds to wait after a connection to another rank broke, until the end of a dying process can be observed."""
 
@@ -33,7 +34,7 @@ SETTLE_S = 0.2
 class Watchdog:
     """A thread that ends this process if it hangs although another rank failed or two signals arrived.
 
-    The thread starts when the process group exists, and stops in `exit_barrier`. It looks for ranks that reported a
+    The thread starts before the process group exists, and stops in `exit_barrier`. It looks for ranks that reported a
     failure, and for ranks on this machine that died before they were done. If there is such a rank, this process has a
     few seconds to end by itself. It may be unable to do so, because it waits in a call that cannot be interrupted (for
     example, a collective operation of NCCL). Then the watchdog calls `on_hang` with an error that names the failed
@@ -41,14 +42,14 @@ class Watchdog:
     either. Therefore the watchdog counts SIGINT and SIGTERM itself, and the second one has the same effect.
     """
 
-    def __init__(self, processes: Processes, store: Store, on_hang: Callable[[BaseException], int]) -> None:
-        self.rank, self.size = processes.rank, processes.size
+    def __init__(
+        self, rank: int, ranks: Sequence[ProcessAddress], store: Store, on_hang: Callable[[BaseException], int]
+    ) -> None:
+        self.rank, self.size = rank, len(ranks)
         self.store, self.on_hang = store, on_hang
-        all_processes = processes.gather([_machine(), os.getpid()])
+        here = ranks[rank].machine
         self.pids = {
-            rank: pid
-            for rank, (machine, pid) in enumerate(all_processes)
-            if machine == _machine() and rank != self.rank
+            other: address.pid for other, address in enumerate(ranks) if address.machine == here and other != rank
         }
         self._stopped = threading.Event()
         self._received: list[int] = []
@@ -106,25 +107,27 @@ class Watchdog:
 
     def _wait_until_done(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while missing := self._ranks_without(_done_key):
+        while not self._all_have(_done_key):
             if (dead := self.dead_rank()) is not None:
                 raise OtherProcessFailed(dead, "ended before the other processes were done", 1)
             if time.monotonic() > deadline:
-                raise OtherProcessFailed(missing[0], f"was not done {timeout:g} s after this process", 1)
-            time.sleep(0.02)
+                missing = next(rank for rank in range(self.size) if not self._has(_done_key(rank)))
+                raise OtherProcessFailed(missing, f"was not done {timeout:g} s after this process", 1)
+            time.sleep(BARRIER_POLL_S)
 
     def _wait_until_stopped(self) -> None:
         deadline = time.monotonic() + ABORT_GRACE_S
-        while self._ranks_without(_stopped_key) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        while not self._all_have(_stopped_key) and time.monotonic() < deadline:
+            time.sleep(BARRIER_POLL_S)
 
-    def _ranks_without(self, key: Callable[[int], str]) -> list[int]:
-        return [rank for rank in range(self.size) if not self._has(key(rank))]
+    def _all_have(self, key: Callable[[int], str]) -> bool:
+        """Return whether each rank has set its key. This is one request, because many ranks wait at the same time."""
+        return self._has(*map(key, range(self.size)))
 
-    def _has(self, key: str) -> bool:
-        """Return whether the store of the ranks contains a key; False if the process that hosts the store is dead."""
+    def _has(self, *keys: str) -> bool:
+        """Return whether the store contains all keys; False if the process that hosts the store is dead."""
         try:
-            return bool(self.store.check([key]))
+            return bool(self.store.check(list(keys)))
         except RuntimeError:
             return False
 
@@ -155,8 +158,3 @@ def _done_key(rank: int) -> str:
 
 def _stopped_key(rank: int) -> str:
     return f"stopped/{rank}"
-
-
-def _machine() -> str:
-    """Return the host name and the namespace of process ids. A process id is valid only within this combination."""
-    return socket.gethostname() + (str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else "")
