@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from wmtp.config.schema import CheckedConfig
 
 
-def evaluate(context: JobContext) -> float | None:
-    """Evaluate a model. Return pass@k for the first value in `evaluation.k`, or None if no program was graded."""
+def evaluate(context: JobContext) -> None:
+    """Evaluate a model."""
     from wmtp.evaluation.evaluator import Evaluator  # imports torch, which --help does not need
 
-    return Evaluator(context.config, context.folder, context.inputs).evaluate()
+    Evaluator(context.config, context.folder, context.inputs).evaluate()
 
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from wmtp.config.schema import CheckedConfig
 
 
-def train(context: JobContext) -> float | None:
-    """Run one training and return its last validation loss. For a dry run, return None."""
+def train(context: JobContext) -> None:
+    """Run one training, or a dry run of it."""
     from wmtp.training.dry_run import dry_run  # these import torch, which --help does not need
     from wmtp.training.run import Run
 
     if context.config.dry_run:
         dry_run(context.config, context.folder, context.inputs)
-        return None
-    return Run(context.config, context.folder, context.progress, context.overrides, context.inputs).train()
+    else:
+        Run(context.config, context.folder, context.progress, context.overrides, context.inputs).train()
 
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:

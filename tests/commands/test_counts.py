@@ -11,7 +11,9 @@ import pytest
 from tests.conftest import Invoke
 from tests.support.counting import count_calls, read_calls
 from tests.support.launching import ROOT, TWO_PROCESSES
+from wmtp.checkpoint.store import load
 from wmtp.cli import resolve
+from wmtp.models import loading
 
 CRITIC = ["algo=critic", "max_steps=2", "pretrain.num_epochs=0.5", "hydra.run.dir=run"]
 
@@ -26,26 +28,31 @@ def hashes(file: Path) -> list[int]:
     return sorted(Counter(path for _, kind, path in read_calls(file) if kind == "hash" and "run/" in path).values())
 
 
+def counted(invoke: Invoke, file: Path, *arguments: str, command: str = "train") -> Path:
+    """Run a command, count its calls in a file, and return the file."""
+    with pytest.MonkeyPatch.context() as patch:
+        count_calls(file, patch.setattr)
+        outcome = invoke(*arguments, tiny=False, command=command)
+    assert outcome.code == 0, outcome.err
+    return file
+
+
 @pytest.mark.slow
-def test_train_and_evaluate_compose_check_and_build_once(
+def test_train_and_evaluate_compose_check_build_and_hash_once(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The control verifies the checkpoint again when its weights are loaded."""
     assert invoke(*CRITIC).code == 0
-    for number, (command, arguments, expected) in enumerate(
-        (
-            ("train", ["resume=run", "max_steps=3"], {"composition": 1, "check": 2, "algorithm": 1}),
-            ("evaluate", ["checkpoint=run"], {"composition": 1, "evaluation_check": 1}),
-        )
-    ):
-        file = tmp_path / f"counts-{number}"
-        with monkeypatch.context() as patch:
-            count_calls(file, patch.setattr)
-            outcome = invoke(*arguments, "sandbox=none" if command == "train" else "evaluation.limit=1", tiny=False,
-                             command=command)  # fmt: skip
-        assert outcome.code == 0, outcome.err
-        assert kinds(file) == expected, command
-    once = tmp_path / "counts-1"
-    assert set(hashes(once)) == {1} and len(hashes(once)) >= 3, "each file of the evaluated checkpoint is hashed once"
+    resumed = counted(invoke, tmp_path / "resumed", "resume=run", "max_steps=3")
+    assert kinds(resumed) == {"composition": 1, "check": 2, "algorithm": 1}
+    evaluation = ["checkpoint=run", "evaluation.limit=1"]
+    evaluated = counted(invoke, tmp_path / "evaluated", *evaluation, command="evaluate")
+    assert kinds(evaluated) == {"composition": 1, "evaluation_check": 1}
+    for file in (resumed, evaluated):
+        assert set(hashes(file)) == {1} and len(hashes(file)) >= 3, "each file of the checkpoint is hashed once"
+    monkeypatch.setattr(loading, "load", lambda path, **options: load(path, **options | {"verified": False}))
+    again = counted(invoke, tmp_path / "again", *evaluation, "evaluation.seed=1", command="evaluate")
+    assert max(hashes(again)) == 2
 
 
 def test_control_a_second_resolution_is_counted(

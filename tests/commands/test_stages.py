@@ -71,15 +71,22 @@ def trace(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_resumes_bit_for_bit_in_either_stage(invoke: Invoke, runs: Path, name: str) -> None:
-    """Critic and rho1 train all that the stages can train; for the others, stage 2 is enough."""
-    for stage, step in (("", 5), ("pretrain", 3)) if name in ("critic", "rho1") else (("", 5),):
-        resumed = cut_back(runs / name, f"resumed-{stage}", stage, step)
-        outcome = invoke(f"resume={resumed}", tiny=False)
-        assert outcome.code == 0, outcome.err
-        assert f"{stage}/checkpoints/step_{step:08d}".lstrip("/") in outcome.out
-        assert trace(resumed) == trace(runs / name)
+@pytest.mark.parametrize(
+    ("name", "stage", "step"),
+    [
+        *((name, "", 5) for name in ALGORITHMS),
+        *((name, "pretrain", 3) for name in ("critic", "rho1")),
+        *(pytest.param(name, "pretrain", 3, marks=pytest.mark.deep) for name in ("token_skip", "shuffled", "random")),
+    ],
+)
+def test_every_algorithm_resumes_bit_for_bit_in_either_stage(
+    invoke: Invoke, runs: Path, name: str, stage: str, step: int
+) -> None:
+    resumed = cut_back(runs / name, "resumed", stage, step)
+    outcome = invoke(f"resume={resumed}", tiny=False)
+    assert outcome.code == 0, outcome.err
+    assert f"{stage}/checkpoints/step_{step:08d}".lstrip("/") in outcome.out
+    assert trace(resumed) == trace(runs / name)
 
 
 @pytest.mark.slow

@@ -221,6 +221,27 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(
     assert failed[3] == other[3] == "step_00000003"
 
 
+def fail_to_publish(folder: Path) -> str:
+    def publish(self: CheckpointStore, *arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, optimizer = new_model_and_optimizer("ddp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "_publish", publish)
+        try:
+            CheckpointStore(folder, Processes()).save(1, snapshot_of(model, optimizer))
+        except OSError as error:
+            return str(error)
+        except OtherProcessFailed as error:
+            return str(error)
+    return "saved"
+
+
+def test_a_checkpoint_that_cannot_be_published_fails_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    error = "[Errno 28] No space left on device"
+    assert ranks(fail_to_publish, tmp_path) == [error, f"process 0: {error}"]
+
+
 def gather_with_too_little_memory(folder: Path, fails: bool) -> tuple[str, list[str], float]:
     """Save, and if `fails`, let the main process run out of memory; the other rank must not wait for it."""
     processes = Processes()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY
-from tests.support.forking import ForkServer
+from tests.support.forking import Child, ForkServer
 from tests.support.launching import ONE_PROCESS, TWO_PROCESSES, StartedCommand
 from tests.support.servers import free_ports
 from wmtp.checkpoint.store import find_damage
@@ -74,6 +74,7 @@ def test_the_other_ranks_wait_while_rank_0_uploads(start: Start) -> None:
     run, control = start(*two), start(*two, without="upload_barrier")
     code, out, _ = run.end(60)
     assert (code, run.status()["state"]) == (0, "FINISHED"), out
+    assert "process 0: the last sum is 2" in out and "process 1" not in out, "only rank 0 prints"
     assert control.end(60)[0] != 0
 
 
@@ -173,6 +174,8 @@ def test_no_worker_is_left_when_rank_0_is_interrupted() -> None:
     before, started = dict(os.environ), time.monotonic()
     with suppress(KeyboardInterrupt), start_workers(["-S", "-c", "import time; time.sleep(60)"], size=3) as workers:
         assert os.environ["WORLD_SIZE"] == "3" and workers.exit_codes() == {}
+        pids = [process.pid for process in workers._processes.values()]
+        assert [os.getsid(pid) for pid in pids] == pids, "Ctrl-C would reach the workers"
         raise KeyboardInterrupt
     assert workers.exit_codes() == {1: -signal.SIGKILL, 2: -signal.SIGKILL}
     assert dict(os.environ) == before and time.monotonic() - started < 5
@@ -217,6 +220,29 @@ def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) 
     )
 
 
+def start_ranks(server: ForkServer, folder: Path, *arguments: str, without: str = "") -> list[Child]:
+    """Start two ranks as a launcher does that has no store of its own, so that rank 0 hosts the store."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
+    variables = [address | {"RANK": rank, "LOCAL_RANK": rank, "WITHOUT": without} for rank in ("0", "1")]
+    overrides = (*arguments, *TWO_PROCESSES)
+    return [
+        server.start("tests.support.launched", *overrides, folder=folder / each["RANK"], variables=each)
+        for each in variables
+    ]
+
+
+@pytest.mark.slow
+def test_rank_0_names_the_rank_that_died_if_it_did_not_start_it(fork_server: ForkServer, tmp_path: Path) -> None:
+    main, other = start_ranks(fork_server, tmp_path, "hydra.run.dir=run")
+    steps = [tmp_path / "0" / "run" / name for name in STEP_FILES]
+    deadline = time.monotonic() + 30
+    while not all(path.exists() for path in steps):
+        assert time.monotonic() < deadline and main.poll() is None, main.text
+        time.sleep(0.02)
+    other.kill()
+    assert main.wait(15) == 1 and "process 1 died: " in main.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
@@ -229,17 +255,17 @@ def test_under_torchrun_all_ranks_share_one_folder_and_one_status(start: Start) 
 def test_all_ranks_end_if_no_run_starts(
     fork_server: ForkServer, tmp_path: Path, arguments: list[str], code: int, text: str
 ) -> None:
-    """The ranks are started as by a launcher without a store of its own, so rank 0 hosts the store."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
-    ranks = [
-        fork_server.start(
-            "tests.support.launched", *arguments, *TWO_PROCESSES, folder=tmp_path / rank,
-            variables={**address, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    """In the control, rank 0 ends without a message, and the other rank waits, or loses its connection."""
+
+    ranks = start_ranks(fork_server, tmp_path / "ranks", *arguments)
     assert [rank.wait(20) for rank in ranks] == [code, code], ranks[0].text
     assert ranks[0].text.count(text) == 1 and ranks[1].text == ""
+    main, other = start_ranks(fork_server, tmp_path / "control", *arguments, without="shutdown")
+    assert main.wait(20) == code
+    time.sleep(1)
+    assert other.poll() in (None, 1)
+    if other.poll() is None:
+        other.kill()
 
 
 def report(rank: int, end: str, when: float, message: str = "") -> ExitReport:

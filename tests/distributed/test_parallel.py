@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 
 STAGE_1 = ["pretrain.max_steps=3", "pretrain.num_epochs=1"]
 ALGORITHMS = {
-    "baseline": ["algo=baseline", "max_steps=20"],
+    "baseline": ["algo=baseline"],
     "critic": ["algo=critic", *STAGE_1],
     "rho1": ["algo=rho1", *STAGE_1],
     "rho1_token_skip": ["algo=rho1_token_skip", *STAGE_1],
@@ -34,8 +34,12 @@ ALGORITHMS = {
     "random": ["algo=random", *STAGE_1],
 }
 """Overrides by algorithm."""
-BOTH_STRATEGIES = ("baseline", "critic", "rho1")
-"""Algorithms that are tested with each strategy. The others weight the outputs of the same models."""
+SAMPLE = [
+    ("baseline", "ddp", 20), ("baseline", "fsdp", 20), ("critic", "ddp", 7), ("critic", "fsdp", 7), ("rho1", "ddp", 7),
+    ("rho1", "fsdp", 7), ("rho1_token_skip", "ddp", 7), ("shuffled", "ddp", 7), ("random", "ddp", 7),
+]  # fmt: skip
+"""Algorithm, strategy and number of updates. The last three algorithms weight the outputs of the same models."""
+REST = [(name, strategy, 20) for name in ALGORITHMS for strategy in STRATEGIES if (name, strategy, 20) not in SAMPLE]
 UNEVEN = "data.num_train=43"
 """An override: five updates of four micro-batches, then one of three samples in micro-batches of two and one."""
 
@@ -83,16 +87,21 @@ def check_other_metrics(alone: Path, together: Path) -> None:
         assert other["weights"][name] == pytest.approx(area, abs=0.01)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_losses_equal_those_of_one_process(ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str) -> None:
-    overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7", *ALGORITHMS[algorithm]]
-    strategies = tuple(STRATEGIES) if algorithm in BOTH_STRATEGIES else ("ddp",)
-    assert max(train_twice(ranks, tmp_path, overrides, strategies=strategies)) <= 1e-6
-    for strategy in strategies:
-        check_other_metrics(tmp_path / "alone", tmp_path / strategy)
+@pytest.mark.parametrize(
+    ("algorithm", "strategy", "updates"), [*SAMPLE, *(pytest.param(*one, marks=pytest.mark.deep) for one in REST)]
+)
+def test_losses_equal_those_of_one_process(
+    ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str, strategy: str, updates: int
+) -> None:
+    overrides = [f"cache_dir={cache}", UNEVEN, f"max_steps={updates}", *ALGORITHMS[algorithm]]
+    assert max(train_twice(ranks, tmp_path, overrides, strategies=[strategy])) <= 1e-6
+    check_other_metrics(tmp_path / "alone", tmp_path / strategy)
 
 
-@pytest.mark.parametrize(("samples", "strategies"), [(40, ("ddp",)), (41, ("ddp", "fsdp"))])
+@pytest.mark.parametrize(
+    ("samples", "strategies"),
+    [(40, ["ddp"]), pytest.param(40, ["fsdp"], marks=pytest.mark.deep), (41, ["ddp", "fsdp"])],
+)
 def test_a_full_or_an_empty_last_micro_batch_does_not_change_the_losses(
     ranks: Ranks, tmp_path: Path, cache: Path, samples: int, strategies: Sequence[str]
 ) -> None:
@@ -130,10 +139,19 @@ def test_control_a_division_on_each_rank_gives_other_losses(ranks: Ranks, tmp_pa
         assert worst_loss(alone, naive) > 1e-4
 
 
-def test_options_that_save_memory_do_not_change_the_training(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["reduce_each_micro_batch", "activation_checkpointing"],
+        pytest.param(["reduce_each_micro_batch"], marks=pytest.mark.deep),
+        pytest.param(["activation_checkpointing"], marks=pytest.mark.deep),
+    ],
+)
+def test_options_that_save_memory_do_not_change_the_training(
+    ranks: Ranks, tmp_path: Path, cache: Path, options: list[str]
+) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
-    options = ["hardware.reduce_each_micro_batch=true", "hardware.activation_checkpointing=true"]
-    assert max(train_twice(ranks, tmp_path, overrides, *options)) <= 1e-6
+    assert max(train_twice(ranks, tmp_path, overrides, *(f"hardware.{name}=true" for name in options))) <= 1e-6
 
 
 def test_activations_are_recomputed_with_the_same_dropout(tmp_path: Path, cache: Path) -> None:

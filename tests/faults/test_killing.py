@@ -1,5 +1,6 @@
 """Test of SIGKILL at random times of a run that saves every five updates."""
 
+import json
 import subprocess
 import sys
 
@@ -13,5 +14,5 @@ def test_killed_runs_resume_to_the_same_result(kills: int) -> None:
         [sys.executable, "-m", "tests.support.killing", str(kills)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    counts = eval(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] >= kills and counts["resumed"] >= kills / 2 and counts["completed"] >= 1

@@ -5,6 +5,7 @@
 One process imports everything once and forks the trainings, so that each start takes one second instead of ten.
 """
 
+import json
 import os
 import random
 import shutil
@@ -14,13 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from hydra.core.global_hydra import GlobalHydra
-
 import wmtp.training.run  # noqa: F401 - imported once for all forked processes
 from tests.conftest import TINY
+from tests.support.forking import fork, run_module
 from wmtp.checkpoint.store import find_damage
-from wmtp.cli.runner import run as main
-from wmtp.train import COMMAND
 
 UPDATES = 60
 RUN = [
@@ -31,20 +29,14 @@ RUN = [
 
 def start(folder: Path, log: Path, *overrides: str) -> int:
     """Fork a process that runs the command with its output in `log`, and return its process id."""
-    if pid := os.fork():
-        return pid
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["wmtp.train", *overrides]
-    GlobalHydra.instance().clear()
-    code = 1
-    try:
-        main(COMMAND)
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    finally:
-        os._exit(code)
+
+    def run() -> None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        run_module("wmtp.train", list(overrides))
+
+    return fork(run)
 
 
 def wait(pid: int) -> int:
@@ -103,4 +95,4 @@ def kill_at_random(kills: int, seed: int, folder: Path) -> dict[str, int]:
 if __name__ == "__main__":
     arguments = [int(argument) for argument in sys.argv[1:]] or [100]
     with tempfile.TemporaryDirectory() as folder:
-        print(kill_at_random(arguments[0], arguments[1] if len(arguments) > 1 else 0, Path(folder)))
+        print(json.dumps(kill_at_random(arguments[0], arguments[1] if len(arguments) > 1 else 0, Path(folder))))

@@ -17,7 +17,7 @@ from wmtp.cli.job import JobContext
 from wmtp.cli.runner import run as main
 from wmtp.config.overrides import chosen_run_dir
 from wmtp.config.schema import CheckedConfig
-from wmtp.distributed import launcher, membership, watchdog
+from wmtp.distributed import launcher, membership, store, watchdog
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.runtime import signals
@@ -32,6 +32,8 @@ if "watchdog" in WITHOUT:
     watchdog.ABORT_GRACE_S = watchdog.CLOSE_GRACE_S = 1e9
 if "joining" in WITHOUT and os.environ.get("RANK") == "1":
     os._exit(3)
+if "shutdown" in WITHOUT:
+    store.send_shutdown = lambda exit_code: None  # type: ignore[assignment]
 if "initializing" in WITHOUT and os.environ.get("RANK") == "1":
     membership.dist.init_process_group = lambda *arguments, **options: 1 / 0
 if "exit_codes" in WITHOUT:

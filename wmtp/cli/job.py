@@ -26,18 +26,18 @@ class JobContext:
     """The complete config, which has been checked."""
     folder: Path
     overrides: list[str]
-    """Overrides in Hydra's syntax from which the config was composed."""
+    """Overrides in Hydra's syntax from which the config was composed, without those of Hydra's own settings."""
     progress: JobProgress = field(default_factory=JobProgress)
     """Progress of the job, such as the last step. The job updates this object while it runs."""
     inputs: Any = None
     """Objects that the check of the config has built. None in a process that received the config from another one."""
 
 
-Job = Callable[[JobContext], float | None]
+Job = Callable[[JobContext], None]
 
 
-def run_job(job: Job, context: JobContext, size: int, on_hang: Callable[[BaseException], None]) -> float | None:
-    """Run a job in `size` processes, of which this process is rank 0, and return its result on rank 0.
+def run_job(job: Job, context: JobContext, size: int, on_hang: Callable[[BaseException], None]) -> None:
+    """Run a job in `size` processes, of which this process is rank 0.
 
     The other ranks are started here, unless torchrun has started them.
 
@@ -48,34 +48,35 @@ def run_job(job: Job, context: JobContext, size: int, on_hang: Callable[[BaseExc
         on_hang: called if another rank failed and this process hangs. It receives the error that ended the run.
     """
     if started_together():
-        return _run_ranks(job, context, on_hang=on_hang)
-    if size == 1:
+        _run_ranks(job, context, on_hang=on_hang)
+    elif size == 1:
         limit_threads()
-        return job(context)
-    from wmtp.distributed.launcher import start_workers  # imports torch, which --help does not need
+        job(context)
+    else:
+        from wmtp.distributed.launcher import start_workers  # imports torch, which --help does not need
 
-    module = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
-    with start_workers(module_arguments(module.name if module else job.__module__), size) as workers:
-        return _run_ranks(job, context, exit_codes=workers.exit_codes, on_hang=on_hang)
+        module = sys.modules["__main__"].__spec__ if job.__module__ == "__main__" else None
+        with start_workers(module_arguments(module.name if module else job.__module__), size) as workers:
+            _run_ranks(job, context, exit_codes=workers.exit_codes, on_hang=on_hang)
 
 
-def _run_ranks(job: Job, context: JobContext, **options: Any) -> float | None:
+def _run_ranks(job: Job, context: JobContext, **options: Any) -> None:
     """Send the input of a job to the other ranks, and run the job on rank 0. The options are for `process_group`."""
     from wmtp.distributed.store import send_input
 
     # interpolations are not resolved, because a training stage may change the keys to which they refer
     config = OmegaConf.to_yaml(context.config)
     send_input({"config": config, "folder": str(context.folder), "overrides": context.overrides})
-    return _run_in_group(job, context, **options)
+    _run_in_group(job, context, **options)
 
 
-def _run_in_group(job: Job, context: JobContext, **options: Any) -> float | None:
+def _run_in_group(job: Job, context: JobContext, **options: Any) -> None:
     from wmtp.distributed.device import resolve_device
     from wmtp.distributed.membership import process_group
 
     hardware = context.config.hardware
     with process_group(resolve_device(hardware.device), float(hardware.get("timeout", 1800)), **options):
-        return job(context)
+        job(context)
 
 
 def run_worker(job: Job) -> NoReturn:

@@ -42,7 +42,7 @@ class ResolvedJob:
 
 
 def resolve(command: Command, arguments: list[str]) -> ResolvedJob:
-    """Compose and check the config of a command, find the checkpoint that it names, and choose the folder.
+    """Compose and check the config of a command, and choose the folder. The checks read what the job needs.
 
     Raises:
         ConfigError: the arguments contain errors, or the folder cannot be used.
@@ -71,7 +71,7 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
     """Compose and check the config of a command. The result contains all issues of the arguments.
 
     Raises:
-        ConfigError: the arguments contain errors. The message lists all errors in syntax, groups, keys and values.
+        ConfigError: Hydra cannot compose the config, for example because of an unknown key.
     """
     issues: list[ConfigIssue] = []
     overrides = merge_overrides(load_saved_overrides(arguments) + arguments, issues)

@@ -69,7 +69,7 @@ def run(command: Command) -> NoReturn:
         runner.interrupted(exit_state(error)[0])
     finally:
         runner.close()
-    sys.exit(worst_exit_code(runner.codes))
+    sys.exit(runner.code)
 
 
 class CommandRunner:
@@ -77,8 +77,8 @@ class CommandRunner:
 
     def __init__(self, command: Command) -> None:
         self.command = command
-        self.codes: list[int] = []
-        """Exit codes of the jobs."""
+        self.code = 0
+        """The most severe exit code so far."""
         self.folder: Path | None = None
         """Folder of the run. It is None if it is not chosen yet, and for sweeps and jobs without a lasting folder."""
         self.clean_up = ExitStack()
@@ -91,7 +91,12 @@ class CommandRunner:
             ConfigError: an override, the config or the folder is not valid.
         """
         if arguments[:1] == [JOB_OPTION]:
-            values = json.loads(Path(arguments[1]).read_text())
+            if len(arguments) != 2:
+                raise InputError(f"{JOB_OPTION}: needs the path of a job's file; a sweep passes it to its jobs")
+            try:
+                values = json.loads(Path(arguments[1]).read_text())
+            except (OSError, ValueError) as error:
+                raise InputError(f"{JOB_OPTION} {arguments[1]}: cannot be read: {error}") from error
             self._start(choose_folder(self.command, decode_job(self.command, values)))
             return
         options = [argument for argument in arguments if argument.startswith("-")]
@@ -156,7 +161,7 @@ class CommandRunner:
             except ConfigError as error:
                 return PreparedJob(error.issues, {})
 
-        self.codes.append(run_sweep(command.name, self._download_remote(arguments), _prepare, command.end_sweep))
+        self._add(run_sweep(command.name, self._download_remote(arguments), _prepare, command.end_sweep))
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
         """Download the runs whose S3 URLs are in the arguments, and replace the URLs with local paths.
@@ -178,7 +183,7 @@ class CommandRunner:
             raise InputError(f"{error}; nothing was done") from error
 
     def _run_job(self, resolved: ResolvedJob) -> None:
-        """Run one job. Record its end in status.json and `self.codes`, and the traceback of an error in the log."""
+        """Run one job. Record its end in status.json and `self.code`, and the traceback of an error in the log."""
         folder, checked = resolved.folder, resolved.composed.checked
         try:
             status, progress = RunStatus(folder), JobProgress()
@@ -205,12 +210,15 @@ class CommandRunner:
             with ignore_signals():
                 _record(error)
             if isinstance(error, InterruptedRun):
-                sys.exit(self.codes[-1])
+                sys.exit(self.code)
 
     def end(self, code: int, message: str) -> None:
         """Print a message about the end of a job, and record the exit code of the job."""
         print(message, file=sys.stderr)
-        self.codes.append(code)
+        self._add(code)
+
+    def _add(self, code: int) -> None:
+        self.code = worst_exit_code([self.code, code])
 
     def interrupted(self, code: int) -> None:
         """Record that a signal interrupted this process while no job was running.
@@ -229,7 +237,7 @@ class CommandRunner:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one of the other ranks ends
             from wmtp.distributed.store import send_shutdown  # imports torch, which --help does not need
 
-            send_shutdown(worst_exit_code(self.codes))
+            send_shutdown(self.code)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -13,8 +13,7 @@ from torch._C._distributed_c10d import TCPStore
 from wmtp.runtime.processes import PARENT_VARIABLE, num_cores
 
 EXIT_GRACE_S = 8.0
-"""Seconds after the end of rank 0 until the other ranks are killed. They need less, because the ranks wait for each
-other before they end."""
+"""Seconds after the end of rank 0 until the other ranks are killed. Only rank 0 uploads data, so they need less."""
 HOST = "127.0.0.1"
 
 
@@ -71,7 +70,7 @@ def start_workers(entry: list[str], size: int) -> Iterator[Workers]:
     before = dict(os.environ)
     os.environ.update(common | {"RANK": "0", "LOCAL_RANK": "0"})
     workers = Workers()
-    grace = 0.0
+    grace = 0.0  # after an interruption, the other ranks have nothing to save that rank 0 waits for
     try:
         for rank in range(1, size):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), PARENT_VARIABLE: str(os.getpid())}

@@ -13,6 +13,7 @@ from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config.schema import ConfigError, ConfigIssue, build, load_run_config, node_issues
 from wmtp.data.tokenizer import Tokenizer, read_backend, tokenizer_difference
 from wmtp.distributed.device import Hardware
+from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
@@ -61,13 +62,16 @@ class TrainedCheckpoint:
         return load_weights(self.path, source.empty(), tokenizer, hardware, verified=True)
 
 
-def find_trained_checkpoint(path: Path) -> TrainedCheckpoint:
+def find_trained_checkpoint(path: Path, processes: Processes | None = None) -> TrainedCheckpoint:
     """Find and verify the checkpoint that `path` names, and read the config of its run.
+
+    If `processes` is given, all ranks must call this function, and only rank 0 looks for the checkpoint.
 
     Raises:
         InputError: there is no undamaged checkpoint, or the config of its run is missing or not valid.
     """
-    checkpoint, run_folder = find_checkpoint(path)
+    processes = processes or Processes.single_process()
+    checkpoint, run_folder = map(Path, processes.run_on_main(lambda: [str(each) for each in find_checkpoint(path)]))
     return TrainedCheckpoint(checkpoint, run_folder, read_run_config(run_folder / "config.yaml"))
 
 
@@ -169,10 +173,7 @@ def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir
     """
     if (path / "config.json").is_file():
         return _load_pretrained(path, tokenizer).to(hardware.device)
-    paths = hardware.processes.run_on_main(lambda: [str(p) for p in find_checkpoint(path)])
-    checkpoint, run_folder = map(Path, paths)
-    trained = TrainedCheckpoint(checkpoint, run_folder, read_run_config(run_folder / "config.yaml"))
-    return trained.load_model(tokenizer, hardware, cache_dir)
+    return find_trained_checkpoint(path, hardware.processes).load_model(tokenizer, hardware, cache_dir)
 
 
 def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:

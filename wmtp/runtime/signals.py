@@ -82,7 +82,7 @@ class DeferredSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is not None and issubclass(kind, Exception) and started_together():
-            # the launcher sends SIGTERM once another process failed, but files and connections must be closed first
+            # torchrun sends SIGTERM once another process failed, but files and connections must be closed first
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:  # otherwise the next signal kills

@@ -77,7 +77,7 @@ class Run:
             config: the config of the run.
             folder: the folder of the run.
             progress: the object in which the last step and the reason for an early stop are stored.
-            overrides: the overrides on the command line.
+            overrides: the overrides of the config, including those that a resumed run has saved.
             algorithm: the algorithm of the config, if the check of the config has built it in this process.
         """
         config = with_absolute_model_path(config)

@@ -121,6 +121,54 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     assert remaining_steps(RemovesTheBest(tmp_path / "control", keep_last=2), 5) == [4, 5]
 
 
+def test_only_an_existing_checkpoint_is_the_best(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    path = store.save(1, snapshot(1))
+    store.mark_best(2, 0.5)
+    assert not (store.folder / "best.json").exists()
+    store.mark_best(1, 0.5)
+    assert store.best() == path
+    shutil.rmtree(path)
+    assert store.best() is None
+
+
+def test_the_new_folder_of_the_checkpoints_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("wmtp.checkpoint.store.fsync_path", synced.append)
+    store = CheckpointStore(tmp_path)
+    store.save(1, snapshot(1))
+    store.save(2, snapshot(2))
+    assert synced.count(tmp_path) == 1 and synced[0] == tmp_path
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "manifest.json"])
+def test_a_manifest_names_only_other_files_of_its_folder(name: str) -> None:
+    files = {"state.json": {"sha256": "0", "bytes": 1}}
+    content = {"format": 1, "step": 1, "files": files}
+    assert manifest.parse(manifest._add_hash(content)) == files
+    with pytest.raises(ValueError, match="names files that a checkpoint cannot have"):
+        manifest.parse(manifest._add_hash(content | {"files": {name: files["state.json"]}}))
+
+
+def test_the_names_of_tensors_must_be_those_of_the_model() -> None:
+    model = torch.nn.Linear(2, 1)
+    weight, bias = torch.ones(1, 2), model.bias.detach().clone()
+    for tensors in ({"weight": weight}, {"weight": weight, "bias": bias, "other": bias}):
+        with pytest.raises(RuntimeError, match="bias|other"):
+            load_model(model, tensors)
+    load_model(model, {"weight": weight}, known=["bias"])
+    assert torch.equal(model.weight, weight) and torch.equal(model.bias, bias)
+
+
+def test_plain_values_of_an_optimizer_are_restored() -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    optimizer.state[model.bias]["count"] = 3
+    tensors, state = split_optimizer_state(model, optimizer)
+    restore_optimizer(model, other, tensors, json.loads(json.dumps(state)))
+    assert other.state[model.bias]["count"] == 3 and tensors == {}
+
+
 def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path)
     first = store.save(1, snapshot(1))
@@ -225,6 +273,8 @@ def test_optimizers_resume_bit_for_bit(make: Any) -> None:
     second, second_optimizer = fresh()
     load_model(second, weights)
     restore_optimizer(second, second_optimizer, tensors, json.loads(json.dumps(state)))
+    options, expected = (each.state_dict()["param_groups"] for each in (second_optimizer, first_optimizer))
+    assert options == expected, "JSON has no tuples"
     train(second, second_optimizer, range(3, 6))
     for name, value in uninterrupted.state_dict().items():
         assert torch.equal(value, second.state_dict()[name])

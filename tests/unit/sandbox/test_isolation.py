@@ -9,7 +9,6 @@ import pytest
 from tests.support.sandboxes import ASSERTION, pytest_generate_tests, verdict_of  # noqa: F401
 from wmtp.sandbox.isolation import Choice
 
-ONE_IS_ENOUGH = True
 CHEATS = {
     "sys.exit": ("import sys\nsys.exit(0)", ASSERTION),
     "os._exit": ("import os\nos._exit(0)", ASSERTION),

@@ -23,6 +23,8 @@ from wmtp.training.nonfinite import FiniteCheck
 from wmtp.training.trainer import Trainer
 
 ALGORITHMS = ("baseline", "critic", "rho1")
+SAMPLE = [("baseline", "ddp"), ("critic", "ddp"), ("rho1", "fsdp")]
+REST = [(name, strategy) for name in ALGORITHMS for strategy in STRATEGIES if (name, strategy) not in SAMPLE]
 
 
 class FinalState(NamedTuple):
@@ -124,7 +126,9 @@ def check_limit(final: FinalState) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize(("algorithm", "strategy"), [("baseline", "ddp"), ("critic", "ddp"), ("rho1", "fsdp")])
+@pytest.mark.parametrize(
+    ("algorithm", "strategy"), [*SAMPLE, *(pytest.param(*one, marks=pytest.mark.deep) for one in REST)]
+)
 def test_a_nonfinite_batch_of_one_process_stops_or_skips_the_update_in_both(
     ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str, strategy: str
 ) -> None:
