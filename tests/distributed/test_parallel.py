@@ -1,7 +1,9 @@
 """Tests that training in two processes gives the results of training in one process, for each algorithm."""
 
+import functools
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 
 STAGE_1 = ["pretrain.max_steps=3", "pretrain.num_epochs=1"]
 ALGORITHMS = {
-    "baseline": ["algo=baseline"],
+    "baseline": [],
     "critic": ["algo=critic", *STAGE_1],
     "rho1": ["algo=rho1", *STAGE_1],
     "rho1_token_skip": ["algo=rho1_token_skip", *STAGE_1],
@@ -61,6 +63,14 @@ def worst_loss(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     return max(value for name, value in differences(one, other).items() if name.endswith("loss"))
 
 
+@functools.cache
+def train_alone(*overrides: str) -> "tempfile.TemporaryDirectory[str]":
+    """Train in this process and return the run's folder. Runs with equal overrides are trained once."""
+    folder = tempfile.TemporaryDirectory()
+    train_run(Path(folder.name), *overrides)
+    return folder
+
+
 def train_twice(
     ranks: Ranks, folder: Path, overrides: Sequence[str], *options: str, strategies: Sequence[str] = tuple(STRATEGIES)
 ) -> list[float]:
@@ -68,7 +78,7 @@ def train_twice(
 
     `options` are overrides for two processes only.
     """
-    alone, found = train_run(folder / "alone", *overrides), []
+    alone, found = metrics_of(shutil.copytree(train_alone(*overrides).name, folder / "alone")), []
     for strategy in strategies:
         first, second = ranks(train_run, folder / strategy, *overrides, *STRATEGIES[strategy], *options, timeout=60)
         assert first == second, "both ranks read the same file, which only rank 0 writes"
@@ -133,7 +143,7 @@ def train_with_mean_of_means(folder: Path, *overrides: str) -> list[dict[str, An
 
 def test_control_a_division_on_each_rank_gives_other_losses(ranks: Ranks, tmp_path: Path, cache: Path) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, "max_steps=7"]
-    alone = train_run(tmp_path / "alone", *overrides)
+    alone = metrics_of(Path(train_alone(*overrides).name))
     for strategy, hardware in STRATEGIES.items():
         naive, _ = ranks(train_with_mean_of_means, tmp_path / strategy, *overrides, *hardware, timeout=60)
         assert worst_loss(alone, naive) > 1e-4
