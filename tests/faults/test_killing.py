@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.deep)])
 def test_killed_runs_resume_to_the_same_result(kills: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.killing", str(kills)], capture_output=True, text=True, timeout=600
