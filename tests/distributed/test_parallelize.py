@@ -1,5 +1,6 @@
 """Tests of gradients under torch's data-parallel wrappers in one process: the hooks of the wrappers must still run."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     """Create a process group that contains only this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     yield
+    gc.collect()  # parallelized models refer to the group in cycles; a child forked later must not free them
     dist.destroy_process_group()
 
 

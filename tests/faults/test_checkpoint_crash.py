@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.forking import fork
 from tests.unit.checkpoint.test_store import FORMATS, snapshot
 from wmtp.checkpoint import formats
 from wmtp.checkpoint.state import Snapshot
@@ -53,14 +54,7 @@ def watch_calls(before: Callable[[str], None]) -> Callable[[], None]:
 
 def in_child(action: Callable[[], object]) -> int:
     """Run a function in a child process. Return its exit code, or minus the signal that killed it."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
+    process = fork(lambda: action() and None)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -304,20 +298,15 @@ def save_under_strace(folder: Path, format_: Format, *options: str) -> tuple[int
     """Save step 30 in a process that strace traces. Return its exit code and its system calls."""
     ready, go = os.pipe()
 
-    def save() -> None:
+    def save() -> int:
         os.read(ready, 1)
-        owning_store(folder, format_).save(30, snapshot(30))
-
-    process = os.fork()
-    if process == 0:
-        code = 1
         try:
-            save()
-            code = 0
+            owning_store(folder, format_).save(30, snapshot(30))
         except OSError:
-            code = 5
-        finally:
-            os._exit(code)
+            return 5
+        return 0
+
+    process = fork(save)
     log = folder / "strace"
     command = [str(STRACE), "-qq", "-y", "-o", str(log), "-e", f"trace=fsync,{RENAMES},?rmdir,?unlinkat", *options]
     with subprocess.Popen([*command, "-p", str(process)], stderr=subprocess.PIPE, text=True) as tracer:

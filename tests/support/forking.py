@@ -3,6 +3,7 @@
 python -m tests.support.forking        reads requests, one JSON object per line, and prints one line for each
 """
 
+import gc
 import json
 import os
 import signal
@@ -116,9 +117,14 @@ class Child:
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Start a process that does `work` and exits with its exit code, and return its process id."""
+    """Start a process that does `work` and exits with the returned code, and return its process id.
+
+    Objects of this process are not freed in the new one, because they may wait for threads that it does not have. For
+    example, a process group of gloo would wait forever.
+    """
     if pid := os.fork():
         return pid
+    gc.freeze()
     code: object = 1
     try:
         code = work()

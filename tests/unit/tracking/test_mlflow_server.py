@@ -25,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.dbmodels.initial_models import Base as InitialBase
 from sqlalchemy import event
 
+from tests.support.forking import fork
 from tests.support.proxy import FaultyProxy
 from tests.support.servers import ObjectStore, TrackingServer
 from wmtp.errors import InputError, PendingError
@@ -93,18 +94,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def fork(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process and return its id; importing mlflow again would take seconds."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    finally:
-        os._exit(code)
 
 
 def exit_code(pid: int) -> int:
