@@ -70,7 +70,7 @@ def start_workers(entry: list[str], size: int) -> Iterator[Workers]:
     before = dict(os.environ)
     os.environ.update(common | {"RANK": "0", "LOCAL_RANK": "0"})
     workers = Workers()
-    grace = 0.0  # after an interruption, the other ranks have nothing to save that rank 0 waits for
+    grace = 0.0  # after an interruption, the other ranks have already saved, or must end at once
     try:
         for rank in range(1, size):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), PARENT_VARIABLE: str(os.getpid())}

@@ -110,9 +110,9 @@ class Watchdog:
         while not self._all_have(_done_key):
             if (dead := self.dead_rank()) is not None:
                 raise OtherProcessFailed(dead, "ended before the other processes were done", 1)
-            if time.monotonic() > deadline:
-                missing = next(rank for rank in range(self.size) if not self._has(_done_key(rank)))
-                raise OtherProcessFailed(missing, f"was not done {timeout:g} s after this process", 1)
+            is_late = time.monotonic() > deadline
+            if is_late and (missing := [rank for rank in range(self.size) if not self._has(_done_key(rank))]):
+                raise OtherProcessFailed(missing[0], f"was not done {timeout:g} s after this process", 1)
             time.sleep(BARRIER_POLL_S)
 
     def _wait_until_stopped(self) -> None:
