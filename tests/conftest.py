@@ -121,7 +121,10 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Yield the server that forks commands from a process in which all modules are imported."""
+    """Yield the server that forks commands from a process in which all modules are imported.
+
+    Mark tests that use it `xdist_group("servers")`, so that they share the process.
+    """
     with ForkServer() as server:
         yield server
 

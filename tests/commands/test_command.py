@@ -242,7 +242,7 @@ def test_help_takes_less_than_two_seconds_of_cpu_time() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("forked")
+@pytest.mark.xdist_group("servers")
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_run_with_a_checkpoint_to_resume_from(
     tmp_path: Path, cache: Path, invoke: Invoke, fork_server: ForkServer, signal_number: signal.Signals, code: int

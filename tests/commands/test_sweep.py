@@ -408,7 +408,7 @@ def test_submitted_jobs_can_fail_and_be_resumed(sent_states: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("forked")
+@pytest.mark.xdist_group("servers")
 def test_a_killed_job_resumes_from_its_checkpoint(
     tmp_path: Path, cache: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

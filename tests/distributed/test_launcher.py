@@ -21,7 +21,7 @@ from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import FolderLock, JobProgress, RunStatus, is_running
 
-pytestmark = pytest.mark.xdist_group("forked")  # they share the server from which commands are forked
+pytestmark = pytest.mark.xdist_group("servers")  # these tests also fork commands from the server of this session
 
 Start = Callable[..., StartedCommand]
 STEP_FILES = "step-0", "step-1"
