@@ -19,8 +19,9 @@ from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError, PendingError
 from wmtp.runtime.processes import CORES_VARIABLE, limit_threads, num_cores
 from wmtp.runtime.run_dir import SWEEP, read_status
+from wmtp.runtime.sweep_jobs import job_labels
 from wmtp.sweep import slurm_launcher as slurm
-from wmtp.sweep.grid import job_labels, parse_grid
+from wmtp.sweep.grid import parse_grid
 from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.sweep import PreparedJob, Sweep
 

@@ -119,6 +119,9 @@ def test_a_sweep_is_an_mlflow_run_with_its_jobs_as_children(world: World) -> Non
     assert {run.data.params["max_grad_norm"] for run in children} == {"1.0", "0.5"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert {run.info.run_name for run in children} == {"max_grad_norm=1.0", "max_grad_norm=0.5"}
+    assert {(run.data.params["algo"], run.data.params["model"]) for run in children} == {("baseline", "nano")}
+    assert parent.data.params["max_grad_norm"] == "1.0, 0.5" and parent.data.metrics["jobs/finished"] == 2
     assert all(len(world.history(run)) == 20 for run in children) and world.history(parent) == []
 
 

@@ -13,6 +13,7 @@ from wmtp.config.moved_targets import update_config
 from wmtp.errors import InputError
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS, PRETRAIN, PROVENANCE, TOKENS, read_status
+from wmtp.runtime.sweep_jobs import sweep_label
 from wmtp.tracking.jsonl import FILE_NAME
 
 
@@ -87,8 +88,9 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The configured name of the run, or the name of its folder."""
-        return str(self.config.get("run_name") or self.folder.resolve().name)
+        """The configured name of the run, the label of its job in a sweep, or the name of its folder."""
+        folder = self.folder.resolve()
+        return str(self.config.get("run_name") or sweep_label(folder) or folder.name)
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """Return the pairs (step, value) of a metric that the run recorded."""

@@ -109,12 +109,6 @@ def read_options(config: DictConfig) -> SweepOptions:
     return options
 
 
-def job_labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Return a label for each job. The label lists the overrides of the job that are not the same in all jobs."""
-    common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
-    return [" ".join(each.lstrip("+") for each in job if each not in common) for job in jobs]
-
-
 def _parse(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]:
     overrides, issues = [], []
     for argument in arguments:

@@ -24,8 +24,9 @@ from wmtp.report.run_record import RunRecord
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.processes import JOB_OPTION, module_arguments
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, SWEEP, JobProgress, RunStatus, create_run_folder, display_path
+from wmtp.runtime.sweep_jobs import job_labels
 from wmtp.sweep import slurm_launcher
-from wmtp.sweep.grid import SweepOptions, job_labels, parse_grid
+from wmtp.sweep.grid import SweepOptions, parse_grid
 from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.state import Job, SweepState
 

@@ -1,6 +1,6 @@
 """Write summary.json and print a table of results at the end of a run."""
 
-import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +11,14 @@ from rich.table import Table
 
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.json_lines import read_json_lines
-from wmtp.runtime.run_dir import SYNC_STATE, display_path, read_run
+from wmtp.runtime.run_dir import display_path, read_run
 from wmtp.runtime.versions import versions
 from wmtp.tracking.jsonl import FILE_NAME
+from wmtp.tracking.mlflow import is_server, read_sync_state
 from wmtp.training.trainer import Result, Trainer
+
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Address at which the command `mlflow ui` listens."""
 
 
 def last_and_best(folder: Path) -> dict[str, Any]:
@@ -89,19 +93,17 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
     remote, python = (read_run(folder) or {}).get("remote"), Path(display_path(sys.executable))
     if remote is not None:
         console.print(f"its copy is in {remote}", soft_wrap=True, highlight=False)
-    if (uri := tracking_uri(folder)) is not None and uri.startswith("http"):
-        console.print(f"its metrics are in {uri}", soft_wrap=True, highlight=False)
+    sync_state = read_sync_state(folder)
+    if sync_state is not None and is_server(sync_state.uri):
+        page = sync_state.page(of_run=True) if sync_state.run_id else ""
+        console.print(f"its metrics are in {sync_state.uri}{page}", soft_wrap=True, highlight=False)
     console.print("Next:")
-    if uri is not None and not uri.startswith("http"):
-        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {uri}"
+    if sync_state is not None and not is_server(sync_state.uri):
+        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {shlex.quote(sync_state.uri)}"
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
+        if sync_state.run_id:
+            console.print(f"    and open {LOCAL_UI}{sync_state.page(of_run=False)}", soft_wrap=True, highlight=False)
     if summary["pass@1"] is not None:
         console.print(f"  {python} -m wmtp.evaluate checkpoint={display_path(folder)}", soft_wrap=True, highlight=False)
     resume = f"{python} -m wmtp.train resume={display_path(folder)} {resume_overrides}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)
-
-
-def tracking_uri(folder: Path) -> str | None:
-    """Return the URI of the MLflow store that tracks a run, or None if the run is not tracked."""
-    path = folder / SYNC_STATE
-    return str(json.loads(path.read_text())["uri"]) if path.exists() else None

@@ -15,6 +15,7 @@ from wmtp.config.flatten import flatten
 from wmtp.config.schema import ConfigError, build, iter_nodes, load_run_config, node_issues, to_plain
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
+from wmtp.report.run_record import RunRecord
 from wmtp.runtime.background import SHUTDOWN_STALL_S
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
 from wmtp.s3.client import S3Folder, StoreError, StoreUnreachable
@@ -118,14 +119,15 @@ def open_uploaders(
 
     If `short_timeouts` is true, uploads to a server that does not respond are ended sooner.
     """
-    run, parameters = read_run(folder), flatten(to_plain(config))
+    run, record = read_run(folder), RunRecord(folder)
+    chosen = {group.partition("@")[0]: option for group, option in record.choices.items() if "/" not in group}
+    parameters = flatten(to_plain(config)) | chosen
     if short_timeouts:
         config = with_short_timeouts(config)
     uploaders: list[Uploader] = []
     if config.tracking is not None:
         tags = {str(key): str(value) for key, value in config.tags.items()}
-        name = config.run_name or folder.name
-        options = {"folder": folder, "run_name": name, "parameters": parameters, "tags": tags}
+        options = {"folder": folder, "run_name": record.name, "parameters": parameters, "tags": tags}
         uploaders.append(build(config.tracking, MlflowTracker, **options, is_training=is_training))
     settings = s3_settings(config)
     if run is not None and run["remote"] is not None and settings is not None:

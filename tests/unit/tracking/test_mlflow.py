@@ -162,10 +162,20 @@ def test_a_run_is_read_back_as_it_was_written(client: MlflowClient, outputs: Pat
     uri = f"sqlite:///{outputs}/mlflow.db"
     saved_state = sync_state(folder)
     assert set(saved_state.pop("artifacts")) == {"config.yaml", "summary.json"}
-    settings = {"experiment": "wmtp", "run_name": "run whole"}
+    settings = {"experiment": "wmtp", "experiment_id": "1", "run_name": "run whole"}
     assert saved_state == {"run_id": run_id, "uri": uri, "sent": {FILE_NAME: position}} | settings
     assert {artifact.path for artifact in client.list_artifacts(run_id)} == {"config.yaml", "summary.json"}
     assert (outputs / "mlartifacts" / run_id / "artifacts" / "config.yaml").read_text() == "seed: 0"
+
+
+def test_pass_at_1_of_the_last_model_is_a_metric(client: MlflowClient, outputs: Path) -> None:
+    """The control is a run that sampled no problems."""
+    for name, passes in (("graded", {"value": 0.75}), ("not graded", None)):
+        folder = outputs / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"pass@1": passes, "total_steps": 7}))
+        expected = [] if passes is None else [(7, 0.75)]
+        assert history(client, track(folder, [{"val/loss": 1.0}]), "test/pass_at_1") == expected
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])
@@ -604,7 +614,12 @@ def test_code_and_data_are_recorded_once(client: MlflowClient, outputs: Path) ->
 def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outputs: Path) -> None:
     sweep = outputs / "it's a sweep"
     sweep.mkdir(parents=True)
-    (sweep / SWEEP).write_text("{}")
+    overrides = [["algo=critic", f"++seed={seed}"] for seed in range(4)]
+    results: list[dict[str, float]] = [{"final_loss": 1.5, "best_loss": 1.25, "total_steps": 9}, {}, {}, {}]
+    states = ["FINISHED", "FAILED", "FINISHED", "FINISHED"]
+    jobs = [{"number": number, "overrides": overrides[number], "state": state, "result": results[number]}
+            for number, state in enumerate(states)]  # fmt: skip
+    (sweep / SWEEP).write_text(json.dumps({"jobs": jobs}))
     assert end_sweep(sweep, "FINISHED") is None
     trackers = [start(sweep / str(job)) for job in range(3)]
     for tracker in trackers:
@@ -624,6 +639,10 @@ def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outpu
     run = client.get_run(parent)
     assert (run.info.run_name, run.info.status, run.data.tags["wmtp.sweep"]) == (sweep.name, "FAILED", str(sweep))
     assert [file.path for file in client.list_artifacts(parent)] == [SWEEP]
+    assert run.data.params == {"algo": "critic", "seed": "0, 1, 2, 3"}
+    assert run.data.metrics == {"best/val_loss": 1.25, "jobs/finished": 3, "jobs/failed": 1}
+    rows = run.data.tags["mlflow.note.content"].splitlines()
+    assert rows[2] == "| 0 | seed=0 | FINISHED | 1.5000 | 1.2500 | 9 |" and len(rows) == 2 + len(jobs)
 
 
 def test_system_metrics_are_sent(client: MlflowClient, outputs: Path) -> None:

@@ -373,7 +373,7 @@ def test_an_unreachable_server_is_not_an_input_error(server: TrackingServer, mon
 
 
 def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: MlflowClient, tmp_path: Path) -> None:
-    sweep = make_run(tmp_path / "sweep", **{SWEEP: "{}"})
+    sweep = make_run(tmp_path / "sweep", **{SWEEP: '{"jobs": []}'})
     jobs = [make_run(sweep / str(job)) for job in range(2)]
     for tracker in [start(job) for job in jobs]:
         tracker.close("FINISHED")

@@ -1,6 +1,7 @@
-"""Tests of the URI of an MLflow store: its default, and the removal of passwords."""
+"""Tests of the URI of an MLflow store and of the other settings in the environment."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from wmtp.errors import InputError
 from wmtp.tracking.mlflow import MlflowTracker
-from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri
+from wmtp.tracking.mlflow.client import check_variables, configure_mlflow
+from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, resolve_experiment, uri_problem
 
 
 def test_the_default_store_is_in_the_outputs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -60,3 +62,78 @@ def test_a_uri_with_a_password_is_refused_without_printing_it(
         with pytest.raises(InputError, match="MLFLOW_TRACKING_URI holds") as refused:
             MlflowTracker(tmp_path, "run", {}, {})
         assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "right_form"),
+    [
+        ("localhost:5000", "http://localhost:5000"),
+        ("mlflow.example.org", "http://mlflow.example.org"),
+        ("tracker:5000/path", "http://tracker:5000/path"),
+        (" https://host\n", "https://host"),
+        ("./mlruns", "sqlite:///./mlruns/mlflow.db"),
+        ("/data/mlruns/", "sqlite:////data/mlruns/mlflow.db"),
+        ("file:///data/mlruns", "sqlite:////data/mlruns/mlflow.db"),
+        ("mlruns", "sqlite:///mlruns/mlflow.db"),
+        ("sqlite://my.db", "sqlite:///my.db"),
+        ("sqlite:my.db", "sqlite:///my.db"),
+        ("sqlite:///", "sqlite:///mlflow.db"),
+        ("sqlite:////", "sqlite:////mlflow.db"),
+        ("http:host", "http://HOST:PORT"),
+        ("http://", "http://HOST:PORT"),
+        ("http://host:99999", "http://HOST:PORT"),
+        ("http://two words", "http://HOST:PORT"),
+        ("ftp://host/path", "http://HOST:PORT"),
+    ],
+)
+def test_a_uri_that_cannot_work_is_refused_with_the_right_form(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, right_form: str
+) -> None:
+    """Both in the config and in the environment. The right form itself is accepted."""
+    with pytest.raises(ValidationError, match=f"write {re.escape(right_form)}"):
+        TypeAdapter(TrackingUri).validate_python(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(InputError, match=f"MLFLOW_TRACKING_URI=.*write {re.escape(right_form)}"):
+        MlflowTracker(tmp_path, "run", {}, {})
+    assert not list(tmp_path.iterdir())
+    if "HOST" not in right_form:
+        assert uri_problem(right_form) is None
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://[::1]:5000", "HTTPS://host/path", "sqlite:///a b.db?timeout=5", "postgresql://host/db",
+     "mysql+pymysql://host/db", "databricks", "databricks://profile"],
+)  # fmt: skip
+def test_every_uri_of_mlflow_is_accepted(uri: str) -> None:
+    assert uri_problem(uri) is None
+
+
+def test_the_name_of_the_experiment_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    assert resolve_experiment(None) == "wmtp"
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the environment")
+    assert resolve_experiment(None) == "from the environment" and resolve_experiment("typed") == "typed"
+
+
+def test_a_variable_that_is_not_a_number_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0.5")
+    check_variables()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "abc")
+    with pytest.raises(InputError, match="MLFLOW_HTTP_REQUEST_TIMEOUT='abc': must be an integer"):
+        check_variables()
+
+
+def test_no_home_directory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is `Path.home`, which mlflow calls when it is imported: it fails without the setting."""
+
+    def fail(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.setenv("HOME", "restored at the end of the test")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", fail)
+    with pytest.raises(RuntimeError, match="home directory"):
+        Path.home()
+    configure_mlflow()
+    assert Path.home() == Path("/nonexistent")

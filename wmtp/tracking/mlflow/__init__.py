@@ -5,8 +5,9 @@ Only this package imports mlflow. The import takes several seconds, so only func
 
 from wmtp.tracking.mlflow.client import ServerUnreachable, check_server
 from wmtp.tracking.mlflow.sweep_run import end_sweep
+from wmtp.tracking.mlflow.sync_state import read_sync_state
 from wmtp.tracking.mlflow.tracker import MlflowTracker, send_pending
-from wmtp.tracking.mlflow.uri import TrackingUri, move_credentials
+from wmtp.tracking.mlflow.uri import TrackingUri, is_server, move_credentials
 
 __all__ = [
     "MlflowTracker",
@@ -14,6 +15,8 @@ __all__ = [
     "TrackingUri",
     "check_server",
     "end_sweep",
+    "is_server",
     "move_credentials",
+    "read_sync_state",
     "send_pending",
 ]

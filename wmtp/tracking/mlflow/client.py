@@ -12,7 +12,7 @@ from wmtp.errors import InputError
 from wmtp.runtime.background import format_error
 from wmtp.runtime.locks import file_lock
 from wmtp.runtime.processes import run_with_timeout
-from wmtp.tracking.mlflow.uri import CREDENTIALS, PASSWORD, SQLITE, USERNAME, is_server, resolve_uri
+from wmtp.tracking.mlflow.uri import CREDENTIALS, PASSWORD, SQLITE, USERNAME, is_server, resolve_experiment, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +30,12 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 """Default values for environment variables of mlflow. A variable that the user has set is not changed."""
+NUMBERS = {TIMEOUT: int, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": int, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": int,
+           "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": float}  # fmt: skip
+"""Environment variables that mlflow reads as numbers at every request, with their types."""
+NO_HOME = "/nonexistent"
+"""Home directory that is set if the user has none. mlflow reads the path when it is imported, but needs no file there.
+"""
 CHECK_SECONDS = 9.0
 """Time limit in seconds of the check in `check_server`. It does not include the time to import mlflow."""
 BYTES_PER_SECOND = 1e6
@@ -49,6 +55,10 @@ def configure_mlflow() -> None:
     """Set environment variables that configure mlflow. This function must be called before mlflow is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    try:
+        Path.home()
+    except RuntimeError:  # in a container, HOME may be unset and the user unknown
+        os.environ["HOME"] = NO_HOME
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # urllib3 would log each of its retries
 
 
@@ -109,23 +119,39 @@ def longer_timeout(num_bytes: int) -> Iterator[None]:
         os.environ[TIMEOUT] = before
 
 
-def check_server(uri: str | None, experiment: str) -> None:
-    """Check that an MLflow server accepts runs in an experiment. If `uri` is not the URL of a server, do nothing.
+def check_variables() -> None:
+    """Check the environment variables that mlflow reads as numbers.
+
+    Raises:
+        InputError: the value of a variable is not a number of the right type.
+    """
+    for name, kind in NUMBERS.items():
+        try:
+            kind(os.environ.get(name, "0"))
+        except ValueError as error:
+            number = "an integer" if kind is int else "a number"
+            raise InputError(f"{name}={os.environ[name]!r}: must be {number}; correct or unset it") from error
+
+
+def check_server(uri: str | None, experiment: str | None) -> None:
+    """Check the URI, and that an MLflow server accepts runs in an experiment. Another store than a server is not used.
 
     The check takes at most ten seconds, plus the time to import mlflow.
 
     Raises:
-        InputError: the server rejects the user, the user may not write to the experiment, the experiment was deleted,
-            or the server is not an MLflow server.
+        InputError: MLflow cannot store runs at the URI, an environment variable of mlflow is not valid, the server
+            rejects the user, the user may not write to the experiment, the experiment was deleted, or the server is
+            not an MLflow server.
         ServerUnreachable: the server does not respond, or is temporarily unavailable.
     """
-    uri = resolve_uri(uri)
+    uri, name = resolve_uri(uri), resolve_experiment(experiment)
+    check_variables()
     if uri is None or not is_server(uri):
         return
     configure_mlflow()
     import mlflow  # noqa: F401 - the time limit does not include the import
 
-    if not run_with_timeout(CHECK_SECONDS, lambda: _check_experiment(uri, experiment)):
+    if not run_with_timeout(CHECK_SECONDS, lambda: _check_experiment(uri, name)):
         raise ServerUnreachable(f"MLflow at {uri} did not answer within {CHECK_SECONDS:g} s")
 
 

@@ -1,5 +1,6 @@
 """Send the metrics from the files of a run to MLflow while training appends to the files. No value is sent twice."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from wmtp.runtime.background import BackgroundSender
 from wmtp.runtime.run_dir import EVALUATIONS
 from wmtp.tracking import system_metrics
 from wmtp.tracking.jsonl import FILE_NAME
+from wmtp.tracking.mlflow.artifacts import read_best
 from wmtp.tracking.mlflow.sync_state import SyncState
 from wmtp.tracking.tail import AlreadyLogged, Position, batches, count_lines, lines_after, lines_before, step_of
 
@@ -114,6 +116,21 @@ class MetricSender:
 def prefix_of(name: str) -> str:
     """Return the prefix of a metric's name in MLflow, which shows the file of the metric. It may be empty."""
     return next((source.prefix for source in SOURCES if source.prefix and name.startswith(source.prefix)), "")
+
+
+def final_metrics(folder: Path) -> dict[str, tuple[float, int]]:
+    """Return the value and the step of each metric that is known only at the end of a run.
+
+    They are the loss of the best checkpoint, and pass@1 with the name of the split whose problems were sampled.
+    """
+    found: dict[str, tuple[float, int]] = {}
+    if (best := read_best(folder)) is not None:
+        found["best/val_loss"] = best["val/loss"], best["step"]
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    if (passes := summary.get("pass@1")) is not None:
+        found[f"{passes.get('split', 'test')}/pass_at_1"] = passes["value"], summary["total_steps"]
+    return found
 
 
 def count_pending(folder: Path, sync_state: SyncState) -> tuple[int, int, list[Path]]:

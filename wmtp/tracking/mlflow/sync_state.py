@@ -26,6 +26,8 @@ class SyncState:
     uri: str
     """Tracking URI of the MLflow store."""
     experiment: str = ""
+    experiment_id: str = ""
+    """Id of the experiment. Like the id of the run, it is empty until the MLflow run is created."""
     run_name: str = ""
     sent: dict[str, Position] = field(default_factory=dict)
     """For each metric file, the position up to which it was sent. The dictionary key is the name of the file."""
@@ -43,6 +45,14 @@ class SyncState:
     def with_artifact(self, name: str, fingerprint: str) -> "SyncState":
         """Return a copy of this sync state that records that the artifact `name` was sent with this fingerprint."""
         return replace(self, artifacts=self.artifacts | {name: fingerprint})
+
+    def page(self, *, of_run: bool) -> str:
+        """Return the path and fragment of the page of MLflow that shows the run, or all runs of the experiment.
+
+        The type of the workflow is part of the fragment, because MLflow would otherwise show traces instead of runs.
+        """
+        experiment = f"/#/experiments/{self.experiment_id}/runs"
+        return f"{experiment}/{self.run_id}" if of_run else f"{experiment}?workflowType=machine_learning"
 
     def write(self, folder: Path) -> None:
         """Write this sync state to the mlflow.json of a folder."""

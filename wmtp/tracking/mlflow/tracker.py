@@ -18,9 +18,9 @@ from wmtp.runtime.background import SHUTDOWN_LIMIT_S, SHUTDOWN_STALL_S, Backgrou
 from wmtp.runtime.locks import LockHeld, file_lock
 from wmtp.runtime.run_dir import display_path, read_run, read_status
 from wmtp.tracking.base import State
-from wmtp.tracking.mlflow.artifacts import CheckpointChoice, artifacts, best_location, read_best
+from wmtp.tracking.mlflow.artifacts import CheckpointChoice, artifacts, best_location
 from wmtp.tracking.mlflow.client import BYTES_PER_SECOND, connect, longer_timeout
-from wmtp.tracking.mlflow.metric_sender import MetricSender, count_pending
+from wmtp.tracking.mlflow.metric_sender import MetricSender, count_pending, final_metrics
 from wmtp.tracking.mlflow.runs import (
     NewRun,
     UniqueTag,
@@ -32,7 +32,7 @@ from wmtp.tracking.mlflow.runs import (
 )
 from wmtp.tracking.mlflow.sweep_run import open_sweep_run, sweep_folder
 from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state
-from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, is_on_other_machine, is_server
+from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, is_on_other_machine, is_server, resolve_experiment
 from wmtp.tracking.system_metrics import FILE_NAME as SYSTEM
 from wmtp.tracking.system_metrics import SystemSampler
 from wmtp.tracking.tail import step_of
@@ -42,7 +42,6 @@ if TYPE_CHECKING:  # the import takes seconds: only the sending thread imports m
     from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
-BEST = "best/val_loss"
 CREATE_STORE_SECONDS = 60.0
 """Seconds that are added to the time limits for an SQLite file. Processes that open it at once wait for each other."""
 RUN_TAG, CHECKPOINTS_TAG, PARENT = "wmtp.run", "wmtp.checkpoints", "mlflow.parentRunId"
@@ -65,7 +64,7 @@ class MlflowTracker:
         is_training: bool = True,
         *,
         uri: TrackingUri | None = None,
-        experiment: str = "wmtp",
+        experiment: str | None = None,
         poll_seconds: PositiveFloat = 1.0,
         stall_seconds: PositiveFloat = 30.0,
         close_seconds: PositiveFloat = 60.0,
@@ -85,7 +84,8 @@ class MlflowTracker:
                 to the store whose URI is in mlflow.json.
             uri: tracking URI. If it is None, the environment variable MLFLOW_TRACKING_URI is used. If this is not set
                 either, the file `mlflow.db` in the `outputs` folder that contains the run is used.
-            experiment: name of the MLflow experiment.
+            experiment: name of the MLflow experiment. If it is None, the environment variable MLFLOW_EXPERIMENT_NAME is
+                used. If this is not set either, the name is "wmtp".
             poll_seconds: seconds between two searches for new metrics.
             stall_seconds: maximum seconds that `close` waits for a store that does not respond.
             close_seconds: maximum seconds that `close` waits for a store that responds.
@@ -94,7 +94,8 @@ class MlflowTracker:
             checkpoints: `best` to send the best checkpoint as artifacts, `none` to send no checkpoint.
 
         Raises:
-            InputError: the URI contains a user or a password, or mlflow.json is damaged.
+            InputError: MLflow cannot store runs at the URI, the URI contains a user or a password, or mlflow.json is
+                damaged.
         """
         self.folder = Path(os.path.abspath(folder))
         known = read_sync_state(self.folder)
@@ -102,7 +103,7 @@ class MlflowTracker:
         self.run_name, self.parameters, self.tags, self.is_training = run_name, parameters, tags, is_training
         self.poll_seconds, self.stall_seconds, self.close_seconds = poll_seconds, stall_seconds, close_seconds
         self.system_seconds, self.checkpoints = system_seconds, checkpoints
-        self._initial = SyncState("", self.uri, experiment, run_name)
+        self._initial = SyncState("", self.uri, resolve_experiment(experiment), run_name=run_name)
         self._sync_state = known if known is not None and known.uri == self.uri else self._initial
         if known is None:
             self._initial.write(self.folder)
@@ -185,7 +186,7 @@ class MlflowTracker:
             client, experiment_id = retry(connect, self.uri, self._sync_state.experiment or self._initial.experiment)
             run = retry(self._open_run, client, experiment_id)
             if run.info.run_id != self._sync_state.run_id:
-                self._save_state(replace(self._initial, run_id=run.info.run_id))
+                self._save_state(replace(self._initial, run_id=run.info.run_id, experiment_id=experiment_id))
             self._send_metadata(client, run, experiment_id)
             metrics = MetricSender(self.folder, client, self._sender, self._sync_state, self._save_state)
             while not self._sender.wait(self.poll_seconds):  # until the final status is known
@@ -239,12 +240,12 @@ class MlflowTracker:
             self._sender.retry(client.log_inputs, run.info.run_id, inputs)
 
     def _send_final_state(self, client: "MlflowClient", run: "Run") -> None:
-        """Send the best validation loss, the final status, and all artifacts that are new or have changed."""
+        """Send the best validation loss, pass@1, the final status, and all artifacts that are new or have changed."""
         retry, run_id = self._sender.retry, run.info.run_id
-        best = read_best(self.folder)
-        if best is not None and best["val/loss"] != run.data.metrics.get(BEST):
-            now = int(time.time() * 1000)  # equal in all attempts, so that the server can detect a repeated request
-            retry(client.log_metric, run_id, BEST, best["val/loss"], timestamp=now, step=best["step"])
+        now = int(time.time() * 1000)  # equal in all attempts, so that the server can detect a repeated request
+        for name, (value, step) in final_metrics(self.folder).items():
+            if value != run.data.metrics.get(name):
+                retry(client.log_metric, run_id, name, value, timestamp=now, step=step)
         # Status first: artifacts may go to another server and fail while the tracking server works.
         state, ended = self._status_to_send(run)
         if state is not None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
@@ -13,18 +14,68 @@ from wmtp.errors import InputError
 SQLITE = "sqlite:///"
 URI, USERNAME, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 CREDENTIALS = f"{USERNAME} and {PASSWORD}, in the environment or in .env"
+EXPERIMENT, DEFAULT_EXPERIMENT = "MLFLOW_EXPERIMENT_NAME", "wmtp"
+STORES = {"postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc"}
+"""Schemes of tracking URIs that MLflow accepts in addition to servers and SQLite files. A driver may follow, as in
+`mysql+pymysql`."""
+STORE_PLUGINS = "mlflow.tracking_store"
+"""Group of the entry points with which a package adds a scheme of tracking URIs to MLflow."""
+HOST = re.compile(r"(localhost|[\w-]+(\.[\w-]+)+|[\w.-]+(?=:\d))(:\d+)?(/\S*)?")
+"""Pattern of a server's address without a scheme, such as `localhost:5000`."""
 HAS_HOST = re.compile(r"(?!sqlite:|file:)[\w+.-]+://", re.IGNORECASE)
 
 
-def _reject_credentials(uri: str) -> str:
-    if has_credentials(uri):
-        raise ValueError(f"holds a user or a password; set {CREDENTIALS}, instead")
+def _validate(uri: str) -> str:
+    if problem := uri_problem(uri):
+        raise ValueError(problem)
     return uri
 
 
-TrackingUri = Annotated[str, AfterValidator(_reject_credentials)]
-"""Type of a config value that is a tracking URI. A URI that contains a user or a password is rejected, because configs
-are saved and uploaded."""
+TrackingUri = Annotated[str, AfterValidator(_validate)]
+"""Type of a config value that is a tracking URI. A URI at which MLflow cannot store runs is rejected. So is a URI that
+contains a user or a password, because configs are saved and uploaded."""
+
+
+def uri_problem(uri: str) -> str | None:
+    """Return the reason why runs cannot be tracked at a URI, with the right form of the URI, or None if they can."""
+    if has_credentials(uri):
+        return f"holds a user or a password; set {CREDENTIALS}, instead"
+    if uri != uri.strip():
+        return f"has blanks around it; write {uri.strip()}" if uri.strip() else "is empty"
+    scheme, _, rest = uri.partition(":")
+    scheme = scheme.lower()
+    if scheme in ("http", "https"):
+        return _server_problem(uri)
+    if scheme == "sqlite":
+        return _sqlite_problem(rest)
+    if scheme.partition("+")[0] in STORES or scheme in {plugin.name for plugin in entry_points(group=STORE_PLUGINS)}:
+        return None
+    if HOST.fullmatch(uri):
+        return f"lacks its scheme; write http://{uri}"
+    if scheme == "file" or "://" not in uri:
+        folder = uri.removeprefix("file:").removeprefix("//").rstrip("/") or "."
+        return f"names a folder, in which MLflow stores no runs; write {SQLITE}{folder}/mlflow.db"
+    return f"has a scheme that MLflow does not know; write http://HOST:PORT, https://HOST or {SQLITE}PATH"
+
+
+def _sqlite_problem(rest: str) -> str | None:
+    """Return the reason why a URI that begins with `sqlite:` names no file, or None if it names one."""
+    path = rest.removeprefix("///").partition("?")[0]
+    is_folder = not path or Path(path).is_dir()
+    if rest.startswith("///") and not is_folder:
+        return None
+    file = Path(path or ".") / "mlflow.db" if is_folder else rest.lstrip("/")
+    return f"names no SQLite file; write {SQLITE}{file}"
+
+
+def _server_problem(uri: str) -> str | None:
+    """Return the reason why a URL of a server is not valid, or None if it is valid."""
+    try:
+        parts = urlsplit(uri)
+        valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    return None if valid and not re.search(r"\s", uri) else "has no valid host and port; write http://HOST:PORT"
 
 
 def has_credentials(uri: str) -> bool:
@@ -71,13 +122,19 @@ def resolve_uri(uri: str | None) -> str | None:
     Return None if neither is set.
 
     Raises:
-        InputError: the URI contains a user or a password.
+        InputError: MLflow cannot store runs at this URI, or the URI contains a user or a password.
     """
     move_credentials()
+    name = "tracking.uri" if uri else URI
     uri = uri or os.environ.get(URI) or None
-    if uri is not None and has_credentials(uri):
-        raise InputError(f"tracking.uri holds a user or a password; set {CREDENTIALS}, instead")
+    if uri is not None and (problem := uri_problem(uri)):
+        raise InputError(f"{name}: {problem}" if has_credentials(uri) else f"{name}={uri!r}: {problem}")
     return uri.rstrip("/") if uri is not None and is_server(uri) else uri
+
+
+def resolve_experiment(name: str | None) -> str:
+    """Return the name of the experiment: `name`, or else MLFLOW_EXPERIMENT_NAME, or else `DEFAULT_EXPERIMENT`."""
+    return name or os.environ.get(EXPERIMENT) or DEFAULT_EXPERIMENT
 
 
 def absolute_uri(uri: str | None, folder: Path) -> str:
@@ -87,7 +144,7 @@ def absolute_uri(uri: str | None, folder: Path) -> str:
     that contains the run.
 
     Raises:
-        InputError: the URI contains a user or a password.
+        InputError: MLflow cannot store runs at this URI, or the URI contains a user or a password.
     """
     uri = resolve_uri(uri)
     if uri is None:
