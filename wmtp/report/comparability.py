@@ -8,28 +8,33 @@ from wmtp.errors import InputError
 from wmtp.report.metrics import is_lower_better
 from wmtp.report.run_record import RunRecord
 
+TRAINING_DATA = "train_fingerprint"
 SHARED_DATA = {
-    "train_fingerprint": ("training data", "data."),
     "validation_fingerprint": ("validation set", "data."),
     "tokenizer": ("tokenizer", "model.tokenizer."),
+    TRAINING_DATA: ("training data", "data."),
 }
-"""Fields of provenance.json that must be equal in all compared runs.
+"""Fields of provenance.json that are compared between runs.
 
-Each field is mapped to its name in error messages and to the prefix of the config keys that determine it.
+Each field is mapped to its name in messages and to the prefix of the config keys that determine it.
 """
+NOT_A_SETTING = "data.path"
+"""Config key that does not distinguish groups. Files with other content are not a setting whose effect is measured."""
 MEANS_OVER_HEADS = ("val/loss", "val/mtp_loss")
 SINGLE_HEAD = "val/head_1_loss"
 ABSENT = "-"
 
 
 def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
-    """Check that all runs use the same data and tokenizer.
+    """Check that all runs use the same validation set and tokenizer, and that only settings change the training data.
 
     Returns:
-        A note for each check that is not possible, because a run does not record its data or its tokenizer.
+        A note if the training data differ because of a setting, which is then a part of what the comparison measures,
+        and a note for each check that is not possible, because a run does not record its data or its tokenizer.
 
     Raises:
-        InputError: two runs differ in the training data, the validation set or the tokenizer.
+        InputError: two runs differ in the validation set or the tokenizer, or their training data differ although no
+            setting does, or although it is not known that their validation sets are equal.
     """
     data_by_run = {run: dict(run.provenance.get("data", {})) for run in runs}
     problems, notes = [], []
@@ -37,11 +42,20 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
         known = [run for run in runs if data_by_run[run].get(key) is not None]
         if unrecorded := [run for run in runs if run not in known]:
             notes.append(f"cannot check that all runs use the same {name}: {unrecorded[0].folder} does not record it")
-        first = known[0] if known else None
         other = next((run for run in known if data_by_run[run][key] != data_by_run[known[0]][key]), None)
-        if first is not None and other is not None:
-            problems.append(f"  {name} differs between {first.folder} and {other.folder}:")
-            problems += config_differences(first, other, prefix)
+        if other is None:
+            continue
+        changes = config_changes(known[0], other, prefix)
+        if key == TRAINING_DATA and changes.keys() - {NOT_A_SETTING} and not problems and not notes:
+            notes.append(
+                f"the training data differ ({format_changes(changes)}) and the validation data do not: the comparison "
+                "measures the effect of the training data as well"
+            )
+        else:
+            problems.append(f"  {name} differs between {known[0].folder} and {other.folder}:")
+            problems += [f"    {format_changes({each: changes[each]})}" for each in changes] or [
+                f"    the configs are equal below {prefix[:-1]}, so the files that they refer to must have changed"
+            ]
     if problems:
         raise InputError("\n".join([
             "The runs use different data, so a difference between them does not measure the method.",
@@ -51,20 +65,22 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
     return notes
 
 
-def config_differences(one: RunRecord, other: RunRecord, prefix: str) -> list[str]:
-    """Return lines that list the config keys with the given prefix whose values differ between two runs.
-
-    If the two runs have the same values for all of these keys, the result is a single line. It says that the contents
-    of the files that the config names must have changed between the two runs.
-    """
+def config_changes(one: RunRecord, other: RunRecord, prefix: str) -> dict[str, tuple[Any, Any]]:
+    """Return the two values of each config key with the given prefix whose values differ between two runs."""
     before, after = (
         {key: value for key, value in flatten(run.config).items() if key.startswith(prefix)} for run in (one, other)
     )
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
-    lines = [f"    {key}: {before.get(key, ABSENT)} and {after.get(key, ABSENT)}" for key in keys]
-    return lines or [
-        f"    the configs are equal below {prefix[:-1]}, so the files that they refer to must have changed"
-    ]
+    return {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys}
+
+
+def format_changes(changes: dict[str, tuple[Any, Any]]) -> str:
+    """Return the changed config keys with their two values as text.
+
+    >>> format_changes({"data.correct_ratio": (0.5, 1.0)})
+    'data.correct_ratio: 0.5 and 1.0'
+    """
+    return "; ".join(f"{key}: {before} and {after}" for key, (before, after) in changes.items())
 
 
 def require_comparable(metric: str, runs: Sequence[RunRecord]) -> None:

@@ -116,7 +116,7 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
     """
     if k == 1 and all(run.summary.get("pass@1") for run in runs):
         samples = {run: final_test_samples(run) for run in runs}
-        if len({frozenset(row["task_id"] for row in rows) for rows in samples.values()}) == 1:
+        if len({frozenset((row["task_id"], row.get("prompt")) for row in rows) for rows in samples.values()}) == 1:
             values = {run: float(run.summary["pass@1"]["value"]) for run in runs}
             return MetricValues(
                 "pass@1",

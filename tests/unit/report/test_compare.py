@@ -215,7 +215,7 @@ def test_an_unknown_metric_lists_the_common_metrics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "name", "config"),
     [
-        ("train_fingerprint", "training data", "data.num_train"),
+        ("train_fingerprint", "training data", "data.path"),
         ("validation_fingerprint", "validation set", "data.seed"),
         ("tokenizer", "tokenizer", "model.tokenizer.vocab_size"),
     ],
@@ -229,6 +229,21 @@ def test_runs_with_different_data_are_refused(tmp_path: Path, key: str, name: st
     assert f"  {name} differs between {one} and {other}:\n    {config}: 77 and 99\n" in message
     assert "Compare only runs that use the same data, or train again" in message
     assert raised.value.exit_code == 2
+
+
+def test_training_data_may_differ_by_a_setting_if_the_validation_data_are_equal(tmp_path: Path) -> None:
+    """The controls: another validation set, one that is not recorded, or other files under the same settings."""
+    for number, provenance in enumerate([{}, {"validation_fingerprint": "other"}, {"validation_fingerprint": None}]):
+        folder = tmp_path / str(number)
+        fake_run(folder / "a", algo="baseline", **{"data.correct_ratio": 1.0})
+        changed = {"train_fingerprint": "other"} | provenance
+        fake_run(folder / "b", algo="baseline", provenance=changed, **{"data.correct_ratio": 0.5})
+        if provenance:
+            with pytest.raises(InputError, match="The runs use different data"):
+                compare_study(folder, baseline="1")
+            continue
+        notes = compare_study(folder, baseline="1").notes
+        assert "the training data differ (data.correct_ratio: 1.0 and 0.5) and the validation data do not" in notes[0]
 
 
 def test_different_files_with_equal_configs_are_refused(tmp_path: Path) -> None:

@@ -175,6 +175,30 @@ def test_seeds_needed_equal_tables_of_the_paired_t_test(effect: float, needed: i
     assert seeds_needed(-2 * effect, 2.0) == needed
 
 
+def power(num_pairs: int, effect: float, num_comparisons: int) -> float:
+    """Return the power of the t test, integrated over the distribution of the sample's standard deviation."""
+    bound = stats.t.isf(0.05 / num_comparisons / 2, num_pairs - 1)
+    deviations = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, num_pairs - 1) / (num_pairs - 1))
+    return float(stats.norm.sf(bound * deviations - effect * np.sqrt(num_pairs)).mean())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.1, 20), st.integers(1, 100))
+def test_the_seeds_needed_are_the_fewest_with_80_percent_power(effect: float, num_comparisons: int) -> None:
+    needed = seeds_needed(effect, 1.0, num_comparisons)
+    assert needed is not None
+    if needed <= SEEDS_CAP:
+        assert power(needed, effect, num_comparisons) > 0.8 - 1e-3
+    if needed > MIN_PAIRS:
+        assert power(needed - 1, effect, num_comparisons) < 0.8 + 1e-3
+
+
+def test_seven_comparisons_need_more_seeds_than_one() -> None:
+    """The control is the number for one comparison, with which seven comparisons have a power of 0.53."""
+    assert (seeds_needed(3.0, 1.0, 7), seeds_needed(3.0, 1.0)) == (5, 4)
+    assert power(5, 3.0, 7) == pytest.approx(0.834, abs=0.01) and power(4, 3.0, 7) < 0.55
+
+
 def test_the_seeds_needed_give_80_percent_power() -> None:
     needed = seeds_needed(1.0, 1.0, num_comparisons=3)
     assert needed is not None and needed > 10
