@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 SIZES = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
-LEAST_CONTRAST, LEAST_TEXT = 4.5, 8.0
+LEAST_CONTRAST, LEAST_TEXT = 4.5, 10.5
 FIND_FAULTS = (Path(__file__).parent / "page_faults.js").read_text()
 
 

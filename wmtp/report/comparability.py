@@ -37,7 +37,7 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
             setting does, or although it is not known that their validation sets are equal.
     """
     data_by_run = {run: dict(run.provenance.get("data", {})) for run in runs}
-    problems, notes = [], []
+    problems, notes = list[str](), list[str]()
     for key, (name, prefix) in SHARED_DATA.items():
         known = [run for run in runs if data_by_run[run].get(key) is not None]
         if unrecorded := [run for run in runs if run not in known]:

@@ -26,6 +26,7 @@ from wmtp.report.plots import (
     finish_axes,
     line_style,
     set_log_x_axis,
+    set_loss_axis,
 )  # fmt: skip
 from wmtp.report.results import MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
@@ -101,11 +102,7 @@ def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[
     curves = {label: kept for label, members in curves.items() if (kept := [each for each in members if each])}
     if not curves:
         return []
-    end = max(x for members in curves.values() for member in members for x, _ in member)
-    late = {
-        label: [[pair for pair in member if pair[0] >= end / 2] for member in members]
-        for label, members in curves.items()
-    }
+    late = {label: [_second_half(member) for member in members] for label, members in curves.items()}
     late = {label: kept for label, members in late.items() if (kept := [each for each in members if len(each) > 1])}
     caption = "Lines: means over seeds, where all runs of a group have values; bands: one standard deviation"
     caption += "; thin lines: runs." if len(curves) <= MAX_GROUPS_WITH_RUNS else "."
@@ -119,6 +116,12 @@ def plot_curves(groups: Mapping[str, Sequence[RunRecord]], metric: str) -> list[
     return plots
 
 
+def _second_half(curve: Series) -> Series:
+    """Return the second half of a curve. A curve over tokens begins at those of stage 1, not at 0."""
+    middle = (curve[0][0] + curve[-1][0]) / 2
+    return [pair for pair in curve if pair[0] >= middle]
+
+
 def _plot_group_curves(
     curves: Mapping[str, Sequence[Series]], by_tokens: bool, name: str, title: str, caption: str
 ) -> Plot:
@@ -130,6 +133,7 @@ def _plot_group_curves(
     for number, (label, members) in enumerate(curves.items()):
         short = textwrap.shorten(label, 48, placeholder=" …")
         _add_group_curve(axes, members, number, short, with_runs=len(curves) <= MAX_GROUPS_WITH_RUNS)
+    set_loss_axis(axes)
     if by_tokens:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_tokens(value)))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))

@@ -99,12 +99,12 @@ def _result(comparison: Comparison) -> Markup:
     )
     if len(comparison.metrics) > 1:
         rows = [
-            [metric.metric, *(_verdict(_find_difference(metric, each.label)) for each in requested.differences)]
-            for metric in comparison.metrics
+            [breakable(each.label), *(_verdict(_find_difference(metric, each.label)) for metric in comparison.metrics)]
+            for each in requested.differences
         ]
-        head = ["metric", *(breakable(each.label) for each in requested.differences)]
+        head = ["group", *(metric.metric for metric in comparison.metrics)]
         body += paragraph("Verdicts for all metrics; p-values are corrected for each metric separately.")
-        body += table(head, rows, names=range(1, len(head)))
+        body += table(head, rows, names=[0])
     return body
 
 

@@ -17,16 +17,18 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-WIDTH = 5.0
-"""Width of a plot in inches. A narrow screen shows an inch as 72 pixels, so text of 9 points remains legible."""
+WIDTH = 4.3
+"""Width of a plot in inches. If a screen has 400 pixels, a plot has 368, so text of 9 points is 10.7 pixels high."""
 RIGHT_MARGIN, TITLE_HEIGHT, PANEL_GAP, LEGEND_ROW_HEIGHT = 0.15, 0.3, 0.38, 0.18
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 """Allowed steps between the ticks of an axis."""
+MAX_LINEAR_RANGE = 10
+"""Largest ratio of the losses of a plot that are shown on a linear axis."""
 MAX_POINTS = 1_000
 """Approximate maximum number of points of a plotted curve. A reader could not distinguish more points."""
 
 INK, QUIET, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-LINES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206")
+LINES = ("#010201", "#010202", "#010203", "#010204", "#010205", "#010206", "#010207", "#010208")
 GOOD, BAD = "#020301", "#020302"
 CSS_VARIABLES = {
     INK: "--ink", QUIET: "--quiet", GRID: "--rule", PAPER: "--paper", GOOD: "--good", BAD: "--bad",
@@ -138,6 +140,16 @@ def set_log_y_axis(axes: Axes) -> None:
         return
     axes.set_yscale("log", nonpositive="mask")
     _set_log_ticks(axes.yaxis, *axes.get_ylim())
+
+
+def set_loss_axis(axes: Axes) -> None:
+    """Make the vertical axis of losses logarithmic if they are positive and differ by a factor over `MAX_LINEAR_RANGE`.
+
+    On a linear axis, the small losses of such curves could not be distinguished.
+    """
+    low, high = axes.dataLim.intervaly
+    if low > 0 and high > MAX_LINEAR_RANGE * low:
+        set_log_y_axis(axes)
 
 
 def set_log_x_axis(axes: Axes) -> None:

@@ -28,6 +28,7 @@ from wmtp.report.plots import (
     plot_training_and_validation,
     set_integer_x_axis,
     set_log_y_axis,
+    set_loss_axis,
 )
 from wmtp.report.run_record import RunRecord
 
@@ -50,6 +51,7 @@ def plot_loss(run: RunRecord) -> Plot | None:
             label=f"best: {loss:.4g} at {step:,}",
         )  # fmt: skip
         label += f"; the best validation is {loss:.4g} at update {step:,}"
+    set_loss_axis(axes)
     finish_axes(axes, 3)
     caption = "Each training value is the loss of one batch, the last before a log line. Lower is better."
     return Plot(figure, "loss", label, caption + nonfinite_caption(training, validation))
@@ -66,6 +68,7 @@ def plot_head_losses(run: RunRecord) -> Plot | None:
     for head, (training, validation) in heads.items():
         plot_curve(axes, training, head - 1, alpha=0.4, **(TRAINING_STYLE | {"linewidth": 0.8}))
         plot_curve(axes, validation, head - 1, label=f"head {head}")
+    set_loss_axis(axes)
     finish_axes(axes, LEGEND_COLUMNS)
     ends = ", ".join(f"head {head} {pair[1][-1][1]:.3g}" for head, pair in heads.items() if pair[1])
     label = f"The loss of each head over the updates{f'; last validation: {ends}' if ends else ''}"
@@ -222,6 +225,7 @@ def plot_pretrain_loss(run: RunRecord) -> Plot | None:
         return None
     figure, (axes,) = create_panels(["loss of stage 1"], height=2.1, legend_rows=1)
     plot_training_and_validation(axes, training, validation)
+    set_loss_axis(axes)
     finish_axes(axes, 2)
     label = "The loss of stage 1 over its updates"
     return Plot(figure, "stage-loss", label, "The loss that stage 1 minimizes, over its own updates.")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from wmtp.config.flatten import merge_absent_parts
 from wmtp.report import run_plots
 from wmtp.report.html import (
     Section,
@@ -212,7 +213,7 @@ def _config(run: RunRecord) -> Markup:
         return (muted_paragraph("Every value is its default.") if changed is not None else Markup()) + full
     rows = [
         (code(breakable(key)), code(_format_value(before)), code(_format_value(now)))
-        for key, (before, now) in changed.items()
+        for key, (before, now) in merge_absent_parts(changed).items()
     ]
     return table(["changed key", "default", "this run"], rows, names=[0], wide=[1, 2]) + full
 

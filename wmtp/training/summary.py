@@ -4,6 +4,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -34,9 +35,9 @@ def last_and_best(folder: Path) -> dict[str, Any]:
 
 def median_speed(folder: Path) -> float | None:
     """Return the median of the logged training speeds in tokens per second, or None if no speed was logged."""
-    speeds = sorted(line["train/tokens_per_second"] for line in read_json_lines(folder / FILE_NAME)
-                    if "train/tokens_per_second" in line)  # fmt: skip
-    return speeds[len(speeds) // 2] if speeds else None
+    speeds = [line["train/tokens_per_second"] for line in read_json_lines(folder / FILE_NAME)
+              if "train/tokens_per_second" in line]  # fmt: skip
+    return median(speeds) if speeds else None
 
 
 def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[str, Any]) -> dict[str, Any]:

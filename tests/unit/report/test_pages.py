@@ -1,6 +1,7 @@
 """Tests of the pages of runs and comparisons: content, and layout and contrast in a browser."""
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -19,12 +20,13 @@ from tests.support.fake_runs import fake_run, write_json, write_lines
 from tests.support.pages import HOSTILE, TOKENS, example_comparison, rich_run, tokens
 from wmtp.report.comparison_plots import plot_curves
 from wmtp.report.comparison_report import describe_difference, write_comparison_report
-from wmtp.report.plots import MAX_POINTS, downsample_indices, line_style
+from wmtp.report.plots import MAX_POINTS, downsample_indices, line_style, plot_style
 from wmtp.report.results import Comparison, FailedRuns
-from wmtp.report.run_plots import plot_updates
+from wmtp.report.run_plots import plot_loss, plot_updates
 from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import write_run_report
 from wmtp.report.token_heatmap import TEXT, TOKEN_METRICS
+from wmtp.training.summary import median_speed
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -389,6 +391,51 @@ def test_config_differences_start_with_the_keys_in_the_labels(tmp_path: Path, co
     assert "optimizer.<wbr>lr" in shown and "pretrain" not in shown
     assert "pretrain.<wbr>algo.<wbr>name_<wbr>of_<wbr>it" in folded
     assert "_target_" not in part.replace("<wbr>", "") and "@" not in part
+
+
+def test_the_second_half_of_a_curve_does_not_count_the_tokens_of_stage_1(tmp_path: Path) -> None:
+    """The control cuts at half of all tokens: after a stage 1 of more tokens, it leaves out nothing."""
+    run = RunRecord(fake_run(tmp_path / "run", val_losses=[4.0, 3.0, 2.0, 1.0], stage_tokens=100_000))
+    whole, half = (plot.figure.axes[0].lines[0].get_xdata() for plot in plot_curves({"critic": [run]}, "val/loss"))
+    assert list(whole) == [110_000, 120_000, 130_000, 140_000] and list(half) == [130_000, 140_000]
+    assert [x for x in whole if x >= max(whole) / 2] == list(whole)
+
+
+@pytest.mark.parametrize(("end", "scale"), [(0.0186, "log"), (0.9, "linear"), (0.0, "linear"), (math.nan, "linear")])
+def test_small_losses_can_be_told_apart(tmp_path: Path, end: float, scale: str) -> None:
+    """The controls are losses of one magnitude, and losses for which there is no logarithmic axis."""
+    with plot_style():
+        folder = fake_run(tmp_path / "run", val_losses=[6.0, end], metrics={"train/loss": [6.0, 3.0]})
+        plots = [plot_loss(RunRecord(folder)), *plot_curves({"critic": [RunRecord(folder)]}, "val/loss")]
+    assert {plot.figure.axes[0].get_yscale() for plot in plots if plot} == {scale}
+
+
+def test_the_verdicts_on_all_metrics_have_a_row_for_each_group(comparison_page: Path, comparison: Comparison) -> None:
+    """A column for each group would be cut off with eight groups."""
+    page = comparison_page.read_text()
+    start = page.index("Verdicts for all metrics")
+    head = page[start : page.index("</thead>", start)]
+    assert [metric.metric in head for metric in comparison.metrics] == [True, True] and "critic" not in head
+
+
+def test_the_page_shows_one_median_of_the_speed(tmp_path: Path) -> None:
+    """With an even number of speeds, the larger of the two middle ones is not the median."""
+    speeds = [100.0, 200.0, 400.0, 800.0]
+    run = fake_run(tmp_path / "run", val_losses=speeds, metrics={"train/tokens_per_second": speeds})
+    summary = json.loads((run / "summary.json").read_text()) | {"tokens_per_second": median_speed(run)}
+    write_json(run / "summary.json", summary)
+    page = write_run_report(run).read_text()
+    assert median_speed(run) == 300.0 and ">300</dd>" in page and "median 300<" in page
+
+
+def test_the_page_of_a_job_is_titled_by_its_settings(tmp_path: Path) -> None:
+    """The control is a run outside of a sweep, which is titled by its folder."""
+    overrides = [["algo=critic", f"seed={seed}"] for seed in range(2)]
+    write_json(
+        tmp_path / "sweep.json", {"jobs": [{"number": n, "overrides": each} for n, each in enumerate(overrides)]}
+    )
+    names = [RunRecord(fake_run(tmp_path / folder)).name for folder in ("1", "other", "inside/1")]
+    assert names == ["seed=1", "other", "1"]
 
 
 def test_a_metric_without_curves_is_noted(tmp_path: Path, comparison: Comparison) -> None:
