@@ -16,6 +16,7 @@ from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
+from wmtp.distributed.parallelize import Strategy, full_tensor, parallelize, synchronize_gradients
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 
@@ -71,3 +72,26 @@ def test_gradients_are_equal_with_and_without_a_wrapper(
     for name, gradient in gradients(model, algorithm, batch, forward).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
     assert wrapper == "fsdp" or len(reduced_gradients) == 1
+
+
+def test_fsdp_sums_the_gradients_of_bf16_parameters_in_fp32(process_group: None) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    inputs = torch.randn(32, 8, 64, dtype=torch.bfloat16)
+    exact = torch.zeros(64, 64, dtype=torch.double)
+    for x in inputs.double():
+        exact += 2 * (x @ weight.double().T).T @ x
+
+    def relative_error(strategy: Strategy) -> float:
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+        torch.nn.init.zeros_(model[0].weight).data += weight
+        parallelize(model, [model[0]], strategy, "fp32")
+        for number, x in enumerate(inputs, 1):
+            synchronize_gradients(model, number == len(inputs))
+            model(x).float().square().sum().backward()
+        gradient = full_tensor(model[0].weight.grad)
+        assert gradient.dtype == torch.bfloat16
+        return float((gradient.double() - exact).norm() / exact.norm())
+
+    assert relative_error("fsdp") < 0.0025
+    assert relative_error("single") > 0.004  # the control: torch adds micro-batches in the parameter's dtype

@@ -3,16 +3,20 @@
 To continue at the same sample, a run therefore needs only the numbers of the epoch and of the update.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 
-WINDOW = 64
-"""The number of batches whose samples are sorted by length together.
+MIN_WINDOWS = 4
+"""The smallest number of windows into which the samples are divided at random in each epoch.
 
-Sorting reduces padding. The number is limited so that each epoch has different batches.
+The samples of a window are sorted by length, which reduces padding. If a window were a large part of the data, samples
+of similar length would be in one batch in every epoch and with every seed.
 """
+MAX_WINDOW_BATCHES = 64
+"""The largest window, as a number of batches. Larger windows would hardly reduce padding further."""
 
 
 def epoch_batches(
@@ -24,18 +28,17 @@ def epoch_batches(
     than `batch_size`. Samples of the same group are adjacent in a batch, but may also be divided among two batches.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    shuffled = generator.permutation(len(lengths))
-    if groups is not None:
-        shuffled = np.argsort(generator.permutation(int(groups.max()) + 1)[groups], kind="stable")
-        longest = np.zeros(int(groups.max()) + 1, lengths.dtype)
-        np.maximum.at(longest, groups, lengths)
-        lengths = longest[groups]
-    window = WINDOW * batch_size
-    batches = []
-    for start in range(0, len(shuffled), window):
-        members = shuffled[start : start + window]
-        members = members[np.argsort(lengths[members], kind="stable")]
-        batches += [members[i : i + batch_size].tolist() for i in range(0, len(members), batch_size)]
+    group_of = np.arange(len(lengths)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    longest = np.zeros(group_of.max(initial=-1) + 1, lengths.dtype)
+    np.maximum.at(longest, group_of, lengths)
+    num_windows = max(MIN_WINDOWS, 2 * math.ceil(len(lengths) / (2 * MAX_WINDOW_BATCHES * batch_size)))
+    windows = np.array_split(generator.permutation(len(longest)), num_windows)
+    # lengths rise and fall alternately, and the ends join, so a batch from two windows has similar lengths, too
+    by_length = [window[np.argsort(longest[window], kind="stable")] for window in windows]
+    ordered = np.concatenate([window[:: (-1) ** i] for i, window in enumerate(by_length)])
+    ordered = np.roll(ordered, generator.integers(max(1, len(ordered))))
+    samples = np.argsort(np.argsort(ordered)[group_of], kind="stable")
+    batches = [samples[i : i + batch_size].tolist() for i in range(0, len(samples), batch_size)]
     num_full = len(lengths) // batch_size
     return [batches[i] for i in generator.permutation(num_full)] + batches[num_full:]
 

@@ -4,6 +4,7 @@ With DDP, each rank holds a copy of the model. With FSDP2, each rank holds a sha
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -42,12 +43,15 @@ def parallelize(
     if strategy == "fsdp":
         # by default torch would choose the fastest device of the machine, even for a model on the CPU
         mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # gradients are summed over micro-batches and ranks in fp32, even those of bf16 parameters
+        kept = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = replace(kept, param_dtype=torch.bfloat16)
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=mixed if precision == "bf16" else MixedPrecisionPolicy())
+            fully_shard(block, mesh=mesh, mp_policy=mixed if precision == "bf16" else kept)
         for module in keep_fp32:
-            fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the loss uses the unembedding after the forward
+            fully_shard(module, mesh=mesh, mp_policy=kept)
+        # the loss uses the unembedding after the forward
+        fully_shard(model, mesh=mesh, mp_policy=kept, reshard_after_forward=False)
 
 
 def synchronize_gradients(model: nn.Module, now: bool) -> None:

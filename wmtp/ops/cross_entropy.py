@@ -90,7 +90,10 @@ def weighted_cross_entropy(
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """The autograd function of `weighted_cross_entropy`. It sums the unembedding's gradient over all chunks."""
+    """The autograd function of `weighted_cross_entropy`.
+
+    It sums the unembedding's gradient over all chunks, in fp32 or a more precise dtype.
+    """
 
     @staticmethod
     def forward(
@@ -107,7 +110,9 @@ class WeightedCrossEntropy(torch.autograd.Function):
         weight = unembedding.to(dtype)
         # not zeros_like, which would keep the strides of an expanded or transposed input
         states_gradient = states.new_zeros(targets.numel(), states.shape[-1]) if needs_gradient[0] else None
-        unembedding_gradient = unembedding.new_zeros(unembedding.shape) if needs_gradient[1] else None
+        unembedding_gradient = None
+        if needs_gradient[1]:
+            unembedding_gradient = unembedding.new_zeros(unembedding.shape, dtype=statistics_dtype(unembedding.dtype))
         losses = states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype))
         all_factors = torch.zeros_like(losses)
         with torch.autocast(states.device.type, enabled=False):
@@ -123,7 +128,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
                     states_gradient.index_copy_(0, chunk.rows, rows.to(states.dtype))
                 if unembedding_gradient is not None:
                     rows = (chunk.states * factors).to(dtype)
-                    if dtype == unembedding.dtype:
+                    if dtype == unembedding_gradient.dtype:
                         unembedding_gradient.addmm_(errors.T, rows)
                     else:
                         unembedding_gradient.add_(errors.T @ rows)
@@ -131,6 +136,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
             None if states_gradient is None else states_gradient.view(states.shape),
             unembedding_gradient,
         )
+        ctx.unembedding_dtype = unembedding.dtype
         losses, all_factors = losses.view(targets.shape), all_factors.view(targets.shape)
         ctx.mark_non_differentiable(losses, all_factors)
         return (losses * all_factors).sum(), losses, all_factors
@@ -147,7 +153,10 @@ class WeightedCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(output_gradients[0])
-        return *gradients, None, None, None, None
+        states_gradient, unembedding_gradient = gradients
+        if unembedding_gradient is not None:
+            unembedding_gradient = unembedding_gradient.to(ctx.unembedding_dtype)
+        return states_gradient, unembedding_gradient, None, None, None, None
 
 
 class Chunk:
@@ -182,7 +191,8 @@ class Chunk:
             torch.mm(states * LOG2_E, unembedding.T, out=self.exponentials)
         else:
             torch.mm(states, unembedding.T, out=self.products)
-            torch.mul(self.products, LOG2_E, out=self.exponentials)
+            # convert before the multiplication, which would otherwise be rounded to the dtype of the products
+            self.exponentials.copy_(self.products).mul_(LOG2_E)
         target_logits = self.exponentials.gather(1, targets.unsqueeze(1))
         largest = self.exponentials.amax(dim=1, keepdim=True)
         self.sums = self.exponentials.sub_(largest).exp2_().sum(dim=1)

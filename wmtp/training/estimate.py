@@ -162,16 +162,17 @@ def chunk_bytes(machine: Machine) -> int:
 def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, tokens: int) -> float:
     """Return the memory that the loss needs, in bytes. The loss is computed in chunks.
 
-    This memory contains the states of the heads and their gradient, the gradient of the unembedding, copies of the
-    unembedding in bf16, and one chunk of logits.
+    This memory contains the states of the heads and their gradient, the gradient of the unembedding in fp32, copies of
+    the unembedding and of the gradient of one chunk in bf16, and one chunk of logits.
     """
     if shape.trains_values_only:
         return 0.0
     is_trained, size = shape.adapter_rank is None, product_bytes(shape, setting)
     states = 2 * normed_bytes(shape, machine, setting) * shape.num_heads * shape.dim * tokens
-    unembedding = shape.number_bytes if is_trained else 0
-    if size < shape.number_bytes:
-        unembedding += 2 * size if is_trained else size
+    summed = max(4, shape.number_bytes)
+    unembedding = size if size < shape.number_bytes else 0
+    if is_trained:
+        unembedding += summed + (size if size < summed else 0)
     copies = 1.0
     if size == 2:
         copies = 1.5 if machine.device == "cuda" else 2.5  # other devices divide in fp32 first, then cast to bf16
@@ -212,7 +213,7 @@ def memory(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> dic
     shards = machine.processes if setting.strategy == "fsdp" else 1
     gradients, accumulates = counts.trained_bytes / shards, machine.micro_batches(setting) > 1
     if shards > 1 and accumulates and not setting.reduce_each_micro_batch:
-        gradients = float(4 * counts.trained if setting.precision == "bf16" else counts.trained_bytes)
+        gradients = 4.0 * counts.trained  # they are summed in fp32
     uses = {
         "parameters": counts.parameter_bytes / shards,
         "gradients": gradients,

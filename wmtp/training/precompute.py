@@ -26,8 +26,11 @@ from wmtp.ops.cross_entropy import cross_entropy
 from wmtp.ops.targets import targets
 from wmtp.runtime.locks import file_lock
 
-FORMAT = 1
-"""Version of the file format. The names of the cached files depend on it."""
+FORMAT = 2
+"""Version of the file format and of the arithmetic. The names of the cached files depend on it.
+
+It must change if other code computes other values, as with the rounding of losses in bf16.
+"""
 BATCH_SIZE = 32
 
 

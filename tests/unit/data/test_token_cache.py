@@ -1,3 +1,4 @@
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -116,16 +117,59 @@ def test_every_epoch_has_every_sample_once_in_a_different_order(count: int, batc
     assert sorted(i for batch in batches_by_length(lengths, batch_size) for i in batch) == list(range(count))
 
 
+Batches = list[list[int]]
+
+
+def padding(batches: Batches, lengths: np.ndarray) -> float:
+    """Return the share of padding among all tokens of the batches."""
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    return 1 - float(lengths.sum()) / float(padded)
+
+
+def share_that_meets_again(batches: Batches, others: Batches, groups: np.ndarray | None = None) -> float:
+    """Return the share of the pairs in one batch of `batches` that are also in one batch of `others`.
+
+    Pairs of the same group are left out.
+    """
+    first, second = (
+        {pair for batch in found for pair in combinations(sorted(batch), 2)
+         if groups is None or groups[pair[0]] != groups[pair[1]]}
+        for found in (batches, others)
+    )  # fmt: skip
+    return len(first & second) / len(first)
+
+
+def sorted_in_windows(lengths: np.ndarray, batch_size: int, window: int, epoch: int) -> Batches:
+    """Return batches of samples that are sorted by length in random windows of the given number of samples."""
+    shuffled = np.random.default_rng(epoch).permutation(len(lengths))
+    windows = [shuffled[i : i + window] for i in range(0, len(lengths), window)]
+    ordered = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in windows])
+    return [ordered[i : i + batch_size].tolist() for i in range(0, len(ordered), batch_size)]
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize(("count", "batch_size"), [(100, 16), (374, 8), (374, 16), (374, 32), (1000, 16), (10_000, 16)])
+def test_other_epochs_and_seeds_have_batches_of_other_samples(count: int, batch_size: int, is_grouped: bool) -> None:
+    lengths = np.random.default_rng(0).lognormal(5.4, 0.4, count).astype(int)
+    groups = np.arange(count) // 2 if is_grouped else None
+    first, next_epoch, other_seed = (
+        epoch_batches(lengths, batch_size, seed, epoch, groups) for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    )
+    assert share_that_meets_again(first, next_epoch, groups) < 0.35
+    assert share_that_meets_again(first, other_seed, groups) < 0.35
+    # the controls: windows of 64 batches, and batches at random
+    naive = [sorted_in_windows(lengths, batch_size, 64 * batch_size, epoch) for epoch in (0, 1)]
+    assert count == 10_000 or share_that_meets_again(*naive) > 0.5
+    at_random = sorted_in_windows(lengths, batch_size, 1, 0)
+    assert is_grouped or padding(first, lengths) < padding(at_random, lengths)
+
+
 def test_less_than_fifteen_percent_of_the_tasks_tokens_are_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
     difficulties = {1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}
     source = TaskSource(tokenizer=tokenizer, num_train=800, difficulties=difficulties, correct_ratio=1.0)
     data = read_dataset(source, tmp_path, seed=0)
     lengths = data.train.samples.lengths
 
-    def padding(batches: list[list[int]]) -> float:
-        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-        return 1 - float(lengths.sum()) / float(padded)
-
-    shuffled = np.random.default_rng(0).permutation(len(lengths))
-    naive = [shuffled[i : i + 16].tolist() for i in range(0, len(shuffled), 16)]
-    assert padding(epoch_batches(lengths, 16, 0, 0)) < 0.15 < padding(naive)
+    for some in (lengths, lengths[:374]):
+        at_random = sorted_in_windows(some, 16, 1, 0)
+        assert padding(epoch_batches(some, 16, 0, 0), some) < 0.15 < padding(at_random, some)

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -192,6 +193,9 @@ def test_the_loss_takes_less_than_all_logits() -> None:
     assert all_logits_bytes(shape, tokens) == 2 * 4 * 4 * 32000 * tokens
     tiny = ModelShape(dim=8, num_attention_heads=1, vocab_size=10)  # all logits fit in one chunk
     assert loss_bytes(tiny, CPU, single_process(), 3) == (2 * 4 * 4 * 8 + 4 * 4 * 10) * 3 + 4 * 10 * 8
+    # in bf16: the unembedding's gradient in fp32, and that of one chunk in bf16
+    in_bf16 = replace(tiny, number_bytes=2)
+    assert loss_bytes(in_bf16, CPU, single_process(), 3) == (2 * 2 * 4 * 8 + 2.5 * 4 * 4 * 10) * 3 + (4 + 2) * 10 * 8
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("llama", None), ("llama, medusa", None), ("gpt2", None), ("ours", 8)])
