@@ -28,7 +28,7 @@ from wmtp import export as export_command
 from wmtp.checkpoint import manifest
 from wmtp.cli.job import JobContext
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError
-from wmtp.data.tokenizer import PROBE, Tokenizer, pretrained_tokenizer
+from wmtp.data.tokenizer import END, PROBE, Tokenizer, pretrained_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.export import positional_args
@@ -186,6 +186,8 @@ def test_an_exported_trunk_is_a_standard_model_of_its_family(
     tokenizer_class = PreTrainedTokenizerFast if has_warning else AutoTokenizer
     exported = tokenizer_class.from_pretrained(folder)
     assert exported(PROBE)["input_ids"] == run.tokenizer.encode([PROBE])[0]
+    is_text = exported(END)["input_ids"] == run.tokenizer.encode([END])[0]
+    assert is_text is (family == "wmtp")  # the files of other tokenizers, and so their settings, are copied
     assert (exported.eos_token_id, exported.pad_token_id) == (run.tokenizer.end, run.tokenizer.padding)
     assert model.generation_config.eos_token_id == run.tokenizer.end
 

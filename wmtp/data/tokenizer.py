@@ -3,7 +3,9 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+import re
+import secrets
+from collections.abc import Collection, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,28 +41,75 @@ class Tokenizer:
     The attribute `end` is the id of the token that follows a solution. The attribute `padding` is the id of the token
     that fills the rows of a batch. `fingerprint` is the hash that `content_fingerprint` returns.
 
+    The end token, the padding token and all other special tokens are control tokens. Text never becomes a control
+    token: if it contains the name of one, such as `<end>`, the name is encoded like any other characters. Only the
+    template of a prompt can name control tokens.
+
     Raises:
-        InputError: the vocabulary does not contain the end token or the padding token.
+        InputError: the vocabulary does not contain the padding token, or the end token is not a special token.
     """
 
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab().values())  # ids may have gaps
         self.end, self.padding = special_token_id(backend, end), special_token_id(backend, padding)
+        if self.end not in backend.get_added_tokens_decoder():
+            raise InputError(f"model.tokenizer.end={end}: is a part of ordinary text; set this to a special token")
         self.fingerprint = content_fingerprint(backend)
+        self._text_backend, self._control_names = rename_control_tokens(backend, (end, padding))
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text. No special tokens are added."""
-        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text. They include no control tokens."""
+        return [encoding.ids for encoding in self._text_backend.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_prompts(self, template: str, prompts: Sequence[str]) -> list[list[int]]:
+        """Insert each prompt into the template in place of `{prompt}`, and return the token ids of the results.
+
+        Names of control tokens in the template become control tokens. In the prompts, they are text.
+        """
+        longest_first = map(re.escape, sorted(self._control_names, key=len, reverse=True))
+        template = re.sub("|".join(longest_first), lambda match: self._control_names[match[0]], template)
+        return self.encode([template.replace("{prompt}", prompt) for prompt in prompts])
 
     def character_spans(self, texts: list[str]) -> list[list[tuple[int, int]]]:
         """For each text, return the range of characters [start, end) of each of its tokens."""
-        return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.offsets for encoding in self._text_backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text that the token ids encode. Special tokens are left out."""
-        text: str = self.backend.decode(tokens, skip_special_tokens=True)
+        """Return the text that the token ids encode. Control tokens are left out."""
+        text: str = self._text_backend.decode(tokens, skip_special_tokens=True)
         return text
+
+
+def rename_control_tokens(
+    backend: BackendTokenizer, other_names: Collection[str]
+) -> tuple[BackendTokenizer, dict[str, str]]:
+    """Return a copy of a tokenizer whose control tokens have random names, and the new name of each control token.
+
+    The control tokens are the special tokens of the tokenizer, and the added tokens with the given names. All ids stay
+    the same. No text contains the random names, so the copy encodes the original names like any other characters.
+    """
+    described = json.loads(backend.to_str())
+    model, added = described["model"], described["added_tokens"]
+    control = [token for token in added if token["special"] or token["content"] in other_names]
+    names = {token["content"]: secrets.token_hex(16) for token in control}
+    for token in control:
+        token |= {"content": names[token["content"]], "special": True}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): number for token, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:  # without the merges that create a control token
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [
+            (first, second)
+            for first, second in pairs
+            if names.keys().isdisjoint((first, second, first + second.removeprefix(prefix)))
+        ]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return BackendTokenizer.from_str(json.dumps(described)), names
 
 
 def special_token_id(backend: BackendTokenizer, token: str) -> int:

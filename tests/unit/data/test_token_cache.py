@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,9 @@ class _Characters(Tokenizer):
 
     def __init__(self) -> None:
         self.end, self.padding, self.vocab_size, self.fingerprint = 1, 0, 10_000, "characters"
+        self._control_names = {"\x01": "\x01"}
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[ord(character) for character in text] for text in texts]
 
 

@@ -287,8 +287,9 @@ def to_llama_model(model: MtpModel) -> MtpModel:
 def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
     """Write the tokenizer files to a folder.
 
-    The files are copied from `source_folder`, or created if `source_folder` is None. If they do not name the end token
-    or the padding token, these names are added.
+    The files are copied from `source_folder`, or created if `source_folder` is None. With created files, names of
+    special tokens in a text are encoded as text, as in training. If the files do not name the end token or the padding
+    token, these names are added.
     """
     if source_folder is None:
         tokenizer.backend.save(str(folder / "tokenizer.json"))
@@ -297,7 +298,8 @@ def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Pa
             if (source_folder / name).is_file():
                 shutil.copyfile(source_folder / name, folder / name)
     path = folder / "tokenizer_config.json"
-    config = _read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    new_config = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    config = _read_json(path) if path.is_file() else new_config
     map_path = folder / "special_tokens_map.json"
     current = (_read_json(map_path) if map_path.is_file() else {}) | config
     tokens = {"eos_token": tokenizer.end, "pad_token": tokenizer.padding}
