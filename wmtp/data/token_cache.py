@@ -103,7 +103,8 @@ def cached_tokens(
     Raises:
         InputError: the cached file cannot be read.
     """
-    key = [FORMAT, records_fingerprint(records), tokenizer.fingerprint, template, max_length, long_samples]
+    encoding = [tokenizer.fingerprint, tokenizer.prefix, template]
+    key = [FORMAT, records_fingerprint(records), *encoding, max_length, long_samples]
     path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:

@@ -69,6 +69,7 @@ class _Characters(Tokenizer):
 
     def __init__(self) -> None:
         self.end, self.padding, self.vocab_size, self.fingerprint = 1, 0, 10_000, "characters"
+        self.prefix: list[int] = []
         self._control_names = {"\x01": "\x01"}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
