@@ -51,8 +51,7 @@ class Benchmark:
         self.context = source.max_length
         hardware: Hardware = build(config.hardware)
         self.model: MtpModel = checkpoint.load_model(self.tokenizer, hardware, cache_dir).eval()
-        texts = [source.template.replace("{prompt}", prompt) for prompt in prompts]
-        self.requests = [Request(prompt) for prompt in self.tokenizer.encode(texts)]
+        self.requests = [Request(tokens) for tokens in self.tokenizer.encode_prompts(source.template, prompts)]
 
     def completions(self, arm: Arm, count: int | None = None) -> list[Completion]:
         """Return the completions of the first `count` requests (None: of all), in order."""

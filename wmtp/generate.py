@@ -21,7 +21,7 @@ STANDARD_INPUT = "-"
 def generate(context: JobContext) -> None:
     """Generate answers and write them to standard output. Write the decoding statistics to standard error."""
     from wmtp.config.schema import build  # these import torch, which --help does not need
-    from wmtp.evaluation.sampling import encode_prompts, sample_seed
+    from wmtp.evaluation.sampling import sample_seed
     from wmtp.generation.decoding import Completion, Request
     from wmtp.generation.decoding import generate as completions
     from wmtp.generation.speculation_stats import speculation_metrics
@@ -33,7 +33,7 @@ def generate(context: JobContext) -> None:
     text = read_prompt(config.prompt)
     cache_dir = Path(config.cache_dir)
     tokenizer = checkpoint.tokenizer(cache_dir)
-    (prompt,) = encode_prompts(tokenizer, trained.data.template, [text])
+    (prompt,) = tokenizer.encode_prompts(trained.data.template, [text])
     max_tokens = config.context or trained.data.max_length
     if len(prompt) >= max_tokens:
         raise InputError(

@@ -27,8 +27,10 @@ from tests.support.families import FAMILIES, SIZES, write_family
 from wmtp import export as export_command
 from wmtp.checkpoint import manifest
 from wmtp.cli.job import JobContext
-from wmtp.config.schema import CONFIG_FOLDER, ConfigError
-from wmtp.data.tokenizer import PROBE, Tokenizer, pretrained_tokenizer
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, build
+from wmtp.data.dataset import read_dataset
+from wmtp.data.special_tokens import with_prefix
+from wmtp.data.tokenizer import END, PROBE, Tokenizer, pretrained_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, InterruptedRun
 from wmtp.export import positional_args
@@ -186,6 +188,8 @@ def test_an_exported_trunk_is_a_standard_model_of_its_family(
     tokenizer_class = PreTrainedTokenizerFast if has_warning else AutoTokenizer
     exported = tokenizer_class.from_pretrained(folder)
     assert exported(PROBE)["input_ids"] == run.tokenizer.encode([PROBE])[0]
+    is_text = exported(END)["input_ids"] == run.tokenizer.encode([END])[0]
+    assert is_text is (family == "wmtp")  # the files of other tokenizers, and so their settings, are copied
     assert (exported.eos_token_id, exported.pad_token_id) == (run.tokenizer.end, run.tokenizer.padding)
     assert model.generation_config.eos_token_id == run.tokenizer.end
 
@@ -357,7 +361,7 @@ def test_other_files_are_copied_with_the_end_token_of_training(
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"eos_token": "<end>", "pad_token": "<pad>"}
 
     backend = BackendTokenizer.from_file(str(original / "tokenizer.json"))
-    backend.post_processor = processors.TemplateProcessing("<end> $A", special_tokens=[("<end>", tokenizer.end)])
+    backend.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", tokenizer.end)])
     backend.save(str(original / "tokenizer.json"))
     lines = model_export.write_export(trained_model, "hf_trunk", tmp_path / "special_tokens")
     assert "special tokens around texts" in lines[-1]
@@ -366,6 +370,43 @@ def test_other_files_are_copied_with_the_end_token_of_training(
     with pytest.raises(InputError, match=r"generation_config\.json: is not valid JSON"):
         model_export.write_export(trained_model, "hf_trunk", tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
+
+
+def test_the_first_token_of_a_tokenizer_is_used_in_training_generation_and_exports(
+    runs: Runs, export: Callable[..., Path], invoke: Invoke, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """transformers must give the same prompts and answers, also after a change of the setting."""
+    original, prompt = tmp_path / "original", "Write f(x) <end>."
+    shutil.copytree(runs.source("llama"), original)
+    with_prefix(tokenizer.backend, END).save(str(original / "tokenizer.json"))
+    run = runs.get("llama", f"model.path={original}")
+    run_config = find_trained_checkpoint(run.folder).config
+    data = read_dataset(build(run_config.data, tokenizer=run.tokenizer), runs.cache, 0)
+    assert json.loads((run.folder / "summary.json").read_text())["data_hash"] == data.fingerprint
+    assert {int(data.train.samples.tokens[start]) for start in data.train.samples.offsets[:-1]} == {tokenizer.end}
+
+    def answers(run: TrainedRun, first: list[int]) -> tuple[str, str]:
+        """Return the answers of wmtp and of transformers with the export, after comparing the prompts."""
+        folder = export(run, "hf_trunk").rename(tmp_path / f"export-{len(first)}")
+        theirs = AutoTokenizer.from_pretrained(folder)
+        tokens = theirs(f"{prompt}\n", return_tensors="pt", split_special_tokens=True)
+        assert tokens["input_ids"].tolist() == run.tokenizer.encode_prompts("{prompt}\n", [prompt])
+        assert tokens["input_ids"][0].tolist() == [*first, *run.tokenizer.encode([f"{prompt}\n"])[0]]
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        generated = model.generate(**tokens, max_new_tokens=12, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+        arguments = [f"checkpoint={run.folder}", f"prompt={prompt}", "generation.max_new_tokens=12"]
+        done = invoke(*arguments, command="generate")
+        assert done.code == 0, done.err
+        return done.out, theirs.decode(generated, skip_special_tokens=True) + "\n"
+
+    ours, theirs = answers(run, [tokenizer.end])
+    assert ours == theirs
+    content = (run.folder / "config.yaml").read_text()
+    assert content.count("add_bos_token: null") == 1
+    (run.folder / "config.yaml").write_text(content.replace("    add_bos_token: null\n", ""))
+    without, theirs_without = answers(runs.load(run.folder), [])  # a run of an earlier version has no such key
+    assert without == theirs_without
+    assert without != ours, "the control: the first token has no effect"
 
 
 def remove_tensors(path: Path, prefix: str) -> None:

@@ -27,6 +27,12 @@ MOVED_TO_S3 = {
     "close_seconds": "close_seconds",
 }
 """Keys that were in the node of the class `S3_STORE`, and their names in its node `s3`."""
+PRETRAINED_TOKENIZERS = (
+    "wmtp.data.tokenizer.pretrained_tokenizer",
+    "wmtp.models.huggingface.smollm2.smollm2_tokenizer",
+)
+FIRST_TOKEN = "add_bos_token"
+"""Key of the tokenizers above. Earlier versions had no such key, and added no token before a prompt."""
 MOVED_KEYS = {f"checkpoint.{old}": f"checkpoint.s3.{new}" for old, new in MOVED_TO_S3.items()}
 
 
@@ -58,6 +64,8 @@ def update_config(value: Any) -> Any:
     node = {key: update_config(item) for key, item in value.items()}
     if isinstance(node.get("_target_"), str):
         node["_target_"] = current_target(node["_target_"])
+    if node.get("_target_") in PRETRAINED_TOKENIZERS:
+        node = {FIRST_TOKEN: False} | node
     moved = {MOVED_TO_S3[key]: item for key, item in node.items() if key in MOVED_TO_S3}
     if node.get("_target_") != S3_STORE or not moved:
         return node

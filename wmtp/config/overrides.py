@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from wmtp.config.groups import is_group
-from wmtp.config.moved_targets import current_override
+from wmtp.config.moved_targets import FIRST_TOKEN, PRETRAINED_TOKENIZERS, current_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigIssue
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
 
@@ -106,4 +106,8 @@ def load_saved_overrides(arguments: list[str]) -> list[str]:
     if resume is None or not path.exists():
         return []
     saved: list[str] = json.loads(path.read_text())
+    run_config = Path(str(resume).strip("'\"")) / "config.yaml"
+    text = run_config.read_text(errors="replace") if run_config.is_file() else ""
+    if FIRST_TOKEN not in text and any(target.rpartition(".")[2] in text for target in PRETRAINED_TOKENIZERS):
+        saved.insert(0, f"model.tokenizer.{FIRST_TOKEN}=false")
     return [current_override(text) for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]

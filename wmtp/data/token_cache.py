@@ -15,7 +15,7 @@ from wmtp.data.records import Record
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """The version of the format of the cached files. It is a part of the cache key."""
 LongSamples = Literal["drop", "cut"]
 
@@ -62,11 +62,12 @@ def tokenize(
 ) -> TokenizedRecords:
     """Tokenize the prompt and the solution of each record separately. The end token is appended to each solution.
 
-    `template` contains `{prompt}`, which is replaced by the prompt of the record. If a record has more than
+    `template` contains `{prompt}`, which is replaced by the prompt of the record. Only the template can name special
+    tokens (see `Tokenizer`). If a record has more than
     `max_length` tokens and `long_samples` is "drop", the record is dropped. If `long_samples` is "cut", the end of its
     solution is cut. A record is also dropped if its prompt leaves no room for a solution.
     """
-    prompts = tokenizer.encode([template.replace("{prompt}", record.prompt) for record in records])
+    prompts = tokenizer.encode_prompts(template, [record.prompt for record in records])
     solutions = tokenizer.encode([record.solution for record in records])
     tokens: list[int] = []
     offsets, prompt_lengths, kept, num_long = [0], [], [], 0
@@ -102,7 +103,8 @@ def cached_tokens(
     Raises:
         InputError: the cached file cannot be read.
     """
-    key = [FORMAT, records_fingerprint(records), tokenizer.fingerprint, template, max_length, long_samples]
+    encoding = [tokenizer.fingerprint, tokenizer.prefix, template]
+    key = [FORMAT, records_fingerprint(records), *encoding, max_length, long_samples]
     path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:

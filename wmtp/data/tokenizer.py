@@ -3,9 +3,11 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -14,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
+from wmtp.data.special_tokens import prefix_ids, rename_control_tokens, special_token_id, with_prefix
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.locks import file_lock
@@ -37,44 +40,60 @@ class Tokenizer:
     """A tokenizer with an end token and a padding token.
 
     The attribute `end` is the id of the token that follows a solution. The attribute `padding` is the id of the token
-    that fills the rows of a batch. `fingerprint` is the hash that `content_fingerprint` returns.
+    that fills the rows of a batch. `prefix` contains the ids of the tokens with which every prompt begins, such as
+    `<s>`; it is empty if the tokenizer puts no tokens before a text. `fingerprint` is the hash that
+    `content_fingerprint` returns.
+
+    The end token, the padding token and all other special tokens are control tokens. Text never becomes a control
+    token: if it contains the name of one, such as `<end>`, the name is encoded like any other characters. Only the
+    template of a prompt can name control tokens.
 
     Raises:
-        InputError: the vocabulary does not contain the end token or the padding token.
+        InputError: the vocabulary does not contain the padding token, or the end token is not a special token.
     """
 
     def __init__(self, backend: BackendTokenizer, end: str = END, padding: str = PADDING) -> None:
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab().values())  # ids may have gaps
         self.end, self.padding = special_token_id(backend, end), special_token_id(backend, padding)
+        if self.end not in backend.get_added_tokens_decoder():
+            raise InputError(f"model.tokenizer.end={end}: is a part of ordinary text; set this to a special token")
+        self.prefix = prefix_ids(backend)
         self.fingerprint = content_fingerprint(backend)
+        self._text_backend, self._control_names = rename_control_tokens(backend, {self.end, self.padding, *self.prefix})
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text. No special tokens are added."""
-        return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+    @property
+    def special_token_names(self) -> dict[str, str]:
+        """The names of the special tokens in use, under their keys in a tokenizer_config.json."""
+        ids = {"eos_token": self.end, "pad_token": self.padding}
+        if len(self.prefix) == 1:
+            ids["bos_token"] = self.prefix[0]
+        return {key: str(self.backend.id_to_token(number)) for key, number in ids.items()}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text. They include no control tokens."""
+        return [encoding.ids for encoding in self._text_backend.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_prompts(self, template: str, prompts: Sequence[str]) -> list[list[int]]:
+        """Insert each prompt into the template in place of `{prompt}`, and return the token ids of the results.
+
+        Names of control tokens in the template become control tokens. In the prompts, they are text. The result begins
+        with `prefix`, which is not added if the template already begins with it.
+        """
+        longest_first = map(re.escape, sorted(self._control_names, key=len, reverse=True))
+        template = re.sub("|".join(longest_first), lambda match: self._control_names[match[0]], template)
+        encoded = self.encode([template.replace("{prompt}", prompt) for prompt in prompts])
+        size = len(self.prefix)
+        return [tokens if tokens[:size] == self.prefix else [*self.prefix, *tokens] for tokens in encoded]
 
     def character_spans(self, texts: list[str]) -> list[list[tuple[int, int]]]:
         """For each text, return the range of characters [start, end) of each of its tokens."""
-        return [encoding.offsets for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.offsets for encoding in self._text_backend.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text that the token ids encode. Special tokens are left out."""
-        text: str = self.backend.decode(tokens, skip_special_tokens=True)
+        """Return the text that the token ids encode. Control tokens are left out."""
+        text: str = self._text_backend.decode(tokens, skip_special_tokens=True)
         return text
-
-
-def special_token_id(backend: BackendTokenizer, token: str) -> int:
-    """Return the id of the special token with the name `token`.
-
-    Raises:
-        InputError: the tokenizer has no token of this name.
-    """
-    found = backend.token_to_id(token)
-    if found is None:
-        raise InputError(
-            f"model.tokenizer: there is no special token {token}; set end and padding to tokens that exist"
-        )
-    return int(found)
 
 
 def train_bpe(records: list[Record], vocab_size: int) -> BackendTokenizer:
@@ -106,14 +125,20 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
     return Tokenizer(BackendTokenizer.from_file(str(path)))
 
 
-def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | None = None) -> Tokenizer:
+def pretrained_tokenizer(
+    *, path: Path, end: str | None = None, padding: str | None = None, add_bos_token: bool | None = None
+) -> Tokenizer:
     """Return the tokenizer from a folder that `save_pretrained` wrote, or from a single tokenizer.json.
 
     `end` is the token that follows a solution. Its default is the eos_token of the folder. `padding` is the token that
-    fills batches. Its default is the pad_token of the folder, or the end token if the folder has no pad_token.
+    fills batches. Its default is the pad_token of the folder, or the end token if the folder has no pad_token. If
+    `add_bos_token` is None, prompts begin with the tokens that the tokenizer itself puts before a text. If it is true,
+    they begin with these tokens, or with the bos_token of the folder if there are none. If it is false, they begin with
+    no such token.
 
     Raises:
-        InputError: there is no usable tokenizer.json, or neither `end` nor an eos_token is given.
+        InputError: there is no usable tokenizer.json, or a special token is needed that neither the arguments nor the
+            folder name.
     """
     file = path if path.is_file() else path / "tokenizer.json"
     if not file.is_file():
@@ -127,35 +152,59 @@ def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | N
             f"model.tokenizer.end: {file.parent} has no eos_token; set this to the token that ends a solution"
         )
     padding = padding or _special_token_name(file.parent, "pad_token") or end
-    return Tokenizer(read_backend(file), end, padding)
+    backend = read_backend(file)
+    if add_bos_token is not None and add_bos_token != bool(prefix_ids(backend)):
+        beginning = _special_token_name(file.parent, "bos_token") if add_bos_token else None
+        if add_bos_token and beginning is None:
+            raise InputError(f"model.tokenizer.add_bos_token=true: the files in {file.parent} name no bos_token")
+        backend = with_prefix(backend, beginning)
+    return Tokenizer(backend, end, padding)
 
 
-def tokenizer_files(folder: Path, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+def tokenizer_files(folder: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """Return the tokenizer files to save with a model. The keys are file names, and the values are contents.
 
-    If `folder` contains the same tokenizer, or if `tokenizer` is None, the files in `folder` are returned. Otherwise,
-    new files are made.
+    If `folder` contains the same tokenizer, or if `tokenizer` is None, the files in `folder` are returned. They are
+    changed only if they do not name the special tokens in use, or if they begin a text with other tokens. Otherwise,
+    new files are made, with which transformers encodes the names of special tokens in a text as text.
     """
-    file = folder / TOKENIZER_FILES[0]
-    if tokenizer is None or (file.is_file() and content_fingerprint(read_backend(file)) == tokenizer.fingerprint):
-        return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    backend = tokenizer.backend
-    special = {"eos_token": backend.id_to_token(tokenizer.end), "pad_token": backend.id_to_token(tokenizer.padding)}
-    return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": encode_json(special)}
+    vocabulary, settings, names = TOKENIZER_FILES[:3]
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder is not None else []
+    files = {path.name: path.read_bytes() for path in paths}
+    if tokenizer is None:
+        return files
+    stored = read_backend(folder / vocabulary) if folder is not None and vocabulary in files else None
+    changes: dict[str, Any] = dict(tokenizer.special_token_names)
+    if folder is None or stored is None or content_fingerprint(stored) != tokenizer.fingerprint:
+        files = {vocabulary: tokenizer.backend.to_str().encode()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    else:
+        config = _read_settings(folder / settings, {"tokenizer_class": "PreTrainedTokenizerFast"})
+        named = _read_settings(folder / names) | config
+        changes = {key: name for key, name in changes.items() if named.get(key) is None}
+        if prefix_ids(stored) != tokenizer.prefix:
+            files[vocabulary] = tokenizer.backend.to_str().encode()
+            changes["add_bos_token"] = bool(tokenizer.prefix)  # read by versions of transformers before 5
+    return files | ({settings: encode_json(config | changes)} if changes else {})
 
 
 def _special_token_name(folder: Path, name: str) -> str | None:
     """Return the token that the files in `folder` define as `name` (for example, eos_token), or None."""
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        if not file.is_file():
-            continue
-        try:
-            named = json.loads(file.read_text(encoding="utf-8")).get(name)
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{file}: cannot be read: {error}") from error
-        if named is not None:
+        if (named := _read_settings(file).get(name)) is not None:
             return str(named["content"] if isinstance(named, dict) else named)
     return None
+
+
+def _read_settings(path: Path, default: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the object in a JSON file, or `default` if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(default)
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: cannot be read: it contains no object")
+    return content
 
 
 def read_backend(path: Path) -> BackendTokenizer:

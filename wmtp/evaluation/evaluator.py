@@ -25,7 +25,7 @@ from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.perplexity import prediction_metrics
 from wmtp.evaluation.results_log import ResultsLog
-from wmtp.evaluation.sampling import Sample, encode_prompts, generate_samples, unique_problems
+from wmtp.evaluation.sampling import Sample, generate_samples, unique_problems
 from wmtp.evaluation.settings import Evaluation
 from wmtp.evaluation.summary import decoding_summary, pass_summary, print_report
 from wmtp.evaluation.validate import evaluation_identity
@@ -133,7 +133,7 @@ class Evaluator:
         """Return the problems that have tests. If the setting `limit` is given, return at most that many problems."""
         source = self.source
         problems = [p for p in unique_problems(records) if p.tests][: self.settings.limit]
-        prompts = encode_prompts(source.tokenizer, source.template, [p.prompt for p in problems])
+        prompts = source.tokenizer.encode_prompts(source.template, [p.prompt for p in problems])
         sizes = [(len(prompt), p.task_id) for p, prompt in zip(problems, prompts, strict=True)]
         if too_long := [size for size in sizes if size[0] >= source.max_length]:
             longest, task = max(too_long)

@@ -12,7 +12,7 @@ from wmtp.data.records import Record
 from wmtp.distributed.process_group import Processes
 from wmtp.evaluation.pass_at_k import estimate
 from wmtp.evaluation.results_log import SAMPLES
-from wmtp.evaluation.sampling import Grader, Sample, encode_prompts, generate_samples, unique_problems
+from wmtp.evaluation.sampling import Grader, Sample, generate_samples, unique_problems
 from wmtp.generation.settings import Decoding
 from wmtp.generation.speculation_stats import speculation_metrics
 from wmtp.models.mtp import MtpModel, unsharded_copy
@@ -100,7 +100,7 @@ class SampleEvaluation:
         if not count:
             return []
         problems = unique_problems(records)
-        prompts = encode_prompts(self.data.tokenizer, self.data.template, [p.prompt for p in problems])
+        prompts = self.data.tokenizer.encode_prompts(self.data.template, [p.prompt for p in problems])
         selected = [p for p, prompt in zip(problems, prompts, strict=True) if len(prompt) < self.data.max_length]
         if long := len(problems) - len(selected):
             log.warning("%s: %d prompts have data.max_length or more tokens and are not sampled", split, long)

@@ -51,11 +51,6 @@ def sample_seed(seed: int, name: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def encode_prompts(tokenizer: Tokenizer, template: str, prompts: Sequence[str]) -> list[list[int]]:
-    """Insert each prompt into the template, and return the tokens of the resulting texts."""
-    return tokenizer.encode([template.replace("{prompt}", prompt) for prompt in prompts])
-
-
 def generate_samples(
     model: MtpModel,
     tokenizer: Tokenizer,
@@ -73,7 +68,7 @@ def generate_samples(
     If there is a `grader`, it grades the samples of problems that have tests. Up to `workers` programs are graded at
     the same time. A sample depends on its problem, its index and `seed`, but not on the other samples.
     """
-    prompts = encode_prompts(tokenizer, template, [record.prompt for record, _ in keys])
+    prompts = tokenizer.encode_prompts(template, [record.prompt for record, _ in keys])
     requests = [
         Request(prompt, sample_seed(seed, record.task_id, index))
         for prompt, (record, index) in zip(prompts, keys, strict=True)

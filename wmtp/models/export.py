@@ -15,7 +15,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from wmtp.data.tokenizer import Tokenizer
+from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
 from wmtp.models.architecture import Architecture
 from wmtp.models.llama import LlamaArchitecture
@@ -124,10 +124,10 @@ def _write_hf(trained: TrainedModel, folder: Path) -> list[str]:
 
 
 def _write_causal(trained: TrainedModel, folder: Path, *, all_heads: bool) -> list[str]:
-    from wmtp.models.huggingface.export import tokenizer_notes, write_causal, write_generation_config, write_tokenizer
+    from wmtp.models.huggingface.export import tokenizer_notes, write_causal, write_generation_config
 
     write_causal(trained.model, trained.tokenizer, trained.max_length, folder, all_heads=all_heads)
-    write_tokenizer(trained.tokenizer, trained.source_folder, folder)
+    _write_tokenizer(trained, folder)
     write_generation_config(trained.tokenizer, trained.source_folder, folder)
     return tokenizer_notes(trained.tokenizer, folder)
 
@@ -142,7 +142,7 @@ def _write_medusa(trained: TrainedModel, folder: Path) -> list[str]:
 
 
 def _write_meta(trained: TrainedModel, folder: Path) -> list[str]:
-    from wmtp.models.huggingface.export import to_llama_model, write_tokenizer
+    from wmtp.models.huggingface.export import to_llama_model
     from wmtp.models.meta import write_meta
     from wmtp.models.meta_format import read_meta
 
@@ -151,8 +151,13 @@ def _write_meta(trained: TrainedModel, folder: Path) -> list[str]:
         model = to_llama_model(model)
     write_meta(model, folder)
     read_meta(folder).tensors()  # raises if names or shapes do not match params.json
-    write_tokenizer(trained.tokenizer, trained.source_folder, folder)
+    _write_tokenizer(trained, folder)
     return []
+
+
+def _write_tokenizer(trained: TrainedModel, folder: Path) -> None:
+    for name, content in tokenizer_files(trained.source_folder, trained.tokenizer).items():
+        (folder / name).write_bytes(content)
 
 
 @contextmanager

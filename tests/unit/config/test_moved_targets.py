@@ -11,6 +11,7 @@ from wmtp.config import moved_targets
 from wmtp.config.moved_targets import current_key, current_override
 from wmtp.config.overrides import load_saved_overrides
 from wmtp.config.schema import ConfigIssue, build, iter_nodes, load_run_config, node_issues
+from wmtp.runtime.run_dir import SAVED_OVERRIDES
 from wmtp.s3.options import S3Settings
 
 EARLIER_NODE = """
@@ -52,6 +53,25 @@ def test_s3_keys_of_an_earlier_config_become_the_node_s3(tmp_path: Path) -> None
     assert config.evaluation == {"checkpoint": {"path": "best", "remote": "kept"}}, "a key of another node was moved"
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config))
     assert load_run_config(tmp_path / "config.yaml") == config, "a current config was changed"
+
+
+def test_the_prompts_of_an_earlier_run_still_begin_without_a_special_token(tmp_path: Path) -> None:
+    node = "{_target_: wmtp.data.tokenization.pretrained_tokenizer, path: m}"
+    config, saved = tmp_path / "config.yaml", tmp_path / SAVED_OVERRIDES
+    config.write_text(f"model: {{tokenizer: {node}}}")
+    assert load_run_config(config).model.tokenizer.add_bos_token is False
+    saved.parent.mkdir()
+    saved.write_text('["model.path=m"]')
+    first = "model.tokenizer.add_bos_token=false"
+    assert load_saved_overrides([f"resume={tmp_path}"]) == [first, "model.path=m"]
+    now = load_run_config(config)
+    now.model.tokenizer.add_bos_token = None
+    config.write_text(OmegaConf.to_yaml(now))
+    assert load_run_config(config).model.tokenizer.add_bos_token is None, "a current config was changed"
+    assert load_saved_overrides([f"resume={tmp_path}"]) == ["model.path=m"]
+    config.write_text("model: {tokenizer: {_target_: wmtp.data.tokenizer.task_tokenizer}}")
+    assert "add_bos_token" not in load_run_config(config).model.tokenizer
+    assert load_saved_overrides([f"resume={tmp_path}"]) == ["model.path=m"]
 
 
 def test_control_without_the_table_an_earlier_config_is_not_valid(

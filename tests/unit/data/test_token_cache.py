@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -69,8 +70,10 @@ class _Characters(Tokenizer):
 
     def __init__(self) -> None:
         self.end, self.padding, self.vocab_size, self.fingerprint = 1, 0, 10_000, "characters"
+        self.prefix: list[int] = []
+        self._control_names = {"\x01": "\x01"}
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[ord(character) for character in text] for text in texts]
 
 

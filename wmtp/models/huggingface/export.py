@@ -7,7 +7,6 @@ Additional heads are stored in the same file, under names that the causal langua
 import copy
 import inspect
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from wmtp.data.tokenizer import PROBE, TOKENIZER_FILES, Tokenizer
+from wmtp.data.tokenizer import PROBE, Tokenizer
 from wmtp.errors import InputError
 from wmtp.models.huggingface import modeling_mtp
 from wmtp.models.huggingface.adapters import DecoderBlock, HuggingFaceArchitecture, LearnedPositions
@@ -88,8 +87,9 @@ def model_config(model: MtpModel, tokenizer: Tokenizer, max_length: int) -> PreT
         vocab_size=architecture.vocab_size, hidden_size=architecture.dim, intermediate_size=architecture.hidden_dim,
         num_hidden_layers=architecture.num_layers, num_attention_heads=architecture.num_attention_heads,
         num_key_value_heads=architecture.num_kv_heads, rms_norm_eps=architecture.norm_eps, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta}, bos_token_id=None,
-        eos_token_id=tokenizer.end, pad_token_id=tokenizer.padding, max_position_embeddings=max_length,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        bos_token_id=tokenizer.prefix[0] if tokenizer.prefix else None, eos_token_id=tokenizer.end,
+        pad_token_id=tokenizer.padding, max_position_embeddings=max_length,
     )  # fmt: skip
 
 
@@ -284,28 +284,6 @@ def to_llama_model(model: MtpModel) -> MtpModel:
     return converted.eval()
 
 
-def write_tokenizer(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
-    """Write the tokenizer files to a folder.
-
-    The files are copied from `source_folder`, or created if `source_folder` is None. If they do not name the end token
-    or the padding token, these names are added.
-    """
-    if source_folder is None:
-        tokenizer.backend.save(str(folder / "tokenizer.json"))
-    else:
-        for name in TOKENIZER_FILES:
-            if (source_folder / name).is_file():
-                shutil.copyfile(source_folder / name, folder / name)
-    path = folder / "tokenizer_config.json"
-    config = _read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
-    map_path = folder / "special_tokens_map.json"
-    current = (_read_json(map_path) if map_path.is_file() else {}) | config
-    tokens = {"eos_token": tokenizer.end, "pad_token": tokenizer.padding}
-    missing = {key: tokenizer.backend.id_to_token(token) for key, token in tokens.items() if current.get(key) is None}
-    if missing:
-        path.write_bytes(encode_json(config | missing))
-
-
 def write_generation_config(tokenizer: Tokenizer, source_folder: Path | None, folder: Path) -> None:
     """Write generation_config.json so that the method `generate` of transformers stops at the end token of training.
 
@@ -344,6 +322,6 @@ def tokenizer_notes(tokenizer: Tokenizer, folder: Path) -> list[str]:
     plain_ids = loaded(PROBE, add_special_tokens=False)["input_ids"]
     if plain_ids != tokenizer.encode([PROBE])[0]:
         return [f"AutoTokenizer creates a different tokenizer for this type than tokenizer.json describes; {remedy}"]
-    if loaded(PROBE)["input_ids"] != plain_ids:
+    if loaded(PROBE)["input_ids"] != [*tokenizer.prefix, *plain_ids]:
         return ["the tokenizer adds special tokens around texts, unlike training; use add_special_tokens=False"]
     return []

