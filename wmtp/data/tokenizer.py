@@ -18,6 +18,7 @@ from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.data.special_tokens import prefix_ids, rename_control_tokens, special_token_id, with_prefix
 from wmtp.errors import InputError
+from wmtp.field_types import InputPath
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.locks import file_lock
 
@@ -126,7 +127,7 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
 
 
 def pretrained_tokenizer(
-    *, path: Path, end: str | None = None, padding: str | None = None, add_bos_token: bool | None = None
+    *, path: InputPath, end: str | None = None, padding: str | None = None, add_bos_token: bool | None = None
 ) -> Tokenizer:
     """Return the tokenizer from a folder that `save_pretrained` wrote, or from a single tokenizer.json.
 

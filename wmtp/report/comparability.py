@@ -11,6 +11,7 @@ from wmtp.report.run_record import RunRecord
 TRAINING_DATA = "train_fingerprint"
 SHARED_DATA = {
     "validation_fingerprint": ("validation set", "data."),
+    "test_fingerprint": ("test set", "data."),
     "tokenizer": ("tokenizer", "model.tokenizer."),
     TRAINING_DATA: ("training data", "data."),
 }
