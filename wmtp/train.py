@@ -41,7 +41,7 @@ def preflight(config: DictConfig, folder: Path) -> list[str]:
     """
     from wmtp.training.uploads import check_servers  # imports torch
 
-    return check_servers(config, folder)
+    return check_servers(config, folder if config.resume is None else Path(config.resume))
 
 
 def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
@@ -56,22 +56,17 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     from wmtp.config.overrides import chosen_run_dir
     from wmtp.config.schema import ConfigError, ConfigIssue
 
-    config = checked.config
+    config, named = checked.config, chosen_run_dir(overrides)
+    problem = None
+    if named is not None and config.resume is not None:
+        problem = "a resumed run keeps its folder; leave this out"
+    elif named is not None and (named / "status.json").exists():
+        problem = f"already contains a run; resume it (resume={named}) or use another folder"
+    if problem is not None:
+        raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
     if config.dry_run:
         return None
-    named = chosen_run_dir(overrides)
-    if config.resume is not None:
-        if named is not None:
-            raise ConfigError(
-                [ConfigIssue("hydra.run.dir", str(named), "a resumed run keeps its folder; leave this out")]
-            )
-        return Path(config.resume)
-    if named is None:
-        return create_run_folder()
-    if (named / "status.json").exists():
-        problem = f"already contains a run; resume it (resume={named}) or use another folder"
-        raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
-    return named
+    return Path(config.resume) if config.resume is not None else named or create_run_folder()
 
 
 def resume_hint(folder: Path) -> str:
