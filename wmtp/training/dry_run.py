@@ -15,7 +15,7 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel
-from wmtp.models.shapes import model_shape
+from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import PRETRAIN
 from wmtp.training.builders import (
@@ -24,14 +24,13 @@ from wmtp.training.builders import (
     build_policy,
     build_reference,
     build_sample_evaluation,
-    build_stage,
-    build_stage_trainer,
     build_trainer,
 )
 from wmtp.training.estimate import GB, Machine, ParallelSetting, memory
+from wmtp.training.plan import Plan
 from wmtp.training.precompute import column_fingerprint
 from wmtp.training.stage_results import read_stage_result
-from wmtp.training.start import find_stage_result, load_stage_model, restore_latest
+from wmtp.training.start import build_stage, build_stage_trainer, find_stage_result, load_stage_model, restore_latest
 from wmtp.training.trainer import Trainer
 
 
@@ -136,26 +135,32 @@ def describe_cost(trainer: Trainer, num_updates: int, seconds: float, rate: floa
     time_left = f"time: up to {format_duration(tokens / rate)} for {num_updates:,} updates"
     first = f"the first took {format_duration(seconds)}, at {rate:,.0f} tokens/s"
     uses = format_memory(memory(model_shape(trainer.model), machine, setting), machine, setting)
-    return "\n".join(
-        fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in (uses, f"{time_left}; {first}")
-    )
+    return wrap_lines(uses, f"{time_left}; {first}")
+
+
+def wrap_lines(*lines: str) -> str:
+    """Return lines of text, each of which is wrapped at 80 characters."""
+    return "\n".join(fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def describe_training(trainer: Trainer) -> str:
     """Return three lines of text, which describe the model with its hardware, the samples, and the planned updates."""
-    model, data, plan = trainer.model, trainer.data, trainer.plan
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = "" if num_trained == model.num_parameters else f", {num_trained:,} of them trained"
-    heads = f"{model.num_heads} heads" if model.num_heads > 1 else "1 head"
-    hardware = trainer.hardware
+    hardware, plan, step = trainer.hardware, trainer.plan, trainer.position.step
     size = hardware.processes.size
     devices = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
-    step = trainer.position.step
     left = f", {max(0, plan.num_updates - step):,} of them left" if step else ""
+    return describe_stage(model_shape(trainer.model), devices, trainer.data, plan) + left
+
+
+def describe_stage(shape: ModelShape, devices: str, data: Dataset, plan: Plan) -> str:
+    """Return three lines of text, which describe a model on devices, the samples, and the planned updates."""
+    counts = shape.counted
+    frozen = "" if counts.trained == counts.parameters else f", {counts.trained:,} of them trained"
+    heads = f"{shape.num_heads} heads" if shape.num_heads > 1 else "1 head"
     return (
-        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {devices}\n"
+        f"{counts.parameters:,} parameters{frozen}, {heads}, on {devices}\n"
         f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
-        f"{plan.num_updates:,} updates of {plan.batch_size} samples{left}"
+        f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
 
 

@@ -38,8 +38,6 @@ from wmtp.training.builders import (
     build_policy,
     build_reference,
     build_sample_evaluation,
-    build_stage,
-    build_stage_trainer,
     build_trainer,
 )
 from wmtp.training.dry_run import describe_training
@@ -51,7 +49,7 @@ from wmtp.training.stage_results import (
     write_stage_result,
 )
 from wmtp.training.stages import Stage
-from wmtp.training.start import find_stage_result, load_stage_model, restore_latest
+from wmtp.training.start import build_stage, build_stage_trainer, find_stage_result, load_stage_model, restore_latest
 from wmtp.training.summary import print_summary, write_summary
 from wmtp.training.token_report import TOKEN_METRICS, measure_tokens, weight_quality, write_token_report
 from wmtp.training.trainer import Result, Trainer, interruption_error

@@ -5,13 +5,67 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from wmtp.checkpoint.store import CheckpointStore, load
-from wmtp.config.schema import stage_config
+from wmtp.config.schema import build, stage_config
+from wmtp.data.dataset import Dataset
+from wmtp.errors import InputError
 from wmtp.models.loading import build_source, load_weights
 from wmtp.models.mtp import MtpModel
-from wmtp.training.builders import Components
+from wmtp.training.builders import Components, build_data, build_model, build_trainer, require_different_rewards
 from wmtp.training.stage_results import read_stage_result, require_same_stage, require_unchanged
 from wmtp.training.stages import Stage
 from wmtp.training.trainer import Trainer
+
+
+def build_stage(config: DictConfig, components: Components) -> Stage | None:
+    """Return stage 1, or None if the run has no stage 1.
+
+    A run has no stage 1 if `pretrain` is null, or if `algo.reference` selects an existing reference model.
+    """
+    if config.pretrain is None or components.algorithm.reference is not None:
+        return None
+    stage: Stage = build(config.pretrain)
+    return stage
+
+
+def build_stage_data(config: DictConfig, components: Components, stage: Stage) -> Dataset:
+    """Return the data set of stage 1.
+
+    Raises:
+        InputError: the data cannot be used, or the stage trains a value head and all training samples have the same
+            reward.
+    """
+    settings = stage_config(config)
+    shares_data = settings.data == config.data and settings.seed == config.seed
+    try:
+        data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
+    except InputError as error:
+        raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
+    if stage.trains_policy:
+        require_different_rewards(data)
+    return data
+
+
+def build_stage_trainer(
+    config: DictConfig, folder: Path, components: Components, stage: Stage, *, with_columns: bool = True
+) -> Trainer:
+    """Return the trainer of stage 1.
+
+    Args:
+        config: the config of the run.
+        folder: the folder for the checkpoints of stage 1.
+        components: the objects shared by all stages.
+        stage: stage 1.
+        with_columns: whether to precompute hidden states if the stage needs them.
+
+    Raises:
+        InputError: the data of stage 1 cannot be used.
+    """
+    settings, data = stage_config(config), build_stage_data(config, components, stage)
+    model = build_model(settings, components, values=stage.trains_policy)
+    stage.freeze(model)
+    if stage.needs_hidden_states and with_columns:
+        data = components.columns.with_hidden_states(model, data)
+    return build_trainer(settings, folder, components.hardware, data, model, stage.objective())
 
 
 def find_stage_result(folder: Path, config: DictConfig, stage: Stage) -> str | None:
