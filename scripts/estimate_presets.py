@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
-import torch
-from estimate_scaling import YES, Cluster, fits, speed, table
+from estimate_scaling import YES, fits, table
 from omegaconf import DictConfig
 
 from wmtp.config.overrides import to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, build, stage_config
-from wmtp.models.loading import build_source
-from wmtp.models.mtp import empty_model
-from wmtp.models.shapes import ModelShape, model_shape
+from wmtp.models.shapes import ModelShape
+from wmtp.training.absent_hardware import planned_shape
 from wmtp.training.dry_run import format_duration
-from wmtp.training.estimate import GB, ParallelSetting, all_logits_bytes, memory
+from wmtp.training.estimate import GB, Cluster, ParallelSetting, all_logits_bytes, memory, speed
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
 from wmtp.training.validate import needs_values
@@ -79,14 +77,8 @@ def composed(preset: str, folder: Path) -> DictConfig:
 def shape(config: DictConfig, folder: Path, stage: Stage | None) -> ModelShape:
     """Return the shape of a stage's model, with its trained parameters; `folder` is the cache of tokenizers."""
     is_new = "path" not in config.model  # a new model, whose vocabulary size is that of its tokenizer
-    source = build_source(config.model, build(config.model.tokenizer, cache_dir=folder) if is_new else None, folder)
-    model = empty_model(source.architecture(), source.lora, source.value_head_dim)
-    if needs_values(config) if stage is None else stage.trains_policy:
-        with torch.device("meta"):
-            model.add_value_head()
-    if stage is not None:
-        stage.freeze(model)
-    return model_shape(model)
+    tokenizer = build(config.model.tokenizer, cache_dir=folder) if is_new else None
+    return planned_shape(config, tokenizer, needs_values(config) if stage is None else stage.trains_policy, stage)
 
 
 def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = None) -> Training:

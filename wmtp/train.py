@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 
 def train(context: JobContext) -> None:
-    """Run one training, or a dry run of it."""
-    from wmtp.training.dry_run import dry_run  # these import torch, which --help does not need
+    """Run one training, or a dry run of it. For hardware that this machine lacks, a dry run is only an estimate."""
+    from wmtp.training.absent_hardware import estimate_run  # these import torch, which --help does not need
+    from wmtp.training.dry_run import dry_run
     from wmtp.training.run import Run
+    from wmtp.training.validate import lacking_hardware
 
-    if context.config.dry_run:
-        dry_run(context.config, context.folder, context.inputs)
+    config = context.config
+    if lacking_hardware(config):
+        estimate_run(config, context.inputs)
+    elif config.dry_run:
+        dry_run(config, context.folder, context.inputs)
     else:
-        Run(context.config, context.folder, context.progress, context.overrides, context.inputs).train()
+        Run(config, context.folder, context.progress, context.overrides, context.inputs).train()
 
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
@@ -41,7 +46,7 @@ def preflight(config: DictConfig, folder: Path) -> list[str]:
     """
     from wmtp.training.uploads import check_servers  # imports torch
 
-    return check_servers(config, folder)
+    return check_servers(config, folder if config.resume is None else Path(config.resume))
 
 
 def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
@@ -56,22 +61,24 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     from wmtp.config.overrides import chosen_run_dir
     from wmtp.config.schema import ConfigError, ConfigIssue
 
-    config = checked.config
+    config, named = checked.config, chosen_run_dir(overrides)
+    problem = None
+    if named is not None and config.resume is not None:
+        problem = "a resumed run keeps its folder; leave this out"
+    elif named is not None and (named / "status.json").exists():
+        problem = f"already contains a run; resume it (resume={named}) or use another folder"
+    if problem is not None:
+        raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
     if config.dry_run:
         return None
-    named = chosen_run_dir(overrides)
-    if config.resume is not None:
-        if named is not None:
-            raise ConfigError(
-                [ConfigIssue("hydra.run.dir", str(named), "a resumed run keeps its folder; leave this out")]
-            )
-        return Path(config.resume)
-    if named is None:
-        return create_run_folder()
-    if (named / "status.json").exists():
-        problem = f"already contains a run; resume it (resume={named}) or use another folder"
-        raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
-    return named
+    return Path(config.resume) if config.resume is not None else named or create_run_folder()
+
+
+def num_processes(config: DictConfig) -> int:
+    """Return the number of processes of a run. An estimate for hardware that this machine lacks needs only one."""
+    from wmtp.training.validate import lacking_hardware  # imports torch
+
+    return 1 if lacking_hardware(config) else int(config.hardware.num_processes)
 
 
 def resume_hint(folder: Path) -> str:
@@ -92,7 +99,7 @@ COMMAND = Command(
     resume_hint=resume_hint,
     remote_keys={"resume": "latest"},
     end_sweep=end_sweep,
-    num_processes=lambda config: int(config.hardware.num_processes),
+    num_processes=num_processes,
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _with_state(**changes: Any) -> Any:
                 snapshot.state[section] |= values
             return snapshot
 
-        patch.setattr("wmtp.training.run.load", load)
+        patch.setattr("wmtp.training.start.load", load)
 
     return change
 
@@ -139,21 +139,37 @@ def test_a_finished_run_can_be_resumed_with_the_same_or_a_longer_plan(invoke: In
 
 
 @pytest.mark.slow
-def test_a_changed_setting_that_must_stay_the_same_is_reported(invoke: Invoke, uninterrupted: Path) -> None:
+def test_a_changed_setting_that_must_stay_the_same_is_reported_also_by_a_dry_run(
+    invoke: Invoke, uninterrupted: Path
+) -> None:
     run = start_over(uninterrupted, "changed")
-    for change, name in (
-        ("seed=1", "seed"),
-        ("data.num_train=36", "data"),
-        ("batch_size=8", "batch_size"),
-        ("model.dim=32", "model"),
-        ("optimizer.lr=1", "optimizer"),
+    before = {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/**")}
+    for change, message in (
+        ("seed=1", "  seed: "),
+        ("data.num_train=36", "  data: "),
+        ("batch_size=8", "  batch_size: "),
+        ("model.dim=32", "  model: "),
+        ("optimizer.lr=1", "  optimizer: "),
+        ("algo=critic", "its training has begun without a stage 1"),
+        ("hydra.run.dir=other", "a resumed run keeps its folder"),
     ):
-        outcome = invoke(f"resume={run}", "max_steps=30", change, tiny=False)
-        assert outcome.code == 2
-        assert f"  {name}: " in outcome.err
+        for dry_run in ("false",) if change in ("seed=1", "batch_size=8", "model.dim=32") else ("true", "false"):
+            outcome = invoke(f"resume={run}", "max_steps=30", change, f"dry_run={dry_run}", tiny=False)
+            assert outcome.code == 2, (change, dry_run)
+            assert message in outcome.err
     assert (run / "status.json").read_bytes() == (uninterrupted / "status.json").read_bytes()
     assert (run / "config.yaml").read_bytes() == (uninterrupted / "config.yaml").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/**")} == before
     assert invoke(f"resume={run}", FEW_SAVES, tiny=False).code == 0, "a refused resume changed the run"
+
+
+@pytest.mark.slow
+def test_a_dry_run_counts_the_updates_that_are_left(invoke: Invoke, uninterrupted: Path) -> None:
+    run = start_over(uninterrupted, "copy")
+    tried = invoke(f"resume={run}", "max_steps=26", "dry_run=true", tiny=False)
+    assert "26 updates of 4 samples, 6 of them left" in tried.out and "for 6 updates; the first took" in tried.out
+    done = invoke(f"resume={run}", "dry_run=true", tiny=False)
+    assert "0 of them left" in done.out and "no update is left, so none ran" in done.out
 
 
 @pytest.mark.slow

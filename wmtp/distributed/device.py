@@ -74,7 +74,7 @@ class Hardware:
 
 def resolve_device(device: Device) -> torch.device:
     """Return the device of this process. The index of a CUDA GPU is the rank of this process within its machine."""
-    kind = found_devices()[0] if device == "auto" else device
+    kind = wanted_device(device)
     return torch.device(kind, local_rank()) if kind == "cuda" else torch.device(kind)
 
 
@@ -88,27 +88,39 @@ def found_devices() -> list[str]:
     return [*devices, "cpu"]
 
 
+def missing_hardware(device: str, num_processes: int) -> tuple[str, str] | None:
+    """Return the hardware option that this machine cannot satisfy, with a description of its problem; None if all are.
+
+    All processes of a machine need a GPU each.
+    """
+    found, kind = found_devices(), wanted_device(device)
+    available = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
+    if kind not in found:
+        return "device", f"this machine has no {kind} device; found: {available} ({os.cpu_count()} cores)"
+    if kind == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) > torch.cuda.device_count():
+        remedy = "; more machines need torchrun on each" if "WORLD_SIZE" not in os.environ else ""
+        return "num_processes", f"needs one GPU each; found: {available}{remedy}"
+    return None
+
+
+def wanted_device(device: str) -> str:
+    """Return the type of device that a config asks for. With `auto`, this is the fastest device of this machine."""
+    return found_devices()[0] if device == "auto" else device
+
+
 def hardware_issues(device: str, num_processes: int, strategy: str) -> list[tuple[str, str]]:
     """Return the hardware options that this machine cannot satisfy or that contradict each other.
 
     Returns:
         The name of each such option, with a description of its problem.
     """
-    found = found_devices()
-    available = ", ".join(f"{torch.cuda.device_count()} cuda" if name == "cuda" else name for name in found)
-    world_size, local_world_size = os.environ.get("WORLD_SIZE"), int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    kind = found[0] if device == "auto" else device
-    problems = []
-    if kind not in found:
-        problems.append(("device", f"this machine has no {kind} device; found: {available} ({os.cpu_count()} cores)"))
-    elif kind == "cuda" and local_world_size > torch.cuda.device_count():
-        remedy = "; more machines need torchrun on each" if world_size is None else ""
-        problems.append(("num_processes", f"needs one GPU each; found: {available}{remedy}"))
+    missing, world_size = missing_hardware(device, num_processes), os.environ.get("WORLD_SIZE")
+    problems = [] if missing is None else [missing]
     if world_size is not None and int(world_size) != num_processes:
         problems.append(
             ("num_processes", f"torchrun started {world_size} processes; set hardware.num_processes={world_size}")
         )
-    if num_processes > 1 and kind == "mps":
+    if num_processes > 1 and wanted_device(device) == "mps":
         problems.append(("num_processes", "must be 1 on an MPS device"))
     if num_processes > 1 and strategy == "single":
         problems.append(("strategy", "single is for one process; several processes need ddp or fsdp"))

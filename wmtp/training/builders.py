@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.algorithms.base import INITIAL, Algorithm
-from wmtp.config.schema import build, stage_config
+from wmtp.config.schema import build
 from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import DataSource
 from wmtp.data.token_labels import harmful_tokens, has_token_labels
@@ -29,7 +29,6 @@ from wmtp.sandbox.limits import Limits
 from wmtp.training.optim import parameter_groups
 from wmtp.training.plan import Plan
 from wmtp.training.precompute import TokenColumns
-from wmtp.training.stages import Stage
 from wmtp.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -247,48 +246,6 @@ def build_trainer(
         sample_evaluation=sample_evaluation,
     )
     return trainer
-
-
-def build_stage(config: DictConfig, components: Components) -> Stage | None:
-    """Return stage 1, or None if the run has no stage 1.
-
-    A run has no stage 1 if `pretrain` is null, or if `algo.reference` selects an existing reference model.
-    """
-    if config.pretrain is None or components.algorithm.reference is not None:
-        return None
-    stage: Stage = build(config.pretrain)
-    return stage
-
-
-def build_stage_trainer(
-    config: DictConfig, folder: Path, components: Components, stage: Stage, *, with_columns: bool = True
-) -> Trainer:
-    """Return the trainer of stage 1.
-
-    Args:
-        config: the config of the run.
-        folder: the folder for the checkpoints of stage 1.
-        components: the objects shared by all stages.
-        stage: stage 1.
-        with_columns: whether to precompute hidden states if the stage needs them.
-
-    Raises:
-        InputError: the data of stage 1 cannot be used, or the stage trains a value head and all training samples have
-            the same reward.
-    """
-    settings = stage_config(config)
-    shares_data = settings.data == config.data and settings.seed == config.seed
-    try:
-        data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
-    except InputError as error:
-        raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
-    if stage.trains_policy:
-        require_different_rewards(data)
-    model = build_model(settings, components, values=stage.trains_policy)
-    stage.freeze(model)
-    if stage.needs_hidden_states and with_columns:
-        data = components.columns.with_hidden_states(model, data)
-    return build_trainer(settings, folder, components.hardware, data, model, stage.objective())
 
 
 def build_reference(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel | None:

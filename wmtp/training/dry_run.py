@@ -11,69 +11,116 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from wmtp.algorithms.base import Algorithm
+from wmtp.checkpoint.store import CheckpointStore
+from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
-from wmtp.models.shapes import model_shape
+from wmtp.models.mtp import MtpModel
+from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import PRETRAIN
 from wmtp.training.builders import (
+    Components,
     build_components,
     build_policy,
     build_reference,
-    build_stage,
-    build_stage_trainer,
+    build_sample_evaluation,
     build_trainer,
 )
 from wmtp.training.estimate import GB, Machine, ParallelSetting, memory
-from wmtp.training.stage_results import require_same_stage
+from wmtp.training.plan import Plan
+from wmtp.training.precompute import column_fingerprint
+from wmtp.training.stage_results import read_stage_result
+from wmtp.training.start import build_stage, build_stage_trainer, find_stage_result, load_stage_model, restore_latest
 from wmtp.training.trainer import Trainer
 
 
 def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None) -> None:
-    """Print the config, and run one update and one validation batch of every stage.
+    """Print the config, and run one update and one validation batch of every stage that is not finished.
 
-    No checkpoint, metric or summary is written.
+    If the config names a run to resume, each stage starts from the latest checkpoint of that run. No checkpoint, metric
+    or summary is written.
 
     Raises:
-        InputError: the data, the reference model or the stage 1 that `pretrain.reuse` names cannot be used.
+        InputError: the run cannot start or cannot be resumed with this config.
+        SandboxUnavailable: the config names a sandbox that cannot be used.
     """
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
+    folder = folder if config.resume is None else Path(config.resume).absolute()
     components = build_components(config, algorithm)
     stage = build_stage(config, components)
+    stage_model = None
     if stage is not None:
-        if stage.reuse is not None:
-            require_same_stage(stage.reuse, config)
-        trainer = build_stage_trainer(config, folder / PRETRAIN, components, stage, with_columns=False)
-        console.print(f"Stage 1, {type(stage).__name__}:", highlight=False)
-        _run_one_update(console, trainer)
-        del trainer
-        gc.collect()
-    if components.algorithm.reference is not None:
-        build_reference(config, components, None)
-    data = components.data
-    if components.algorithm.needs_reference:  # placeholder losses, because computing them takes long
-        data = data.with_columns(reference_losses=[np.zeros(len(s.samples.tokens), np.float32) for s in data.splits])
-    model, objective = build_policy(config, components, None), MtpObjective(components.algorithm)
-    _run_one_update(console, build_trainer(config, folder, components.hardware, data, model, objective))
-    console.print("The config is valid; one update and one validation batch ran. Nothing was saved.")
+        source = find_stage_result(folder, config, stage)
+        if source is None:
+            trainer = build_stage_trainer(config, folder / PRETRAIN, components, stage, with_columns=False)
+            restore_latest(trainer, config, CheckpointStore(folder / PRETRAIN))
+            console.print(f"Stage 1, {type(stage).__name__}:", highlight=False)
+            _run_one_update(console, trainer)
+            del trainer
+            gc.collect()
+        else:
+            result = read_stage_result(Path(source))
+            assert result is not None
+            stage_model = load_stage_model(Path(source) / result["saved"], config, components, stage)
+    data = with_placeholder_losses(config, components, stage_model)
+    if stage is None or not stage.trains_policy:
+        stage_model = None
+    model, objective = build_policy(config, components, stage_model), MtpObjective(components.algorithm)
+    samples = build_sample_evaluation(config, folder, components)
+    trainer = build_trainer(config, folder, components.hardware, data, model, objective, samples)
+    restore_latest(trainer, config, CheckpointStore(folder))
+    ran = _run_one_update(console, trainer)
+    console.print(f"The config is valid; {ran}. Nothing was saved.", soft_wrap=True, highlight=False)
 
 
-def _run_one_update(console: Console, trainer: Trainer) -> None:
+def with_placeholder_losses(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Dataset:
+    """Return the data with reference losses of 0 if the algorithm needs any, because computing them takes long.
+
+    If there is a reference model, the data have the same fingerprint as with its losses.
+    """
+    algorithm, data = components.algorithm, components.data
+    if not algorithm.needs_reference:
+        return data
+    fingerprint = None
+    if algorithm.reference is not None or stage_model is not None:
+        reference = build_reference(config, components, stage_model)
+        assert reference is not None
+        fingerprint = column_fingerprint(reference)
+    losses = [np.zeros(len(split.samples.tokens), np.float32) for split in data.splits]
+    return data.with_columns(fingerprint=fingerprint, reference_losses=losses)
+
+
+def _run_one_update(console: Console, trainer: Trainer) -> str:
+    """Run one update and one validation batch, if there are any, and return a clause that says what ran."""
     console.print(describe_training(trainer), soft_wrap=True, highlight=False)
-    started = time.perf_counter()
-    update = trainer.train_update()
+    if trainer.is_finished:
+        return "no update is left, so none ran"
+    step, tokens, started = trainer.position.step, trainer.position.tokens, time.perf_counter()
+    metrics = trainer.train_update()
     seconds = time.perf_counter() - started
-    trainer.validate(max_batches=1)
-    for name, value in (update | trainer.last_validation).items():
+    has_validation = len(trainer.data.validation) > 0
+    if has_validation:
+        trainer.validate(max_batches=1)
+        metrics |= trainer.last_validation
+    for name, value in metrics.items():
         console.print(f"  {name:30} {value:.4g}", highlight=False)
-    console.print(describe_cost(trainer, seconds), soft_wrap=True, highlight=False)
+    rate = (trainer.position.tokens - tokens) / seconds
+    console.print(
+        describe_cost(trainer, trainer.plan.num_updates - step, seconds, rate), soft_wrap=True, highlight=False
+    )
+    return (
+        "one update and one validation batch ran"
+        if has_validation
+        else "one update ran (there are no validation samples)"
+    )
 
 
-def describe_cost(trainer: Trainer, seconds: float) -> str:
-    """Return a text with the expected memory and the expected total time of the run.
+def describe_cost(trainer: Trainer, num_updates: int, seconds: float, rate: float) -> str:
+    """Return a text with the expected memory and the expected time of the next `num_updates` updates.
 
     The memory is estimated for batches that contain only the longest samples. The time is extrapolated from the first
-    update, which took `seconds`.
+    update, which took `seconds` at `rate` tokens per second.
     """
     hardware, plan, lengths = trainer.hardware, trainer.plan, trainer.data.train.samples.lengths
     setting = ParallelSetting(
@@ -84,27 +131,34 @@ def describe_cost(trainer: Trainer, seconds: float) -> str:
         hardware.processes.size, sequence=int(lengths.max()), batch_size=plan.batch_size,
         device=hardware.device.type,
     )  # fmt: skip
-    tokens = float(lengths.mean()) * min(plan.batch_size, len(lengths)) * plan.num_updates
-    rate = trainer.position.tokens / seconds
-    time_left = f"time: up to {format_duration(tokens / rate)} for {plan.num_updates:,} updates"
+    tokens = float(lengths.mean()) * min(plan.batch_size, len(lengths)) * num_updates
+    time_left = f"time: up to {format_duration(tokens / rate)} for {num_updates:,} updates"
     first = f"the first took {format_duration(seconds)}, at {rate:,.0f} tokens/s"
     uses = format_memory(memory(model_shape(trainer.model), machine, setting), machine, setting)
-    return "\n".join(
-        fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in (uses, f"{time_left}; {first}")
-    )
+    return wrap_lines(uses, f"{time_left}; {first}")
+
+
+def wrap_lines(*lines: str) -> str:
+    """Return lines of text, each of which is wrapped at 80 characters."""
+    return "\n".join(fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def describe_training(trainer: Trainer) -> str:
     """Return three lines of text, which describe the model with its hardware, the samples, and the planned updates."""
-    model, data, plan = trainer.model, trainer.data, trainer.plan
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = "" if num_trained == model.num_parameters else f", {num_trained:,} of them trained"
-    heads = f"{model.num_heads} heads" if model.num_heads > 1 else "1 head"
-    hardware = trainer.hardware
+    hardware, plan, step = trainer.hardware, trainer.plan, trainer.position.step
     size = hardware.processes.size
     devices = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
+    left = f", {max(0, plan.num_updates - step):,} of them left" if step else ""
+    return describe_stage(model_shape(trainer.model), devices, trainer.data, plan) + left
+
+
+def describe_stage(shape: ModelShape, devices: str, data: Dataset, plan: Plan) -> str:
+    """Return three lines of text, which describe a model on devices, the samples, and the planned updates."""
+    counts = shape.counted
+    frozen = "" if counts.trained == counts.parameters else f", {counts.trained:,} of them trained"
+    heads = f"{shape.num_heads} heads" if shape.num_heads > 1 else "1 head"
     return (
-        f"{model.num_parameters:,} parameters{frozen}, {heads}, on {devices}\n"
+        f"{counts.parameters:,} parameters{frozen}, {heads}, on {devices}\n"
         f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )

@@ -3,10 +3,13 @@
 import math
 from typing import Any
 
+import torch
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from wmtp.config.schema import build
 from wmtp.field_types import Ratio
 
 
@@ -21,6 +24,20 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     others = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def try_optimizer(node: DictConfig) -> Optimizer:
+    """Build an optimizer for a matrix and a vector, and return it after its first step.
+
+    Raises:
+        ValueError, TypeError or RuntimeError: torch refuses an option or the parameters.
+    """
+    layer = nn.Linear(2, 2)
+    optimizer: Optimizer = build(node, params=parameter_groups(layer))
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
 
 
 def warmup_factor(step: int, num_updates: int, warmup_ratio: float) -> float | None:

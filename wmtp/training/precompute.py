@@ -34,6 +34,11 @@ It must change if other code computes other values, as with the rounding of loss
 BATCH_SIZE = 32
 
 
+def column_fingerprint(model: MtpModel) -> str:
+    """Return a hash of the weights on which columns depend, which are all except those of the value head."""
+    return weights_fingerprint(model, exclude_prefix="value_head.")
+
+
 class TokenColumns:
     """A disk cache of arrays (columns) that a frozen model computes, with one entry for each token of a split.
 
@@ -62,7 +67,7 @@ class TokenColumns:
             losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
             return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token
 
-        weights = weights_fingerprint(model, exclude_prefix="value_head.")
+        weights = column_fingerprint(model)
         losses = [
             self._column("reference-losses", weights, split, (), model, _reference_losses) for split in data.splits
         ]
@@ -76,7 +81,7 @@ class TokenColumns:
         Raises:
             InputError: the cached file cannot be read.
         """
-        weights = weights_fingerprint(model, exclude_prefix="value_head.")
+        weights = column_fingerprint(model)
         shape = (model.architecture.dim,)
         states = [
             self._column("hidden-states", weights, split, shape, model, lambda batch: model.trunk_states(batch.tokens))

@@ -23,7 +23,7 @@ from wmtp.config.defaults import changed_keys
 from wmtp.config.schema import stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
-from wmtp.models.loading import MODEL_FOLDER, build_source, load_weights
+from wmtp.models.loading import MODEL_FOLDER, build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
@@ -38,8 +38,6 @@ from wmtp.training.builders import (
     build_policy,
     build_reference,
     build_sample_evaluation,
-    build_stage,
-    build_stage_trainer,
     build_trainer,
 )
 from wmtp.training.dry_run import describe_training
@@ -48,11 +46,11 @@ from wmtp.training.resume_check import require_same_contents
 from wmtp.training.stage_results import (
     copy_stage,
     read_stage_result,
-    require_unchanged,
     write_stage_config,
     write_stage_result,
 )
 from wmtp.training.stages import Stage
+from wmtp.training.start import build_stage, build_stage_trainer, find_stage_result, load_stage_model, restore_latest
 from wmtp.training.summary import print_summary, write_summary
 from wmtp.training.token_report import TOKEN_METRICS, measure_tokens, weight_quality, write_token_report
 from wmtp.training.trainer import Result, Trainer, interruption_error
@@ -172,23 +170,17 @@ class Run:
 
         Stage 1 is trained or copied from another run, unless the run's folder already contains its result.
         """
-        self.processes.run_on_all(lambda: require_unchanged(self.folder, self.config))
-        if self.processes.run_on_main(lambda: read_stage_result(self.folder)) is None:
-            if stage.reuse is None:
-                self._train_stage_1(stage, components)
-                gc.collect()  # a parallelized model is in a reference cycle; free it before the next model is built
-            else:
-                reused = stage.reuse
-                self.processes.run_on_main(lambda: copy_stage(reused, self.folder, self.config))
+        source = self.processes.run_on_main(lambda: find_stage_result(self.folder, self.config, stage))
+        if source is None:
+            self._train_stage_1(stage, components)
+            gc.collect()  # a parallelized model is in a reference cycle; free it before the next model is built
+        elif source != str(self.folder):
+            self.processes.run_on_main(lambda: copy_stage(Path(source), self.folder, self.config))
         self.stage_result = self.processes.run_on_main(lambda: read_stage_result(self.folder))
         assert self.stage_result is not None
         saved = self.folder / self.stage_result["saved"]
         self._print(f"Model of stage 1: {saved}")
-        source = build_source(stage_config(self.config).model, components.tokenizer, Path(self.config.cache_dir))
-        model = source.empty()
-        if stage.trains_policy:
-            model.add_value_head()
-        return load_weights(saved, model, components.tokenizer, components.hardware)
+        return load_stage_model(saved, self.config, components, stage)
 
     def _train_stage_1(self, stage: Stage, components: Components) -> None:
         """Train stage 1 to its end, and write its result to the run's folder.
@@ -237,11 +229,10 @@ class Run:
 
         Do nothing if the run is not resumed or if the stage has no checkpoint.
         """
-        if self.config.resume is None or not trainer.checkpoints.has_any():
+        restored = restore_latest(trainer, self.config, trainer.checkpoints)
+        if restored is None:
             return
-        checkpoint = trainer.checkpoints.latest()
-        snapshot = load(checkpoint, dict(trainer.model.named_parameters()), verified=True)
-        changes = trainer.restore(snapshot, self.config.resume_override)
+        checkpoint, changes = restored
         self.processes.run_on_main(lambda: self._record_resume(checkpoint, changes))
         if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later best.json
             trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)

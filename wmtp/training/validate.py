@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from omegaconf import DictConfig
 from pydantic import Field
 
@@ -24,15 +23,17 @@ from wmtp.config.schema import (
     schema,
     stage_config,
 )
-from wmtp.distributed.device import hardware_issues
+from wmtp.distributed.device import hardware_issues, missing_hardware
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath
 from wmtp.models.loading import build_source
 from wmtp.models.source import ModelSource
 from wmtp.objectives.base import metric_names
+from wmtp.runtime.processes import started_together
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, is_running
 from wmtp.sandbox.isolation import Choice
 from wmtp.training.early_stopping import EarlyStopping, monitor_problem
+from wmtp.training.optim import try_optimizer
 from wmtp.training.plan import Plan
 from wmtp.training.stages import ReferenceStage, Stage, ValueStage
 from wmtp.training.trainer import Trainer
@@ -284,19 +285,34 @@ def needs_values(config: DictConfig) -> bool:
 
 
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if the optimizer cannot be created for a parameter that has one element."""
-    options = {name: value for name, value in config.optimizer.items() if name != "_target_"}
+    """Yield an issue if the optimizer cannot train a matrix and a vector, which every model has."""
     try:
-        locate(config.optimizer["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
+        try_optimizer(config.optimizer)
     except (ValueError, TypeError, RuntimeError) as error:
-        yield ConfigIssue("optimizer", config.optimizer["_target_"], str(error))
+        yield ConfigIssue("optimizer", config.optimizer["_target_"], " ".join(str(error).split()))
 
 
 def hardware_group_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue for each hardware setting that this machine cannot satisfy or that contradicts another one."""
+    """Yield an issue for each hardware setting that this machine cannot satisfy or that contradicts another one.
+
+    A dry run may name hardware that this machine lacks, because it then estimates the memory and the time.
+    """
     hardware = config.hardware
+    allowed = lacking_hardware(config)
     for key, problem in hardware_issues(hardware.device, hardware.num_processes, hardware.strategy):
+        if (key, problem) == allowed:
+            continue
         yield ConfigIssue(f"hardware.{key}", str(hardware[key]), problem)
+
+
+def lacking_hardware(config: DictConfig) -> tuple[str, str] | None:
+    """Return the hardware option of a dry run that this machine cannot satisfy, with a description of its problem.
+
+    The result is None if this machine has the hardware, if it is no dry run, or if torchrun has started this process.
+    """
+    if not config.dry_run or started_together():
+        return None
+    return missing_hardware(config.hardware.device, config.hardware.num_processes)
 
 
 def resume_issues(config: DictConfig) -> Iterator[ConfigIssue]:

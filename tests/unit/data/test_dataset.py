@@ -11,7 +11,8 @@ from tests.conftest import TINY, compose_config
 from wmtp.data.collate import collate
 from wmtp.data.dataset import Dataset
 from wmtp.data.split import ADDED_COLUMNS, TOKEN_COLUMNS, TokenizedSplit
-from wmtp.training.builders import build_components, build_stage, build_stage_trainer
+from wmtp.training.builders import build_components
+from wmtp.training.start import build_stage, build_stage_trainer
 
 
 def make_column(name: str, split: TokenizedSplit, extra: int = 0) -> np.ndarray:

@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import Invoke
+from tests.conftest import TINY, Invoke, compose_config, tiny_model
 from tests.unit.training.test_scaling import saved_tensors
 from tests.unit.training.test_scaling import script as scaling
+from wmtp.data.dataset import Dataset
+from wmtp.data.tokenizer import task_tokenizer
 from wmtp.models.architecture import Architecture
 from wmtp.models.huggingface.adapters import HuggingFaceArchitecture
 from wmtp.models.llama import LlamaArchitecture
@@ -28,6 +30,7 @@ from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.ops import cross_entropy as losses
+from wmtp.training.absent_hardware import describe_estimate, planned_shape
 from wmtp.training.dry_run import format_memory, moments_per_parameter
 from wmtp.training.estimate import (
     Machine,
@@ -259,6 +262,42 @@ def test_dry_run_prints_memory_and_time_of_each_stage(invoke: Invoke) -> None:
     assert "activations" in lines[memory_lines[1]] + lines[memory_lines[1] + 1]
     assert all(re.search(r"for \d+ updates; the first took [\d.]+ s, at [\d,]+ tokens/s", line) for line in times)
     assert max(len(line) for line in [*times, *(lines[i + j] for i in memory_lines for j in (0, 1))]) <= 80
+
+
+GPUS = ["hardware=a100x4", "algo=critic", "model.num_layers=3"]
+"""Overrides of a run that needs GPUs."""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 4, reason="the hardware is here")
+def test_a_dry_run_estimates_for_hardware_that_is_not_here(invoke: Invoke, cache: Path) -> None:
+    """The two estimates are those of the model with a value head; the command itself and other faults are refused."""
+    outcome = invoke(*GPUS, "dry_run=true")
+    assert outcome.code == 0, outcome.err
+    assert "WARNING: hardware.device=cuda: this machine has no cuda device" in outcome.err
+    config = compose_config(*TINY, *GPUS)
+    shape = planned_shape(config, task_tokenizer(cache), values=True)
+    assert outcome.out.count(f"{shape.counted.parameters:,} parameters, 4 heads, on cuda, 4 processes (fsdp)") == 2
+    sequence = int(re.findall(r"a process with 4 x (\d+) tokens", outcome.out)[1])
+    sizes = memory(shape, Machine(4, sequence, 16), ParallelSetting("fsdp", False, False, 4))
+    assert outcome.out.count(f"memory: about {sizes['total'] / 1e6:.1f} MB a process") == 2
+    assert "no update ran" in outcome.out and "train/loss" not in outcome.out
+    refused = invoke(*GPUS)
+    assert refused.code == 2 and "this machine has no cuda device" in refused.err
+    also_wrong = invoke(*GPUS, "dry_run=true", "hardware.strategy=single")
+    assert also_wrong.code == 2 and "several processes need ddp or fsdp" in also_wrong.err
+    assert "no cuda device" not in also_wrong.err
+
+
+def test_the_time_is_estimated_for_models_that_keep_gpus_busy(tiny_data: Dataset) -> None:
+    """The lowest estimate is above that of 6 FLOPs for each parameter and token at the peak speed of four A100s."""
+    config = compose_config("hardware=a100x4")
+    text = describe_estimate(config, tiny_data, ModelShape())
+    found = re.search(r"time: ([\d.]+) s to ([\d.]+) s for 9 updates", text)
+    assert found is not None, text
+    least, most = map(float, found.groups())
+    tokens = 3 * float(tiny_data.train.samples.lengths.sum())
+    assert 6 * ModelShape().parameters * tokens / 4 / 312e12 < least <= most < 20 * least
+    assert "too small" in describe_estimate(config, tiny_data, model_shape(tiny_model())), "the control"
 
 
 @pytest.fixture(scope="module")

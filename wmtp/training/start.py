@@ -1,0 +1,116 @@
+"""The steps before the first update of a run. A dry run takes the same steps, so it finds the same errors."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from wmtp.checkpoint.store import CheckpointStore, load
+from wmtp.config.schema import build, stage_config
+from wmtp.data.dataset import Dataset
+from wmtp.errors import InputError
+from wmtp.models.loading import build_source, load_weights
+from wmtp.models.mtp import MtpModel
+from wmtp.training.builders import Components, build_data, build_model, build_trainer, require_different_rewards
+from wmtp.training.stage_results import read_stage_result, require_same_stage, require_unchanged
+from wmtp.training.stages import Stage
+from wmtp.training.trainer import Trainer
+
+
+def build_stage(config: DictConfig, components: Components) -> Stage | None:
+    """Return stage 1, or None if the run has no stage 1.
+
+    A run has no stage 1 if `pretrain` is null, or if `algo.reference` selects an existing reference model.
+    """
+    if config.pretrain is None or components.algorithm.reference is not None:
+        return None
+    stage: Stage = build(config.pretrain)
+    return stage
+
+
+def build_stage_data(config: DictConfig, components: Components, stage: Stage) -> Dataset:
+    """Return the data set of stage 1.
+
+    Raises:
+        InputError: the data cannot be used, or the stage trains a value head and all training samples have the same
+            reward.
+    """
+    settings = stage_config(config)
+    shares_data = settings.data == config.data and settings.seed == config.seed
+    try:
+        data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
+    except InputError as error:
+        raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
+    if stage.trains_policy:
+        require_different_rewards(data)
+    return data
+
+
+def build_stage_trainer(
+    config: DictConfig, folder: Path, components: Components, stage: Stage, *, with_columns: bool = True
+) -> Trainer:
+    """Return the trainer of stage 1.
+
+    Args:
+        config: the config of the run.
+        folder: the folder for the checkpoints of stage 1.
+        components: the objects shared by all stages.
+        stage: stage 1.
+        with_columns: whether to precompute hidden states if the stage needs them.
+
+    Raises:
+        InputError: the data of stage 1 cannot be used.
+    """
+    settings, data = stage_config(config), build_stage_data(config, components, stage)
+    model = build_model(settings, components, values=stage.trains_policy)
+    stage.freeze(model)
+    if stage.needs_hidden_states and with_columns:
+        data = components.columns.with_hidden_states(model, data)
+    return build_trainer(settings, folder, components.hardware, data, model, stage.objective())
+
+
+def find_stage_result(folder: Path, config: DictConfig, stage: Stage) -> str | None:
+    """Return the path of the run whose finished stage 1 is used, or None if stage 1 must be trained.
+
+    This is `folder`, which is the folder of the run itself, or else the run that `pretrain.reuse` names.
+
+    Raises:
+        InputError: the run has begun with another stage 1, or the run that `pretrain.reuse` names has no finished
+            stage 1 that matches the config.
+    """
+    require_unchanged(folder, config)
+    if read_stage_result(folder) is not None:
+        return str(folder)
+    if stage.reuse is None:
+        return None
+    require_same_stage(stage.reuse, config)
+    return str(stage.reuse)
+
+
+def load_stage_model(saved: Path, config: DictConfig, components: Components, stage: Stage) -> MtpModel:
+    """Return the model of stage 1 from its checkpoint `saved`.
+
+    Raises:
+        InputError: the checkpoint is damaged or does not match the config.
+    """
+    model = build_source(stage_config(config).model, components.tokenizer, Path(config.cache_dir)).empty()
+    if stage.trains_policy:
+        model.add_value_head()
+    return load_weights(saved, model, components.tokenizer, components.hardware)
+
+
+def restore_latest(trainer: Trainer, config: DictConfig, store: CheckpointStore) -> tuple[Path, dict[str, str]] | None:
+    """Load the latest checkpoint of a stage from `store` into its trainer.
+
+    Do nothing if the run is not resumed or if the stage has no checkpoint.
+
+    Returns:
+        The checkpoint, and a description of each setting that has changed since then; None if nothing was loaded.
+
+    Raises:
+        InputError: there is no undamaged checkpoint, or a setting has changed that `resume_override` does not name.
+    """
+    if config.resume is None or not store.has_any():
+        return None
+    checkpoint = store.latest()
+    snapshot = load(checkpoint, dict(trainer.model.named_parameters()), verified=True)
+    return checkpoint, trainer.restore(snapshot, config.resume_override)
