@@ -13,9 +13,8 @@ import pytest
 
 from wmtp.data.records import StdioTest
 from wmtp.sandbox.grader import Program, Verdict, grade
-from wmtp.sandbox.isolation import Choice, Isolation, find_isolation
+from wmtp.sandbox.isolation import Choice, Isolation, find_isolation, packed
 from wmtp.sandbox.limits import Limits
-from wmtp.sandbox.mounts import python
 from wmtp.sandbox.process import PipeLoop
 
 SHORT_LIMITS = Limits(wall_seconds=2.0, cpu_seconds=2)
@@ -46,9 +45,12 @@ def grade_program(program: Program, isolation: Choice | Isolation, limits: Limit
 
 def inside(isolation: Choice, script: str, limits: Limits = SHORT_LIMITS) -> str:
     """Return the output of a script in a sandbox."""
-    with find_isolation(isolation).start(python("-c", script), limits) as process, PipeLoop(process) as pipe_loop:
+    with (
+        find_isolation(isolation).starter(limits) as start,
+        start(packed(script), b"") as process,
+        PipeLoop(process) as pipe_loop,
+    ):
         process.wait_until_ready()
-        process.close_input()
         for _ in pipe_loop.steps(time.monotonic() + 20):
             if process.output_ended:
                 break

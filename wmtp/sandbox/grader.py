@@ -5,6 +5,7 @@ given input, and compares its output with the expected output.
 """
 
 import json
+import marshal
 import math
 import time
 from collections.abc import Iterator
@@ -15,9 +16,8 @@ from importlib.resources import files
 from typing import Literal
 
 from wmtp.data.records import StdioTest
-from wmtp.sandbox.isolation import Isolation
+from wmtp.sandbox.isolation import Isolation, Start, packed
 from wmtp.sandbox.limits import Limits
-from wmtp.sandbox.mounts import python
 from wmtp.sandbox.process import EXIT_TIMEOUT_S, PipeLoop, Process, SandboxFailure
 
 Outcome = Literal["pass", "fail", "sandbox error"]
@@ -43,13 +43,13 @@ TOLERANCE = 1e-6
 CPU_LIMIT_EXIT_CODE = 128 + 24
 """Exit code of a process that the signal SIGXCPU killed because it used too much processor time."""
 LOADER = """
-import sys, types
-for name, source in {sources!r}:
-    module = sys.modules[name] = types.ModuleType(name)
-    exec(compile(source, name, "exec"), module.__dict__)
+import marshal, sys
+for name, code in {modules!r}:
+    module = sys.modules[name] = type(sys)(name)
+    exec(marshal.loads(code), module.__dict__)
 module.main()
 """
-"""Template of a script that creates modules from their source code and calls `main` of the last module."""
+"""Template of a script that creates modules from their compiled code and calls `main` of the last module."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,14 @@ def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
     outcome, reason, detail = "pass", "", ""
     try:
         assertions = [test for test in program.tests if isinstance(test, str)]
-        if assertions:
-            outcome, reason, detail = _grade_assertions(program, assertions, isolation, limits)
-        for number, test in enumerate(program.tests, start=1):
-            if outcome == "pass" and isinstance(test, StdioTest):
-                with _failures_at(f"test {number}"):
-                    _grade_stdio(program.source, test, isolation, limits)
+        with isolation.starter(limits) as start:
+            if assertions:
+                outcome, reason, detail = _grade_assertions(program, assertions, start, limits)
+            packed_program = packed(_worker("stdio_worker"), program.source)
+            for number, test in enumerate(program.tests, start=1):
+                if outcome == "pass" and isinstance(test, StdioTest):
+                    with _failures_at(f"test {number}"):
+                        _grade_stdio(packed_program, test, start, limits)
     except ProgramFailed as failure:
         outcome, reason, detail = "fail", failure.reason, str(failure)
     except SandboxFailure as failure:
@@ -132,11 +134,12 @@ def _one_line(text: str) -> str:
 
 
 @cache
-def _script(*modules: str) -> str:
-    """Return a script that contains the source code of the given sandbox modules and calls `main` of the last one."""
+def _worker(*modules: str) -> str:
+    """Return a script that contains the given modules of the sandbox and calls `main` of the last one."""
     package = files("wmtp.sandbox")
-    sources = [(f"wmtp.sandbox.{name}", (package / f"{name}.py").read_text(encoding="utf-8")) for name in modules]
-    return LOADER.format(sources=sources)
+    sources = {f"wmtp.sandbox.{name}": (package / f"{name}.py").read_text(encoding="utf-8") for name in modules}
+    compiled = [(name, marshal.dumps(compile(source, name, "exec"))) for name, source in sources.items()]
+    return LOADER.format(modules=compiled)
 
 
 class Relay:
@@ -226,20 +229,18 @@ def _take_line(buffer: bytearray) -> bytes:
     return line
 
 
-def _grade_assertions(
-    program: Program, tests: list[str], isolation: Isolation, limits: Limits
-) -> tuple[Outcome, Reason, str]:
+def _grade_assertions(program: Program, tests: list[str], start: Start, limits: Limits) -> tuple[Outcome, Reason, str]:
     job = {"source": program.source, "setup": program.setup, "preamble": program.preamble, "tests": tests}
     with (
-        isolation.start(python("-c", _script("wire", "assertion_worker")), limits) as assertion_worker,
-        isolation.start(python("-c", _script("wire", "solution_worker")), limits) as solution_worker,
+        start(packed(_worker("wire", "assertion_worker"))) as assertion_worker,
+        start(packed(_worker("wire", "solution_worker"))) as solution_worker,
     ):
         assertion_worker.wait_until_ready()
         solution_worker.wait_until_ready()
         return Relay(assertion_worker, solution_worker, limits).verdict(json.dumps(job).encode() + b"\n")
 
 
-def _grade_stdio(source: str, test: StdioTest, isolation: Isolation, limits: Limits) -> None:
+def _grade_stdio(program: bytes, test: StdioTest, start: Start, limits: Limits) -> None:
     """Run a program once and compare its output with the expected output.
 
     Raises:
@@ -247,13 +248,11 @@ def _grade_stdio(source: str, test: StdioTest, isolation: Isolation, limits: Lim
     """
     expected = test.stdout
     max_bytes = limits.output_bytes + 2 * len(expected.encode(errors="replace"))
-    code = source.encode(errors="surrogatepass")
     with (
-        isolation.start(python("-c", _script("stdio_worker")), limits) as process,
+        start(program, test.stdin.encode(errors="surrogatepass")) as process,
         PipeLoop(process) as pipe_loop,
     ):
         process.wait_until_ready()
-        process.send(b"%d\n" % len(code) + code + test.stdin.encode(errors="surrogatepass"))
         deadline = time.monotonic() + limits.wall_seconds
         exit_code = _run(process, pipe_loop, deadline, max_bytes)
         stdout, stderr = (bytes(data).decode(errors="replace") for data in (process.stdout_data, process.stderr_data))
@@ -277,8 +276,6 @@ def _run(process: Process, pipe_loop: PipeLoop, deadline: float, max_bytes: int)
     for _ in pipe_loop.steps(deadline):
         if len(process.stdout_data) + len(process.stderr_data) > max_bytes:
             raise ProgramFailed("output", f"it wrote more than {max_bytes / 1024:g} KiB")
-        if not process.has_pending_input:
-            process.close_input()
         if process.output_ended:
             break
     return process.exit_code(deadline - time.monotonic())

@@ -1,22 +1,35 @@
 """The script that runs first in a sandbox: it creates namespaces if required, sets limits, and executes the program.
 
-The only argument of this script is a JSON object, which `isolation.py` creates. Its key `status` is a file descriptor.
-The script writes "." to this descriptor when the sandbox is ready, or an error message if the sandbox cannot be
-created. All code of this script runs before the first instruction of the untrusted program.
+The only argument of this script is a dictionary in the hexadecimal form of its `marshal` encoding, which `isolation.py`
+creates. The script executes the program in its own interpreter, because starting another one would take longer than
+creating the sandbox. All code of this script runs before the first instruction of the untrusted program.
+
+If the dictionary has the key `control`, the script is a server: for each request on this socket, it forks a child,
+which creates new namespaces and executes one program in them. The server itself never reads what belongs to a program.
+
+The script writes to the status descriptor of a program: a zero byte when the sandbox is ready, or an error message if
+it cannot be created. A server's child also writes the exit code of the program.
 """
-# pathlib is not used, because importing it would take longer than the whole script
+# Only modules that load quickly are imported; json, pathlib, signal, socket and typing would take longer than the rest.
 # ruff: noqa: PTH102, PTH103, PTH106, PTH112, PTH120, PTH123, PTH211
 
-import contextlib
+import _socket
 import ctypes
-import json
+import marshal
 import os
 import resource
-import signal
 import struct
 import sys
-from typing import Any
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import CodeType
+    from typing import Any
+
+    Setup = dict[str, Any]
+    """Type of the argument of this script."""
+
+C_LIBRARY = ctypes.CDLL(None, use_errno=True)
 CLONE_FLAGS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
 """Flags that create new mount, cgroup, uts, ipc, pid and network namespaces."""
 CLONE_NEWUSER = 0x10000000
@@ -24,25 +37,24 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, MODE_FILTER = 1, 22, 24, 38, 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+MODE_FILTER, SIGKILL = 2, 9
 NUM_CAPABILITIES, CAPABILITY_VERSION = 64, 0x20080522
 OLD_ROOT = "/.old"
 NUM_FILES = 1024
 """Maximum number of files and folders in the writable folder of the sandbox."""
+NUM_DESCRIPTORS = 5
+"""Number of file descriptors in a request: the program, its standard input, output and error, and its status."""
 
-Setup = dict[str, Any]
-"""Type of the argument of this script, decoded from JSON."""
 
-
-def call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: "Any") -> None:
     """Call a function of the C library.
 
     Raises:
         OSError: the function returned a negative value.
     """
-    library = ctypes.CDLL(None, use_errno=True)
     converted = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
-    if getattr(library, name)(*converted) < 0:
+    if getattr(C_LIBRARY, name)(*converted) < 0:
         number = ctypes.get_errno()
         arguments_text = ", ".join(repr(argument) for argument in arguments)
         raise OSError(number, f"{name}({arguments_text}): {os.strerror(number)}")
@@ -59,7 +71,7 @@ def restrict_mount(path: str, attributes: int, flags: int = AT_RECURSIVE) -> Non
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, structure, len(structure))
 
 
-def make_namespaces(setup: Setup) -> None:
+def make_namespaces(setup: "Setup") -> None:
     """Create new namespaces for this process.
 
     If the sandbox is not started as root, also create a user namespace, which gives the privileges to configure the
@@ -75,21 +87,31 @@ def make_namespaces(setup: Setup) -> None:
 
 def kill_on_parent_death() -> None:
     """Make the kernel kill this process when its parent ends."""
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    call("prctl", PR_SET_PDEATHSIG, SIGKILL)
 
 
-def wait_and_exit_like(child: int) -> None:
-    """Wait until a child process ends, and exit with the same exit code.
+def close_all_except(first: int, kept: int | None) -> None:
+    """Close all file descriptors from `first` on, except `kept`."""
+    os.closerange(first, 256 if kept is None else kept)
+    if kept is not None:
+        os.closerange(kept + 1, 256)
+
+
+def wait_and_exit_like(child: int, status: int | None) -> None:
+    """Wait until a child process ends, write its exit code to `status` if it is given, and exit with the same code.
 
     If this process is the first one of a pid namespace, it also reaps orphaned processes while it waits, and the kernel
     kills all other processes of the namespace when it exits.
     """
-    os.closerange(0, 256)
+    close_all_except(0, status)
     while True:
-        ended, status = os.wait()
+        ended, result = os.wait()
         if ended == child:
-            code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
+            code = os.waitstatus_to_exitcode(result)
+            code = code if code >= 0 else 128 - code
+            if status is not None:
+                os.write(status, b"\n%d" % code)
+            os._exit(code)
 
 
 def fork_and_wait(status: int | None = None) -> None:
@@ -99,16 +121,16 @@ def fork_and_wait(status: int | None = None) -> None:
     does not receive the byte and exits.
 
     Args:
-        status: file descriptor to which the parent writes the process id of the child, before the child continues. If
-            it is None, the process id is not written.
+        status: file descriptor to which the parent writes the process id of the child, before the child continues, and
+            later its exit code. If it is None, nothing is written.
     """
     reading, writing = os.pipe()
     child = os.fork()
     if child:
         if status is not None:
-            os.write(status, json.dumps({"child-pid": child}).encode())
+            os.write(status, b'{"child-pid": %d}' % child)
         os.write(writing, b".")
-        wait_and_exit_like(child)
+        wait_and_exit_like(child, status)
     os.close(writing)
     kill_on_parent_death()
     if os.read(reading, 1) != b".":
@@ -127,7 +149,7 @@ def bind_mount(source: str, target: str, attributes: int) -> None:
     restrict_mount(target, attributes)
 
 
-def change_root(setup: Setup) -> None:
+def change_root(setup: "Setup") -> None:
     """Replace the root of this mount namespace by a new root.
 
     The new root contains only the paths that are listed in `setup`, /proc, and the writable folder /tmp.
@@ -159,7 +181,7 @@ def change_root(setup: Setup) -> None:
     restrict_mount("/", read_only, flags=0)
 
 
-def drop_privileges(setup: Setup) -> None:
+def drop_privileges(setup: "Setup") -> None:
     """Change from root to the user id of this sandbox, and drop all capabilities. Without isolation, do nothing.
 
     Each sandbox that root starts has its own user id, because the kernel counts processes per user and does not limit
@@ -179,6 +201,7 @@ def drop_privileges(setup: Setup) -> None:
         os.setresuid(setup["user"], setup["user"], setup["user"])
     if setup["filter"]:
         call("capset", struct.pack("Ii", CAPABILITY_VERSION, 0), struct.pack("6I", *[0] * 6))
+        call("prctl", PR_SET_DUMPABLE, 1)  # otherwise its own /proc/self/fd would be closed to the program
 
 
 def filter_system_calls(program: bytes) -> None:
@@ -191,35 +214,95 @@ def filter_system_calls(program: bytes) -> None:
     call("prctl", PR_SET_SECCOMP, MODE_FILTER, struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)))
 
 
-def main(setup: Setup) -> None:
-    """Set up the sandbox and execute the program in it."""
-    status = setup["status"]
-    try:
-        os.set_inheritable(status, False)
-        if setup["namespaces"]:
-            make_namespaces(setup)
-            kill_on_parent_death()
-            fork_and_wait(status)
-            change_root(setup)
-            fork_and_wait()
-        os.chdir("/tmp")
-        for name, limit in setup["limits"].items():
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), tuple(limit))
-        drop_privileges(setup)
-        if setup["filter"]:
-            filter_system_calls(bytes.fromhex(setup["filter"]))
-        for descriptor in range(3, 256):
-            if descriptor != status:
-                with contextlib.suppress(OSError):  # no such descriptor is open
-                    os.close(descriptor)
-        with open(setup["command"][0], "rb"):  # fails here, while an error can still be reported
+def serve(setup: "Setup") -> tuple[int, int]:
+    """Fork a child for each request, and return only in the children. Exit when the other side closes the socket.
+
+    A child gets a user id of its own (see `drop_privileges`), and a session of its own, because a program may send a
+    signal to its process group.
+
+    Returns:
+        The file descriptors of the program and of its status.
+    """
+    server, connection = os.getpid(), _socket.socket(fileno=setup["control"])
+    while True:
+        _, messages, _, _ = connection.recvmsg(1, _socket.CMSG_SPACE(4 * NUM_DESCRIPTORS))
+        if not messages:
+            os._exit(0)
+        program, *standard, status = struct.unpack(f"{NUM_DESCRIPTORS}i", messages[0][2])
+        if not os.fork():
+            break
+        for descriptor in (program, *standard, status):
+            os.close(descriptor)
+        if setup["user"] is not None:
+            setup["user"] += 1
+        while reap_child():
             pass
-        os.write(status, b".")
-        os.execve(setup["command"][0], setup["command"], setup["environment"])
+    kill_on_parent_death()
+    if os.getppid() != server:
+        os._exit(1)
+    os.setsid()
+    connection.close()
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+    open_standard_streams()
+    return program, status
+
+
+def reap_child() -> bool:
+    """Reap one child that has ended, and return whether there was one."""
+    try:
+        return os.waitpid(-1, os.WNOHANG) != (0, 0)
+    except ChildProcessError:
+        return False
+
+
+def open_standard_streams() -> None:
+    """Replace the objects of the standard streams by new ones, as Python creates them when it starts.
+
+    The objects of the server remember properties of its own streams, for example that they are seekable.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old, mode = getattr(sys, name), "w" if number else "r"
+        buffering = 1 if name == "stderr" else -1
+        stream: "Any" = os.fdopen(number, mode, buffering, old.encoding, old.errors, "\n", False)
+        stream.buffer.raw.name = old.name
+        stream.mode = mode
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def isolate(setup: "Setup", status: int) -> None:
+    """Create the namespaces if required, and restrict this process as the setup says."""
+    if setup["namespaces"]:
+        make_namespaces(setup)
+        kill_on_parent_death()
+        fork_and_wait(status)
+        change_root(setup)
+        fork_and_wait()
+    os.chdir(setup["folder"])
+    for name, limit in setup["limits"].items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
+    drop_privileges(setup)
+    if setup["filter"]:
+        filter_system_calls(setup["filter"])
+
+
+def main(setup: "Setup") -> "CodeType":
+    """Set up the sandbox, and return the code of the program. Its arguments become those of this process."""
+    program, status = serve(setup) if "control" in setup else (setup["program"], setup["status"])
+    try:
+        isolate(setup, status)
+        os.environ.pop("PWD", None)  # bubblewrap sets it
+        with open(program, "rb") as file:
+            code, sys.argv[1:] = marshal.load(file)
+        close_all_except(3, status)
+        os.write(status, b"\0")
+        os.close(status)
     except BaseException as error:  # noqa: BLE001 - reported through `status`
         os.write(status, f"{type(error).__name__}: {error}".encode())
         os._exit(1)
+    return code  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    exec(main(marshal.loads(bytes.fromhex(sys.argv[1]))))

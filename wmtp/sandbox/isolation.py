@@ -1,6 +1,6 @@
 """Isolation methods for untrusted programs, and the selection of a method that works on this machine."""
 
-import json
+import marshal
 import os
 import platform
 import secrets
@@ -8,27 +8,55 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, Protocol
 
 from wmtp.errors import SandboxUnavailable
 from wmtp.sandbox import self_test
 from wmtp.sandbox.limits import Limits
-from wmtp.sandbox.mounts import ENVIRONMENT, layout, python
+from wmtp.sandbox.mounts import layout, python
 from wmtp.sandbox.process import PipeLoop, Process, SandboxFailure
 from wmtp.sandbox.seccomp import system_call_filter
+from wmtp.sandbox.starting import ForkServer, SpawnedProcess
 
 Choice = Literal["auto", "bubblewrap", "unshare", "none"]
 FIRST_USER, NUM_USERS = 1_900_000_000, 200_000_000
 """First number and size of a range of user ids that accounts and container managers do not use. If root starts a
 sandbox, the sandbox gets a random user id from this range."""
+FOLDER = "/tmp"
+"""The writable folder of a sandbox, in which programs start."""
 OPEN_FILES = 64
 """Maximum number of open files of a process."""
 SELF_TEST_TIMEOUT_S = 60.0
-INIT_SCRIPT = Path(__file__).with_name("init.py").read_text(encoding="utf-8")
-"""Source code of the script that runs first in every sandbox."""
+INIT_CODE = marshal.dumps(compile(Path(__file__).with_name("init.py").read_text(encoding="utf-8"), "init.py", "exec"))
+"""Code of the script that runs first in every sandbox."""
+START_INIT = "import marshal, sys; exec(marshal.loads(bytes.fromhex(sys.argv.pop(1))))"
+
+
+class Start(Protocol):
+    """A function that starts a program in a new sandbox."""
+
+    def __call__(self, program: bytes, stdin: bytes | None = None) -> Process:
+        """Start a program. Its isolation and limits are in force when `Process.wait_until_ready` returns.
+
+        Args:
+            program: what `packed` returns.
+            stdin: the content of its standard input, which is then a regular file. If it is None, the standard input
+                is a pipe.
+
+        Raises:
+            SandboxFailure: no process could be started.
+        """
+
+
+def packed(script: str, *arguments: str) -> bytes:
+    """Return a script and its arguments in the form that init.py reads."""
+    return marshal.dumps((compile(script, "<string>", "exec", dont_inherit=True), arguments))
 
 
 class Isolation(ABC):
@@ -57,27 +85,26 @@ class Isolation(ABC):
                 child.
         """
 
-    def start(self, command: list[str], limits: Limits) -> Process:
-        """Start a command. Its isolation and limits are in force when `Process.wait_until_ready` returns.
+    @contextmanager
+    def starter(self, limits: Limits) -> Iterator[Start]:
+        """Yield a function that starts programs with the given limits. Nothing that one leaves reaches the next one."""
+        yield partial(SpawnedProcess, partial(self._command, limits, FOLDER))
 
-        Raises:
-            SandboxFailure: no process could be started.
-        """
-        return Process(lambda init_fd, namespace_fd: self._command(command, limits, init_fd, namespace_fd))
+    def _command(self, limits: Limits, folder: str, program: int, status: int, namespace_fd: int) -> list[str]:
+        setup = {**self._setup(limits), "folder": folder, "program": program, "status": status}
+        return [*self.prefix(limits, namespace_fd), *_init_command(setup)]
 
-    def _command(self, command: list[str], limits: Limits, init_fd: int, namespace_fd: int) -> list[str]:
-        setup = {
-            "status": init_fd,
+    def _setup(self, limits: Limits) -> dict[str, Any]:
+        """Return the part of init.py's argument that does not depend on the program."""
+        return {
             "namespaces": self.makes_namespaces,
             "user": FIRST_USER + secrets.randbelow(NUM_USERS) if self.as_root else None,
             "limits": self._resource_limits(limits),
-            "filter": system_call_filter().hex() if self.is_filtered else "",
-            "command": command,
-            "environment": ENVIRONMENT,
+            "filter": system_call_filter() if self.is_filtered else b"",
+            "folder": FOLDER,
             "folder_bytes": limits.folder_bytes,
             **(asdict(layout()) if self.makes_namespaces else {}),
         }
-        return [*self.prefix(limits, namespace_fd), *python("-c", INIT_SCRIPT, json.dumps(setup))]
 
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
         memory, file = limits.memory_mib * 2**20, limits.file_kib * 1024
@@ -130,6 +157,12 @@ class Unshare(Isolation):
         """Return an empty list, because init.py creates the namespaces."""
         return []
 
+    @contextmanager
+    def starter(self, limits: Limits) -> Iterator[Start]:
+        """Yield a function that forks programs from one server, which is faster than one command for each program."""
+        with ForkServer(lambda control: _init_command({**self._setup(limits), "control": control})) as server:
+            yield server.start
+
 
 class NoIsolation(Isolation):
     """Execution without isolation. Only time, memory, file sizes, open files and output are limited."""
@@ -144,6 +177,12 @@ class NoIsolation(Isolation):
         """Return an empty list, because no other program creates namespaces."""
         return []
 
+    @contextmanager
+    def starter(self, limits: Limits) -> Iterator[Start]:
+        """Yield a function that starts programs with a temporary folder as current folder."""
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            yield partial(SpawnedProcess, partial(self._command, limits, folder))
+
     def _resource_limits(self, limits: Limits) -> dict[str, tuple[int, int]]:
         resource_limits = super()._resource_limits(limits)
         del resource_limits["NPROC"]  # the kernel would count all processes of the user
@@ -151,6 +190,10 @@ class NoIsolation(Isolation):
         if sys.platform == "darwin":
             del resource_limits["AS"]  # the kernel of macOS does not support it
         return resource_limits
+
+
+def _init_command(setup: dict[str, Any]) -> list[str]:
+    return python("-c", START_INIT, INIT_CODE.hex(), marshal.dumps(setup).hex())
 
 
 @cache
@@ -188,7 +231,8 @@ def _self_test_error(isolation: Isolation) -> str | None:
     secret = Path(__file__).resolve()
     try:
         with (
-            isolation.start(python("-c", script, str(secret), str(limits.processes)), limits) as process,
+            isolation.starter(limits) as start,
+            start(packed(script, str(secret), str(limits.processes))) as process,
             PipeLoop(process) as pipe_loop,
         ):
             process.wait_until_ready()

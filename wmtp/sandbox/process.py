@@ -1,18 +1,18 @@
 """Sandboxed processes, and a loop that transfers data between the current process and sandboxed processes."""
 
 import contextlib
+import fcntl
 import os
 import re
 import select
 import selectors
 import signal
-import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from types import TracebackType
 from typing import IO
-
-from wmtp.sandbox.mounts import ENVIRONMENT
 
 CHUNK = 64 * 1024
 """Maximum number of bytes that are read from a pipe or written to a pipe at once."""
@@ -22,13 +22,41 @@ EXIT_TIMEOUT_S = 30.0
 """Maximum number of seconds to wait for the exit of a process that was killed or that closed its output."""
 CHILD_PID = re.compile(rb'"child-pid": *(\d+)[^}]*}')
 """Pattern of the message in which bubblewrap or init.py reports the pid of the first process in the namespaces."""
+EXIT_CODE = re.compile(rb"\n(\d+)$")
+"""Pattern of the message in which init.py reports the exit code of a forked process."""
+SEALS = 0x1 | 0x2 | 0x4 | 0x8
+"""F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_WRITE, with which nobody can change a file in memory any more."""
+ADD_SEALS = 1033
+"""Number of the command F_ADD_SEALS. The module `fcntl` has these constants only on Linux."""
+KILLED = 128 + signal.SIGKILL
+"""Exit code of a process that the signal SIGKILL ended."""
 
 
 class SandboxFailure(Exception):
     """Error of the sandbox, not of the program: it could not be created, or it failed later."""
 
 
-class Process:
+def read_only_file(content: bytes) -> int:
+    """Return a file descriptor from which `content` can be read, as from a regular file.
+
+    The file exists only in memory and has no name. No process can change it, not even by opening it again. On systems
+    without such files, the result is a temporary file that has been removed.
+    """
+    try:
+        descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            return os.open(file.name, os.O_RDONLY)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        fcntl.fcntl(file, ADD_SEALS, SEALS)
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+
+
+class Process(ABC):
     """A sandboxed process with pipes. At the end of a `with` statement, it is killed together with all its descendants.
 
     `stdout_data` and `stderr_data` collect the output. The caller must check their sizes after each step of the
@@ -37,66 +65,88 @@ class Process:
     only other processes keep the pipes open.
     """
 
-    def __init__(self, command_for: Callable[[int, int], list[str]]) -> None:
-        """Start a command.
+    def __init__(self, program: bytes, stdin: bytes | None = None) -> None:
+        """Start a program.
 
         Args:
-            command_for: function that returns the command line. Its arguments are two file descriptors for status
-                messages. init.py writes to the first one, and the program that creates the namespaces writes to the
-                second one.
+            program: the program, as init.py reads it.
+            stdin: the content of its standard input, which is then a regular file. If it is None, the standard input
+                is a pipe.
 
         Raises:
-            SandboxFailure: the machine cannot start more processes, or the command does not exist.
+            SandboxFailure: the machine cannot start more processes, or the sandbox's own program does not exist.
         """
         self.stdout_data = bytearray()
         self.stderr_data = bytearray()
         self.output_ended = False
         self.num_received = 0
         self._pending_input = memoryview(b"")
+        self._report = b""
         self._init_pidfd: int | None = None
-        reading, init_fd = os.pipe()
-        self._status = os.fdopen(reading, "rb", buffering=0)
-        namespace_fd = os.dup(init_fd)  # a second descriptor, because bubblewrap closes its own
+        self._pipes: list[IO[bytes]] = []
+        self._stdin: IO[bytes] | None = None
+        descriptors = []
         try:
-            self._popen = subprocess.Popen(
-                command_for(init_fd, namespace_fd),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                pass_fds=(init_fd, namespace_fd), env=ENVIRONMENT, cwd="/", start_new_session=True,
-            )  # fmt: skip
+            descriptors.append(read_only_file(program))
+            if stdin is None:
+                self._stdin = self._pipe_to(descriptors)
+            else:
+                descriptors.append(read_only_file(stdin))
+            self.stdout, self.stderr, self._status = (self._pipe_from(descriptors) for _ in range(3))
+            self._start(descriptors)
         except OSError as error:
-            self._status.close()
+            self._close_pipes()
             raise SandboxFailure(f"no process could be started: {error}") from error
         finally:
-            os.close(init_fd)
-            os.close(namespace_fd)
-        for pipe in (self.stdin, self.stdout, self.stderr):
-            os.set_blocking(pipe.fileno(), False)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _pipe_to(self, descriptors: list[int]) -> IO[bytes]:
+        """Append the reading end of a new pipe to `descriptors`, and return the writing end."""
+        reading, writing = os.pipe()
+        descriptors.append(reading)
+        return self._own_end(writing, "wb")
+
+    def _pipe_from(self, descriptors: list[int]) -> IO[bytes]:
+        """Append the writing end of a new pipe to `descriptors`, and return the reading end."""
+        reading, writing = os.pipe()
+        descriptors.append(writing)
+        return self._own_end(reading, "rb")
+
+    def _own_end(self, descriptor: int, mode: str) -> IO[bytes]:
+        os.set_blocking(descriptor, False)
+        self._pipes.append(os.fdopen(descriptor, mode, 0))
+        return self._pipes[-1]
+
+    @abstractmethod
+    def _start(self, descriptors: list[int]) -> None:
+        """Start init.py with the descriptors of the program, its standard input, output and error, and its status."""
+
+    @abstractmethod
+    def exit_code(self, seconds: float) -> int | None:
+        """Wait up to `seconds` for the process to end, and return its exit code.
+
+        The result is None if the process still runs. If a signal killed the process, the exit code is 128 plus the
+        number of the signal.
+        """
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """Kill the processes that remain after the first process in the namespaces was killed, and wait for them."""
 
     def __enter__(self) -> "Process":
         return self
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        """The pipe to the standard input of the process."""
+        assert self._stdin
+        return self._stdin
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
-
-    @property
-    def stdin(self) -> IO[bytes]:
-        """The pipe to the standard input of the process."""
-        assert self._popen.stdin
-        return self._popen.stdin
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        """The pipe from the standard output of the process."""
-        assert self._popen.stdout
-        return self._popen.stdout
-
-    @property
-    def stderr(self) -> IO[bytes]:
-        """The pipe from the standard error of the process."""
-        assert self._popen.stderr
-        return self._popen.stderr
 
     def wait_until_ready(self) -> None:
         """Wait until init.py reports that the isolation and the limits are in force.
@@ -104,60 +154,50 @@ class Process:
         Raises:
             SandboxFailure: init.py reports an error, or it reports nothing within `START_TIMEOUT_S` seconds.
         """
-        report = b""
         deadline = time.monotonic() + START_TIMEOUT_S
-        with self._status as pipe:
-            while not report.endswith(b"."):
-                ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-                received = pipe.read(CHUNK) if ready else b""
-                if self._init_pidfd is None and (found := CHILD_PID.search(report + received)):
-                    self._init_pidfd = _open_process(int(found[1]))
-                if not received:
-                    self._read(self.stderr, self.stderr_data)
-                    message = CHILD_PID.sub(b"", report).strip(b"{ \n") or bytes(self.stderr_data).strip()
-                    raise SandboxFailure(f"not isolated: {(message or b'no answer').decode(errors='replace')}")
-                report += received
+        while b"\0" not in self._report:
+            received = self._read_status(deadline - time.monotonic())
+            if self._init_pidfd is None and (found := CHILD_PID.search(self._report)):
+                self._init_pidfd = _open_process(int(found[1]))
+            if not received:
+                self._read(self.stderr, self.stderr_data)
+                report = EXIT_CODE.sub(b"", CHILD_PID.sub(b"", self._report))
+                message = report.strip(b"{ \n") or bytes(self.stderr_data).strip()
+                raise SandboxFailure(f"not isolated: {(message or b'no answer').decode(errors='replace')}")
+
+    def _read_status(self, seconds: float) -> bytes | None:
+        """Append what init.py writes to the report, and return it.
+
+        The result is b"" if the status pipe has been closed, and None if nothing was written within `seconds`.
+        """
+        ready, _, _ = select.select([self._status], [], [], max(0.0, seconds))
+        received = os.read(self._status.fileno(), CHUNK) if ready else None
+        self._report += received or b""
+        return received
 
     def send(self, data: bytes) -> None:
         """Append data to the pending input of the process. The `PipeLoop` writes the pending input to the process."""
         self._pending_input = memoryview(bytes(self._pending_input) + data)
 
-    def close_input(self) -> None:
-        """Close the standard input of the process."""
-        with contextlib.suppress(OSError):
-            self.stdin.close()
-
-    def exit_code(self, seconds: float) -> int | None:
-        """Wait up to `seconds` for the process to end, and return its exit code.
-
-        The result is None if the process still runs. If a signal killed the process, the exit code is 128 plus the
-        number of the signal.
-        """
-        try:
-            code = self._popen.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            return None
-        return code if code >= 0 else 128 - code
-
     @property
     def has_exited(self) -> bool:
         """True if the process has exited, even if other processes keep its pipes open."""
-        return self._popen.poll() is not None
+        return self.exit_code(0) is not None
 
     def kill(self) -> None:
         """Kill the process and all its descendants, and wait until they have ended."""
         if self._init_pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
-        if self._init_pidfd is None or not self.has_exited:  # the pid of an exited process may have been reused
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait()
+        self._kill()
         if self._init_pidfd is not None:
             select.select([self._init_pidfd], [], [], EXIT_TIMEOUT_S)
             os.close(self._init_pidfd)
             self._init_pidfd = None
-        for pipe in (self.stdin, self.stdout, self.stderr, self._status):
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
 
@@ -228,7 +268,7 @@ class PipeLoop:
             before = {process: process.num_received for process in self._processes if process.has_exited}
             for key, _ in self._selector.select(min(remaining, self.STEP_SECONDS)):
                 process = key.data
-                is_active = process.write() if key.fileobj is process.stdin else process.read(key.fileobj)
+                is_active = process.write() if key.fileobj is process._stdin else process.read(key.fileobj)
                 if not is_active:
                     self._selector.unregister(key.fileobj)
             for process, num_received in before.items():
