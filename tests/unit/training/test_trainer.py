@@ -30,6 +30,7 @@ from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import MetricSums
+from wmtp.ops.shares import share_of
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.optim import constant, cosine, linear, parameter_groups
 from wmtp.training.plan import Plan, Position
@@ -241,9 +242,36 @@ def test_schedules_warm_up_and_decay_to_the_final_ratio(schedule: Any) -> None:
         scheduler.step()
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
-    assert rates[20] == pytest.approx(1.0 if schedule is constant else 0.1)
-    assert rates[12] == pytest.approx(1.0 if schedule is constant else 0.55)
+    assert rates[19] == rates[20] == (1.0 if schedule is constant else 0.1)
+    assert (rates[11] + rates[12]) / 2 == pytest.approx(1.0 if schedule is constant else 0.55)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+@pytest.mark.parametrize("num_updates", [1, 2, 3, 10, 20, 100])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.08, 1.0])
+def test_last_update_has_the_final_learning_rate(schedule: Any, num_updates: int, warmup_ratio: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(optimizer, num_updates, warmup_ratio=warmup_ratio, final_ratio=0.05)
+    rates = [scheduler.lr_lambdas[0](step) for step in range(num_updates)]
+    assert rates[-1] == 0.05
+    assert num_updates == 1 or max(rates) == 1.0
+
+
+@pytest.mark.parametrize("schedule", [constant, linear, cosine])
+@pytest.mark.parametrize(("ratio", "expected"), [(0.07, 7), (0.08, 8), (0.14, 14), (0.29, 29), (0.071, 8)])
+def test_warm_up_has_the_exact_number_of_updates(schedule: Any, ratio: float, expected: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(optimizer, 100, warmup_ratio=ratio)
+    rates = [scheduler.lr_lambdas[0](step) for step in range(100)]
+    assert rates.index(1.0) == expected
+
+
+def test_shares_are_exact_where_the_product_is_an_integer() -> None:
+    products = [(share, total) for total in (10, 100, 1000, 70_000_000) for share in range(1, 101)]
+    naive = [math.ceil(share / 100 * total) for share, total in products]
+    exact = [-(-share * total // 100) for share, total in products]
+    assert [share_of(total, share / 100) for share, total in products] == exact != naive
 
 
 def test_norms_and_embeddings_do_not_decay() -> None:
