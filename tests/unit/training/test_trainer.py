@@ -150,7 +150,7 @@ def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path:
         report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     rows = [{"input_ids": data.tokens[i], "labels": data.labels[i]} for i in range(80)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 19)
     InOrderTrainer(model=llama, args=arguments, train_dataset=rows, optimizers=(optimizer, schedule)).train()
 
     recorder = RecordingTracker([])
@@ -222,11 +222,11 @@ def test_a_non_finite_validation_loss_is_never_the_best(tmp_path: Path) -> None:
     model = tiny_model()
     trainer = trainer_of(tmp_path, FakeData(12), model, Plan(12, batch_size=4))
     assert trainer.validate()
-    best = trainer.best_loss
+    best = trainer.best.metrics["val/loss"]
     model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="validation loss is nan"):
         trainer.validate()
-    assert trainer.best_loss == best
+    assert trainer.best.metrics["val/loss"] == best
 
 
 @pytest.mark.parametrize("schedule", [constant, linear, cosine])
@@ -391,6 +391,38 @@ def stopping_run(folder: Path, losses: list[float]) -> Trainer:
         folder, FakeData(40), tiny_model(), plan, early_stopping=EarlyStopping(patience=2, min_delta=0.1),
         objective=GivenLosses(losses), eval_interval=2, log_interval=3,
     )  # fmt: skip
+
+
+class GivenPassRates:
+    """An evaluation of samples with given pass rates; a validation without one graded no sample."""
+
+    def __init__(self, *rates: float | None) -> None:
+        self.rates = iter(rates)
+
+    def validate(self, model: Any, step: int) -> dict[str, float]:
+        rate = next(self.rates)
+        return {} if rate is None else {"pass_rate": rate}
+
+
+def test_the_monitored_pass_rate_chooses_the_best_checkpoint_also_after_a_resume(tmp_path: Path) -> None:
+    def run(num_updates: int, *rates: float | None) -> Trainer:
+        return trainer_of(
+            tmp_path, FakeData(40), tiny_model(), Plan(40, num_epochs=3.0, max_steps=num_updates, batch_size=4),
+            early_stopping=EarlyStopping(monitor="val/pass_rate", patience=9), objective=GivenLosses([5.0, 4.0, 3.0]),
+            sample_evaluation=GivenPassRates(*rates), eval_interval=2,
+        )  # fmt: skip
+
+    first = run(8, 0.25, 0.75, None, 0.5)
+    result = first.fit()
+    assert (result.best_step, result.best_loss, result.final_loss) == (4, 4.0, 3.0)
+    marked = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert marked == {"folder": "step_00000004", "step": 4, "val/loss": 4.0, "val/pass_rate": 0.75}
+    second = run(12, 0.5, 1.0)
+    second.restore(first.snapshot())
+    assert second.fit().best_step == 12
+    never = run(2, None)
+    with pytest.raises(TrainingError, match="monitor=val/pass_rate: is never measured; choose one of val/head_1_loss"):
+        never.fit()
 
 
 def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: Path) -> None:
