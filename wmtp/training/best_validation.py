@@ -18,6 +18,8 @@ class BestValidation:
     def observe(self, step: int, metrics: dict[str, float]) -> bool:
         """Record the metrics of a validation after update `step`, and return whether it is the best so far.
 
+        Of validations with equal values of the metric, the one with the lowest loss is the best.
+
         Raises:
             TrainingError: no validation has measured the metric.
         """
@@ -27,10 +29,13 @@ class BestValidation:
                 problem = monitor_problem(self.metric, metrics)
                 raise TrainingError(f"after update {step}, early_stopping.monitor={self.metric}: {problem}")
             return False
-        if is_improvement(self.metric, metrics[self.metric], best):
+        value = metrics[self.metric]
+        is_best = is_improvement(self.metric, value, best)
+        if value == best:
+            is_best = metrics["val/loss"] < self.metrics["val/loss"]
+        if is_best:
             self.step, self.metrics = step, metrics
-            return True
-        return False
+        return is_best
 
     def summary(self) -> dict[str, float]:
         """Return the loss and the metric that chose this validation."""

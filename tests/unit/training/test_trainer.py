@@ -417,9 +417,9 @@ def test_the_monitored_pass_rate_chooses_the_best_checkpoint_also_after_a_resume
     assert (result.best_step, result.best_loss, result.final_loss) == (4, 4.0, 3.0)
     marked = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
     assert marked == {"folder": "step_00000004", "step": 4, "val/loss": 4.0, "val/pass_rate": 0.75}
-    second = run(12, 0.5, 1.0)
+    second = run(14, 0.75, 0.75, 0.75)
     second.restore(first.snapshot())
-    assert second.fit().best_step == 12
+    assert second.fit().best_step == 14, "of equal pass rates, the lowest loss is the best"
     never = run(2, None)
     with pytest.raises(TrainingError, match="monitor=val/pass_rate: is never measured; choose one of val/head_1_loss"):
         never.fit()
