@@ -109,7 +109,7 @@ MUTANTS = {
     "batch_in_epoch": _with_state(position={"batch_in_epoch": 0}),
     "step": _with_state(position={"step": 16}),
     "tokens": _with_state(position={"tokens": 0}),
-    "best loss": _with_state(validation={"best_loss": None}),
+    "best validation": _with_state(validation={"best": {}}),
     "best step": _with_state(validation={"best_step": None}),
 }
 

@@ -288,6 +288,16 @@ def test_training_the_value_head_alone_does_not_change_the_trunk(invoke: Invoke)
         (["algo=shuffled", "algo.of=rho2"], "algo/of", "rho1"),
         (["algo=shuffled", "algo.of.beta=-1"], "algo.of.beta", "greater than 0"),
         (["early_stopping.monitor=val/value_loss"], "early_stopping.monitor", "val/loss"),
+        (
+            ["early_stopping.monitor=train/lr"],
+            "early_stopping.monitor",
+            "no better direction; choose one of train/head_",
+        ),
+        (
+            ["early_stopping.monitor=val/pass_rate", "num_validation_samples=0"],
+            "early_stopping.monitor",
+            "never measured",
+        ),
         (["early_stopping.mode=all", "early_stopping.patience=null"], "early_stopping", "patience"),
         (["algo=rho1", "algo.reference=nowhere"], "algo.reference", "does not exist"),
     ],

@@ -332,7 +332,7 @@ def test_all_ranks_get_the_result_of_the_main_process(ranks: Ranks, tmp_path: Pa
     store = CheckpointStore(tmp_path)
     for step in (1, 2):
         store.save(step, snapshot_after(step))
-    store.mark_best(1, 0.5)
+    store.mark_best(1, {"val/loss": 0.5})
     main, other = ranks(found_checkpoints, tmp_path)
     assert main == other == {"any": True, "best": "step_00000001", "latest": "step_00000002"}
     main, other = ranks(found_checkpoints, tmp_path / "empty")

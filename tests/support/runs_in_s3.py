@@ -61,7 +61,7 @@ class RunInS3:
         tensor = torch.frombuffer(bytearray(random.Random(step).randbytes(4 * num_values)), dtype=torch.int32)
         path = store.save(step, Snapshot({"w": tensor}, {"w:exp_avg": tensor[:9]}, {"step": step}))
         if best is not None:
-            store.mark_best(step, best)
+            store.mark_best(step, {"val/loss": best})
         return path
 
     def start_uploader(

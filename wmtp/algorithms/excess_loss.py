@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, Reference, require_range
 from wmtp.field_types import PositiveFloat
+from wmtp.ops.shares import share_of
 
 
 class ExcessLoss(Algorithm):
@@ -76,7 +77,7 @@ class TokenSkip(Algorithm):
         weights = torch.zeros_like(scores)
         weights[0] = 1.0
         for head in range(1, len(weights)):
-            count = math.ceil(self.keep_fraction * int(observed.valid[head].sum()) - 1e-9)
+            count = share_of(int(observed.valid[head].sum()), self.keep_fraction)
             weights[head].view(-1)[scores[head].flatten().topk(count).indices] = 1.0
         return weights
 

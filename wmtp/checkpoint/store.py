@@ -91,12 +91,13 @@ class CheckpointStore:
             raise
         return final
 
-    def mark_best(self, step: int, value: float) -> None:
+    def mark_best(self, step: int, metrics: dict[str, float]) -> None:
         """Mark the checkpoint of a step as the best, if this checkpoint exists.
 
-        The best checkpoint is never deleted. `value` is its validation loss.
+        The best checkpoint is never deleted. best.json contains `metrics`: its validation loss, and the metric by which
+        it was chosen.
         """
-        self.processes.run_on_main(lambda: self._mark_best(step, value))
+        self.processes.run_on_main(lambda: self._mark_best(step, metrics))
 
     def best(self) -> Path | None:
         """Return the folder of the checkpoint that is marked as the best.
@@ -161,10 +162,10 @@ class CheckpointStore:
         self._remove(replaced)
         self._prune()
 
-    def _mark_best(self, step: int, value: float) -> None:
+    def _mark_best(self, step: int, metrics: dict[str, float]) -> None:
         name = self._path(step).name
         if (self.folder / name).exists():
-            self._write_pointer("best", {"folder": name, "step": step, "val/loss": value})
+            self._write_pointer("best", {"folder": name, "step": step, **metrics})
             self._prune()
 
     def _best(self) -> str | None:

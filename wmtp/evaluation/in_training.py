@@ -122,6 +122,11 @@ def graded_outcomes(samples: Sequence[Sample]) -> list[str]:
     return [s.verdict.outcome for s in samples if s.verdict is not None and s.verdict.outcome != "sandbox error"]
 
 
+def sample_metric_names(num_heads: int) -> list[str]:
+    """Return the names of the metrics that `sample_metrics` can return for a model with `num_heads` heads."""
+    return ["pass_rate", "tokens_per_forward", *(f"head_{k}_acceptance" for k in range(2, num_heads + 1))]
+
+
 def sample_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Return the metrics of speculative decoding, and also `pass_rate` if at least one sample was graded."""
     outcomes = graded_outcomes(samples)

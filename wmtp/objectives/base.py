@@ -69,7 +69,7 @@ class Objective(Protocol):
 
 
 def metric_names(num_heads: int, *, values: bool, language_model_loss: bool = False) -> list[str]:
-    """Return the names of all metrics of a training stage. Early stopping can monitor any of them.
+    """Return the names of the metrics that a training stage measures on its batches.
 
     Args:
         num_heads: the number of prediction heads, or 0 if no prediction head is trained.

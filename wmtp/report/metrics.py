@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,9 @@ from wmtp.errors import InputError
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS
+from wmtp.tracking import directions
+from wmtp.tracking.directions import PASS_AT_K
 
-PASS_AT_K = re.compile(r"pass@([1-9]\d*)")
-LOWER_IS_BETTER = ("loss", "perplexity")
-HIGHER_IS_BETTER = ("pass_rate", "accuracy", "acceptance", "explained_variance", "tokens_per_forward")
 CHECKPOINT_KEYS = ("checkpoint", "data.")
 """Prefixes of the keys of evaluation.json that are ignored when evaluations of different runs are matched.
 
@@ -75,14 +73,13 @@ def is_lower_better(metric: str) -> bool:
     Raises:
         InputError: the name of the metric does not tell whether lower or higher values are better.
     """
-    if metric.endswith(LOWER_IS_BETTER):
-        return True
-    if metric.endswith(HIGHER_IS_BETTER) or PASS_AT_K.fullmatch(metric):
-        return False
-    raise InputError(
-        f"metric={metric}: cannot tell whether lower or higher is better; the name must end in one of "
-        f"{', '.join(LOWER_IS_BETTER + HIGHER_IS_BETTER)}"
-    )
+    lower = directions.is_lower_better(metric)
+    if lower is None:
+        raise InputError(
+            f"metric={metric}: cannot tell whether lower or higher is better; the name must end in one of "
+            f"{', '.join(directions.LOWER_IS_BETTER + directions.HIGHER_IS_BETTER)}"
+        )
+    return lower
 
 
 def missing_metric_message(metric: str, runs: Sequence[RunRecord], at: str) -> str:

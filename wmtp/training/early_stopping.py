@@ -9,6 +9,7 @@ from pydantic import Field
 
 from wmtp.errors import InputError
 from wmtp.field_types import Positive, PositiveFloat
+from wmtp.tracking.directions import is_improvement, is_lower_better
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -18,8 +19,8 @@ class EarlyStopping:
     """Early stopping with three optional criteria.
 
     - *converged*: none of the last `patience` measurements of the metric `monitor` is an improvement. A measurement is
-      an improvement if it is the first finite one, or if it is lower than the previous improvement by more than
-      `min_delta`.
+      an improvement if it is the first finite one, or if it is better than the previous improvement by more than
+      `min_delta`. Whether lower or higher values are better depends on the metric (see `tracking.directions`).
     - *unstable*: among the gradient norms of the last `window` updates, the share above `threshold` is at least
       `ratio`. A norm that is not finite counts as above the threshold. The criterion applies only after the first
       `window` updates.
@@ -66,6 +67,11 @@ class EarlyStopping:
         self._reason: str | None = None
 
     @property
+    def best_metric(self) -> str:
+        """The validation metric that chooses the best checkpoint: `monitor`, or `val/loss` if that is of training."""
+        return self.monitor if self.monitor.startswith("val/") else "val/loss"
+
+    @property
     def reason(self) -> str | None:
         """The reason to stop the run, as text; None if the run continues."""
         return self._reason
@@ -88,7 +94,7 @@ class EarlyStopping:
         if self.monitor not in metrics:
             return
         value = metrics[self.monitor]
-        if math.isfinite(value) and (self._best is None or self._best - value > self.min_delta):
+        if is_improvement(self.monitor, value, self._best, self.min_delta):
             self._best, self._counter = value, 0
         else:
             self._counter += 1
@@ -190,8 +196,13 @@ class EarlyStopping:
 
 
 def monitor_problem(monitor: str, available: Iterable[str]) -> str | None:
-    """Return the reason why early stopping cannot use the metric `monitor`, or None if the metric is available."""
-    names = sorted(set(available))
+    """Return the reason why early stopping cannot use the metric `monitor`, or None if it can.
+
+    It can use the metrics among `available` that have a direction.
+    """
+    measured = set(available)
+    names = sorted(name for name in measured if is_lower_better(name) is not None)
     if monitor in names:
         return None
-    return f"is never measured; choose one of {', '.join(names)}" if names else "is never measured; nothing is"
+    reason = "has no better direction" if monitor in measured else "is never measured"
+    return f"{reason}; choose one of {', '.join(names)}" if names else f"{reason}; nothing is"

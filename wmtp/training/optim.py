@@ -1,6 +1,7 @@
 """Parameter groups for the optimizers of torch, and learning-rate schedules."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from wmtp.config.schema import build
 from wmtp.field_types import Ratio
+from wmtp.ops.shares import share_of
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -40,51 +42,44 @@ def try_optimizer(node: DictConfig) -> Optimizer:
     return optimizer
 
 
-def warmup_factor(step: int, num_updates: int, warmup_ratio: float) -> float | None:
-    """Return the factor that multiplies the learning rate during warm-up, or None after warm-up.
-
-    The factor grows linearly with `step`, the number of completed updates. It would reach 1 at the first update after
-    warm-up.
-    """
-    warmup = math.ceil(warmup_ratio * num_updates)
-    return (step + 1) / (warmup + 1) if step < warmup else None
-
-
-def decay_progress(step: int, num_updates: int, warmup_ratio: float) -> float:
-    """Return the completed fraction of the learning-rate decay: 0 at the end of warm-up, 1 after the last update."""
-    warmup = math.ceil(warmup_ratio * num_updates)
-    return min(1.0, (step - warmup) / max(1, num_updates - warmup))
-
-
 def constant(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0) -> LambdaLR:
     """Keep the learning rate constant after warm-up."""
-    return LambdaLR(optimizer, lambda step: warmup_factor(step, num_updates, warmup_ratio) or 1.0)
+    warmup = share_of(num_updates, warmup_ratio)
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
 
 
 def linear(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
     """Decay the learning rate linearly after warm-up.
 
-    The learning rate falls from its full value to `final_ratio` times that value.
+    The learning rate falls from its full value to `final_ratio` times that value, which the last update uses.
     """
-
-    def _factor(step: int) -> float:
-        """Return the factor of the learning rate at a step."""
-        done = decay_progress(step, num_updates, warmup_ratio)
-        return warmup_factor(step, num_updates, warmup_ratio) or final_ratio + (1 - final_ratio) * (1 - done)
-
-    return LambdaLR(optimizer, _factor)
+    return decay(optimizer, num_updates, warmup_ratio, final_ratio, lambda done: 1 - done)
 
 
 def cosine(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0, final_ratio: Ratio = 0.0) -> LambdaLR:
     """Decay the learning rate along half a period of a cosine after warm-up.
 
-    The learning rate falls from its full value to `final_ratio` times that value.
+    The learning rate falls from its full value to `final_ratio` times that value, which the last update uses.
     """
+    return decay(optimizer, num_updates, warmup_ratio, final_ratio, lambda done: 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def decay(
+    optimizer: Optimizer, num_updates: int, warmup_ratio: float, final_ratio: float, shape: Callable[[float], float]
+) -> LambdaLR:
+    """Return a schedule with linear warm-up to the full learning rate and a decay to `final_ratio` times that rate.
+
+    The warm-up leaves at least two updates, one with the full learning rate and the last one with the final one. A
+    single update has the final one. `shape` maps the progress of the decay to the factor without `final_ratio`; it is
+    1 for 0, which is the first update after warm-up, and 0 for 1, which is the last update.
+    """
+    warmup, last = min(share_of(num_updates, warmup_ratio), max(0, num_updates - 2)), num_updates - 1
 
     def _factor(step: int) -> float:
-        """Return the factor of the learning rate at a step."""
-        done = decay_progress(step, num_updates, warmup_ratio)
-        shape = 0.5 * (1 + math.cos(math.pi * done))
-        return warmup_factor(step, num_updates, warmup_ratio) or final_ratio + (1 - final_ratio) * shape
+        """Return the factor of the learning rate after `step` updates."""
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = 1 - max(0, last - step) / max(1, last - warmup)
+        return final_ratio + (1 - final_ratio) * shape(progress)
 
     return LambdaLR(optimizer, _factor)

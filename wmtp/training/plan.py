@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 from wmtp.field_types import Positive, PositiveFloat
+from wmtp.ops.shares import share_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plan:
         self.micro_batch_size = micro_batch_size or self.max_micro_batch_size
         self.micro_batches_per_update = math.ceil(self.batch_size / self.micro_batch_size)
         self.updates_per_epoch = math.ceil(num_samples / batch_size)
-        planned = max(1, math.ceil(num_epochs * self.updates_per_epoch - 1e-9))
+        planned = max(1, share_of(self.updates_per_epoch, num_epochs))
         self.num_updates = min(planned, max_steps) if max_steps else planned
 
     def update_in_epoch(self, position: Position) -> int:

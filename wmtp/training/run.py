@@ -234,8 +234,7 @@ class Run:
             return
         checkpoint, changes = restored
         self.processes.run_on_main(lambda: self._record_resume(checkpoint, changes))
-        if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later best.json
-            trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
+        trainer.mark_best()  # a crash can leave a later best.json
         self._print(f"resuming from {checkpoint}")
 
     def _record_start(self, components: Components, data: Dataset) -> None:

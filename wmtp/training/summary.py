@@ -22,15 +22,15 @@ LOCAL_UI = "http://127.0.0.1:5000"
 """Address at which the command `mlflow ui` listens."""
 
 
-def last_and_best(folder: Path) -> dict[str, Any]:
-    """Read the metrics of the last validation, and of the validation with the lowest loss, from metrics.jsonl.
+def last_and_best(folder: Path, best_step: int | None) -> dict[str, Any]:
+    """Read the metrics of the last validation, and of the validation after update `best_step`, from metrics.jsonl.
 
     If there was no validation, both results are empty.
     """
     validations = [line for line in read_json_lines(folder / FILE_NAME) if isinstance(line.get("val/loss"), float)]
     if not validations:
         return {"last": {}, "best": {}}
-    return {"last": validations[-1], "best": min(validations, key=lambda line: line["val/loss"])}
+    return {"last": validations[-1], "best": next((x for x in validations if x["step"] == best_step), {})}
 
 
 def median_speed(folder: Path) -> float | None:
@@ -47,7 +47,7 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
     """
     summary = {
         **asdict(result),
-        **last_and_best(folder),
+        **last_and_best(folder, result.best_step),
         "tokens_per_second": median_speed(folder),
         "skipped_updates": trainer.finite_check.num_skipped,
         "device": str(trainer.hardware.device),

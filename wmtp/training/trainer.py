@@ -26,6 +26,7 @@ from wmtp.objectives.base import Objective
 from wmtp.ops.metric_sums import MetricSums, sum_in_order
 from wmtp.runtime.signals import DeferredSignals
 from wmtp.tracking.base import Tracker
+from wmtp.training.best_validation import BestValidation
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.nonfinite import Action, FiniteCheck
 from wmtp.training.plan import Plan, Position
@@ -43,8 +44,8 @@ class SampleEvaluator(Protocol):
 class Result:
     """The result of a training stage.
 
-    `final_loss` is the loss of the last validation, and `best_loss` is the lowest validation loss. Both are None if
-    there was no validation.
+    `final_loss` is the loss of the last validation, and `best_loss` is the validation loss of the best checkpoint. Both
+    are None if there was no validation.
     """
 
     total_steps: int
@@ -94,8 +95,7 @@ class Trainer:
         self.trackers: Sequence[Tracker] = ()
         self.position = Position()
         self.last_validation: dict[str, float] = {}
-        self.best_loss: float | None = None
-        self.best_step: int | None = None
+        self.best = BestValidation(early_stopping.best_metric)
         self.interrupted_by: int | None = None
         self._seconds, self._tokens = 0.0, 0
 
@@ -127,8 +127,8 @@ class Trainer:
             self.position.step,
             self.position.tokens,
             self.last_validation.get("val/loss"),
-            self.best_loss,
-            self.best_step,
+            self.best.metrics.get("val/loss"),
+            self.best.step,
             self.early_stopping.reason is not None,
             self.early_stopping.reason,
         )
@@ -206,10 +206,12 @@ class Trainer:
         If `max_batches` is set, only the first `max_batches` batches are used.
 
         Returns:
-            Whether the validation loss is the lowest so far; False if there is no validation split.
+            Whether the metric that chooses the best checkpoint is the best so far; False if there is no validation
+            split.
 
         Raises:
-            TrainingError: the validation loss is not finite.
+            TrainingError: the validation loss is not finite, or the metric that chooses the best checkpoint has never
+                been measured.
         """
         measured_batches = []
         self.model.eval()
@@ -231,17 +233,18 @@ class Trainer:
         loss = values["val/loss"]
         if not math.isfinite(loss):
             raise TrainingError(f"after update {self.position.step}, the validation loss is {loss}")
-        improved = self.best_loss is None or loss < self.best_loss
-        if improved:
-            self.best_loss, self.best_step = loss, self.position.step
-        return improved
+        return max_batches is None and self.best.observe(self.position.step, values)
 
     def save(self, is_best: bool) -> None:
         """Write a checkpoint of the current state. If `is_best` is true, mark it as the best checkpoint."""
         self.checkpoints.save(self.position.step, self.snapshot())
         if is_best:
-            assert self.best_loss is not None
-            self.checkpoints.mark_best(self.position.step, self.best_loss)
+            self.mark_best()
+
+    def mark_best(self) -> None:
+        """Mark the checkpoint of the best validation as the best checkpoint. Do nothing if there was no validation."""
+        if self.best.step is not None:
+            self.checkpoints.mark_best(self.best.step, self.best.summary())
 
     def snapshot(self) -> Snapshot:
         """Return the complete training state.
@@ -256,7 +259,7 @@ class Trainer:
             "generators": self.processes.gather(generator_states()),
             "objective": self.objective.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
-            "validation": {"last": self.last_validation, "best_loss": self.best_loss, "best_step": self.best_step},
+            "validation": {"last": self.last_validation, **self.best.state_dict()},
             "skipped_updates": self.finite_check.num_skipped,
             "identity": self._identity(),
         }
@@ -289,7 +292,7 @@ class Trainer:
         self.early_stopping.load_state_dict(state["early_stopping"])
         validation = state["validation"]
         self.last_validation = validation["last"]
-        self.best_loss, self.best_step = validation["best_loss"], validation["best_step"]
+        self.best.load_state_dict(validation)
         return changes
 
     def _identity(self) -> dict[str, Any]:

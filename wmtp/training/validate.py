@@ -25,6 +25,7 @@ from wmtp.config.schema import (
 )
 from wmtp.distributed.device import hardware_issues, missing_hardware
 from wmtp.errors import InputError
+from wmtp.evaluation.in_training import sample_metric_names
 from wmtp.field_types import ExistingPath
 from wmtp.models.loading import build_source
 from wmtp.models.source import ModelSource
@@ -259,7 +260,8 @@ def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
 def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[ConfigIssue]:
     """Yield issues of early stopping.
 
-    The issues are settings that contradict each other, and a `monitor` that is not a metric of this run.
+    The issues are settings that contradict each other, and a `monitor` that is not a metric of this run or has no
+    direction.
     """
     try:
         stopping: EarlyStopping = build(config.early_stopping)
@@ -268,8 +270,10 @@ def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[C
         return
     num_heads, values = model_source(config).num_heads, needs_values(config)
     names = metric_names(num_heads, values=values) if stage is None else stage.metric_names(num_heads)
+    if stage is None and config.num_validation_samples:
+        names += [f"val/{name}" for name in sample_metric_names(num_heads)]
     problem = monitor_problem(stopping.monitor, names)
-    if stopping.patience is not None and problem:
+    if problem:
         yield ConfigIssue("early_stopping.monitor", stopping.monitor, problem)
 
 

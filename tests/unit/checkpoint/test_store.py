@@ -112,7 +112,7 @@ def remaining_steps(store: CheckpointStore, num_steps: int) -> list[int]:
     for step in range(1, num_steps + 1):
         store.save(step, snapshot(step))
         if step == 2:
-            store.mark_best(2, 0.5)
+            store.mark_best(2, {"val/loss": 0.5})
     return sorted(int(path.name[5:]) for path in store.folder.glob("step_*"))
 
 
@@ -124,9 +124,9 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
 def test_only_an_existing_checkpoint_is_the_best(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=2)
     path = store.save(1, snapshot(1))
-    store.mark_best(2, 0.5)
+    store.mark_best(2, {"val/loss": 0.5})
     assert not (store.folder / "best.json").exists()
-    store.mark_best(1, 0.5)
+    store.mark_best(1, {"val/loss": 0.5})
     assert store.best() == path
     shutil.rmtree(path)
     assert store.best() is None
@@ -207,13 +207,13 @@ def test_failed_removal_is_logged_and_tried_again(
 def test_best_is_kept_if_best_json_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path, Processes(), keep_last=1)
     best = store.save(1, snapshot(1))
-    store.mark_best(1, 0.5)
+    store.mark_best(1, {"val/loss": 0.5})
     (store.folder / "best.json").write_bytes(b"{")
     for step in (2, 3):
         store.save(step, snapshot(step))
     assert best.exists() and store.best() is None
     assert "best.json is damaged" in caplog.text
-    store.mark_best(3, 0.4)
+    store.mark_best(3, {"val/loss": 0.4})
     assert [path.name for path in store.folder.glob("step_*")] == ["step_00000003"]
 
 

@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp.config.schema import build, node_issues
 from wmtp.errors import InputError
+from wmtp.evaluation.in_training import sample_metric_names
+from wmtp.objectives.base import metric_names
 from wmtp.training.early_stopping import EarlyStopping, monitor_problem
 
 Update: TypeAlias = tuple[float, float | None]
@@ -246,6 +248,40 @@ def test_only_measurements_of_the_monitored_metric_count() -> None:
     stopper.observe_metrics({"val/loss": 5.0, "val/head_1_loss": 2.0})
     stopper.observe_metrics({"val/loss": 1.0, "val/head_1_loss": 2.0})
     assert str(stopper.reason).startswith("converged: val/head_1_loss")
+
+
+class LowerIsBetter(EarlyStopping):
+    """Naive: takes a lower value of any metric for an improvement."""
+
+    def observe_metrics(self, metrics: dict[str, float]) -> None:
+        super().observe_metrics({self.monitor: metrics[self.monitor]})
+        value = metrics[self.monitor]
+        self._counter = 0 if self._best is None or value < self._best else self._counter + (value > self._best)
+
+
+def check_rising_metric_is_an_improvement(kind: Stopper) -> None:
+    for monitor in ("val/value_explained_variance", "val/pass_rate", "val/sampled_pass_rate", "val/head_2_acceptance"):
+        rising, falling = (kind(monitor=monitor, patience=2, min_delta=0.05) for _ in range(2))
+        for value in (-0.3, 0.1, 0.2, 0.4):
+            rising.observe_metrics({monitor: value})
+            falling.observe_metrics({monitor: -value})
+        assert rising.reason is None and rising.metrics()["early_stopping/best"] == 0.4
+        assert str(falling.reason).endswith("in 2 measurements (best 0.3)")
+
+
+def test_a_metric_that_should_rise_improves_when_it_rises() -> None:
+    check_rising_metric_is_an_improvement(EarlyStopping)
+    check_detects(check_rising_metric_is_an_improvement, LowerIsBetter)
+
+
+def test_metrics_without_a_direction_cannot_be_monitored() -> None:
+    names = metric_names(2, values=True) + [f"val/{name}" for name in sample_metric_names(2)]
+    refused = {name.partition("/")[2] for name in names if monitor_problem(name, names)}
+    assert refused == {
+        "grad_norm", "lr", "weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio", "value_mean",
+        "value_variance",
+    }  # fmt: skip
+    assert monitor_problem("train/lr", ["train/lr", "val/loss"]) == "has no better direction; choose one of val/loss"
 
 
 def test_unknown_monitor_is_reported_with_the_available_names() -> None:

@@ -30,6 +30,7 @@ from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import MetricSums
+from wmtp.ops.shares import share_of
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.optim import constant, cosine, linear, parameter_groups
 from wmtp.training.plan import Plan, Position
@@ -149,7 +150,7 @@ def test_one_head_with_uniform_weights_trains_as_hugging_faces_trainer(tmp_path:
         report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     rows = [{"input_ids": data.tokens[i], "labels": data.labels[i]} for i in range(80)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 19)
     InOrderTrainer(model=llama, args=arguments, train_dataset=rows, optimizers=(optimizer, schedule)).train()
 
     recorder = RecordingTracker([])
@@ -221,11 +222,11 @@ def test_a_non_finite_validation_loss_is_never_the_best(tmp_path: Path) -> None:
     model = tiny_model()
     trainer = trainer_of(tmp_path, FakeData(12), model, Plan(12, batch_size=4))
     assert trainer.validate()
-    best = trainer.best_loss
+    best = trainer.best.metrics["val/loss"]
     model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="validation loss is nan"):
         trainer.validate()
-    assert trainer.best_loss == best
+    assert trainer.best.metrics["val/loss"] == best
 
 
 @pytest.mark.parametrize("schedule", [constant, linear, cosine])
@@ -241,9 +242,36 @@ def test_schedules_warm_up_and_decay_to_the_final_ratio(schedule: Any) -> None:
         scheduler.step()
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
-    assert rates[20] == pytest.approx(1.0 if schedule is constant else 0.1)
-    assert rates[12] == pytest.approx(1.0 if schedule is constant else 0.55)
+    assert rates[19] == rates[20] == (1.0 if schedule is constant else 0.1)
+    assert (rates[11] + rates[12]) / 2 == pytest.approx(1.0 if schedule is constant else 0.55)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine])
+@pytest.mark.parametrize("num_updates", [1, 2, 3, 10, 20, 100])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.08, 1.0])
+def test_last_update_has_the_final_learning_rate(schedule: Any, num_updates: int, warmup_ratio: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(optimizer, num_updates, warmup_ratio=warmup_ratio, final_ratio=0.05)
+    rates = [scheduler.lr_lambdas[0](step) for step in range(num_updates)]
+    assert rates[-1] == 0.05
+    assert num_updates == 1 or max(rates) == 1.0
+
+
+@pytest.mark.parametrize("schedule", [constant, linear, cosine])
+@pytest.mark.parametrize(("ratio", "expected"), [(0.07, 7), (0.08, 8), (0.14, 14), (0.29, 29), (0.071, 8)])
+def test_warm_up_has_the_exact_number_of_updates(schedule: Any, ratio: float, expected: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = schedule(optimizer, 100, warmup_ratio=ratio)
+    rates = [scheduler.lr_lambdas[0](step) for step in range(100)]
+    assert rates.index(1.0) == expected
+
+
+def test_shares_are_exact_where_the_product_is_an_integer() -> None:
+    products = [(share, total) for total in (10, 100, 1000, 70_000_000) for share in range(1, 101)]
+    naive = [math.ceil(share / 100 * total) for share, total in products]
+    exact = [-(-share * total // 100) for share, total in products]
+    assert [share_of(total, share / 100) for share, total in products] == exact != naive
 
 
 def test_norms_and_embeddings_do_not_decay() -> None:
@@ -363,6 +391,38 @@ def stopping_run(folder: Path, losses: list[float]) -> Trainer:
         folder, FakeData(40), tiny_model(), plan, early_stopping=EarlyStopping(patience=2, min_delta=0.1),
         objective=GivenLosses(losses), eval_interval=2, log_interval=3,
     )  # fmt: skip
+
+
+class GivenPassRates:
+    """An evaluation of samples with given pass rates; a validation without one graded no sample."""
+
+    def __init__(self, *rates: float | None) -> None:
+        self.rates = iter(rates)
+
+    def validate(self, model: Any, step: int) -> dict[str, float]:
+        rate = next(self.rates)
+        return {} if rate is None else {"pass_rate": rate}
+
+
+def test_the_monitored_pass_rate_chooses_the_best_checkpoint_also_after_a_resume(tmp_path: Path) -> None:
+    def run(num_updates: int, *rates: float | None) -> Trainer:
+        return trainer_of(
+            tmp_path, FakeData(40), tiny_model(), Plan(40, num_epochs=3.0, max_steps=num_updates, batch_size=4),
+            early_stopping=EarlyStopping(monitor="val/pass_rate", patience=9), objective=GivenLosses([5.0, 4.0, 3.0]),
+            sample_evaluation=GivenPassRates(*rates), eval_interval=2,
+        )  # fmt: skip
+
+    first = run(8, 0.25, 0.75, None, 0.5)
+    result = first.fit()
+    assert (result.best_step, result.best_loss, result.final_loss) == (4, 4.0, 3.0)
+    marked = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert marked == {"folder": "step_00000004", "step": 4, "val/loss": 4.0, "val/pass_rate": 0.75}
+    second = run(14, 0.75, 0.75, 0.75)
+    second.restore(first.snapshot())
+    assert second.fit().best_step == 14, "of equal pass rates, the lowest loss is the best"
+    never = run(2, None)
+    with pytest.raises(TrainingError, match="monitor=val/pass_rate: is never measured; choose one of val/head_1_loss"):
+        never.fit()
 
 
 def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: Path) -> None:
