@@ -1,5 +1,6 @@
 """Tests of tokenizers: text never becomes a control token, and every text is decoded unchanged."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from omegaconf import DictConfig
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from wmtp.config.schema import build
 from wmtp.data.collate import IGNORED, collate
 from wmtp.data.records import Record
 from wmtp.data.sources import FileSource
@@ -218,6 +221,13 @@ def test_a_missing_bos_token_is_reported(tmp_path: Path) -> None:
     saved(own(), tmp_path)
     with pytest.raises(InputError, match=r"add_bos_token=true: the files in .* name no bos_token"):
         pretrained_tokenizer(path=tmp_path, add_bos_token=True)
+
+
+def test_prompts_of_the_7b_presets_begin_with_the_bos_token(compose: Callable[..., DictConfig], tmp_path: Path) -> None:
+    saved(sentencepiece_bpe(), tmp_path, bos_token="<s>")
+    for preset, expected in (("experiment=meta_7b/baseline", [2]), ("model=meta_mtp_7b", [])):
+        tokenizer = build(compose(preset, f"model.path={tmp_path}").model.tokenizer)
+        assert tokenizer.prefix == expected, preset
 
 
 def test_the_first_token_is_context_and_has_its_own_cache(tmp_path: Path) -> None:
