@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -20,6 +21,8 @@ from wmtp.data.special_tokens import prefix_ids, rename_control_tokens, special_
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.locks import file_lock
+
+log = logging.getLogger(__name__)
 
 PADDING, END = "<pad>", "<end>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -252,10 +255,15 @@ def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | Non
     """Return a description of the first difference between two tokenizers, or None if they are equal.
 
     The description contains the hashes of both tokenizers. The comparison covers the token of every id, the merges, the
-    special tokens, the normalizer, and the encoding of `PROBE` and of the special tokens.
+    special tokens, the normalizer, and the encoding of `PROBE` and of the special tokens. If they are equal but put
+    different tokens before a text, a warning is logged.
     """
     difference = next(_differences(ours, theirs), None)
     if difference is None:
+        if (prefix := prefix_ids(theirs)) != ours.prefix:
+            first, expected = ([ours.backend.id_to_token(number) for number in ids] for ids in (ours.prefix, prefix))
+            problem = "the samples begin with %s, but the tokenizer of another model of the run begins a text with %s"
+            log.warning(f"{problem}; model.tokenizer.add_bos_token changes the samples", first, expected)
         return None
     other = content_fingerprint(theirs)
     return f"{difference} (theirs is {other[:16]}…, ours {ours.fingerprint[:16]}…)"
