@@ -59,11 +59,11 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab().values())  # ids may have gaps
         self.end, self.padding = special_token_id(backend, end), special_token_id(backend, padding)
-        if self.end not in backend.get_added_tokens_decoder():
-            raise InputError(f"model.tokenizer.end={end}: is a part of ordinary text; set this to a special token")
         self.prefix = prefix_ids(backend)
         self.fingerprint = content_fingerprint(backend)
         self._text_backend, self._control_names = rename_control_tokens(backend, {self.end, self.padding, *self.prefix})
+        if end not in self._control_names:
+            raise InputError(f"model.tokenizer.end={end}: is a part of ordinary text; set this to a special token")
 
     @property
     def special_token_names(self) -> dict[str, str]:

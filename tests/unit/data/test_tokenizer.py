@@ -124,6 +124,8 @@ def test_no_text_becomes_a_control_token_and_every_text_is_decoded_unchanged(nam
     assert tokenizer.decode(tokens) == text
     (spans,) = tokenizer.character_spans([text])
     assert len(spans) == len(tokens)
+    if not any(name in text for name in SPECIAL):
+        assert tokens == tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -167,9 +169,21 @@ def test_an_ordinary_added_token_is_text() -> None:
 
 
 def test_the_end_token_must_be_a_special_token() -> None:
-    backend = TOKENIZERS["own"]().backend
-    with pytest.raises(InputError, match=r"model\.tokenizer\.end=Ċ: is a part of ordinary text"):
-        Tokenizer(backend, "Ċ")
+    backend = BackendTokenizer.from_str(TOKENIZERS["own"]().backend.to_str())
+    backend.add_special_tokens(["!"])
+    for end in ("Ċ", "!"):
+        with pytest.raises(InputError, match=rf"model\.tokenizer\.end={end}: is a part of ordinary text"):
+            Tokenizer(backend, end)
+
+
+def test_a_special_token_that_is_a_character_stays_text() -> None:
+    backend = BackendTokenizer.from_str(TOKENIZERS["own"]().backend.to_str())
+    backend.add_special_tokens(["!", "\n"])
+    tokenizer, text = Tokenizer(backend, padding="!"), "a != b!\n"
+    (tokens,) = tokenizer.encode([text])
+    assert (tokenizer.decode(tokens), tokenizer.padding) == (text, backend.token_to_id("!"))
+    assert backend.token_to_id("\n") not in tokens, "a line break has another token, so this one is not needed"
+    assert backend.decode(tokens, skip_special_tokens=True) != text, "the control"
 
 
 def saved(tokenizer: Tokenizer, folder: Path, **options: Any) -> PreTrainedTokenizerFast:
