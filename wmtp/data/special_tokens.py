@@ -1,6 +1,7 @@
 """The special tokens of a tokenizer: their ids, those that begin a text, and a copy that does not find them in text."""
 
 import json
+import re
 import secrets
 from collections.abc import Collection
 from itertools import takewhile
@@ -9,6 +10,9 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from wmtp.errors import InputError
 
+SINGLE_CHARACTER = re.compile(r".|<0x[0-9A-F]{2}>", re.DOTALL)
+"""Names of tokens that consist of one character or one byte."""
+
 
 def rename_control_tokens(
     backend: BackendTokenizer, other_ids: Collection[int]
@@ -16,14 +20,20 @@ def rename_control_tokens(
     """Return a copy of a tokenizer whose control tokens have random names, and the new name of each control token.
 
     The control tokens are the special tokens of the tokenizer, and the added tokens with the given ids. All ids stay
-    the same. No text contains the random names, so the copy encodes the original names like any other characters.
+    the same. No text contains the random names, so the copy encodes the original names like any other characters. A
+    token without which these characters cannot be encoded, such as the padding token `!` of some models, is text.
     """
     described = json.loads(backend.to_str())
     model, added = described["model"], described["added_tokens"]
-    control = [token for token in added if token["special"] or token["id"] in other_ids]
+    pieces = model["vocab"] if isinstance(model["vocab"], dict) else {token for token, _ in model["vocab"]}
+    control = []
+    for token in added:
+        is_needed = token["content"] in pieces and SINGLE_CHARACTER.fullmatch(token["content"]) is not None
+        token["special"] = not is_needed and (token["special"] or token["id"] in other_ids)
+        control += [token] if token["special"] else []
     names = {token["content"]: secrets.token_hex(16) for token in control}
     for token in control:
-        token |= {"content": names[token["content"]], "special": True}
+        token["content"] = names[token["content"]]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(token, token): number for token, number in model["vocab"].items()}
     else:

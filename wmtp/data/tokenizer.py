@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -21,6 +22,8 @@ from wmtp.errors import InputError
 from wmtp.field_types import InputPath
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.locks import file_lock
+
+log = logging.getLogger(__name__)
 
 PADDING, END = "<pad>", "<end>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -57,11 +60,11 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab().values())  # ids may have gaps
         self.end, self.padding = special_token_id(backend, end), special_token_id(backend, padding)
-        if self.end not in backend.get_added_tokens_decoder():
-            raise InputError(f"model.tokenizer.end={end}: is a part of ordinary text; set this to a special token")
         self.prefix = prefix_ids(backend)
         self.fingerprint = content_fingerprint(backend)
         self._text_backend, self._control_names = rename_control_tokens(backend, {self.end, self.padding, *self.prefix})
+        if end not in self._control_names:
+            raise InputError(f"model.tokenizer.end={end}: is a part of ordinary text; set this to a special token")
 
     @property
     def special_token_names(self) -> dict[str, str]:
@@ -253,10 +256,15 @@ def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | Non
     """Return a description of the first difference between two tokenizers, or None if they are equal.
 
     The description contains the hashes of both tokenizers. The comparison covers the token of every id, the merges, the
-    special tokens, the normalizer, and the encoding of `PROBE` and of the special tokens.
+    special tokens, the normalizer, and the encoding of `PROBE` and of the special tokens. If they are equal but put
+    different tokens before a text, a warning is logged.
     """
     difference = next(_differences(ours, theirs), None)
     if difference is None:
+        if (prefix := prefix_ids(theirs)) != ours.prefix:
+            first, expected = ([ours.backend.id_to_token(number) for number in ids] for ids in (ours.prefix, prefix))
+            problem = "the samples begin with %s, but the tokenizer of another model of the run begins a text with %s"
+            log.warning(f"{problem}; model.tokenizer.add_bos_token changes the samples", first, expected)
         return None
     other = content_fingerprint(theirs)
     return f"{difference} (theirs is {other[:16]}…, ours {ours.fingerprint[:16]}…)"

@@ -36,6 +36,10 @@ BLOCK = {
 """Names of the modules of a block that have a weight. The keys are names in wmtp, and the values are Meta's names."""
 OTHER_ROTATIONS = ("use_scaled_rope", "rope_scaling", "rope_parameters")
 """Keys in the params.json of later Llama versions, which have the same tensors but another forward pass."""
+META_DEFAULTS = {"norm_eps": 1e-5, "vocab_size": -1}
+"""Values of keys that a params.json may leave out, from the class `ModelArgs` in Meta's model.py."""
+OTHER_NAMES = frozenset({"hidden_size", "rms_norm_eps"})
+"""Keys that show that a file has Hugging Face's names, to which Meta's defaults do not apply."""
 Size = Annotated[int, Field(ge=1, le=2**24)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
@@ -114,6 +118,8 @@ def read_params(content: Mapping[str, Any], place: str) -> MetaParams:
         InputError: values are missing, invalid or inconsistent; the message has one line for each problem.
     """
     values = {key: value for key, value in content.items() if value is not None}
+    if OTHER_NAMES.isdisjoint(values):
+        values = META_DEFAULTS | values
     issues = [f"{key}: belongs to an unsupported kind of model" for key in OTHER_ROTATIONS if values.get(key)]
     try:
         params = MetaParams.model_validate(values)

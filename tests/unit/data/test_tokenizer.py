@@ -1,5 +1,6 @@
 """Tests of tokenizers: text never becomes a control token, and every text is decoded unchanged."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from omegaconf import DictConfig
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from wmtp.config.schema import build
 from wmtp.data.collate import IGNORED, collate
 from wmtp.data.records import Record
 from wmtp.data.sources import FileSource
@@ -121,6 +124,8 @@ def test_no_text_becomes_a_control_token_and_every_text_is_decoded_unchanged(nam
     assert tokenizer.decode(tokens) == text
     (spans,) = tokenizer.character_spans([text])
     assert len(spans) == len(tokens)
+    if not any(name in text for name in SPECIAL):
+        assert tokens == tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -164,9 +169,21 @@ def test_an_ordinary_added_token_is_text() -> None:
 
 
 def test_the_end_token_must_be_a_special_token() -> None:
-    backend = TOKENIZERS["own"]().backend
-    with pytest.raises(InputError, match=r"model\.tokenizer\.end=Ċ: is a part of ordinary text"):
-        Tokenizer(backend, "Ċ")
+    backend = BackendTokenizer.from_str(TOKENIZERS["own"]().backend.to_str())
+    backend.add_special_tokens(["!"])
+    for end in ("Ċ", "!"):
+        with pytest.raises(InputError, match=rf"model\.tokenizer\.end={end}: is a part of ordinary text"):
+            Tokenizer(backend, end)
+
+
+def test_a_special_token_that_is_a_character_stays_text() -> None:
+    backend = BackendTokenizer.from_str(TOKENIZERS["own"]().backend.to_str())
+    backend.add_special_tokens(["!", "\n"])
+    tokenizer, text = Tokenizer(backend, padding="!"), "a != b!\n"
+    (tokens,) = tokenizer.encode([text])
+    assert (tokenizer.decode(tokens), tokenizer.padding) == (text, backend.token_to_id("!"))
+    assert backend.token_to_id("\n") not in tokens, "a line break has another token, so this one is not needed"
+    assert backend.decode(tokens, skip_special_tokens=True) != text, "the control"
 
 
 def saved(tokenizer: Tokenizer, folder: Path, **options: Any) -> PreTrainedTokenizerFast:
@@ -218,6 +235,13 @@ def test_a_missing_bos_token_is_reported(tmp_path: Path) -> None:
     saved(own(), tmp_path)
     with pytest.raises(InputError, match=r"add_bos_token=true: the files in .* name no bos_token"):
         pretrained_tokenizer(path=tmp_path, add_bos_token=True)
+
+
+def test_prompts_of_the_7b_presets_begin_with_the_bos_token(compose: Callable[..., DictConfig], tmp_path: Path) -> None:
+    saved(sentencepiece_bpe(), tmp_path, bos_token="<s>")
+    for preset, expected in (("experiment=meta_7b/baseline", [2]), ("model=meta_mtp_7b", [])):
+        tokenizer = build(compose(preset, f"model.path={tmp_path}").model.tokenizer)
+        assert tokenizer.prefix == expected, preset
 
 
 def test_the_first_token_is_context_and_has_its_own_cache(tmp_path: Path) -> None:

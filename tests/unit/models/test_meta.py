@@ -240,6 +240,15 @@ def test_the_7b_model_has_291_tensors_of_the_published_names_and_shapes() -> Non
     assert len(set(names.values())) == len(names)
 
 
+def test_sizes_that_metas_files_may_leave_out_have_metas_defaults(folder: Path, tokenizer: Tokenizer) -> None:
+    complete = SIZES | {"norm_eps": 1e-5}
+    (folder / "params.json").write_text(json.dumps(complete))
+    expected = source(folder, tokenizer)
+    (folder / "params.json").write_text(json.dumps(complete | {"norm_eps": None, "vocab_size": None}))
+    assert source(folder, tokenizer).architecture() == expected.architecture()
+    assert torch.equal(logits(source(folder, tokenizer).create(), TOKENS), logits(expected.create(), TOKENS))
+
+
 def test_a_7b_model_with_one_head_has_one_layer_for_each_block() -> None:
     name_in_file = {name: own for own, name in meta_names(31, 1).items()}
     assert {name.split(".")[1] for name in name_in_file if name.startswith("layers.")} == set(map(str, range(32)))
@@ -484,7 +493,8 @@ def test_a_wrong_number_of_heads_or_blocks_is_reported_before_the_names(
 @pytest.mark.parametrize(
     ("change", "lines"),
     [
-        ({"dim": None, "norm_eps": None}, ["dim: is missing", "norm_eps: is missing"]),
+        ({"dim": None, "n_heads": None}, ["dim: is missing", "n_heads: is missing"]),
+        ({"dim": None, "hidden_size": 32, "norm_eps": None}, ["norm_eps: is missing"]),
         (
             {"n_layers": "six", "n_heads": True, "rope_theta": -1, "multiple_of": 1.5, "n_future_tokens": 0},
             ["n_layers='six': must be a valid integer", "n_heads=True: must be a valid integer",

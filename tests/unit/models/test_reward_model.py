@@ -22,6 +22,7 @@ from transformers import (
 
 from tests.conftest import Invoke
 from wmtp.data.dataset import Dataset
+from wmtp.data.special_tokens import with_prefix
 from wmtp.data.tokenizer import END, PADDING, Tokenizer, task_tokenizer, tokenizer_difference
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError
@@ -235,6 +236,14 @@ def test_special_tokens_around_a_text_are_not_compared(folder: Path, tokenizer: 
         "the control: without normalization, the tokenizer encodes differently"
     )
     assert RewardModel(folder, tokenizer, CPU).model.config.pad_token_id == tokenizer.padding
+
+
+def test_other_tokens_before_a_text_are_reported(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    assert tokenizer_difference(tokenizer, with_prefix(tokenizer.backend, None)) is None and not caplog.messages
+    assert tokenizer_difference(tokenizer, with_prefix(tokenizer.backend, END)) is None
+    assert "the samples begin with [], but the tokenizer of another model of the run begins a text with ['<end>']" in (
+        caplog.text
+    )
 
 
 def test_a_tokenizer_does_not_differ_from_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
