@@ -13,7 +13,7 @@ import pytest
 
 from wmtp.data.records import StdioTest
 from wmtp.sandbox.grader import Program, Verdict, grade
-from wmtp.sandbox.isolation import Choice, Isolation, find_isolation, packed
+from wmtp.sandbox.isolation import Choice, Isolation, Start, find_isolation, packed
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.process import PipeLoop
 
@@ -45,17 +45,20 @@ def grade_program(program: Program, isolation: Choice | Isolation, limits: Limit
 
 def inside(isolation: Choice, script: str, limits: Limits = SHORT_LIMITS) -> str:
     """Return the output of a script in a sandbox."""
-    with (
-        find_isolation(isolation).starter(limits) as start,
-        start(packed(script), b"") as process,
-        PipeLoop(process) as pipe_loop,
-    ):
+    with find_isolation(isolation).starter(limits) as start:
+        code, output = run_script(start, script)
+    assert code == 0, output
+    return output
+
+
+def run_script(start: Start, script: str) -> tuple[int | None, str]:
+    """Return the exit code and the output of a script."""
+    with start(packed(script), b"") as process, PipeLoop(process) as pipe_loop:
         process.wait_until_ready()
         for _ in pipe_loop.steps(time.monotonic() + 20):
             if process.output_ended:
                 break
-        assert process.exit_code(5) == 0, bytes(process.stderr_data)
-        return bytes(process.stdout_data).decode().strip()
+        return process.exit_code(5), bytes(process.stdout_data).decode().strip()
 
 
 def outside(script: str) -> str:
