@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.sandboxes import (  # noqa: F401
     ASSERTION,
+    NO_BUBBLEWRAP,
     SHORT_LIMITS,
     inside,
     outside,
@@ -26,8 +27,9 @@ from tests.support.sandboxes import (  # noqa: F401
 )
 from wmtp.data.records import StdioTest
 from wmtp.errors import SandboxUnavailable
+from wmtp.sandbox import isolation as isolation_module
 from wmtp.sandbox.grader import Verdict
-from wmtp.sandbox.isolation import Choice, NoIsolation, Unshare, _self_test_error, find_isolation
+from wmtp.sandbox.isolation import Choice, Isolation, NoIsolation, Unshare, _self_test_error, find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import ENVIRONMENT
 
@@ -352,6 +354,20 @@ def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert find_isolation("auto").name == "unshare"
     finally:
         find_isolation.cache_clear()
+
+
+@NO_BUBBLEWRAP
+def test_bubblewrap_is_used_where_only_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def problem(isolation: Isolation) -> str | None:
+        return "not permitted" if isolation.name == "unshare" else None
+
+    chosen = []
+    for self_test_error in (_self_test_error, problem):
+        monkeypatch.setattr(isolation_module, "_self_test_error", self_test_error)
+        find_isolation.cache_clear()
+        chosen.append(find_isolation("auto").name)
+    find_isolation.cache_clear()
+    assert chosen == ["unshare", "bubblewrap"]
 
 
 class UnfilteredUnshare(Unshare):

@@ -29,13 +29,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize tests that take `isolation` with both isolation methods. Test modules import this function.
 
     If a module defines `ONE_IS_ENOUGH`, because it tests the grader and not the isolation, the second method is
-    marked deep, unless the first one is missing.
+    marked deep.
     """
     if "isolation" in metafunc.fixturenames:
-        is_deep = hasattr(metafunc.module, "ONE_IS_ENOUGH") and shutil.which("bwrap")
-        marks = [pytest.mark.deep] if is_deep else []
-        second = pytest.param("unshare", marks=marks)
-        metafunc.parametrize("isolation", [pytest.param("bubblewrap", marks=NO_BUBBLEWRAP), second])
+        marks = [NO_BUBBLEWRAP, *([pytest.mark.deep] if hasattr(metafunc.module, "ONE_IS_ENOUGH") else [])]
+        metafunc.parametrize("isolation", ["unshare", pytest.param("bubblewrap", marks=marks)])
 
 
 def grade_program(program: Program, isolation: Choice | Isolation, limits: Limits = SHORT_LIMITS) -> Verdict:
