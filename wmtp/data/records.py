@@ -31,7 +31,7 @@ class Record(BaseModel):
 
     Three fields describe how the programs of a contest run. `input_file` is the name of the file from which they read
     the input, and `output_file` the name of the file to which they write the output; both are empty if they use
-    standard input and output. `time_limit` is the time limit of the contest in seconds, for each `StdioTest`.
+    standard input and output. `time_limit` is the time limit of the contest for each test, in seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
