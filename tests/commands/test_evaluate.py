@@ -304,11 +304,13 @@ def test_contest_programs_use_standard_input_and_output(
         "incorrect_solutions": {"language": [], "solution": []},
         "public_tests": {"input": ["1 2\n"], "output": ["3\n"]},
         "private_tests": {"input": ["5 6\n"], "output": ["11\n"]},
-        "generated_tests": {"input": [], "output": []},
+        "generated_tests": {"input": [], "output": []}, "input_file": "sum.in",
     }  # fmt: skip
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps(problem | {"name": f"{i}_A"}) + "\n" for i in range(3)))
-    replace_completions(["print(sum(map(int, input().split())))", "print(3)", "import sys; sys.exit(0)"], monkeypatch)
+    replace_completions(
+        ["print(sum(map(int, open('sum.in').read().split())))", "print(3)", "import sys; sys.exit(0)"], monkeypatch
+    )
     done = invoke(
         f"checkpoint={run}", "data=codecontests", f"data.path={path}", "evaluation.split=all", *FAST, command="evaluate"
     )

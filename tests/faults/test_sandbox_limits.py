@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.sandboxes import (  # noqa: F401
     ASSERTION,
+    NO_BUBBLEWRAP,
     SHORT_LIMITS,
     inside,
     outside,
@@ -26,8 +27,9 @@ from tests.support.sandboxes import (  # noqa: F401
 )
 from wmtp.data.records import StdioTest
 from wmtp.errors import SandboxUnavailable
+from wmtp.sandbox import isolation as isolation_module
 from wmtp.sandbox.grader import Verdict
-from wmtp.sandbox.isolation import Choice, NoIsolation, Unshare, _self_test_error, find_isolation
+from wmtp.sandbox.isolation import Choice, Isolation, NoIsolation, Unshare, _self_test_error, find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.mounts import ENVIRONMENT
 
@@ -119,10 +121,12 @@ def test_file_sizes_are_limited_individually_and_in_total(isolation: Choice, tmp
 def test_endless_output_is_limited(stream: str, isolation: Choice) -> None:
     endless = f"import sys\nwhile True: sys.{stream}.write('x' * 65536)"
     verdicts: list[Verdict] = []
+    short = Limits(wall_seconds=1.0)
     for test in (ASSERTION, StdioTest(stdin="", stdout="x")):
-        grown = peak_memory_growth(lambda test=test: verdicts.append(verdict_of(endless, isolation, test)))  # type: ignore[misc]
+        grown = peak_memory_growth(lambda test=test: verdicts.append(verdict_of(endless, isolation, test, short)))  # type: ignore[misc]
         assert grown < 10
-    assert {(verdict.outcome, verdict.reason) for verdict in verdicts} == {("fail", "output")}
+    reasons = {"stdout": ["time", "output"], "stderr": ["time", "time"]}[stream]  # standard error is cut
+    assert [(verdict.outcome, verdict.reason) for verdict in verdicts] == [("fail", reason) for reason in reasons]
     bounded = f"import sys\nfor _ in range(640): sys.{stream}.write('x' * 65536)"
     assert (
         peak_memory_growth(lambda: subprocess.run([sys.executable, "-c", bounded], capture_output=True, check=True))
@@ -350,6 +354,20 @@ def test_missing_bubblewrap_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert find_isolation("auto").name == "unshare"
     finally:
         find_isolation.cache_clear()
+
+
+@NO_BUBBLEWRAP
+def test_bubblewrap_is_used_where_only_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def problem(isolation: Isolation) -> str | None:
+        return "not permitted" if isolation.name == "unshare" else None
+
+    chosen = []
+    for self_test_error in (_self_test_error, problem):
+        monkeypatch.setattr(isolation_module, "_self_test_error", self_test_error)
+        find_isolation.cache_clear()
+        chosen.append(find_isolation("auto").name)
+    find_isolation.cache_clear()
+    assert chosen == ["unshare", "bubblewrap"]
 
 
 class UnfilteredUnshare(Unshare):

@@ -13,7 +13,7 @@ import pytest
 
 from wmtp.data.records import StdioTest
 from wmtp.sandbox.grader import Program, Verdict, grade
-from wmtp.sandbox.isolation import Choice, Isolation, find_isolation, packed
+from wmtp.sandbox.isolation import Choice, Isolation, Start, find_isolation, packed
 from wmtp.sandbox.limits import Limits
 from wmtp.sandbox.process import PipeLoop
 
@@ -29,13 +29,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize tests that take `isolation` with both isolation methods. Test modules import this function.
 
     If a module defines `ONE_IS_ENOUGH`, because it tests the grader and not the isolation, the second method is
-    marked deep, unless the first one is missing.
+    marked deep.
     """
     if "isolation" in metafunc.fixturenames:
-        is_deep = hasattr(metafunc.module, "ONE_IS_ENOUGH") and shutil.which("bwrap")
-        marks = [pytest.mark.deep] if is_deep else []
-        second = pytest.param("unshare", marks=marks)
-        metafunc.parametrize("isolation", [pytest.param("bubblewrap", marks=NO_BUBBLEWRAP), second])
+        marks = [NO_BUBBLEWRAP, *([pytest.mark.deep] if hasattr(metafunc.module, "ONE_IS_ENOUGH") else [])]
+        metafunc.parametrize("isolation", ["unshare", pytest.param("bubblewrap", marks=marks)])
 
 
 def grade_program(program: Program, isolation: Choice | Isolation, limits: Limits = SHORT_LIMITS) -> Verdict:
@@ -45,17 +43,20 @@ def grade_program(program: Program, isolation: Choice | Isolation, limits: Limit
 
 def inside(isolation: Choice, script: str, limits: Limits = SHORT_LIMITS) -> str:
     """Return the output of a script in a sandbox."""
-    with (
-        find_isolation(isolation).starter(limits) as start,
-        start(packed(script), b"") as process,
-        PipeLoop(process) as pipe_loop,
-    ):
+    with find_isolation(isolation).starter(limits) as start:
+        code, output = run_script(start, script)
+    assert code == 0, output
+    return output
+
+
+def run_script(start: Start, script: str) -> tuple[int | None, str]:
+    """Return the exit code and the output of a script."""
+    with start(packed(script), b"") as process, PipeLoop(process) as pipe_loop:
         process.wait_until_ready()
         for _ in pipe_loop.steps(time.monotonic() + 20):
             if process.output_ended:
                 break
-        assert process.exit_code(5) == 0, bytes(process.stderr_data)
-        return bytes(process.stdout_data).decode().strip()
+        return process.exit_code(5), bytes(process.stdout_data).decode().strip()
 
 
 def outside(script: str) -> str:

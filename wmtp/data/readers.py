@@ -149,6 +149,8 @@ def codecontests_records(row: Row) -> list[Record]:
             for group in ("public_tests", "private_tests", "generated_tests")
             for stdin, stdout in _pairs(row, group, "input", str, "output")
         ),
+        **{name: _field(row, name, str) for name in ("input_file", "output_file") if row.get(name) is not None},
+        "time_limit": None if row.get("time_limit") is None else _seconds(_field(row, "time_limit", dict)),
     }
     return [
         _record({**task, "solution": solution, "is_correct": is_correct})
@@ -323,6 +325,11 @@ def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[t
     if len(lefts) != len(rights):
         raise Rejected("lengths differ", f"'{group}': {len(lefts)} of '{left}', {len(rights)} of '{right}'")
     return list(zip(lefts, rights, strict=True))
+
+
+def _seconds(duration: Row) -> float | None:
+    """Return a duration of CodeContests in seconds, or None if it is zero, which means that it is unknown."""
+    return _field(duration, "seconds", int) + _field(duration, "nanos", int) / 1e9 or None
 
 
 def _record(fields: Row | str) -> Record:

@@ -1,9 +1,11 @@
 """The schema of a record, which is one correct or incorrect solution to one programming task."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+FileName = Annotated[str, Field(pattern=r"^([^/.\x00][^/\x00]{0,254})?$")]
+"""The name of a file, without a folder and without a dot at its beginning, or an empty string."""
 Span = tuple[int, int]
 """A range of characters [start, end) in a solution."""
 
@@ -26,6 +28,10 @@ class Record(BaseModel):
     weightings, and are empty if it is unknown. A test is either an assertion, or a `StdioTest` of the whole program.
     `setup` is code that runs after the solution and before the tests. `preamble` is code before the solution; the
     preamble and the solution together are a complete program.
+
+    Three fields describe how the programs of a contest run. `input_file` is the name of the file from which they read
+    the input, and `output_file` the name of the file to which they write the output; both are empty if they use
+    standard input and output. `time_limit` is the time limit of the contest for each test, in seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,6 +44,9 @@ class Record(BaseModel):
     tests: tuple[str | StdioTest, ...] = ()
     setup: str = ""
     preamble: str = ""
+    input_file: FileName = ""
+    output_file: FileName = ""
+    time_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     decisive: tuple[Span, ...] = ()
     noise: tuple[Span, ...] = ()
 

@@ -36,7 +36,10 @@ def unique_problems(records: Sequence[Record]) -> list[Record]:
 
 def build_program(record: Record, text: str) -> Program:
     """Return the program that consists of a record's preamble and the completion `text`, with the record's tests."""
-    return Program(record.preamble + text, record.tests, setup=record.setup, preamble=record.preamble)
+    return Program(
+        record.preamble + text, record.tests, setup=record.setup, preamble=record.preamble,
+        input_file=record.input_file, output_file=record.output_file, time_limit=record.time_limit,
+    )  # fmt: skip
 
 
 def sample_seed(seed: int, name: str, index: int) -> int:

@@ -256,10 +256,7 @@ class Namespace(dict[str, Any]):
 
 def _shorten(value: Any) -> str:
     """Return the repr of a value, shortened to `MAX_SHOWN` characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with more digits than Python prints
-        text = "a large integer"
+    text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 

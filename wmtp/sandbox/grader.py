@@ -23,7 +23,7 @@ from wmtp.sandbox.process import EXIT_TIMEOUT_S, PipeLoop, Process, SandboxFailu
 Outcome = Literal["pass", "fail", "sandbox error"]
 Reason = Literal[
     "",  # passed
-    "wrong",  # a test does not hold, or the output differs
+    "wrong",  # a test does not hold, or the words of the output differ from the expected ones
     "exception",  # the program raised an exception, or lacks a name that the tests use
     "syntax",  # the program does not compile
     "time",  # the program exceeded the limit of elapsed time or processor time
@@ -40,6 +40,9 @@ MAX_REQUEST = 2**24
 """Maximum number of bytes in a request of the assertion worker."""
 TOLERANCE = 1e-6
 """Relative and absolute tolerance for the comparison of numbers in the output with expected numbers."""
+OTHER_WORDS = "its words differ from the expected output"
+"""Beginning of the verdict on other output. It does not say that the answer is wrong, because a problem may have
+several valid answers, of which the data contain one."""
 CPU_LIMIT_EXIT_CODE = 128 + 24
 """Exit code of a process that the signal SIGXCPU killed because it used too much processor time."""
 LOADER = """
@@ -68,6 +71,12 @@ class Program:
     preamble: str = ""
     """Trusted code with which `source` begins. The rest of `source` completes the last function or class of the
     preamble. Tests use the other definitions of the preamble, even if the program redefines them."""
+    input_file: str = ""
+    """Name of the file from which stdio tests let the program read its input, besides standard input."""
+    output_file: str = ""
+    """Name of the file to which the program may write its output, besides standard output."""
+    time_limit: float | None = None
+    """Time limit of each stdio test in seconds, which the program's own problem sets."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
     if not program.tests:
         raise ValueError("a program without tests cannot be graded")
     started = time.monotonic()
+    limits = limits.with_time_limit(program.time_limit)
     outcome: Outcome
     reason: Reason
     outcome, reason, detail = "pass", "", ""
@@ -107,11 +117,11 @@ def grade(program: Program, isolation: Isolation, limits: Limits) -> Verdict:
         with isolation.starter(limits) as start:
             if assertions:
                 outcome, reason, detail = _grade_assertions(program, assertions, start, limits)
-            packed_program = packed(_worker("stdio_worker"), program.source)
+            worker = packed(_worker("stdio_worker"), program.source, program.input_file, program.output_file)
             for number, test in enumerate(program.tests, start=1):
                 if outcome == "pass" and isinstance(test, StdioTest):
                     with _failures_at(f"test {number}"):
-                        _grade_stdio(packed_program, test, start, limits)
+                        _grade_stdio(worker, test, start, limits, started + limits.total_seconds)
     except ProgramFailed as failure:
         outcome, reason, detail = "fail", failure.reason, str(failure)
     except SandboxFailure as failure:
@@ -174,12 +184,11 @@ class Relay:
     def _next_request(self, pipe_loop: PipeLoop, deadline: float) -> bytes:
         received = self._assertion_worker.stdout_data
         for _ in pipe_loop.steps(deadline):
-            self._check_stderr()
             if self._solution_worker.stdout_data:
                 raise ProgramFailed("protocol", "an answer without a request")
             if line := _take_line(received):
                 return line
-            if max(len(received), len(self._assertion_worker.stderr_data)) > MAX_REQUEST:
+            if len(received) > MAX_REQUEST:
                 self._reject_request()
             if self._assertion_worker.output_ended:
                 self._explain_breakdown()
@@ -190,7 +199,6 @@ class Relay:
     def _next_answer(self, pipe_loop: PipeLoop, deadline: float) -> bytes:
         received = self._solution_worker.stdout_data
         for _ in pipe_loop.steps(deadline):
-            self._check_stderr()
             line = _take_line(received)
             if max(len(line), len(received)) > self._limits.output_bytes:
                 raise ProgramFailed("output", f"an answer of more than {self._limits.output_kib} KiB")
@@ -203,12 +211,8 @@ class Relay:
                 raise ProgramFailed("exit", f"it ended with code {code} instead of answering")
         raise ProgramFailed("time", f"it took longer than {self._limits.wall_seconds:g} s")
 
-    def _check_stderr(self) -> None:
-        if len(self._solution_worker.stderr_data) > self._limits.output_bytes:
-            raise ProgramFailed("output", f"it wrote more than {self._limits.output_kib} KiB")
-
     def _reject_request(self) -> None:
-        message = f"the tests pass or print more than {MAX_REQUEST >> 20} MiB"
+        message = f"the tests pass more than {MAX_REQUEST >> 20} MiB"
         if self._num_answers > 1:
             raise ProgramFailed("output", f"because of the program's answers, {message}")
         raise SandboxFailure(message)
@@ -240,8 +244,10 @@ def _grade_assertions(program: Program, tests: list[str], start: Start, limits: 
         return Relay(assertion_worker, solution_worker, limits).verdict(json.dumps(job).encode() + b"\n")
 
 
-def _grade_stdio(program: bytes, test: StdioTest, start: Start, limits: Limits) -> None:
+def _grade_stdio(program: bytes, test: StdioTest, start: Start, limits: Limits, end: float) -> None:
     """Run a program once and compare its output with the expected output.
+
+    `end` is the time at which all tests of the program must have ended.
 
     Raises:
         ProgramFailed: the program failed, or its output differs from the expected output.
@@ -253,9 +259,11 @@ def _grade_stdio(program: bytes, test: StdioTest, start: Start, limits: Limits) 
         PipeLoop(process) as pipe_loop,
     ):
         process.wait_until_ready()
-        deadline = time.monotonic() + limits.wall_seconds
+        deadline = min(time.monotonic() + limits.wall_seconds, end)
         exit_code = _run(process, pipe_loop, deadline, max_bytes)
         stdout, stderr = (bytes(data).decode(errors="replace") for data in (process.stdout_data, process.stderr_data))
+    if exit_code is None and deadline == end:
+        raise ProgramFailed("time", f"all tests together took longer than {limits.total_seconds:g} s")
     if exit_code is None:
         raise ProgramFailed("time", f"it took longer than {limits.wall_seconds:g} s")
     if exit_code == CPU_LIMIT_EXIT_CODE:
@@ -274,7 +282,7 @@ def _run(process: Process, pipe_loop: PipeLoop, deadline: float, max_bytes: int)
         ProgramFailed: the output is larger than `max_bytes`.
     """
     for _ in pipe_loop.steps(deadline):
-        if len(process.stdout_data) + len(process.stderr_data) > max_bytes:
+        if len(process.stdout_data) > max_bytes:
             raise ProgramFailed("output", f"it wrote more than {max_bytes / 1024:g} KiB")
         if process.output_ended:
             break
@@ -302,9 +310,10 @@ def _compare(words: list[str], expected: list[str]) -> None:
     """
     for number, (actual, expected_word) in enumerate(zip(words, expected, strict=False), start=1):
         if not _is_equal(actual, expected_word):
-            raise ProgramFailed("wrong", f"word {number} is {actual[:80]!r}, not {expected_word[:80]!r}")
+            difference = f"word {number} is {actual[:80]!r}, not {expected_word[:80]!r}"
+            raise ProgramFailed("wrong", f"{OTHER_WORDS}: {difference}")
     if len(words) != len(expected):
-        raise ProgramFailed("wrong", f"{len(words)} words instead of {len(expected)}")
+        raise ProgramFailed("wrong", f"{OTHER_WORDS}: {len(words)} words instead of {len(expected)}")
 
 
 def _is_equal(actual: str, expected: str) -> bool:

@@ -15,6 +15,7 @@ it cannot be created. A server's child also writes the exit code of the program.
 
 import _socket
 import ctypes
+import gc
 import marshal
 import os
 import resource
@@ -43,6 +44,8 @@ NUM_CAPABILITIES, CAPABILITY_VERSION = 64, 0x20080522
 OLD_ROOT = "/.old"
 NUM_FILES = 1024
 """Maximum number of files and folders in the writable folder of the sandbox."""
+PRELOADED = ("ast", "bisect", "collections", "heapq", "itertools", "json", "math", "typing")
+"""Modules that a server imports, so that its children, which probably use them, need not. None of them has a state."""
 NUM_DESCRIPTORS = 5
 """Number of file descriptors in a request: the program, its standard input, output and error, and its status."""
 
@@ -223,6 +226,9 @@ def serve(setup: "Setup") -> tuple[int, int]:
     Returns:
         The file descriptors of the program and of its status.
     """
+    for name in PRELOADED:
+        __import__(name)
+    gc.freeze()  # collections in the children would copy the memory that they share with the server
     server, connection = os.getpid(), _socket.socket(fileno=setup["control"])
     while True:
         _, messages, _, _ = connection.recvmsg(1, _socket.CMSG_SPACE(4 * NUM_DESCRIPTORS))
@@ -282,6 +288,7 @@ def isolate(setup: "Setup", status: int) -> None:
     os.chdir(setup["folder"])
     for name, limit in setup["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
+    bytearray(2**20)  # fails if the limit of memory is too small for anything, while an error can still be reported
     drop_privileges(setup)
     if setup["filter"]:
         filter_system_calls(setup["filter"])

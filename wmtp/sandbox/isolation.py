@@ -200,14 +200,16 @@ def _init_command(setup: dict[str, Any]) -> list[str]:
 def find_isolation(choice: Choice = "auto") -> Isolation:
     """Return the isolation method with the name `choice`, if its self-test passes.
 
-    If `choice` is "auto", return the first method whose self-test passes. The method "none" has no self-test.
+    If `choice` is "auto", return the first method whose self-test passes: `Unshare`, which is the faster one, or
+    `Bubblewrap`, which some systems allow to create namespaces although they do not allow it to other programs. The
+    method "none" has no self-test.
 
     Raises:
         SandboxUnavailable: no self-test passed. The message lists the tried methods, their errors, and remedies.
     """
     if choice == "none":
         return NoIsolation()
-    classes = [cls for cls in (Bubblewrap, Unshare) if choice in ("auto", cls.name)]
+    classes = [cls for cls in (Unshare, Bubblewrap) if choice in ("auto", cls.name)]
     if sys.platform != "linux":
         raise _unavailable(f"sandboxes need Linux, this is {platform.system()}: run wmtp in a Linux container")
     failures = []

@@ -16,6 +16,8 @@ from typing import IO
 
 CHUNK = 64 * 1024
 """Maximum number of bytes that are read from a pipe or written to a pipe at once."""
+MAX_STDERR = 64 * 1024
+"""Maximum number of bytes of standard error that are kept. Programs may write more, because nobody judges it."""
 START_TIMEOUT_S = 60.0
 """Maximum number of seconds until a sandbox is ready. The limit is generous, because the machine may be busy."""
 EXIT_TIMEOUT_S = 30.0
@@ -59,10 +61,10 @@ def read_only_file(content: bytes) -> int:
 class Process(ABC):
     """A sandboxed process with pipes. At the end of a `with` statement, it is killed together with all its descendants.
 
-    `stdout_data` and `stderr_data` collect the output. The caller must check their sizes after each step of the
-    `PipeLoop`. `output_ended` becomes True when all output has been received, which has two possible causes. Either
-    standard output was closed, or the process had already exited and no data arrived in a step. In the second case,
-    only other processes keep the pipes open.
+    `stdout_data` and `stderr_data` collect the output. The caller must check the size of `stdout_data` after each step
+    of the `PipeLoop`. `output_ended` becomes True when all output has been received, which has two possible causes.
+    Either standard output was closed, or the process had already exited and no data arrived in a step. In the second
+    case, only other processes keep the pipes open.
     """
 
     def __init__(self, program: bytes, stdin: bytes | None = None) -> None:
@@ -202,11 +204,15 @@ class Process(ABC):
                 pipe.close()
 
     def read(self, pipe: IO[bytes]) -> bool:
-        """Read at most `CHUNK` bytes of output from a pipe, and return whether the pipe is still open."""
+        """Read at most `CHUNK` bytes of output from a pipe, and return whether the pipe is still open.
+
+        Of standard error, only the last `MAX_STDERR` bytes are kept.
+        """
         buffer = self.stdout_data if pipe is self.stdout else self.stderr_data
         before = len(buffer)
         is_open = self._read(pipe, buffer)
         self.num_received += len(buffer) - before
+        del self.stderr_data[:-MAX_STDERR]
         if pipe is self.stdout and not is_open:
             self.output_ended = True
         return is_open

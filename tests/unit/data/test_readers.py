@@ -216,6 +216,19 @@ def test_a_codecontests_row_may_have_no_python_3_solution_and_no_difficulty() ->
     assert SHAPES["codecontests"](CONTEST_ROW | {"difficulty": None})[0].difficulty is None
 
 
+def test_a_codecontests_row_may_name_files_and_a_time_limit() -> None:
+    row = {"input_file": "sum.in", "output_file": "sum.out", "time_limit": {"seconds": 1, "nanos": 500_000_000}}
+    record = SHAPES["codecontests"](CONTEST_ROW | row)[0]
+    assert (record.input_file, record.output_file, record.time_limit) == ("sum.in", "sum.out", 1.5)
+    unknown = {"input_file": "", "output_file": None, "time_limit": {"seconds": 0, "nanos": 0}}
+    for others in (unknown, {"time_limit": None}, {}):
+        record = SHAPES["codecontests"](CONTEST_ROW | others)[0]
+        assert (record.input_file, record.output_file, record.time_limit) == ("", "", None)
+    for name in ("/etc/passwd", "../a", ".", "..", "a/b", "a\0"):
+        assert reason_of(SHAPES["codecontests"], CONTEST_ROW | {"input_file": name}) == "wrong value"
+    assert reason_of(SHAPES["codecontests"], CONTEST_ROW | {"time_limit": {"seconds": -1, "nanos": 0}}) == "wrong value"
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_row_format_rejects_missing_null_and_mistyped_fields(shape: str) -> None:
     row, records_of = ROWS[shape], SHAPES[shape]

@@ -76,6 +76,7 @@ CORRECT = {
         "assert f() == [deque([1]), date(2020, 1, 2), Decimal('1.5'), Fraction(1, 3)]\n"
             "assert g(f()[3]) == {Fraction(1, 3)}",
     ),
+    "much output": ("print('x' * 200_000)\ndef f(x): return 4", "assert f(3) == 4"),
     "a guarded main": ("def f(x): return x\nif __name__ == '__main__':\n  raise SystemExit", "assert f(3) == 3"),
 }  # fmt: skip
 
@@ -107,7 +108,6 @@ FAULTY = {
     "many items": ("def f(x): return [0] * 10**6", "assert f(3) == 4", "output"),
     "a huge integer": ("def f(x): return 1 << 10**6", "assert f(3) == 4", "output"),
     "a large integer": ("def f(x): return 1 << 10**5", "assert f(3) == 4", "wrong"),
-    "much output": ("print('x' * 70_000)\nwhile True: pass", "assert f(3) == 4", "output"),
     "leaves": ("def f(x): raise SystemExit(0)", "try: f(3)\nexcept: pass", "exit"),
     "interrupts": ("def f(x): raise KeyboardInterrupt", "assert f(3) == 4", "exit"),
     "ends": ("import os\ndef f(x): os._exit(0)", "assert f(3) == 4", "exit"),
@@ -318,7 +318,7 @@ def test_output_is_complete_when_this_process_is_busy(isolation: Choice) -> None
 def test_grading_stops_at_the_first_failure(isolation: Choice) -> None:
     tests = tuple(StdioTest(stdin=str(n), stdout=str(min(n, 1))) for n in range(60))
     verdict = grade_program(Program("print(input())", tests), isolation)
-    assert verdict.detail == "test 3: word 1 is '2', not '1'"
+    assert verdict.detail == "test 3: its words differ from the expected output: word 1 is '2', not '1'"
 
 
 def verdicts(verdict: Callable[[Any], Any], cases: Iterable[Any], num_workers: int) -> list[Any]:
