@@ -87,6 +87,16 @@ def test_help_explains_each_group_and_its_options(get_help: Callable[[str], str]
     assert "hardware: " in groups and "algo: " not in groups, "help shows only the groups of the command"
 
 
+def test_a_python_without_the_packages_gets_one_line_with_the_remedy() -> None:
+    """The option -S leaves out the installed packages."""
+    for name in COMMANDS:
+        done = run([sys.executable, "-S", "-m", f"wmtp.{name}"], ROOT)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and "source .venv/bin/activate" in line
+    control = run([sys.executable, "-S", "-c", "import wmtp.cli.runner"], ROOT)
+    assert control.returncode == 1 and "ModuleNotFoundError" in control.stderr
+
+
 @pytest.mark.slow
 def test_help_imports_no_heavy_modules(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", ALL_HELP], tmp_path)
