@@ -15,10 +15,15 @@ FROM base AS train
 # bubblewrap isolates the programs that a model writes; Triton compiles its kernels' starters with gcc
 RUN apt-get update && apt-get install --yes --no-install-recommends bubblewrap gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml README.md LICENSE /opt/wmtp/
+# the packages come before the code, so that this layer, the largest, is not built again after a change of the code
+COPY pyproject.toml /opt/wmtp/
+RUN python -c "import tomllib as t; print(*t.load(open('/opt/wmtp/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > /opt/wmtp/requirements.txt \
+    && pip install --constraint /opt/wmtp/constraints.txt --requirement /opt/wmtp/requirements.txt
+COPY README.md LICENSE /opt/wmtp/
 COPY conf /opt/wmtp/conf
 COPY wmtp /opt/wmtp/wmtp
-RUN pip install --constraint /opt/wmtp/constraints.txt /opt/wmtp
+RUN pip install --no-deps /opt/wmtp
 # a user name for any --user number, also one that is unknown here
 ENV USER=wmtp NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER wmtp

@@ -164,6 +164,14 @@ def test_a_sweep_refuses_resume(invoke: Invoke) -> None:
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize("override", ["experiment=sweep/critic_beta", "sweep.arms=['algo=rho1','algo=critic']"])
+def test_a_sweep_without_m_is_refused(invoke: Invoke, override: str) -> None:
+    """Without this check, the command would train one baseline."""
+    outcome = invoke(override, "max_steps=1")
+    assert outcome.code == 2 and "-m: is missing" in outcome.err
+    assert not Path("outputs").exists()
+
+
 @pytest.mark.parametrize("option", ["--config-dir=other", "--config-name=other", "--run", "-m1"])
 def test_an_option_that_is_not_supported_is_refused(invoke: Invoke, option: str) -> None:
     """Hydra would take some of these options and start no job, and the command would seem to have succeeded."""

@@ -87,6 +87,16 @@ def test_help_explains_each_group_and_its_options(get_help: Callable[[str], str]
     assert "hardware: " in groups and "algo: " not in groups, "help shows only the groups of the command"
 
 
+def test_a_python_without_the_packages_gets_one_line_with_the_remedy() -> None:
+    """The option -S leaves out the installed packages."""
+    for name in COMMANDS:
+        done = run([sys.executable, "-S", "-m", f"wmtp.{name}"], ROOT)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and "source .venv/bin/activate" in line
+    control = run([sys.executable, "-S", "-c", "import wmtp.cli.runner"], ROOT)
+    assert control.returncode == 1 and "ModuleNotFoundError" in control.stderr
+
+
 @pytest.mark.slow
 def test_help_imports_no_heavy_modules(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", ALL_HELP], tmp_path)
@@ -198,6 +208,19 @@ def test_files_copied_into_the_containers_exist_and_are_not_ignored() -> None:
     assert {service["build"]["target"] for service in services().values() if "build" in service} <= set(stages)
 
 
+def test_packages_are_installed_in_the_image_before_the_code_is_copied(tmp_path: Path) -> None:
+    """Otherwise each change of the code would install all packages again."""
+    instructions = re.sub(r"\\\n", "", (ROOT / "Dockerfile").read_text().partition("AS train\n")[2]).splitlines()
+    copies = [n for n, line in enumerate(instructions) if re.match(r"COPY (wmtp|conf|README)", line)]
+    installs = [n for n, line in enumerate(instructions) if "pip install" in line]
+    assert len(installs) == 2 and installs[0] < min(copies) <= max(copies) < installs[1]
+    assert "--no-deps" in instructions[installs[1]]
+    command = instructions[installs[0]].removeprefix("RUN ").partition(">")[0]
+    done = run(["bash", "-c", command.replace("/opt/wmtp", str(ROOT))], tmp_path)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert done.stdout.splitlines() == wanted and len(wanted) > 10, done.stderr
+
+
 def test_container_secrets_are_variables_listed_in_env_example() -> None:
     example = (ROOT / ".env.example").read_text()
     named = set(re.findall(r"\$\{(\w+)", (ROOT / "compose.yaml").read_text()))
@@ -219,3 +242,15 @@ def test_the_servers_accept_the_options_in_compose_yaml(tmp_path: Path) -> None:
         options = [word.partition("=")[0] for word in rest[rest.index(subcommand) :] if word.startswith(prefix)]
         assert len(options) > 4 and [o for o in options if not re.search(rf"{re.escape(o)}\b", text)] == []
         assert not re.search(r"--no-such-option\b", text)
+
+
+@pytest.mark.slow
+def test_the_example_of_env_states_the_least_length_of_a_password() -> None:
+    from mlflow.exceptions import MlflowException  # mlflow takes seconds to import
+    from mlflow.utils.validation import _validate_password
+
+    found = re.search(r"at least (\d+) characters", (ROOT / ".env.example").read_text())
+    assert found is not None
+    _validate_password("x" * int(found[1]))
+    with pytest.raises(MlflowException):
+        _validate_password("x" * (int(found[1]) - 1))

@@ -53,9 +53,15 @@ def resolve(command: Command, arguments: list[str]) -> ResolvedJob:
     """Compose and check the config of a command, and choose the folder. The checks read what the job needs.
 
     Raises:
-        ConfigError: the arguments contain errors, or the folder cannot be used.
+        ConfigError: the arguments contain errors or describe a sweep, or the folder cannot be used.
     """
-    return choose_folder(command, compose(command, arguments))
+    job = compose(command, arguments)
+    config = job.checked.config
+    values = (OmegaConf.select(job.hydra, "hydra.sweeper.params"), OmegaConf.select(config, "sweep.arms"))
+    if any(values) and config.get("resume") is None:  # a job of a sweep is resumed alone
+        problem = "is missing: these settings describe a sweep (a preset of experiment=sweep/…, or sweep.arms)"
+        raise ConfigError([*job.checked.issues, ConfigIssue("-m", "", problem)])
+    return choose_folder(command, job)
 
 
 def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:

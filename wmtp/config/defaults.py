@@ -1,13 +1,14 @@
-"""Differences between a config and the default config of its command."""
+"""Differences between a config and the default config of its command, and removal of defaults that do not apply."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from wmtp.config.flatten import flatten
-from wmtp.config.schema import CONFIG_FOLDER, to_plain
+from wmtp.config.schema import CONFIG_FOLDER, is_node, locate, schema, to_plain
 
 
 def changed_keys(config: DictConfig, command: str) -> dict[str, list[Any]]:
@@ -15,6 +16,25 @@ def changed_keys(config: DictConfig, command: str) -> dict[str, list[Any]]:
     before, now = (flatten(to_plain(each)) for each in (default_config(command), config))
     keys = [*now, *(key for key in before if key not in now)]
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+
+
+def drop_keys_of_replaced_classes(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Remove the default keys that a class of torch in the overrides lacks. Keys in the overrides are kept.
+
+    For example, `optimizer._target_=torch.optim.SGD` replaces AdamW, and SGD has no `betas`.
+    """
+    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    for group in ("optimizer", "scheduler"):
+        node = config.get(group)
+        if f"{group}._target_" not in typed or not is_node(node):
+            continue
+        try:
+            known = {*schema(locate(str(node["_target_"]))), "_target_"}
+        except ValueError:
+            continue  # another check reports it
+        with open_dict(node):
+            for key in [key for key in node if key not in known and f"{group}.{key}" not in typed]:
+                del node[key]
 
 
 def default_config(command: str) -> DictConfig:

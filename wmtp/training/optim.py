@@ -8,9 +8,9 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from wmtp.config.schema import build
+from wmtp.config.schema import build, locate, schema
 from wmtp.field_types import Ratio
 from wmtp.ops.shares import share_of
 
@@ -32,7 +32,7 @@ def try_optimizer(node: DictConfig) -> Optimizer:
     """Build an optimizer for a matrix and a vector, and return it after its first step.
 
     Raises:
-        ValueError, TypeError or RuntimeError: torch refuses an option or the parameters.
+        Exception: torch refuses an option or the parameters.
     """
     layer = nn.Linear(2, 2)
     optimizer: Optimizer = build(node, params=parameter_groups(layer))
@@ -40,6 +40,20 @@ def try_optimizer(node: DictConfig) -> Optimizer:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return optimizer
+
+
+def try_scheduler(node: DictConfig, optimizer: Optimizer) -> None:
+    """Build a scheduler for an optimizer of `try_optimizer`, and make its first step.
+
+    Raises:
+        ValueError: the scheduler has a fixed number of steps.
+        Exception: torch refuses an option, or the scheduler needs arguments that the trainer does not have.
+    """
+    if "total_steps" in schema(locate(str(node["_target_"]))):
+        raise ValueError("fixes the number of steps, but a run may be resumed for more; use scheduler=cosine or linear")
+    scheduler: LRScheduler = build(node, optimizer=optimizer, num_updates=2)
+    optimizer.step()
+    scheduler.step()
 
 
 def constant(optimizer: Optimizer, num_updates: int, *, warmup_ratio: Ratio = 0.0) -> LambdaLR:

@@ -34,7 +34,7 @@ from wmtp.runtime.processes import started_together
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, is_running
 from wmtp.sandbox.isolation import Choice
 from wmtp.training.early_stopping import EarlyStopping, monitor_problem
-from wmtp.training.optim import try_optimizer
+from wmtp.training.optim import try_optimizer, try_scheduler
 from wmtp.training.plan import Plan
 from wmtp.training.stages import ReferenceStage, Stage, ValueStage
 from wmtp.training.trainer import Trainer
@@ -137,12 +137,13 @@ def cross_issues(
         invalid = invalid | {"model"}
     for group, check in (
         ("data", data_issues),
-        ("optimizer", optimizer_issues),
         ("hardware", hardware_group_issues),
         ("resume", resume_issues),
     ):
         if group not in invalid and config.get(group) is not None:
             yield from check(config)
+    if not invalid & {"optimizer", "scheduler"}:
+        yield from optimizer_issues(config)
     if algorithm is not None and not invalid & {"model", "data", "pretrain"}:
         yield from algorithm_issues(config, algorithm)
     if not invalid & {"algo", "model", "early_stopping"}:
@@ -289,11 +290,14 @@ def needs_values(config: DictConfig) -> bool:
 
 
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if the optimizer cannot train a matrix and a vector, which every model has."""
+    """Yield an issue if the optimizer cannot train a matrix and a vector, or else if the scheduler cannot be used."""
+    group = "optimizer"
     try:
-        try_optimizer(config.optimizer)
-    except (ValueError, TypeError, RuntimeError) as error:
-        yield ConfigIssue("optimizer", config.optimizer["_target_"], " ".join(str(error).split()))
+        optimizer = try_optimizer(config.optimizer)
+        group = "scheduler"
+        try_scheduler(config.scheduler, optimizer)
+    except Exception as error:  # noqa: BLE001 - the classes of torch raise many kinds of errors
+        yield ConfigIssue(group, config[group]["_target_"], " ".join(str(error).split()))
 
 
 def hardware_group_issues(config: DictConfig) -> Iterator[ConfigIssue]:
