@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def evaluate(context: JobContext) -> None:
     """Evaluate a model."""
     from wmtp.evaluation.evaluator import Evaluator  # imports torch, which --help does not need
+    from wmtp.evaluation.validate import names_data
 
-    Evaluator(context.config, context.folder, context.inputs).evaluate()
+    Evaluator(context.config, context.folder, context.inputs, names_data=names_data(context.overrides)).evaluate()
 
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:

@@ -1,7 +1,7 @@
 """Annotated types for constructor parameters. They define the range of valid config values."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -19,5 +19,17 @@ def _must_exist(path: Path) -> Path:
     return path
 
 
-ExistingPath = Annotated[Path, AfterValidator(_must_exist)]
-"""The path of an existing file or folder."""
+ABSOLUTE = AfterValidator(Path.absolute)
+InputPath = Annotated[Path, ABSOLUTE]
+"""The path of a file or folder that is read. A config that a run keeps contains its absolute form."""
+ExistingPath = Annotated[InputPath, AfterValidator(_must_exist)]
+"""An `InputPath` of an existing file or folder."""
+
+
+def is_input_path(annotation: Any) -> bool:
+    """Return whether values of an annotated type may be input paths.
+
+    >>> is_input_path(ExistingPath | None), is_input_path(Path)
+    (True, False)
+    """
+    return any(part is ABSOLUTE or is_input_path(part) for part in get_args(annotation))

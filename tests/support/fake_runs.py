@@ -80,7 +80,7 @@ def fake_run(
     write_lines(folder / "metrics.jsonl", lines)
     data = {
         "name": "tasks", "fingerprint": "all", "tokenizer": "bpe", "train_fingerprint": "train",
-        "validation_fingerprint": "validation", "train": 40, "validation": 8,
+        "validation_fingerprint": "validation", "test_fingerprint": "test", "train": 40, "validation": 8,
     } | (provenance or {})  # fmt: skip
     write_json(folder / "provenance.json", {"command": [f"algo={algo}"], "data": data})
     if state != "FINISHED":

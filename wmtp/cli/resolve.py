@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.cli.command import Command
 from wmtp.config.groups import group_options, is_group
-from wmtp.config.overrides import load_saved_overrides, parse_overrides, to_hydra_override
+from wmtp.config.overrides import (
+    load_saved_overrides,
+    override_key,
+    parse_overrides,
+    quote,
+    resumed_folder,
+    to_hydra_override,
+)
+from wmtp.config.paths import absolute_paths, started_in
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
 
 
@@ -74,14 +83,34 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
         ConfigError: Hydra cannot compose the config, for example because of an unknown key.
     """
     issues: list[ConfigIssue] = []
-    overrides = merge_overrides(load_saved_overrides(arguments) + arguments, issues)
+    saved = load_saved_overrides(arguments)
+    overrides = merge_overrides(saved + arguments, issues)
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), command.name, version_base="1.3"):
             composed = hydra.compose(command.name, overrides, return_hydra_config=True)
+        overrides = make_paths_absolute(composed, overrides, arguments)
         checked = command.check(without_hydra(composed), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
     return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed)
+
+
+def make_paths_absolute(composed: DictConfig, overrides: list[str], arguments: list[str]) -> list[str]:
+    """Make the input paths in a composed config absolute, and return the overrides from which it is composed then.
+
+    A relative path in `arguments` starts at the current folder. If the arguments name a run to resume, the other
+    relative paths start at the folder in which that run was started.
+    """
+    typed = {override_key(argument) for argument in arguments}
+    resume = resumed_folder(arguments)
+    start = (resume and started_in(resume)) or Path.cwd()
+    found = absolute_paths(composed, lambda key: Path.cwd() if key in typed else start)
+    for key, path in found.items():
+        OmegaConf.update(composed, key, str(path))
+    added = [f"++{key}={quote(path)}" for key, path in found.items()]
+    task = typing.cast(list[str], OmegaConf.to_container(composed.hydra.overrides.task))  # interpolations stay
+    composed.hydra.overrides.task = [*(o for o in task if override_key(o) not in found), *added]
+    return [*(o for o in overrides if override_key(o) not in found), *added]
 
 
 def merge_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[str]:

@@ -101,9 +101,19 @@ def load_saved_overrides(arguments: list[str]) -> list[str]:
     If there is no such argument or the run has no saved overrides, return an empty list. A later check reports an error
     if the folder is wrong.
     """
-    resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
-    path = Path(str(resume).strip("'\"")) / SAVED_OVERRIDES
-    if resume is None or not path.exists():
+    folder = resumed_folder(arguments)
+    if folder is None or not (folder / SAVED_OVERRIDES).exists():
         return []
-    saved: list[str] = json.loads(path.read_text())
-    return [current_override(text) for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
+    saved: list[str] = json.loads((folder / SAVED_OVERRIDES).read_text())
+    return [current_override(text) for text in saved if override_key(text) not in NOT_SAVED]
+
+
+def resumed_folder(arguments: list[str]) -> Path | None:
+    """Return the folder of the run that the argument `resume=…` names, or None if there is no such argument."""
+    chosen = [a.partition("=")[2] for a in arguments if override_key(a) == "resume"]
+    return Path(chosen[-1].strip("'\"")) if chosen else None
+
+
+def override_key(override: str) -> str:
+    """Return the key of an override. Its value and the prefix `++` are left out."""
+    return override.lstrip("+").partition("=")[0]

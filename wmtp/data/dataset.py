@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.collate import Batch, collate
+from wmtp.data.contents import Contents
 from wmtp.data.records import Record
 from wmtp.data.sampler import batches_by_length, epoch_batches, items_for_rank
 from wmtp.data.sources import DataSource
@@ -40,6 +41,8 @@ class Dataset:
     test: tuple[Record, ...]
     fingerprint: str
     """A hash of everything that determines the samples. A run can only be resumed with data of the same fingerprint."""
+    contents: Contents
+    """The origins and hashes of everything that was read, including what the samples do not depend on."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -139,7 +142,7 @@ def read_dataset(source: DataSource, cache_dir: Path, seed: int) -> Dataset:
         validation = validation.with_columns(harmful=harmful)
     return Dataset(
         source.name, source.origin, source.tokenizer, source.template, source.max_length, source.group_tasks,
-        seed, train, validation, tuple(records.test), fingerprint,
+        seed, train, validation, tuple(records.test), fingerprint, source.contents(records),
     )  # fmt: skip
 
 

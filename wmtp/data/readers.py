@@ -191,10 +191,11 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
         InputError: a file cannot be read, or there are too many faulty rows (see `read_file`). Or the path is neither a
             file nor a folder with a training file. Or a task is in two splits, or the training split has no records.
     """
-    collected = [_read_rows(file, shape) if file else ([], []) for file in _split_files(path)]
-    rejections = [rejection for _, rejected in collected for rejection in rejected]
+    collected = {name: _read_rows(file, shape) for name, file in split_files(path).items()}
+    rejections = [rejection for _, rejected in collected.values() for rejection in rejected]
     _check_rejections(rejections, on_error, max_errors)
-    splits = Splits(*(records for records, _ in collected)) if path.is_dir() else _split_by_task(collected[0][0])
+    parts = {name: records for name, (records, _) in collected.items()}
+    splits = _split_by_task(parts["all"]) if "all" in parts else Splits(*(parts.get(s, []) for s in Splits._fields))
     counts = Counter(task for records in splits for task in {record.task_id for record in records})
     shared = sorted(task for task, count in counts.items() if count > 1)
     if shared:
@@ -208,6 +209,28 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
             "Add records to the training split, or use a folder with one file per split."
         )
     return splits, rejections
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """Return the file of each split in a folder, by the name of the split.
+
+    If `path` is a file, the result contains only this file, under the name "all".
+
+    Raises:
+        InputError: the path is neither a file nor a folder with a training file, or a split has several files.
+    """
+    if path.is_file():
+        return {"all": path}
+    files: dict[str, Path] = {}
+    for split, names in (("train", ["train"]), ("validation", ["validation", "valid"]), ("test", ["test"])):
+        found = [file for name in names for end in SUFFIXES if (file := path / f"{name}{end}").is_file()]
+        if len(found) > 1:
+            raise InputError(f"{path}: keep only one of {', '.join(file.name for file in found)}.")
+        if found:
+            files[split] = found[0]
+    if "train" not in files:
+        raise InputError(f"{path}: {'no train file' if path.is_dir() else 'no such file or folder'}. {EXPECTED}")
+    return files
 
 
 def _decode(text: str | bytes) -> object:
@@ -383,24 +406,6 @@ def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors
         reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)
         head = f"faulty rows: {number}, more than data.max_errors={max_errors}; the first: {rejections[0]}"
         raise InputError(f"{head}\n  {reasons}\nCorrect them, or raise data.max_errors.")
-
-
-def _split_files(path: Path) -> list[Path | None]:
-    """Return the training, validation and test files in a folder. An entry is None if the split has no file.
-
-    If `path` is a file, the result contains only this file.
-    """
-    if path.is_file():
-        return [path]
-    files: list[Path | None] = []
-    for names in (("train",), ("validation", "valid"), ("test",)):
-        found = [file for name in names for end in SUFFIXES if (file := path / f"{name}{end}").is_file()]
-        if len(found) > 1:
-            raise InputError(f"{path}: keep only one of {', '.join(file.name for file in found)}.")
-        files += found or [None]
-    if files[0] is None:
-        raise InputError(f"{path}: {'no train file' if path.is_dir() else 'no such file or folder'}. {EXPECTED}")
-    return files
 
 
 def _split_by_task(records: list[Record]) -> Splits:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from wmtp.data import readers, tasks
+from wmtp.data.contents import Contents, hash_file, hash_records
 from wmtp.data.records import Splits
 from wmtp.data.selection import DifficultyBins, Selection
 from wmtp.data.token_cache import LongSamples
@@ -53,6 +54,11 @@ class DataSource(ABC):
     @abstractmethod
     def read(self) -> Splits:
         """Return the records of all splits, before any selection."""
+
+    def contents(self, splits: Splits) -> Contents:
+        """Return the origins and hashes of the parts of the data. `splits` is the result of `read`."""
+        parts = splits._asdict().items()
+        return {name: {"source": f"{self.origin} ({name})", "hash": hash_records(part)} for name, part in parts}
 
     def without_selection(self) -> Self:
         """Return a copy of the source with settings that select all records."""
@@ -137,3 +143,8 @@ class FileSource(DataSource):
             reasons = ", ".join(f"{reason} ×{count}" for reason, count in sorted(counts.items()))
             log.warning("%s: skipped %d rows: %s", self.path, len(rejections), reasons)
         return splits
+
+    def contents(self, splits: Splits) -> Contents:
+        """Return the absolute paths and the hashes of the files."""
+        files = readers.split_files(self.path.absolute()).items()
+        return {name: {"source": str(file), "hash": hash_file(file)} for name, file in files}

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from wmtp.data import task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.errors import InputError
+from wmtp.field_types import InputPath
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.locks import file_lock
 
@@ -106,7 +107,7 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
     return Tokenizer(BackendTokenizer.from_file(str(path)))
 
 
-def pretrained_tokenizer(*, path: Path, end: str | None = None, padding: str | None = None) -> Tokenizer:
+def pretrained_tokenizer(*, path: InputPath, end: str | None = None, padding: str | None = None) -> Tokenizer:
     """Return the tokenizer from a folder that `save_pretrained` wrote, or from a single tokenizer.json.
 
     `end` is the token that follows a solution. Its default is the eos_token of the folder. `padding` is the token that

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from wmtp.config.flatten import flatten
 from wmtp.config.schema import build
+from wmtp.data.contents import Contents, content_changes, recorded_contents
 from wmtp.data.records import Record
 from wmtp.data.sources import DataSource
 from wmtp.data.split import build_split
@@ -52,7 +53,17 @@ class Evaluator:
     Samples that are already in the folder are not generated again.
     """
 
-    def __init__(self, config: DictConfig, folder: Path, checkpoint: TrainedCheckpoint) -> None:
+    def __init__(
+        self, config: DictConfig, folder: Path, checkpoint: TrainedCheckpoint, *, names_data: bool = False
+    ) -> None:
+        """Create an evaluation.
+
+        Args:
+            config: the config of the evaluation.
+            folder: the folder of its results.
+            checkpoint: the checkpoint to evaluate.
+            names_data: whether the user has chosen the data. Then they need not be those of the checkpoint's run.
+        """
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
         self.console = Console(markup=False)
         self.settings: Evaluation = build(config.evaluation)
@@ -62,6 +73,9 @@ class Evaluator:
         self.source: DataSource = build(config.data, tokenizer=checkpoint.tokenizer(self.cache_dir))
         self.split = self.settings.split or ("all" if self.source.is_test_set else "test")
         self.hardware: Hardware = build(config.hardware)
+        self.names_data = names_data
+        self.is_run_data: bool | None = None
+        """Whether the data have the contents that the run has used. It is None if the run does not record them."""
 
     def evaluate(self) -> float | None:
         """Generate and grade the samples that are not yet in the folder, measure the losses, and write summary.json.
@@ -97,6 +111,8 @@ class Evaluator:
             "step": step,
             "epoch": epoch,
             "data": self.source.name,
+            "source": self.source.origin,
+            "is_run_data": self.is_run_data,
             "split": self.split,
             **pass_summary(rows, self.settings.k),
             "sandbox_errors": errors,
@@ -119,8 +135,13 @@ class Evaluator:
         return next((entry["value"] for entry in summary["pass_at_k"].values()), None)
 
     def _read_records(self) -> list[Record]:
-        """Return the records of the split that is evaluated."""
+        """Return the records of the split that is evaluated.
+
+        Raises:
+            InputError: no record of the split has tests, or the data of the run have changed.
+        """
         splits, name = self.source.read(), self.split
+        self._compare_contents(self.source.contents(splits))
         records = [r for part in splits for r in part] if name == "all" else list(getattr(splits, name))
         if not any(record.tests for record in records):
             problem = "has no problem with tests" if records else "is empty"
@@ -128,6 +149,20 @@ class Evaluator:
                 f"data: the split {name!r} {problem}; choose evaluation.split=train, validation, test or all"
             )
         return records
+
+    def _compare_contents(self, contents: Contents) -> None:
+        """Compare the contents of the data with those that the run has used, and set `is_run_data`."""
+        recorded = recorded_contents(self.run_folder)
+        if recorded is None:
+            if not self.names_data:
+                log.warning("%s does not record its data, so nothing shows whether they have changed", self.run_folder)
+            return
+        changes = content_changes(recorded, contents)
+        self.is_run_data = not changes
+        if changes and not self.names_data:
+            lines = ["data: they are not those of the run any more:", *(f"  {change}" for change in changes)]
+            remedy = "Set them back, or evaluate on them as other data: name them, for example data=jsonl data.path=…"
+            raise InputError("\n".join([*lines, remedy]))
 
     def _select_problems(self, records: Sequence[Record]) -> list[Record]:
         """Return the problems that have tests. If the setting `limit` is given, return at most that many problems."""
@@ -214,7 +249,10 @@ class Evaluator:
         """Return the part of a metric's name that names the data set, the split, the temperature and the `limit`."""
         temperature, limit = self.decoding.temperature, self.settings.limit
         decoding_name = f"temperature_{temperature:g}" if temperature else "greedy"
-        return "-".join([self.source.name, self.split, decoding_name, *([f"first_{limit}"] if limit else [])])
+        name = self.source.name
+        if self.is_run_data is False and name == self.checkpoint.config.data.get("shape", "tasks"):
+            name = f"other_{name}"  # otherwise the metrics would look like those of the run's data
+        return "-".join([name, self.split, decoding_name, *([f"first_{limit}"] if limit else [])])
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)

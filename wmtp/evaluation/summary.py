@@ -68,7 +68,8 @@ def format_estimate(estimate: dict[str, Any]) -> tuple[str, str]:
 
 def print_report(console: Console, summary: dict[str, Any]) -> None:
     """Print the summary at the end of an evaluation, as tables and lines of text."""
-    console.print(f"{summary['data']}: {summary['problems']} problems, {summary['samples']} programs graded")
+    problems = f"{summary['problems']} problems of the split {summary['split']}"
+    console.print(f"{summary['data']}: {problems}, {summary['samples']} programs graded")
     for table in (pass_table(summary), difficulty_table(summary), head_table(summary)):
         if table.row_count:
             console.print(table)

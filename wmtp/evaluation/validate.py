@@ -6,7 +6,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.config.schema import CheckedConfig, ConfigError, ConfigIssue, iter_nodes, node_issues, to_plain
+from wmtp.config.overrides import override_key
+from wmtp.config.schema import (
+    CheckedConfig,
+    ConfigError,
+    ConfigIssue,
+    iter_nodes,
+    node_issues,
+    schema,
+    to_plain,
+)
+from wmtp.data.sources import DataSource
 from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
 from wmtp.models.loading import TrainedCheckpoint, find_trained_checkpoint
@@ -49,7 +59,10 @@ def fill_run_data(config: DictConfig, overrides: list[str], trained: DictConfig)
         if chosen is None:
             config.data = trained.data
         return config
-    is_run_data = "_target_" not in chosen or all(chosen.get(key) == trained.data.get(key) for key in SOURCE_KEYS)
+    is_run_data = "_target_" not in chosen or all(
+        chosen.get(key) == trained.data.get(key) or (key == "path" and _is_same_path(chosen, trained.data))
+        for key in SOURCE_KEYS
+    )
     inherited = trained.data if is_run_data else OmegaConf.masked_copy(trained.data, ["max_length"])
     overridden = OmegaConf.create()
     for override in overrides:
@@ -58,6 +71,19 @@ def fill_run_data(config: DictConfig, overrides: list[str], trained: DictConfig)
             OmegaConf.update(overridden, key.removeprefix("data."), OmegaConf.select(config, key))
     config.data = OmegaConf.merge(chosen, inherited, overridden)
     return config
+
+
+def _is_same_path(one: DictConfig, other: DictConfig) -> bool:
+    """Return whether the paths of two data configs name the same file or folder."""
+    paths = [data.get("path") for data in (one, other) if not OmegaConf.is_missing(data, "path")]
+    return len(paths) == 2 and None not in paths and Path(paths[0]).resolve() == Path(paths[1]).resolve()
+
+
+def names_data(overrides: list[str]) -> bool:
+    """Return whether overrides choose the records of an evaluation, so that they need not be those of the run."""
+    neutral = schema(DataSource).keys() - {"seed"}
+    keys = {override_key(override) for override in overrides}
+    return any(key == "data" or (key.startswith("data.") and key.split(".")[1] not in neutral) for key in keys)
 
 
 def evaluation_identity(config: DictConfig, checkpoint: TrainedCheckpoint) -> dict[str, Any]:
@@ -135,6 +161,8 @@ def read_checkpoint(config: DictConfig) -> tuple[TrainedCheckpoint | None, list[
     if not path.exists():
         problem = f"does not exist; relative paths are relative to {Path.cwd()}"
         return None, [ConfigIssue("checkpoint", str(path), problem)]
+    path = path.absolute()
+    config.checkpoint.path = str(path)
     try:
         return find_trained_checkpoint(path), []
     except ConfigError as error:

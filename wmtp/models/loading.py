@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp.checkpoint.manifest import find_damage, manifest_hash
 from wmtp.checkpoint.state import load_model
 from wmtp.checkpoint.store import CheckpointStore, load
+from wmtp.config.paths import with_start_paths
 from wmtp.config.schema import ConfigError, ConfigIssue, build, load_run_config, node_issues
 from wmtp.data.tokenizer import Tokenizer, read_backend, tokenizer_difference
 from wmtp.distributed.device import Hardware
@@ -108,7 +109,7 @@ def read_run_config(path: Path) -> DictConfig:
     """
     if not path.exists():
         raise InputError(f"{path}: is missing; it is needed to build the model of the checkpoint")
-    config = load_run_config(path)
+    config = with_start_paths(load_run_config(path), path.parent)
     if (model_folder := path.parent / MODEL_FOLDER).is_dir():
         config.model.tokenizer.path = str(model_folder)
         if not OmegaConf.select(config, "model.lora.rank"):  # adapters need the original base weights

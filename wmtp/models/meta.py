@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
-from wmtp.field_types import Positive
+from wmtp.field_types import InputPath, Positive
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.lora import Lora
 from wmtp.models.meta_format import (
@@ -44,7 +44,7 @@ class MetaCheckpoint(PretrainedSource):
         self,
         *,
         tokenizer: Tokenizer | None,
-        path: Path,
+        path: InputPath,
         num_heads: Positive | None = None,
         create_heads: bool = True,
         dtype: Literal["fp32", "bf16"] = "fp32",

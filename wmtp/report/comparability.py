@@ -11,6 +11,7 @@ from wmtp.report.run_record import RunRecord
 SHARED_DATA = {
     "train_fingerprint": ("training data", "data."),
     "validation_fingerprint": ("validation set", "data."),
+    "test_fingerprint": ("test set", "data."),
     "tokenizer": ("tokenizer", "model.tokenizer."),
 }
 """Fields of provenance.json that must be equal in all compared runs.

@@ -117,6 +117,14 @@ def _sweep_order(path: Path) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in path.parts)
 
 
+def evaluated_on(evaluation: Mapping[str, Any]) -> str:
+    """Return the split and the data of an evaluation as text, as far as they are not the test split of the run."""
+    split, source = evaluation.get("split", "test"), Path(str(evaluation.get("source"))).name
+    where = [split] if split != "test" else []
+    where += [source] if evaluation.get("is_run_data") is False else []
+    return f"evaluated ({', '.join(where)})" if where else "evaluated"
+
+
 def _json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content

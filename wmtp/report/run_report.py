@@ -30,7 +30,7 @@ from wmtp.report.html import (
     write_html,
 )  # fmt: skip
 from wmtp.report.plots import plot_style
-from wmtp.report.run_record import RunRecord
+from wmtp.report.run_record import RunRecord, evaluated_on
 from wmtp.report.token_heatmap import style_sheet, token_heatmaps
 
 FILE_NAME = "report.html"
@@ -196,7 +196,8 @@ def _pass_rows(run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
     if passes := run.summary.get("pass@1"):
         rows.append(("pass@1, end of run", passes))
     for evaluation in run.evaluations:
-        rows += [(f"pass@{k}, evaluated", entry) for k, entry in (evaluation.get("pass_at_k") or {}).items()]
+        estimates = (evaluation.get("pass_at_k") or {}).items()
+        rows += [(f"pass@{k}, {evaluated_on(evaluation)}", entry) for k, entry in estimates]
         for difficulty, part in (evaluation.get("by_difficulty") or {}).items():
             rows += [(f"pass@{k}, difficulty {difficulty}", entry) for k, entry in part["pass_at_k"].items()]
     return rows

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wmtp.data.contents import hash_records
 from wmtp.data.dataset import Dataset
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PROVENANCE, RUN, SWEEP, read_run
@@ -25,8 +26,11 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
         "tokenizer": data.tokenizer.fingerprint,
         "train_fingerprint": data.train.fingerprint,
         "validation_fingerprint": data.validation.fingerprint,
+        "test_fingerprint": hash_records(data.test),
+        "contents": data.contents,
         "train": len(data.train),
         "validation": len(data.validation),
+        "test": len(data.test),
     }
     content = {**versions(), "command": list(overrides), "changed": changed, "data": data_info}
     replace_atomically(folder / PROVENANCE, encode_json(content))

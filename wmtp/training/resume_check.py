@@ -1,10 +1,12 @@
 """Check that a resumed run has the same settings as before, except for those that `resume_override` names."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
+from wmtp.data.contents import content_changes, recorded_contents
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
 from wmtp.models.mtp import MtpModel
@@ -42,6 +44,21 @@ def training_identity(
             **{key: list(v) if isinstance(v, tuple) else v for key, v in optimizer.defaults.items()},
         },
     }
+
+
+def require_same_contents(folder: Path, data: Dataset, declared: Sequence[str]) -> None:
+    """Check that the data have the contents that the run in a folder has used.
+
+    Unlike the fingerprint of the data, the contents include the test split. A run of an earlier version does not record
+    them; then they are not checked.
+
+    Raises:
+        InputError: the contents differ, and `declared` does not contain "data".
+    """
+    changes = content_changes(recorded_contents(folder) or data.contents, data.contents)
+    if changes and "data" not in declared:
+        lines = ["The run cannot be resumed, because its data have changed:", *(f"  data: {line}" for line in changes)]
+        raise InputError("\n".join([*lines, "Set them back, or allow the change: resume_override=[data]"]))
 
 
 def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequence[str]) -> dict[str, str]:

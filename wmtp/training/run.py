@@ -44,6 +44,7 @@ from wmtp.training.builders import (
 )
 from wmtp.training.dry_run import describe_training
 from wmtp.training.provenance import write_provenance, write_run_id
+from wmtp.training.resume_check import require_same_contents
 from wmtp.training.stage_results import (
     copy_stage,
     read_stage_result,
@@ -80,7 +81,6 @@ class Run:
             overrides: the overrides of the config, including those that a resumed run has saved.
             algorithm: the algorithm of the config, if the check of the config has built it in this process.
         """
-        config = with_absolute_model_path(config)
         self.config, self.folder, self.progress, self.overrides = config, folder, progress, list(overrides)
         self.algorithm = algorithm
         self.processes = Processes()
@@ -132,6 +132,9 @@ class Run:
         """
         self._print(f"Run folder: {self.folder}")
         components = build_components(self.config, self.algorithm)
+        if self.config.resume is not None:
+            declared = self.config.resume_override
+            self.processes.run_on_all(lambda: require_same_contents(self.folder, components.data, declared))
         stage = build_stage(self.config, components)
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
@@ -316,19 +319,6 @@ class Run:
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False)
-
-
-def with_absolute_model_path(config: DictConfig) -> DictConfig:
-    """Return the config with an absolute `model.path`, which is the path of a pretrained model.
-
-    If the config has no such path, it is returned unchanged.
-    """
-    path = config.model.get("path")
-    if path is None:
-        return config
-    config = config.copy()
-    config.model.path = str(Path(path).absolute())
-    return config
 
 
 def value_head_tensors(snapshot: Snapshot) -> Tensors:

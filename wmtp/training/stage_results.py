@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.config.flatten import flatten
+from wmtp.config.paths import with_start_paths
 from wmtp.config.schema import load_run_config, stage_config, to_plain
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
@@ -41,7 +42,7 @@ def read_stage_config(folder: Path) -> dict[str, Any]:
     path = folder / PRETRAIN / "config.yaml"
     if not path.exists():
         raise InputError(f"{path}: is missing; {folder} is not the folder of a run with stage 1 (pretrain)")
-    record = OmegaConf.to_container(load_run_config(path))
+    record = OmegaConf.to_container(with_start_paths(load_run_config(path), folder))
     assert isinstance(record, dict)
     return {str(key): value for key, value in record.items()}
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 from wmtp.algorithms.uniform import Uniform
-from wmtp.field_types import Ratio
+from wmtp.field_types import InputPath, Ratio
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
@@ -59,7 +59,7 @@ class ValueStage:
         trace_decay: Ratio = 0.95,
         language_model_coef: Annotated[float, Field(ge=0)] = 0.3,
         save_value_head: bool = True,
-        reuse: Path | None = None,
+        reuse: InputPath | None = None,
     ) -> None:
         """Create the stage.
 
@@ -105,7 +105,7 @@ class ReferenceStage:
     needs_hidden_states = False
     saves_value_head = False
 
-    def __init__(self, *, reuse: Path | None = None) -> None:
+    def __init__(self, *, reuse: InputPath | None = None) -> None:
         """Create the stage.
 
         Args:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from wmtp.data.tokenizer import Tokenizer, pretrained_tokenizer
 from wmtp.errors import InputError
-from wmtp.field_types import ExistingPath, Positive
+from wmtp.field_types import ExistingPath, InputPath, Positive
 from wmtp.models.architecture import HeadKind
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.lora import Lora
@@ -74,7 +74,7 @@ class SmolLM2(Pretrained):
 
 
 def smollm2_tokenizer(
-    cache_dir: Path, *, path: Path | None = None, end: str | None = None, padding: str | None = None
+    cache_dir: Path, *, path: InputPath | None = None, end: str | None = None, padding: str | None = None
 ) -> Tokenizer:
     """Return the tokenizer in the folder `path`.
 
