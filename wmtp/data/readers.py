@@ -1,13 +1,10 @@
 """Readers of files in four formats: plain JSONL, MBPP, HumanEval and CodeContests.
 
-Error messages name the file and the row. A value that cannot be decoded is replaced by a `Rejected`. Therefore a faulty
-number rejects only its own row, even if the file is a single JSON array.
+Error messages name the file and the row.
 """
 
 import gzip
 import json
-import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,35 +13,21 @@ from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from wmtp.data.records import Record, Splits, StdioTest
+from wmtp.data.records import SOLUTION_FIELDS, Record, Splits, StdioTest
+from wmtp.data.strict_json import Rejected, Row, decode_json, truncate, verify_json
 from wmtp.errors import InputError
 
 T = TypeVar("T")
-Row = dict[str, object]
 OnError = Literal["stop", "skip"]
 
-# Fixed limits, because the limits of Python depend on its version, its settings and the depth of the call stack.
-MAX_DEPTH = 100
-MAX_DIGITS = 4_300
 MAX_SHOWN = 20
-SURROGATE = re.compile("[\ud800-\udfff]")
+PROBLEM_FIELDS = [name for name in Record.model_fields if name not in (*SOLUTION_FIELDS, "task_id", "difficulty")]
+"""Fields that are equal in all records of a problem."""
 PYTHON_3 = 3
 REASONS = {"missing": "missing field", "extra_forbidden": "unknown field"}
 ARRAYS = (".json", ".json.gz")
 SUFFIXES = (".jsonl", ".jsonl.gz", *ARRAYS)
 EXPECTED = f"Expected one file, or a folder with train, validation (or valid) and test in {', '.join(SUFFIXES)}."
-
-
-class Rejected(ValueError):
-    """An error that makes a row unusable.
-
-    `reason` is one of a fixed set of reasons. `detail` describes the error in this row.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
 
 
 class Rejection(NamedTuple):
@@ -62,19 +45,6 @@ class Rejection(NamedTuple):
     def __str__(self) -> str:
         row = " row " if self.file.endswith(ARRAYS) else ""
         return f"{self.file}:{row}{self.line}: {Rejected(self.reason, self.detail)}"
-
-
-def parse_json(text: str) -> object:
-    """Parse JSON more strictly than Python's parser.
-
-    Raises:
-        Rejected: the text is not JSON, begins with a byte order mark, has an integer of more than `MAX_DIGITS` digits,
-            or is nested deeper than `MAX_DEPTH` levels. Unlike Python's parser, this function also rejects a number
-            that is not finite, a duplicate key and a lone surrogate.
-    """
-    value = _decode(text)
-    _verify(value)
-    return value
 
 
 def plain_records(row: Row) -> list[Record]:
@@ -233,65 +203,6 @@ def split_files(path: Path) -> dict[str, Path]:
     return files
 
 
-def _decode(text: str | bytes) -> object:
-    """Parse JSON without raising an error.
-
-    Each faulty number or object is replaced by a `Rejected`. If the text is not JSON, the result is a `Rejected`.
-    """
-    try:
-        text = text if isinstance(text, str) else text.decode()
-        if text.startswith("\ufeff"):
-            return Rejected("byte order mark", "save the file as UTF-8 without it")
-        return _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        return Rejected("not UTF-8", f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}")
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if error.lineno > 1 else ""
-        return Rejected("not valid JSON", f"{error.msg} at {line}column {error.colno}")
-    except RecursionError:
-        return Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
-
-
-def _integer(token: str) -> int | Rejected:
-    digits = len(token.lstrip("-"))
-    return int(token) if digits <= MAX_DIGITS else Rejected("integer too long", f"{digits} digits")
-
-
-def _float(token: str) -> float | Rejected:
-    return float(token) if math.isfinite(float(token)) else Rejected("number is not finite", _truncate(token))
-
-
-def _object(pairs: list[tuple[str, object]]) -> Row | Rejected:
-    row = dict(pairs)
-    if len(row) == len(pairs):
-        return row
-    repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-    return Rejected("duplicate key", _truncate(repr(repeated)))
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_float)
-
-
-def _verify(root: object) -> None:
-    """Raise a `Rejected` for the first fault in a decoded value.
-
-    A fault is a lone surrogate, a nesting that is too deep, or a `Rejected` in the value. In the last case, that
-    `Rejected` itself is raised.
-    """
-    pending = [(root, 0)]
-    while pending:
-        value, depth = pending.pop()
-        if isinstance(value, Rejected):
-            raise value
-        if isinstance(value, str) and (lone := SURROGATE.search(value)):
-            raise Rejected("lone surrogate", repr(lone.group()))
-        if isinstance(value, dict | list):
-            if depth == MAX_DEPTH:
-                raise Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
-            children = [*value, *value.values()] if isinstance(value, dict) else value
-            pending += [(child, depth + 1) for child in reversed(children)]
-
-
 def _check_type(value: object, kind: type[T], name: str) -> T:
     if value is None:
         raise Rejected("null", name)
@@ -338,15 +249,11 @@ def _record(fields: Row | str) -> Record:
             reason = "null"
         elif kind == "string_too_short" and place == "solution":
             reason = "no solution"
-        raise Rejected(reason, f"{_truncate(repr(place))}: {details['msg']}" if place else details["msg"]) from error
+        raise Rejected(reason, f"{truncate(repr(place))}: {details['msg']}" if place else details["msg"]) from error
 
 
 def _unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
@@ -354,13 +261,30 @@ def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
         raise InputError(f"{path}: unknown shape '{shape}'. Expected one of {', '.join(SHAPES)}.")
     records: list[Record] = []
     rejections: list[Rejection] = []
+    first: dict[str, tuple[int, Record]] = {}
+    unit = "row" if path.name.endswith(ARRAYS) else "line"
     for number, value in _decode_rows(path):
         try:
-            _verify(value)
-            records += SHAPES[shape](_check_type(value, dict, "the row"))
+            verify_json(value)
+            found = SHAPES[shape](_check_type(value, dict, "the row"))
+            for record in found:
+                line, other = first.setdefault(record.task_id, (number, record))
+                _check_same_problem(record, other, f"{unit} {line}")
+            records += found
         except Rejected as error:
             rejections.append(Rejection(str(path), number, error.reason, error.detail))
     return records, rejections
+
+
+def _check_same_problem(record: Record, other: Record, place: str) -> None:
+    """Raise `Rejected` unless two records with the same `task_id` belong to the same problem.
+
+    `place` is the place of the other record.
+    """
+    for name in PROBLEM_FIELDS:
+        if getattr(record, name) != getattr(other, name):
+            problem = f"also in {place}, with another '{name}'; give each problem its own task_id"
+            raise Rejected("task_id of another problem", f"{truncate(repr(record.task_id))} is {problem}")
 
 
 def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -373,7 +297,7 @@ def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
                 yield from enumerate(_decode_array(path, stream.read()), 1)
             else:
                 yield from (
-                    (number, _decode(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, 1) if line.strip()
+                    (number, decode_json(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, 1) if line.strip()
                 )
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
@@ -384,7 +308,7 @@ def _decode_array(path: Path, content: bytes) -> list[object]:
 
     This error cannot be skipped, because it makes all rows unreadable.
     """
-    rows = _decode(content)
+    rows = decode_json(content)
     if isinstance(rows, list):
         return rows
     found = rows if isinstance(rows, Rejected) else f"found {type(rows).__name__}"

