@@ -11,6 +11,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from wmtp.algorithms.base import Algorithm
+from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.models.shapes import model_shape
 from wmtp.objectives.mtp import MtpObjective
@@ -105,9 +106,20 @@ def describe_training(trainer: Trainer) -> str:
     devices = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
     return (
         f"{model.num_parameters:,} parameters{frozen}, {heads}, on {devices}\n"
-        f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
+        f"{describe_samples(data)}\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
+
+
+def describe_samples(data: Dataset) -> str:
+    """Return a line with the numbers of samples and test problems, and with what is not measured if there are none."""
+    num_problems = len({record.task_id for record in data.test})
+    text = (
+        f"{len(data.train):,} training and {len(data.validation):,} validation samples, {num_problems:,} test problems"
+    )
+    missing = ["no val/loss and no best checkpoint"] if not len(data.validation) else []
+    missing += ["no pass@1"] if not num_problems else []
+    return f"{text}: {', '.join(missing)}" if missing else text
 
 
 def moments_per_parameter(optimizer: Optimizer) -> int:
