@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from wmtp.data.records import SOLUTION_FIELDS, Record, Splits, StdioTest
+from wmtp.data.selection import split_by_task
 from wmtp.data.strict_json import Rejected, Row, decode_json, truncate, verify_json
 from wmtp.errors import InputError
 
@@ -154,8 +155,8 @@ def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tup
 def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[Splits, list[Rejection]]:
     """Read the three splits of a data set, in the format that `shape` names.
 
-    A folder contains one file per split. If the path is one file, its tasks are divided among the training, validation
-    and test splits in the ratio 90 : 5 : 5. `max_errors` limits the number of faulty rows in all files together.
+    A folder contains one file per split. If the path is one file, `split_by_task` divides its tasks. The number of
+    faulty rows in all files together may be at most `max_errors`.
 
     Raises:
         InputError: a file cannot be read, or there are too many faulty rows (see `read_file`). Or the path is neither a
@@ -165,7 +166,7 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
     rejections = [rejection for _, rejected in collected.values() for rejection in rejected]
     _check_rejections(rejections, on_error, max_errors)
     parts = {name: records for name, (records, _) in collected.items()}
-    splits = _split_by_task(parts["all"]) if "all" in parts else Splits(*(parts.get(s, []) for s in Splits._fields))
+    splits = split_by_task(parts["all"]) if "all" in parts else Splits(*(parts.get(s, []) for s in Splits._fields))
     counts = Counter(task for records in splits for task in {record.task_id for record in records})
     shared = sorted(task for task, count in counts.items() if count > 1)
     if shared:
@@ -330,15 +331,3 @@ def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors
         reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)
         head = f"faulty rows: {number}, more than data.max_errors={max_errors}; the first: {rejections[0]}"
         raise InputError(f"{head}\n  {reasons}\nCorrect them, or raise data.max_errors.")
-
-
-def _split_by_task(records: list[Record]) -> Splits:
-    """Assign each record to a split by a hash of its task.
-
-    The solutions to a task are therefore in one split, and added tasks do not change the splits of the other tasks.
-    """
-    splits = Splits([], [], [])
-    for record in records:
-        share = zlib.crc32(record.task_id.encode()) % 100
-        (splits.train if share < 90 else splits.validation if share < 95 else splits.test).append(record)
-    return splits

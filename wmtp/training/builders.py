@@ -31,6 +31,7 @@ from wmtp.training.plan import Plan
 from wmtp.training.precompute import TokenColumns
 from wmtp.training.stages import Stage
 from wmtp.training.trainer import Trainer
+from wmtp.training.validate import require_validation
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def build_components(config: DictConfig, algorithm: Algorithm | None = None) -> 
     hardware: Hardware = build(config.hardware)
     tokenizer = build_tokenizer(config, hardware)
     data = build_data(config, hardware, tokenizer)
+    require_validation(config, data)
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
     if algorithm is None:  # this process did not check the config
         algorithm = build(config.algo)
@@ -282,6 +284,7 @@ def build_stage_trainer(
         data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
     except InputError as error:
         raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
+    require_validation(settings, data, is_stage_1=True)
     if stage.trains_policy:
         require_different_rewards(data)
     model = build_model(settings, components, values=stage.trains_policy)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from wmtp.data.readers import SHAPES, Rejection, read_file, read_splits
 from wmtp.data.records import Record, StdioTest
+from wmtp.data.selection import split_by_task
 from wmtp.data.strict_json import Rejected, parse_json
 from wmtp.errors import InputError
 
@@ -353,6 +354,25 @@ def test_one_file_is_split_by_task(tmp_path: Path) -> None:
     path.write_text(lines_of(*reversed(tasks[:500])))
     fewer, _ = read_splits(path, "jsonl", "stop", 0)
     assert {record.task_id for record in fewer.test} == ids[2] & set(tasks[:500])
+
+
+ONLY_TRAIN = [name for name in map("t/{}".format, range(2_000)) if zlib.crc32(name.encode()) % 100 < 90]
+ONLY_TEST = [name for name in map("t/{}".format, range(5_000)) if zlib.crc32(name.encode()) % 100 >= 95]
+
+
+@pytest.mark.parametrize("names", [ONLY_TRAIN, ONLY_TEST, sorted(ONLY_TRAIN[:30] + ONLY_TEST[:30])])
+@pytest.mark.parametrize(("count", "fewest"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (60, [1, 1, 1])])
+def test_no_split_of_a_small_file_is_empty(names: list[str], count: int, fewest: list[int]) -> None:
+    """The hash alone would put all tasks of the first list into the training split."""
+    records = [Record(task_id=name, prompt=name, solution=s) for name in names[:count] for s in "st"]
+    splits = split_by_task(records)
+    ids = [{record.task_id for record in part} for part in splits]
+    assert all(len(found) >= least for found, least in zip(ids, fewest, strict=True)), ids
+    assert set.union(*ids) == set(names[:count]) and sum(map(len, ids)) == count
+    assert sum(map(len, splits)) == 2 * count
+    assert split_by_task(records[::-1]).train[::-1] == splits.train, "the order of the rows has no effect"
+    if names is ONLY_TRAIN and count == 60:
+        assert [len(found) for found in ids] == [54, 3, 3]
 
 
 def test_a_path_without_splits_raises_an_input_error(tmp_path: Path) -> None:
