@@ -6,6 +6,7 @@ Error messages name the file and the row.
 import gzip
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -295,11 +296,12 @@ def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             if path.name.endswith(ARRAYS):
-                yield from enumerate(_decode_array(path, stream.read()), 1)
+                yield from enumerate(_decode_array(path, stream.read().removeprefix(BOM_UTF8)), 1)
             else:
-                yield from (
-                    (number, decode_json(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, 1) if line.strip()
-                )
+                for number, line in enumerate(stream, 1):
+                    text = line.removeprefix(BOM_UTF8) if number == 1 else line  # editors on Windows write it
+                    if text.strip():
+                        yield number, decode_json(text.rstrip(b"\r\n"))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 

@@ -151,7 +151,7 @@ def _special_token_name(folder: Path, name: str) -> str | None:
         if not file.is_file():
             continue
         try:
-            named = json.loads(file.read_text(encoding="utf-8")).get(name)
+            named = json.loads(file.read_text(encoding="utf-8-sig")).get(name)
         except (ValueError, AttributeError) as error:
             raise InputError(f"{file}: cannot be read: {error}") from error
         if named is not None:
@@ -166,7 +166,7 @@ def read_backend(path: Path) -> BackendTokenizer:
         InputError: the file cannot be read.
     """
     try:
-        backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
     backend.no_padding()

@@ -256,11 +256,22 @@ def test_a_row_format_rejects_an_invalid_field(shape: str, change: dict[str, obj
 
 def test_an_encoding_error_rejects_only_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(f"\ufeff{GOOD}\n{GOOD}\n".encode() + b'{"task_id": "\xff"}\n' + GOOD.encode())
+    path.write_bytes(f"{GOOD}\n\ufeff{GOOD}\n".encode() + b'{"task_id": "\xff"}\n' + GOOD.encode())
     records, [mark, byte] = read_file(path, "jsonl", "skip", 2)
     assert len(records) == 2
-    assert (mark.line, mark.reason) == (1, "byte order mark")
+    assert (mark.line, mark.reason) == (2, "byte order mark")
     assert byte == Rejection(str(path), 3, "not UTF-8", "byte 0xff at position 14")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", f"{GOOD}\r\n{GOOD}\r\n"), ("a.json", f"[{GOOD}, {GOOD}]"), ("b.jsonl", f"\n{GOOD}\n{GOOD}")],
+)
+def test_a_byte_order_mark_at_the_start_of_a_file_is_ignored(tmp_path: Path, name: str, content: str) -> None:
+    for file in (tmp_path / name, tmp_path / f"{name}.gz"):
+        encoded = content.encode("utf-8-sig")
+        file.write_bytes(gzip.compress(encoded) if file.suffix == ".gz" else encoded)
+        assert read_file(file, "jsonl", "stop", 0) == ([Record(task_id="a", prompt="p", solution="s")] * 2, [])
 
 
 def test_an_error_in_an_array_rejects_only_its_row(tmp_path: Path) -> None:
@@ -275,7 +286,7 @@ def test_an_error_in_an_array_rejects_only_its_row(tmp_path: Path) -> None:
     assert f"{path}: row 2: duplicate key: 'solution'" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b'[{"a": 1}', b"{}", b"null", b"\xef\xbb\xbf[]", b'["\xff"]', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b'[{"a": 1}', b"{}", b"null", b"[\xef\xbb\xbf]", b'["\xff"]', b"[" * 100_000])
 def test_a_syntax_error_in_an_array_cannot_be_skipped(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(content)

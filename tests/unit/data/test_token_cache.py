@@ -13,7 +13,7 @@ from wmtp.data.sampler import batches_by_length, epoch_batches
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import build_split
 from wmtp.data.token_cache import TokenizedRecords, cached_tokens, tokenize
-from wmtp.data.tokenizer import Tokenizer, task_tokenizer
+from wmtp.data.tokenizer import Tokenizer, pretrained_tokenizer, task_tokenizer
 from wmtp.errors import InputError
 
 RECORDS = [
@@ -26,6 +26,13 @@ def test_every_text_is_decoded_unchanged(tokenizer: Tokenizer) -> None:
     texts = ["def f(x):\n    return x + 17\n", "naïve 日本語 🙂\t\r\n\x00", ""]
     assert [tokenizer.decode(tokens) for tokens in tokenizer.encode(texts)] == texts
     assert tokenizer.vocab_size == 512
+
+
+def test_a_byte_order_mark_in_the_files_of_a_tokenizer_is_ignored(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8-sig")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}', encoding="utf-8-sig")
+    read = pretrained_tokenizer(path=tmp_path)
+    assert (read.fingerprint, read.end) == (tokenizer.fingerprint, tokenizer.end)
 
 
 @pytest.mark.slow
