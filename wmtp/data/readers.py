@@ -3,12 +3,9 @@
 Error messages name the file and the row.
 """
 
-import gzip
 import json
-import zlib
-from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -16,7 +13,7 @@ from pydantic import ValidationError
 
 from wmtp.data.records import SOLUTION_FIELDS, Record, Splits, StdioTest
 from wmtp.data.selection import split_by_task
-from wmtp.data.strict_json import Rejected, Row, decode_json, truncate, verify_json
+from wmtp.data.strict_json import ARRAYS, SUFFIXES, Rejected, Row, decode_rows, truncate, verify_json
 from wmtp.errors import InputError
 
 T = TypeVar("T")
@@ -25,10 +22,13 @@ OnError = Literal["stop", "skip"]
 MAX_SHOWN = 20
 PROBLEM_FIELDS = [name for name in Record.model_fields if name not in (*SOLUTION_FIELDS, "task_id", "difficulty")]
 """Fields that are equal in all records of a problem."""
-PYTHON_3 = 3
+LANGUAGES = ("UNKNOWN_LANGUAGE", "PYTHON", "CPP", "PYTHON3", "JAVA")
+PYTHON_3 = LANGUAGES.index("PYTHON3")
+SOURCES = ("UNKNOWN_SOURCE", "CODECHEF", "CODEFORCES", "HACKEREARTH", "CODEJAM", "ATCODER", "AIZU")
+LEVELS = ("UNKNOWN_DIFFICULTY", "EASY", "MEDIUM", "HARD", "HARDER", "HARDEST", "EXTERNAL")
+DIFFICULTIES = (*LEVELS, *"ABCDEFGHIJKLMNOPQRSTUV")
+"""The names of CodeContests for the numbers 0, 1, 2, …"""
 REASONS = {"missing": "missing field", "extra_forbidden": "unknown field"}
-ARRAYS = (".json", ".json.gz")
-SUFFIXES = (".jsonl", ".jsonl.gz", *ARRAYS)
 EXPECTED = f"Expected one file, or a folder with train, validation (or valid) and test in {', '.join(SUFFIXES)}."
 
 
@@ -104,7 +104,9 @@ def humaneval_records(row: Row) -> list[Record]:
 def codecontests_records(row: Row) -> list[Record]:
     """Read a problem of CodeContests. Each of its correct and incorrect solutions in Python 3 becomes a record.
 
-    The result is empty if the problem has no solution in Python 3.
+    The result is empty if the problem has no solution in Python 3. Solutions and tests are either objects that contain
+    parallel lists, or lists of objects. Languages, sources and difficulties are either numbers or names. The `task_id`
+    begins with the source, because problems of different sources may have the same name.
 
     Source: Li et al. 2022, Competition-Level Code Generation with AlphaCode (arXiv 2203.07814).
 
@@ -112,21 +114,24 @@ def codecontests_records(row: Row) -> list[Record]:
         Rejected: a field is missing, null or has the wrong type, a solution is empty, or parallel lists have different
         lengths.
     """
+    name, source = _field(row, "name", str), _optional_number(row, "source", SOURCES)
+    if source is not None:
+        name = f"{SOURCES[source].lower() if 0 <= source < len(SOURCES) else source}/{name}"
     task: Row = {
-        "task_id": _field(row, "name", str),
+        "task_id": name,
         "prompt": _field(row, "description", str),
-        "difficulty": None if row.get("difficulty") is None else _field(row, "difficulty", int),
+        "difficulty": _optional_number(row, "difficulty", DIFFICULTIES),
         "tests": tuple(
             StdioTest(stdin=stdin, stdout=stdout)
             for group in ("public_tests", "private_tests", "generated_tests")
-            for stdin, stdout in _pairs(row, group, "input", str, "output")
+            for stdin, stdout in _pairs(row, group, "input", "output", str)
         ),
     }
     return [
         _record({**task, "solution": solution, "is_correct": is_correct})
         for group, is_correct in (("solutions", True), ("incorrect_solutions", False))
-        for language, solution in _pairs(row, group, "language", int, "solution")
-        if language == PYTHON_3
+        for language, solution in _pairs(row, group, "language", "solution", object)
+        if _number(language, LANGUAGES, "'language'") == PYTHON_3
     ]
 
 
@@ -225,17 +230,31 @@ def _items(row: Row, name: str, kind: type[T]) -> list[T]:
     return [_check_type(value, kind, f"'{name}' item {number}") for number, value in enumerate(values, 1)]
 
 
-def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[tuple[T, str]]:
+def _pairs(row: Row, group: str, left: str, right: str, kind: type[T]) -> list[tuple[T, str]]:
     """Return the pairs of corresponding items of two lists.
 
-    The lists are in the object `row[group]`, under the keys `left` and `right`. The items of the left list have the
-    type `kind`; the items of the right list are strings.
+    The lists are in the object `row[group]`, under the keys `left` and `right`. Instead, `row[group]` may be a list of
+    objects with these keys. The items of the left list have the type `kind`; the items of the right list are strings.
     """
+    if isinstance(row.get(group), list):
+        objects: list[Row] = _items(row, group, dict)
+        return [(_field(each, left, kind), _field(each, right, str)) for each in objects]
     columns: Row = _field(row, group, dict)
     lefts, rights = _items(columns, left, kind), _items(columns, right, str)
     if len(lefts) != len(rights):
         raise Rejected("lengths differ", f"'{group}': {len(lefts)} of '{left}', {len(rights)} of '{right}'")
     return list(zip(lefts, rights, strict=True))
+
+
+def _number(value: object, names: tuple[str, ...], field: str) -> int:
+    """Return the number that a value is or names."""
+    if isinstance(value, str) and value not in names:
+        raise Rejected("wrong value", f"{field}: expected a number or one of {', '.join(names)}")
+    return names.index(value) if isinstance(value, str) else _check_type(value, int, field)
+
+
+def _optional_number(row: Row, field: str, names: tuple[str, ...]) -> int | None:
+    return None if row.get(field) is None else _number(row[field], names, f"'{field}'")
 
 
 def _record(fields: Row | str) -> Record:
@@ -265,7 +284,7 @@ def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
     rejections: list[Rejection] = []
     first: dict[str, tuple[int, Record]] = {}
     unit = "row" if path.name.endswith(ARRAYS) else "line"
-    for number, value in _decode_rows(path):
+    for number, value in decode_rows(path):
         try:
             verify_json(value)
             found = SHAPES[shape](_check_type(value, dict, "the row"))
@@ -287,35 +306,6 @@ def _check_same_problem(record: Record, other: Record, place: str) -> None:
         if getattr(record, name) != getattr(other, name):
             problem = f"also in {place}, with another '{name}'; give each problem its own task_id"
             raise Rejected("task_id of another problem", f"{truncate(repr(record.task_id))} is {problem}")
-
-
-def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the number and the decoded value of each row. If a row cannot be decoded, its value is a `Rejected`."""
-    if not path.name.endswith((*SUFFIXES, ".gz")):
-        raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            if path.name.endswith(ARRAYS):
-                yield from enumerate(_decode_array(path, stream.read().removeprefix(BOM_UTF8)), 1)
-            else:
-                for number, line in enumerate(stream, 1):
-                    text = line.removeprefix(BOM_UTF8) if number == 1 else line  # editors on Windows write it
-                    if text.strip():
-                        yield number, decode_json(text.rstrip(b"\r\n"))
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def _decode_array(path: Path, content: bytes) -> list[object]:
-    """Decode a JSON array. Raise `InputError` if the text is not a JSON array.
-
-    This error cannot be skipped, because it makes all rows unreadable.
-    """
-    rows = decode_json(content)
-    if isinstance(rows, list):
-        return rows
-    found = rows if isinstance(rows, Rejected) else f"found {type(rows).__name__}"
-    raise InputError(f"{path}: {found}. Expected an array; a file with one object per line must be named .jsonl.")
 
 
 def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:

@@ -1,18 +1,27 @@
-"""Strict parsing of JSON. A value that cannot be decoded is replaced by a `Rejected`.
+"""Strict parsing of JSON files. A value that cannot be decoded is replaced by a `Rejected`.
 
 Therefore a faulty number rejects only its own row, even if the file is a single JSON array.
 """
 
+import gzip
 import json
 import math
 import re
+import zlib
+from codecs import BOM_UTF8
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from wmtp.errors import InputError
 
 # Fixed limits, because the limits of Python depend on its version, its settings and the depth of the call stack.
 MAX_DEPTH = 100
 MAX_DIGITS = 4_300
 SURROGATE = re.compile("[\ud800-\udfff]")
 
+ARRAYS = (".json", ".json.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", *ARRAYS)
 Row = dict[str, object]
 
 
@@ -98,6 +107,35 @@ def verify_json(root: object) -> None:
                 raise Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
             children = [*value, *value.values()] if isinstance(value, dict) else value
             pending += [(child, depth + 1) for child in reversed(children)]
+
+
+def decode_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield the number and the decoded value of each row. If a row cannot be decoded, its value is a `Rejected`."""
+    if not path.name.endswith((*SUFFIXES, ".gz")):
+        raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            if path.name.endswith(ARRAYS):
+                yield from enumerate(_decode_array(path, stream.read().removeprefix(BOM_UTF8)), 1)
+            else:
+                for number, line in enumerate(stream, 1):
+                    text = line.removeprefix(BOM_UTF8) if number == 1 else line  # editors on Windows write it
+                    if text.strip():
+                        yield number, decode_json(text.rstrip(b"\r\n"))
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _decode_array(path: Path, content: bytes) -> list[object]:
+    """Decode a JSON array. Raise `InputError` if the text is not a JSON array.
+
+    This error cannot be skipped, because it makes all rows unreadable.
+    """
+    rows = decode_json(content)
+    if isinstance(rows, list):
+        return rows
+    found = rows if isinstance(rows, Rejected) else f"found {type(rows).__name__}"
+    raise InputError(f"{path}: {found}. Expected an array; a file with one object per line must be named .jsonl.")
 
 
 def truncate(text: str) -> str:

@@ -174,7 +174,7 @@ HUMANEVAL_ROW: dict[str, object] = {
     "canonical_solution": "    return 1\n",
     "test": "def check(candidate):\n    assert candidate() == 1\n",
 }
-CONTEST_ROW: dict[str, object] = {
+CONTEST_ROW: dict[str, Any] = {
     "name": "1_A. Sum",
     "description": "Add two numbers.",
     "solutions": {"language": [1, 3, 2, 3, 4, 0], "solution": ["py2", "right", "cpp", "also right", "java", "?"]},
@@ -209,6 +209,33 @@ def test_only_python_3_solutions_of_codecontests_are_read() -> None:
     for record in records:
         assert (record.task_id, record.prompt, record.difficulty) == ("1_A. Sum", "Add two numbers.", 7)
         assert record.tests == (StdioTest(stdin="1 2", stdout="3"), StdioTest(stdin="2 2", stdout="4"))
+
+
+def test_the_json_of_the_converter_of_codecontests_is_read_like_parallel_lists() -> None:
+    languages = ("UNKNOWN_LANGUAGE", "PYTHON", "CPP", "PYTHON3", "JAVA")
+    converted = dict(CONTEST_ROW)
+    for group in ("solutions", "incorrect_solutions"):
+        columns = CONTEST_ROW[group]
+        pairs = zip(columns["language"], columns["solution"], strict=True)
+        converted[group] = [{"language": languages[number], "solution": solution} for number, solution in pairs]
+    for group in ("public_tests", "private_tests", "generated_tests"):
+        columns = CONTEST_ROW[group]
+        pairs = zip(columns["input"], columns["output"], strict=True)
+        converted[group] = [{"input": stdin, "output": stdout} for stdin, stdout in pairs]
+    named, numbers = {"source": "CODEFORCES", "difficulty": "A"}, {"source": 2, "difficulty": 7}
+    assert SHAPES["codecontests"](converted | named) == SHAPES["codecontests"](CONTEST_ROW | numbers)
+    assert len(SHAPES["codecontests"](converted)) == 3
+    for name in ("python 3", "Python3"):
+        solutions = [{"language": name, "solution": "s"}]
+        assert reason_of(SHAPES["codecontests"], converted | {"solutions": solutions}) == "wrong value"
+
+
+def test_problems_of_different_sources_with_the_same_name_stay_two_problems(tmp_path: Path) -> None:
+    rows = [CONTEST_ROW | {"source": 1, "description": "One."}, CONTEST_ROW | {"source": 5, "description": "Another."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, _ = read_file(path, "codecontests", "stop", 0)
+    assert [record.task_id for record in records[::3]] == ["codechef/1_A. Sum", "atcoder/1_A. Sum"]
 
 
 def test_a_codecontests_row_may_have_no_python_3_solution_and_no_difficulty() -> None:
