@@ -69,14 +69,14 @@ def generate(context: JobContext) -> None:
 def read_prompt(value: str) -> str:
     """Return the prompt that a value of the config key `prompt` stands for.
 
-    If the value is "-", the prompt is read from standard input, and one final newline is removed. Otherwise, the value
-    itself is the prompt.
+    If the value is "-", the prompt is read from standard input. A byte order mark at its start and one final newline
+    are removed. Otherwise, the value itself is the prompt.
 
     Raises:
         InputError: the prompt is empty or not UTF-8 text.
     """
     try:
-        text = sys.stdin.read().removesuffix("\n") if value == STANDARD_INPUT else value
+        text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n") if value == STANDARD_INPUT else value
         text.encode()
     except UnicodeError as error:
         raise InputError(f"prompt: is not UTF-8 text: {error}") from error

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import Invoke, run_command
+from wmtp.data.sources import FileSource
 from wmtp.sandbox.grader import Program, Verdict
 
 SMALL = ["model=nano", "max_steps=1", "num_validation_samples=0", "num_samples=1", "sandbox=none", "report=false"]
@@ -79,15 +80,17 @@ def test_a_run_keeps_absolute_paths(trained: Path) -> None:
 
 
 def test_the_data_of_the_run_are_evaluated_from_a_folder_with_other_data(
-    projects: Callable[..., dict[str, Any]],
+    projects: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A benchmark is evaluated as a whole, but only its test split if the model was trained on it."""
+    monkeypatch.setattr(FileSource, "is_test_set", True)
     own = projects()
-    assert (own["project"], own["is_run_data"]) == ("a", True), own
+    assert (own["project"], own["is_run_data"], own["split"]) == ("a", True, "test"), own
     other = projects("data=jsonl", "data.path=d")
     assert (other["project"], other["is_run_data"], other["source"]) == ("b", False, str(Path("d").absolute())), other
     lines = Path("../a/run/evaluations/metrics.jsonl").read_text().splitlines()
-    names = [re.findall(r"evaluation/(\w+)-test", line) for line in lines]
-    assert [set(each) for each in names] == [{"jsonl"}, {"other_jsonl"}]
+    names = [re.findall(r"evaluation/(\w+-\w+)-greedy", line) for line in lines]
+    assert [set(each) for each in names] == [{"jsonl-test"}, {"other_jsonl-all"}]
 
 
 def test_an_earlier_run_with_a_relative_path_uses_the_folder_in_which_it_was_started(

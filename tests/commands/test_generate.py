@@ -41,7 +41,7 @@ def test_a_prompt_can_be_any_text_and_a_dash_reads_stdin(
     options = ["generation.max_new_tokens=8", "generation.temperature=1"]
     from_argument = invoke(f"checkpoint={run}", f"prompt={text}", *options, command="generate")
     assert from_argument.code == 0, from_argument.err
-    monkeypatch.setattr("sys.stdin", io.StringIO(text + "\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + text + "\n"))  # with a byte order mark
     from_stdin = invoke(f"checkpoint={run}", "prompt=-", *options, command="generate")
     assert from_stdin.out == from_argument.out
     monkeypatch.setattr("sys.stdin", io.StringIO("something else\n"))

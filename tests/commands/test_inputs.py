@@ -87,6 +87,20 @@ def test_a_dataset_without_usable_samples_is_an_error(invoke: Invoke, tmp_path: 
     assert "increase data.max_length" in outcome.err
 
 
+def test_missing_validation_data_are_an_error_if_a_setting_depends_on_them(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, VALID)) + "\n")
+    overrides = ["data=jsonl", f"data.path={tmp_path / 'data'}", *SHORT_RUN[:3]]
+    refused = invoke(*overrides, tiny=False)
+    assert refused.code == 2 and "early_stopping.patience=5 and num_validation_samples=20 need some" in refused.err
+    (remedy,) = re.findall(r"or train without: (.*)", refused.err)
+    done = invoke(*overrides, *remedy.split(), "hydra.run.dir=run", tiny=False)
+    assert done.code == 0, done.err
+    start = "60 training and 0 validation samples, 0 test problems: no val/loss and no best checkpoint, no pass@1"
+    assert start in done.out and "held-out" not in done.out
+    assert json.loads(Path("run/summary.json").read_text())["pass@1"] is None
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_mbpp_files_with_crlf_line_ends(invoke: Invoke, tmp_path: Path) -> None:
     def rows(start: int, count: int) -> list[dict[str, object]]:

@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def make_paths_absolute(composed: DictConfig, overrides: list[str], arguments: l
     for key, path in found.items():
         OmegaConf.update(composed, key, str(path))
     added = [f"++{key}={quote(path)}" for key, path in found.items()]
-    task = composed.hydra.overrides.task
+    task = typing.cast(list[str], OmegaConf.to_container(composed.hydra.overrides.task))  # interpolations stay
     composed.hydra.overrides.task = [*(o for o in task if override_key(o) not in found), *added]
     return [*(o for o in overrides if override_key(o) not in found), *added]
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from wmtp.data.records import Record
+from wmtp.data.records import Record, StdioTest
 from wmtp.errors import InputError
 from wmtp.runtime.run_dir import PROVENANCE
 
@@ -20,10 +20,18 @@ def hash_file(path: Path) -> str:
 
 
 def hash_records(records: Iterable[Record]) -> str:
-    """Return a hash of all fields of records. It does not change when the schema gets a further optional field."""
+    """Return a hash of all fields of records. It does not change when the schema gets a further optional field.
+
+    The tests of a problem may be large. Therefore they are hashed once, and not once for each of its solutions.
+    """
     digest = hashlib.sha256()
+    hashes: dict[tuple[str | StdioTest, ...], bytes] = {}
     for record in records:
-        digest.update(record.model_dump_json(exclude_defaults=True).encode() + b"\n")
+        if record.tests not in hashes:
+            tests = record.model_dump_json(include={"tests"})
+            hashes[record.tests] = hashlib.sha256(tests.encode()).digest()
+        others = record.model_dump_json(exclude_defaults=True, exclude={"tests"})
+        digest.update(hashes[record.tests] + others.encode() + b"\n")
     return digest.hexdigest()
 
 

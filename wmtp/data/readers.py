@@ -1,50 +1,35 @@
 """Readers of files in four formats: plain JSONL, MBPP, HumanEval and CodeContests.
 
-Error messages name the file and the row. A value that cannot be decoded is replaced by a `Rejected`. Therefore a faulty
-number rejects only its own row, even if the file is a single JSON array.
+Error messages name the file and the row.
 """
 
-import gzip
 import json
-import math
-import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from wmtp.data.records import Record, Splits, StdioTest
+from wmtp.data.records import SOLUTION_FIELDS, Record, Splits, StdioTest
+from wmtp.data.selection import split_by_task
+from wmtp.data.strict_json import ARRAYS, SUFFIXES, Rejected, Row, decode_rows, truncate, verify_json
 from wmtp.errors import InputError
 
 T = TypeVar("T")
-Row = dict[str, object]
 OnError = Literal["stop", "skip"]
 
-# Fixed limits, because the limits of Python depend on its version, its settings and the depth of the call stack.
-MAX_DEPTH = 100
-MAX_DIGITS = 4_300
 MAX_SHOWN = 20
-SURROGATE = re.compile("[\ud800-\udfff]")
-PYTHON_3 = 3
+PROBLEM_FIELDS = [name for name in Record.model_fields if name not in (*SOLUTION_FIELDS, "task_id", "difficulty")]
+"""Fields that are equal in all records of a problem."""
+LANGUAGES = ("UNKNOWN_LANGUAGE", "PYTHON", "CPP", "PYTHON3", "JAVA")
+PYTHON_3 = LANGUAGES.index("PYTHON3")
+SOURCES = ("UNKNOWN_SOURCE", "CODECHEF", "CODEFORCES", "HACKEREARTH", "CODEJAM", "ATCODER", "AIZU")
+LEVELS = ("UNKNOWN_DIFFICULTY", "EASY", "MEDIUM", "HARD", "HARDER", "HARDEST", "EXTERNAL")
+DIFFICULTIES = (*LEVELS, *"ABCDEFGHIJKLMNOPQRSTUV")
+"""The names of CodeContests for the numbers 0, 1, 2, …"""
 REASONS = {"missing": "missing field", "extra_forbidden": "unknown field"}
-ARRAYS = (".json", ".json.gz")
-SUFFIXES = (".jsonl", ".jsonl.gz", *ARRAYS)
 EXPECTED = f"Expected one file, or a folder with train, validation (or valid) and test in {', '.join(SUFFIXES)}."
-
-
-class Rejected(ValueError):
-    """An error that makes a row unusable.
-
-    `reason` is one of a fixed set of reasons. `detail` describes the error in this row.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
 
 
 class Rejection(NamedTuple):
@@ -62,19 +47,6 @@ class Rejection(NamedTuple):
     def __str__(self) -> str:
         row = " row " if self.file.endswith(ARRAYS) else ""
         return f"{self.file}:{row}{self.line}: {Rejected(self.reason, self.detail)}"
-
-
-def parse_json(text: str) -> object:
-    """Parse JSON more strictly than Python's parser.
-
-    Raises:
-        Rejected: the text is not JSON, begins with a byte order mark, has an integer of more than `MAX_DIGITS` digits,
-            or is nested deeper than `MAX_DEPTH` levels. Unlike Python's parser, this function also rejects a number
-            that is not finite, a duplicate key and a lone surrogate.
-    """
-    value = _decode(text)
-    _verify(value)
-    return value
 
 
 def plain_records(row: Row) -> list[Record]:
@@ -132,7 +104,9 @@ def humaneval_records(row: Row) -> list[Record]:
 def codecontests_records(row: Row) -> list[Record]:
     """Read a problem of CodeContests. Each of its correct and incorrect solutions in Python 3 becomes a record.
 
-    The result is empty if the problem has no solution in Python 3.
+    The result is empty if the problem has no solution in Python 3. Solutions and tests are either objects that contain
+    parallel lists, or lists of objects. Languages, sources and difficulties are either numbers or names. The `task_id`
+    begins with the source, because problems of different sources may have the same name.
 
     Source: Li et al. 2022, Competition-Level Code Generation with AlphaCode (arXiv 2203.07814).
 
@@ -140,14 +114,17 @@ def codecontests_records(row: Row) -> list[Record]:
         Rejected: a field is missing, null or has the wrong type, a solution is empty, or parallel lists have different
         lengths.
     """
+    name, source = _field(row, "name", str), _optional_number(row, "source", SOURCES)
+    if source is not None:
+        name = f"{SOURCES[source].lower() if 0 <= source < len(SOURCES) else source}/{name}"
     task: Row = {
-        "task_id": _field(row, "name", str),
+        "task_id": name,
         "prompt": _field(row, "description", str),
-        "difficulty": None if row.get("difficulty") is None else _field(row, "difficulty", int),
+        "difficulty": _optional_number(row, "difficulty", DIFFICULTIES),
         "tests": tuple(
             StdioTest(stdin=stdin, stdout=stdout)
             for group in ("public_tests", "private_tests", "generated_tests")
-            for stdin, stdout in _pairs(row, group, "input", str, "output")
+            for stdin, stdout in _pairs(row, group, "input", "output", str)
         ),
         **{name: _field(row, name, str) for name in ("input_file", "output_file") if row.get(name) is not None},
         "time_limit": None if row.get("time_limit") is None else _seconds(_field(row, "time_limit", dict)),
@@ -155,8 +132,8 @@ def codecontests_records(row: Row) -> list[Record]:
     return [
         _record({**task, "solution": solution, "is_correct": is_correct})
         for group, is_correct in (("solutions", True), ("incorrect_solutions", False))
-        for language, solution in _pairs(row, group, "language", int, "solution")
-        if language == PYTHON_3
+        for language, solution in _pairs(row, group, "language", "solution", object)
+        if _number(language, LANGUAGES, "'language'") == PYTHON_3
     ]
 
 
@@ -186,8 +163,8 @@ def read_file(path: Path, shape: str, on_error: OnError, max_errors: int) -> tup
 def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> tuple[Splits, list[Rejection]]:
     """Read the three splits of a data set, in the format that `shape` names.
 
-    A folder contains one file per split. If the path is one file, its tasks are divided among the training, validation
-    and test splits in the ratio 90 : 5 : 5. `max_errors` limits the number of faulty rows in all files together.
+    A folder contains one file per split. If the path is one file, `split_by_task` divides its tasks. The number of
+    faulty rows in all files together may be at most `max_errors`.
 
     Raises:
         InputError: a file cannot be read, or there are too many faulty rows (see `read_file`). Or the path is neither a
@@ -197,7 +174,7 @@ def read_splits(path: Path, shape: str, on_error: OnError, max_errors: int) -> t
     rejections = [rejection for _, rejected in collected.values() for rejection in rejected]
     _check_rejections(rejections, on_error, max_errors)
     parts = {name: records for name, (records, _) in collected.items()}
-    splits = _split_by_task(parts["all"]) if "all" in parts else Splits(*(parts.get(s, []) for s in Splits._fields))
+    splits = split_by_task(parts["all"]) if "all" in parts else Splits(*(parts.get(s, []) for s in Splits._fields))
     counts = Counter(task for records in splits for task in {record.task_id for record in records})
     shared = sorted(task for task, count in counts.items() if count > 1)
     if shared:
@@ -235,65 +212,6 @@ def split_files(path: Path) -> dict[str, Path]:
     return files
 
 
-def _decode(text: str | bytes) -> object:
-    """Parse JSON without raising an error.
-
-    Each faulty number or object is replaced by a `Rejected`. If the text is not JSON, the result is a `Rejected`.
-    """
-    try:
-        text = text if isinstance(text, str) else text.decode()
-        if text.startswith("\ufeff"):
-            return Rejected("byte order mark", "save the file as UTF-8 without it")
-        return _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        return Rejected("not UTF-8", f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}")
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if error.lineno > 1 else ""
-        return Rejected("not valid JSON", f"{error.msg} at {line}column {error.colno}")
-    except RecursionError:
-        return Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
-
-
-def _integer(token: str) -> int | Rejected:
-    digits = len(token.lstrip("-"))
-    return int(token) if digits <= MAX_DIGITS else Rejected("integer too long", f"{digits} digits")
-
-
-def _float(token: str) -> float | Rejected:
-    return float(token) if math.isfinite(float(token)) else Rejected("number is not finite", _truncate(token))
-
-
-def _object(pairs: list[tuple[str, object]]) -> Row | Rejected:
-    row = dict(pairs)
-    if len(row) == len(pairs):
-        return row
-    repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-    return Rejected("duplicate key", _truncate(repr(repeated)))
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_float)
-
-
-def _verify(root: object) -> None:
-    """Raise a `Rejected` for the first fault in a decoded value.
-
-    A fault is a lone surrogate, a nesting that is too deep, or a `Rejected` in the value. In the last case, that
-    `Rejected` itself is raised.
-    """
-    pending = [(root, 0)]
-    while pending:
-        value, depth = pending.pop()
-        if isinstance(value, Rejected):
-            raise value
-        if isinstance(value, str) and (lone := SURROGATE.search(value)):
-            raise Rejected("lone surrogate", repr(lone.group()))
-        if isinstance(value, dict | list):
-            if depth == MAX_DEPTH:
-                raise Rejected("nested too deep", f"more than {MAX_DEPTH} levels")
-            children = [*value, *value.values()] if isinstance(value, dict) else value
-            pending += [(child, depth + 1) for child in reversed(children)]
-
-
 def _check_type(value: object, kind: type[T], name: str) -> T:
     if value is None:
         raise Rejected("null", name)
@@ -314,12 +232,15 @@ def _items(row: Row, name: str, kind: type[T]) -> list[T]:
     return [_check_type(value, kind, f"'{name}' item {number}") for number, value in enumerate(values, 1)]
 
 
-def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[tuple[T, str]]:
+def _pairs(row: Row, group: str, left: str, right: str, kind: type[T]) -> list[tuple[T, str]]:
     """Return the pairs of corresponding items of two lists.
 
-    The lists are in the object `row[group]`, under the keys `left` and `right`. The items of the left list have the
-    type `kind`; the items of the right list are strings.
+    The lists are in the object `row[group]`, under the keys `left` and `right`. Instead, `row[group]` may be a list of
+    objects with these keys. The items of the left list have the type `kind`; the items of the right list are strings.
     """
+    if isinstance(row.get(group), list):
+        objects: list[Row] = _items(row, group, dict)
+        return [(_field(each, left, kind), _field(each, right, str)) for each in objects]
     columns: Row = _field(row, group, dict)
     lefts, rights = _items(columns, left, kind), _items(columns, right, str)
     if len(lefts) != len(rights):
@@ -330,6 +251,17 @@ def _pairs(row: Row, group: str, left: str, kind: type[T], right: str) -> list[t
 def _seconds(duration: Row) -> float | None:
     """Return a duration of CodeContests in seconds, or None if it is zero, which means that it is unknown."""
     return _field(duration, "seconds", int) + _field(duration, "nanos", int) / 1e9 or None
+
+
+def _number(value: object, names: tuple[str, ...], field: str) -> int:
+    """Return the number that a value is or names."""
+    if isinstance(value, str) and value not in names:
+        raise Rejected("wrong value", f"{field}: expected a number or one of {', '.join(names)}")
+    return names.index(value) if isinstance(value, str) else _check_type(value, int, field)
+
+
+def _optional_number(row: Row, field: str, names: tuple[str, ...]) -> int | None:
+    return None if row.get(field) is None else _number(row[field], names, f"'{field}'")
 
 
 def _record(fields: Row | str) -> Record:
@@ -345,15 +277,11 @@ def _record(fields: Row | str) -> Record:
             reason = "null"
         elif kind == "string_too_short" and place == "solution":
             reason = "no solution"
-        raise Rejected(reason, f"{_truncate(repr(place))}: {details['msg']}" if place else details["msg"]) from error
+        raise Rejected(reason, f"{truncate(repr(place))}: {details['msg']}" if place else details["msg"]) from error
 
 
 def _unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
@@ -361,41 +289,30 @@ def _read_rows(path: Path, shape: str) -> tuple[list[Record], list[Rejection]]:
         raise InputError(f"{path}: unknown shape '{shape}'. Expected one of {', '.join(SHAPES)}.")
     records: list[Record] = []
     rejections: list[Rejection] = []
-    for number, value in _decode_rows(path):
+    first: dict[str, tuple[int, Record]] = {}
+    unit = "row" if path.name.endswith(ARRAYS) else "line"
+    for number, value in decode_rows(path):
         try:
-            _verify(value)
-            records += SHAPES[shape](_check_type(value, dict, "the row"))
+            verify_json(value)
+            found = SHAPES[shape](_check_type(value, dict, "the row"))
+            for record in found:
+                line, other = first.setdefault(record.task_id, (number, record))
+                _check_same_problem(record, other, f"{unit} {line}")
+            records += found
         except Rejected as error:
             rejections.append(Rejection(str(path), number, error.reason, error.detail))
     return records, rejections
 
 
-def _decode_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the number and the decoded value of each row. If a row cannot be decoded, its value is a `Rejected`."""
-    if not path.name.endswith((*SUFFIXES, ".gz")):
-        raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            if path.name.endswith(ARRAYS):
-                yield from enumerate(_decode_array(path, stream.read()), 1)
-            else:
-                yield from (
-                    (number, _decode(line.rstrip(b"\r\n"))) for number, line in enumerate(stream, 1) if line.strip()
-                )
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+def _check_same_problem(record: Record, other: Record, place: str) -> None:
+    """Raise `Rejected` unless two records with the same `task_id` belong to the same problem.
 
-
-def _decode_array(path: Path, content: bytes) -> list[object]:
-    """Decode a JSON array. Raise `InputError` if the text is not a JSON array.
-
-    This error cannot be skipped, because it makes all rows unreadable.
+    `place` is the place of the other record.
     """
-    rows = _decode(content)
-    if isinstance(rows, list):
-        return rows
-    found = rows if isinstance(rows, Rejected) else f"found {type(rows).__name__}"
-    raise InputError(f"{path}: {found}. Expected an array; a file with one object per line must be named .jsonl.")
+    for name in PROBLEM_FIELDS:
+        if getattr(record, name) != getattr(other, name):
+            problem = f"also in {place}, with another '{name}'; give each problem its own task_id"
+            raise Rejected("task_id of another problem", f"{truncate(repr(record.task_id))} is {problem}")
 
 
 def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors: int) -> None:
@@ -413,15 +330,3 @@ def _check_rejections(rejections: list[Rejection], on_error: OnError, max_errors
         reasons = "\n  ".join(f"{count} x {reason}" for reason, count in counts)
         head = f"faulty rows: {number}, more than data.max_errors={max_errors}; the first: {rejections[0]}"
         raise InputError(f"{head}\n  {reasons}\nCorrect them, or raise data.max_errors.")
-
-
-def _split_by_task(records: list[Record]) -> Splits:
-    """Assign each record to a split by a hash of its task.
-
-    The solutions to a task are therefore in one split, and added tasks do not change the splits of the other tasks.
-    """
-    splits = Splits([], [], [])
-    for record in records:
-        share = zlib.crc32(record.task_id.encode()) % 100
-        (splits.train if share < 90 else splits.validation if share < 95 else splits.test).append(record)
-    return splits

@@ -10,6 +10,10 @@ Span = tuple[int, int]
 """A range of characters [start, end) in a solution."""
 
 
+SOLUTION_FIELDS = ("solution", "is_correct", "decisive", "noise")
+"""Fields of a record that describe its solution. The other fields describe the problem."""
+
+
 class StdioTest(BaseModel):
     """A test of a whole program. It consists of the standard input and of the expected standard output."""
 

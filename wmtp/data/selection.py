@@ -2,12 +2,13 @@
 
 import random
 import re
+import zlib
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from wmtp.data.records import Record
+from wmtp.data.records import Record, Splits
 from wmtp.errors import InputError
 
 MISMATCHED_HINT = ", or add the solutions of other tasks as incorrect ones: data.mismatched=true"
@@ -176,3 +177,30 @@ def select(records: list[Record], selection: Selection) -> list[Record]:
     members = group_by_category(records, selection)
     counts = category_counts({category: len(indices) for category, indices in members.items()}, selection)
     return [records[index] for index in draw(members, counts, selection.seed)]
+
+
+def split_by_task(records: list[Record]) -> Splits:
+    """Divide the tasks of records among the training, validation and test splits in the ratio 90 : 5 : 5.
+
+    The split of a task depends on a hash of its name. The solutions to a task are therefore in one split, and added
+    tasks do not change the splits of the other tasks. Only if a split would be empty, a twentieth of the tasks, and at
+    least one, is moved to it: the tasks whose hashes are closest. Two tasks are not enough for a test split, and one is
+    not enough for a validation split.
+    """
+    hashes = {record.task_id: zlib.crc32(record.task_id.encode()) for record in records}
+    ordered = sorted(hashes, key=lambda task: (hashes[task] % 100, hashes[task], task))
+    count = len(ordered)
+    moved = max(1, count // 20)
+    validation, test = (sum(hashes[task] % 100 < share for task in ordered) for share in (90, 95))
+    if test == count > 2:
+        test = count - moved
+    if validation >= test:
+        validation = test - moved
+    validation = max(validation, 1)
+    test = max(test, min(validation + 1, count))
+    number = {task: index for index, task in enumerate(ordered)}
+    splits = Splits([], [], [])
+    for record in records:
+        index = number[record.task_id]
+        (splits.train if index < validation else splits.validation if index < test else splits.test).append(record)
+    return splits

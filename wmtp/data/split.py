@@ -11,6 +11,7 @@ from wmtp.data.records import Record
 from wmtp.data.selection import add_mismatched, select
 from wmtp.data.sources import DataSource
 from wmtp.data.token_cache import TokenizedRecords, cached_tokens
+from wmtp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,10 @@ def build_split(
         records = add_mismatched(records, source.seed)
     if source.curated:
         records = [record for record in records if record.is_correct and not record.noise]
-    records = select(records, source.selection(n_samples)) if records else []
+    try:
+        records = select(records, source.selection(n_samples)) if records else []
+    except InputError as error:
+        raise InputError(f"{error} (the {name} split has {len(records)} records)") from error
     samples = cached_tokens(records, source.tokenizer, source.template, source.max_length, source.long_samples, cache)
     if samples.num_long:
         action = "dropped" if source.long_samples == "drop" else "cut at the end of the solution"

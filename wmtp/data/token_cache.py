@@ -57,6 +57,16 @@ def records_fingerprint(records: list[Record]) -> str:
     return digest.hexdigest()
 
 
+def texts_fingerprint(records: list[Record]) -> str:
+    """Return a hash of the texts of records that are tokenized. Their tests, which may be large, are left out."""
+    digest = hashlib.sha256()
+    for record in records:
+        for text in (record.prompt, record.solution):
+            encoded = text.encode()
+            digest.update(b"%d " % len(encoded) + encoded)
+    return digest.hexdigest()
+
+
 def tokenize(
     records: list[Record], tokenizer: Tokenizer, template: str, max_length: int, long_samples: LongSamples
 ) -> TokenizedRecords:
@@ -104,7 +114,7 @@ def cached_tokens(
         InputError: the cached file cannot be read.
     """
     encoding = [tokenizer.fingerprint, tokenizer.prefix, template]
-    key = [FORMAT, records_fingerprint(records), *encoding, max_length, long_samples]
+    key = [FORMAT, texts_fingerprint(records), *encoding, max_length, long_samples]
     path = cache_dir / f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
         try:

@@ -203,7 +203,7 @@ def _special_token_name(folder: Path, name: str) -> str | None:
 def _read_settings(path: Path, default: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Return the object in a JSON file, or `default` if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(default)
+        content = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else dict(default)
     except ValueError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -218,7 +218,7 @@ def read_backend(path: Path) -> BackendTokenizer:
         InputError: the file cannot be read.
     """
     try:
-        backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = BackendTokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path}: is not a readable tokenizer.json: {' '.join(str(error).split())}") from error
     backend.no_padding()

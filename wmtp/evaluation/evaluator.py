@@ -71,7 +71,8 @@ class Evaluator:
         self.run_folder = checkpoint.run_folder
         self.cache_dir = Path(config.cache_dir)
         self.source: DataSource = build(config.data, tokenizer=checkpoint.tokenizer(self.cache_dir))
-        self.split = self.settings.split or ("all" if self.source.is_test_set else "test")
+        is_test_set = self.source.is_test_set and config.data.path != checkpoint.config.data.get("path")
+        self.split = self.settings.split or ("all" if is_test_set else "test")
         self.hardware: Hardware = build(config.hardware)
         self.names_data = names_data
         self.is_run_data: bool | None = None
@@ -145,9 +146,8 @@ class Evaluator:
         records = [r for part in splits for r in part] if name == "all" else list(getattr(splits, name))
         if not any(record.tests for record in records):
             problem = "has no problem with tests" if records else "is empty"
-            raise InputError(
-                f"data: the split {name!r} {problem}; choose evaluation.split=train, validation, test or all"
-            )
+            counts = ", ".join(f"{part} {len(records):,}" for part, records in splits._asdict().items())
+            raise InputError(f"data: the split {name!r} {problem}; choose another one: evaluation.split=… ({counts})")
         return records
 
     def _compare_contents(self, contents: Contents) -> None:

@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 class SampleEvaluation:
     """Evaluation on greedy samples: for validation problems at every validation, and for test problems after training.
 
-    If the data set has no test split, the test problems are also taken from the validation split. The main process
-    generates the samples. If there is a `grader`, it grades the samples of problems that have tests.
+    If the data set has no test split, there are no test problems, because those of the validation split have chosen the
+    checkpoint and the time to stop. The main process generates the samples. If there is a `grader`, it grades the
+    samples of problems that have tests.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class SampleEvaluation:
     ) -> None:
         self.path, self.data, self.grader, self.processes = folder / SAMPLES, data, grader, processes
         self.validation_problems = self._select_problems("validation", data.validation.records, num_validation)
-        self.test_problems = self._select_problems("test", data.test or data.validation.records, num_test)
+        self.test_problems = self._select_problems("test", data.test, num_test)
 
     def drop_after(self, step: int) -> None:
         """Remove the samples of steps after `step` from samples.jsonl, because a run resumes from `step`."""

@@ -24,7 +24,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Evaluation:
     """Settings of an evaluation: its problems, the number of samples for each problem, and the isolation of programs.
 
-    If `split` is None, the test split is evaluated, or, if the data set is a benchmark, all its splits.
+    If `split` is None, the test split is evaluated, or, if the data set is a benchmark on which the model was not
+    trained, all its splits.
     """
 
     n: Positive = 1

@@ -318,7 +318,7 @@ def map_tensors(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads((path / name).read_text(encoding="utf-8"))
+        content = json.loads((path / name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -30,6 +30,7 @@ from wmtp.training.optim import parameter_groups
 from wmtp.training.plan import Plan
 from wmtp.training.precompute import TokenColumns
 from wmtp.training.trainer import Trainer
+from wmtp.training.validate import require_validation
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def build_components(config: DictConfig, algorithm: Algorithm | None = None) -> 
     hardware: Hardware = build(config.hardware)
     tokenizer = build_tokenizer(config, hardware)
     data = build_data(config, hardware, tokenizer)
+    require_validation(config, data)
     columns = TokenColumns(Path(config.cache_dir), tokenizer, hardware)
     if algorithm is None:  # this process did not check the config
         algorithm = build(config.algo)

@@ -159,9 +159,20 @@ def describe_stage(shape: ModelShape, devices: str, data: Dataset, plan: Plan) -
     heads = f"{shape.num_heads} heads" if shape.num_heads > 1 else "1 head"
     return (
         f"{counts.parameters:,} parameters{frozen}, {heads}, on {devices}\n"
-        f"{len(data.train):,} training and {len(data.validation):,} validation samples\n"
+        f"{describe_samples(data)}\n"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
+
+
+def describe_samples(data: Dataset) -> str:
+    """Return a line with the numbers of samples and test problems, and with what is not measured if there are none."""
+    num_problems = len({record.task_id for record in data.test})
+    text = (
+        f"{len(data.train):,} training and {len(data.validation):,} validation samples, {num_problems:,} test problems"
+    )
+    missing = ["no val/loss and no best checkpoint"] if not len(data.validation) else []
+    missing += ["no pass@1"] if not num_problems else []
+    return f"{text}: {', '.join(missing)}" if missing else text
 
 
 def moments_per_parameter(optimizer: Optimizer) -> int:

@@ -14,6 +14,7 @@ from wmtp.training.builders import Components, build_data, build_model, build_tr
 from wmtp.training.stage_results import read_stage_result, require_same_stage, require_unchanged
 from wmtp.training.stages import Stage
 from wmtp.training.trainer import Trainer
+from wmtp.training.validate import require_validation
 
 
 def build_stage(config: DictConfig, components: Components) -> Stage | None:
@@ -31,8 +32,8 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
     """Return the data set of stage 1.
 
     Raises:
-        InputError: the data cannot be used, or the stage trains a value head and all training samples have the same
-            reward.
+        InputError: the data cannot be used, there are no validation samples although early stopping needs them, or the
+            stage trains a value head and all training samples have the same reward.
     """
     settings = stage_config(config)
     shares_data = settings.data == config.data and settings.seed == config.seed
@@ -40,6 +41,7 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
         data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
     except InputError as error:
         raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
+    require_validation(settings, data, is_stage_1=True)
     if stage.trains_policy:
         require_different_rewards(data)
     return data

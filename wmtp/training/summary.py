@@ -76,7 +76,8 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
         table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}")
     if best:
         table.add_row("at step", str(last["step"]), str(best["step"]))
-    console.print(table)
+    if last:
+        console.print(table)
     if summary["stop_reason"]:
         console.print(f"stopped early: {summary['stop_reason']}", soft_wrap=True, highlight=False)
     if (passes := summary["pass@1"]) is not None:

@@ -23,6 +23,7 @@ from wmtp.config.schema import (
     schema,
     stage_config,
 )
+from wmtp.data.dataset import Dataset
 from wmtp.distributed.device import hardware_issues, missing_hardware
 from wmtp.errors import InputError
 from wmtp.evaluation.in_training import sample_metric_names
@@ -287,6 +288,27 @@ def needs_values(config: DictConfig) -> bool:
     while "of" in node:
         node = node.of
     return bool(getattr(locate(str(node["_target_"])), "needs_values", False))
+
+
+def require_validation(config: DictConfig, data: Dataset, *, is_stage_1: bool = False) -> None:
+    """Check that there are validation data if a setting depends on them.
+
+    `config` is the config of the run, or of stage 1 if `is_stage_1` is true. Stage 1 generates no samples.
+
+    Raises:
+        InputError: there are no validation data, and early stopping or sampling needs them.
+    """
+    stopping, prefix, needs = config.early_stopping, "pretrain." if is_stage_1 else "", {}
+    if not len(data.validation) and stopping.get("patience") is not None and stopping.monitor.startswith("val/"):
+        needs[f"{prefix}early_stopping.patience={stopping.patience}"] = f"{prefix}early_stopping=none"
+    if not data.validation.records and config.num_validation_samples and not is_stage_1:
+        needs[f"num_validation_samples={config.num_validation_samples}"] = "num_validation_samples=0"
+    if needs:
+        reason = f" not longer than data.max_length={data.max_length}" if data.validation.records else ""
+        raise InputError(
+            f"{prefix}data: there are no validation samples{reason}, but {' and '.join(needs)} need some. Add some (a "
+            f"single file needs at least two tasks), or train without: {' '.join(needs.values())}"
+        )
 
 
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:

