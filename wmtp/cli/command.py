@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
+from wmtp.runtime.standard_streams import lasting_streams
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -50,6 +52,11 @@ class Command:
 def run_command(command: Command) -> NoReturn:
     """Run a command with the arguments of this process, and exit with its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the runner handles signals, Ctrl-C ends the process silently
-    from wmtp.cli.runner import run  # imports Hydra, which takes a second
+    with lasting_streams():
+        from wmtp.cli.runner import run  # imports Hydra, which takes a second
+        from wmtp.runtime.signals import keep_exit_code
 
-    run(command)
+        try:
+            run(command)
+        finally:
+            keep_exit_code()

@@ -31,6 +31,7 @@ from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, wor
 from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
+from wmtp.runtime.standard_streams import require_written_output
 
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
@@ -63,8 +64,6 @@ def run(command: Command) -> NoReturn:
             runner.run([expand_argument(argument, command.raw_keys, command.aliases) for argument in arguments])
     except WmtpError as error:
         runner.end(error.exit_code, str(error))
-    except BrokenPipeError:  # `… --help | head`: the reader closed the pipe, and the exit must not flush into it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InterruptedRun, KeyboardInterrupt) as error:
         runner.interrupted(exit_state(error)[0])
     finally:
@@ -81,6 +80,8 @@ class CommandRunner:
         """The most severe exit code so far."""
         self.folder: Path | None = None
         """Folder of the run. It is None if it is not chosen yet, and for sweeps and jobs without a lasting folder."""
+        self.has_ended = False
+        """True once the end of a job or a sweep is recorded."""
         self.clean_up = ExitStack()
         """Removal of temporary folders and of an empty run folder."""
 
@@ -136,6 +137,7 @@ class CommandRunner:
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
         main(lambda config: None)()
+        require_written_output()
 
     def _sweep(self, arguments: list[str]) -> None:
         """Run a sweep, with one job for each combination of the values in the arguments."""
@@ -162,6 +164,7 @@ class CommandRunner:
                 return PreparedJob(error.issues, {})
 
         self._add(run_sweep(command.name, self._download_remote(arguments), _prepare, command.end_sweep))
+        self.has_ended = True
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
         """Download the runs whose S3 URLs are in the arguments, and replace the URLs with local paths.
@@ -205,10 +208,13 @@ class CommandRunner:
         size = self.command.num_processes(checked.config) if self.command.num_processes else 1
         try:
             run_job(self.command.job, context, size, _record)
-            status.end("FINISHED", 0, progress)
+            with ignore_signals():
+                status.end("FINISHED", 0, progress)
+                self.has_ended = True
         except BaseException as error:  # noqa: BLE001 - every end of the job is recorded
             with ignore_signals():
                 _record(error)
+                self.has_ended = True
             if isinstance(error, InterruptedRun):
                 sys.exit(self.code)
 
@@ -221,10 +227,12 @@ class CommandRunner:
         self.code = worst_exit_code([self.code, code])
 
     def interrupted(self, code: int) -> None:
-        """Record that a signal interrupted this process while no job was running.
+        """Record that a signal interrupted this process before a job was running. After its end, it has no effect.
 
         If the run folder has content but no status.json, this file is written with the state KILLED.
         """
+        if self.has_ended:
+            return
         self.end(code, "interrupted before the job started")
         folder = self.folder
         if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "status.json").exists():

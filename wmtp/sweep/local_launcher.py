@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -107,7 +107,8 @@ class JobProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._lines.append(line)
-            print(line, end="", file=self._console or sys.stderr, flush=True)
+            with suppress(OSError):  # the disk is full; without a reader, the job would wait forever
+                print(line, end="", file=self._console or sys.stderr, flush=True)
 
     def poll(self) -> int | None:
         """Return the exit code of the process, or None while the process runs.

@@ -23,6 +23,7 @@ from wmtp.config.defaults import changed_keys
 from wmtp.config.schema import stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
+from wmtp.errors import InterruptedRun
 from wmtp.models.loading import MODEL_FOLDER, build_source, load_weights
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
@@ -112,8 +113,11 @@ class Run:
                 log.info("the run ended with state %s", state, exc_info=error)
                 self.progress.logged = error
                 self._write_report(state, code, str(error) or type(error).__name__)
-            for upload_error in close_all(self.uploaders, state):
-                log.warning("%s", upload_error)
+            try:
+                for upload_error in close_all(self.uploaders, state):
+                    log.warning("%s", upload_error)
+            except InterruptedRun as interruption:  # it ends the uploads, but it is not how the run ended
+                log.warning("%s during the last uploads; python -m wmtp.sync sends the rest", interruption)
             raise
         upload_errors = close_all(self.uploaders, "FINISHED")
         for store in self.stores:
