@@ -69,6 +69,8 @@ class ForkServer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"output-{time.monotonic_ns()}"
+        for suffix in (".out", ".err"):
+            log.with_suffix(suffix).touch()
         request = {
             "command": command, "arguments": arguments, "folder": str(folder), "variables": dict(variables),
             "log": str(log), "num_processes": num_processes, "console": console and str(console),
@@ -162,9 +164,12 @@ def run_request(request: dict[str, Any], server: int) -> object:
 
 
 def run_module(name: str, arguments: list[str]) -> object:
-    """Run the function `main` of a module, such as a command of wmtp, with arguments, and return the exit code."""
+    """Run a command of wmtp with arguments, or the function `main` of another module, and return the exit code."""
     sys.argv = [name, *arguments]
-    return import_module(name).main()
+    module = import_module(name)
+    if hasattr(module, "COMMAND"):
+        return import_module("wmtp.cli.command").run_command(module.COMMAND)
+    return module.main()
 
 
 def fork_worker() -> None:

@@ -28,7 +28,13 @@ from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, en
 from wmtp.config.overrides import expand_argument, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
-from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
+from wmtp.runtime.processes import (
+    JOB_OPTION,
+    PARENT_VARIABLE,
+    check_launcher_variables,
+    kill_on_parent_death,
+    started_together,
+)
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
 from wmtp.runtime.standard_streams import require_written_output
@@ -52,7 +58,15 @@ def run(command: Command) -> NoReturn:
     """
     if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
         kill_on_parent_death(int(parent))
-    elif started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
+    try:
+        check_launcher_variables()
+        if started_together() and command.num_processes is None:
+            remedy = "run it without torchrun, or unset RANK and WORLD_SIZE if another program left them behind"
+            raise InputError(f"{command.name} runs in one process; {remedy}")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    if parent is None and started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
         kill_on_parent_death(os.getppid())
     if started_together() and os.environ["RANK"] != "0":
         run_worker(command.job)
@@ -104,9 +118,6 @@ class CommandRunner:
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
-        if started_together() and self.command.num_processes is None:
-            problem = f"{self.command.name} runs in one process; run it without torchrun"
-            raise ConfigError([ConfigIssue("torchrun", "", problem)])
         if unknown := [option for option in options if option.partition("=")[0] not in {*PRINTING, *MULTIRUN}]:
             problem = "is not an option of this command; settings are written as key=value, and --help lists the keys"
             raise ConfigError([ConfigIssue(option, "", problem) for option in unknown])

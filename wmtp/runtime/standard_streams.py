@@ -72,7 +72,7 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
         with suppress(OSError):
             stream.flush()
         encoding, errors, descriptor = stream.encoding, stream.errors or errors, raw.fileno()
-        line_buffering = stream.line_buffering or bool(getattr(stream, "write_through", False))
+        line_buffering = bool(stream.line_buffering or getattr(stream, "write_through", False))
     file = io.BufferedWriter(ConsoleFile(descriptor, "w", closefd=False))
     errors = "backslashreplace" if errors == "strict" else errors
     return io.TextIOWrapper(file, encoding, errors, line_buffering=line_buffering)
@@ -81,6 +81,12 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
 def _raw_file(stream: TextIO) -> object:
     buffer = getattr(stream, "buffer", None)  # with PYTHONUNBUFFERED, it is the raw file itself
     return getattr(buffer, "raw", buffer)
+
+
+def write_error(text: str) -> None:
+    """Write a line to standard error of this process, even if `sys.stderr` is another file."""
+    with suppress(OSError):
+        os.write(STANDARD_ERROR, f"{text}\n".encode())
 
 
 def require_written_output() -> None:
