@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from wmtp.cli.command import Command, run_command
-from wmtp.runtime.run_dir import create_run_folder, display_path
+from wmtp.runtime.run_dir import OUTPUTS, create_run_folder, display_path
+from wmtp.runtime.writable import require_writable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -52,14 +53,15 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
 
     Raises:
         ConfigError: `hydra.run.dir` already contains a run, or is given together with `resume`.
+        InputError: no files can be written to the folder.
     """
     from wmtp.config.overrides import chosen_run_dir
     from wmtp.config.schema import ConfigError, ConfigIssue
 
-    config = checked.config
+    config, named = checked.config, chosen_run_dir(overrides)
+    require_writable(Path(config.resume or named or OUTPUTS), "hydra.run.dir")
     if config.dry_run:
         return None
-    named = chosen_run_dir(overrides)
     if config.resume is not None:
         if named is not None:
             raise ConfigError(

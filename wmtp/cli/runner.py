@@ -140,7 +140,10 @@ class CommandRunner:
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
         context = HydraContext(None, Callbacks(settings))  # type: ignore[arg-type] # no loader: nothing is composed
-        result = hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+        try:
+            result = hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+        except OSError as error:  # Hydra writes its files before the job
+            raise InputError(f"{resolved.folder}: cannot be written: {error}; nothing was started") from error
         _ = result.return_value  # raises an error of `_run_job` itself, which Hydra has kept
 
     def _run_hydra(self, arguments: list[str]) -> None:
@@ -201,8 +204,8 @@ class CommandRunner:
         folder, checked = resolved.folder, resolved.composed.checked
         try:
             status, progress = RunStatus(folder), JobProgress()
-        except InputError as error:
-            self.end(error.exit_code, str(error))
+        except (InputError, OSError) as error:
+            self.end(InputError.exit_code, str(error))
             return
 
         def _record(error: BaseException) -> None:

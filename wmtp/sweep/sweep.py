@@ -23,7 +23,16 @@ from wmtp.report.metrics import MODEL_LABELS, is_lower_better
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.processes import JOB_OPTION, module_arguments
-from wmtp.runtime.run_dir import SAVED_OVERRIDES, SWEEP, JobProgress, RunStatus, create_run_folder, display_path
+from wmtp.runtime.run_dir import (
+    OUTPUTS,
+    SAVED_OVERRIDES,
+    SWEEP,
+    JobProgress,
+    RunStatus,
+    create_run_folder,
+    display_path,
+)
+from wmtp.runtime.writable import require_writable
 from wmtp.sweep import slurm_launcher
 from wmtp.sweep.grid import SweepOptions, job_labels, parse_grid
 from wmtp.sweep.local_launcher import run_local
@@ -172,8 +181,10 @@ class Sweep:
 
         Raises:
             ConfigError: the folder that the user named contains a sweep.
+            InputError: no files can be written to the folder.
         """
         named = self.grid.folder
+        require_writable(named or OUTPUTS, "hydra.sweep.dir")
         if self.grid.is_dry_run:
             return named or Path("outputs/<date>/<sweep>")
         if named is not None and (named / SWEEP).exists():
