@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from wmtp.cli.command import Command, run_command
-from wmtp.runtime.run_dir import OUTPUTS, create_run_folder, display_path
+from wmtp.cli.command import START_AGAIN, Command, run_command
+from wmtp.runtime.run_dir import OUTPUTS, SAVED_OVERRIDES, create_run_folder, display_path
 from wmtp.runtime.writable import require_writable
 
 if TYPE_CHECKING:
@@ -70,16 +70,18 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
         return Path(config.resume)
     if named is None:
         return create_run_folder()
-    if (named / "status.json").exists():
+    if (named / "status.json").exists() and (named / "config.yaml").exists():  # the second one: it has started
         problem = f"already contains a run; resume it (resume={named}) or use another folder"
         raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
     return named
 
 
 def resume_hint(folder: Path) -> str:
-    """Return a message that explains how to resume an interrupted run, or that nothing was saved."""
-    resumable = any(folder.glob("**/step_*/manifest.json"))
-    return f"Resume with resume={display_path(folder)}" if resumable else "Nothing was saved; start again."
+    """Return a message that explains how to continue an interrupted run."""
+    resume = f"resume={display_path(folder)}"
+    if any(folder.glob("**/step_*/manifest.json")):
+        return f"Resume with {resume}"
+    return f"Nothing was saved; {resume} starts it again." if (folder / SAVED_OVERRIDES).exists() else START_AGAIN
 
 
 def end_sweep(folder: Path, state: str) -> None:

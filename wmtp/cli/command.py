@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
 """Alias of the key `checkpoint.path`. Without it, Hydra would treat `checkpoint=…` as the choice of a config group."""
 
+START_AGAIN = "Nothing was saved; start again."
+
 
 @dataclass(frozen=True)
 class Command:
@@ -31,7 +33,7 @@ class Command:
     """Function that completes and checks a composed config. Its second argument is the list of overrides."""
     folder: Callable[[CheckedConfig, list[str]], Path | None] = lambda checked, overrides: None
     """Function that returns the output folder, or None to use a temporary folder that is removed at the end."""
-    resume_hint: Callable[[Path], str] = lambda folder: "Nothing was saved; start again."
+    resume_hint: Callable[[Path], str] = lambda folder: START_AGAIN
     """Function that returns a message about how to continue after an interruption."""
     num_processes: Callable[[DictConfig], int] | None = None
     """Function that returns the number of processes of the job. None means that the command always uses one process."""

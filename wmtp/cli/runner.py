@@ -211,8 +211,11 @@ class CommandRunner:
         def _record(error: BaseException) -> None:
             """Record the error as the end of the run, and print its message."""
             code, state = exit_state(error)
-            if not (isinstance(error, InputError) and status.withdraw()):
-                status.end(state, code, progress, error=str(error) or type(error).__name__)
+            try:
+                if not (isinstance(error, InputError) and status.withdraw()):
+                    status.end(state, code, progress, error=str(error) or type(error).__name__)
+            except OSError as problem:  # for example, the disk is full
+                print(f"{folder / 'status.json'}: cannot be written: {problem.strerror}", file=sys.stderr)
             if progress.logged is not error:
                 log.info("the job ended: %s", state, exc_info=error)
             self.end(code, final_message(error, self.folder, self.command))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wmtp.errors import InputError
 
-PROBE_BYTES = 65_536
+PROBE_BYTES = 1_048_576
 """Number of bytes that are written as a test."""
 
 

@@ -123,7 +123,8 @@ class Run:
         for store in self.stores:
             store.prune()
         if self.processes.is_main:
-            print_summary(self.console, self.folder, summary, longer_run_override(self.config, result))
+            longer = trainer.plan.longer_run_overrides(result.total_steps, result.early_stopped)
+            print_summary(self.console, self.folder, summary, longer)
         self.progress.stop_reason = result.stop_reason
         if upload_errors:
             raise pending_error(upload_errors)
@@ -339,10 +340,3 @@ def value_head_tensors(snapshot: Snapshot) -> Tensors:
     """Return the tensors of the value head by name. The prefix `value_head.` is removed from the names."""
     prefix = "value_head."
     return {name.removeprefix(prefix): x for name, x in snapshot.model.items() if name.startswith(prefix)}
-
-
-def longer_run_override(config: DictConfig, result: Result) -> str:
-    """Return an override for resuming a finished run so that it trains for more updates."""
-    if result.stop_reason is not None:
-        return "early_stopping=none"
-    return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"
