@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from wmtp.runtime.standard_streams import lasting_streams
+from wmtp.runtime.standard_streams import announce, lasting_streams
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
 """Alias of the key `checkpoint.path`. Without it, Hydra would treat `checkpoint=…` as the choice of a config group."""
 
+MULTIRUN = ("-m", "--multirun")
+"""Options that start a sweep. Other options print something and start no job."""
 START_AGAIN = "Nothing was saved; start again."
 
 
@@ -55,6 +59,8 @@ def run_command(command: Command) -> NoReturn:
     """Run a command with the arguments of this process, and exit with its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the runner handles signals, Ctrl-C ends the process silently
     with lasting_streams():
+        if os.environ.get("RANK", "0") == "0" and all(a in MULTIRUN for a in sys.argv[1:] if a.startswith("-")):
+            announce(f"{command.name}: checking the config …")
         from wmtp.cli.runner import run  # imports Hydra, which takes a second
         from wmtp.runtime.signals import keep_exit_code
 

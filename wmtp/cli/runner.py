@@ -21,7 +21,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import run_job as hydra_run_job
 from hydra.types import HydraContext
 
-from wmtp.cli.command import Command
+from wmtp.cli.command import MULTIRUN, Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
@@ -40,7 +40,6 @@ from wmtp.runtime.signals import ignore_signals, raise_on_signals
 from wmtp.runtime.standard_streams import require_written_output
 
 log = logging.getLogger(__name__)
-MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
 """Hydra's options for Tab completion. Their values look like overrides, but are none."""
 PRINTING = {

@@ -14,6 +14,7 @@ from types import FrameType
 
 from wmtp.errors import InterruptedAtOnce
 from wmtp.runtime.processes import started_together
+from wmtp.runtime.standard_streams import notify
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -111,6 +112,8 @@ class DeferredSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
+            name = signal.Signals(number).name
+            notify(f"{name}: the run ends after this update, with a checkpoint; a second signal ends it at once")
         elif number != signal.SIGHUP:
             _let_signals_kill()
             raise interrupt_error(number)

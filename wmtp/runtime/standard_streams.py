@@ -83,6 +83,20 @@ def _raw_file(stream: TextIO) -> object:
     return getattr(buffer, "raw", buffer)
 
 
+def announce(text: str) -> None:
+    """Write to a terminal what the command does next. If standard error is not a terminal, nothing is written."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+def notify(text: str) -> None:
+    """Write a line to standard error. A signal handler can call this, even if the signal has interrupted a write."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except RuntimeError:
+        write_error(text)
+
+
 def write_error(text: str) -> None:
     """Write a line to standard error of this process, even if `sys.stderr` is another file."""
     with suppress(OSError):

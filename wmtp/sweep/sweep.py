@@ -18,6 +18,7 @@ from wmtp.checkpoint.manifest import NAME
 from wmtp.config.overrides import quote
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, worst_exit_code
+from wmtp.report.comparability import require_same_data
 from wmtp.report.grouping import group_runs
 from wmtp.report.metrics import MODEL_LABELS, is_lower_better
 from wmtp.report.run_record import RunRecord
@@ -36,6 +37,7 @@ from wmtp.runtime.writable import require_writable
 from wmtp.sweep import slurm_launcher
 from wmtp.sweep.grid import SweepOptions, job_labels, parse_grid
 from wmtp.sweep.local_launcher import run_local
+from wmtp.sweep.progress import SweepProgress
 from wmtp.sweep.state import Job, SweepState
 
 
@@ -132,14 +134,21 @@ class Sweep:
             self._print(f"To run the unfinished jobs again, repeat the command with sweep.resume={folder}")
         elif len(labels := self.state.group_labels()) > 1:
             baseline = "baseline" if "baseline" in labels else labels[0]
-            self._print(f"Next: python -m wmtp.compare {folder} {shlex.quote(f'baseline={baseline}')}")
+            try:
+                require_same_data(self.state.finished_runs())
+                self._print(f"Next: python -m wmtp.compare {folder} {shlex.quote(f'baseline={baseline}')}")
+            except InputError as error:
+                self._print(str(error))
         return code
 
     def _run_unfinished_jobs(self) -> InterruptedRun | None:
         """Run the unfinished jobs and wait for their end. Return the interruption if there was one, otherwise None."""
         try:
             self.state.write()
-            self._run_commands({job.number: self._job_command(job) for job in self._jobs_to_run()})
+            commands = {job.number: self._job_command(job) for job in self._jobs_to_run()}
+            total, is_live = len(self.state.jobs), self.is_submitted or self.grid.options.jobs > 1
+            with SweepProgress(self.console, total, total - len(commands), is_live=is_live) as self.progress:
+                self._run_commands(commands)
         except InterruptedRun as error:
             return error
         return None
@@ -273,6 +282,7 @@ class Sweep:
         details = "" if loss is None else f", val/loss {loss:.4f}"
         details = details if job.error is None else f": {job.error.splitlines()[0]}"
         self._print(f"job {number} of {len(self.state.jobs)} {job.state}{details}")
+        self.progress.advance()
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.models.shapes import model_shape
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import PRETRAIN
+from wmtp.runtime.standard_streams import announce
 from wmtp.training.builders import (
     build_components,
     build_policy,
@@ -38,6 +39,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     """
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
+    announce("reading the data …")
     components = build_components(config, algorithm)
     stage = build_stage(config, components)
     if stage is not None:

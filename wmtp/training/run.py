@@ -29,6 +29,7 @@ from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PRETRAIN, RESUMES, SAVED_OVERRIDES, JobProgress
+from wmtp.runtime.standard_streams import announce
 from wmtp.tracking.base import Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
@@ -136,8 +137,10 @@ class Run:
         If the run is resumed, the trainer starts from the state in the latest checkpoint.
         """
         self._print(f"Run folder: {self.folder}")
+        announce("reading the data …")
         components = build_components(self.config, self.algorithm)
         stage = build_stage(self.config, components)
+        announce("building the model …")
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
         objective = MtpObjective(components.algorithm)
@@ -287,6 +290,7 @@ class Run:
 
     def _final_results(self, trainer: Trainer, result: Result) -> dict[str, Any]:
         """Measure the final model, and return those entries of summary.json that the trainer cannot provide."""
+        announce("measuring the final model …")
         objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
