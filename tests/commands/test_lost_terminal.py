@@ -1,10 +1,13 @@
-"""Tests of runs whose terminal or pipe disappears."""
+"""Tests of commands on a terminal, and of runs whose terminal or pipe disappears."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import TINY
@@ -60,3 +63,19 @@ def test_a_closed_terminal_ends_a_run_with_a_checkpoint(tmp_path: Path, cache: P
     assert (status["state"], status["exit_code"]) == ("KILLED", 129)
     assert find_damage(tmp_path / "run" / "checkpoints" / f"step_{status['step']:08d}") is None
     assert "standard output is lost (Input/output error)" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], b"train: checking the config"), (["--help"], b"Train a ")])
+def test_a_terminal_shows_at_once_what_a_command_does(tmp_path: Path, arguments: list[str], expected: bytes) -> None:
+    """The control is --help, which writes only its result, after Hydra is imported."""
+    terminal, slave = os.openpty()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "wmtp.train", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=slave, stderr=slave) as process:
+        first = os.read(terminal, 1000)
+        used = psutil.Process(process.pid).cpu_times()
+        process.kill()
+    os.close(terminal)
+    os.close(slave)
+    assert first.startswith(expected)
+    assert (used.user + used.system < 0.4) == (not arguments)

@@ -112,8 +112,7 @@ class DeferredSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = number
-            name = signal.Signals(number).name
-            notify(f"{name}: the run ends after this update, with a checkpoint; a second signal ends it at once")
+            notify(f"{signal.Signals(number).name}: the run ends after this update; a second signal ends it at once")
         elif number != signal.SIGHUP:
             _let_signals_kill()
             raise interrupt_error(number)

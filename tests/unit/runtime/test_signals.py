@@ -19,12 +19,14 @@ def send(number: signal.Signals) -> None:
     time.sleep(0.01)
 
 
-def test_first_signal_is_deferred_second_raises_third_kills() -> None:
+def test_first_signal_is_deferred_second_raises_third_kills(capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with raise_on_signals():
         with DeferredSignals() as signals:
             send(signal.SIGTERM)
             assert signals.received == signal.SIGTERM
+            acknowledged = "SIGTERM: the run ends after this update; a second signal ends it at once\n"
+            assert capsys.readouterr().err == acknowledged, "at once, not after the update"
             with pytest.raises(InterruptedAtOnce) as ended:
                 send(signal.SIGINT)
         assert ended.value.exit_code == 130

@@ -102,7 +102,7 @@ def test_the_progress_bar_fits_the_width_of_the_terminal(width: int, tmp_path: P
         tracker.log(990, 2, {"val/loss": 1.0, "val/head_1_loss": 1.0})
         tracker.close("FINISHED")
     screen = (tmp_path / "screen").read_text()
-    assert "epoch 3/3  update 990/1000" in screen
+    assert "epoch 3/3  update 990/1000" in screen and "0:00:0" in screen, "the elapsed time"
     assert "99%" in screen
     assert max(len(Console().render_str(line).plain) for line in format_metrics(TRAINED).splitlines()) <= width
 
