@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from wmtp.cli.command import Command, run_command
 from wmtp.runtime.run_dir import OUTPUTS, create_run_folder, display_path
+from wmtp.runtime.writable import require_writable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -63,6 +64,8 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
         folder = Path(config.folder)
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             issues.append(ConfigIssue("folder", str(folder), "exists and is not empty; choose a new folder"))
+    if not issues:
+        require_writable(Path(config.folder or OUTPUTS), "folder")
     return CheckedConfig(config, issues)
 
 

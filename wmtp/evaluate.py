@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from wmtp.cli.command import CHECKPOINT_KEY, Command, run_command
 from wmtp.runtime.run_dir import EVALUATIONS
+from wmtp.runtime.writable import require_writable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,28 +34,25 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
 
 
 def evaluation_folder(checked: CheckedConfig, overrides: list[str]) -> Path:
-    """Return the folder for the results of an evaluation.
+    """Return the folder for the results of an evaluation, which is created.
 
     This is `hydra.run.dir` if it is set. Otherwise, it is a folder inside the folder of the evaluated run. Its name
     contains a hash of all settings that determine the samples, so that a repeated evaluation uses the same folder.
 
     Raises:
-        ConfigError: the folder cannot be created.
+        InputError: no files can be written to the folder.
     """
     from wmtp.config.overrides import chosen_run_dir
-    from wmtp.config.schema import ConfigError, ConfigIssue
     from wmtp.evaluation.validate import evaluation_identity
 
     if named := chosen_run_dir(overrides):
+        require_writable(named, "hydra.run.dir")
         return named
     config, checkpoint = checked.config, checked.inputs
     key = hashlib.sha256(json.dumps(evaluation_identity(config, checkpoint), sort_keys=True).encode()).hexdigest()
     folder: Path = checkpoint.run_folder / EVALUATIONS / f"{config.data.get('shape', 'tasks')}-{key[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot be created ({error.strerror}); choose another folder: hydra.run.dir=…"
-        raise ConfigError([ConfigIssue("hydra.run.dir", str(folder), problem)]) from error
+    require_writable(folder, "hydra.run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -50,6 +50,7 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     from wmtp.config.schema import CheckedConfig, ConfigIssue, node_issues
     from wmtp.evaluation.validate import read_checkpoint
     from wmtp.models.export import folder_issue
+    from wmtp.runtime.writable import write_problem
 
     issues = [issue for issue in node_issues(config, "") if issue.key != "checkpoint"]
     if OmegaConf.is_missing(config, "format"):
@@ -57,7 +58,8 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
         issues.append(ConfigIssue("format", "", f"missing; set it with {FORMATS}"))
     if not OmegaConf.is_missing(config, "folder"):
         folder = str(config.folder)
-        problem = "exports are written to a local folder" if "://" in folder else folder_issue(Path(folder))
+        local_problem = folder_issue(Path(folder)) or write_problem(Path(folder).parent)
+        problem = "exports are written to a local folder" if "://" in folder else local_problem
         issues += [ConfigIssue("folder", folder, problem)] if problem else []
     checkpoint, checkpoint_issues = read_checkpoint(config)
     return CheckedConfig(config, [*issues, *checkpoint_issues], checkpoint)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from wmtp.cli.command import CHECKPOINT_KEY, Command, run_command
 from wmtp.errors import InputError
+from wmtp.runtime.standard_streams import require_written_output
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,6 +65,7 @@ def generate(context: JobContext) -> None:
     tokens = sum(len(completion.tokens) for completion in found.values())
     ends = ", ".join(sorted({completion.finish for completion in found.values()}))
     print(f"[{tokens} tokens, ended by {ends}; {statistics}]", file=sys.stderr)
+    require_written_output()
 
 
 def read_prompt(value: str) -> str:

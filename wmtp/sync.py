@@ -11,6 +11,7 @@ from pathlib import Path
 from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.runtime.run_dir import RUN, SWEEP, SYNC_STATE, display_path, is_running, mark_dead_run, read_status
 from wmtp.runtime.signals import raise_on_signals
+from wmtp.runtime.standard_streams import lasting_streams
 
 DESCRIPTION = """\
 Upload the pending metrics, statuses and checkpoints of runs to the servers in
@@ -31,6 +32,12 @@ wmtp-sync is the same command.
 
 def main(arguments: list[str] | None = None) -> int:
     """Upload the pending data of all runs in the folders named in `arguments`, and return the exit code."""
+    with lasting_streams():
+        return upload(arguments)
+
+
+def upload(arguments: list[str] | None) -> int:
+    """Parse the arguments, upload the pending data of all runs in their folders, and return the exit code."""
     formatted = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m wmtp.sync", None, DESCRIPTION, EXAMPLES, formatter_class=formatted)
     parser.add_argument(

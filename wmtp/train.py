@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from wmtp.cli.command import Command, run_command
-from wmtp.runtime.run_dir import create_run_folder, display_path
+from wmtp.cli.command import START_AGAIN, Command, run_command
+from wmtp.runtime.run_dir import OUTPUTS, SAVED_OVERRIDES, create_run_folder, display_path
+from wmtp.runtime.writable import require_writable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,6 +60,7 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
 
     Raises:
         ConfigError: `hydra.run.dir` already contains a run, or is given together with `resume`.
+        InputError: no files can be written to the folder.
     """
     from wmtp.config.overrides import chosen_run_dir
     from wmtp.config.schema import ConfigError, ConfigIssue
@@ -67,10 +69,11 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     problem = None
     if named is not None and config.resume is not None:
         problem = "a resumed run keeps its folder; leave this out"
-    elif named is not None and (named / "status.json").exists():
-        problem = f"already contains a run; resume it (resume={named}) or use another folder"
+    elif named is not None and (named / "status.json").exists() and (named / "config.yaml").exists():
+        problem = f"already contains a run; resume it (resume={named}) or use another folder"  # it has started
     if problem is not None:
         raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
+    require_writable(Path(config.resume or named or OUTPUTS), "hydra.run.dir")
     if config.dry_run:
         return None
     return Path(config.resume) if config.resume is not None else named or create_run_folder()
@@ -84,9 +87,11 @@ def num_processes(config: DictConfig) -> int:
 
 
 def resume_hint(folder: Path) -> str:
-    """Return a message that explains how to resume an interrupted run, or that nothing was saved."""
-    resumable = any(folder.glob("**/step_*/manifest.json"))
-    return f"Resume with resume={display_path(folder)}" if resumable else "Nothing was saved; start again."
+    """Return a message that explains how to continue an interrupted run."""
+    resume = f"resume={display_path(folder)}"
+    if any(folder.glob("**/step_*/manifest.json")):
+        return f"Resume with {resume}"
+    return f"Nothing was saved; {resume} starts it again." if (folder / SAVED_OVERRIDES).exists() else START_AGAIN
 
 
 def end_sweep(folder: Path, state: str) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY, Invoke
+from tests.conftest import TINY, Invoke, compose_config
 from tests.support.forking import ForkServer
 from wmtp.checkpoint.store import find_damage
+from wmtp.config.schema import CheckedConfig, ConfigError
 from wmtp.runtime.processes import CORES_VARIABLE
-from wmtp.runtime.run_dir import create_run_folder
+from wmtp.runtime.run_dir import SAVED_OVERRIDES, create_run_folder
+from wmtp.train import resume_hint, run_folder
 
 INVALID = {
     "algo.betta=1": "algo.betta=1: unknown key",
@@ -184,8 +186,8 @@ def test_an_error_before_the_job_starts_is_not_lost(invoke: Invoke, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("wmtp.cli.runner.RunStatus", fail)
-    with pytest.raises(OSError, match="No space left"):
-        invoke("max_steps=1")
+    outcome = invoke("max_steps=1")
+    assert outcome.code == 2 and "No space left" in outcome.err and "Traceback" not in outcome.err
 
 
 def test_run_folders_created_in_the_same_second_differ(tmp_path: Path) -> None:
@@ -270,3 +272,20 @@ def test_a_signal_stops_the_run_with_a_checkpoint_to_resume_from(
     assert "Traceback" not in child.text
     outcome = invoke("resume=run", f"max_steps={status['step'] + 2}", tiny=False)
     assert outcome.code == 0, outcome.err
+
+
+def test_the_advice_after_an_interruption_can_be_followed(tmp_path: Path) -> None:
+    """A folder in which no run has started can be used again; otherwise, the run is resumed."""
+    checked, arguments = CheckedConfig(compose_config(), []), [f"hydra.run.dir={tmp_path}"]
+    (tmp_path / "status.json").touch()
+    assert run_folder(checked, arguments) == tmp_path
+    assert resume_hint(tmp_path) == "Nothing was saved; start again."
+    (tmp_path / SAVED_OVERRIDES).parent.mkdir()
+    for file in (tmp_path / SAVED_OVERRIDES, tmp_path / "config.yaml"):
+        file.touch()
+    with pytest.raises(ConfigError, match="already contains a run"):
+        run_folder(checked, arguments)
+    assert resume_hint(tmp_path) == f"Nothing was saved; resume={tmp_path} starts it again."
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").touch()
+    assert resume_hint(tmp_path) == f"Resume with resume={tmp_path}"

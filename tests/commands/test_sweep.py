@@ -1,5 +1,6 @@
 """Tests of sweeps: the grid of jobs, the states of jobs, and resuming jobs that did not finish."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.conftest import TINY, run_command
 from tests.support.forking import ForkServer
@@ -23,6 +25,7 @@ from wmtp.runtime.sweep_jobs import job_labels
 from wmtp.sweep import slurm_launcher as slurm
 from wmtp.sweep.grid import parse_grid
 from wmtp.sweep.local_launcher import run_local
+from wmtp.sweep.progress import SweepProgress
 from wmtp.sweep.sweep import PreparedJob, Sweep
 
 GRID = ["algo=critic", "algo.beta=0.5,0.9,1.2", "early_stopping.patience=5,10", "seed=0,1,2"]
@@ -432,3 +435,17 @@ def test_a_killed_job_resumes_from_its_checkpoint(
     assert run_command(["-m", "sweep.resume=sweep"], monkeypatch) == 0
     assert read_status(killed_run)["step"] == 40 and (killed_run / "resumes.jsonl").exists()
     assert "2 of 2 jobs finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_how_many_jobs_of_a_sweep_have_ended(is_terminal: bool) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=is_terminal, width=80, color_system=None)
+    with SweepProgress(console, total=4, done=1, is_live=False) as progress:
+        progress.advance()
+    assert ("2/4 0:00:00" in screen.getvalue()) == is_terminal
+    with SweepProgress(console, total=4, done=1, is_live=True) as progress:
+        for _ in range(3):
+            progress.advance()
+    assert ("4/4 0:00:00" in screen.getvalue()) == is_terminal
+    assert bool(screen.getvalue()) == is_terminal

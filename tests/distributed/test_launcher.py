@@ -16,10 +16,12 @@ from tests.support.forking import Child, ForkServer
 from tests.support.launching import ONE_PROCESS, TWO_PROCESSES, StartedCommand
 from tests.support.servers import free_ports
 from wmtp.checkpoint.store import find_damage
+from wmtp.distributed import launcher
 from wmtp.distributed.exit_reports import FAILED, FINISHED, INTERRUPTED, PEER_FAILED, ExitReport, root_cause
 from wmtp.distributed.launcher import start_workers
-from wmtp.errors import InputError
+from wmtp.errors import InputError, InterruptedRun
 from wmtp.runtime.run_dir import FolderLock, JobProgress, RunStatus, is_running
+from wmtp.runtime.signals import raise_on_signals
 
 pytestmark = pytest.mark.xdist_group("servers")  # these tests also fork commands from the server of this session
 
@@ -181,6 +183,21 @@ def test_no_worker_is_left_when_rank_0_is_interrupted() -> None:
     assert dict(os.environ) == before and time.monotonic() - started < 5
 
 
+def test_a_signal_while_the_workers_end_does_not_replace_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a failed run would be recorded as KILLED. The control is a signal before the failure."""
+    monkeypatch.setattr(launcher, "EXIT_GRACE_S", 0.5)
+    entry = [
+        "-S",
+        "-c",
+        "import os, signal, time; time.sleep(0.2); os.kill(os.getppid(), signal.SIGINT); time.sleep(60)",
+    ]
+    with raise_on_signals():
+        with pytest.raises(ValueError, match="out of luck"), start_workers(entry, size=2):
+            raise ValueError("out of luck")
+        with pytest.raises(InterruptedRun), start_workers(entry, size=2):
+            time.sleep(5)
+
+
 @pytest.mark.slow
 def test_a_worker_that_ends_before_the_run_starts_fails_the_run(start: Start) -> None:
     run, control = (start(*TWO_PROCESSES, without=off) for off in ("joining", "joining,exit_codes"))
@@ -229,6 +246,27 @@ def start_ranks(server: ForkServer, folder: Path, *arguments: str, without: str 
         server.start("tests.support.launched", *overrides, folder=folder / each["RANK"], variables=each)
         for each in variables
     ]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_waits_for_others_says_so_and_ends_by_a_signal(
+    fork_server: ForkServer, tmp_path: Path, rank: str
+) -> None:
+    """Variables that another program left behind name processes that never come. No signal ends torch's own wait."""
+    variables = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables |= {"MASTER_PORT": str(free_ports(1)[0]), "WITHOUT": "patience"}
+    command = fork_server.start(
+        "tests.support.launched", *TWO_PROCESSES, "hydra.run.dir=run", folder=tmp_path, variables=variables
+    )
+    deadline = time.monotonic() + 60
+    while f"process {rank} of 2 waits for " not in command.err:
+        assert time.monotonic() < deadline and command.poll() is None, command.text
+        time.sleep(0.02)
+    assert "unset RANK WORLD_SIZE" in command.err
+    os.kill(command.pid, signal.SIGTERM)
+    assert command.wait(10) == 143
+    if rank == "0":
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "KILLED"
 
 
 @pytest.mark.slow

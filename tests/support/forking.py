@@ -54,18 +54,26 @@ class ForkServer:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, command: str, *arguments: str, folder: Path, variables: Mapping[str, str], num_processes: int = 1
+        self,
+        command: str,
+        *arguments: str,
+        folder: Path,
+        variables: Mapping[str, str],
+        num_processes: int = 1,
+        console: Path | None = None,
     ) -> "Child":
         """Start `python -m <command> …` in a folder, with additional environment variables.
 
         `command` is the name of a module. With two processes, the second one is forked too; it becomes rank 1 when the
-        command starts it.
+        command starts it. Output is written to `console`, such as a terminal, if it is given, otherwise to files.
         """
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"output-{time.monotonic_ns()}"
+        for suffix in (".out", ".err"):
+            log.with_suffix(suffix).touch()
         request = {
             "command": command, "arguments": arguments, "folder": str(folder), "variables": dict(variables),
-            "log": str(log), "num_processes": num_processes,
+            "log": str(log), "num_processes": num_processes, "console": console and str(console),
         }  # fmt: skip
         pid = self.request(**request)
         return Child(pid, log, lambda: self.request(poll=pid))
@@ -141,14 +149,15 @@ def fork(work: Callable[[], object]) -> int:
 def run_request(request: dict[str, Any], server: int) -> object:
     """Run the requested command in this process, which is killed when the server ends, and return its exit code."""
     kill_on_parent_death(server)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # same as in the commands of wmtp
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.chdir(request["folder"])
     os.environ.update(request["variables"])
     tempfile.tempdir = None  # the folder of temporary files may be another one now
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
         path = Path(request["log"]).with_suffix(suffix)
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(request["console"], os.O_WRONLY | os.O_NOCTTY) if request["console"] else opened, descriptor)
     if request["num_processes"] > 1:
         fork_worker()
     return run_module(request["command"], request["arguments"])
@@ -159,7 +168,7 @@ def run_module(name: str, arguments: list[str]) -> object:
     sys.argv = [name, *arguments]
     module = import_module(name)
     if hasattr(module, "COMMAND"):
-        return import_module("wmtp.cli.runner").run(module.COMMAND)
+        return import_module("wmtp.cli.command").run_command(module.COMMAND)
     return module.main()
 
 

@@ -34,6 +34,8 @@ if "joining" in WITHOUT and os.environ.get("RANK") == "1":
     os._exit(3)
 if "shutdown" in WITHOUT:
     store.send_shutdown = lambda exit_code: None  # type: ignore[assignment]
+if "patience" in WITHOUT:
+    store.WAIT_NOTICE_S = 0.1
 if "initializing" in WITHOUT and os.environ.get("RANK") == "1":
     membership.dist.init_process_group = lambda *arguments, **options: 1 / 0
 if "exit_codes" in WITHOUT:

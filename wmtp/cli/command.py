@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
+
+from wmtp.runtime.standard_streams import announce, lasting_streams
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -16,6 +20,10 @@ if TYPE_CHECKING:
 
 CHECKPOINT_KEY = {"checkpoint": "checkpoint.path"}
 """Alias of the key `checkpoint.path`. Without it, Hydra would treat `checkpoint=…` as the choice of a config group."""
+
+MULTIRUN = ("-m", "--multirun")
+"""Options that start a sweep. Other options print something and start no job."""
+START_AGAIN = "Nothing was saved; start again."
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Command:
     """Function that completes and checks a composed config. Its second argument is the list of overrides."""
     folder: Callable[[CheckedConfig, list[str]], Path | None] = lambda checked, overrides: None
     """Function that returns the output folder, or None to use a temporary folder that is removed at the end."""
-    resume_hint: Callable[[Path], str] = lambda folder: "Nothing was saved; start again."
+    resume_hint: Callable[[Path], str] = lambda folder: START_AGAIN
     """Function that returns a message about how to continue after an interruption."""
     num_processes: Callable[[DictConfig], int] | None = None
     """Function that returns the number of processes of the job. None means that the command always uses one process."""
@@ -50,6 +58,13 @@ class Command:
 def run_command(command: Command) -> NoReturn:
     """Run a command with the arguments of this process, and exit with its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the runner handles signals, Ctrl-C ends the process silently
-    from wmtp.cli.runner import run  # imports Hydra, which takes a second
+    with lasting_streams():
+        if os.environ.get("RANK", "0") == "0" and all(a in MULTIRUN for a in sys.argv[1:] if a.startswith("-")):
+            announce(f"{command.name}: checking the config …")
+        from wmtp.cli.runner import run  # imports Hydra, which takes a second
+        from wmtp.runtime.signals import keep_exit_code
 
-    run(command)
+        try:
+            run(command)
+        finally:
+            keep_exit_code()

@@ -16,6 +16,7 @@ from wmtp.errors import InterruptedRun
 from wmtp.runtime.processes import limit_threads, module_arguments, started_together
 from wmtp.runtime.run_dir import JobProgress
 from wmtp.runtime.signals import raise_on_signals
+from wmtp.runtime.standard_streams import write_error
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,11 @@ def run_worker(job: Job) -> NoReturn:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - used until this process ends
     with raise_on_signals():
         try:
-            values = receive_input()
+            try:
+                values = receive_input()
+            except Exception as error:
+                write_error(f"process {os.environ['RANK']}: no connection to process 0: {error}")
+                raise
             code = values.get("exit_code", 0)
             if "config" in values:
                 _run_in_group(job, decode_context(values))

@@ -27,6 +27,8 @@ from wmtp.config.overrides import (
 )
 from wmtp.config.paths import absolute_paths, started_in
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
+from wmtp.errors import InputError
+from wmtp.runtime.writable import require_writable
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,17 @@ def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:
 
     Raises:
         ConfigError: the config has issues, or the folder cannot be used.
+        InputError: no files can be written to the folder or to the cache.
     """
     if job.checked.issues:
         raise ConfigError(job.checked.issues)
+    if "cache_dir" in job.checked.config:
+        require_writable(Path(job.checked.config.cache_dir), "cache_dir")
     named = command.folder(job.checked, job.overrides)
-    folder = Path(os.path.abspath(named or tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")))
+    try:
+        folder = Path(os.path.abspath(named or tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")))
+    except OSError as error:
+        raise InputError(f"{error.strerror}; choose a folder for temporary files with the variable TMPDIR") from error
     if job.checked.config.get("dry_run"):
         job.checked.config.cache_dir = str(folder / "cache")
     with open_dict(job.hydra):

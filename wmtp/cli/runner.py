@@ -21,19 +21,25 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import run_job as hydra_run_job
 from hydra.types import HydraContext
 
-from wmtp.cli.command import Command
+from wmtp.cli.command import MULTIRUN, Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
 from wmtp.config.overrides import expand_argument, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
-from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
+from wmtp.runtime.processes import (
+    JOB_OPTION,
+    PARENT_VARIABLE,
+    check_launcher_variables,
+    kill_on_parent_death,
+    started_together,
+)
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
+from wmtp.runtime.standard_streams import require_written_output
 
 log = logging.getLogger(__name__)
-MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
 """Hydra's options for Tab completion. Their values look like overrides, but are none."""
 PRINTING = {
@@ -51,7 +57,15 @@ def run(command: Command) -> NoReturn:
     """
     if (parent := os.environ.pop(PARENT_VARIABLE, None)) is not None:
         kill_on_parent_death(int(parent))
-    elif started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
+    try:
+        check_launcher_variables()
+        if started_together() and command.num_processes is None:
+            remedy = "run it without torchrun, or unset RANK and WORLD_SIZE if another program left them behind"
+            raise InputError(f"{command.name} runs in one process; {remedy}")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    if parent is None and started_together() and "TORCHELASTIC_RUN_ID" in os.environ:
         kill_on_parent_death(os.getppid())
     if started_together() and os.environ["RANK"] != "0":
         run_worker(command.job)
@@ -63,8 +77,6 @@ def run(command: Command) -> NoReturn:
             runner.run([expand_argument(argument, command.raw_keys, command.aliases) for argument in arguments])
     except WmtpError as error:
         runner.end(error.exit_code, str(error))
-    except BrokenPipeError:  # `… --help | head`: the reader closed the pipe, and the exit must not flush into it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InterruptedRun, KeyboardInterrupt) as error:
         runner.interrupted(exit_state(error)[0])
     finally:
@@ -81,6 +93,8 @@ class CommandRunner:
         """The most severe exit code so far."""
         self.folder: Path | None = None
         """Folder of the run. It is None if it is not chosen yet, and for sweeps and jobs without a lasting folder."""
+        self.has_ended = False
+        """True once the end of a job or a sweep is recorded."""
         self.clean_up = ExitStack()
         """Removal of temporary folders and of an empty run folder."""
 
@@ -103,9 +117,6 @@ class CommandRunner:
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
-        if started_together() and self.command.num_processes is None:
-            problem = f"{self.command.name} runs in one process; run it without torchrun"
-            raise ConfigError([ConfigIssue("torchrun", "", problem)])
         if unknown := [option for option in options if option.partition("=")[0] not in {*PRINTING, *MULTIRUN}]:
             problem = "is not an option of this command; settings are written as key=value, and --help lists the keys"
             raise ConfigError([ConfigIssue(option, "", problem) for option in unknown])
@@ -128,7 +139,10 @@ class CommandRunner:
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
         context = HydraContext(None, Callbacks(settings))  # type: ignore[arg-type] # no loader: nothing is composed
-        result = hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+        try:
+            result = hydra_run_job(lambda config: self._run_job(resolved), settings, "hydra.run.dir", None, context)
+        except OSError as error:  # Hydra writes its files before the job
+            raise InputError(f"{resolved.folder}: cannot be written: {error}; nothing was started") from error
         _ = result.return_value  # raises an error of `_run_job` itself, which Hydra has kept
 
     def _run_hydra(self, arguments: list[str]) -> None:
@@ -136,6 +150,7 @@ class CommandRunner:
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
         main(lambda config: None)()
+        require_written_output()
 
     def _sweep(self, arguments: list[str]) -> None:
         """Run a sweep, with one job for each combination of the values in the arguments."""
@@ -162,6 +177,7 @@ class CommandRunner:
                 return PreparedJob(error.issues, {})
 
         self._add(run_sweep(command.name, self._download_remote(arguments), _prepare, command.end_sweep))
+        self.has_ended = True
 
     def _download_remote(self, arguments: list[str]) -> list[str]:
         """Download the runs whose S3 URLs are in the arguments, and replace the URLs with local paths.
@@ -187,15 +203,18 @@ class CommandRunner:
         folder, checked = resolved.folder, resolved.composed.checked
         try:
             status, progress = RunStatus(folder), JobProgress()
-        except InputError as error:
-            self.end(error.exit_code, str(error))
+        except (InputError, OSError) as error:
+            self.end(InputError.exit_code, str(error))
             return
 
         def _record(error: BaseException) -> None:
             """Record the error as the end of the run, and print its message."""
             code, state = exit_state(error)
-            if not (isinstance(error, InputError) and status.withdraw()):
-                status.end(state, code, progress, error=str(error) or type(error).__name__)
+            try:
+                if not (isinstance(error, InputError) and status.withdraw()):
+                    status.end(state, code, progress, error=str(error) or type(error).__name__)
+            except OSError as problem:  # for example, the disk is full
+                print(f"{folder / 'status.json'}: cannot be written: {problem.strerror}", file=sys.stderr)
             if progress.logged is not error:
                 log.info("the job ended: %s", state, exc_info=error)
             self.end(code, final_message(error, self.folder, self.command))
@@ -205,10 +224,13 @@ class CommandRunner:
         size = self.command.num_processes(checked.config) if self.command.num_processes else 1
         try:
             run_job(self.command.job, context, size, _record)
-            status.end("FINISHED", 0, progress)
+            with ignore_signals():
+                status.end("FINISHED", 0, progress)
+                self.has_ended = True
         except BaseException as error:  # noqa: BLE001 - every end of the job is recorded
             with ignore_signals():
                 _record(error)
+                self.has_ended = True
             if isinstance(error, InterruptedRun):
                 sys.exit(self.code)
 
@@ -221,10 +243,12 @@ class CommandRunner:
         self.code = worst_exit_code([self.code, code])
 
     def interrupted(self, code: int) -> None:
-        """Record that a signal interrupted this process while no job was running.
+        """Record that a signal interrupted this process before a job was running. After its end, it has no effect.
 
         If the run folder has content but no status.json, this file is written with the state KILLED.
         """
+        if self.has_ended:
+            return
         self.end(code, "interrupted before the job started")
         folder = self.folder
         if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "status.json").exists():

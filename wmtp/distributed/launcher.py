@@ -11,6 +11,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from wmtp.runtime.processes import PARENT_VARIABLE, num_cores
+from wmtp.runtime.signals import ignore_signals
 
 EXIT_GRACE_S = 8.0
 """Seconds after the end of rank 0 until the other ranks are killed. Only rank 0 uploads data, so they need less."""
@@ -81,6 +82,7 @@ def start_workers(entry: list[str], size: int) -> Iterator[Workers]:
         grace = EXIT_GRACE_S
         raise
     finally:
-        workers.stop(grace)
+        with ignore_signals():  # the job has ended, so a signal must not change how it ended
+            workers.stop(grace)
         os.environ.clear()
         os.environ.update(before)

@@ -4,8 +4,10 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -15,11 +17,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from wmtp.distributed.process_group import OtherProcessFailed
+from wmtp.runtime.standard_streams import write_error
 
-RENDEZVOUS_TIMEOUT = timedelta(minutes=30)
+RENDEZVOUS_TIMEOUT_S = 1800.0
 """Time limit for the connection to rank 0. It is long because rank 0 may download data before it is ready."""
+WAIT_NOTICE_S = 5.0
+"""Seconds of waiting for this connection after which a message says so."""
 SHUTDOWN_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.05
+SIGNAL_EXIT_CODES = 128
+"""Exit codes above this number mean that a signal ended the process."""
 INPUT_KEY = "input"
 
 
@@ -37,16 +44,42 @@ class ProcessAddress(NamedTuple):
         return cls(socket.gethostname() + namespace, os.getpid())
 
 
-def common_store() -> Store:
-    """Return the key-value store that all ranks share. The launcher's environment variables contain its address."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return _connect(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], attempt)
+def common_store(timeout: float = RENDEZVOUS_TIMEOUT_S) -> Store:
+    """Return the key-value store that all ranks share. The launcher's environment variables contain its address.
+
+    Raises:
+        TimeoutError: the other ranks were not found after `timeout` seconds.
+    """
+    rank, address = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    connection = _connect(*address, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    try:
+        return connection.result(min(timeout, WAIT_NOTICE_S))
+    except TimeoutError:
+        if connection.done() or timeout <= WAIT_NOTICE_S:
+            raise
+    others = "process 0" if rank else "the other processes"
+    write_error(
+        f"process {rank} of {os.environ['WORLD_SIZE']} waits for {others} at {':'.join(address)}; "
+        "if you did not start several processes, press Ctrl-C and run: unset RANK WORLD_SIZE"
+    )
+    return connection.result(timeout - WAIT_NOTICE_S)
 
 
 @cache  # rank 0 may host the store, whose content exists only as long as this object
-def _connect(address: str, port: str, attempt: str) -> Store:
-    store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
-    return PrefixStore(f"wmtp/{attempt}", store)
+def _connect(address: str, port: str, attempt: str) -> "Future[Store]":
+    """Start to connect to the store in a thread, because a signal cannot interrupt this function of torch."""
+    connection: Future[Store] = Future()
+
+    def _run() -> None:
+        """Connect to the store, and keep the result or the error."""
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S)))
+            connection.set_result(PrefixStore(f"wmtp/{attempt}", store))
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            connection.set_exception(error)
+
+    threading.Thread(target=_run, name="connection", daemon=True).start()
+    return connection
 
 
 def send_input(values: Mapping[str, Any]) -> None:
@@ -57,9 +90,13 @@ def send_input(values: Mapping[str, Any]) -> None:
 def send_shutdown(exit_code: int) -> None:
     """Make the other ranks end with an exit code, unless they have received the input of a job.
 
-    The function returns when all other ranks have received the exit code, or after `SHUTDOWN_TIMEOUT_S` seconds.
+    The function returns when all other ranks have received the exit code, or after `SHUTDOWN_TIMEOUT_S` seconds. After
+    an interruption, it does not wait for ranks that have not been found yet.
     """
-    store = common_store()
+    try:
+        store = common_store(SHUTDOWN_TIMEOUT_S if exit_code < SIGNAL_EXIT_CODES else POLL_INTERVAL_S)
+    except (TimeoutError, RuntimeError):  # there are no other ranks
+        return
     if store.check([INPUT_KEY]):
         return
     send_input({"exit_code": exit_code})

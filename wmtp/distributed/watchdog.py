@@ -39,7 +39,7 @@ class Watchdog:
     few seconds to end by itself. It may be unable to do so, because it waits in a call that cannot be interrupted (for
     example, a collective operation of NCCL). Then the watchdog calls `on_hang` with an error that names the failed
     rank, and ends this process with the exit code that `on_hang` returns. During such a call, Python handles no signal,
-    either. Therefore the watchdog counts SIGINT and SIGTERM itself, and the second one has the same effect.
+    either. Therefore the watchdog counts the signals itself, and the second one has the same effect.
     """
 
     def __init__(
@@ -148,7 +148,9 @@ class Watchdog:
         if (dead := self.dead_rank()) is not None:
             return OtherProcessFailed(dead, "died", 1)
         with suppress(BlockingIOError):
-            self._received += [number for number in self._signals.recv(4096) if number in SIGNALS]
+            for number in self._signals.recv(4096):
+                if number in SIGNALS and not (self._received and number == signal.SIGHUP):
+                    self._received.append(number)
         return interrupt_error(self._received[-1]) if len(self._received) > 1 else None
 
 

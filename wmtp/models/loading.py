@@ -19,6 +19,7 @@ from wmtp.errors import InputError
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelSource
+from wmtp.runtime.standard_streams import announce
 
 ALLOWED_TARGETS = {"model": ("wmtp.models.",), "model.tokenizer": ("wmtp.data.tokenizer.", "wmtp.models.")}
 """Config nodes from which objects are built, and the allowed prefixes of their `_target_`.
@@ -59,6 +60,7 @@ class TrainedCheckpoint:
         Raises:
             InputError: files are missing, or the model was trained with another tokenizer.
         """
+        announce("loading the model …")
         source = build_source(self.config.model, tokenizer, cache_dir)
         return load_weights(self.path, source.empty(), tokenizer, hardware, verified=True)
 

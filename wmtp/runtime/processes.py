@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from wmtp.errors import InputError
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -74,6 +76,8 @@ def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
     return not thread.is_alive()
 
 
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that a launcher such as torchrun sets in each process of a run."""
 CORES_VARIABLE = "WMTP_CORES"
 """Environment variable of a sweep's job. It contains the number of CPU cores that the job may use."""
 
@@ -107,6 +111,29 @@ def module_arguments(name: str) -> list[str]:
     # without -P, a folder named wmtp in the working directory would be imported instead of the installed package
     options = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
     return [*options, "-m", name]
+
+
+def check_launcher_variables() -> None:
+    """Check the environment variables by which a launcher such as torchrun describes the processes of a run.
+
+    Raises:
+        InputError: they name several processes, but are not complete.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
+    missing = [name for name in LAUNCHER_VARIABLES if name not in given]
+    problems = [f"these are not set: {', '.join(missing)}"] if missing else []
+    numbers = {name: value for name, value in given.items() if name != "MASTER_ADDR"}
+    problems += [f"{name}={value} is not a number" for name, value in numbers.items() if not value.isdecimal()]
+    if not problems and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        problems.append(f"RANK={given['RANK']} is not below it")
+    if problems:
+        raise InputError(
+            f"WORLD_SIZE={given['WORLD_SIZE']} in the environment says that this is one of several processes, but "
+            f"{'; '.join(problems)}. Start the processes with torchrun. If another program left these variables, run: "
+            f"unset {' '.join(given)}"
+        )
 
 
 def started_together() -> bool:

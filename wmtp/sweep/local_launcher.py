@@ -8,13 +8,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from wmtp.errors import InterruptedRun
 from wmtp.runtime.processes import CORES_VARIABLE, PARENT_VARIABLE, num_cores
 from wmtp.runtime.signals import SIGNALS
+from wmtp.runtime.standard_streams import notify
 
 STDERR_LINES = 60
 """Number of lines that are kept from the end of each job's standard error."""
@@ -68,6 +69,7 @@ def run_local(
             time.sleep(POLL_INTERVAL_S)
         except InterruptedRun as error:  # a second signal is forwarded too, and ends the jobs at once
             interruption = error
+            notify(f"{error}: waiting for {len(running)} running jobs to end; a second signal ends them at once")
             for process in running.values():
                 process.send(error.exit_code - 128)
     if interruption is not None:
@@ -107,7 +109,8 @@ class JobProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._lines.append(line)
-            print(line, end="", file=self._console or sys.stderr, flush=True)
+            with suppress(OSError):  # the disk is full; without a reader, the job would wait forever
+                print(line, end="", file=self._console or sys.stderr, flush=True)
 
     def poll(self) -> int | None:
         """Return the exit code of the process, or None while the process runs.

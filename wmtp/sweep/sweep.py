@@ -18,16 +18,27 @@ from wmtp.checkpoint.manifest import NAME
 from wmtp.config.overrides import quote
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, worst_exit_code
+from wmtp.report.comparability import require_same_data
 from wmtp.report.grouping import group_runs
 from wmtp.report.metrics import MODEL_LABELS, is_lower_better
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.processes import JOB_OPTION, module_arguments
-from wmtp.runtime.run_dir import SAVED_OVERRIDES, SWEEP, JobProgress, RunStatus, create_run_folder, display_path
+from wmtp.runtime.run_dir import (
+    OUTPUTS,
+    SAVED_OVERRIDES,
+    SWEEP,
+    JobProgress,
+    RunStatus,
+    create_run_folder,
+    display_path,
+)
 from wmtp.runtime.sweep_jobs import job_labels
+from wmtp.runtime.writable import require_writable
 from wmtp.sweep import slurm_launcher
 from wmtp.sweep.grid import SweepOptions, parse_grid
 from wmtp.sweep.local_launcher import run_local
+from wmtp.sweep.progress import SweepProgress
 from wmtp.sweep.state import Job, SweepState
 
 
@@ -124,14 +135,21 @@ class Sweep:
             self._print(f"To run the unfinished jobs again, repeat the command with sweep.resume={folder}")
         elif len(labels := self.state.group_labels()) > 1:
             baseline = "baseline" if "baseline" in labels else labels[0]
-            self._print(f"Next: python -m wmtp.compare {folder} {shlex.quote(f'baseline={baseline}')}")
+            try:
+                require_same_data(self.state.finished_runs())
+                self._print(f"Next: python -m wmtp.compare {folder} {shlex.quote(f'baseline={baseline}')}")
+            except InputError as error:
+                self._print(str(error))
         return code
 
     def _run_unfinished_jobs(self) -> InterruptedRun | None:
         """Run the unfinished jobs and wait for their end. Return the interruption if there was one, otherwise None."""
         try:
             self.state.write()
-            self._run_commands({job.number: self._job_command(job) for job in self._jobs_to_run()})
+            commands = {job.number: self._job_command(job) for job in self._jobs_to_run()}
+            total, is_live = len(self.state.jobs), self.is_submitted or self.grid.options.jobs > 1
+            with SweepProgress(self.console, total, total - len(commands), is_live=is_live) as self.progress:
+                self._run_commands(commands)
         except InterruptedRun as error:
             return error
         return None
@@ -173,8 +191,10 @@ class Sweep:
 
         Raises:
             ConfigError: the folder that the user named contains a sweep.
+            InputError: no files can be written to the folder.
         """
         named = self.grid.folder
+        require_writable(named or OUTPUTS, "hydra.sweep.dir")
         if self.grid.is_dry_run:
             return named or Path("outputs/<date>/<sweep>")
         if named is not None and (named / SWEEP).exists():
@@ -263,6 +283,7 @@ class Sweep:
         details = "" if loss is None else f", val/loss {loss:.4f}"
         details = details if job.error is None else f": {job.error.splitlines()[0]}"
         self._print(f"job {number} of {len(self.state.jobs)} {job.state}{details}")
+        self.progress.advance()
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,14 @@ import time
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from wmtp.tracking.base import State
@@ -25,20 +32,18 @@ class ConsoleTracker:
         self.live: Live | None = None
         if console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True),
-                console=console,
+                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True), console=console,
             )  # fmt: skip
-            self.task = self.bar.add_task("", total=num_updates, completed=first_step)
+            self.task = self.bar.add_task(self._position(first_step), total=num_updates, completed=first_step)
             self.live = Live(Group(self.bar, self.training, self.validation), console=console, refresh_per_second=4)
             self.live.start()
 
     def log(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Show the metrics of a training update or of a validation."""
-        this_epoch, epochs = (math.ceil(n / self.updates_per_epoch) for n in (step, self.num_updates))
-        position = f"epoch {this_epoch}/{epochs}  step {step}/{self.num_updates}"
-        line = format_metrics(metrics)
+        position, line = self._position(step), format_metrics(metrics)
         if self.live is None:
-            self.console.print(f"{position}  {line}{self._time_left(step, metrics)}", soft_wrap=True, highlight=False)
+            self.console.print(f"{position}  {line}{self._times(step, metrics)}", soft_wrap=True, highlight=False)
             return
         self.bar.update(self.task, completed=step, description=position)
         text = self.training if "train/loss" in metrics else self.validation
@@ -50,12 +55,22 @@ class ConsoleTracker:
         if self.live is not None:
             self.live.stop()
 
-    def _time_left(self, step: int, metrics: dict[str, float]) -> str:
+    def _position(self, step: int) -> str:
+        this_epoch, epochs = (math.ceil(n / self.updates_per_epoch) for n in (step, self.num_updates))
+        return f"epoch {max(1, this_epoch)}/{epochs}  update {step}/{self.num_updates}"
+
+    def _times(self, step: int, metrics: dict[str, float]) -> str:
         done = step - self.first_step
         if "train/loss" not in metrics or not done:
             return ""
-        left = round((time.monotonic() - self.started) / done * (self.num_updates - step))
-        return f"  left {left // 60}:{left % 60:02d}"
+        elapsed = time.monotonic() - self.started
+        left = elapsed / done * (self.num_updates - step)
+        return f"  elapsed {_format_time(elapsed)}  left {_format_time(left)}"
+
+
+def _format_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ from wmtp.models.mtp import MtpModel
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import PRETRAIN
+from wmtp.runtime.standard_streams import announce
 from wmtp.training.builders import (
     Components,
     build_components,
@@ -47,6 +48,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     folder = folder if config.resume is None else Path(config.resume).absolute()
+    announce("reading the data …")
     components = build_components(config, algorithm)
     stage = build_stage(config, components)
     stage_model = None

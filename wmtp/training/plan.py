@@ -47,8 +47,18 @@ class Plan:
         self.micro_batch_size = micro_batch_size or self.max_micro_batch_size
         self.micro_batches_per_update = math.ceil(self.batch_size / self.micro_batch_size)
         self.updates_per_epoch = math.ceil(num_samples / batch_size)
-        planned = max(1, share_of(self.updates_per_epoch, num_epochs))
-        self.num_updates = min(planned, max_steps) if max_steps else planned
+        self.max_steps = max_steps
+        self.updates_by_epochs = max(1, share_of(self.updates_per_epoch, num_epochs))
+        self.num_updates = min(self.updates_by_epochs, max_steps) if max_steps else self.updates_by_epochs
+
+    def longer_run_overrides(self, step: int, stopped_early: bool) -> str:
+        """Return overrides with which a run that has ended after `step` updates is resumed and makes more updates."""
+        overrides = ["early_stopping=none"] if stopped_early else []
+        if self.max_steps is not None and step >= self.max_steps:
+            overrides.append(f"max_steps={2 * step}")
+        if step >= self.updates_by_epochs:
+            overrides.append(f"num_epochs={2 * step / self.updates_per_epoch:g}")
+        return " ".join(overrides)
 
     def update_in_epoch(self, position: Position) -> int:
         """Return the number of updates between the start of the epoch and the given position."""

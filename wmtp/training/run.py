@@ -23,11 +23,13 @@ from wmtp.config.defaults import changed_keys
 from wmtp.config.schema import stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
+from wmtp.errors import InterruptedRun
 from wmtp.models.loading import MODEL_FOLDER, build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PRETRAIN, RESUMES, SAVED_OVERRIDES, JobProgress
+from wmtp.runtime.standard_streams import announce
 from wmtp.tracking.base import Tracker
 from wmtp.tracking.console import ConsoleTracker
 from wmtp.tracking.jsonl import MetricsFile
@@ -110,14 +112,18 @@ class Run:
                 log.info("the run ended with state %s", state, exc_info=error)
                 self.progress.logged = error
                 self._write_report(state, code, str(error) or type(error).__name__)
-            for upload_error in close_all(self.uploaders, state):
-                log.warning("%s", upload_error)
+            try:
+                for upload_error in close_all(self.uploaders, state):
+                    log.warning("%s", upload_error)
+            except InterruptedRun as interruption:  # it ends the uploads, but it is not how the run ended
+                log.warning("%s during the last uploads; python -m wmtp.sync sends the rest", interruption)
             raise
         upload_errors = close_all(self.uploaders, "FINISHED")
         for store in self.stores:
             store.prune()
         if self.processes.is_main:
-            print_summary(self.console, self.folder, summary, longer_run_override(self.config, result))
+            longer = trainer.plan.longer_run_overrides(result.total_steps, result.early_stopped)
+            print_summary(self.console, self.folder, summary, longer)
         self.progress.stop_reason = result.stop_reason
         if upload_errors:
             raise pending_error(upload_errors)
@@ -129,11 +135,13 @@ class Run:
         If the run is resumed, the trainer starts from the state in the latest checkpoint.
         """
         self._print(f"Run folder: {self.folder}")
+        announce("reading the data …")
         components = build_components(self.config, self.algorithm)
         if self.config.resume is not None:
             declared = self.config.resume_override
             self.processes.run_on_all(lambda: require_same_contents(self.folder, components.data, declared))
         stage = build_stage(self.config, components)
+        announce("building the model …")
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
         objective = MtpObjective(components.algorithm)
@@ -275,6 +283,7 @@ class Run:
 
     def _final_results(self, trainer: Trainer, result: Result) -> dict[str, Any]:
         """Measure the final model, and return those entries of summary.json that the trainer cannot provide."""
+        announce("measuring the final model …")
         objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
@@ -315,10 +324,3 @@ def value_head_tensors(snapshot: Snapshot) -> Tensors:
     """Return the tensors of the value head by name. The prefix `value_head.` is removed from the names."""
     prefix = "value_head."
     return {name.removeprefix(prefix): x for name, x in snapshot.model.items() if name.startswith(prefix)}
-
-
-def longer_run_override(config: DictConfig, result: Result) -> str:
-    """Return an override for resuming a finished run so that it trains for more updates."""
-    if result.stop_reason is not None:
-        return "early_stopping=none"
-    return f"max_steps={2 * config.max_steps}" if config.max_steps else f"num_epochs={2 * config.num_epochs:g}"

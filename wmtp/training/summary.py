@@ -75,7 +75,7 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
     for name in sorted((name for name in last if name.startswith("val/")), key=lambda name: "head" in name):
         table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}")
     if best:
-        table.add_row("at step", str(last["step"]), str(best["step"]))
+        table.add_row("at update", str(last["step"]), str(best["step"]))
     if last:
         console.print(table)
     if summary["stop_reason"]:

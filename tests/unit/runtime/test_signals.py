@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from tests.support.launching import ONE_PROCESS, StartedCommand
 from wmtp.errors import InterruptedAtOnce
-from wmtp.runtime.signals import SIGNALS, DeferredSignals, raise_on_signals
+from wmtp.runtime.signals import SIGNALS, DeferredSignals, _let_signals_kill, raise_on_signals
 
 
 def send(number: signal.Signals) -> None:
@@ -17,12 +19,14 @@ def send(number: signal.Signals) -> None:
     time.sleep(0.01)
 
 
-def test_first_signal_is_deferred_second_raises_third_kills() -> None:
+def test_first_signal_is_deferred_second_raises_third_kills(capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with raise_on_signals():
         with DeferredSignals() as signals:
             send(signal.SIGTERM)
             assert signals.received == signal.SIGTERM
+            acknowledged = "SIGTERM: the run ends after this update; a second signal ends it at once\n"
+            assert capsys.readouterr().err == acknowledged, "at once, not after the update"
             with pytest.raises(InterruptedAtOnce) as ended:
                 send(signal.SIGINT)
         assert ended.value.exit_code == 130
@@ -37,6 +41,39 @@ def test_outside_training_the_first_signal_raises() -> None:
             with pytest.raises(InterruptedAtOnce, match="interrupted by SIGTERM"):
                 send(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_sighup_has_no_effect_and_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a terminal is closed, the system and the shell both send SIGHUP."""
+    with raise_on_signals(), DeferredSignals() as signals:
+        send(signal.SIGHUP)
+        send(signal.SIGHUP)
+        assert signals.received == signal.SIGHUP
+        with pytest.raises(InterruptedAtOnce, match="interrupted by SIGTERM"):
+            send(signal.SIGTERM)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with raise_on_signals():
+            with DeferredSignals() as signals:
+                send(signal.SIGHUP)
+            assert signals.received is None
+            _let_signals_kill()
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_before_the_exit_does_not_change_the_exit_code() -> None:
+    """The control is the same program without the call, which the signal kills."""
+    program = (
+        "import os, signal, sys, threading; from wmtp.runtime.signals import keep_exit_code\n"
+        "class Late:\n    def __del__(self, send=os.kill, pid=os.getpid()):\n        send(pid, signal.SIGTERM)\n"
+        "late = Late()\n{}\nos.kill(os.getpid(), signal.SIGTERM)\nsys.exit(3)"
+    )
+    codes = [
+        subprocess.run([sys.executable, "-c", program.format(call)]).returncode for call in ("keep_exit_code()", "")
+    ]
+    assert codes == [3, -signal.SIGTERM]
 
 
 @pytest.mark.parametrize("is_single", [True, False])

@@ -86,7 +86,9 @@ def test_without_a_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) 
     tracker.log(10, 1, TRAINED)
     tracker.close("FINISHED")
     line = capsys.readouterr().out
-    assert line.startswith("epoch 1/2  step 10/20  train loss 1.2500  heads 1.000 1.500  12,346 tokens/s  left ")
+    assert line.startswith(
+        "epoch 1/2  update 10/20  train loss 1.2500  heads 1.000 1.500  12,346 tokens/s  elapsed 0:00  left 0:00"
+    )
     assert line.count("\n") == 1
     assert "\x1b" not in line
 
@@ -100,7 +102,7 @@ def test_the_progress_bar_fits_the_width_of_the_terminal(width: int, tmp_path: P
         tracker.log(990, 2, {"val/loss": 1.0, "val/head_1_loss": 1.0})
         tracker.close("FINISHED")
     screen = (tmp_path / "screen").read_text()
-    assert "epoch 3/3  step 990/1000" in screen
+    assert "epoch 3/3  update 990/1000" in screen and "0:00:0" in screen, "the elapsed time"
     assert "99%" in screen
     assert max(len(Console().render_str(line).plain) for line in format_metrics(TRAINED).splitlines()) <= width
 

@@ -172,6 +172,31 @@ def test_the_plan_counts_the_updates_that_will_run(epochs: float, max_steps: int
     assert Plan(103, num_epochs=epochs, max_steps=max_steps, batch_size=10).num_updates == updates
 
 
+@pytest.mark.parametrize(
+    ("settings", "stopped_at", "expected"),
+    [
+        ({"num_epochs": 3.0}, None, "num_epochs=6"),
+        ({"num_epochs": 3.0, "max_steps": 100}, None, "num_epochs=6"),
+        ({"num_epochs": 3.0, "max_steps": 10}, None, "max_steps=20"),
+        ({"num_epochs": 3.0, "max_steps": 33}, None, "max_steps=66 num_epochs=6"),
+        ({"num_epochs": 0.01}, None, "num_epochs=0.181818"),
+        ({"num_epochs": 3.0}, 12, "early_stopping=none"),
+        ({"num_epochs": 3.0}, 33, "early_stopping=none num_epochs=6"),
+    ],
+)
+def test_the_suggested_overrides_make_more_updates(
+    settings: dict[str, Any], stopped_at: int | None, expected: str
+) -> None:
+    """The control is max_steps alone, which makes no update if the run has ended by epochs."""
+    plan = Plan(103, **settings, batch_size=10)
+    step = stopped_at or plan.num_updates
+    overrides = plan.longer_run_overrides(step, stopped_at is not None)
+    assert overrides == expected
+    given = dict(override.split("=") for override in overrides.split() if not override.startswith("early"))
+    assert Plan(103, **settings | {key: float(value) for key, value in given.items()}, batch_size=10).num_updates > step
+    assert Plan(103, num_epochs=3.0, max_steps=2 * 33, batch_size=10).num_updates == 33, "the control"
+
+
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
 def test_positions_cover_every_update_of_every_epoch(samples: int, batch: int, micro: int) -> None:
     plan = Plan(samples, num_epochs=2.0, batch_size=batch, micro_batch_size=min(micro, batch))
