@@ -28,9 +28,10 @@ def train(context: JobContext) -> None:
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Check a training config. The `inputs` of the result are the algorithm."""
+    from wmtp.config.overrides import typed_values
     from wmtp.training.validate import check_training  # imports torch
 
-    return check_training(config)
+    return check_training(config, typed_values(overrides))
 
 
 def preflight(config: DictConfig, folder: Path) -> list[str]:
@@ -53,7 +54,7 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     Raises:
         ConfigError: `hydra.run.dir` already contains a run, or is given together with `resume`.
     """
-    from wmtp.config.overrides import chosen_run_dir
+    from wmtp.config.overrides import chosen_run_dir, shell_argument
     from wmtp.config.schema import ConfigError, ConfigIssue
 
     config = checked.config
@@ -69,15 +70,18 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     if named is None:
         return create_run_folder()
     if (named / "status.json").exists():
-        problem = f"already contains a run; resume it (resume={named}) or use another folder"
+        problem = f"already contains a run; resume it ({shell_argument('resume', named)}) or use another folder"
         raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
     return named
 
 
 def resume_hint(folder: Path) -> str:
     """Return a message that explains how to resume an interrupted run, or that nothing was saved."""
-    resumable = any(folder.glob("**/step_*/manifest.json"))
-    return f"Resume with resume={display_path(folder)}" if resumable else "Nothing was saved; start again."
+    from wmtp.config.overrides import shell_argument
+
+    if not any(folder.glob("**/step_*/manifest.json")):
+        return "Nothing was saved; start again."
+    return f"Resume with {shell_argument('resume', display_path(folder))}"
 
 
 def end_sweep(folder: Path, state: str) -> None:

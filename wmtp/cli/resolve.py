@@ -16,7 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.cli.command import Command
 from wmtp.config.groups import group_options, is_group
-from wmtp.config.overrides import load_saved_overrides, parse_overrides, to_hydra_override
+from wmtp.config.overrides import (
+    RUN_DIR,
+    chosen_folder,
+    load_saved_overrides,
+    parse_overrides,
+    quote,
+    to_hydra_override,
+)
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
 
 
@@ -78,6 +85,8 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), command.name, version_base="1.3"):
             composed = hydra.compose(command.name, overrides, return_hydra_config=True)
+            if (run_dir := chosen_folder(RUN_DIR, overrides, composed)) is not None:
+                overrides = [f"{RUN_DIR}={quote(run_dir)}" if o.startswith(f"{RUN_DIR}=") else o for o in overrides]
         checked = command.check(without_hydra(composed), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error

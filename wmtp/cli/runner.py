@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ from wmtp.cli.command import Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
-from wmtp.config.overrides import expand_argument, to_hydra_override
+from wmtp.config.overrides import expand_argument, is_dry_run, last_value, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
 from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
@@ -59,8 +60,7 @@ def run(command: Command) -> NoReturn:
     try:
         load_environment()
         with raise_on_signals():
-            arguments = command.positional_args(sys.argv[1:])
-            runner.run([expand_argument(argument, command.raw_keys, command.aliases) for argument in arguments])
+            runner.run(sys.argv[1:])
     except WmtpError as error:
         runner.end(error.exit_code, str(error))
     except BrokenPipeError:  # `… --help | head`: the reader closed the pipe, and the exit must not flush into it
@@ -87,6 +87,8 @@ class CommandRunner:
     def run(self, arguments: list[str]) -> None:
         """Run a sweep if the arguments contain `-m` or `--multirun`. Otherwise, run one job.
 
+        `arguments` are the arguments as the user typed them.
+
         Raises:
             ConfigError: an override, the config or the folder is not valid.
         """
@@ -99,7 +101,10 @@ class CommandRunner:
                 raise InputError(f"{JOB_OPTION} {arguments[1]}: cannot be read: {error}") from error
             self._start(choose_folder(self.command, decode_job(self.command, values)))
             return
+        arguments, command = self.command.positional_args(arguments), self.command
         options = [argument for argument in arguments if argument.startswith("-")]
+        expand = partial(expand_argument, is_sweep=not set(MULTIRUN).isdisjoint(options))
+        arguments = [expand(argument, command.raw_keys, command.aliases) for argument in arguments]
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
@@ -148,9 +153,9 @@ class CommandRunner:
         if command.end_sweep is None:
             problem = f"only train supports sweeps; run {command.name} once per combination"
             raise ConfigError([ConfigIssue("-m", "", problem)])
-        if resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]:
+        if (resumed := last_value(arguments, "resume")) is not None:
             problem = "a sweep starts new runs; resume an earlier sweep with sweep.resume=DIR"
-            raise ConfigError([ConfigIssue(resumed[0], "", problem)])
+            raise ConfigError([ConfigIssue("resume", resumed, problem)])
         refuse_credentials(arguments)
 
         def _prepare(overrides: list[str]) -> PreparedJob:
@@ -174,7 +179,7 @@ class CommandRunner:
         from wmtp.cli.s3_paths import replace_remote_args
 
         scratch: Path | None = None
-        if "dry_run=true" in (argument.lstrip("+").lower() for argument in arguments):
+        if is_dry_run(arguments):
             temporary = tempfile.TemporaryDirectory(prefix=f"wmtp-{self.command.name}-", ignore_cleanup_errors=True)
             scratch = Path(self.clean_up.enter_context(temporary))
         try:
