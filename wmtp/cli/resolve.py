@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from wmtp.config.overrides import (
     quote,
     to_hydra_override,
 )
+from wmtp.config.presets import drop_preset_values
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
 
 
@@ -36,6 +37,8 @@ class ComposedJob:
     """Overrides in Hydra's syntax from which the config was composed, including those of Hydra's own settings."""
     hydra: DictConfig
     """The composed config with the node `hydra`, which contains Hydra's own settings."""
+    notes: list[str] = field(default_factory=list)
+    """Messages about values of the preset that are not used."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,11 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
             composed = hydra.compose(command.name, overrides, return_hydra_config=True)
             if (run_dir := chosen_folder(RUN_DIR, overrides, composed)) is not None:
                 overrides = [f"{RUN_DIR}={quote(run_dir)}" if o.startswith(f"{RUN_DIR}=") else o for o in overrides]
+            notes = drop_preset_values(command.name, overrides, composed)
         checked = command.check(without_hydra(composed), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
-    return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed)
+    return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed, notes)
 
 
 def merge_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[str]:

@@ -129,6 +129,8 @@ class CommandRunner:
         else:
             self.folder = resolved.folder
             self.clean_up.callback(_remove_if_empty, resolved.folder)
+        for note in resolved.composed.notes:
+            print(note, file=sys.stderr)
         for warning in self.command.preflight(resolved.composed.checked.config, resolved.folder):
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
@@ -157,11 +159,14 @@ class CommandRunner:
             problem = "a sweep starts new runs; resume an earlier sweep with sweep.resume=DIR"
             raise ConfigError([ConfigIssue("resume", resumed, problem)])
         refuse_credentials(arguments)
+        printed = set[str]()
 
         def _prepare(overrides: list[str]) -> PreparedJob:
             """Compose and check one job."""
             try:
                 job = compose(command, overrides)
+                print(*(f"{note}\n" for note in job.notes if note not in printed), sep="", end="", file=sys.stderr)
+                printed.update(job.notes)
                 return PreparedJob(job.checked.issues, encode_job(job))
             except ConfigError as error:
                 return PreparedJob(error.issues, {})
