@@ -11,6 +11,7 @@ from pathlib import Path
 from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.runtime.run_dir import RUN, SWEEP, SYNC_STATE, display_path, is_running, mark_dead_run, read_status
 from wmtp.runtime.signals import raise_on_signals
+from wmtp.runtime.versions import version_text
 
 DESCRIPTION = """\
 Upload the pending metrics, statuses and checkpoints of runs to the servers in
@@ -36,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="RUN|outputs", help="folder of a run, or a folder that contains runs"
     )
+    parser.add_argument("--version", action="store_true", help="print the versions of wmtp and its packages, and exit")
+    if "--version" in (sys.argv[1:] if arguments is None else arguments):
+        print(version_text())
+        return 0
     folders: list[Path] = parser.parse_args(arguments).folders
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     code = 0

@@ -9,6 +9,7 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,31 @@ def test_help_explains_each_group_and_its_options(get_help: Callable[[str], str]
     assert "smollm2/cpu" in text and "meta_7b/base," not in text
     groups = get_help("generate").partition("== Config")[0].partition("== Groups")[2]
     assert "hardware: " in groups and "algo: " not in groups, "help shows only the groups of the command"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_version_is_printed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code = sync(["--version"]) if name == "sync" else run_command(["--version"], monkeypatch, name)
+    first, *packages = capsys.readouterr().out.splitlines()
+    assert code == 0 and first.split()[:2] == ["wmtp", version("wmtp")]
+    assert f"torch {version('torch')}" in packages
+
+
+def test_help_says_what_each_key_of_the_chosen_options_means(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["data=jsonl", "algo=critic", "experiment=smoke", "--help"], monkeypatch) == 0
+    text = capsys.readouterr().out.partition("== Config")[2]
+    for line in (
+        "max_steps: 20               # maximum number of updates, regardless of",
+        "  dim: 64                   # width of the residual stream",
+        '  template: "{prompt}\\n"    # text before the solution; \\n is a newline, also on',
+        "  on_error: stop            # for an invalid line: stop, or skip (counted by",
+        "  beta: 0.9                 # temperature; a smaller value spreads the weights",
+        "  trains: all               # all: value head, trunk and language model; head:",
+        "    patience: 5             # converged: number of measurements without",
+    ):
+        assert f"\n{line}\n" in text, line
 
 
 @pytest.mark.slow

@@ -26,19 +26,21 @@ from wmtp.cli.command import Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
+from wmtp.config import help_text
 from wmtp.config.overrides import expand_argument, is_dry_run, last_value, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
 from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
+from wmtp.runtime.versions import version_text
 
 log = logging.getLogger(__name__)
 MULTIRUN = ("-m", "--multirun")
 COMPLETION = ("-sc", "--shell-completion")
 """Hydra's options for Tab completion. Their values look like overrides, but are none."""
 PRINTING = {
-    "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info",
+    "-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info",
     *COMPLETION,
 }  # fmt: skip
 """Hydra's options that print something and start no job."""
@@ -101,6 +103,9 @@ class CommandRunner:
                 raise InputError(f"{JOB_OPTION} {arguments[1]}: cannot be read: {error}") from error
             self._start(choose_folder(self.command, decode_job(self.command, values)))
             return
+        if "--version" in arguments:
+            print(version_text())
+            return
         arguments, command = self.command.positional_args(arguments), self.command
         options = [argument for argument in arguments if argument.startswith("-")]
         expand = partial(expand_argument, is_sweep=not set(MULTIRUN).isdisjoint(options))
@@ -140,6 +145,7 @@ class CommandRunner:
 
     def _run_hydra(self, arguments: list[str]) -> None:
         """Run one of Hydra's own options, which print something and start no job."""
+        help_text.register()
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
         main(lambda config: None)()

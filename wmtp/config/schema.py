@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ValidationError
 
+from wmtp.config.flatten import flatten
 from wmtp.config.moved_targets import current_key, current_target, update_config
 from wmtp.config.values import as_typed, convert_value, format_problem, validate_value
 from wmtp.errors import InputError
@@ -199,7 +200,9 @@ def node_issues(
     for name in raw:
         if name in HYDRA_KEYS or name in parameters:
             continue
-        yield ConfigIssue(f"{prefix}{name}", str(raw[name]), f"unknown key; {did_you_mean(name, parameters, prefix)}")
+        nested = [] if key else [path for path in flatten(raw) if path.endswith(f".{name}") and path not in raw]
+        hint = did_you_mean(name, parameters, prefix) if not nested else f"did you mean {' or '.join(nested)}?"
+        yield ConfigIssue(f"{prefix}{name}", str(raw[name]), f"unknown key; {hint}")
     for name, parameter in parameters.items():
         path = f"{prefix}{name}"
         if name not in node or OmegaConf.is_missing(node, name):
