@@ -51,9 +51,10 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Check a config."""
     from omegaconf import OmegaConf
 
+    from wmtp.config.overrides import typed_values
     from wmtp.config.schema import CheckedConfig, ConfigIssue, node_issues
 
-    issues = list(node_issues(config, ""))
+    issues = list(node_issues(config, "", typed=typed_values(overrides)))
     if OmegaConf.is_missing(config, "runs"):
         issues = [issue for issue in issues if issue.key != "runs"]
         issues.append(ConfigIssue("runs", "", "missing; give folders of runs: python -m wmtp.compare DIR…"))
@@ -71,12 +72,11 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
 
 def positional_args(arguments: list[str]) -> list[str]:
     """Return the arguments, in which one argument `runs=[…]` with a list replaces all positional arguments."""
-    from wmtp.config.overrides import quote
+    from wmtp.config.overrides import is_override, quote
 
     runs, result = list[str](), list[str]()
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_override = "=" in argument and not Path(argument).exists()
-        is_run = not (is_override or argument.startswith("-") or before.startswith("-"))
+        is_run = not (is_override(argument) or argument.startswith("-") or before.startswith("-"))
         (runs if is_run else result).append(argument)
     return [*result, f"runs=[{','.join(quote(run) for run in runs)}]"] if runs else result
 

@@ -47,12 +47,13 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Check a config, and find and verify its checkpoint."""
     from omegaconf import OmegaConf
 
+    from wmtp.config.overrides import typed_values
     from wmtp.config.schema import CheckedConfig, ConfigIssue, node_issues
     from wmtp.evaluation.validate import read_checkpoint
     from wmtp.models.export import folder_issue
     from wmtp.runtime.writable import write_problem
 
-    issues = [issue for issue in node_issues(config, "") if issue.key != "checkpoint"]
+    issues = [i for i in node_issues(config, "", typed=typed_values(overrides)) if i.key != "checkpoint"]
     if OmegaConf.is_missing(config, "format"):
         issues = [issue for issue in issues if issue.key != "format"]
         issues.append(ConfigIssue("format", "", f"missing; set it with {FORMATS}"))
@@ -73,13 +74,13 @@ def positional_args(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: there are more than two positional arguments.
     """
-    from wmtp.config.overrides import quote
+    from wmtp.config.overrides import is_override, quote
     from wmtp.config.schema import ConfigError, ConfigIssue
 
     names, result = list(POSITIONAL_KEYS), list[str]()
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_override = "=" in argument and not Path(argument).exists()
-        if is_override or argument.startswith("-") or (before.startswith("-") and before not in ("-m", "--multirun")):
+        is_value = before.startswith("-") and before not in ("-m", "--multirun")
+        if is_override(argument) or argument.startswith("-") or is_value:
             result.append(argument)
         elif names:
             result.append(f"{names[0]}={quote(argument) if names[0] == 'checkpoint' else argument}")

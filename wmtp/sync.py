@@ -12,6 +12,7 @@ from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.runtime.run_dir import RUN, SWEEP, SYNC_STATE, display_path, is_running, mark_dead_run, read_status
 from wmtp.runtime.signals import raise_on_signals
 from wmtp.runtime.standard_streams import lasting_streams
+from wmtp.runtime.versions import version_text
 
 DESCRIPTION = """\
 Upload the pending metrics, statuses and checkpoints of runs to the servers in
@@ -43,6 +44,10 @@ def upload(arguments: list[str] | None) -> int:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="RUN|outputs", help="folder of a run, or a folder that contains runs"
     )
+    parser.add_argument("--version", action="store_true", help="print the versions of wmtp and its packages, and exit")
+    if "--version" in (sys.argv[1:] if arguments is None else arguments):
+        print(version_text())
+        return 0
     folders: list[Path] = parser.parse_args(arguments).folders
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     code = 0

@@ -35,10 +35,11 @@ def train(context: JobContext) -> None:
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Check a training config. The `inputs` of the result are the algorithm."""
     from wmtp.config.defaults import drop_keys_of_replaced_classes  # imports Hydra
+    from wmtp.config.overrides import typed_values
     from wmtp.training.validate import check_training  # imports torch
 
     drop_keys_of_replaced_classes(config, overrides)
-    return check_training(config)
+    return check_training(config, typed_values(overrides))
 
 
 def preflight(config: DictConfig, folder: Path) -> list[str]:
@@ -62,7 +63,7 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
         ConfigError: `hydra.run.dir` already contains a run, or is given together with `resume`.
         InputError: no files can be written to the folder.
     """
-    from wmtp.config.overrides import chosen_run_dir
+    from wmtp.config.overrides import chosen_run_dir, shell_argument
     from wmtp.config.schema import ConfigError, ConfigIssue
 
     config, named = checked.config, chosen_run_dir(overrides)
@@ -70,7 +71,8 @@ def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
     if named is not None and config.resume is not None:
         problem = "a resumed run keeps its folder; leave this out"
     elif named is not None and (named / "status.json").exists() and (named / "config.yaml").exists():
-        problem = f"already contains a run; resume it (resume={named}) or use another folder"  # it has started
+        resume = shell_argument("resume", named)  # the config shows that the run has started
+        problem = f"already contains a run; resume it ({resume}) or use another folder"
     if problem is not None:
         raise ConfigError([ConfigIssue("hydra.run.dir", str(named), problem)])
     require_writable(Path(config.resume or named or OUTPUTS), "hydra.run.dir")
@@ -88,7 +90,9 @@ def num_processes(config: DictConfig) -> int:
 
 def resume_hint(folder: Path) -> str:
     """Return a message that explains how to continue an interrupted run."""
-    resume = f"resume={display_path(folder)}"
+    from wmtp.config.overrides import shell_argument
+
+    resume = shell_argument("resume", display_path(folder))
     if any(folder.glob("**/step_*/manifest.json")):
         return f"Resume with {resume}"
     return f"Nothing was saved; {resume} starts it again." if (folder / SAVED_OVERRIDES).exists() else START_AGAIN

@@ -9,6 +9,7 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,31 @@ def test_a_python_without_the_packages_gets_one_line_with_the_remedy() -> None:
         assert done.returncode == 2 and "source .venv/bin/activate" in line
     control = run([sys.executable, "-S", "-c", "import wmtp.cli.runner"], ROOT)
     assert control.returncode == 1 and "ModuleNotFoundError" in control.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_version_is_printed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code = sync(["--version"]) if name == "sync" else run_command(["--version"], monkeypatch, name)
+    first, *packages = capsys.readouterr().out.splitlines()
+    assert code == 0 and first.split()[:2] == ["wmtp", version("wmtp")]
+    assert f"torch {version('torch')}" in packages
+
+
+def test_help_says_what_each_key_of_the_chosen_options_means(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["data=jsonl", "algo=critic", "experiment=smoke", "--help"], monkeypatch) == 0
+    text = capsys.readouterr().out.partition("== Config")[2]
+    for line in (
+        "max_steps: 20               # maximum number of updates, regardless of",
+        "  dim: 64                   # width of the residual stream",
+        '  template: "{prompt}\\n"    # text before the solution',
+        "  on_error: stop            # for an invalid line: stop, or skip (counted by",
+        "  beta: 0.9                 # temperature; a smaller value spreads the weights",
+        "  trains: all               # all: value head, trunk and language model; head:",
+        "    patience: 5             # converged: number of measurements without",
+    ):
+        assert f"\n{line}\n" in text, line
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import os
 import tempfile
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from wmtp.cli.command import Command
 from wmtp.config.groups import group_options, is_group
 from wmtp.config.overrides import (
+    RUN_DIR,
+    chosen_folder,
+    last_value,
     load_saved_overrides,
     override_key,
     parse_overrides,
     quote,
-    resumed_folder,
     to_hydra_override,
 )
 from wmtp.config.paths import absolute_paths, started_in
+from wmtp.config.presets import drop_preset_values
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
 from wmtp.errors import InputError
 from wmtp.runtime.writable import require_writable
@@ -40,6 +43,8 @@ class ComposedJob:
     """Overrides in Hydra's syntax from which the config was composed, including those of Hydra's own settings."""
     hydra: DictConfig
     """The composed config with the node `hydra`, which contains Hydra's own settings."""
+    notes: list[str] = field(default_factory=list)
+    """Messages about values of the preset that are not used."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,14 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), command.name, version_base="1.3"):
             composed = hydra.compose(command.name, overrides, return_hydra_config=True)
+            if (run_dir := chosen_folder(RUN_DIR, overrides, composed)) is not None:
+                overrides = [f"{RUN_DIR}={quote(run_dir)}" if o.startswith(f"{RUN_DIR}=") else o for o in overrides]
+            notes = drop_preset_values(command.name, overrides, composed)
         overrides = make_paths_absolute(composed, overrides, arguments)
         checked = command.check(without_hydra(composed), overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
-    return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed)
+    return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed, notes)
 
 
 def make_paths_absolute(composed: DictConfig, overrides: list[str], arguments: list[str]) -> list[str]:
@@ -116,8 +124,8 @@ def make_paths_absolute(composed: DictConfig, overrides: list[str], arguments: l
     relative paths start at the folder in which that run was started.
     """
     typed = {override_key(argument) for argument in arguments}
-    resume = resumed_folder(arguments)
-    start = (resume and started_in(resume)) or Path.cwd()
+    resume = last_value(arguments, "resume")
+    start = (resume and started_in(Path(resume))) or Path.cwd()
     found = absolute_paths(composed, lambda key: Path.cwd() if key in typed else start)
     for key, path in found.items():
         OmegaConf.update(composed, key, str(path))

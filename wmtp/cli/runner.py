@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,8 @@ from wmtp.cli.command import MULTIRUN, Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
-from wmtp.config.overrides import expand_argument, to_hydra_override
+from wmtp.config import help_text
+from wmtp.config.overrides import expand_argument, is_dry_run, last_value, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
 from wmtp.runtime.processes import (
@@ -38,12 +40,13 @@ from wmtp.runtime.processes import (
 from wmtp.runtime.run_dir import JobProgress, RunStatus
 from wmtp.runtime.signals import ignore_signals, raise_on_signals
 from wmtp.runtime.standard_streams import require_written_output
+from wmtp.runtime.versions import version_text
 
 log = logging.getLogger(__name__)
 COMPLETION = ("-sc", "--shell-completion")
 """Hydra's options for Tab completion. Their values look like overrides, but are none."""
 PRINTING = {
-    "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info",
+    "-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info",
     *COMPLETION,
 }  # fmt: skip
 """Hydra's options that print something and start no job."""
@@ -73,8 +76,7 @@ def run(command: Command) -> NoReturn:
     try:
         load_environment()
         with raise_on_signals():
-            arguments = command.positional_args(sys.argv[1:])
-            runner.run([expand_argument(argument, command.raw_keys, command.aliases) for argument in arguments])
+            runner.run(sys.argv[1:])
     except WmtpError as error:
         runner.end(error.exit_code, str(error))
     except (InterruptedRun, KeyboardInterrupt) as error:
@@ -101,6 +103,8 @@ class CommandRunner:
     def run(self, arguments: list[str]) -> None:
         """Run a sweep if the arguments contain `-m` or `--multirun`. Otherwise, run one job.
 
+        `arguments` are the arguments as the user typed them.
+
         Raises:
             ConfigError: an override, the config or the folder is not valid.
         """
@@ -113,7 +117,13 @@ class CommandRunner:
                 raise InputError(f"{JOB_OPTION} {arguments[1]}: cannot be read: {error}") from error
             self._start(choose_folder(self.command, decode_job(self.command, values)))
             return
+        if "--version" in arguments:
+            print(version_text())
+            return
+        arguments, command = self.command.positional_args(arguments), self.command
         options = [argument for argument in arguments if argument.startswith("-")]
+        expand = partial(expand_argument, is_sweep=not set(MULTIRUN).isdisjoint(options))
+        arguments = [expand(argument, command.raw_keys, command.aliases) for argument in arguments]
         if options and set(options) <= set(MULTIRUN):
             self._sweep([argument for argument in arguments if argument not in MULTIRUN])
             return
@@ -135,6 +145,8 @@ class CommandRunner:
         else:
             self.folder = resolved.folder
             self.clean_up.callback(_remove_if_empty, resolved.folder)
+        for note in resolved.composed.notes:
+            print(note, file=sys.stderr)
         for warning in self.command.preflight(resolved.composed.checked.config, resolved.folder):
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
@@ -147,6 +159,7 @@ class CommandRunner:
 
     def _run_hydra(self, arguments: list[str]) -> None:
         """Run one of Hydra's own options, which print something and start no job."""
+        help_text.register()
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
         main(lambda config: None)()
@@ -163,15 +176,18 @@ class CommandRunner:
         if command.end_sweep is None:
             problem = f"only train supports sweeps; run {command.name} once per combination"
             raise ConfigError([ConfigIssue("-m", "", problem)])
-        if resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]:
+        if (resumed := last_value(arguments, "resume")) is not None:
             problem = "a sweep starts new runs; resume an earlier sweep with sweep.resume=DIR"
-            raise ConfigError([ConfigIssue(resumed[0], "", problem)])
+            raise ConfigError([ConfigIssue("resume", resumed, problem)])
         refuse_credentials(arguments)
+        printed = set[str]()
 
         def _prepare(overrides: list[str]) -> PreparedJob:
             """Compose and check one job."""
             try:
                 job = compose(command, overrides)
+                print(*(f"{note}\n" for note in job.notes if note not in printed), sep="", end="", file=sys.stderr)
+                printed.update(job.notes)
                 return PreparedJob(job.checked.issues, encode_job(job))
             except ConfigError as error:
                 return PreparedJob(error.issues, {})
@@ -190,7 +206,7 @@ class CommandRunner:
         from wmtp.cli.s3_paths import replace_remote_args
 
         scratch: Path | None = None
-        if "dry_run=true" in (argument.lstrip("+").lower() for argument in arguments):
+        if is_dry_run(arguments):
             temporary = tempfile.TemporaryDirectory(prefix=f"wmtp-{self.command.name}-", ignore_cleanup_errors=True)
             scratch = Path(self.clean_up.enter_context(temporary))
         try:

@@ -7,8 +7,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from wmtp.config.moved_targets import current_key
-from wmtp.config.overrides import chosen_run_dir, quote
-from wmtp.config.schema import ConfigError, ConfigIssue, format_problem, validate_value
+from wmtp.config.overrides import RUN_DIR, chosen_run_dir, override_text, quote
+from wmtp.config.schema import ConfigError, ConfigIssue
+from wmtp.config.values import format_problem, validate_value
 from wmtp.runtime.run_dir import OUTPUTS
 from wmtp.s3.fetch import CheckpointChoice, fetch_run, find_run, local_folder
 from wmtp.s3.options import S3Options
@@ -42,7 +43,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
     result: list[str] = []
     used_run_dir = False
     for argument in arguments:
-        key, _, url = (part.strip("'\"") for part in argument.lstrip("+").partition("="))
+        key, url = argument.lstrip("+").partition("=")[0], override_text(argument)
         if key not in keys or not url.startswith("s3://"):
             result.append(argument)
             continue
@@ -52,7 +53,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
         folder = fetch_run(url, scratch or default, options, checkpoints=keys[key], console=console)
         result.append(f"{key}={quote(folder)}")
         used_run_dir = used_run_dir or resumes
-    return [argument for argument in result if not (used_run_dir and argument.startswith("hydra.run.dir="))]
+    return [argument for argument in result if not (used_run_dir and argument.startswith(f"{RUN_DIR}="))]
 
 
 def store_options(arguments: list[str]) -> S3Options:
@@ -68,7 +69,7 @@ def store_options(arguments: list[str]) -> S3Options:
             raise ConfigError([ConfigIssue(key, value, f"unknown key; did you mean {current}?")])
         name = key.removeprefix(STORE_PREFIX)
         if equals and key.startswith(STORE_PREFIX) and name in S3Options.__annotations__ and value != "null":
-            values[name] = value.strip("'\"")
+            values[name] = override_text(argument)
     try:
         options: S3Options = validate_value(S3Options, values)
     except ValidationError as error:

@@ -6,7 +6,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from wmtp.config.schema import Parameter, locate, schema, validate_value
+from wmtp.config.schema import Parameter, locate, schema
+from wmtp.config.values import validate_value
 from wmtp.field_types import is_input_path
 
 

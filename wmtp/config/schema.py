@@ -13,16 +13,19 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from wmtp.config.flatten import flatten
 from wmtp.config.moved_targets import current_key, current_target, update_config
+from wmtp.config.values import as_typed, convert_value, format_problem, validate_value
 from wmtp.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -34,6 +37,7 @@ PASSED_TO_TORCH = frozenset({"params", "optimizer"})
 """Parameters of torch's optimizers and schedulers that are objects passed by the command, not config keys."""
 CREDENTIALS = re.compile(r"://\S*@")
 """Pattern of a user name and password in a URL. Text that matches the pattern is not printed."""
+NOTHING_TYPED: Mapping[str, str] = MappingProxyType({})
 WHOLE_INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -143,28 +147,6 @@ def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
     }
 
 
-def validate_value(annotation: Any, value: object) -> Any:
-    """Convert a value to its annotated type, for example "3" to 3, or a list to a tuple. Return the converted value.
-
-    Raises:
-        ValidationError: the value is not valid. The message describes the valid values.
-    """
-    try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # the annotation is a model or dataclass that defines its own config
-        adapter = TypeAdapter(annotation)
-    result = adapter.validate_python(value)
-    if isinstance(value, bool) and isinstance(result, (int, float)) and not isinstance(result, bool):
-        return adapter.validate_python(str(value))  # pydantic accepts True as 1; here it is an error
-    return result
-
-
-def format_problem(error: ValidationError) -> str:
-    """Return all messages of a validation error as one line of text."""
-    messages = {e["msg"].removeprefix("Value error, ").replace("Input should be", "must be") for e in error.errors()}
-    return "; ".join(sorted(messages))
-
-
 def is_node(value: object) -> bool:
     """Return whether a config value is a node with a `_target_`."""
     return isinstance(value, DictConfig) and "_target_" in value
@@ -192,17 +174,24 @@ def iter_nodes(config: DictConfig, key: str = "") -> Iterator[tuple[str, DictCon
             yield from iter_nodes(value, path)
 
 
-def node_issues(node: DictConfig, key: str, extra: dict[str, Parameter] | None = None) -> Iterator[ConfigIssue]:
-    """Yield the errors in one config node. Nodes inside this node are not checked.
+def node_issues(
+    node: DictConfig, key: str, extra: Mapping[str, Parameter] | None = None, typed: Mapping[str, str] = NOTHING_TYPED
+) -> Iterator[ConfigIssue]:
+    """Convert the values of one config node to their annotated types, and yield the errors in it.
+
+    The converted values replace those in `node`, so that everything that reads the config afterwards gets them. Nodes
+    inside this node are neither converted nor checked.
 
     Args:
         node: a node with a `_target_`.
         key: dotted key of the node.
         extra: parameters that the node may have in addition to those in the signature of its target.
+        typed: values as the user typed them, by dotted key. They are used for keys whose value must be text, because
+            Hydra reads `2024_11_29` as a number.
     """
     target = str(node.get("_target_"))
     try:
-        parameters = schema(locate(target)) | (extra or {})
+        parameters = schema(locate(target)) | dict(extra or {})
     except ValueError as error:
         yield ConfigIssue(f"{key}._target_".lstrip("."), target, str(error))
         return
@@ -211,7 +200,9 @@ def node_issues(node: DictConfig, key: str, extra: dict[str, Parameter] | None =
     for name in raw:
         if name in HYDRA_KEYS or name in parameters:
             continue
-        yield ConfigIssue(f"{prefix}{name}", str(raw[name]), f"unknown key; {did_you_mean(name, parameters, prefix)}")
+        nested = [] if key else [path for path in flatten(raw) if path.endswith(f".{name}") and path not in raw]
+        hint = did_you_mean(name, parameters, prefix) if not nested else f"did you mean {' or '.join(nested)}?"
+        yield ConfigIssue(f"{prefix}{name}", str(raw[name]), f"unknown key; {hint}")
     for name, parameter in parameters.items():
         path = f"{prefix}{name}"
         if name not in node or OmegaConf.is_missing(node, name):
@@ -229,10 +220,14 @@ def node_issues(node: DictConfig, key: str, extra: dict[str, Parameter] | None =
             continue
         content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         try:
-            validate_value(parameter.annotation, content)
+            converted = convert_value(parameter.annotation, content, path, typed)
         except ValidationError as error:
             reference = WHOLE_INTERPOLATION.fullmatch(str(raw[name]))  # report the key that a user would set
-            yield ConfigIssue(reference[1] if reference else path, str(content), format_problem(error))
+            shown = as_typed(content, path, typed) if type(content) in (int, float) else content
+            yield ConfigIssue(reference[1] if reference else path, str(shown), format_problem(error))
+            continue
+        if repr(converted) != repr(content):  # unlike ==, it distinguishes 1, 1.0 and True
+            node[name] = converted
 
 
 def build(node: DictConfig, target: Callable[..., Any] | None = None, **available: object) -> Any:
@@ -265,16 +260,29 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
     return target(**given, **values)
 
 
+def stage_keys(config: DictConfig) -> list[str]:
+    """Return the keys in the node `pretrain` that replace keys of the config and are not its own settings."""
+    own = {*schema(locate(str(config.pretrain["_target_"]))), *HYDRA_KEYS}
+    return [key for key in map(str, config.pretrain) if key not in own]
+
+
+def copy_values(source: DictConfig, target: DictConfig, keys: Iterable[Any]) -> None:
+    """Copy the values of keys from a config to another one that has the same keys and equal values of other types."""
+    for key in keys:
+        old, new = target[key], source[key]
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            copy_values(new, old, list(old))
+        elif repr(old) != repr(new):
+            target[key] = new
+
+
 def stage_config(config: DictConfig) -> DictConfig:
     """Return the config of training stage 1. It is a copy of the config of stage 2, changed by the node `pretrain`.
 
     The keys in `pretrain` replace the same keys of `config`. Only the parameters of the `_target_` of `pretrain` are
     not copied, because they are settings of the stage itself.
     """
-    stage_keys = schema(locate(str(config.pretrain["_target_"])))
-    changes = {
-        k: value for k, value in to_plain(config.pretrain).items() if k not in stage_keys and k not in HYDRA_KEYS
-    }
+    changes = {key: value for key, value in to_plain(config.pretrain).items() if key in stage_keys(config)}
     base = copy.deepcopy(config)
     OmegaConf.set_struct(base, False)
     for key, value in changes.items():

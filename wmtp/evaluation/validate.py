@@ -1,16 +1,17 @@
 """Validation of the configs of `evaluate` and `generate`, and default values that depend on the checkpoint's run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.config.overrides import override_key
+from wmtp.config.overrides import override_key, typed_values
 from wmtp.config.schema import (
     CheckedConfig,
     ConfigError,
     ConfigIssue,
+    is_node,
     iter_nodes,
     node_issues,
     schema,
@@ -98,11 +99,16 @@ def evaluation_identity(config: DictConfig, checkpoint: TrainedCheckpoint) -> di
 
 def check_evaluation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Complete and check a config of the command `evaluate`. The `inputs` of the result are its checkpoint."""
+    typed = typed_values(overrides)
+    issues = list(node_issues(config, "", typed=typed))
     checkpoint, checkpoint_issues = read_checkpoint(config)
+    for key in ("data", "evaluation"):
+        if is_node(config.get(key)):
+            list(node_issues(config[key], key, typed=typed))  # converts the values; the issues are found again below
     config = fill_temperature(config, OmegaConf.select(config, "evaluation.n"))
     if checkpoint is not None:
         config = fill_run_data(config, overrides, checkpoint.config)
-    issues = [*_common_issues(config), *checkpoint_issues]
+    issues += [*_common_issues(config, typed), *checkpoint_issues]
     invalid = {issue.key.split(".")[0] for issue in issues}
     if not invalid & {"evaluation", "generation"}:
         issues += sampling_issues(config)
@@ -112,31 +118,31 @@ def check_evaluation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
 def sampling_issues(config: DictConfig) -> Iterator[ConfigIssue]:
     """Yield an issue if some k is greater than `n`, or if several samples are requested with temperature 0."""
     n, k = config.evaluation.n, config.evaluation.k
-    ks = [k] if isinstance(k, int) else list(k)
-    if too_large := [k for k in ks if k > n]:
+    if too_large := [each for each in k if each > n]:
         problem = f"set evaluation.n={max(too_large)}, or a smaller k"
-        yield ConfigIssue("evaluation.k", str(ks), f"is above evaluation.n={n}; {problem}")
+        yield ConfigIssue("evaluation.k", str(k), f"is above evaluation.n={n}; {problem}")
     if n > 1 and config.generation.temperature == 0:
         yield ConfigIssue("evaluation.n", str(n), "greedy samples are all the same; set generation.temperature above 0")
 
 
 def check_generation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Complete and check a config of the command `generate`. The `inputs` of the result are its checkpoint."""
+    typed = typed_values(overrides)
+    issues = list(node_issues(config, "", typed=typed))
     checkpoint, checkpoint_issues = read_checkpoint(config)
     config = fill_temperature(config, config.n)
-    issues = [*_common_issues(config), *checkpoint_issues]
+    issues += [*_common_issues(config, typed), *checkpoint_issues]
     if not issues and config.n > 1 and config.generation.temperature == 0:
-        issues.append(
-            ConfigIssue("n", str(config.n), "greedy answers are all the same; set generation.temperature above 0")
-        )
+        problem = "greedy answers are all the same; set generation.temperature above 0"
+        issues.append(ConfigIssue("n", str(config.n), problem))
     return CheckedConfig(config, issues, checkpoint)
 
 
-def _common_issues(config: DictConfig) -> list[ConfigIssue]:
-    """Return the issues that both commands check: those of config nodes and of the hardware."""
-    issues = list(node_issues(config, ""))
+def _common_issues(config: DictConfig, typed: Mapping[str, str]) -> list[ConfigIssue]:
+    """Return the issues that both commands check: those of the nodes inside the config, and of the hardware."""
+    issues: list[ConfigIssue] = []
     for key, node in iter_nodes(config):
-        issues += node_issues(node, key)
+        issues += node_issues(node, key, typed=typed)
     invalid = {issue.key.split(".")[0] for issue in issues}
     if "hardware" not in invalid:
         hardware = config.hardware
@@ -157,6 +163,9 @@ def read_checkpoint(config: DictConfig) -> tuple[TrainedCheckpoint | None, list[
     if OmegaConf.is_missing(config.checkpoint, "path"):
         problem = "missing; set it to the folder of a run or of a checkpoint: checkpoint=outputs/…"
         return None, [ConfigIssue("checkpoint", "", problem)]
+    if not isinstance(config.checkpoint.path, str):
+        problem = "must be the folder of a run or of a checkpoint"
+        return None, [ConfigIssue("checkpoint", str(config.checkpoint.path), problem)]
     path = Path(config.checkpoint.path)
     if not path.exists():
         problem = f"does not exist; relative paths are relative to {Path.cwd()}"

@@ -5,7 +5,9 @@ The kind of heads 2 … H determines which inference servers can use them. Resid
 the heads of Meta's models (Gloeckle et al. 2024, arXiv 2404.19737).
 """
 
+import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
+from wmtp.config.overrides import shell_argument
 from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
 from wmtp.models.architecture import Architecture
@@ -93,25 +96,27 @@ def write_export(trained: TrainedModel, format: Format, folder: Path) -> list[st
 
 def usage_lines(model: MtpModel, format: Format, folder: Path) -> list[str]:  # noqa: A002 - the config key
     """Return lines of text that describe the content of an export folder and how to load the export."""
-    heads, kind, loader = model.num_heads, model.architecture.head_kind, "AutoModelForCausalLM.from_pretrained"
+    heads, kind = model.num_heads, model.architecture.head_kind
+    loader = f"AutoModelForCausalLM.from_pretrained({json.dumps(str(folder), ensure_ascii=False)}"
+    path = shell_argument("model.path", folder)
     if format == "hf_trunk":
-        return [f"{folder}: trunk and head 1 of {heads}, a plain causal language model", f'{loader}("{folder}")']
+        return [f"{folder}: trunk and head 1 of {heads}, a plain causal language model", f"{loader})"]
     if format == "hf":
         return [
             f"{folder}: all {heads} heads; without trust_remote_code only head 1 is loaded",
-            f'{loader}("{folder}", trust_remote_code=True)(…, return_all_heads=True)',
-            f"python -m wmtp.train model=huggingface model.path={folder} model.num_heads={heads}"
-            f" model.head_kind={kind}",
+            f"{loader}, trust_remote_code=True)(…, return_all_heads=True)",
+            f"python -m wmtp.train model=huggingface {path} model.num_heads={heads} model.head_kind={kind}",
         ]
     if format == "medusa":
-        options = f'{{"method": "medusa", "model": "{folder}", "num_speculative_tokens": {heads - 1}}}'
+        options = {"method": "medusa", "model": str(folder), "num_speculative_tokens": heads - 1}
+        option = shlex.quote(json.dumps(options, ensure_ascii=False))
         return [
             f"{folder}: {heads - 1} Medusa heads, and in {folder / BASE_FOLDER} their base model",
-            f"vllm serve {folder / BASE_FOLDER} --speculative-config '{options}'",
+            f"vllm serve {shlex.quote(str(folder / BASE_FOLDER))} --speculative-config {option}",
         ]
     return [
         f"{folder}: all {heads} heads in Meta's layout",
-        f"python -m wmtp.train model=meta_mtp_7b model.path={folder}",
+        f"python -m wmtp.train model=meta_mtp_7b {path}",
     ]
 
 

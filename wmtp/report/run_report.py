@@ -1,7 +1,6 @@
 """Creation of report.html, the page that shows the results, plots, samples and config of a run."""
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import zip_longest
@@ -12,6 +11,7 @@ import yaml
 from markupsafe import Markup
 
 from wmtp.config.flatten import merge_absent_parts
+from wmtp.config.overrides import shell_override
 from wmtp.report import run_plots
 from wmtp.report.html import (
     Section,
@@ -235,10 +235,8 @@ def _provenance(run: RunRecord) -> Markup:
         ("ended", run.status.get("ended")),
     ]
     command = provenance.get("command")
-    overrides = [each.lstrip("+").replace("experiment@_global_=", "experiment=") for each in command or []]
-    command_block = (
-        code_block(shlex.join(["python", "-m", "wmtp.train", *overrides])) if command is not None else Markup()
-    )
+    words = ["python -m wmtp.train", *map(shell_override, command or [])]
+    command_block = code_block(" ".join(words)) if command is not None else Markup()
     return command_block + facts(entries)
 
 

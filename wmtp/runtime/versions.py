@@ -30,6 +30,15 @@ def git_revision() -> str | None:
     return f"{revision}+changes" if revision and _git("status", "--porcelain", "--untracked-files=no") else revision
 
 
+def version_text() -> str:
+    """Return the version and the git revision of wmtp and the versions of Python and of packages, one in each line."""
+    found = versions()
+    packages = dict(found["versions"])
+    revision = f" ({found['git_revision']})" if found["git_revision"] else ""
+    lines = [f"wmtp {packages.pop('wmtp')}{revision}", *(f"{name} {version}" for name, version in packages.items())]
+    return "\n".join(lines)
+
+
 def versions() -> dict[str, Any]:
     """Return the git revision of wmtp's source code, and the versions of Python and of the packages in `PACKAGES`."""
     packages = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}

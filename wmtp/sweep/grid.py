@@ -1,8 +1,9 @@
 """Expansion of the arguments of a sweep into jobs. There is one job for each combination of values."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from wmtp.config.overrides import expand_group_choice, to_hydra_override
+from wmtp.config.overrides import chosen_folder, expand_argument, expand_group_choice, is_dry_run, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, build, node_issues, to_plain
 from wmtp.field_types import Positive
 
@@ -65,6 +66,7 @@ def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
     Raises:
         ConfigError: an argument is not an override, or Hydra cannot compose the config.
     """
+    expand = partial(expand_argument, is_sweep=True)
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -72,11 +74,9 @@ def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
             fixed = [to_hydra_override(str(each.input_line)) for each in given if not each.is_sweep_override()]
             config = hydra.compose(command, fixed, return_hydra_config=True)
             sweeper_params = config.hydra.sweeper.get("params") or {}
-            params = _parse(parser, [expand_group_choice(f"{key}={value}") for key, value in sweeper_params.items()])
+            params = _parse(parser, [expand(f"{key}={value}") for key, value in sweeper_params.items()])
             options = read_options(config)
-            arms = [
-                _parse(parser, [expand_group_choice(each) for each in shlex.split(arm)]) for arm in options.arms or [""]
-            ]
+            arms = [_parse(parser, map(expand, shlex.split(arm))) for arm in options.arms or [""]]
             grids = [BasicSweeper.split_arguments(_merge(params, arm, given), None)[0] for arm in arms]
             # the arms alternate, so that their results become available at the same rate
             in_order = [job for row in zip_longest(*grids) for job in row if job is not None]
@@ -86,13 +86,13 @@ def parse_grid(command: str, arguments: Sequence[str]) -> Grid:
         text = " ".join(str(error).split())
         remedy = "; it needs pip install 'wmtp[slurm]'" if "submitit" in text else ""
         raise ConfigError([ConfigIssue("sweep", "", text + remedy)]) from error
-    sweep_folder = [str(each.value()) for each in given if each.key_or_group == "hydra.sweep.dir"]
+    texts = [str(each.input_line) for each in given]
     return Grid(
         jobs,
         options,
-        Path(sweep_folder[-1].strip("'\"")) if sweep_folder else None,
+        chosen_folder("hydra.sweep.dir", texts, config),
         to_plain(config.hydra.launcher),
-        config.get("dry_run") is True,
+        is_dry_run(texts),
         any(not _is_sweep_key(each) for each in given),
     )
 
@@ -109,7 +109,7 @@ def read_options(config: DictConfig) -> SweepOptions:
     return options
 
 
-def _parse(parser: OverridesParser, arguments: Sequence[str]) -> list[Override]:
+def _parse(parser: OverridesParser, arguments: Iterable[str]) -> list[Override]:
     overrides, issues = [], []
     for argument in arguments:
         try:

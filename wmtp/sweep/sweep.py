@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from wmtp.checkpoint.manifest import NAME
-from wmtp.config.overrides import quote
+from wmtp.config.overrides import quote, shell_argument
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.errors import InputError, InterruptedRun, PendingError, worst_exit_code
 from wmtp.report.comparability import require_same_data
@@ -132,7 +132,8 @@ class Sweep:
         self._print(f"The folder of the sweep is {display_path(self.folder)}")
         folder = shlex.quote(display_path(self.folder))
         if not all_finished:
-            self._print(f"To run the unfinished jobs again, repeat the command with sweep.resume={folder}")
+            argument = shell_argument("sweep.resume", display_path(self.folder))
+            self._print(f"To run the unfinished jobs again, repeat the command with {argument}")
         elif len(labels := self.state.group_labels()) > 1:
             baseline = "baseline" if "baseline" in labels else labels[0]
             try:
@@ -198,7 +199,8 @@ class Sweep:
         if self.grid.is_dry_run:
             return named or Path("outputs/<date>/<sweep>")
         if named is not None and (named / SWEEP).exists():
-            problem = f"already contains a sweep; resume it with sweep.resume={named}, or use another folder"
+            argument = shell_argument("sweep.resume", named)
+            problem = f"already contains a sweep; resume it with {argument}, or use another folder"
             raise ConfigError([ConfigIssue("hydra.sweep.dir", str(named), problem)])
         folder = named or create_run_folder(suffix="-sweep")
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from wmtp.config.overrides import shell_argument
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import display_path, read_run
@@ -92,7 +93,8 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
     speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run is in {folder}", soft_wrap=True, highlight=False)
-    remote, python = (read_run(folder) or {}).get("remote"), Path(display_path(sys.executable))
+    remote = (read_run(folder) or {}).get("remote")
+    python, mlflow = (display_path(path) for path in (sys.executable, Path(sys.executable).with_name("mlflow")))
     if remote is not None:
         console.print(f"its copy is in {remote}", soft_wrap=True, highlight=False)
     sync_state = read_sync_state(folder)
@@ -101,11 +103,12 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
         console.print(f"its metrics are in {sync_state.uri}{page}", soft_wrap=True, highlight=False)
     console.print("Next:")
     if sync_state is not None and not is_server(sync_state.uri):
-        ui = f"{python.with_name('mlflow')} ui --backend-store-uri {shlex.quote(sync_state.uri)}"
+        ui = shlex.join([mlflow, "ui", "--backend-store-uri", sync_state.uri])
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
         if sync_state.run_id:
             console.print(f"    and open {LOCAL_UI}{sync_state.page(of_run=False)}", soft_wrap=True, highlight=False)
     if summary["pass@1"] is not None:
-        console.print(f"  {python} -m wmtp.evaluate checkpoint={display_path(folder)}", soft_wrap=True, highlight=False)
-    resume = f"{python} -m wmtp.train resume={display_path(folder)} {resume_overrides}"
+        evaluate = f"{shlex.quote(python)} -m wmtp.evaluate {shell_argument('checkpoint', display_path(folder))}"
+        console.print(f"  {evaluate}", soft_wrap=True, highlight=False)
+    resume = f"{shlex.quote(python)} -m wmtp.train {shell_argument('resume', display_path(folder))} {resume_overrides}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)

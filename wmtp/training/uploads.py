@@ -12,6 +12,7 @@ from rich.console import Console
 
 from wmtp.checkpoint.listing import complete_checkpoints, step_of
 from wmtp.config.flatten import flatten
+from wmtp.config.overrides import shell_argument
 from wmtp.config.schema import ConfigError, build, iter_nodes, load_run_config, node_issues, to_plain
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
@@ -107,7 +108,8 @@ def require_same_run(s3_folder: S3Folder, folder: Path, run_id: str | None) -> N
         newest_local = max((step_of(path.name) for path in complete_checkpoints(folder / stage)), default=0)
         if newest > newest_local:
             message = f"is at update {newest} and the local folder at {newest_local}: the run was resumed elsewhere"
-            raise RemoteIsAhead(f"{s3_folder.url} {message}; continue it with resume={s3_folder.url}")
+            argument = shell_argument("resume", s3_folder.url)
+            raise RemoteIsAhead(f"{s3_folder.url} {message}; continue it with {argument}")
         if newest_local:
             break
 

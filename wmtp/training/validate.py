@@ -1,7 +1,7 @@
 """Checks of a complete training config that run before any object of the run is built."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,15 +13,18 @@ from wmtp.algorithms.base import INITIAL, Algorithm
 from wmtp.config.groups import STAGE_GROUPS
 from wmtp.config.schema import (
     CONFIG_FOLDER,
+    NOTHING_TYPED,
     CheckedConfig,
     ConfigIssue,
     Parameter,
     build,
+    copy_values,
     iter_nodes,
     locate,
     node_issues,
     schema,
     stage_config,
+    stage_keys,
 )
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.device import hardware_issues, missing_hardware
@@ -63,23 +66,26 @@ REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_sto
 """Names of the config groups that must not be null."""
 
 
-def check_training(config: DictConfig, stage: Stage | None = None) -> CheckedConfig:
-    """Check a training config. The `inputs` of the result are its algorithm, which is built for the check.
+def check_training(
+    config: DictConfig, typed: Mapping[str, str] = NOTHING_TYPED, stage: Stage | None = None
+) -> CheckedConfig:
+    """Check a training config and convert its values. The `inputs` of the result are the algorithm, built to check it.
 
     Issues within one config group come first. Contradictions between groups come next, but a group that has issues of
     its own is not checked for contradictions. The issues of the config of stage 1 come last.
 
     Args:
         config: the composed config.
+        typed: values as the user typed them, by dotted key.
         stage: stage 1, if `config` is the config of stage 1; None, if `config` is the config of the run.
     """
     groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
     expected = (groups | schema(Plan) | schema(RunOptions) | schema(Trainer)).keys() - {"experiment"}
     if missing := [name for name in expected if name not in config]:
         return CheckedConfig(config, [ConfigIssue(name, "", "is missing, but required") for name in missing])
-    issues = list(node_issues(config, "", groups | schema(Plan) | schema(RunOptions)))
+    issues = list(node_issues(config, "", groups | schema(Plan) | schema(RunOptions), typed))
     for key, node in iter_nodes(config):
-        issues += node_issues(node, key, stage_overridable_keys() if key == "pretrain" else None)
+        issues += node_issues(node, key, stage_overridable_keys() if key == "pretrain" else None, typed)
     for name in groups:
         issues += group_issues(name, config.get(name))
     invalid = {issue.key.split(".")[0] for issue in issues}
@@ -92,11 +98,14 @@ def check_training(config: DictConfig, stage: Stage | None = None) -> CheckedCon
     issues += cross_issues(config, invalid, stage, algorithm)
     if config.pretrain is not None and not invalid:
         known = {(issue.key, issue.problem) for issue in issues}
+        stage_typed = {key.removeprefix("pretrain."): text for key, text in typed.items()}
+        checked = check_training(stage_config(config), stage_typed, build(config.pretrain))
         issues += [
             replace(issue, key=f"pretrain.{issue.key}")
-            for issue in check_training(stage_config(config), build(config.pretrain)).issues
+            for issue in checked.issues
             if (issue.key, issue.problem) not in known
         ]
+        copy_values(checked.config, config.pretrain, stage_keys(config))
     return CheckedConfig(config, issues, algorithm)
 
 

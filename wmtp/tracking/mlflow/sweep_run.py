@@ -1,6 +1,7 @@
 """Create and end the MLflow run of a sweep. It is the parent run of the MLflow runs of the sweep's jobs."""
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,6 @@ def end_sweep(folder: Path, state: State) -> str | None:
         error = format_error(sender.last_error) if sender.last_error else "none, a request was still running"
         raise PendingError(
             f"MLflow at {sync_state.uri} did not receive the status {state} of the sweep {display_path(folder)}; "
-            f"`python -m wmtp.sync {display_path(folder)}` sends it. Last error: {error}"
+            f"`python -m wmtp.sync {shlex.quote(display_path(folder))}` sends it. Last error: {error}"
         )
     return f"MLflow: status {state}" if changed else "MLflow: nothing was missing"

@@ -1,0 +1,46 @@
+"""Tests of the comments in conf/ and of the config with comments in `--help`."""
+
+from wmtp.config.help_text import KEY, annotated, keyed_lines
+from wmtp.config.schema import CONFIG_FOLDER
+
+NOT_SETTINGS = (
+    "_target_",
+    "defaults",
+    "hydra",
+    "difficulties.",
+    "pretrain.model",
+    "pretrain.data",
+    "tokenizer",
+    "lora",
+)
+"""Beginnings of keys that need no comment, because they are no settings or contain other keys."""
+
+
+def test_each_key_of_the_config_files_has_a_comment() -> None:
+    comments, missing = set[tuple[str, str]](), set[tuple[str, str]]()
+    for path in CONFIG_FOLDER.rglob("*.yaml"):
+        group = path.relative_to(CONFIG_FOLDER).parts[0]
+        if group in ("experiment", "command.yaml"):
+            continue
+        for line, key in keyed_lines(path.read_text()):
+            found = KEY.fullmatch(line)
+            if key is None or found is None or line.endswith(":"):
+                continue
+            (comments if found[3] else missing).add((group, key))
+    undocumented = {
+        (group, key) for group, key in missing - comments if key != group and not key.startswith(NOT_SETTINGS)
+    }
+    assert {(group, key) for group, key in undocumented if not key.endswith("._target_")} == set()
+    assert len(comments) > 100
+
+
+def test_keys_are_dotted_and_long_comments_are_wrapped() -> None:
+    text = 'a: 1  # one\nb:\n  c: "# {x}"   # two\n  d: [1]\ne: null'
+    assert [key for _, key in keyed_lines(text)] == ["a", "b", "b.c", "b.d", "e"]
+    assert (
+        annotated("key: 1", "words " * 20)[0]
+        == "key: 1" + " " * 22 + "# words words words words words words words words"
+    )
+    lines = annotated("key: 1", "words " * 20)
+    assert len(lines) == 3 and all(len(line) <= 80 and line[28:30] == "# " for line in lines)
+    assert annotated("key: 1", "") == ["key: 1"]
