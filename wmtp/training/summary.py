@@ -74,7 +74,7 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
     table.add_column("best", justify="right")
     last, best = summary["last"], summary["best"]
     for name in sorted((name for name in last if name.startswith("val/")), key=lambda name: "head" in name):
-        table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}")
+        table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}" if name in best else "-")
     if best:
         table.add_row("at update", str(last["step"]), str(best["step"]))
     if last:
