@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.cli.command import Command
 from wmtp.config.groups import group_options, is_group
-from wmtp.config.overrides import load_saved_overrides, parse_overrides, to_hydra_override
+from wmtp.config.overrides import load_saved_overrides, parse_overrides, resumed_folder, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
+from wmtp.config.trust import unconfirmed_issues
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,17 @@ def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:
     return ResolvedJob(job, folder, named is None)
 
 
-def compose(command: Command, arguments: list[str]) -> ComposedJob:
+def compose(
+    command: Command, arguments: list[str], source: Path | None = None, typed: Sequence[str] | None = None
+) -> ComposedJob:
     """Compose and check the config of a command. The result contains all issues of the arguments.
+
+    Args:
+        command: the command.
+        arguments: the arguments of the command.
+        source: the folder from which the arguments were read, if the user has not typed them. If a run is resumed, its
+            folder is used in the same way.
+        typed: the arguments that the user has typed. By default, the user has typed all arguments.
 
     Raises:
         ConfigError: Hydra cannot compose the config, for example because of an unknown key.
@@ -79,6 +89,8 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), command.name, version_base="1.3"):
             composed = hydra.compose(command.name, overrides, return_hydra_config=True)
         checked = command.check(without_hydra(composed), overrides)
+        if (source := source or resumed_folder(arguments)) is not None:
+            issues += unconfirmed_issues(checked.config, arguments if typed is None else typed, source)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
     return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed)

@@ -25,8 +25,9 @@ from wmtp.cli.command import Command
 from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
-from wmtp.config.overrides import expand_argument, to_hydra_override
+from wmtp.config.overrides import expand_argument, resumed_folder, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
+from wmtp.config.trust import saved_override_issues
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
 from wmtp.runtime.processes import JOB_OPTION, PARENT_VARIABLE, kill_on_parent_death, started_together
 from wmtp.runtime.run_dir import JobProgress, RunStatus
@@ -148,15 +149,18 @@ class CommandRunner:
         if command.end_sweep is None:
             problem = f"only train supports sweeps; run {command.name} once per combination"
             raise ConfigError([ConfigIssue("-m", "", problem)])
-        if resumed := [a for a in arguments if a.lstrip("+").startswith("resume=")]:
+        if run := resumed_folder(arguments):
             problem = "a sweep starts new runs; resume an earlier sweep with sweep.resume=DIR"
-            raise ConfigError([ConfigIssue(resumed[0], "", problem)])
+            raise ConfigError([ConfigIssue(f"resume={run}", "", problem)])
         refuse_credentials(arguments)
+        resumed = resumed_folder(arguments, "sweep.resume")
 
         def _prepare(overrides: list[str]) -> PreparedJob:
-            """Compose and check one job."""
+            """Compose and check one job. The overrides of a resumed sweep are read from its folder."""
             try:
-                job = compose(command, overrides)
+                if resumed is not None and (issues := list(saved_override_issues(overrides, arguments))):
+                    raise ConfigError(issues)
+                job = compose(command, overrides, resumed, arguments)
                 return PreparedJob(job.checked.issues, encode_job(job))
             except ConfigError as error:
                 return PreparedJob(error.issues, {})

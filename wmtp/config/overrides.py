@@ -11,8 +11,11 @@ from omegaconf import OmegaConf
 
 from wmtp.config.groups import is_group
 from wmtp.config.moved_targets import current_override
-from wmtp.config.schema import CONFIG_FOLDER, ConfigIssue
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue, validate_value
+from wmtp.config.trust import saved_override_issues
+from wmtp.errors import InputError
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
+from wmtp.runtime.untrusted_files import require_inside
 
 NOT_SAVED = ("resume", "resume_override", "dry_run")
 """Keys of overrides that apply to only one start of a run. They are ignored when the run is resumed."""
@@ -95,15 +98,31 @@ def parse_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[Ove
     return overrides
 
 
+def resumed_folder(arguments: list[str], key: str = "resume") -> Path | None:
+    """Return the folder that the argument `resume=…` names, or None if there is no such argument."""
+    named = [a.partition("=")[2].strip("'\"") for a in arguments if a.lstrip("+").startswith(f"{key}=")]
+    return Path(named[-1]) if named else None
+
+
 def load_saved_overrides(arguments: list[str]) -> list[str]:
     """Return the saved overrides of the run that the argument `resume=…` names, with the current names of their keys.
 
     If there is no such argument or the run has no saved overrides, return an empty list. A later check reports an error
     if the folder is wrong.
+
+    Raises:
+        InputError: the file of saved overrides is damaged, or a file of the run leads out of the run's folder.
+        ConfigError: a saved override is not allowed.
     """
-    resume = next((a.partition("=")[2] for a in reversed(arguments) if a.lstrip("+").startswith("resume=")), None)
-    path = Path(str(resume).strip("'\"")) / SAVED_OVERRIDES
-    if resume is None or not path.exists():
+    folder = resumed_folder(arguments)
+    if folder is None or not (folder / SAVED_OVERRIDES).exists():
         return []
-    saved: list[str] = json.loads(path.read_text())
-    return [current_override(text) for text in saved if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
+    require_inside(folder)
+    try:
+        content = validate_value(list[str], json.loads((folder / SAVED_OVERRIDES).read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{folder / SAVED_OVERRIDES}: is not a list of overrides: {error}") from error
+    saved = [current_override(text) for text in content if text.lstrip("+").partition("=")[0] not in NOT_SAVED]
+    if issues := list(saved_override_issues(saved, arguments)):
+        raise ConfigError(issues)
+    return saved

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.config.schema import CheckedConfig, ConfigError, ConfigIssue, iter_nodes, node_issues, to_plain
+from wmtp.config.trust import placement_issues
 from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
 from wmtp.models.loading import TrainedCheckpoint, find_trained_checkpoint
@@ -108,7 +109,7 @@ def check_generation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
 
 def _common_issues(config: DictConfig) -> list[ConfigIssue]:
     """Return the issues that both commands check: those of config nodes and of the hardware."""
-    issues = list(node_issues(config, ""))
+    issues = [*node_issues(config, ""), *placement_issues(OmegaConf.to_container(config))]
     for key, node in iter_nodes(config):
         issues += node_issues(node, key)
     invalid = {issue.key.split(".")[0] for issue in issues}

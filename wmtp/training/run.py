@@ -21,8 +21,10 @@ from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.cli.runner import exit_state
 from wmtp.config.defaults import changed_keys
 from wmtp.config.schema import stage_config
+from wmtp.config.trust import remember
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
+from wmtp.errors import refuse_odd_content
 from wmtp.models.loading import MODEL_FOLDER, build_source, load_weights
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
@@ -238,7 +240,8 @@ class Run:
             return
         checkpoint = trainer.checkpoints.latest()
         snapshot = load(checkpoint, dict(trainer.model.named_parameters()), verified=True)
-        changes = trainer.restore(snapshot, self.config.resume_override)
+        with refuse_odd_content(checkpoint):
+            changes = trainer.restore(snapshot, self.config.resume_override)
         self.processes.run_on_main(lambda: self._record_resume(checkpoint, changes))
         if trainer.best_step is not None and trainer.best_loss is not None:  # a crash can leave a later best.json
             trainer.checkpoints.mark_best(trainer.best_step, trainer.best_loss)
@@ -257,6 +260,7 @@ class Run:
         self._save_model_files(self.config, self.folder, components)
         write_run_id(self.folder, OmegaConf.select(self.config, "checkpoint.s3.url"))
         write_provenance(self.folder, self.overrides, changed_keys(self.config, "train"), data)
+        remember(self.config)
         self.uploaders = open_uploaders(self.config, self.folder, self.console, is_training=True)
 
     def _save_model_files(self, config: DictConfig, folder: Path, components: Components) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from wmtp.algorithms.base import INITIAL, Algorithm
@@ -19,11 +19,12 @@ from wmtp.config.schema import (
     Parameter,
     build,
     iter_nodes,
-    locate,
     node_issues,
     schema,
     stage_config,
 )
+from wmtp.config.targets import locate
+from wmtp.config.trust import placement_issues
 from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath
@@ -75,6 +76,7 @@ def check_training(config: DictConfig, stage: Stage | None = None) -> CheckedCon
     if missing := [name for name in expected if name not in config]:
         return CheckedConfig(config, [ConfigIssue(name, "", "is missing, but required") for name in missing])
     issues = list(node_issues(config, "", groups | schema(Plan) | schema(RunOptions)))
+    issues += placement_issues(OmegaConf.to_container(config))
     for key, node in iter_nodes(config):
         issues += node_issues(node, key, stage_overridable_keys() if key == "pretrain" else None)
     for name in groups:
