@@ -19,6 +19,9 @@ COPY pyproject.toml README.md LICENSE /opt/wmtp/
 COPY conf /opt/wmtp/conf
 COPY wmtp /opt/wmtp/wmtp
 RUN pip install --constraint /opt/wmtp/constraints.txt /opt/wmtp
+# the revision that runs record, because the image contains no repository
+ARG REVISION=""
+ENV WMTP_GIT_REVISION=$REVISION
 # a user name for any --user number, also one that is unknown here
 ENV USER=wmtp NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER wmtp
