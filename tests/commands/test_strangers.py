@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig
 
 from tests.conftest import Invoke, run_command
+from wmtp.checkpoint import manifest
 from wmtp.cli import resolve
 from wmtp.config import targets, trust
 from wmtp.config.overrides import load_saved_overrides
@@ -26,6 +27,8 @@ from wmtp.errors import InputError
 from wmtp.models.loading import find_checkpoint, read_run_config
 from wmtp.runtime import destinations
 from wmtp.runtime.untrusted_files import require_inside
+from wmtp.s3.fetch import _is_run_file, is_safe_key
+from wmtp.sweep.state import SweepState
 from wmtp.sync import main as sync
 from wmtp.train import COMMAND
 from wmtp.training.stage_results import read_stage_result, require_same_stage
@@ -312,3 +315,25 @@ def test_loading_a_config_reports_every_fault_at_once(run: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         load_run_config(run / "config.yaml")
     assert {issue.key.rpartition(" ")[2] for issue in raised.value.issues} == {"model.dim._target_", "tags[0]._target_"}
+
+
+@pytest.mark.parametrize("key", ["model/..", "model/.", "model//", "model/a\0", "../config.yaml", "/etc/x.yaml"])
+def test_keys_of_a_bucket_that_lead_out_of_the_folder_are_ignored(key: str) -> None:
+    assert not is_safe_key(key)
+    assert is_safe_key("model/tokenizer.json") and is_safe_key(".hydra/accepted.json")
+    assert _is_run_file("model/.."), "control: the patterns of a run's files alone accept it"
+
+
+@pytest.mark.parametrize("number", ["../../elsewhere", "0/../..", None])
+def test_the_jobs_of_a_sweep_are_in_its_folder(number: str | None, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [{"number": number, "overrides": ["seed=1"]}]}))
+    with pytest.raises(InputError, match=r"sweep\.json: is damaged"):
+        SweepState.read(tmp_path)
+
+
+def test_a_manifest_names_only_files_of_its_checkpoint(run: Path) -> None:
+    entry = {"sha256": "a", "bytes": 1}
+    for name in ("..", "../a", "/a", "a\0", "manifest.json"):
+        content = manifest._add_hash({"format": 1, "step": 1, "files": {name: entry}})
+        with pytest.raises(ValueError, match="names files that a checkpoint cannot have"):
+            manifest.parse(content)
