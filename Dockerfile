@@ -24,6 +24,9 @@ COPY README.md LICENSE /opt/wmtp/
 COPY conf /opt/wmtp/conf
 COPY wmtp /opt/wmtp/wmtp
 RUN pip install --no-deps /opt/wmtp
+# the revision that runs record, because the image contains no repository
+ARG REVISION=""
+ENV WMTP_GIT_REVISION=$REVISION
 # a user name for any --user number, also one that is unknown here
 ENV USER=wmtp NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER wmtp

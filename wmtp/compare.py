@@ -20,6 +20,7 @@ def compare(context: JobContext) -> None:
     """Compare groups of runs, print the result, and write compare.json and compare.html."""
     from rich.console import Console
 
+    from wmtp.errors import refuse_odd_content
     from wmtp.report.compare import compare_runs
     from wmtp.report.comparison_report import write_comparison_report
     from wmtp.report.results import comparison_to_dict
@@ -28,11 +29,11 @@ def compare(context: JobContext) -> None:
     from wmtp.report.tables import print_comparison
     from wmtp.runtime.atomic_files import encode_json, replace_atomically
 
-    config = context.config
+    config, console = context.config, Console(markup=False)
     runs = find_runs(Path(folder) for folder in config.runs)
-    comparison = compare_runs(runs, baseline=config.baseline, metric=config.metric, at=config.at)
-    console = Console(markup=False)
-    print_comparison(console, comparison)
+    with refuse_odd_content(", ".join(config.runs)):
+        comparison = compare_runs(runs, baseline=config.baseline, metric=config.metric, at=config.at)
+        print_comparison(console, comparison)
     folder = create_run_folder(OUTPUTS / "comparisons") if config.folder is None else Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_atomically(folder / "compare.json", encode_json(comparison_to_dict(comparison)))
@@ -43,7 +44,8 @@ def compare(context: JobContext) -> None:
         console.print(message, soft_wrap=True, highlight=False)
         for run_folder in folders:
             write_report_or_warn(run_folder)
-    write_comparison_report(folder / "compare.html", comparison)
+    with refuse_odd_content(", ".join(config.runs)):
+        write_comparison_report(folder / "compare.html", comparison)
     console.print(f"The comparison is in {display_path(folder)}", soft_wrap=True, highlight=False)
 
 

@@ -1,6 +1,7 @@
 """Exceptions that commands report to users, and the exit codes of the commands."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 SEVERITY = (0, 3, 2, 4, 1)
 """Exit codes in order of increasing severity. They mean success, pending uploads, wrong input, a missing sandbox, and
@@ -28,6 +29,15 @@ class InputError(WmtpError):
     """An error in the config or in another input of a command."""
 
     exit_code = 2
+
+
+@contextmanager
+def refuse_odd_content(where: object) -> Iterator[None]:
+    """Raise an `InputError` if the files at `where`, which a stranger may have written, have an unexpected content."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{where}: its files are damaged or changed: {type(error).__name__}: {error}") from error
 
 
 class TrainingError(WmtpError):

@@ -91,7 +91,8 @@ def test_old_targets_are_not_found_without_the_table_of_moved_targets(
     for command, arguments in (("evaluate", ["checkpoint=run"]), ("export", ["run", "out", "format=hf_trunk"])):
         done = invoke(*arguments, command=command)
         assert done.code == 2
-        assert "its model.tokenizer is not a class of wmtp" in done.err
+        target = "wmtp.data.tokenization.task_tokenizer"
+        assert f"run/config.yaml: model.tokenizer._target_={target}: cannot be imported" in done.err
 
 
 @pytest.mark.servers
@@ -124,7 +125,9 @@ def test_an_earlier_run_with_a_copy_in_s3_is_uploaded_resumed_and_evaluated(
         return {key[3] for key in keys if key[1:3] == ["run", "checkpoints"] and key[-1] == "manifest.json"}
 
     assert sync([str(run)]) == 0 and steps() == {path.name for path in run.glob("checkpoints/step_*")} != set()
-    done = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
+    unconfirmed = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
+    assert unconfirmed.code == 2 and f"checkpoint.s3.url={url}: is a setting of run" in unconfirmed.err
+    done = invoke("resume=run", "max_steps=9", "report=false", f"checkpoint.s3.url={url}", tiny=False)
     assert done.code == 0 and "step_00000009" in steps(), done.err
     assert f"    url: {url}\n" in (run / "config.yaml").read_text()
     assert invoke("checkpoint=run", "evaluation.sandbox=none", command="evaluate").code == 0
@@ -132,6 +135,6 @@ def test_an_earlier_run_with_a_copy_in_s3_is_uploaded_resumed_and_evaluated(
 
 @pytest.mark.parametrize("target", moved_targets.MOVED_TARGETS)
 def test_each_old_target_resolves_to_the_moved_class(target: str) -> None:
-    from wmtp.config.schema import locate
+    from wmtp.config.targets import locate
 
     assert locate(target) is locate(moved_targets.MOVED_TARGETS[target])

@@ -50,8 +50,11 @@ def _write(path: Path, tensors: Tensors, processes: Processes) -> Entries:
 
 
 def _read(path: Path, like: Mapping[str, Tensor]) -> Tensors:
-    with safe_open(path, framework="pt") as file:
-        return {name: shard_like(file.get_tensor(name), find_live_parameter(name, like)) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: shard_like(file.get_tensor(name), find_live_parameter(name, like)) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is not a safetensors file: {error}") from error
 
 
 def write_sharded(folder: Path, snapshot: Snapshot, processes: Processes) -> Entries:

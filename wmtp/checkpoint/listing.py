@@ -8,6 +8,8 @@ from wmtp.checkpoint import manifest
 
 STEP = re.compile(r"step_\d{8,}")
 """Pattern of the name of a checkpoint's folder."""
+CHECKPOINT_PATH = re.compile(r"(?:(?:pretrain/)?checkpoints/)?step_\d{8,}")
+"""Pattern of the path of a checkpoint in a pointer file. It cannot lead out of the run's folder."""
 
 
 def complete_checkpoints(stage: Path) -> list[Path]:
@@ -25,9 +27,22 @@ def read_pointer(path: Path) -> str | None:
     """Return the name of the checkpoint folder that best.json or latest.json contains; None if the file does not exist.
 
     Raises:
-        ValueError, KeyError, TypeError: the file is damaged.
+        ValueError, KeyError, TypeError: the file is damaged, or what it names is not a checkpoint beside it.
     """
     try:
-        return str(json.loads(path.read_bytes())["folder"])
+        return checkpoint_path(json.loads(path.read_bytes())["folder"])
     except FileNotFoundError:
         return None
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def checkpoint_path(value: object) -> str:
+    """Return the path of a checkpoint that a pointer file or the result of stage 1 contains.
+
+    Raises:
+        ValueError: the value is not the path of a checkpoint inside the run's folder.
+    """
+    if not CHECKPOINT_PATH.fullmatch(str(value)):
+        raise ValueError(f"{value} is not the path of a checkpoint")
+    return str(value)

@@ -50,7 +50,7 @@ def parse(manifest_bytes: bytes) -> Entries:
         raise ValueError(f"{NAME} is damaged: {type(error).__name__}: {error}") from error
     if _add_hash(content) != manifest_bytes:
         raise ValueError(f"{NAME} does not have the content that was written")
-    if outside := [name for name in files if Path(name).name != name or name == NAME]:
+    if outside := [name for name in files if Path(name).name != name or name in ("..", NAME) or "\0" in name]:
         raise ValueError(f"{NAME} names files that a checkpoint cannot have: {outside}")
     return files
 

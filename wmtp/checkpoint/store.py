@@ -23,7 +23,7 @@ from wmtp.checkpoint.manifest import Entries, find_damage
 from wmtp.checkpoint.state import Snapshot
 from wmtp.distributed.process_group import Processes
 from wmtp.distributed.sharded_io import INDEX
-from wmtp.errors import InputError
+from wmtp.errors import InputError, refuse_odd_content
 from wmtp.field_types import Positive
 from wmtp.runtime.atomic_files import encode_json, fsync_path, replace_atomically, write_synced
 
@@ -276,4 +276,6 @@ def load(
 
 def _read(path: Path, like: Mapping[str, Tensor], optimizer: bool) -> Snapshot:
     read = formats.read_sharded if INDEX in manifest.file_names(path) else formats.read_full
-    return Snapshot(*read(path, like, optimizer=optimizer), json.loads((path / STATE).read_bytes()))
+    with refuse_odd_content(path):
+        state = dict(json.loads((path / STATE).read_bytes()))
+        return Snapshot(*read(path, like, optimizer=optimizer), state)

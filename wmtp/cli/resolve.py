@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ from wmtp.config.groups import group_options, is_group
 from wmtp.config.overrides import (
     RUN_DIR,
     chosen_folder,
-    last_value,
     load_saved_overrides,
     override_key,
     parse_overrides,
     quote,
+    resumed_folder,
     to_hydra_override,
 )
 from wmtp.config.paths import absolute_paths, started_in
 from wmtp.config.presets import drop_preset_values
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
+from wmtp.config.trust import unconfirmed_issues
 from wmtp.errors import InputError
 from wmtp.runtime.writable import require_writable
 
@@ -95,8 +96,17 @@ def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:
     return ResolvedJob(job, folder, named is None)
 
 
-def compose(command: Command, arguments: list[str]) -> ComposedJob:
+def compose(
+    command: Command, arguments: list[str], source: Path | None = None, typed: Sequence[str] | None = None
+) -> ComposedJob:
     """Compose and check the config of a command. The result contains all issues of the arguments.
+
+    Args:
+        command: the command.
+        arguments: the arguments of the command.
+        source: the folder from which the arguments were read, if the user has not typed them. If a run is resumed, its
+            folder is used in the same way.
+        typed: the arguments that the user has typed. By default, the user has typed all arguments.
 
     Raises:
         ConfigError: Hydra cannot compose the config, for example because of an unknown key.
@@ -112,6 +122,8 @@ def compose(command: Command, arguments: list[str]) -> ComposedJob:
             notes = drop_preset_values(command.name, overrides, composed)
         overrides = make_paths_absolute(composed, overrides, arguments)
         checked = command.check(without_hydra(composed), overrides)
+        if (source := source or resumed_folder(arguments)) is not None:
+            issues += unconfirmed_issues(checked.config, arguments if typed is None else typed, source)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
     return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed, notes)
@@ -124,8 +136,8 @@ def make_paths_absolute(composed: DictConfig, overrides: list[str], arguments: l
     relative paths start at the folder in which that run was started.
     """
     typed = {override_key(argument) for argument in arguments}
-    resume = last_value(arguments, "resume")
-    start = (resume and started_in(Path(resume))) or Path.cwd()
+    resumed = resumed_folder(arguments)
+    start = (resumed and started_in(resumed)) or Path.cwd()
     found = absolute_paths(composed, lambda key: Path.cwd() if key in typed else start)
     for key, path in found.items():
         OmegaConf.update(composed, key, str(path))

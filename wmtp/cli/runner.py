@@ -27,8 +27,9 @@ from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
 from wmtp.config import help_text
-from wmtp.config.overrides import expand_argument, is_dry_run, last_value, to_hydra_override
+from wmtp.config.overrides import expand_argument, is_dry_run, resumed_folder, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
+from wmtp.config.trust import saved_override_issues
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
 from wmtp.runtime.processes import (
     JOB_OPTION,
@@ -176,16 +177,18 @@ class CommandRunner:
         if command.end_sweep is None:
             problem = f"only train supports sweeps; run {command.name} once per combination"
             raise ConfigError([ConfigIssue("-m", "", problem)])
-        if (resumed := last_value(arguments, "resume")) is not None:
+        if (run := resumed_folder(arguments)) is not None:
             problem = "a sweep starts new runs; resume an earlier sweep with sweep.resume=DIR"
-            raise ConfigError([ConfigIssue("resume", resumed, problem)])
+            raise ConfigError([ConfigIssue("resume", str(run), problem)])
         refuse_credentials(arguments)
-        printed = set[str]()
+        resumed, printed = resumed_folder(arguments, "sweep.resume"), set[str]()
 
         def _prepare(overrides: list[str]) -> PreparedJob:
-            """Compose and check one job."""
+            """Compose and check one job. The overrides of a resumed sweep are read from its folder."""
             try:
-                job = compose(command, overrides)
+                if resumed is not None and (issues := list(saved_override_issues(overrides, arguments))):
+                    raise ConfigError(issues)
+                job = compose(command, overrides, resumed, arguments)
                 print(*(f"{note}\n" for note in job.notes if note not in printed), sep="", end="", file=sys.stderr)
                 printed.update(job.notes)
                 return PreparedJob(job.checked.issues, encode_job(job))

@@ -10,6 +10,7 @@ from wmtp.config.moved_targets import current_key
 from wmtp.config.overrides import RUN_DIR, chosen_run_dir, override_text, quote
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.config.values import format_problem, validate_value
+from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.run_dir import OUTPUTS
 from wmtp.s3.fetch import CheckpointChoice, fetch_run, find_run, local_folder
 from wmtp.s3.options import S3Options
@@ -50,6 +51,8 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
         resumes, run = keys[key] == "latest", find_run(url, options)
         url = url if url.startswith(f"{run}/") else run  # a checkpoint of the run, or the run itself
         default = (run_dir or local_folder(url)) if resumes else COPIES / local_folder(url).relative_to(OUTPUTS)
+        if resumes:
+            remember_destinations([run])  # a resumed run goes on in the bucket that the user has typed
         folder = fetch_run(url, scratch or default, options, checkpoints=keys[key], console=console)
         result.append(f"{key}={quote(folder)}")
         used_run_dir = used_run_dir or resumes

@@ -8,7 +8,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 
 from wmtp.config.flatten import flatten
-from wmtp.config.schema import CONFIG_FOLDER, is_node, locate, schema, to_plain
+from wmtp.config.schema import CONFIG_FOLDER, is_node, schema, to_plain
+from wmtp.config.targets import locate
 
 
 def changed_keys(config: DictConfig, command: str) -> dict[str, list[Any]]:

@@ -16,8 +16,11 @@ from pydantic import ValidationError
 from wmtp.config.groups import is_group
 from wmtp.config.moved_targets import FIRST_TOKEN, PRETRAINED_TOKENIZERS, current_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
+from wmtp.config.trust import saved_override_issues
 from wmtp.config.values import format_problem, validate_value
+from wmtp.errors import InputError
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
+from wmtp.runtime.untrusted_files import require_inside
 
 NOT_SAVED = ("resume", "resume_override", "dry_run")
 """Keys of overrides that apply to only one start of a run. They are ignored when the run is resumed."""
@@ -251,17 +254,33 @@ def load_saved_overrides(arguments: list[str]) -> list[str]:
 
     If there is no such argument or the run has no saved overrides, return an empty list. A later check reports an error
     if the folder is wrong.
+
+    Raises:
+        InputError: the file of saved overrides is damaged, or a file of the run leads out of the run's folder.
+        ConfigError: a saved override is not allowed.
     """
-    resume = last_value(arguments, "resume")
-    folder = Path(str(resume))
-    if resume is None or not (folder / SAVED_OVERRIDES).exists():
+    folder = resumed_folder(arguments)
+    if folder is None or not (folder / SAVED_OVERRIDES).exists():
         return []
-    saved: list[str] = json.loads((folder / SAVED_OVERRIDES).read_text())
+    require_inside(folder)
+    try:
+        content = validate_value(list[str], json.loads((folder / SAVED_OVERRIDES).read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{folder / SAVED_OVERRIDES}: is not a list of overrides: {error}") from error
     config = folder / "config.yaml"
     text = config.read_text(errors="replace") if config.is_file() else ""
     if FIRST_TOKEN not in text and any(target.rpartition(".")[2] in text for target in PRETRAINED_TOKENIZERS):
-        saved.insert(0, f"model.tokenizer.{FIRST_TOKEN}=false")
-    return [current_override(text) for text in saved if override_key(text) not in NOT_SAVED]
+        content.insert(0, f"model.tokenizer.{FIRST_TOKEN}=false")
+    saved = [current_override(text) for text in content if override_key(text) not in NOT_SAVED]
+    if issues := list(saved_override_issues(saved, arguments)):
+        raise ConfigError(issues)
+    return saved
+
+
+def resumed_folder(arguments: list[str], key: str = "resume") -> Path | None:
+    """Return the folder that the argument `resume=…` names, or None if there is no such argument."""
+    named = last_value(arguments, key)
+    return None if named is None else Path(named)
 
 
 def override_key(override: str) -> str:

@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from wmtp.config.schema import Parameter, locate, schema
+from wmtp.config.flatten import flatten
+from wmtp.config.schema import Parameter, schema
+from wmtp.config.targets import locate
 from wmtp.config.values import validate_value
+from wmtp.errors import refuse_odd_content
 from wmtp.field_types import is_input_path
+from wmtp.runtime.untrusted_files import read_yaml
 
 
 def absolute_paths(config: DictConfig, base: Callable[[str], Path]) -> dict[str, Path]:
@@ -31,11 +36,9 @@ def absolute_paths(config: DictConfig, base: Callable[[str], Path]) -> dict[str,
 
 def started_in(folder: Path) -> Path | None:
     """Return the working directory in which the run in a folder was started, or None if the run does not record it."""
-    try:
-        hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml")
-    except OSError:
-        return None
-    recorded = OmegaConf.select(hydra, "hydra.runtime.cwd", default=None)
+    path = folder / ".hydra" / "hydra.yaml"
+    with refuse_odd_content(path):
+        recorded = flatten(yaml.safe_load(read_yaml(path))).get("hydra.runtime.cwd") if path.exists() else None
     return None if recorded is None else Path(str(recorded))
 
 

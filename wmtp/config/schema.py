@@ -9,7 +9,6 @@ object is built.
 
 import copy
 import difflib
-import importlib
 import inspect
 import re
 import typing
@@ -19,20 +18,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ValidationError
 
 from wmtp.config.flatten import flatten
-from wmtp.config.moved_targets import current_key, current_target, update_config
+from wmtp.config.moved_targets import current_key
+from wmtp.config.targets import kind_of, locate
 from wmtp.config.values import as_typed, convert_value, format_problem, validate_value
 from wmtp.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIG_FOLDER = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """Folder of the config files. It is inside the package if the package is installed, and beside it otherwise."""
-ALLOWED_TARGETS = ("wmtp.", "torch.optim.", "torch.optim.lr_scheduler.")
-HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})
 PASSED_TO_TORCH = frozenset({"params", "optimizer"})
 """Parameters of torch's optimizers and schedulers that are objects passed by the command, not config keys."""
 CREDENTIALS = re.compile(r"://\S*@")
@@ -90,13 +88,6 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def load_run_config(path: Path) -> DictConfig:
-    """Load the config.yaml of a run. Targets and keys of an earlier version get their current names."""
-    config = OmegaConf.create(update_config(OmegaConf.to_container(OmegaConf.load(path))))
-    assert isinstance(config, DictConfig)
-    return config
-
-
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a hint for an unknown word. It names the most similar known word, or all of them if none is similar.
 
@@ -110,25 +101,6 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     if matches:
         return f"did you mean {prefix}{matches[0]}?"
     return f"valid: {', '.join(known)}" if known else "no key is valid here"
-
-
-def locate(target: str) -> Callable[..., Any]:
-    """Return the class or function at the path `target`, which may be a path from an earlier version.
-
-    Raises:
-        ValueError: the path is not allowed, or no class or function can be imported from it.
-    """
-    target = current_target(target)
-    if not target.startswith(ALLOWED_TARGETS):
-        raise ValueError(f"a target must begin with one of {', '.join(ALLOWED_TARGETS)}")
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError("is not a class or function")
-    return typing.cast(Callable[..., Any], found)
 
 
 def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
@@ -150,13 +122,6 @@ def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
 def is_node(value: object) -> bool:
     """Return whether a config value is a node with a `_target_`."""
     return isinstance(value, DictConfig) and "_target_" in value
-
-
-def contains_nodes(value: object) -> bool:
-    """Return whether a config value is a node with a `_target_`, or contains such a node."""
-    if isinstance(value, DictConfig):
-        return is_node(value) or any(contains_nodes(value.get(k)) for k in value if not OmegaConf.is_missing(value, k))
-    return isinstance(value, ListConfig) and any(contains_nodes(item) for item in value)
 
 
 def iter_nodes(config: DictConfig, key: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -198,7 +163,7 @@ def node_issues(
     prefix = f"{key}." if key else ""
     raw = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))
     for name in raw:
-        if name in HYDRA_KEYS or name in parameters:
+        if name == "_target_" or name in parameters:
             continue
         nested = [] if key else [path for path in flatten(raw) if path.endswith(f".{name}") and path not in raw]
         hint = did_you_mean(name, parameters, prefix) if not nested else f"did you mean {' or '.join(nested)}?"
@@ -216,7 +181,7 @@ def node_issues(
         except OmegaConfBaseException as error:
             yield ConfigIssue(path, "", str(error).splitlines()[0])
             continue
-        if contains_nodes(value):
+        if is_node(value) and kind_of(parameter.annotation) is not None:
             continue
         content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         try:
@@ -233,7 +198,8 @@ def node_issues(
 def build(node: DictConfig, target: Callable[..., Any] | None = None, **available: object) -> Any:
     """Build the object that a config node describes, including the objects of the nodes inside it.
 
-    All objects that a config describes are built by this function. Config values are converted to the types in the
+    All objects that a config describes are built by this function. An object inside another one is built only for a
+    parameter that takes an object of wmtp. Config values are converted to the types in the
     annotations of the target's parameters.
 
     Args:
@@ -250,10 +216,10 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
     for name, parameter in parameters.items():
         if name not in node:
             continue
-        if contains_nodes(node[name]):
-            values[name] = build(node[name], None, **available)
+        value, kind = node[name], kind_of(parameter.annotation)
+        if is_node(value) and kind is not None:
+            values[name] = build(value, locate(str(value["_target_"]), kind), **available)
         else:
-            value = node[name]
             content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             values[name] = validate_value(parameter.annotation, content)
     given = {name: available[name] for name in inspect.signature(target).parameters if name in available}
@@ -262,7 +228,7 @@ def build(node: DictConfig, target: Callable[..., Any] | None = None, **availabl
 
 def stage_keys(config: DictConfig) -> list[str]:
     """Return the keys in the node `pretrain` that replace keys of the config and are not its own settings."""
-    own = {*schema(locate(str(config.pretrain["_target_"]))), *HYDRA_KEYS}
+    own = {*schema(locate(str(config.pretrain["_target_"]))), *{"_target_"}}
     return [key for key in map(str, config.pretrain) if key not in own]
 
 

@@ -197,7 +197,11 @@ def _read_index(folder: Path) -> Metadata:
         for shard in (ShardEntry(**part) for part in entry["parts"]):
             chunks.append(ChunkStorageMetadata(torch.Size(shard.offsets), torch.Size(shard.sizes)))
             locations[MetadataIndex(name, shard.offsets)] = _StorageInfo(shard.file, shard.start, shard.length)
+            if Path(shard.file).name != shard.file:
+                raise ValueError(f"{INDEX} names a file outside the checkpoint: {shard.file}")
         dtype = getattr(torch, entry["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{INDEX}: {entry['dtype']} is not a data type")
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
     return Metadata(tensors, storage_data=locations, storage_meta=StorageMeta())
 

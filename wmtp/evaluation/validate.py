@@ -17,6 +17,7 @@ from wmtp.config.schema import (
     schema,
     to_plain,
 )
+from wmtp.config.trust import placement_issues
 from wmtp.data.sources import DataSource
 from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
@@ -140,7 +141,7 @@ def check_generation(config: DictConfig, overrides: list[str]) -> CheckedConfig:
 
 def _common_issues(config: DictConfig, typed: Mapping[str, str]) -> list[ConfigIssue]:
     """Return the issues that both commands check: those of the nodes inside the config, and of the hardware."""
-    issues: list[ConfigIssue] = []
+    issues = list(placement_issues(OmegaConf.to_container(config)))
     for key, node in iter_nodes(config):
         issues += node_issues(node, key, typed=typed)
     invalid = {issue.key.split(".")[0] for issue in issues}

@@ -11,21 +11,22 @@ from wmtp.checkpoint.manifest import find_damage, manifest_hash
 from wmtp.checkpoint.state import load_model
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config.paths import with_start_paths
-from wmtp.config.schema import ConfigError, ConfigIssue, build, load_run_config, node_issues
+from wmtp.config.schema import ConfigError, ConfigIssue, build, is_node, iter_nodes, node_issues
+from wmtp.config.trust import load_run_config
 from wmtp.data.tokenizer import Tokenizer, read_backend, tokenizer_difference
 from wmtp.distributed.device import Hardware
 from wmtp.distributed.process_group import Processes
-from wmtp.errors import InputError
+from wmtp.errors import InputError, refuse_odd_content
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelSource
 from wmtp.runtime.standard_streams import announce
+from wmtp.runtime.untrusted_files import require_inside
 
-ALLOWED_TARGETS = {"model": ("wmtp.models.",), "model.tokenizer": ("wmtp.data.tokenizer.", "wmtp.models.")}
-"""Config nodes from which objects are built, and the allowed prefixes of their `_target_`.
-
-Other targets are rejected, because the config.yaml of a run is untrusted input.
-"""
+USED_NODES = ("model", "model.tokenizer", "algo", "data")
+"""Nodes that the config of a run must have, because they are needed to use its model."""
+USED_DATA_KEYS = ("data.template", "data.max_length")
+"""Data settings of a run that are used with other data, too."""
 MODEL_FOLDER = "model"
 """Name of the subfolder of a run that contains copies of the config and tokenizer of the run's pretrained model."""
 
@@ -46,8 +47,9 @@ class TrainedCheckpoint:
     @property
     def position(self) -> tuple[int, int]:
         """The training step and the epoch at which the checkpoint was saved."""
-        position = json.loads((self.path / "state.json").read_text())["position"]
-        return int(position["step"]), int(position["epoch"])
+        with refuse_odd_content(self.path / "state.json"):
+            position = json.loads((self.path / "state.json").read_bytes())["position"]
+            return int(position["step"]), int(position["epoch"])
 
     def tokenizer(self, cache_dir: Path) -> Tokenizer:
         """Return the tokenizer with which the model was trained."""
@@ -91,7 +93,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not is_checkpoint and not (path / "checkpoints").is_dir():
         problem = "neither a run's folder nor a checkpoint nor a pretrained model"
         raise InputError(f"{path}: {problem}: it has no checkpoints, manifest.json or config.json")
-    chosen, run_folder = (path, path.parent.parent) if is_checkpoint else (CheckpointStore(path).best(), path)
+    run_folder = path.parent.parent if is_checkpoint else path
+    require_inside(run_folder)
+    chosen = path if is_checkpoint else CheckpointStore(path).best()
     if chosen is None:
         return CheckpointStore(path).latest(), run_folder  # `latest` verifies it
     if (damage := find_damage(chosen)) is not None:
@@ -107,21 +111,21 @@ def read_run_config(path: Path) -> DictConfig:
     path of the model is kept, because the original base weights are needed.
 
     Raises:
-        InputError: the file is missing, or its model or tokenizer is not a class of wmtp or has invalid values.
+        InputError: the file is missing, or one of the nodes in `USED_NODES` is missing or has invalid values.
     """
     if not path.exists():
         raise InputError(f"{path}: is missing; it is needed to build the model of the checkpoint")
     config = with_start_paths(load_run_config(path), path.parent)
+    for key in USED_NODES:
+        if not is_node(OmegaConf.select(config, key)):
+            raise InputError(f"{path}: its {key} is not a class of wmtp")
     if (model_folder := path.parent / MODEL_FOLDER).is_dir():
         config.model.tokenizer.path = str(model_folder)
         if not OmegaConf.select(config, "model.lora.rank"):  # adapters need the original base weights
             config.model.path = str(model_folder)
-    issues: list[ConfigIssue] = []
-    for key, origins in ALLOWED_TARGETS.items():
-        node = OmegaConf.select(config, key)
-        if not isinstance(node, DictConfig) or not str(node.get("_target_")).startswith(origins):
-            raise InputError(f"{path}: its {key} is not a class of wmtp")
-        issues += node_issues(node, key)
+    nodes = [("model", config.model), *iter_nodes(config.model, "model")]
+    issues = [issue for key, node in nodes for issue in node_issues(node, key)]
+    issues += [issue for issue in node_issues(config.data, "data") if issue.key in USED_DATA_KEYS]
     if issues:
         raise ConfigError([ConfigIssue(f"{path}: {issue.key}", issue.value, issue.problem) for issue in issues])
     return config
@@ -149,12 +153,15 @@ def load_weights(
             the model.
     """
     snapshot = load(checkpoint, optimizer=False, verified=verified)
-    stored, current = snapshot.state["identity"]["tokenizer"], tokenizer.fingerprint
+    with refuse_odd_content(checkpoint / "state.json"):
+        identity = dict(snapshot.state["identity"])
+        stored, base = str(identity["tokenizer"]), identity.get("base") and str(identity["base"])
+    current = tokenizer.fingerprint
     if stored != current:
         raise InputError(f"{checkpoint}: was trained with another tokenizer: {stored[:16]}…, current: {current[:16]}…")
     if model.value_head is None:
         snapshot.model = {name: x for name, x in snapshot.model.items() if not name.startswith("value_head.")}
-    if (base := snapshot.state["identity"].get("base")) != model.base_fingerprint:
+    if base != model.base_fingerprint:
         stored, current = ("none" if each is None else f"{each[:16]}…" for each in (base, model.base_fingerprint))
         raise InputError(f"{checkpoint}: its adapters belong to another base model: {stored}, current: {current}")
     try:

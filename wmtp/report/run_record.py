@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from wmtp.config.moved_targets import update_config
-from wmtp.errors import InputError
+from wmtp.errors import InputError, refuse_odd_content
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS, PRETRAIN, PROVENANCE, TOKENS, read_status
 from wmtp.runtime.sweep_jobs import sweep_label
+from wmtp.runtime.untrusted_files import read_yaml, require_inside
 from wmtp.tracking.jsonl import FILE_NAME
 
 
@@ -110,6 +111,8 @@ def find_runs(folders: Iterable[Path]) -> list[RunRecord]:
         if not runs:
             problem = "contains no run" if folder.exists() else "does not exist"
             raise InputError(f"{folder}: {problem}; name the folder of a run, of a sweep, or of several runs")
+        for path in runs:
+            require_inside(path)
         found |= {path.resolve(): RunRecord(path) for path in runs}
     return list(found.values())
 
@@ -128,10 +131,13 @@ def evaluated_on(evaluation: Mapping[str, Any]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content
+    with refuse_odd_content(path):
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
-    return content
+    try:
+        with refuse_odd_content(path):
+            return dict(yaml.safe_load(read_yaml(path))) if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not readable YAML: {' '.join(str(error).split())}") from error

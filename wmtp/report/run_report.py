@@ -226,6 +226,7 @@ def _provenance(run: RunRecord) -> Markup:
     entries: Sequence[tuple[str, Any]] = [
         ("folder", code(run.folder.resolve())),
         ("git revision", _optional_code(provenance.get("git_revision"))),
+        ("files that git does not track", ", ".join((provenance.get("untracked") or {}).get("files", []))),
         ("data", _data(data)),
         ("data fingerprint", _optional_code(data.get("fingerprint"))),
         ("config hash", _optional_code(summary.get("config_hash"))),

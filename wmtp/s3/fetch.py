@@ -13,7 +13,7 @@ from typing import Literal
 from rich.console import Console
 
 from wmtp.checkpoint import manifest
-from wmtp.checkpoint.listing import STEP, complete_checkpoints, step_of
+from wmtp.checkpoint.listing import STEP, checkpoint_path, complete_checkpoints, step_of
 from wmtp.checkpoint.manifest import find_damage
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, fsync_path, read_or_none, replace_atomically
@@ -223,7 +223,7 @@ class _RunDownloader:
                 fsync_path(path.parent)
 
     def _list(self) -> None:
-        self.sizes = dict(self.remote.list_objects())
+        self.sizes = {key: size for key, size in self.remote.list_objects() if is_safe_key(key)}
 
     def _remote_checkpoints(self, stage: str) -> list[str]:
         """Return the names of all checkpoints of a stage in S3 that have a manifest. The oldest checkpoint is first."""
@@ -324,6 +324,11 @@ class _RunDownloader:
             log.warning("%s: the checkpoint of the result of stage 1 is missing; stage 1 is resumed", self.remote.url)
 
 
+def is_safe_key(key: str) -> bool:
+    """Return whether the path of an object's file, which is given by its key, is inside the run's folder."""
+    return "\0" not in key and not {"", ".", ".."}.intersection(key.split("/"))
+
+
 def _is_run_file(key: str) -> bool:
     """Return whether a key matches a pattern in `RECORDS` or `FINAL_FILES`. Return False for run.json and config.yaml.
 
@@ -340,7 +345,6 @@ def _parse_pointer(content: bytes | None, field: str) -> str:
     `field` is the JSON key of this value. If `content` is None or invalid, the result is an empty string.
     """
     try:
-        name = str(json.loads(content or b"")[field])
+        return checkpoint_path(json.loads(content or b"")[field])
     except (ValueError, KeyError, TypeError):
         return ""
-    return name if STEP.fullmatch(name.rpartition("/")[2]) and ".." not in name else ""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from wmtp.checkpoint.listing import checkpoint_path
 from wmtp.runtime.atomic_files import read_or_none
 from wmtp.s3.client import LocalFileError, S3Folder
 from wmtp.s3.layout import STAGE1_RESULT, STAGES, is_uploaded, stage_of
@@ -58,7 +59,7 @@ class RunFilesUploader:
                 continue
             base = self.folder if key == STAGE1_RESULT else (self.folder / key).parent
             try:
-                checkpoint = base / str(json.loads(content)[field])
+                checkpoint = base / checkpoint_path(json.loads(content)[field])
             except (ValueError, KeyError, TypeError) as error:
                 log.warning("%s is damaged and is not uploaded: %s", self.folder / key, error)
                 self._pointers[key] = content

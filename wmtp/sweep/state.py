@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from wmtp.config.moved_targets import current_override
+from wmtp.config.values import validate_value
 from wmtp.errors import InputError, PendingError
 from wmtp.report.grouping import group_runs
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import SWEEP, mark_dead_run, read_status
+from wmtp.runtime.untrusted_files import require_inside
 
 State = Literal["PENDING", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 TRACEBACK_START = "Traceback (most recent call last)"
@@ -51,12 +53,16 @@ class SweepState:
         """Read the state of an existing sweep.
 
         Raises:
-            InputError: the folder has no sweep.json.
+            InputError: the folder has no readable sweep.json, or a file in it leads out of the folder.
         """
         path = folder / SWEEP
         if not path.exists():
             raise InputError(f"sweep.resume={folder}: is not the folder of a sweep: it has no {SWEEP}")
-        jobs = [Job(**job) for job in json.loads(path.read_text())["jobs"]]
+        require_inside(folder)
+        try:
+            jobs: list[Job] = validate_value(list[Job], json.loads(path.read_bytes())["jobs"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
         for job in jobs:
             job.overrides = [current_override(override) for override in job.overrides]
         return cls(folder, jobs)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from wmtp.config.schema import build, locate, schema
+from wmtp.config.schema import build, schema
+from wmtp.config.targets import locate
 from wmtp.field_types import Ratio
 from wmtp.ops.shares import share_of
 

@@ -1,5 +1,6 @@
 """Write the id of a run, the S3 URL of its copy, and the versions of its code and data."""
 
+import logging
 import re
 import uuid
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from wmtp.data.dataset import Dataset
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PROVENANCE, RUN, SWEEP, read_run
 from wmtp.runtime.versions import versions
+
+log = logging.getLogger(__name__)
 
 
 def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, list[Any]], data: Dataset) -> None:
@@ -32,7 +35,10 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
         "validation": len(data.validation),
         "test": len(data.test),
     }
-    content = {**versions(), "command": list(overrides), "changed": changed, "data": data_info}
+    found = versions()
+    if untracked := found.get("untracked"):
+        log.warning("git does not track %s; the revision in provenance.json is without them", untracked["files"])
+    content = {**found, "command": list(overrides), "changed": changed, "data": data_info}
     replace_atomically(folder / PROVENANCE, encode_json(content))
 
 

@@ -21,6 +21,7 @@ from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.cli.runner import exit_state
 from wmtp.config.defaults import changed_keys
 from wmtp.config.schema import stage_config
+from wmtp.config.trust import remember
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InterruptedRun
@@ -258,6 +259,7 @@ class Run:
         self._save_model_files(self.config, self.folder, components)
         write_run_id(self.folder, OmegaConf.select(self.config, "checkpoint.s3.url"))
         write_provenance(self.folder, self.overrides, changed_keys(self.config, "train"), data)
+        remember(self.config)
         self.uploaders = open_uploaders(self.config, self.folder, self.console, is_training=True)
 
     def _save_model_files(self, config: DictConfig, folder: Path, components: Components) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from wmtp.checkpoint.listing import checkpoint_path
 from wmtp.config.flatten import flatten
 from wmtp.config.paths import with_start_paths
-from wmtp.config.schema import load_run_config, stage_config, to_plain
+from wmtp.config.schema import stage_config, to_plain
+from wmtp.config.trust import load_run_config
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import PRETRAIN
+from wmtp.runtime.untrusted_files import require_inside
 
 FIXED_KEYS = ("pretrain", "model", "data", "seed")
 """Keys of the stage 1 config whose values must not change once stage 1 has begun."""
@@ -53,11 +56,19 @@ def write_stage_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def read_stage_result(folder: Path) -> dict[str, Any] | None:
-    """Return the result of stage 1 from a run's folder, or None if stage 1 is not finished."""
+    """Return the result of stage 1 from a run's folder, or None if stage 1 is not finished.
+
+    Raises:
+        InputError: the file is damaged, or the checkpoint that it names is not one of stage 1.
+    """
     path = folder / PRETRAIN / "result.json"
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
+    try:
+        result: dict[str, Any] = json.loads(path.read_bytes())
+        checkpoint_path(result["saved"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged: {error}") from error
     return result
 
 
@@ -89,11 +100,13 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
         InputError: the other run has no finished stage 1, or the class or the model of its stage 1 differs from that
             in `config`.
     """
+    require_inside(source)
     result, reused, current = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
     if result is None:
         raise InputError(f"pretrain.reuse={source}: stage 1 of that run is not finished")
     reused, current = (
-        flatten({"model": stage["model"], "kind": stage["pretrain"]["_target_"]}) for stage in (reused, current)
+        flatten({"model": stage.get("model"), "kind": (stage.get("pretrain") or {}).get("_target_")})
+        for stage in (reused, current)
     )
     changed = sorted(key for key in reused.keys() | current.keys() if reused.get(key) != current.get(key))
     if changed:

@@ -41,7 +41,7 @@ class Stage(Protocol):
         """Return the names of the metrics that the stage measures for a model with `num_heads` prediction heads."""
 
 
-class ValueStage:
+class ValueStage(Stage):
     """A stage that trains the policy's value head.
 
     The value head is trained either alone on a frozen trunk, or together with the language model. Stage 2 continues to
@@ -98,7 +98,7 @@ class ValueStage:
         return metric_names(num_heads if trains_heads else 0, values=True, language_model_loss=trains_heads)
 
 
-class ReferenceStage:
+class ReferenceStage(Stage):
     """A stage that trains a separate reference model on curated data, as an ordinary language model."""
 
     trains_policy = False

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from wmtp.checkpoint.listing import complete_checkpoints, step_of
 from wmtp.config.flatten import flatten
 from wmtp.config.overrides import shell_argument
-from wmtp.config.schema import ConfigError, build, iter_nodes, load_run_config, node_issues, to_plain
+from wmtp.config.schema import ConfigError, build, iter_nodes, node_issues, to_plain
+from wmtp.config.trust import load_run_config, require_known
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.background import SHUTDOWN_STALL_S
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
+from wmtp.runtime.untrusted_files import require_inside
 from wmtp.s3.client import S3Folder, StoreError, StoreUnreachable
 from wmtp.s3.layout import STAGES
 from wmtp.s3.options import S3Settings
@@ -26,6 +28,8 @@ from wmtp.s3.retention import newest_remote_step
 from wmtp.s3.uploader import CheckpointUploader
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
+from wmtp.tracking.mlflow.sync_state import read_sync_state
+from wmtp.tracking.mlflow.uri import absolute_uri
 from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
@@ -158,13 +162,18 @@ def send_pending(folder: Path, state: State) -> list[str]:
     """Upload the pending data of an ended run or sweep, and return a report for each server.
 
     Raises:
-        InputError: a server rejects the data, or the config of the run is invalid.
+        InputError: a server rejects the data, the config of the run is invalid, or it names an unknown server.
         PendingError: some data could still not be uploaded.
     """
+    require_inside(folder)
     if not (folder / "config.yaml").exists():
+        if (sync_state := read_sync_state(folder)) and sync_state.uri != absolute_uri(None, folder.absolute()):
+            require_known(folder, "tracking.uri", sync_state.uri)
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
+    for key in ("tracking.uri", "checkpoint.s3.endpoint_url"):
+        require_known(folder, key, OmegaConf.select(config, key))
     nodes = [(key, node) for key, node in iter_nodes(config) if key.partition(".")[0] in ("tracking", "checkpoint")]
     if issues := [issue for key, node in nodes for issue in node_issues(node, key)]:
         raise ConfigError(issues)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from wmtp.algorithms.base import INITIAL, Algorithm
@@ -20,12 +20,13 @@ from wmtp.config.schema import (
     build,
     copy_values,
     iter_nodes,
-    locate,
     node_issues,
     schema,
     stage_config,
     stage_keys,
 )
+from wmtp.config.targets import locate
+from wmtp.config.trust import placement_issues
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.device import hardware_issues, missing_hardware
 from wmtp.errors import InputError
@@ -84,6 +85,7 @@ def check_training(
     if missing := [name for name in expected if name not in config]:
         return CheckedConfig(config, [ConfigIssue(name, "", "is missing, but required") for name in missing])
     issues = list(node_issues(config, "", groups | schema(Plan) | schema(RunOptions), typed))
+    issues += placement_issues(OmegaConf.to_container(config))
     for key, node in iter_nodes(config):
         issues += node_issues(node, key, stage_overridable_keys() if key == "pretrain" else None, typed)
     for name in groups:

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp.config import moved_targets
 from wmtp.config.moved_targets import current_key, current_override
 from wmtp.config.overrides import load_saved_overrides
-from wmtp.config.schema import ConfigIssue, build, iter_nodes, load_run_config, node_issues
+from wmtp.config.schema import ConfigIssue, build, iter_nodes, node_issues
+from wmtp.config.trust import load_run_config
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
 from wmtp.s3.options import S3Settings
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wmtp.config.schema import locate
+from wmtp.config.targets import locate
 from wmtp.training.optim import cosine
 
 

@@ -12,7 +12,7 @@ import pytest
 from wmtp.errors import InputError
 from wmtp.runtime import versions
 from wmtp.runtime.run_dir import SWEEP, JobProgress, RunStatus, mark_dead_run, read_run, read_status
-from wmtp.runtime.versions import git_revision
+from wmtp.runtime.versions import git_revision, untracked_files
 from wmtp.training.provenance import remote_url, write_run_id
 
 HOLD = """
@@ -114,3 +114,39 @@ def test_code_installed_in_an_unrelated_repository_has_no_revision(
     assert git_revision() == git("rev-parse", "HEAD")
     installed.write_text("# changed\n")
     assert git_revision() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_files_that_git_does_not_track_are_named_and_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is git's own list of changes, in which ignored files are missing."""
+
+    def git(*arguments: str) -> str:
+        """Run git, and return its output."""
+        author = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+        done = subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def write(name: str, content: str) -> None:
+        """Write a file."""
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+
+    monkeypatch.setenv("WMTP_GIT_REVISION", "abc")
+    write("wmtp/runtime/versions.py", "# ours\n")
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "wmtp" / "runtime" / "versions.py"))
+    assert (git_revision(), untracked_files()) == ("abc", {}), "the revision of an image without git"
+    write(".gitignore", "*ignored*\n")
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "ours")
+    write("outputs/metrics.jsonl", "")
+    write("wmtp/__pycache__/a.pyc", "")
+    assert (git_revision(), untracked_files()) == (git("rev-parse", "HEAD"), {})
+    write("wmtp/algorithms/focal ü.py", "a = 1\n")
+    write("conf/algo/ignored.yaml", "b: 1\n")
+    assert "ignored" not in git("status", "--porcelain")
+    first = untracked_files()["untracked"]
+    assert first["files"] == ["conf/algo/ignored.yaml", "wmtp/algorithms/focal ü.py"]
+    write("conf/algo/ignored.yaml", "b: 2\n")
+    second = untracked_files()["untracked"]
+    assert second["files"] == first["files"] and second["sha256"] != first["sha256"]
+    assert git_revision() == git("rev-parse", "HEAD")
