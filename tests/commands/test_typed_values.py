@@ -126,7 +126,7 @@ def test_printed_commands_can_be_pasted(trained: tuple[Path, str], paste: Callab
 @pytest.mark.parametrize(
     "arguments",
     [
-        "-m wmtp.evaluate checkpoint=2024_11_29 evaluation.limit=1",
+        "-m wmtp.evaluate checkpoint=2024_11_29 evaluation.limit=1.0 evaluation.k=1.0",
         "-m wmtp.generate checkpoint=2024_11_29 prompt=a n=1.0 generation.max_new_tokens=2",
         f'-m wmtp.generate "checkpoint={NAME}" prompt=a generation.max_new_tokens=8 "generation.stop=[\\n]"',
         f'-m wmtp.export "{NAME}" "out (é)" format=hf_trunk',

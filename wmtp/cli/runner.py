@@ -27,7 +27,7 @@ from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
 from wmtp.config import help_text
-from wmtp.config.overrides import expand_argument, is_dry_run, resumed_folder, to_hydra_override
+from wmtp.config.overrides import expand_argument, is_dry_run, override_text, resumed_folder, to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.config.trust import saved_override_issues
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
@@ -204,7 +204,7 @@ class CommandRunner:
         In a dry run, the local copies are removed when the command ends.
         """
         options = {argument for argument in arguments if argument.startswith("-")}
-        if not any("s3://" in argument for argument in arguments) or options - set(MULTIRUN):
+        if not any("s3://" in override_text(argument) for argument in arguments) or options - set(MULTIRUN):
             return arguments
         from wmtp.cli.s3_paths import replace_remote_args
 

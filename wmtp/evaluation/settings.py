@@ -13,8 +13,8 @@ from wmtp.sandbox.limits import Limits
 
 
 def _as_list(value: object) -> object:
-    """If the value is an integer, return a list that contains only the value. Otherwise return the value unchanged."""
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    """Return a list that contains only the value if it is a number or text. Otherwise, return the value unchanged."""
+    return [value] if isinstance(value, int | float | str) and not isinstance(value, bool) else value
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
