@@ -44,7 +44,7 @@ def rename_control_tokens(
         model["merges"] = [
             (first, second)
             for first, second in pairs
-            if names.keys().isdisjoint((first, second, first + second.removeprefix(prefix)))
+            if not (first in names or second in names or first + second.removeprefix(prefix) in names)
         ]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
