@@ -20,7 +20,7 @@ def load_environment() -> None:
         InputError: the user name or the password in the variable MLFLOW_TRACKING_URI cannot be parsed.
     """
     for folder in (Path.cwd(), CONFIG_FOLDER.parent):
-        load_dotenv(folder / ".env", override=False, encoding="utf-8-sig")
+        load_dotenv(folder / ".env", override=False)
     if "@" in os.environ.get("MLFLOW_TRACKING_URI", ""):
         from wmtp.tracking.mlflow import move_credentials
 

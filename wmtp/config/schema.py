@@ -176,14 +176,14 @@ def node_issues(
             continue
         try:
             value = node[name]
+            if is_node(value) and kind_of(parameter.annotation) is not None:
+                continue
+            content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except InterpolationToMissingValueError:
             continue  # reported for the key that it refers to
         except OmegaConfBaseException as error:
             yield ConfigIssue(path, "", str(error).splitlines()[0])
             continue
-        if is_node(value) and kind_of(parameter.annotation) is not None:
-            continue
-        content = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         try:
             converted = convert_value(parameter.annotation, content, path, typed)
         except ValidationError as error:

@@ -11,11 +11,10 @@ from wmtp.cli.env import load_environment
 SECRET = "hunter2"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_env_file_adds_missing_variables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_env_file_adds_missing_variables_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHON_DOTENV_DISABLED")
-    (tmp_path / ".env").write_text("export WMTP_TEST_B='also' # why\nWMTP_TEST_A=from the file\n", encoding=encoding)
+    (tmp_path / ".env").write_text("WMTP_TEST_A=from the file\nexport WMTP_TEST_B='also' # why\n")
     monkeypatch.setenv("WMTP_TEST_A", "from the environment")
     monkeypatch.setenv("WMTP_TEST_B", "")
     monkeypatch.delenv("WMTP_TEST_B")
