@@ -26,8 +26,7 @@ from wmtp.objectives.base import Objective
 from wmtp.ops.metric_sums import MetricSums, sum_in_order
 from wmtp.runtime.signals import DeferredSignals
 from wmtp.tracking.base import Tracker
-from wmtp.training.best_validation import BestValidation
-from wmtp.training.early_stopping import EarlyStopping
+from wmtp.training.early_stopping import BestValidation, EarlyStopping
 from wmtp.training.nonfinite import Action, FiniteCheck
 from wmtp.training.plan import Plan, Position
 from wmtp.training.resume_check import declared_changes, training_identity

@@ -108,7 +108,7 @@ def check_training(
             if (issue.key, issue.problem) not in known
         ]
         copy_values(checked.config, config.pretrain, stage_keys(config))
-    return CheckedConfig(config, issues, algorithm)
+    return CheckedConfig(config, list(dict.fromkeys(issues)), algorithm)
 
 
 def group_issues(name: str, value: Any) -> Iterator[ConfigIssue]:

@@ -59,7 +59,7 @@ def test_s3_keys_of_an_earlier_config_become_the_node_s3(tmp_path: Path) -> None
 def test_the_prompts_of_an_earlier_run_still_begin_without_a_special_token(tmp_path: Path) -> None:
     node = "{_target_: wmtp.data.tokenization.pretrained_tokenizer, path: m}"
     config, saved = tmp_path / "config.yaml", tmp_path / SAVED_OVERRIDES
-    config.write_text(f"model: {{tokenizer: {node}}}")
+    config.write_text(f"model: {{_target_: wmtp.models.huggingface.pretrained.Pretrained, path: m, tokenizer: {node}}}")
     assert load_run_config(config).model.tokenizer.add_bos_token is False
     saved.parent.mkdir()
     saved.write_text('["model.path=m"]')
@@ -70,7 +70,8 @@ def test_the_prompts_of_an_earlier_run_still_begin_without_a_special_token(tmp_p
     config.write_text(OmegaConf.to_yaml(now))
     assert load_run_config(config).model.tokenizer.add_bos_token is None, "a current config was changed"
     assert load_saved_overrides([f"resume={tmp_path}"]) == ["model.path=m"]
-    config.write_text("model: {tokenizer: {_target_: wmtp.data.tokenizer.task_tokenizer}}")
+    own = "{_target_: wmtp.models.llama.Llama, tokenizer: {_target_: wmtp.data.tokenizer.task_tokenizer}}"
+    config.write_text(f"model: {own}")
     assert "add_bos_token" not in load_run_config(config).model.tokenizer
     assert load_saved_overrides([f"resume={tmp_path}"]) == ["model.path=m"]
 
