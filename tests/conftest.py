@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ os.environ["PYTHON_DOTENV_DISABLED"] = "1"
 for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_"))]:
     del os.environ[name]  # tests must not send data to the developer's own servers
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="wmtp-state-")  # not the developer's own known destinations
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, also in started processes
 os.environ["OMP_NUM_THREADS"] = "1"  # also in started processes: on busy cores, torch's threads waste time
 torch.set_num_threads(1)  # a second thread does not speed up models this small
 Invoke = Callable[..., Outcome]

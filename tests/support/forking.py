@@ -111,10 +111,12 @@ class Child:
         return self._code
 
     def wait(self, seconds: float = TIME_LIMIT_S) -> int:
-        """Wait at most `seconds` for the end of the command, and return its exit code."""
+        """Return the exit code of the command. If it runs for more than `seconds`, kill it and fail."""
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None:
-            assert time.monotonic() < deadline, self.text
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(self.text)
             time.sleep(0.02)
         return code
 
