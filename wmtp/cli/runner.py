@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -172,7 +172,8 @@ class CommandRunner:
         help_text.register()
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        main(lambda config: None)()
+        with nullcontext() if "--hydra-help" in arguments else help_text.without_unused_lists():
+            main(lambda config: None)()
         require_written_output()
 
     def _sweep(self, arguments: list[str]) -> None:
