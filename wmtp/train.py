@@ -34,11 +34,12 @@ def train(context: JobContext) -> None:
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     """Check a training config. The `inputs` of the result are the algorithm."""
-    from wmtp.config.defaults import drop_keys_of_replaced_classes  # imports Hydra
+    from wmtp.config.defaults import complete_tokenizers, drop_keys_of_replaced_classes  # imports Hydra
     from wmtp.config.overrides import typed_values
     from wmtp.training.validate import check_training  # imports torch
 
     drop_keys_of_replaced_classes(config, overrides)
+    complete_tokenizers(config)
     return check_training(config, typed_values(overrides))
 
 

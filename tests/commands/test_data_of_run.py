@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 from tests.conftest import Invoke, run_command
+from wmtp.cli.resolve import compose
 from wmtp.data.sources import FileSource
 from wmtp.sandbox.grader import Program, Verdict
+from wmtp.sweep.state import Job, SweepState
+from wmtp.train import COMMAND
 
 SMALL = ["model=nano", "max_steps=1", "num_validation_samples=0", "num_samples=1", "sandbox=none", "report=false"]
 EVALUATE = ["checkpoint=../a/run", "generation.max_new_tokens=4", "evaluation.sandbox=none"]
@@ -116,8 +119,27 @@ def test_a_file_that_was_edited_since_is_named(projects: Callable[..., dict[str,
     refused = projects()
     assert (refused["code"], f"{file} has changed" in refused["err"]) == (2, True), refused
     assert projects("data=jsonl", f"data.path={file.parent}")["is_run_data"] is False
-    resume = ["resume=../a/run", "max_steps=2", f"data.path={file.parent}"]
+    resume = ["resume=../a/run", "max_steps=2", "sandbox=none", f"data.path={file.parent}"]
     done = invoke(*resume, tiny=False)
     assert (done.code, f"data: {file} has changed" in done.err) == (2, True), done.err
+    tried = invoke(*resume, "dry_run=true", tiny=False)
+    assert (tried.code, tried.err) == (2, done.err.replace(done.err.splitlines()[-1] + "\n", "")), tried.err
     assert invoke(*resume, "resume_override=[data]", tiny=False).code == 0
     assert projects()["is_run_data"] is True
+
+
+def test_the_jobs_of_a_resumed_sweep_use_the_folder_in_which_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ["data=jsonl", "data.path=d"]
+    for name in ("a", "b"):
+        (tmp_path / name / "d").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a" / "sweep").mkdir()
+    SweepState(Path("sweep"), [Job(0, job)]).write()
+    monkeypatch.chdir(tmp_path / "b")
+    sweep = Path("../a/sweep")
+    SweepState.read(sweep).write()  # as a resumed sweep does
+    config = compose(COMMAND, job, sweep, []).checked.config
+    assert config.data.path == str(tmp_path / "a" / "d")
+    assert compose(COMMAND, job).checked.config.data.path == str(tmp_path / "b" / "d"), "the control"

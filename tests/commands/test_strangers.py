@@ -28,8 +28,10 @@ from wmtp.models.loading import find_checkpoint, read_run_config
 from wmtp.runtime import destinations
 from wmtp.runtime.untrusted_files import require_inside
 from wmtp.s3.fetch import _is_run_file, is_safe_key
+from wmtp.sweep.grid import parse_grid
 from wmtp.sweep.state import SweepState
 from wmtp.sync import main as sync
+from wmtp.tracking.mlflow import tracker
 from wmtp.train import COMMAND
 from wmtp.training.stage_results import read_stage_result, require_same_stage
 from wmtp.training.uploads import send_pending
@@ -49,6 +51,7 @@ EARLIER = Path(__file__).parents[1] / "fixtures" / "run_of_flat_modules"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a writable run. The user has not sent data anywhere before."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(destinations, "_used_by_this_process", set())
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(EARLIER, tmp_path / "run")
 
@@ -218,7 +221,9 @@ def test_a_destination_that_the_user_typed_once_is_known(
     assert (tmp_path / "state" / "wmtp" / "destinations").read_text() == "http://server:5000\ns3://bucket\n"
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     monkeypatch.delenv("XDG_STATE_HOME")
-    assert "tracking.uri=" in resume(run), "without a home folder, nothing is known"
+    assert resume(run) == "", "what this process has used needs no file: resume=s3://bucket/… names the bucket"
+    destinations._used_by_this_process.clear()
+    assert "tracking.uri=" in resume(run), "without a home folder, nothing else is known"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert "tracking.uri=" not in resume(run), "the environment is trusted"
 
@@ -228,10 +233,53 @@ def test_sync_sends_nothing_to_a_server_of_the_folder(run: Path, capsys: pytest.
     change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": uri})
     assert sync([str(run)]) == 2
     assert f"its tracking.uri={uri} is a server that you have not used before" in capsys.readouterr().err
+    change_config(run, "tracking.uri", None)
+    state = {"run_id": "", "uri": uri, "experiment": "wmtp"}
+    (run / "mlflow.json").write_text(json.dumps(state))  # data of an ended run are sent to the store that it names
+    problem = f"its tracking.uri={uri} is a server that you have not used before"
+    assert sync([str(run)]) == 2 and problem in capsys.readouterr().err
     (run / "config.yaml").unlink()  # the folder of a sweep has no config
-    (run / "mlflow.json").write_text(json.dumps({"run_id": "a", "uri": uri, "experiment": "wmtp"}))
-    assert sync([str(run)]) == 2
-    assert f"its tracking.uri={uri} is a server that you have not used before" in capsys.readouterr().err
+    assert sync([str(run)]) == 2 and problem in capsys.readouterr().err
+    (run / "sweep.json").write_text('{"jobs": []}')
+    with pytest.raises(InputError, match=problem):
+        SweepState.read(run)
+    destinations.remember_destinations([uri])
+    assert SweepState.read(run).jobs == [], "the control"
+
+
+def test_an_evaluation_sends_nothing_to_a_server_of_the_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an evaluation, the pending data of its run are sent to the store in mlflow.json."""
+    uri, opened = "http://127.0.0.1:9", list[Path]()
+
+    class Recorder:
+        report = "sent"
+
+        def __init__(self, folder: Path, *arguments: object, **options: object) -> None:
+            opened.append(folder)
+
+        def close(self, state: object) -> None: ...
+
+    monkeypatch.setattr(tracker, "MlflowTracker", Recorder)
+    (run / "mlflow.json").write_text(json.dumps({"run_id": "", "uri": uri, "experiment": "wmtp"}))
+    assert tracker.send_pending(run) is None and not opened
+    assert f"its tracking.uri={uri} is a server that you have not used before" in caplog.text
+    destinations.remember_destinations([uri])
+    assert tracker.send_pending(run) == "sent" and opened == [run], "the control"
+
+
+def test_a_job_of_a_resumed_sweep_cannot_choose_another_server_than_the_typed_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The saved overrides of a job with a checkpoint may name another server than sweep.json and the command."""
+    typed = "tracking.uri=http://mine"
+    job = {"number": 0, "overrides": parse_grid("train", [typed]).jobs[0], "state": "KILLED"}
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"jobs": [job]}))
+    add_override(shutil.copytree(run, tmp_path / "sweep" / "0"), "tracking=mlflow", "++tracking.uri=http://evil")
+    assert run_command(["-m", "sweep.resume=sweep", typed], monkeypatch) == 2
+    assert "tracking.uri=http://evil: is a setting of sweep" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '["a', "null", "[" * 50_000], ids=range(5))

@@ -41,6 +41,9 @@ def test_the_config_that_runs_contains_the_converted_values(invoke: Invoke, monk
     assert repr((config["optimizer"]["lr"], config["optimizer"]["betas"])) == "(0.001, [0.9, 0.0])"
     for stage in (config["pretrain"], yaml.safe_load(Path("run/pretrain/config.yaml").read_text())):
         assert repr((stage["max_steps"], stage["seed"])) == "(1, 8)"
+    monkeypatch.setenv("SIZE", "4")
+    resumed = compose(TRAIN, ["resume=run", "max_steps=2"])
+    assert resumed.checked.issues == [] and resumed.checked.config.batch_size == 8, "a resumed run keeps its values"
 
 
 def test_control_a_value_that_is_only_checked_ends_the_run_later(

@@ -4,7 +4,7 @@ import copy
 import os
 import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from wmtp.config.overrides import (
 from wmtp.config.paths import absolute_paths, started_in
 from wmtp.config.presets import drop_preset_values
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
-from wmtp.config.trust import unconfirmed_issues
+from wmtp.config.trust import KEY_REFERENCE, unconfirmed_issues
 from wmtp.errors import InputError
 from wmtp.runtime.writable import require_writable
 
@@ -120,31 +120,63 @@ def compose(
             if (run_dir := chosen_folder(RUN_DIR, overrides, composed)) is not None:
                 overrides = [f"{RUN_DIR}={quote(run_dir)}" if o.startswith(f"{RUN_DIR}=") else o for o in overrides]
             notes = drop_preset_values(command.name, overrides, composed)
-        overrides = make_paths_absolute(composed, overrides, arguments)
+        resumed = resumed_folder(arguments)
+        typed_keys = {override_key(each) for each in arguments} if source is None else {"resume"}
+        overrides = make_paths_absolute(composed, overrides, typed_keys, resumed or source)
         checked = command.check(without_hydra(composed), overrides)
-        if (source := source or resumed_folder(arguments)) is not None:
+        if (source := source or resumed) is not None:
             issues += unconfirmed_issues(checked.config, arguments if typed is None else typed, source)
+        if not checked.issues:
+            overrides = resolve_overrides(overrides, checked.config)
+            composed.hydra.overrides.task = resolve_overrides(_task_overrides(composed), checked.config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*issues, ConfigIssue("config", "", " ".join(str(error).split()))]) from error
     return ComposedJob(replace(checked, issues=[*issues, *checked.issues]), overrides, composed, notes)
 
 
-def make_paths_absolute(composed: DictConfig, overrides: list[str], arguments: list[str]) -> list[str]:
+def make_paths_absolute(
+    composed: DictConfig, overrides: list[str], typed: Collection[str], source: Path | None
+) -> list[str]:
     """Make the input paths in a composed config absolute, and return the overrides from which it is composed then.
 
-    A relative path in `arguments` starts at the current folder. If the arguments name a run to resume, the other
-    relative paths start at the folder in which that run was started.
+    A relative path that was typed starts at the current folder. The others start at the folder in which `source`, the
+    run or sweep that is resumed, was started.
+
+    Args:
+        composed: the composed config with Hydra's settings. It is changed.
+        overrides: the overrides from which it was composed.
+        typed: keys that the user has typed.
+        source: the folder of the run or sweep that is resumed. None if there is none.
     """
-    typed = {override_key(argument) for argument in arguments}
-    resumed = resumed_folder(arguments)
-    start = (resumed and started_in(resumed)) or Path.cwd()
+    start = (source and started_in(source)) or Path.cwd()
     found = absolute_paths(composed, lambda key: Path.cwd() if key in typed else start)
     for key, path in found.items():
         OmegaConf.update(composed, key, str(path))
     added = [f"++{key}={quote(path)}" for key, path in found.items()]
-    task = typing.cast(list[str], OmegaConf.to_container(composed.hydra.overrides.task))  # interpolations stay
+    task = _task_overrides(composed)
     composed.hydra.overrides.task = [*(o for o in task if override_key(o) not in found), *added]
     return [*(o for o in overrides if override_key(o) not in found), *added]
+
+
+def resolve_overrides(overrides: list[str], config: DictConfig) -> list[str]:
+    """Return overrides in which the values of a checked config replace interpolations that read the environment.
+
+    Therefore a run that is resumed has the same values as before. Only interpolations that are the value of a key are
+    replaced, not those in lists and dictionaries.
+    """
+    resolved = []
+    for override in overrides:
+        key = override_key(override)
+        value = OmegaConf.select(config, key) if "${" in KEY_REFERENCE.sub("", override) else None
+        if isinstance(value, str | int | float):
+            override = f"++{key}={quote(value) if isinstance(value, str) else value}"
+        resolved.append(override)
+    return resolved
+
+
+def _task_overrides(composed: DictConfig) -> list[str]:
+    """Return the overrides that Hydra records, with their interpolations."""
+    return typing.cast(list[str], OmegaConf.to_container(composed.hydra.overrides.task))
 
 
 def merge_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[str]:

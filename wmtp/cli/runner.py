@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -27,10 +27,19 @@ from wmtp.cli.env import load_environment, refuse_credentials
 from wmtp.cli.job import JobContext, run_job, run_worker
 from wmtp.cli.resolve import ResolvedJob, choose_folder, compose, decode_job, encode_job, resolve
 from wmtp.config import help_text
-from wmtp.config.overrides import expand_argument, is_dry_run, override_text, resumed_folder, to_hydra_override
+from wmtp.config.overrides import (
+    expand_argument,
+    is_dry_run,
+    last_value,
+    override_key,
+    override_text,
+    resumed_folder,
+    to_hydra_override,
+)
 from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
-from wmtp.config.trust import saved_override_issues
+from wmtp.config.trust import DESTINATIONS, saved_override_issues
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError, worst_exit_code
+from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.processes import (
     JOB_OPTION,
     PARENT_VARIABLE,
@@ -163,7 +172,8 @@ class CommandRunner:
         help_text.register()
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        main(lambda config: None)()
+        with nullcontext() if "--hydra-help" in arguments else help_text.without_unused_lists():
+            main(lambda config: None)()
         require_written_output()
 
     def _sweep(self, arguments: list[str]) -> None:
@@ -182,13 +192,17 @@ class CommandRunner:
             raise ConfigError([ConfigIssue("resume", str(run), problem)])
         refuse_credentials(arguments)
         resumed, printed = resumed_folder(arguments, "sweep.resume"), set[str]()
+        # typed destinations are known by their values, because the saved overrides of a job may have other values
+        typed = [argument for argument in arguments if override_key(argument) not in DESTINATIONS]
+        if resumed is not None:
+            remember_destinations(uri for key in DESTINATIONS if (uri := last_value(arguments, key)) is not None)
 
         def _prepare(overrides: list[str]) -> PreparedJob:
             """Compose and check one job. The overrides of a resumed sweep are read from its folder."""
             try:
                 if resumed is not None and (issues := list(saved_override_issues(overrides, arguments))):
                     raise ConfigError(issues)
-                job = compose(command, overrides, resumed, arguments)
+                job = compose(command, overrides, resumed, typed)
                 print(*(f"{note}\n" for note in job.notes if note not in printed), sep="", end="", file=sys.stderr)
                 printed.update(job.notes)
                 return PreparedJob(job.checked.issues, encode_job(job))

@@ -8,7 +8,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 
 from wmtp.config.flatten import flatten
-from wmtp.config.schema import CONFIG_FOLDER, is_node, schema, to_plain
+from wmtp.config.moved_targets import FIRST_TOKEN, PRETRAINED_TOKENIZERS, current_target
+from wmtp.config.schema import CONFIG_FOLDER, is_node, iter_nodes, schema, to_plain
 from wmtp.config.targets import locate
 
 
@@ -36,6 +37,17 @@ def drop_keys_of_replaced_classes(config: DictConfig, overrides: Sequence[str]) 
         with open_dict(node):
             for key in [key for key in node if key not in known and f"{group}.{key}" not in typed]:
                 del node[key]
+
+
+def complete_tokenizers(config: DictConfig) -> None:
+    """Set the key `FIRST_TOKEN` of each tokenizer that lacks it to null, which is its default.
+
+    Therefore a run's config without this key is one of an earlier version, for which the key is false.
+    """
+    for _, node in iter_nodes(config):
+        if current_target(str(node["_target_"])) in PRETRAINED_TOKENIZERS and FIRST_TOKEN not in node:
+            with open_dict(node):
+                node[FIRST_TOKEN] = None
 
 
 def default_config(command: str) -> DictConfig:

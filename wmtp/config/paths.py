@@ -1,5 +1,6 @@
 """Absolute paths in configs, so that the config of a run names the same files for a command in another folder."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from wmtp.config.targets import locate
 from wmtp.config.values import validate_value
 from wmtp.errors import refuse_odd_content
 from wmtp.field_types import is_input_path
+from wmtp.runtime.run_dir import SWEEP
 from wmtp.runtime.untrusted_files import read_yaml
 
 
@@ -35,10 +37,14 @@ def absolute_paths(config: DictConfig, base: Callable[[str], Path]) -> dict[str,
 
 
 def started_in(folder: Path) -> Path | None:
-    """Return the working directory in which the run in a folder was started, or None if the run does not record it."""
-    path = folder / ".hydra" / "hydra.yaml"
-    with refuse_odd_content(path):
-        recorded = flatten(yaml.safe_load(read_yaml(path))).get("hydra.runtime.cwd") if path.exists() else None
+    """Return the working directory in which the run or sweep in a folder was started, or None if it is not recorded."""
+    path, recorded = folder / ".hydra" / "hydra.yaml", None
+    if path.exists():
+        with refuse_odd_content(path):
+            recorded = flatten(yaml.safe_load(read_yaml(path))).get("hydra.runtime.cwd")
+    elif (path := folder / SWEEP).exists():
+        with refuse_odd_content(path):
+            recorded = json.loads(path.read_bytes()).get("cwd")
     return None if recorded is None else Path(str(recorded))
 
 

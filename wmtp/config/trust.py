@@ -139,22 +139,6 @@ def unknown_destinations(config: DictConfig) -> Iterator[str]:
             yield key
 
 
-def require_known(folder: Path, key: str, destination: str | None) -> None:
-    """Check that this user has sent data to a destination before. None stands for the destination in the environment.
-
-    `folder` is the folder of a run or sweep, whose files set the key to this destination.
-
-    Raises:
-        InputError: the destination is not known.
-    """
-    if destination is not None and normalize(destination) not in known_destinations():
-        variable = "MLFLOW_TRACKING_URI" if key == "tracking.uri" else "AWS_ENDPOINT_URL_S3"
-        raise InputError(
-            f"{folder}: its {key}={destination} is a server that you have not used before; if you trust it with your "
-            f"credentials, set {variable}={destination}"
-        )
-
-
 def remember(config: DictConfig) -> None:
     """Record that this user sends data to the destinations in a config."""
     values = (OmegaConf.select(config, key) for key in DESTINATIONS)

@@ -4,9 +4,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from wmtp.errors import InputError
+
 ENVIRONMENT = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 """Environment variables that contain destinations. The environment is trusted."""
 SQLITE = "sqlite:///"
+_used_by_this_process: set[str] = set()
 
 
 def normalize(destination: str) -> str:
@@ -25,7 +28,7 @@ def normalize(destination: str) -> str:
 
 def known_destinations() -> set[str]:
     """Return the destinations in the environment, and those that were passed to `remember_destinations`."""
-    known = {normalize(os.environ[name]) for name in ENVIRONMENT if os.environ.get(name)}
+    known = _used_by_this_process | {normalize(os.environ[name]) for name in ENVIRONMENT if os.environ.get(name)}
     try:
         return known | set(_file().read_text().splitlines())
     except (OSError, RuntimeError, UnicodeError):
@@ -33,17 +36,34 @@ def known_destinations() -> set[str]:
 
 
 def remember_destinations(destinations: Iterable[str]) -> None:
-    """Add destinations to the file of known destinations. If the user has no such file, do nothing."""
+    """Add destinations to the file of known destinations. Without a home folder, only this process knows them."""
     new = {normalize(each) for each in destinations} - known_destinations()
     if not new:
         return
+    _used_by_this_process.update(new)
     try:
         path = _file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write("".join(f"{each}\n" for each in sorted(new)))
     except (OSError, RuntimeError):
-        pass  # without a home folder, the user confirms a destination each time
+        pass  # without a home folder, the user confirms a destination with each command
+
+
+def require_known(folder: Path, key: str, destination: str | None) -> None:
+    """Check that this user has sent data to a destination before. None stands for the destination in the environment.
+
+    `folder` is the folder of a run or sweep, whose files set the key to this destination.
+
+    Raises:
+        InputError: the destination is not known.
+    """
+    if destination is not None and normalize(destination) not in known_destinations():
+        variable = "MLFLOW_TRACKING_URI" if key == "tracking.uri" else "AWS_ENDPOINT_URL_S3"
+        raise InputError(
+            f"{folder}: its {key}={destination} is a server that you have not used before; if you trust it with your "
+            f"credentials, set {variable}={destination}"
+        )
 
 
 def _file() -> Path:

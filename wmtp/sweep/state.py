@@ -1,4 +1,4 @@
-"""The state of a sweep. The file sweep.json contains the overrides, the state and the result of every job."""
+"""The state of a sweep. The file sweep.json contains the overrides, state and result of every job."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from wmtp.config.moved_targets import current_override
+from wmtp.config.paths import started_in
 from wmtp.config.values import validate_value
 from wmtp.errors import InputError, PendingError
 from wmtp.report.grouping import group_runs
@@ -15,6 +16,7 @@ from wmtp.report.run_record import RunRecord
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import SWEEP, mark_dead_run, read_status
 from wmtp.runtime.untrusted_files import require_inside
+from wmtp.tracking.mlflow import require_known_store
 
 State = Literal["PENDING", "RUNNING", "FINISHED", "FAILED", "KILLED"]
 TRACEBACK_START = "Traceback (most recent call last)"
@@ -47,18 +49,22 @@ class SweepState:
 
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         self.folder, self.jobs = folder, list(jobs)
+        self.cwd = started_in(folder) or Path.cwd()
+        """The working directory in which the sweep was started. Relative paths in its overrides start there."""
 
     @classmethod
     def read(cls, folder: Path) -> "SweepState":
         """Read the state of an existing sweep.
 
         Raises:
-            InputError: the folder has no readable sweep.json, or a file in it leads out of the folder.
+            InputError: the folder has no readable sweep.json, a file in it leads out of the folder, or its mlflow.json
+                names a store that this user has not used before.
         """
         path = folder / SWEEP
         if not path.exists():
             raise InputError(f"sweep.resume={folder}: is not the folder of a sweep: it has no {SWEEP}")
         require_inside(folder)
+        require_known_store(folder)
         try:
             jobs: list[Job] = validate_value(list[Job], json.loads(path.read_bytes())["jobs"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -69,7 +75,8 @@ class SweepState:
 
     def write(self) -> None:
         """Write the state to sweep.json."""
-        replace_atomically(self.folder / SWEEP, encode_json({"jobs": [asdict(job) for job in self.jobs]}))
+        content = {"cwd": str(self.cwd), "jobs": [asdict(job) for job in self.jobs]}
+        replace_atomically(self.folder / SWEEP, encode_json(content))
 
     def finished_runs(self) -> list[RunRecord]:
         """Return the runs of the finished jobs."""

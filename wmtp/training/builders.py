@@ -30,7 +30,6 @@ from wmtp.training.optim import parameter_groups
 from wmtp.training.plan import Plan
 from wmtp.training.precompute import TokenColumns
 from wmtp.training.trainer import Trainer
-from wmtp.training.validate import require_validation
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +107,27 @@ def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> 
     if len(set(fingerprints)) > 1:
         raise InputError(f"data: the processes have read different data, with the hashes {', '.join(fingerprints)}")
     return data
+
+
+def require_validation(config: DictConfig, data: Dataset, *, is_stage_1: bool = False) -> None:
+    """Check that there are validation data if a setting depends on them.
+
+    `config` is the config of the run, or of stage 1 if `is_stage_1` is true. Stage 1 generates no samples.
+
+    Raises:
+        InputError: there are no validation data, and early stopping or sampling needs them.
+    """
+    stopping, prefix, needs = config.early_stopping, "pretrain." if is_stage_1 else "", {}
+    if not len(data.validation) and stopping.get("patience") is not None and stopping.monitor.startswith("val/"):
+        needs[f"{prefix}early_stopping.patience={stopping.patience}"] = f"{prefix}early_stopping=none"
+    if not data.validation.records and config.num_validation_samples and not is_stage_1:
+        needs[f"num_validation_samples={config.num_validation_samples}"] = "num_validation_samples=0"
+    if needs:
+        reason = f" not longer than data.max_length={data.max_length}" if data.validation.records else ""
+        raise InputError(
+            f"{prefix}data: there are no validation samples{reason}, but {' and '.join(needs)} need some. Add some (a "
+            f"single file needs at least two tasks), or train without: {' '.join(needs.values())}"
+        )
 
 
 def with_rewards(data: Dataset, path: Path, hardware: Hardware) -> Dataset:

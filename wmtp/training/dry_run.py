@@ -18,10 +18,8 @@ from wmtp.models.mtp import MtpModel
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import PRETRAIN
-from wmtp.runtime.standard_streams import announce
 from wmtp.training.builders import (
     Components,
-    build_components,
     build_policy,
     build_reference,
     build_sample_evaluation,
@@ -31,7 +29,14 @@ from wmtp.training.estimate import GB, Machine, ParallelSetting, memory
 from wmtp.training.plan import Plan
 from wmtp.training.precompute import column_fingerprint
 from wmtp.training.stage_results import read_stage_result
-from wmtp.training.start import build_stage, build_stage_trainer, find_stage_result, load_stage_model, restore_latest
+from wmtp.training.start import (
+    build_stage,
+    build_stage_trainer,
+    find_stage_result,
+    load_stage_model,
+    read_components,
+    restore_latest,
+)
 from wmtp.training.trainer import Trainer
 
 
@@ -48,8 +53,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     console = Console(markup=False, quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     folder = folder if config.resume is None else Path(config.resume).absolute()
-    announce("reading the data …")
-    components = build_components(config, algorithm)
+    components = read_components(config, folder, algorithm)
     stage = build_stage(config, components)
     stage_model = None
     if stage is not None:

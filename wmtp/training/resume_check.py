@@ -1,16 +1,19 @@
-"""Check that a resumed run has the same settings as before, except for those that `resume_override` names."""
+"""Check that a run can be resumed, with the same settings as before except for those that `resume_override` names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from torch.optim import Optimizer
 
+from wmtp.config.schema import ConfigIssue
 from wmtp.data.contents import content_changes, recorded_contents
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
+from wmtp.runtime.run_dir import SAVED_OVERRIDES, is_running
 from wmtp.training.plan import Plan
 
 OVERRIDABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
@@ -18,6 +21,25 @@ OVERRIDABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
 
 If any other setting changed, the tensors or the position in the checkpoint would be invalid.
 """
+
+
+def resume_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue if the run cannot be resumed."""
+    try:
+        problem = resume_problem(Path(config.resume))
+    except InputError as error:
+        problem = str(error)
+    if problem:
+        yield ConfigIssue("resume", str(config.resume), problem)
+
+
+def resume_problem(folder: Path) -> str | None:
+    """Return the reason why the run in a folder cannot be resumed, or None if it can be resumed."""
+    if not (folder / SAVED_OVERRIDES).exists():
+        return f"is not a run's folder: it has no {SAVED_OVERRIDES}"
+    if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):
+        return "the run has no checkpoint; start a new run"
+    return "the run is still running; wait for its end or stop it" if is_running(folder) else None
 
 
 def training_identity(

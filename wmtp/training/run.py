@@ -37,7 +37,6 @@ from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.mlflow import MlflowTracker
 from wmtp.training.builders import (
     Components,
-    build_components,
     build_policy,
     build_reference,
     build_sample_evaluation,
@@ -45,7 +44,6 @@ from wmtp.training.builders import (
 )
 from wmtp.training.dry_run import describe_training
 from wmtp.training.provenance import write_provenance, write_run_id
-from wmtp.training.resume_check import require_same_contents
 from wmtp.training.stage_results import (
     copy_stage,
     read_stage_result,
@@ -53,7 +51,14 @@ from wmtp.training.stage_results import (
     write_stage_result,
 )
 from wmtp.training.stages import Stage
-from wmtp.training.start import build_stage, build_stage_trainer, find_stage_result, load_stage_model, restore_latest
+from wmtp.training.start import (
+    build_stage,
+    build_stage_trainer,
+    find_stage_result,
+    load_stage_model,
+    read_components,
+    restore_latest,
+)
 from wmtp.training.summary import print_summary, write_summary
 from wmtp.training.token_report import TOKEN_METRICS, measure_tokens, weight_quality, write_token_report
 from wmtp.training.trainer import Result, Trainer, interruption_error
@@ -136,11 +141,7 @@ class Run:
         If the run is resumed, the trainer starts from the state in the latest checkpoint.
         """
         self._print(f"Run folder: {self.folder}")
-        announce("reading the data …")
-        components = build_components(self.config, self.algorithm)
-        if self.config.resume is not None:
-            declared = self.config.resume_override
-            self.processes.run_on_all(lambda: require_same_contents(self.folder, components.data, declared))
+        components = read_components(self.config, self.folder, self.algorithm)
         stage = build_stage(self.config, components)
         announce("building the model …")
         model, data = self._prepare_policy(stage, components)

@@ -4,17 +4,41 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from wmtp.algorithms.base import Algorithm
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config.schema import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
 from wmtp.models.loading import build_source, load_weights
 from wmtp.models.mtp import MtpModel
-from wmtp.training.builders import Components, build_data, build_model, build_trainer, require_different_rewards
+from wmtp.runtime.standard_streams import announce
+from wmtp.training.builders import (
+    Components,
+    build_components,
+    build_data,
+    build_model,
+    build_trainer,
+    require_different_rewards,
+    require_validation,
+)
+from wmtp.training.resume_check import require_same_contents
 from wmtp.training.stage_results import read_stage_result, require_same_stage, require_unchanged
 from wmtp.training.stages import Stage
 from wmtp.training.trainer import Trainer
-from wmtp.training.validate import require_validation
+
+
+def read_components(config: DictConfig, folder: Path, algorithm: Algorithm | None) -> Components:
+    """Build the objects that all stages share. If the run in `folder` is resumed, check that its data are unchanged.
+
+    Raises:
+        InputError: the data cannot be used, or have changed although `resume_override` does not name them.
+    """
+    announce("reading the data …")
+    components = build_components(config, algorithm)
+    if config.resume is not None:
+        declared = config.resume_override
+        components.hardware.processes.run_on_all(lambda: require_same_contents(folder, components.data, declared))
+    return components
 
 
 def build_stage(config: DictConfig, components: Components) -> Stage | None:

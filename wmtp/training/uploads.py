@@ -14,11 +14,12 @@ from wmtp.checkpoint.listing import complete_checkpoints, step_of
 from wmtp.config.flatten import flatten
 from wmtp.config.overrides import shell_argument
 from wmtp.config.schema import ConfigError, build, iter_nodes, node_issues, to_plain
-from wmtp.config.trust import load_run_config, require_known
+from wmtp.config.trust import load_run_config
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.background import SHUTDOWN_STALL_S
+from wmtp.runtime.destinations import require_known
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
 from wmtp.runtime.untrusted_files import require_inside
 from wmtp.s3.client import S3Folder, StoreError, StoreUnreachable
@@ -27,9 +28,7 @@ from wmtp.s3.options import S3Settings
 from wmtp.s3.retention import newest_remote_step
 from wmtp.s3.uploader import CheckpointUploader
 from wmtp.tracking.base import State, Tracker
-from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
-from wmtp.tracking.mlflow.sync_state import read_sync_state
-from wmtp.tracking.mlflow.uri import absolute_uri
+from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep, require_known_store
 from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
@@ -137,8 +136,8 @@ def open_uploaders(
         uploaders.append(build(config.tracking, MlflowTracker, **options, is_training=is_training))
     settings = s3_settings(config)
     if run is not None and run["remote"] is not None and settings is not None:
-        keep_last = int(config.checkpoint.keep_last)
-        uploaders.append(CheckpointUploader(folder, run["remote"], settings, keep_last, console, is_training))
+        keep_last, url = int(config.checkpoint.keep_last), remote_url(folder, settings.url, run["remote"])
+        uploaders.append(CheckpointUploader(folder, url, settings, keep_last, console, is_training))
     return uploaders
 
 
@@ -166,9 +165,8 @@ def send_pending(folder: Path, state: State) -> list[str]:
         PendingError: some data could still not be uploaded.
     """
     require_inside(folder)
+    require_known_store(folder)
     if not (folder / "config.yaml").exists():
-        if (sync_state := read_sync_state(folder)) and sync_state.uri != absolute_uri(None, folder.absolute()):
-            require_known(folder, "tracking.uri", sync_state.uri)
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")

@@ -27,7 +27,6 @@ from wmtp.config.schema import (
 )
 from wmtp.config.targets import locate
 from wmtp.config.trust import placement_issues
-from wmtp.data.dataset import Dataset
 from wmtp.distributed.device import hardware_issues, missing_hardware
 from wmtp.errors import InputError
 from wmtp.evaluation.in_training import sample_metric_names
@@ -36,11 +35,11 @@ from wmtp.models.loading import build_source
 from wmtp.models.source import ModelSource
 from wmtp.objectives.base import metric_names
 from wmtp.runtime.processes import started_together
-from wmtp.runtime.run_dir import SAVED_OVERRIDES, is_running
 from wmtp.sandbox.isolation import Choice
 from wmtp.training.early_stopping import EarlyStopping, monitor_problem
 from wmtp.training.optim import try_optimizer, try_scheduler
 from wmtp.training.plan import Plan
+from wmtp.training.resume_check import resume_issues
 from wmtp.training.stages import ReferenceStage, Stage, ValueStage
 from wmtp.training.trainer import Trainer
 
@@ -301,27 +300,6 @@ def needs_values(config: DictConfig) -> bool:
     return bool(getattr(locate(str(node["_target_"])), "needs_values", False))
 
 
-def require_validation(config: DictConfig, data: Dataset, *, is_stage_1: bool = False) -> None:
-    """Check that there are validation data if a setting depends on them.
-
-    `config` is the config of the run, or of stage 1 if `is_stage_1` is true. Stage 1 generates no samples.
-
-    Raises:
-        InputError: there are no validation data, and early stopping or sampling needs them.
-    """
-    stopping, prefix, needs = config.early_stopping, "pretrain." if is_stage_1 else "", {}
-    if not len(data.validation) and stopping.get("patience") is not None and stopping.monitor.startswith("val/"):
-        needs[f"{prefix}early_stopping.patience={stopping.patience}"] = f"{prefix}early_stopping=none"
-    if not data.validation.records and config.num_validation_samples and not is_stage_1:
-        needs[f"num_validation_samples={config.num_validation_samples}"] = "num_validation_samples=0"
-    if needs:
-        reason = f" not longer than data.max_length={data.max_length}" if data.validation.records else ""
-        raise InputError(
-            f"{prefix}data: there are no validation samples{reason}, but {' and '.join(needs)} need some. Add some (a "
-            f"single file needs at least two tasks), or train without: {' '.join(needs.values())}"
-        )
-
-
 def optimizer_issues(config: DictConfig) -> Iterator[ConfigIssue]:
     """Yield an issue if the optimizer cannot train a matrix and a vector, or else if the scheduler cannot be used."""
     group = "optimizer"
@@ -354,22 +332,3 @@ def lacking_hardware(config: DictConfig) -> tuple[str, str] | None:
     if not config.dry_run or started_together():
         return None
     return missing_hardware(config.hardware.device, config.hardware.num_processes)
-
-
-def resume_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if the run cannot be resumed."""
-    try:
-        problem = resume_problem(Path(config.resume))
-    except InputError as error:
-        problem = str(error)
-    if problem:
-        yield ConfigIssue("resume", str(config.resume), problem)
-
-
-def resume_problem(folder: Path) -> str | None:
-    """Return the reason why the run in a folder cannot be resumed, or None if it can be resumed."""
-    if not (folder / SAVED_OVERRIDES).exists():
-        return f"is not a run's folder: it has no {SAVED_OVERRIDES}"
-    if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):
-        return "the run has no checkpoint; start a new run"
-    return "the run is still running; wait for its end or stop it" if is_running(folder) else None

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tests.conftest import compose_config
 from wmtp.cli.resolve import compose as compose_job
 from wmtp.config.defaults import changed_keys
+from wmtp.config.moved_targets import update_config
 from wmtp.train import COMMAND as TRAIN
 from wmtp.training.validate import check_training
 
@@ -43,3 +44,11 @@ def test_another_class_of_torch_needs_no_removal_of_keys(overrides: list[str], k
 def test_control_without_the_removal_the_keys_of_the_default_class_are_unknown() -> None:
     issues = check_training(compose_config("optimizer._target_=torch.optim.SGD")).issues
     assert [issue.key for issue in issues] == ["optimizer.betas", "optimizer.eps"]
+
+
+def test_the_config_of_a_new_run_is_not_taken_for_one_of_an_earlier_version() -> None:
+    """Earlier versions had no key `add_bos_token`, and added no token. The control is a config without it."""
+    override = "++model.tokenizer._target_=wmtp.data.tokenizer.pretrained_tokenizer"
+    configs = compose_job(TRAIN, [override]).checked.config, compose_config(override)
+    tokenizers = [update_config(OmegaConf.to_container(config))["model"]["tokenizer"] for config in configs]
+    assert [tokenizer["add_bos_token"] for tokenizer in tokenizers] == [None, False]

@@ -1,5 +1,9 @@
 """Tests of the comments in conf/ and of the config with comments in `--help`."""
 
+import pytest
+from hydra._internal.hydra import Hydra
+
+from tests.conftest import run_command
 from wmtp.config.help_text import KEY, annotated, keyed_lines
 from wmtp.config.schema import CONFIG_FOLDER
 
@@ -44,3 +48,11 @@ def test_keys_are_dotted_and_long_comments_are_wrapped() -> None:
     lines = annotated("key: 1", "words " * 20)
     assert len(lines) == 3 and all(len(line) <= 80 and line[28:30] == "# " for line in lines)
     assert annotated("key: 1", "") == ["key: 1"]
+
+
+def test_help_lists_no_groups_that_it_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists of Hydra take half of the time of `--help`. The control is Hydra's own help, which shows them."""
+    listed = list[object]()
+    monkeypatch.setattr(Hydra, "list_all_config_groups", lambda hydra, *parent: listed.append(hydra) or [])
+    assert run_command(["--help"], monkeypatch) == 0 and not listed
+    assert run_command(["--hydra-help"], monkeypatch) == 0 and listed

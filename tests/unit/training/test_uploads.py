@@ -1,5 +1,6 @@
 """Tests of closing uploads, and of the checks of servers and of an existing copy before a run."""
 
+import json
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from tests.conftest import compose_config
 from tests.support.servers import ObjectStore
@@ -63,6 +65,18 @@ def test_pending_data_is_sent_with_short_timeouts_only_if_a_server_is_down(
     uploads.send_pending(tmp_path, "FINISHED")
     ((seconds, parameter),) = built
     assert seconds == (5 if is_down else 30) and float(str(parameter)) == 30
+
+
+def test_run_json_names_no_other_place_than_the_one_that_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`check_servers` checks that the place in the bucket contains the same run."""
+    monkeypatch.setattr(uploads, "CheckpointUploader", lambda folder, url, *options: url)
+    config = compose_config("checkpoint=s3", "checkpoint.s3.url=s3://bucket/prefix", "tracking=none")
+    for remote, place in {"other/run": f"prefix/{tmp_path.name}", "prefix/a/run": "prefix/a/run"}.items():
+        (tmp_path / "run.json").write_text(json.dumps({"id": "a", "remote": f"s3://bucket/{remote}"}))
+        opened: list[Any] = list(uploads.open_uploaders(config, tmp_path, Console(), is_training=False))
+        assert opened == [f"s3://bucket/{place}"]
 
 
 def checkpoint(folder: Path, step: int, stage: str = "") -> None:

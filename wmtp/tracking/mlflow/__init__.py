@@ -5,7 +5,7 @@ Only this package imports mlflow. The import takes several seconds, so only func
 
 from wmtp.tracking.mlflow.client import ServerUnreachable, check_server
 from wmtp.tracking.mlflow.sweep_run import end_sweep
-from wmtp.tracking.mlflow.sync_state import read_sync_state
+from wmtp.tracking.mlflow.sync_state import read_sync_state, require_known_store
 from wmtp.tracking.mlflow.tracker import MlflowTracker, send_pending
 from wmtp.tracking.mlflow.uri import TrackingUri, is_server, move_credentials
 
@@ -18,5 +18,6 @@ __all__ = [
     "is_server",
     "move_credentials",
     "read_sync_state",
+    "require_known_store",
     "send_pending",
 ]

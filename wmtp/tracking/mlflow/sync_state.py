@@ -8,7 +8,9 @@ from typing import Any
 
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.destinations import require_known
 from wmtp.runtime.run_dir import SYNC_STATE
+from wmtp.tracking.mlflow.uri import absolute_uri
 from wmtp.tracking.tail import Position
 
 LOCK = Path(".hydra") / "mlflow.lock"
@@ -77,6 +79,17 @@ def read_sync_state(folder: Path) -> SyncState | None:
         raise InputError(
             f"{path} is damaged ({error}); delete it: the MLflow run is then found by the id in run.json"
         ) from error
+
+
+def require_known_store(folder: Path) -> None:
+    """Check that the store in a folder's mlflow.json is the default one, or one that this user has used before.
+
+    Raises:
+        InputError: mlflow.json is damaged, or the store is not known.
+    """
+    sync_state, folder = read_sync_state(folder), folder.absolute()
+    if sync_state is not None and sync_state.uri != absolute_uri(None, folder):
+        require_known(folder, "tracking.uri", sync_state.uri)
 
 
 def current_sync_state(folder: Path, initial: SyncState) -> SyncState:

@@ -12,9 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wmtp.errors import PendingError
+from wmtp.errors import InputError, PendingError
 from wmtp.field_types import PositiveFloat
 from wmtp.runtime.background import SHUTDOWN_LIMIT_S, SHUTDOWN_STALL_S, BackgroundSender, format_error
+from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.locks import LockHeld, file_lock
 from wmtp.runtime.run_dir import display_path, read_run, read_status
 from wmtp.tracking.base import State
@@ -31,7 +32,7 @@ from wmtp.tracking.mlflow.runs import (
     read_provenance,
 )
 from wmtp.tracking.mlflow.sweep_run import open_sweep_run, sweep_folder
-from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state
+from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state, require_known_store
 from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, is_on_other_machine, is_server, resolve_experiment
 from wmtp.tracking.system_metrics import FILE_NAME as SYSTEM
 from wmtp.tracking.system_metrics import SystemSampler
@@ -82,15 +83,12 @@ class MlflowTracker:
             tags: tags that the user has set.
             is_training: True if this process trains the run. If it is False, the pending data of an ended run are sent
                 to the store whose URI is in mlflow.json.
-            uri: tracking URI. If it is None, the environment variable MLFLOW_TRACKING_URI is used. If this is not set
-                either, the file `mlflow.db` in the `outputs` folder that contains the run is used.
-            experiment: name of the MLflow experiment. If it is None, the environment variable MLFLOW_EXPERIMENT_NAME is
-                used. If this is not set either, the name is "wmtp".
+            uri: tracking URI; see `absolute_uri` for None.
+            experiment: name of the MLflow experiment; see `resolve_experiment` for None.
             poll_seconds: seconds between two searches for new metrics.
             stall_seconds: maximum seconds that `close` waits for a store that does not respond.
             close_seconds: maximum seconds that `close` waits for a store that responds.
-            system_seconds: seconds between two samples of system metrics. If it is None, no system metrics are
-                recorded.
+            system_seconds: seconds between two samples of system metrics. None records no system metrics.
             checkpoints: `best` to send the best checkpoint as artifacts, `none` to send no checkpoint.
 
         Raises:
@@ -100,6 +98,8 @@ class MlflowTracker:
         self.folder = Path(os.path.abspath(folder))
         known = read_sync_state(self.folder)
         self.uri = absolute_uri(uri, self.folder) if is_training or known is None else known.uri
+        if is_training:
+            remember_destinations([self.uri])
         self.run_name, self.parameters, self.tags, self.is_training = run_name, parameters, tags, is_training
         self.poll_seconds, self.stall_seconds, self.close_seconds = poll_seconds, stall_seconds, close_seconds
         self.system_seconds, self.checkpoints = system_seconds, checkpoints
@@ -310,7 +310,7 @@ def send_pending(folder: Path, state: State | None = None) -> str | None:
 
     Returns:
         A message that says which data were sent. None if the run is not tracked with MLflow, or if its MLflow store is
-        a file on another machine.
+        a file on another machine or one that this user has not used before.
 
     Raises:
         PendingError: some data were not sent.
@@ -321,6 +321,11 @@ def send_pending(folder: Path, state: State | None = None) -> str | None:
         return None
     if is_on_other_machine(known.uri):
         log.warning("%s is tracked in %s, which is not on this machine; nothing is sent there", folder, known.uri)
+        return None
+    try:
+        require_known_store(folder)
+    except InputError as error:
+        log.warning("%s; nothing is sent there", error)
         return None
     # The config, which has `tracking.checkpoints`, is not available here.
     tracker = MlflowTracker(folder, known.run_name or folder.name, {}, {}, is_training=False, checkpoints="none")
