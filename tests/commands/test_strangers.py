@@ -22,7 +22,7 @@ from wmtp.config import targets, trust
 from wmtp.config.overrides import load_saved_overrides
 from wmtp.config.schema import ConfigError
 from wmtp.config.targets import locate
-from wmtp.config.trust import load_run_config
+from wmtp.config.trust import load_run_config, require_known
 from wmtp.errors import InputError
 from wmtp.models.loading import find_checkpoint, read_run_config
 from wmtp.runtime import destinations
@@ -30,7 +30,10 @@ from wmtp.runtime.untrusted_files import require_inside
 from wmtp.s3.fetch import _is_run_file, is_safe_key
 from wmtp.sweep.state import SweepState
 from wmtp.sync import main as sync
+from wmtp.tracking.mlflow import send_pending as send_metrics
+from wmtp.tracking.mlflow.uri import is_trusted
 from wmtp.train import COMMAND
+from wmtp.training import uploads
 from wmtp.training.stage_results import read_stage_result, require_same_stage
 from wmtp.training.uploads import send_pending
 
@@ -178,7 +181,7 @@ def resume(run: Path, *typed: str) -> str:
         ("+data@hydra.callbacks=jsonl", "may not change Hydra's own settings"),
         ("++run_name=${oc.env:AWS_SECRET_ACCESS_KEY}", "reads more than other keys"),
         ("++tags={a: ['${oc.decode:x}']}", "reads more than other keys"),
-        ("++sandbox=none", "sandbox=none: is a setting of run that you have not used before"),
+        ("++sandbox=none", "sandbox=none: is a setting of run, with which programs run unprotected"),
         ("++tracking.uri=http://evil", "tracking.uri=http://evil: is a setting of run"),
         ("++model.tokenizer.vocab_size={_target_: torch.hub.load}", "a plain value belongs here"),
     ],
@@ -232,6 +235,40 @@ def test_sync_sends_nothing_to_a_server_of_the_folder(run: Path, capsys: pytest.
     (run / "mlflow.json").write_text(json.dumps({"run_id": "a", "uri": uri, "experiment": "wmtp"}))
     assert sync([str(run)]) == 2
     assert f"its tracking.uri={uri} is a server that you have not used before" in capsys.readouterr().err
+
+
+def test_nothing_is_sent_to_a_server_that_only_mlflow_json_names(
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After training, data are sent to the server in mlflow.json, which need not be the one in the config."""
+    uri = "http://127.0.0.1:9"
+    change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": None})
+    (run / "mlflow.json").write_text(json.dumps({"run_id": "a", "uri": uri, "experiment": "wmtp"}))
+    assert sync([str(run)]) == 2
+    assert f"its tracking.uri={uri} is a server that you have not used before" in capsys.readouterr().err
+    assert send_metrics(run) is None, "wmtp.evaluate calls this"
+    assert f"tracked in {uri}, to which you have sent no data before" in caplog.text
+    destinations.remember_destinations([uri])
+    assert is_trusted(uri, run)
+
+    reached: list[Path] = []
+    monkeypatch.setattr(uploads, "check_servers", lambda config, folder: [])
+    monkeypatch.setattr(uploads, "open_uploaders", lambda config, folder, *_, **__: reached.append(folder) or [])
+    assert send_pending(run, "FINISHED") == [] and reached == [run]
+
+
+def test_control_the_server_in_the_config_is_known(run: Path) -> None:
+    change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": None})
+    require_known(run, "tracking.uri", load_run_config(run / "config.yaml").tracking.uri)
+
+
+def test_destinations_of_the_environment_are_recorded_without_passwords(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@server")
+    destinations.remember_destinations([])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert destinations.known_destinations() == {"https://server"}
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '["a', "null", "[" * 50_000], ids=range(5))

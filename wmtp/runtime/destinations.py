@@ -1,6 +1,7 @@
 """The servers to which this user has sent data before, so that a copied run cannot choose a new one."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,17 +25,14 @@ def normalize(destination: str) -> str:
 
 
 def known_destinations() -> set[str]:
-    """Return the destinations in the environment, and those that were passed to `remember_destinations`."""
-    known = {normalize(os.environ[name]) for name in ENVIRONMENT if os.environ.get(name)}
-    try:
-        return known | set(_file().read_text().splitlines())
-    except (OSError, RuntimeError, UnicodeError):
-        return known
+    """Return the destinations in the environment, and those that `remember_destinations` has recorded."""
+    return _environment() | _recorded()
 
 
 def remember_destinations(destinations: Iterable[str]) -> None:
-    """Add destinations to the file of known destinations. If the user has no such file, do nothing."""
-    new = {normalize(each) for each in destinations} - known_destinations()
+    """Record destinations and those in the environment. If the user has no home folder, do nothing."""
+    new = {normalize(each) for each in destinations} | _environment()
+    new -= _recorded()
     if not new:
         return
     try:
@@ -44,6 +42,19 @@ def remember_destinations(destinations: Iterable[str]) -> None:
             file.write("".join(f"{each}\n" for each in sorted(new)))
     except (OSError, RuntimeError):
         pass  # without a home folder, the user confirms a destination each time
+
+
+def _environment() -> set[str]:
+    """Return the destinations in the environment, without user names and passwords."""
+    values = [os.environ.get(name) for name in ENVIRONMENT]
+    return {normalize(re.sub(r"://\S*@", "://", value)) for value in values if value}
+
+
+def _recorded() -> set[str]:
+    try:
+        return set(_file().read_text().splitlines())
+    except (OSError, RuntimeError, UnicodeError):
+        return set()
 
 
 def _file() -> Path:

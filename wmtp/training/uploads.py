@@ -29,7 +29,7 @@ from wmtp.s3.uploader import CheckpointUploader
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
 from wmtp.tracking.mlflow.sync_state import read_sync_state
-from wmtp.tracking.mlflow.uri import absolute_uri
+from wmtp.tracking.mlflow.uri import is_on_other_machine, is_trusted
 from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,8 @@ def open_uploaders(
     settings = s3_settings(config)
     if run is not None and run["remote"] is not None and settings is not None:
         keep_last = int(config.checkpoint.keep_last)
-        uploaders.append(CheckpointUploader(folder, run["remote"], settings, keep_last, console, is_training))
+        url = remote_url(folder, settings.url, run["remote"])  # the folder that `check_servers` has checked
+        uploaders.append(CheckpointUploader(folder, url, settings, keep_last, console, is_training))
     return uploaders
 
 
@@ -166,9 +167,10 @@ def send_pending(folder: Path, state: State) -> list[str]:
         PendingError: some data could still not be uploaded.
     """
     require_inside(folder)
+    uri = getattr(read_sync_state(folder), "uri", None)
+    if uri is not None and not (is_on_other_machine(uri) or is_trusted(uri, folder)):
+        require_known(folder, "tracking.uri", uri)
     if not (folder / "config.yaml").exists():
-        if (sync_state := read_sync_state(folder)) and sync_state.uri != absolute_uri(None, folder.absolute()):
-            require_known(folder, "tracking.uri", sync_state.uri)
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")

@@ -32,7 +32,14 @@ from wmtp.tracking.mlflow.runs import (
 )
 from wmtp.tracking.mlflow.sweep_run import open_sweep_run, sweep_folder
 from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state
-from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, is_on_other_machine, is_server, resolve_experiment
+from wmtp.tracking.mlflow.uri import (
+    TrackingUri,
+    absolute_uri,
+    is_on_other_machine,
+    is_server,
+    is_trusted,
+    resolve_experiment,
+)
 from wmtp.tracking.system_metrics import FILE_NAME as SYSTEM
 from wmtp.tracking.system_metrics import SystemSampler
 from wmtp.tracking.tail import step_of
@@ -309,8 +316,8 @@ def send_pending(folder: Path, state: State | None = None) -> str | None:
             is kept.
 
     Returns:
-        A message that says which data were sent. None if the run is not tracked with MLflow, or if its MLflow store is
-        a file on another machine.
+        A message that says which data were sent. None if the run is not tracked with MLflow, if its MLflow store is a
+        file on another machine, or if the store is not trusted.
 
     Raises:
         PendingError: some data were not sent.
@@ -321,6 +328,10 @@ def send_pending(folder: Path, state: State | None = None) -> str | None:
         return None
     if is_on_other_machine(known.uri):
         log.warning("%s is tracked in %s, which is not on this machine; nothing is sent there", folder, known.uri)
+        return None
+    if not is_trusted(known.uri, folder):
+        problem = "to which you have sent no data before; nothing is sent there. If you trust it, set"
+        log.warning("%s is tracked in %s, %s MLFLOW_TRACKING_URI=%s", folder, known.uri, problem, known.uri)
         return None
     # The config, which has `tracking.checkpoints`, is not available here.
     tracker = MlflowTracker(folder, known.run_name or folder.name, {}, {}, is_training=False, checkpoints="none")

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator
 
 from wmtp.errors import InputError
+from wmtp.runtime.destinations import known_destinations, normalize
 
 SQLITE = "sqlite:///"
 URI, USERNAME, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
@@ -91,6 +92,14 @@ def is_server(uri: str) -> bool:
 def is_on_other_machine(uri: str) -> bool:
     """Return whether a tracking URI names an SQLite file in a folder that does not exist on this machine."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir()
+
+
+def is_trusted(uri: str, folder: Path) -> bool:
+    """Return whether data may be sent to the URI in the mlflow.json of a folder, which a stranger may have written.
+
+    It must be the URI that a new run in this folder would use, or this user has sent data there before.
+    """
+    return uri == absolute_uri(None, folder.absolute()) or normalize(uri) in known_destinations()
 
 
 def move_credentials() -> None:
