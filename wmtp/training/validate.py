@@ -370,6 +370,4 @@ def resume_problem(folder: Path) -> str | None:
     """Return the reason why the run in a folder cannot be resumed, or None if it can be resumed."""
     if not (folder / SAVED_OVERRIDES).exists():
         return f"is not a run's folder: it has no {SAVED_OVERRIDES}"
-    if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):
-        return "the run has no checkpoint; start a new run"
     return "the run is still running; wait for its end or stop it" if is_running(folder) else None
