@@ -58,7 +58,7 @@ def require_same_contents(folder: Path, data: Dataset, declared: Sequence[str]) 
     changes = content_changes(recorded_contents(folder) or data.contents, data.contents)
     if changes and "data" not in declared:
         lines = ["The run cannot be resumed, because its data have changed:", *(f"  data: {line}" for line in changes)]
-        raise InputError("\n".join([*lines, "Set them back, or allow the change: resume_override=[data]"]))
+        raise InputError("\n".join([*lines, "Restore them, or allow the change: resume_override=[data]"]))
 
 
 def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequence[str]) -> dict[str, str]:
