@@ -1,5 +1,6 @@
 """Tests of closing uploads, and of the checks of servers and of an existing copy before a run."""
 
+import json
 import signal
 import socket
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from tests.conftest import compose_config
 from tests.support.servers import ObjectStore
@@ -63,6 +65,17 @@ def test_pending_data_is_sent_with_short_timeouts_only_if_a_server_is_down(
     uploads.send_pending(tmp_path, "FINISHED")
     ((seconds, parameter),) = built
     assert seconds == (5 if is_down else 30) and float(str(parameter)) == 30
+
+
+def test_a_run_is_uploaded_only_below_the_url_in_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run.json of a copied run may name the folder of another run. `check_servers` examines the other URL."""
+    urls: list[str] = []
+    monkeypatch.setattr(uploads, "CheckpointUploader", lambda folder, url, *_: urls.append(url))
+    config = compose_config("tracking=none", "checkpoint=s3", "checkpoint.s3.url=s3://bucket/runs")
+    for remote in ("s3://bucket/runs/mine", "s3://other/runs/theirs"):
+        (tmp_path / "run.json").write_text(json.dumps({"id": "a", "remote": remote}))
+        uploads.open_uploaders(config, tmp_path, Console(), is_training=False)
+    assert urls == ["s3://bucket/runs/mine", f"s3://bucket/runs/{tmp_path.name}"]
 
 
 def checkpoint(folder: Path, step: int, stage: str = "") -> None:
