@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,3 +293,15 @@ def test_the_advice_after_an_interruption_can_be_followed(tmp_path: Path) -> Non
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").touch()
     assert resume_hint(tmp_path) == f"Resume with resume={tmp_path}"
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_starts_again_when_it_is_resumed(invoke: Invoke) -> None:
+    assert invoke("max_steps=2", "hydra.run.dir=run").code == 0
+    metrics = Path("run/metrics.jsonl")
+    before = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    shutil.rmtree("run/checkpoints")
+    outcome = invoke("resume=run", tiny=False)
+    assert outcome.code == 0, outcome.err
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == before
+    assert Path("run/checkpoints/best.json").exists()

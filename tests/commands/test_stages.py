@@ -291,7 +291,7 @@ def test_training_the_value_head_alone_does_not_change_the_trunk(invoke: Invoke)
         (
             ["early_stopping.monitor=train/lr"],
             "early_stopping.monitor",
-            "no better direction; choose one of train/head_",
+            "neither higher nor lower values are better; choose one of train/head_",
         ),
         (
             ["early_stopping.monitor=val/pass_rate", "num_validation_samples=0"],

@@ -22,7 +22,7 @@ from wmtp.config import targets, trust
 from wmtp.config.overrides import load_saved_overrides
 from wmtp.config.schema import ConfigError
 from wmtp.config.targets import locate
-from wmtp.config.trust import load_run_config
+from wmtp.config.trust import load_run_config, require_known
 from wmtp.errors import InputError
 from wmtp.models.loading import find_checkpoint, read_run_config
 from wmtp.runtime import destinations
@@ -181,7 +181,7 @@ def resume(run: Path, *typed: str) -> str:
         ("+data@hydra.callbacks=jsonl", "may not change Hydra's own settings"),
         ("++run_name=${oc.env:AWS_SECRET_ACCESS_KEY}", "reads more than other keys"),
         ("++tags={a: ['${oc.decode:x}']}", "reads more than other keys"),
-        ("++sandbox=none", "sandbox=none: is a setting of run that you have not used before"),
+        ("++sandbox=none", "sandbox=none: is a setting of run, with which programs run unprotected"),
         ("++tracking.uri=http://evil", "tracking.uri=http://evil: is a setting of run"),
         ("++model.tokenizer.vocab_size={_target_: torch.hub.load}", "a plain value belongs here"),
     ],
@@ -280,6 +280,20 @@ def test_a_job_of_a_resumed_sweep_cannot_choose_another_server_than_the_typed_on
     add_override(shutil.copytree(run, tmp_path / "sweep" / "0"), "tracking=mlflow", "++tracking.uri=http://evil")
     assert run_command(["-m", "sweep.resume=sweep", typed], monkeypatch) == 2
     assert "tracking.uri=http://evil: is a setting of sweep" in capsys.readouterr().out
+
+
+def test_control_the_server_in_the_config_is_known(run: Path) -> None:
+    change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": None})
+    require_known(run, "tracking.uri", load_run_config(run / "config.yaml").tracking.uri)
+
+
+def test_destinations_of_the_environment_are_recorded_without_passwords(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@server")
+    destinations.remember_destinations([])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert destinations.known_destinations() == {"https://server"}
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '["a', "null", "[" * 50_000], ids=range(5))

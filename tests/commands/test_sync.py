@@ -84,7 +84,10 @@ def test_a_damaged_folder_does_not_stop_the_others(
     Path("b/config.yaml").write_text("tracking: [")
     assert main(["."]) == 2
     printed = capsys.readouterr()
-    assert "a: cannot be read: JSONDecodeError" in printed.err and "b: cannot be read" in printed.err
+    assert (
+        "a: cannot be read: JSONDecodeError" in printed.err
+        and "b: b/config.yaml: is not a readable config" in printed.err
+    )
     assert "c: was RUNNING" in printed.out and "Traceback" not in printed.err
 
 

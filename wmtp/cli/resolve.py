@@ -88,7 +88,8 @@ def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:
     try:
         folder = Path(os.path.abspath(named or tempfile.mkdtemp(prefix=f"wmtp-{command.name}-")))
     except OSError as error:
-        raise InputError(f"{error.strerror}; choose a folder for temporary files with the variable TMPDIR") from error
+        problem = "no temporary folder can be created"
+        raise InputError(f"{problem}: {error.strerror}; choose another place with the variable TMPDIR") from error
     if job.checked.config.get("dry_run"):
         job.checked.config.cache_dir = str(folder / "cache")
     with open_dict(job.hydra):

@@ -52,7 +52,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
         url = url if url.startswith(f"{run}/") else run  # a checkpoint of the run, or the run itself
         default = (run_dir or local_folder(url)) if resumes else COPIES / local_folder(url).relative_to(OUTPUTS)
         if resumes:
-            remember_destinations([run])  # a resumed run goes on in the bucket that the user has typed
+            remember_destinations([run])  # a resumed run uses the bucket that the user has typed
         folder = fetch_run(url, scratch or default, options, checkpoints=keys[key], console=console)
         result.append(f"{key}={quote(folder)}")
         used_run_dir = used_run_dir or resumes

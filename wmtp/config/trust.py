@@ -1,4 +1,4 @@
-"""Checks of everything that the folder of a run brings, because the folder may come from a stranger.
+"""Checks of everything that the folder of a run contains, because the folder may come from a stranger.
 
 The folder may have been copied from another machine or downloaded from a bucket. Therefore it may not decide which code
 is executed, whether programs are isolated, or where credentials and results are sent, and no path in it may lead out of
@@ -105,7 +105,7 @@ def saved_override_issues(overrides: Iterable[str], typed: Iterable[str]) -> Ite
             yield ConfigIssue("resume", text, "the saved overrides of a run may not change Hydra's own settings")
             continue
         for issue in _interpolations({override.key_or_group: override.value()}, KEY_REFERENCE):
-            problem = "is a saved override that reads more than other keys; if you trust it, type it again"
+            problem = "is a saved override that reads more than other keys; if you trust it, add it to this command"
             yield ConfigIssue(issue.key, issue.value, problem)
 
 
@@ -117,17 +117,14 @@ def unconfirmed_issues(config: DictConfig, typed: Iterable[str], source: Path) -
     Args:
         config: the config that results from the overrides of the run and of the user.
         typed: the overrides of the user. A key in them is confirmed.
-        source: the folder that brings the other overrides.
+        source: the folder that contains the other overrides.
     """
-    confirmed = _keys(typed)
-    keys = list(unknown_destinations(config))
+    problems = dict.fromkeys(unknown_destinations(config), f"is a setting of {source}, but you have sent no data there")
     if config.get("sandbox") == "none":
-        keys.append("sandbox")
-    for key in keys:
-        if key not in confirmed:
-            value = str(OmegaConf.select(config, key))
-            problem = f"is a setting of {source} that you have not used before; if you trust it, type it again"
-            yield ConfigIssue(key, value, problem)
+        problems["sandbox"] = f"is a setting of {source}, with which programs run unprotected"
+    for key in problems.keys() - _keys(typed):
+        value = str(OmegaConf.select(config, key))
+        yield ConfigIssue(key, value, f"{problems[key]}; if you trust it, add {key}={value} to this command")
 
 
 def unknown_destinations(config: DictConfig) -> Iterator[str]:

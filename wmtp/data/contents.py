@@ -58,7 +58,7 @@ def content_changes(before: Contents, now: Contents) -> list[str]:
         old, new = before.get(part), now.get(part)
         if new is None:
             assert old is not None
-            lines.append(f"{old['source']} is missing now")
+            lines.append(f"{old['source']} is missing")
         elif old is None:
             lines.append(f"{new['source']} was added")
         elif old["hash"] != new["hash"]:

@@ -264,7 +264,7 @@ def tokenizer_difference(ours: Tokenizer, theirs: BackendTokenizer) -> str | Non
         if (prefix := prefix_ids(theirs)) != ours.prefix:
             first, expected = ([ours.backend.id_to_token(number) for number in ids] for ids in (ours.prefix, prefix))
             problem = "the samples begin with %s, but the tokenizer of another model of the run begins a text with %s"
-            log.warning(f"{problem}; model.tokenizer.add_bos_token changes the samples", first, expected)
+            log.warning(f"{problem}; to change the samples, set model.tokenizer.add_bos_token", first, expected)
         return None
     other = content_fingerprint(theirs)
     return f"{difference} (theirs is {other[:16]}…, ours {ours.fingerprint[:16]}…)"

@@ -160,8 +160,8 @@ class Evaluator:
         changes = content_changes(recorded, contents)
         self.is_run_data = not changes
         if changes and not self.names_data:
-            lines = ["data: they are not those of the run any more:", *(f"  {change}" for change in changes)]
-            remedy = "Set them back, or evaluate on them as other data: name them, for example data=jsonl data.path=…"
+            lines = ["data: they have changed since the run:", *(f"  {change}" for change in changes)]
+            remedy = "Restore them, or evaluate on them as other data: name them, for example data=jsonl data.path=…"
             raise InputError("\n".join([*lines, remedy]))
 
     def _select_problems(self, records: Sequence[Record]) -> list[Record]:

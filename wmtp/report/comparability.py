@@ -27,15 +27,15 @@ ABSENT = "-"
 
 
 def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
-    """Check that all runs use the same validation set and tokenizer, and that only settings change the training data.
+    """Check that all runs use the same held-out data and tokenizer, and that only settings change the training data.
 
     Returns:
         A note if the training data differ because of a setting, which is then a part of what the comparison measures,
         and a note for each check that is not possible, because a run does not record its data or its tokenizer.
 
     Raises:
-        InputError: two runs differ in the validation set or the tokenizer, or their training data differ although no
-            setting does, or although it is not known that their validation sets are equal.
+        InputError: two runs differ in the validation set, the test set or the tokenizer, or their training data differ
+            although no setting does, or although it is not known that the held-out data are equal.
     """
     data_by_run = {run: dict(run.provenance.get("data", {})) for run in runs}
     problems, notes = list[str](), list[str]()
@@ -49,7 +49,7 @@ def require_same_data(runs: Sequence[RunRecord]) -> list[str]:
         changes = config_changes(known[0], other, prefix)
         if key == TRAINING_DATA and changes.keys() - {NOT_A_SETTING} and not problems and not notes:
             notes.append(
-                f"the training data differ ({format_changes(changes)}) and the validation data do not: the comparison "
+                f"the training data differ ({format_changes(changes)}) and the held-out data do not: the comparison "
                 "measures the effect of the training data as well"
             )
         else:

@@ -1,6 +1,7 @@
 """The servers to which this user has sent data before, so that a copied run cannot choose a new one."""
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,16 +29,13 @@ def normalize(destination: str) -> str:
 
 def known_destinations() -> set[str]:
     """Return the destinations in the environment, and those that were passed to `remember_destinations`."""
-    known = _used_by_this_process | {normalize(os.environ[name]) for name in ENVIRONMENT if os.environ.get(name)}
-    try:
-        return known | set(_file().read_text().splitlines())
-    except (OSError, RuntimeError, UnicodeError):
-        return known
+    return _used_by_this_process | _environment() | _recorded()
 
 
 def remember_destinations(destinations: Iterable[str]) -> None:
-    """Add destinations to the file of known destinations. Without a home folder, only this process knows them."""
-    new = {normalize(each) for each in destinations} - known_destinations()
+    """Record destinations and those in the environment. Without a home folder, only this process knows them."""
+    new = {normalize(each) for each in destinations} | _environment()
+    new -= _recorded()
     if not new:
         return
     _used_by_this_process.update(new)
@@ -64,6 +62,19 @@ def require_known(folder: Path, key: str, destination: str | None) -> None:
             f"{folder}: its {key}={destination} is a server that you have not used before; if you trust it with your "
             f"credentials, set {variable}={destination}"
         )
+
+
+def _environment() -> set[str]:
+    """Return the destinations in the environment, without user names and passwords."""
+    values = [os.environ.get(name) for name in ENVIRONMENT]
+    return {normalize(re.sub(r"://\S*@", "://", value)) for value in values if value}
+
+
+def _recorded() -> set[str]:
+    try:
+        return set(_file().read_text().splitlines())
+    except (OSError, RuntimeError, UnicodeError):
+        return set()
 
 
 def _file() -> Path:

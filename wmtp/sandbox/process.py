@@ -27,7 +27,7 @@ CHILD_PID = re.compile(rb'"child-pid": *(\d+)[^}]*}')
 EXIT_CODE = re.compile(rb"\n(\d+)$")
 """Pattern of the message in which init.py reports the exit code of a forked process."""
 SEALS = 0x1 | 0x2 | 0x4 | 0x8
-"""F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_WRITE, with which nobody can change a file in memory any more."""
+"""F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_WRITE, after which no process can change a file in memory."""
 ADD_SEALS = 1033
 """Number of the command F_ADD_SEALS. The module `fcntl` has these constants only on Linux."""
 KILLED = 128 + signal.SIGKILL

@@ -34,7 +34,7 @@ class SweepOptions:
     metric: str = "val/loss"
     """Name of the metric by which the table of results is sorted."""
     at: Literal["best", "last"] = "best"
-    """Model whose metric is used. `best` is the best checkpoint, `last` the last one."""
+    """Model whose metric is used. `best` is the best checkpoint, `last` is the model at the end of the run."""
     arms: list[str] = field(default_factory=list)
     """Sets of overrides. Each string contains one set, which is combined with all combinations of the other values."""
     resume: Path | None = None

@@ -204,8 +204,8 @@ def monitor_problem(monitor: str, available: Iterable[str]) -> str | None:
     names = sorted(name for name in measured if is_lower_better(name) is not None)
     if monitor in names:
         return None
-    reason = "has no better direction" if monitor in measured else "is never measured"
-    return f"{reason}; choose one of {', '.join(names)}" if names else f"{reason}; nothing is"
+    reason = "neither higher nor lower values are better" if monitor in measured else "is never measured"
+    return f"{reason}; choose one of {', '.join(names)}" if names else f"{reason}; this run has no metric to monitor"
 
 
 class BestValidation:

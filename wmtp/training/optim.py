@@ -51,7 +51,8 @@ def try_scheduler(node: DictConfig, optimizer: Optimizer) -> None:
         Exception: torch refuses an option, or the scheduler needs arguments that the trainer does not have.
     """
     if "total_steps" in schema(locate(str(node["_target_"]))):
-        raise ValueError("fixes the number of steps, but a run may be resumed for more; use scheduler=cosine or linear")
+        problem = "has a fixed number of updates, but a run may be resumed for more"
+        raise ValueError(f"{problem}; use scheduler=cosine or linear")
     scheduler: LRScheduler = build(node, optimizer=optimizer, num_updates=2)
     optimizer.step()
     scheduler.step()

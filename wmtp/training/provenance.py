@@ -37,7 +37,8 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
     }
     found = versions()
     if untracked := found.get("untracked"):
-        log.warning("git does not track %s; the revision in provenance.json is without them", untracked["files"])
+        names = ", ".join(untracked["files"])
+        log.warning("git does not track these files, whose hash is in provenance.json: %s", names)
     content = {**found, "command": list(overrides), "changed": changed, "data": data_info}
     replace_atomically(folder / PROVENANCE, encode_json(content))
 

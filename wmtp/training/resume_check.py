@@ -37,8 +37,6 @@ def resume_problem(folder: Path) -> str | None:
     """Return the reason why the run in a folder cannot be resumed, or None if it can be resumed."""
     if not (folder / SAVED_OVERRIDES).exists():
         return f"is not a run's folder: it has no {SAVED_OVERRIDES}"
-    if not any(any(folder.glob(f"{stage}checkpoints/step_*/manifest.json")) for stage in ("", "pretrain/")):
-        return "the run has no checkpoint; start a new run"
     return "the run is still running; wait for its end or stop it" if is_running(folder) else None
 
 
@@ -80,7 +78,7 @@ def require_same_contents(folder: Path, data: Dataset, declared: Sequence[str]) 
     changes = content_changes(recorded_contents(folder) or data.contents, data.contents)
     if changes and "data" not in declared:
         lines = ["The run cannot be resumed, because its data have changed:", *(f"  data: {line}" for line in changes)]
-        raise InputError("\n".join([*lines, "Set them back, or allow the change: resume_override=[data]"]))
+        raise InputError("\n".join([*lines, "Restore them, or allow the change: resume_override=[data]"]))
 
 
 def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequence[str]) -> dict[str, str]:

@@ -136,7 +136,8 @@ def open_uploaders(
         uploaders.append(build(config.tracking, MlflowTracker, **options, is_training=is_training))
     settings = s3_settings(config)
     if run is not None and run["remote"] is not None and settings is not None:
-        keep_last, url = int(config.checkpoint.keep_last), remote_url(folder, settings.url, run["remote"])
+        keep_last = int(config.checkpoint.keep_last)
+        url = remote_url(folder, settings.url, run["remote"])  # the folder that `check_servers` has checked
         uploaders.append(CheckpointUploader(folder, url, settings, keep_last, console, is_training))
     return uploaders
 

@@ -243,7 +243,7 @@ def test_training_data_may_differ_by_a_setting_if_the_validation_data_are_equal(
                 compare_study(folder, baseline="1")
             continue
         notes = compare_study(folder, baseline="1").notes
-        assert "the training data differ (data.correct_ratio: 1.0 and 0.5) and the validation data do not" in notes[0]
+        assert "the training data differ (data.correct_ratio: 1.0 and 0.5) and the held-out data do not" in notes[0]
 
 
 def test_different_files_with_equal_configs_are_refused(tmp_path: Path) -> None:

@@ -281,7 +281,8 @@ def test_metrics_without_a_direction_cannot_be_monitored() -> None:
         "grad_norm", "lr", "weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio", "value_mean",
         "value_variance",
     }  # fmt: skip
-    assert monitor_problem("train/lr", ["train/lr", "val/loss"]) == "has no better direction; choose one of val/loss"
+    problem = monitor_problem("train/lr", ["train/lr", "val/loss"])
+    assert problem == "neither higher nor lower values are better; choose one of val/loss"
 
 
 def test_unknown_monitor_is_reported_with_the_available_names() -> None:
@@ -290,7 +291,7 @@ def test_unknown_monitor_is_reported_with_the_available_names() -> None:
     assert monitor_problem("val/los", names) == (
         "is never measured; choose one of train/loss, val/head_1_loss, val/loss"
     )
-    assert "nothing is" in str(monitor_problem("val/loss", []))
+    assert "no metric to monitor" in str(monitor_problem("val/loss", []))
 
 
 # The values' variance

@@ -121,7 +121,7 @@ def prefix_of(name: str) -> str:
 def final_metrics(folder: Path) -> dict[str, tuple[float, int]]:
     """Return the value and the step of each metric that is known only at the end of a run.
 
-    They are the loss of the best checkpoint, and pass@1 with the name of the split whose problems were sampled.
+    They are the loss of the best checkpoint, and pass@1 of the test problems.
     """
     found: dict[str, tuple[float, int]] = {}
     if (best := read_best(folder)) is not None:
@@ -129,7 +129,7 @@ def final_metrics(folder: Path) -> dict[str, tuple[float, int]]:
     path = folder / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     if (passes := summary.get("pass@1")) is not None:
-        found[f"{passes.get('split', 'test')}/pass_at_1"] = passes["value"], summary["total_steps"]
+        found["test/pass_at_1"] = passes["value"], summary["total_steps"]
     return found
 
 
