@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from wmtp.cli.command import START_AGAIN, Command, run_command
-from wmtp.runtime.run_dir import OUTPUTS, SAVED_OVERRIDES, create_run_folder, display_path
+from wmtp.runtime.run_dir import OUTPUTS, SAVED_OVERRIDES, create_run_folder, display_path, module_command
 from wmtp.runtime.writable import require_writable
 
 if TYPE_CHECKING:
@@ -92,11 +92,14 @@ def num_processes(config: DictConfig) -> int:
 def resume_hint(folder: Path) -> str:
     """Return a message that explains how to continue an interrupted run."""
     from wmtp.config.overrides import shell_argument
+    from wmtp.runtime.processes import started_together
 
     resume = shell_argument("resume", display_path(folder))
+    if not started_together():  # under torchrun, the command starts with torchrun's own options
+        resume = f"{module_command('wmtp.train')} {resume}"
     if any(folder.glob("**/step_*/manifest.json")):
-        return f"Resume with {resume}"
-    return f"Nothing was saved; {resume} starts it again." if (folder / SAVED_OVERRIDES).exists() else START_AGAIN
+        return f"Resume with: {resume}"
+    return f"Nothing was saved. Start again with: {resume}" if (folder / SAVED_OVERRIDES).exists() else START_AGAIN
 
 
 def end_sweep(folder: Path, state: str) -> None:

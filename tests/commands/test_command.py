@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from tests.conftest import TINY, Invoke, compose_config
 from tests.support.forking import ForkServer
 from wmtp.checkpoint.store import find_damage
+from wmtp.config.overrides import quote
 from wmtp.config.schema import CheckedConfig, ConfigError
 from wmtp.runtime.processes import CORES_VARIABLE
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, create_run_folder
@@ -278,9 +280,14 @@ def test_a_signal_stops_the_run_with_a_checkpoint_to_resume_from(
     assert outcome.code == 0, outcome.err
 
 
-def test_the_advice_after_an_interruption_can_be_followed(tmp_path: Path) -> None:
-    """A folder in which no run has started can be used again; otherwise, the run is resumed."""
-    checked, arguments = CheckedConfig(compose_config(), []), [f"hydra.run.dir={tmp_path}"]
+def test_the_advice_after_an_interruption_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in which no run has started can be used again; otherwise, the run is resumed.
+
+    The printed commands are whole words of a shell. The control is torchrun, whose own options are not known.
+    """
+    tmp_path /= "my run (1)"
+    tmp_path.mkdir()
+    checked, arguments = CheckedConfig(compose_config(), []), [f"hydra.run.dir={quote(tmp_path)}"]
     (tmp_path / "status.json").touch()
     assert run_folder(checked, arguments) == tmp_path
     assert resume_hint(tmp_path) == "Nothing was saved; start again."
@@ -289,10 +296,16 @@ def test_the_advice_after_an_interruption_can_be_followed(tmp_path: Path) -> Non
         file.touch()
     with pytest.raises(ConfigError, match="already contains a run"):
         run_folder(checked, arguments)
-    assert resume_hint(tmp_path) == f"Nothing was saved; resume={tmp_path} starts it again."
+    advice, _, command = resume_hint(tmp_path).partition(": ")
+    python, *words = shlex.split(command)
+    assert advice == "Nothing was saved. Start again with" and Path(python).absolute() == Path(sys.executable)
+    assert words == ["-m", "wmtp.train", f"resume={tmp_path}"]
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").touch()
-    assert resume_hint(tmp_path) == f"Resume with resume={tmp_path}"
+    assert resume_hint(tmp_path) == f"Resume with: {command}"
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert resume_hint(tmp_path) == f"Resume with: {shlex.quote(f'resume={tmp_path}')}"
 
 
 @pytest.mark.slow

@@ -79,3 +79,11 @@ def test_a_terminal_shows_at_once_what_a_command_does(tmp_path: Path, arguments:
     os.close(slave)
     assert first.startswith(expected)
     assert (used.user + used.system < 0.4) == (not arguments)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_a_text_that_cannot_be_written_is_an_error(tmp_path: Path, fork_server: ForkServer, option: str) -> None:
+    """The control is a device that can be written. Without a check of the output, both exit codes are 0."""
+    for device, exit_code in (("/dev/full", 1), ("/dev/null", 0)):
+        command = fork_server.start("wmtp.train", option, folder=tmp_path, variables={}, console=Path(device))
+        assert command.wait() == exit_code

@@ -148,7 +148,7 @@ def test_failed_and_killed_jobs_run_again_on_resume(sent_states: list[str], caps
     assert (jobs[12]["state"], jobs[12]["exit_code"]) == ("KILLED", 137)
     assert read_status(Path("sweep/12"))["state"] == "KILLED"
     out = capsys.readouterr().out
-    assert "16 of 18 jobs finished" in out and "sweep.resume=sweep" in out and "no luck" in out
+    assert "16 of 18 jobs finished" in out and " -m sweep.resume=sweep\n" in out and "no luck" in out
 
     for number in behaviors:
         Path(f"sweep/behavior-{number}").unlink()

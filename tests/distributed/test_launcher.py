@@ -66,7 +66,7 @@ def test_two_processes_train_in_one_folder_and_a_signal_during_training_saves_on
     status = endless.status()
     assert (code, status["state"], status["exit_code"]) == (143, "KILLED", 143), out
     assert find_damage(endless.run / "checkpoints" / f"step_{status['step']:08d}") is None
-    assert "Resume with resume=" in out and "Traceback" not in out
+    assert " -m wmtp.train resume=" in out and "Traceback" not in out
 
 
 @pytest.mark.slow

@@ -129,6 +129,7 @@ class CommandRunner:
             return
         if "--version" in arguments:
             print(version_text())
+            require_written_output()
             return
         arguments, command = self.command.positional_args(arguments), self.command
         options = [argument for argument in arguments if argument.startswith("-")]
@@ -172,8 +173,13 @@ class CommandRunner:
         help_text.register()
         sys.argv = [sys.argv[0], *arguments]
         main = hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name=self.command.name)
-        with nullcontext() if "--hydra-help" in arguments else help_text.without_unused_lists():
-            main(lambda config: None)()
+        lists = nullcontext() if "--hydra-help" in arguments else help_text.without_unused_lists()
+        try:
+            with lists:
+                main(lambda config: None)()
+        except SystemExit as end:  # Hydra ends the process after some of its options, such as --help
+            if end.code:
+                raise
         require_written_output()
 
     def _sweep(self, arguments: list[str]) -> None:

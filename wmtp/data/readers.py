@@ -277,7 +277,10 @@ def _record(fields: Row | str) -> Record:
             reason = "null"
         elif kind == "string_too_short" and place == "solution":
             reason = "no solution"
-        raise Rejected(reason, f"{truncate(repr(place))}: {details['msg']}" if place else details["msg"]) from error
+        problem = details["msg"]
+        if reason == "unknown field" and len(details["loc"]) == 1:
+            problem = f"the fields are {', '.join(Record.model_fields)}"
+        raise Rejected(reason, f"{truncate(repr(place))}: {problem}" if place else problem) from error
 
 
 def _unix_lines(text: str) -> str:

@@ -24,6 +24,7 @@ from wmtp.models.architecture import Architecture
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.atomic_files import fsync_path
+from wmtp.runtime.run_dir import module_command
 
 Format = Literal["hf", "hf_trunk", "medusa", "meta"]
 BASE_FOLDER = "base"
@@ -105,7 +106,7 @@ def usage_lines(model: MtpModel, format: Format, folder: Path) -> list[str]:  # 
         return [
             f"{folder}: all {heads} heads; without trust_remote_code only head 1 is loaded",
             f"{loader}, trust_remote_code=True)(…, return_all_heads=True)",
-            f"python -m wmtp.train model=huggingface {path} model.num_heads={heads} model.head_kind={kind}",
+            f"{module_command('wmtp.train')} model=huggingface {path} model.num_heads={heads} model.head_kind={kind}",
         ]
     if format == "medusa":
         options = {"method": "medusa", "model": str(folder), "num_speculative_tokens": heads - 1}
@@ -116,7 +117,7 @@ def usage_lines(model: MtpModel, format: Format, folder: Path) -> list[str]:  # 
         ]
     return [
         f"{folder}: all {heads} heads in Meta's layout",
-        f"python -m wmtp.train model=meta_mtp_7b {path}",
+        f"{module_command('wmtp.train')} model=meta_mtp_7b {path}",
     ]
 
 

@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import random
+import shlex
 import socket
 import string
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -210,3 +212,8 @@ def display_path(path: Path | str) -> str:
     """
     path = Path(os.path.abspath(path))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def module_command(module: str) -> str:
+    """Return the beginning of a shell command that runs a module with the Python of this process, on any PATH."""
+    return f"{shlex.quote(display_path(sys.executable))} -m {module}"

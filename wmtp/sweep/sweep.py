@@ -27,6 +27,7 @@ from wmtp.runtime.run_dir import (
     RunStatus,
     create_run_folder,
     display_path,
+    module_command,
 )
 from wmtp.runtime.sweep_jobs import job_labels
 from wmtp.runtime.writable import require_writable
@@ -125,16 +126,16 @@ class Sweep:
         finally:
             status.end(state, code, JobProgress())
         print_results(self.console, self.state, self.grid.options)
-        self._print(f"The folder of the sweep is {display_path(self.folder)}")
-        folder = shlex.quote(display_path(self.folder))
+        folder = display_path(self.folder)
+        self._print(f"The folder of the sweep is {folder}")
         if not all_finished:
-            argument = shell_argument("sweep.resume", display_path(self.folder))
-            self._print(f"To run the unfinished jobs again, repeat the command with {argument}")
+            again = module_command(f"wmtp.{self.command}"), "-m", shell_argument("sweep.resume", folder)
+            self._print(f"To run the unfinished jobs again: {' '.join(again)}")
         elif len(labels := self.state.group_labels()) > 1:
             baseline = "baseline" if "baseline" in labels else labels[0]
             try:
                 require_same_data(self.state.finished_runs())
-                self._print(f"Next: python -m wmtp.compare {folder} {shlex.quote(f'baseline={baseline}')}")
+                self._print(f"Next: {module_command('wmtp.compare')} {shlex.join([folder, f'baseline={baseline}'])}")
             except InputError as error:
                 self._print(str(error))
         return code

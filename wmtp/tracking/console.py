@@ -65,12 +65,14 @@ class ConsoleTracker:
             return ""
         elapsed = time.monotonic() - self.started
         left = elapsed / done * (self.num_updates - step)
-        return f"  elapsed {_format_time(elapsed)}  left {_format_time(left)}"
+        return f"  elapsed {format_time(elapsed)}  left {format_time(left)}"
 
 
-def _format_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """Return a time as minutes and seconds, after the hours if there are any."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

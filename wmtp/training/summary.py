@@ -13,7 +13,7 @@ from rich.table import Table
 from wmtp.config.overrides import shell_argument
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.json_lines import read_json_lines
-from wmtp.runtime.run_dir import display_path, read_run
+from wmtp.runtime.run_dir import display_path, module_command, read_run
 from wmtp.runtime.versions import versions
 from wmtp.tracking.jsonl import FILE_NAME
 from wmtp.tracking.mlflow import is_server, read_sync_state
@@ -94,7 +94,6 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run is in {folder}", soft_wrap=True, highlight=False)
     remote = (read_run(folder) or {}).get("remote")
-    python, mlflow = (display_path(path) for path in (sys.executable, Path(sys.executable).with_name("mlflow")))
     if remote is not None:
         console.print(f"its copy is in {remote}", soft_wrap=True, highlight=False)
     sync_state = read_sync_state(folder)
@@ -103,12 +102,13 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
         console.print(f"its metrics are in {sync_state.uri}{page}", soft_wrap=True, highlight=False)
     console.print("Next:")
     if sync_state is not None and not is_server(sync_state.uri):
+        mlflow = display_path(Path(sys.executable).with_name("mlflow"))
         ui = shlex.join([mlflow, "ui", "--backend-store-uri", sync_state.uri])
         console.print(f"  {ui}", soft_wrap=True, highlight=False)
         if sync_state.run_id:
             console.print(f"    and open {LOCAL_UI}{sync_state.page(of_run=False)}", soft_wrap=True, highlight=False)
     if summary["pass@1"] is not None:
-        evaluate = f"{shlex.quote(python)} -m wmtp.evaluate {shell_argument('checkpoint', display_path(folder))}"
+        evaluate = f"{module_command('wmtp.evaluate')} {shell_argument('checkpoint', display_path(folder))}"
         console.print(f"  {evaluate}", soft_wrap=True, highlight=False)
-    resume = f"{shlex.quote(python)} -m wmtp.train {shell_argument('resume', display_path(folder))} {resume_overrides}"
+    resume = f"{module_command('wmtp.train')} {shell_argument('resume', display_path(folder))} {resume_overrides}"
     console.print(f"  {resume}", soft_wrap=True, highlight=False)

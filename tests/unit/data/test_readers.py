@@ -314,6 +314,16 @@ def test_a_byte_order_mark_at_the_start_of_a_file_is_ignored(tmp_path: Path, nam
         assert read_file(file, "jsonl", "stop", 0) == ([Record(task_id="a", prompt="p", solution="s")] * 2, [])
 
 
+def test_an_unknown_field_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    """The control is a value that is wrong in a known field."""
+    path = tmp_path / "rows.jsonl"
+    for change, is_listed in (({"score": 1}, True), ({"difficulty": -1}, False)):
+        path.write_text(json.dumps(json.loads(GOOD) | change))
+        with pytest.raises(InputError) as caught:
+            read_file(path, "jsonl", "stop", 0)
+        assert ("'score': the fields are task_id, prompt, solution, is_correct, " in str(caught.value)) == is_listed
+
+
 def test_an_error_in_an_array_rejects_only_its_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(f"[{GOOD},\n\n{MALFORMED['duplicate key'][0]}, {MALFORMED['NaN'][0]}, 3, {GOOD}]")

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from wmtp.runtime.json_lines import read_json_lines
-from wmtp.tracking.console import ConsoleTracker, format_metrics
+from wmtp.tracking.console import ConsoleTracker, format_metrics, format_time
 from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.system_metrics import Gpus, SystemSampler
 
@@ -105,6 +105,12 @@ def test_the_progress_bar_fits_the_width_of_the_terminal(width: int, tmp_path: P
     assert "epoch 3/3  update 990/1000" in screen and "0:00:0" in screen, "the elapsed time"
     assert "99%" in screen
     assert max(len(Console().render_str(line).plain) for line in format_metrics(TRAINED).splitlines()) <= width
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59, "0:59"), (3599, "59:59"), (3600, "1:00:00"), (90_061, "25:01:01")])
+def test_a_long_time_is_shown_in_hours(seconds: float, text: str) -> None:
+    """Without hours, the last two are "60:00", which reads like 60 hours, and "1501:01"."""
+    assert format_time(seconds) == text
 
 
 def test_every_heads_loss_is_printed() -> None:
