@@ -179,6 +179,7 @@ def resume(run: Path, *typed: str) -> str:
         ("++run_name=${oc.env:AWS_SECRET_ACCESS_KEY}", "reads more than other keys"),
         ("++tags={a: ['${oc.decode:x}']}", "reads more than other keys"),
         ("++sandbox=none", "sandbox=none: is a setting of run that you have not used before"),
+        ("++cache_dir=elsewhere", "cache_dir=elsewhere: is a setting of run"),
         ("++tracking.uri=http://evil", "tracking.uri=http://evil: is a setting of run"),
         ("++model.tokenizer.vocab_size={_target_: torch.hub.load}", "a plain value belongs here"),
     ],
@@ -188,6 +189,7 @@ def test_saved_overrides_do_not_decide_what_the_user_must_decide(override: str, 
     assert problem in resume(run)
     if "_target_" not in override and "hydra" not in override:
         retyped = f"{override.lstrip('+').partition('=')[0]}=null".replace("sandbox=null", "sandbox=none")
+        retyped = retyped.replace("cache_dir=null", "cache_dir=elsewhere")
         assert problem not in resume(run, retyped), "what the user types is accepted"
 
 
@@ -241,7 +243,13 @@ def test_saved_overrides_of_another_shape_are_refused(content: str, run: Path) -
         load_saved_overrides([f"resume={run}"])
 
 
-@pytest.mark.parametrize("name", ["model/tokenizer.json", "checkpoints/step_00000009", "samples.jsonl", "pretrain"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/tokenizer.json", "checkpoints/step_00000009", "samples.jsonl", "pretrain", ".config.yaml.1.tmp",
+        ".pretrain-copy", "0/console.log", "weights.bin",
+    ],
+)  # fmt: skip
 def test_a_link_out_of_the_folder_is_refused(name: str, run: Path, tmp_path: Path) -> None:
     path = run / name
     shutil.rmtree(path, ignore_errors=True)

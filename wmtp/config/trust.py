@@ -5,6 +5,7 @@ is executed, whether programs are isolated, or where credentials and results are
 it. docs/security.md describes who is trusted with what.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config.moved_targets import update_config
-from wmtp.config.schema import ConfigError, ConfigIssue
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.config.targets import group_kind, locate, parameter_kinds
 from wmtp.errors import InputError
 from wmtp.runtime.destinations import known_destinations, normalize, remember_destinations
@@ -123,6 +124,9 @@ def unconfirmed_issues(config: DictConfig, typed: Iterable[str], source: Path) -
     keys = list(unknown_destinations(config))
     if config.get("sandbox") == "none":
         keys.append("sandbox")
+    cache = config.get("cache_dir")  # a folder to which the run would write, and whose files it would use
+    if cache not in (None, default_cache()) and os.path.abspath(str(cache)) not in known_destinations():
+        keys.append("cache_dir")
     for key in keys:
         if key not in confirmed:
             value = str(OmegaConf.select(config, key))
@@ -139,6 +143,11 @@ def unknown_destinations(config: DictConfig) -> Iterator[str]:
             yield key
 
 
+def default_cache() -> str:
+    """Return the default of the config key `cache_dir`."""
+    return str(OmegaConf.load(CONFIG_FOLDER / "train.yaml")["cache_dir"])
+
+
 def require_known(folder: Path, key: str, destination: str | None) -> None:
     """Check that this user has sent data to a destination before. None stands for the destination in the environment.
 
@@ -148,17 +157,18 @@ def require_known(folder: Path, key: str, destination: str | None) -> None:
         InputError: the destination is not known.
     """
     if destination is not None and normalize(destination) not in known_destinations():
-        variable = "MLFLOW_TRACKING_URI" if key == "tracking.uri" else "AWS_ENDPOINT_URL_S3"
+        variables = {"tracking.uri": "MLFLOW_TRACKING_URI", "checkpoint.s3.endpoint_url": "AWS_ENDPOINT_URL_S3"}
+        remedy = f"set {variables[key]}" if key in variables else f"resume the run with {key}"
         raise InputError(
             f"{folder}: its {key}={destination} is a server that you have not used before; if you trust it with your "
-            f"credentials, set {variable}={destination}"
+            f"credentials, {remedy}={destination}"
         )
 
 
 def remember(config: DictConfig) -> None:
     """Record that this user sends data to the destinations in a config."""
     values = (OmegaConf.select(config, key) for key in DESTINATIONS)
-    remember_destinations(str(value) for value in values if value is not None)
+    remember_destinations([str(value) for value in values if value is not None] + [os.path.abspath(config.cache_dir)])
 
 
 def _interpolations(value: Any, allowed: re.Pattern[str], key: str = "") -> Iterator[ConfigIssue]:

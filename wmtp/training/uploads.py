@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from wmtp.checkpoint.listing import complete_checkpoints, step_of
 from wmtp.config.flatten import flatten
@@ -19,6 +18,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.background import SHUTDOWN_STALL_S
+from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
 from wmtp.runtime.untrusted_files import require_inside
 from wmtp.s3.client import S3Folder, StoreError, StoreUnreachable
@@ -29,7 +29,7 @@ from wmtp.s3.uploader import CheckpointUploader
 from wmtp.tracking.base import State, Tracker
 from wmtp.tracking.mlflow import MlflowTracker, ServerUnreachable, check_server, end_sweep
 from wmtp.tracking.mlflow.sync_state import read_sync_state
-from wmtp.tracking.mlflow.uri import absolute_uri
+from wmtp.tracking.mlflow.uri import is_confirmed
 from wmtp.training.provenance import remote_url
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ def open_uploaders(
         uploaders.append(build(config.tracking, MlflowTracker, **options, is_training=is_training))
     settings = s3_settings(config)
     if run is not None and run["remote"] is not None and settings is not None:
-        keep_last = int(config.checkpoint.keep_last)
-        uploaders.append(CheckpointUploader(folder, run["remote"], settings, keep_last, console, is_training))
+        keep_last, url = int(config.checkpoint.keep_last), remote_url(folder, settings.url, run["remote"])
+        uploaders.append(CheckpointUploader(folder, url, settings, keep_last, console, is_training))
     return uploaders
 
 
@@ -166,19 +166,19 @@ def send_pending(folder: Path, state: State) -> list[str]:
         PendingError: some data could still not be uploaded.
     """
     require_inside(folder)
+    if (sync_state := read_sync_state(folder)) and not is_confirmed(sync_state.uri, folder):
+        require_known(folder, "tracking.uri", sync_state.uri)
     if not (folder / "config.yaml").exists():
-        if (sync_state := read_sync_state(folder)) and sync_state.uri != absolute_uri(None, folder.absolute()):
-            require_known(folder, "tracking.uri", sync_state.uri)
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
-    for key in ("tracking.uri", "checkpoint.s3.endpoint_url"):
+    for key in ("tracking.uri", "checkpoint.s3.url", "checkpoint.s3.endpoint_url"):
         require_known(folder, key, OmegaConf.select(config, key))
     nodes = [(key, node) for key, node in iter_nodes(config) if key.partition(".")[0] in ("tracking", "checkpoint")]
     if issues := [issue for key, node in nodes for issue in node_issues(node, key)]:
         raise ConfigError(issues)
     unreachable = check_servers(config, folder)
-    console = Console(markup=False)
+    console = Console()
     uploaders = open_uploaders(config, folder, console, is_training=False, short_timeouts=bool(unreachable))
     errors = close_all(uploaders, state)
     if errors:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from wmtp.errors import PendingError
 from wmtp.field_types import PositiveFloat
 from wmtp.runtime.background import SHUTDOWN_LIMIT_S, SHUTDOWN_STALL_S, BackgroundSender, format_error
+from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.locks import LockHeld, file_lock
 from wmtp.runtime.run_dir import display_path, read_run, read_status
 from wmtp.tracking.base import State
@@ -32,7 +33,14 @@ from wmtp.tracking.mlflow.runs import (
 )
 from wmtp.tracking.mlflow.sweep_run import open_sweep_run, sweep_folder
 from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state
-from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, is_on_other_machine, is_server, resolve_experiment
+from wmtp.tracking.mlflow.uri import (
+    TrackingUri,
+    absolute_uri,
+    is_confirmed,
+    is_on_other_machine,
+    is_server,
+    resolve_experiment,
+)
 from wmtp.tracking.system_metrics import FILE_NAME as SYSTEM
 from wmtp.tracking.system_metrics import SystemSampler
 from wmtp.tracking.tail import step_of
@@ -107,6 +115,8 @@ class MlflowTracker:
         self._sync_state = known if known is not None and known.uri == self.uri else self._initial
         if known is None:
             self._initial.write(self.folder)
+        if is_training:  # the command has checked that the user has chosen it
+            remember_destinations([self.uri])
         self._final_state: State | None = None
         self._sent: list[str] = []
         self._training_started = threading.Event()
@@ -321,6 +331,9 @@ def send_pending(folder: Path, state: State | None = None) -> str | None:
         return None
     if is_on_other_machine(known.uri):
         log.warning("%s is tracked in %s, which is not on this machine; nothing is sent there", folder, known.uri)
+        return None
+    if not is_confirmed(known.uri, folder):
+        log.warning("%s: you have not used %s before, so nothing is sent there", folder, known.uri)
         return None
     # The config, which has `tracking.checkpoints`, is not available here.
     tracker = MlflowTracker(folder, known.run_name or folder.name, {}, {}, is_training=False, checkpoints="none")
