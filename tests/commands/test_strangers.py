@@ -118,7 +118,7 @@ def test_a_config_contains_plain_values_and_known_classes(key: str, value: Any, 
 
 
 @pytest.mark.parametrize(
-    "content", ["- 1", "a: &b [*b]", "a: [&b [1], *b]", "{", "[" * 50_000, "a: ${b", b"\xff\xfe"], ids=range(7)
+    "content", ["5", "- 1", "a: &b [*b]", "a: [&b [1], *b]", "{", "[" * 50_000, "a: ${b", b"\xff\xfe"], ids=range(8)
 )
 def test_a_config_of_another_shape_is_refused(content: str | bytes, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
 from wmtp.models.huggingface import export as hf_export
 from wmtp.models.huggingface.folder import read_model_config
+from wmtp.models.loading import read_run_config
 from wmtp.runtime.console import Console, TerminalText
 from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.run_dir import read_run
@@ -283,3 +285,18 @@ def test_the_description_of_a_sweep_contains_no_images_and_links() -> None:
     row = describe_jobs(jobs).splitlines()[2]
     assert row.startswith("| 0 | `run_name='![x](http://stranger/a.png) <img src=x> ''` | `FINISHED` |")
     assert row.count("`") == 4
+
+
+@pytest.mark.parametrize(("name", "content"), [(".hydra/hydra.yaml", "{a: ["), ("config.yaml", "5")])
+def test_a_damaged_file_of_a_run_is_an_input_error(name: str, content: str, run: Path) -> None:
+    read_run_config(run / "config.yaml")
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(name)):
+        read_run_config(run / "config.yaml")
+
+
+def test_a_deeply_nested_manifest_is_damaged(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step_00000006"
+    assert manifest.find_damage(checkpoint) is None
+    (checkpoint / manifest.NAME).write_text("[" * 50_000)
+    assert "manifest.json is damaged: RecursionError" in str(manifest.find_damage(checkpoint))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
@@ -13,7 +12,7 @@ from wmtp.config.targets import locate
 from wmtp.config.values import validate_value
 from wmtp.errors import refuse_odd_content
 from wmtp.field_types import is_input_path
-from wmtp.runtime.untrusted_files import read_yaml
+from wmtp.runtime.untrusted_files import parse_yaml
 
 
 def absolute_paths(config: DictConfig, base: Callable[[str], Path]) -> dict[str, Path]:
@@ -38,7 +37,7 @@ def started_in(folder: Path) -> Path | None:
     """Return the working directory in which the run in a folder was started, or None if the run does not record it."""
     path = folder / ".hydra" / "hydra.yaml"
     with refuse_odd_content(path):
-        recorded = flatten(yaml.safe_load(read_yaml(path))).get("hydra.runtime.cwd") if path.exists() else None
+        recorded = flatten(parse_yaml(path)).get("hydra.runtime.cwd") if path.exists() else None
     return None if recorded is None else Path(str(recorded))
 
 

@@ -48,7 +48,7 @@ def load_run_config(path: Path) -> DictConfig:
         if not isinstance(config, DictConfig):
             raise InputError(f"{path}: is not a config")
         issues = [*_interpolations(content, NOTHING), *placement_issues(content)]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, AssertionError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: is not a readable config: {' '.join(str(error).split())}") from error
     if issues:
         raise ConfigError([ConfigIssue(f"{path}: {each.key}", each.value, each.problem) for each in issues])
@@ -145,7 +145,7 @@ def unknown_destinations(config: DictConfig) -> Iterator[str]:
 
 def default_cache() -> str:
     """Return the default of the config key `cache_dir`."""
-    return str(OmegaConf.load(CONFIG_FOLDER / "train.yaml")["cache_dir"])
+    return str(OmegaConf.select(OmegaConf.load(CONFIG_FOLDER / "train.yaml"), "cache_dir"))
 
 
 def require_known(folder: Path, key: str, destination: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,6 +44,18 @@ def read_own_file(path: Path) -> bytes:
     if not any(real.is_relative_to(place) for place in (folder, repository / "blobs")):
         raise InputError(f"{path}: is a link to {real}, out of its folder; replace it with a copy if you trust it")
     return real.read_bytes()
+
+
+def parse_yaml(path: Path) -> Any:
+    """Return the content of a YAML file as plain values.
+
+    Raises:
+        ValueError: the file is not YAML, or `read_yaml` refuses it.
+    """
+    try:
+        return yaml.safe_load(read_yaml(path))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def read_yaml(path: Path) -> str:
