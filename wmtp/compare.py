@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 def compare(context: JobContext) -> None:
     """Compare groups of runs, print the result, and write compare.json and compare.html."""
-    from rich.console import Console
-
     from wmtp.errors import refuse_odd_content
     from wmtp.report.compare import compare_runs
     from wmtp.report.comparison_report import write_comparison_report
@@ -28,8 +26,9 @@ def compare(context: JobContext) -> None:
     from wmtp.report.run_report import folders_without_report, write_report_or_warn
     from wmtp.report.tables import print_comparison
     from wmtp.runtime.atomic_files import encode_json, replace_atomically
+    from wmtp.runtime.console import Console
 
-    config, console = context.config, Console(markup=False)
+    config, console = context.config, Console()
     runs = find_runs(Path(folder) for folder in config.runs)
     with refuse_odd_content(", ".join(config.runs)):
         comparison = compare_runs(runs, baseline=config.baseline, metric=config.metric, at=config.at)

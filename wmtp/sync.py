@@ -12,6 +12,7 @@ from wmtp.errors import InputError, InterruptedRun, PendingError
 from wmtp.runtime.run_dir import RUN, SWEEP, SYNC_STATE, display_path, is_running, mark_dead_run, read_status
 from wmtp.runtime.signals import raise_on_signals
 from wmtp.runtime.standard_streams import lasting_streams
+from wmtp.runtime.untrusted_files import require_inside
 from wmtp.runtime.versions import version_text
 
 DESCRIPTION = """\
@@ -124,6 +125,7 @@ def upload_pending(folder: Path) -> str:
 
     If the run is still running, nothing is uploaded. If it was killed, its state is first recorded as KILLED.
     """
+    require_inside(folder)  # before anything in it is locked or written
     if is_running(folder):
         return "is running, and uploads its own data"
     from wmtp.training.uploads import send_pending

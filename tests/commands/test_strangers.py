@@ -22,7 +22,7 @@ from wmtp.config import targets, trust
 from wmtp.config.overrides import load_saved_overrides
 from wmtp.config.schema import ConfigError
 from wmtp.config.targets import locate
-from wmtp.config.trust import load_run_config, require_known
+from wmtp.config.trust import load_run_config
 from wmtp.errors import InputError
 from wmtp.models.loading import find_checkpoint, read_run_config
 from wmtp.runtime import destinations
@@ -121,7 +121,7 @@ def test_a_config_contains_plain_values_and_known_classes(key: str, value: Any, 
 
 
 @pytest.mark.parametrize(
-    "content", ["- 1", "a: &b [*b]", "a: [&b [1], *b]", "{", "[" * 50_000, "a: ${b", b"\xff\xfe"], ids=range(7)
+    "content", ["5", "- 1", "a: &b [*b]", "a: [&b [1], *b]", "{", "[" * 50_000, "a: ${b", b"\xff\xfe"], ids=range(8)
 )
 def test_a_config_of_another_shape_is_refused(content: str | bytes, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
@@ -182,6 +182,7 @@ def resume(run: Path, *typed: str) -> str:
         ("++run_name=${oc.env:AWS_SECRET_ACCESS_KEY}", "reads more than other keys"),
         ("++tags={a: ['${oc.decode:x}']}", "reads more than other keys"),
         ("++sandbox=none", "sandbox=none: is a setting of run, with which programs run unprotected"),
+        ("++cache_dir=elsewhere", "cache_dir=elsewhere: is a setting of run"),
         ("++tracking.uri=http://evil", "tracking.uri=http://evil: is a setting of run"),
         ("++model.tokenizer.vocab_size={_target_: torch.hub.load}", "a plain value belongs here"),
     ],
@@ -191,6 +192,7 @@ def test_saved_overrides_do_not_decide_what_the_user_must_decide(override: str, 
     assert problem in resume(run)
     if "_target_" not in override and "hydra" not in override:
         retyped = f"{override.lstrip('+').partition('=')[0]}=null".replace("sandbox=null", "sandbox=none")
+        retyped = retyped.replace("cache_dir=null", "cache_dir=elsewhere")
         assert problem not in resume(run, retyped), "what the user types is accepted"
 
 
@@ -284,7 +286,7 @@ def test_a_job_of_a_resumed_sweep_cannot_choose_another_server_than_the_typed_on
 
 def test_control_the_server_in_the_config_is_known(run: Path) -> None:
     change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": None})
-    require_known(run, "tracking.uri", load_run_config(run / "config.yaml").tracking.uri)
+    destinations.require_known(run, "tracking.uri", load_run_config(run / "config.yaml").tracking.uri)
 
 
 def test_destinations_of_the_environment_are_recorded_without_passwords(
@@ -303,7 +305,13 @@ def test_saved_overrides_of_another_shape_are_refused(content: str, run: Path) -
         load_saved_overrides([f"resume={run}"])
 
 
-@pytest.mark.parametrize("name", ["model/tokenizer.json", "checkpoints/step_00000009", "samples.jsonl", "pretrain"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/tokenizer.json", "checkpoints/step_00000009", "samples.jsonl", "pretrain", ".config.yaml.1.tmp",
+        ".pretrain-copy", "0/console.log", "weights.bin",
+    ],
+)  # fmt: skip
 def test_a_link_out_of_the_folder_is_refused(name: str, run: Path, tmp_path: Path) -> None:
     path = run / name
     shutil.rmtree(path, ignore_errors=True)

@@ -46,7 +46,7 @@ def parse(manifest_bytes: bytes) -> Entries:
         content = json.loads(manifest_bytes)
         del content["sha256"]
         files = {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{NAME} is damaged: {type(error).__name__}: {error}") from error
     if _add_hash(content) != manifest_bytes:
         raise ValueError(f"{NAME} does not have the content that was written")

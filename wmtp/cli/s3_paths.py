@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from wmtp.config.moved_targets import current_key
 from wmtp.config.overrides import RUN_DIR, chosen_run_dir, override_text, quote
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.config.values import format_problem, validate_value
+from wmtp.runtime.console import Console
 from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.run_dir import OUTPUTS
 from wmtp.s3.fetch import CheckpointChoice, fetch_run, find_run, local_folder
@@ -40,7 +40,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
         OSError: the S3 store does not respond.
     """
     options, run_dir = store_options(arguments), chosen_run_dir(arguments)
-    console = Console(markup=False, stderr=True)
+    console = Console(stderr=True)
     result: list[str] = []
     used_run_dir = False
     for argument in arguments:

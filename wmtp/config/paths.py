@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
@@ -15,7 +14,7 @@ from wmtp.config.values import validate_value
 from wmtp.errors import refuse_odd_content
 from wmtp.field_types import is_input_path
 from wmtp.runtime.run_dir import SWEEP
-from wmtp.runtime.untrusted_files import read_yaml
+from wmtp.runtime.untrusted_files import parse_yaml
 
 
 def absolute_paths(config: DictConfig, base: Callable[[str], Path]) -> dict[str, Path]:
@@ -41,7 +40,7 @@ def started_in(folder: Path) -> Path | None:
     path, recorded = folder / ".hydra" / "hydra.yaml", None
     if path.exists():
         with refuse_odd_content(path):
-            recorded = flatten(yaml.safe_load(read_yaml(path))).get("hydra.runtime.cwd")
+            recorded = flatten(parse_yaml(path)).get("hydra.runtime.cwd")
     elif (path := folder / SWEEP).exists():
         with refuse_odd_content(path):
             recorded = json.loads(path.read_bytes()).get("cwd")

@@ -5,6 +5,7 @@ is executed, whether programs are isolated, or where credentials and results are
 it. docs/security.md describes who is trusted with what.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.config.moved_targets import update_config
-from wmtp.config.schema import ConfigError, ConfigIssue
+from wmtp.config.schema import CONFIG_FOLDER, ConfigError, ConfigIssue
 from wmtp.config.targets import group_kind, locate, parameter_kinds
 from wmtp.errors import InputError
 from wmtp.runtime.destinations import known_destinations, normalize, remember_destinations
@@ -47,7 +48,7 @@ def load_run_config(path: Path) -> DictConfig:
         if not isinstance(config, DictConfig):
             raise InputError(f"{path}: is not a config")
         issues = [*_interpolations(content, NOTHING), *placement_issues(content)]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, AssertionError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path}: is not a readable config: {' '.join(str(error).split())}") from error
     if issues:
         raise ConfigError([ConfigIssue(f"{path}: {each.key}", each.value, each.problem) for each in issues])
@@ -122,6 +123,9 @@ def unconfirmed_issues(config: DictConfig, typed: Iterable[str], source: Path) -
     problems = dict.fromkeys(unknown_destinations(config), f"is a setting of {source}, but you have sent no data there")
     if config.get("sandbox") == "none":
         problems["sandbox"] = f"is a setting of {source}, with which programs run unprotected"
+    cache = config.get("cache_dir")
+    if cache not in (None, default_cache()) and os.path.abspath(str(cache)) not in known_destinations():
+        problems["cache_dir"] = f"is a setting of {source}, and the run would write there and use the files there"
     for key in problems.keys() - _keys(typed):
         value = str(OmegaConf.select(config, key))
         yield ConfigIssue(key, value, f"{problems[key]}; if you trust it, add {key}={value} to this command")
@@ -136,10 +140,15 @@ def unknown_destinations(config: DictConfig) -> Iterator[str]:
             yield key
 
 
+def default_cache() -> str:
+    """Return the default of the config key `cache_dir`."""
+    return str(OmegaConf.select(OmegaConf.load(CONFIG_FOLDER / "train.yaml"), "cache_dir"))
+
+
 def remember(config: DictConfig) -> None:
     """Record that this user sends data to the destinations in a config."""
     values = (OmegaConf.select(config, key) for key in DESTINATIONS)
-    remember_destinations(str(value) for value in values if value is not None)
+    remember_destinations([str(value) for value in values if value is not None] + [os.path.abspath(config.cache_dir)])
 
 
 def _interpolations(value: Any, allowed: re.Pattern[str], key: str = "") -> Iterator[ConfigIssue]:

@@ -18,6 +18,8 @@ from wmtp.errors import InputError
 # Fixed limits, because the limits of Python depend on its version, its settings and the depth of the call stack.
 MAX_DEPTH = 100
 MAX_DIGITS = 4_300
+MAX_RATIO, MIN_UNPACKED = 100, 2**28
+"""A compressed file may contain `MIN_UNPACKED` bytes, or `MAX_RATIO` times as many bytes as it has."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 ARRAYS = (".json", ".json.gz")
@@ -114,6 +116,8 @@ def decode_rows(path: Path) -> Iterator[tuple[int, object]]:
     if not path.name.endswith((*SUFFIXES, ".gz")):
         raise InputError(f"{path}: unknown file format. The name must end in one of {', '.join(SUFFIXES)}, .gz.")
     try:
+        if path.suffix == ".gz":
+            _require_normal_ratio(path)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             if path.name.endswith(ARRAYS):
                 yield from enumerate(_decode_array(path, stream.read().removeprefix(BOM_UTF8)), 1)
@@ -124,6 +128,16 @@ def decode_rows(path: Path) -> Iterator[tuple[int, object]]:
                         yield number, decode_json(text.rstrip(b"\r\n"))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _require_normal_ratio(path: Path) -> None:
+    """Raise `InputError` if a compressed file contains far more bytes than text does, and could fill the memory."""
+    limit, size = max(MIN_UNPACKED, MAX_RATIO * path.stat().st_size), 0
+    with gzip.open(path) as stream:
+        while chunk := stream.read(2**20):
+            size += len(chunk)
+            if size > limit:
+                raise InputError(f"{path}: contains more than {limit:,} bytes; decompress it if that is right")
 
 
 def _decode_array(path: Path, content: bytes) -> list[object]:

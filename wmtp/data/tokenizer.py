@@ -22,6 +22,7 @@ from wmtp.errors import InputError
 from wmtp.field_types import InputPath
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.locks import file_lock
+from wmtp.runtime.untrusted_files import read_own_file
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def tokenizer_files(folder: Path | None, tokenizer: Tokenizer | None) -> dict[st
     """
     vocabulary, settings, names = TOKENIZER_FILES[:3]
     paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder is not None else []
-    files = {path.name: path.read_bytes() for path in paths}
+    files = {path.name: read_own_file(path) for path in paths}
     if tokenizer is None:
         return files
     stored = read_backend(folder / vocabulary) if folder is not None and vocabulary in files else None

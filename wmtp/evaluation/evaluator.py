@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from wmtp.config.flatten import flatten
@@ -35,6 +34,7 @@ from wmtp.models.loading import TrainedCheckpoint, check_max_positions
 from wmtp.models.mtp import MtpModel
 from wmtp.report.run_report import rewrite_report
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.console import Console
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS, RUN, display_path, is_running
 from wmtp.runtime.versions import versions
@@ -65,7 +65,7 @@ class Evaluator:
             names_data: whether the user has chosen the data. Then they need not be those of the checkpoint's run.
         """
         self.config, self.folder, self.checkpoint = config, folder, checkpoint
-        self.console = Console(markup=False)
+        self.console = Console()
         self.settings: Evaluation = build(config.evaluation)
         self.decoding: Decoding = build(config.generation)
         self.run_folder = checkpoint.run_folder
@@ -197,7 +197,8 @@ class Evaluator:
         samples_each = f"{self.settings.n} sample{'s' if self.settings.n > 1 else ''} for each"
         self._print(f"{len(problems)} problems of {self.source.name}, {samples_each}; sandbox: {isolation.name}")
         if len(missing) < total:
-            self._print(f"{total - len(missing)} of {total} samples are already graded")
+            where = f"according to the files in {display_path(self.folder)}; remove this folder to grade all of them"
+            self._print(f"{total - len(missing)} of {total} samples are already graded, {where}")
         errors = 0
         with self.hardware.autocast(), show_progress(self.console, total, total - len(missing)) as advance:
             for sample in generate_samples(

@@ -94,7 +94,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         problem = "neither a run's folder nor a checkpoint nor a pretrained model"
         raise InputError(f"{path}: {problem}: it has no checkpoints, manifest.json or config.json")
     run_folder = path.parent.parent if is_checkpoint else path
-    require_inside(run_folder)
+    if (run_folder / "config.yaml").exists():  # otherwise it is refused below, and may be a folder as large as /
+        require_inside(run_folder)
     chosen = path if is_checkpoint else CheckpointStore(path).best()
     if chosen is None:
         return CheckpointStore(path).latest(), run_folder  # `latest` verifies it

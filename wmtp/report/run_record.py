@@ -7,14 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from wmtp.config.moved_targets import update_config
 from wmtp.errors import InputError, refuse_odd_content
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS, PRETRAIN, PROVENANCE, TOKENS, read_status
 from wmtp.runtime.sweep_jobs import sweep_label
-from wmtp.runtime.untrusted_files import read_yaml, require_inside
+from wmtp.runtime.untrusted_files import parse_yaml, require_inside
 from wmtp.tracking.jsonl import FILE_NAME
 
 
@@ -136,8 +134,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        with refuse_odd_content(path):
-            return dict(yaml.safe_load(read_yaml(path))) if path.exists() else {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: is not readable YAML: {' '.join(str(error).split())}") from error
+    with refuse_odd_content(path):
+        return dict(parse_yaml(path)) if path.exists() else {}

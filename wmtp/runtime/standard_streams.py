@@ -75,7 +75,11 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
         line_buffering = bool(stream.line_buffering or getattr(stream, "write_through", False))
     file = io.BufferedWriter(ConsoleFile(descriptor, "w", closefd=False))
     errors = "backslashreplace" if errors == "strict" else errors
-    return io.TextIOWrapper(file, encoding, errors, line_buffering=line_buffering)
+    if not file.isatty():
+        return io.TextIOWrapper(file, encoding, errors, line_buffering=line_buffering)
+    from wmtp.runtime.console import TerminalText  # imports rich, which takes a tenth of a second
+
+    return TerminalText(file, encoding, errors, line_buffering=line_buffering)
 
 
 def _raw_file(stream: TextIO) -> object:

@@ -2,13 +2,12 @@
 
 from statistics import mean, stdev
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from wmtp.report.grouping import group_runs
 from wmtp.report.metrics import MODEL_LABELS, is_lower_better
 from wmtp.report.run_record import RunRecord
+from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import SWEEP
 from wmtp.runtime.sweep_jobs import job_labels
 from wmtp.sweep.grid import SweepOptions
@@ -29,11 +28,11 @@ def print_results(console: Console, state: SweepState, options: SweepOptions) ->
         if job.state != "FINISHED":
             problem = (job.error or "was not started").splitlines()[0]
             line = f"job {job.number} ({label}) {job.state}: {problem}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True)
             if job.traceback is not None:
                 log = state.job_folder(job) / "train.log"
                 log = log if log.exists() else state.folder / SWEEP
-                console.print(f"  its traceback: {log}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"  its traceback: {log}", highlight=False, soft_wrap=True)
 
 
 def metric_value(run: RunRecord, options: SweepOptions) -> float | None:
@@ -60,7 +59,7 @@ def results_table(runs: list[RunRecord], options: SweepOptions) -> Table:
         mean_text = "-" if average is None else f"{average:.4f}"
         spread = f"± {stdev(known):.4f}" if len(known) > 1 else ""
         best = "-" if not known else f"{(min if is_lower_better(metric) else max)(known):.4f}"
-        rows.append((average, [escape(label), seeds, mean_text, spread, best]))
+        rows.append((average, [label, seeds, mean_text, spread, best]))
     sign = 1 if is_lower_better(metric) else -1
     rows.sort(key=lambda row: (row[0] is None, sign * (row[0] or 0.0)))
     right = [Column(name, justify="right") for name in (f"mean {metric}", "deviation", "best")]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from wmtp.checkpoint.manifest import NAME
 from wmtp.config.overrides import quote, shell_argument
 from wmtp.config.schema import ConfigError, ConfigIssue
@@ -18,6 +16,7 @@ from wmtp.errors import InputError, InterruptedRun, PendingError, worst_exit_cod
 from wmtp.report.comparability import require_same_data
 from wmtp.report.metrics import is_lower_better
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.console import Console
 from wmtp.runtime.processes import JOB_OPTION, module_arguments
 from wmtp.runtime.run_dir import (
     OUTPUTS,
@@ -285,7 +284,7 @@ class Sweep:
         self.progress.advance()
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def run_sweep(command: str, arguments: Sequence[str], prepare: Prepare, on_end: EndCallback) -> int:

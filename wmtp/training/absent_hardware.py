@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from wmtp.algorithms.base import Algorithm
 from wmtp.config.schema import build, stage_config
@@ -15,6 +14,7 @@ from wmtp.distributed.device import wanted_device
 from wmtp.models.loading import build_source
 from wmtp.models.mtp import empty_model
 from wmtp.models.shapes import ModelShape, model_shape
+from wmtp.runtime.console import Console
 from wmtp.training.builders import build_components
 from wmtp.training.dry_run import (
     describe_stage,
@@ -44,7 +44,7 @@ def estimate_run(config: DictConfig, algorithm: Algorithm | None = None) -> None
     Raises:
         InputError: the data cannot be used.
     """
-    console = Console(markup=False)
+    console = Console()
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     here = OmegaConf.merge(config, {"hardware": THIS_MACHINE})
     assert isinstance(here, DictConfig)

@@ -7,7 +7,6 @@ from textwrap import fill
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch.optim import Optimizer
 
 from wmtp.algorithms.base import Algorithm
@@ -17,6 +16,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.objectives.mtp import MtpObjective
+from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import PRETRAIN
 from wmtp.training.builders import (
     Components,
@@ -50,7 +50,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
         InputError: the run cannot start or cannot be resumed with this config.
         SandboxUnavailable: the config names a sandbox that cannot be used.
     """
-    console = Console(markup=False, quiet=not Processes().is_main)
+    console = Console(quiet=not Processes().is_main)
     console.print(OmegaConf.to_yaml(config, resolve=True), highlight=False)
     folder = folder if config.resume is None else Path(config.resume).absolute()
     components = read_components(config, folder, algorithm)

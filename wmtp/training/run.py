@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from safetensors.torch import save_file
 
 from wmtp.algorithms.base import Algorithm
@@ -29,6 +28,7 @@ from wmtp.models.loading import MODEL_FOLDER, build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
+from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import PRETRAIN, RESUMES, SAVED_OVERRIDES, JobProgress
 from wmtp.runtime.standard_streams import announce
 from wmtp.tracking.base import Tracker
@@ -91,7 +91,7 @@ class Run:
         self.algorithm = algorithm
         self.processes = Processes()
         self.resolved = OmegaConf.to_yaml(config, resolve=True)
-        self.console = Console(markup=False, quiet=not self.processes.is_main)
+        self.console = Console(quiet=not self.processes.is_main)
         self.uploaders: list[Uploader] = []
         self.stage_result: dict[str, Any] | None = None
         self.is_recorded = False

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from wmtp.checkpoint.listing import complete_checkpoints, step_of
 from wmtp.config.flatten import flatten
@@ -19,6 +18,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError, InterruptedRun, PendingError, WmtpError
 from wmtp.report.run_record import RunRecord
 from wmtp.runtime.background import SHUTDOWN_STALL_S
+from wmtp.runtime.console import Console
 from wmtp.runtime.destinations import require_known
 from wmtp.runtime.run_dir import PRETRAIN, RUN, FolderLock, read_run
 from wmtp.runtime.untrusted_files import require_inside
@@ -171,13 +171,13 @@ def send_pending(folder: Path, state: State) -> list[str]:
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
-    for key in ("tracking.uri", "checkpoint.s3.endpoint_url"):
+    for key in ("tracking.uri", "checkpoint.s3.url", "checkpoint.s3.endpoint_url"):
         require_known(folder, key, OmegaConf.select(config, key))
     nodes = [(key, node) for key, node in iter_nodes(config) if key.partition(".")[0] in ("tracking", "checkpoint")]
     if issues := [issue for key, node in nodes for issue in node_issues(node, key)]:
         raise ConfigError(issues)
     unreachable = check_servers(config, folder)
-    console = Console(markup=False)
+    console = Console()
     uploaders = open_uploaders(config, folder, console, is_training=False, short_timeouts=bool(unreachable))
     errors = close_all(uploaders, state)
     if errors:

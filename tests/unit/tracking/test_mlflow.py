@@ -642,7 +642,7 @@ def test_the_jobs_of_a_sweep_are_children_of_one_run(client: MlflowClient, outpu
     assert run.data.params == {"algo": "critic", "seed": "0, 1, 2, 3"}
     assert run.data.metrics == {"best/val_loss": 1.25, "jobs/finished": 3, "jobs/failed": 1}
     rows = run.data.tags["mlflow.note.content"].splitlines()
-    assert rows[2] == "| 0 | seed=0 | FINISHED | 1.5000 | 1.2500 | 9 |" and len(rows) == 2 + len(jobs)
+    assert rows[2] == "| 0 | `seed=0` | `FINISHED` | 1.5000 | 1.2500 | 9 |" and len(rows) == 2 + len(jobs)
 
 
 def test_system_metrics_are_sent(client: MlflowClient, outputs: Path) -> None:

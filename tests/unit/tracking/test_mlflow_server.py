@@ -29,6 +29,7 @@ from tests.support.forking import fork
 from tests.support.proxy import FaultyProxy
 from tests.support.servers import ObjectStore, TrackingServer
 from wmtp.errors import InputError, PendingError
+from wmtp.runtime.destinations import remember_destinations
 from wmtp.runtime.run_dir import SWEEP
 from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.mlflow import (
@@ -382,6 +383,7 @@ def test_the_jobs_of_a_sweep_are_children(server: TrackingServer, reader: Mlflow
         assert reader.get_run(sync_state(job)["run_id"]).data.tags["mlflow.parentRunId"] == parent
     saved_state = (sweep / "mlflow.json").read_text()
     (sweep / "mlflow.json").write_text(saved_state.replace(server.uri, "http://127.0.0.1:9"))
+    remember_destinations(["http://127.0.0.1:9"])
     with pytest.raises(PendingError, match="did not receive the status FINISHED of the sweep"):
         end_sweep(sweep, "FINISHED")
     (sweep / "mlflow.json").write_text(saved_state)

@@ -26,6 +26,7 @@ from wmtp.models.huggingface.pretrained import EXTRA_HEADS, HEAD_KIND, NUM_HEADS
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.runtime.atomic_files import encode_json
+from wmtp.runtime.untrusted_files import read_own_file
 
 CODE_FILE = "modeling_mtp.py"
 CLASS_NAME = "MtpForCausalLM"
@@ -303,7 +304,7 @@ def write_generation_config(tokenizer: Tokenizer, source_folder: Path | None, fo
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(read_own_file(path))
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON: {error}") from error
     return content
@@ -316,7 +317,7 @@ def tokenizer_notes(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """
     remedy = "load it with transformers.PreTrainedTokenizerFast.from_pretrained"
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - tokenizer classes raise any type; the files are valid
         return [f"AutoTokenizer cannot read tokenizer.json of this model type ({one_line(error)}); {remedy}"]
     plain_ids = loaded(PROBE, add_special_tokens=False)["input_ids"]

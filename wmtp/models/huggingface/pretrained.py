@@ -19,6 +19,7 @@ from wmtp.models.huggingface.folder import one_line, read_model_config
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel
 from wmtp.models.source import ModelIssue, PretrainedSource
+from wmtp.runtime.untrusted_files import read_own_file
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -117,7 +118,7 @@ class Pretrained(PretrainedSource):
     def files_to_save(self) -> dict[str, bytes]:
         """Return the contents of the config files and of the tokenizer files, by file name."""
         candidates = [self.path / name for name in ("config.json", "generation_config.json")]
-        files = {path.name: path.read_bytes() for path in candidates if path.is_file()}
+        files = {path.name: read_own_file(path) for path in candidates if path.is_file()}
         return files | tokenizer_files(self.path, self.tokenizer)
 
     def load_base(self) -> MtpModel:

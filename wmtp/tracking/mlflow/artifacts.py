@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ RECORDS = (
 )  # fmt: skip
 """Paths of small files that are sent to MLflow if they exist. The paths are relative to the run's folder."""
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
+CHECKPOINT = re.compile(r"step_\d{8,}")
+"""Pattern of the name of a checkpoint's folder. It cannot lead out of the run's folder."""
 LOCATIONS = f"{CHECKPOINTS}/addresses.json"
 """Name of the artifact that contains the URLs or paths of checkpoints that are stored outside of MLflow."""
 
@@ -114,6 +117,8 @@ def read_best(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         best: dict[str, Any] = json.loads(path.read_text())
+        if not CHECKPOINT.fullmatch(best["folder"]):
+            raise ValueError(f"{best['folder']} is not the name of a checkpoint")
         exists = (folder / CHECKPOINTS / best["folder"] / MANIFEST).exists()
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); the best checkpoint is not sent to MLflow", path, error)

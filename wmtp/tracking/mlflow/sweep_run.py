@@ -1,5 +1,6 @@
 """Create and end the MLflow run of a sweep. It is the parent run of the MLflow runs of the sweep's jobs."""
 
+import logging
 import os
 import shlex
 import time
@@ -18,10 +19,12 @@ from wmtp.tracking.base import State
 from wmtp.tracking.mlflow.client import connect
 from wmtp.tracking.mlflow.runs import NewRun, UniqueTag, missing_params_and_tags, open_run, origin_tags
 from wmtp.tracking.mlflow.sync_state import LOCK, SyncState, current_sync_state, read_sync_state
+from wmtp.tracking.mlflow.uri import is_confirmed
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
 STALL_SECONDS, CLOSE_SECONDS = 5.0, 60.0
 """Time limits of `end_sweep` in seconds. The first applies to a server that does not respond, the second to a server
 that responds."""
@@ -77,10 +80,20 @@ def describe_jobs(jobs: Sequence[Mapping[str, Any]]) -> str:
     for job, label in zip(jobs, job_labels([job["overrides"] for job in jobs]), strict=True):
         result = job["result"]
         losses = [result.get(name) for name in ("final_loss", "best_loss")]
-        cells = [job["number"], label.replace("|", "\\|"), job["state"]]
+        cells = [job["number"], as_code(label), as_code(job["state"])]
         cells += ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         rows.append(f"| {' | '.join(map(str, [*cells, result.get('total_steps', '-')]))} |")
     return "\n".join(rows)
+
+
+def as_code(text: object) -> str:
+    r"""Return a text as code in a table in Markdown, in which images, links and HTML have no effect.
+
+    >>> as_code("seed=0 |`b`")
+    "`seed=0 \\|'b'`"
+    """
+    line = " ".join(str(text).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{line}`" if line else ""
 
 
 def end_sweep(folder: Path, state: State) -> str | None:
@@ -95,6 +108,9 @@ def end_sweep(folder: Path, state: State) -> str | None:
     folder = Path(os.path.abspath(folder))
     sync_state = read_sync_state(folder)
     if sync_state is None or not sync_state.run_id:
+        return None
+    if not is_confirmed(sync_state.uri, folder):
+        log.warning("%s: you have not used %s before, so nothing is sent there", folder, sync_state.uri)
         return None
     changed: list[State] = []
 

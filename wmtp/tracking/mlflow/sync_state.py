@@ -10,7 +10,7 @@ from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.destinations import require_known
 from wmtp.runtime.run_dir import SYNC_STATE
-from wmtp.tracking.mlflow.uri import absolute_uri
+from wmtp.tracking.mlflow.uri import is_confirmed
 from wmtp.tracking.tail import Position
 
 LOCK = Path(".hydra") / "mlflow.lock"
@@ -87,8 +87,8 @@ def require_known_store(folder: Path) -> None:
     Raises:
         InputError: mlflow.json is damaged, or the store is not known.
     """
-    sync_state, folder = read_sync_state(folder), folder.absolute()
-    if sync_state is not None and sync_state.uri != absolute_uri(None, folder):
+    sync_state = read_sync_state(folder)
+    if sync_state is not None and not is_confirmed(sync_state.uri, folder):
         require_known(folder, "tracking.uri", sync_state.uri)
 
 

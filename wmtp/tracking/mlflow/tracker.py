@@ -107,6 +107,8 @@ class MlflowTracker:
         self._sync_state = known if known is not None and known.uri == self.uri else self._initial
         if known is None:
             self._initial.write(self.folder)
+        if is_training:  # the command has checked that the user has chosen it
+            remember_destinations([self.uri])
         self._final_state: State | None = None
         self._sent: list[str] = []
         self._training_started = threading.Event()

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator
 
 from wmtp.errors import InputError
+from wmtp.runtime.destinations import known_destinations, normalize
 
 SQLITE = "sqlite:///"
 URI, USERNAME, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
@@ -91,6 +92,14 @@ def is_server(uri: str) -> bool:
 def is_on_other_machine(uri: str) -> bool:
     """Return whether a tracking URI names an SQLite file in a folder that does not exist on this machine."""
     return uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).parent.is_dir()
+
+
+def is_confirmed(uri: str, folder: Path) -> bool:
+    """Return whether the user has chosen a URI that the mlflow.json in `folder` contains, and not only this file.
+
+    The user has sent runs there before, or it is the URI that a run in this folder has by default.
+    """
+    return normalize(uri) in known_destinations() or uri == absolute_uri(None, folder.absolute())
 
 
 def move_credentials() -> None:
