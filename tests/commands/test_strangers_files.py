@@ -29,7 +29,6 @@ from wmtp.models.huggingface.folder import read_model_config
 from wmtp.models.loading import read_run_config
 from wmtp.runtime.console import Console, TerminalText
 from wmtp.runtime.destinations import remember_destinations
-from wmtp.runtime.run_dir import read_run
 from wmtp.sync import main as sync
 from wmtp.tracking.mlflow import end_sweep, send_pending, tracker
 from wmtp.tracking.mlflow.artifacts import read_best
@@ -101,21 +100,15 @@ def with_bucket(run: Path, url: str, remote: str) -> None:
     (run / "run.json").write_text(json.dumps({"id": "a", "remote": remote}))
 
 
-def test_sync_uploads_only_to_the_address_that_was_checked(
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_sync_uploads_only_to_the_address_that_was_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address in run.json that is not below the one in the config could be the folder of another run."""
     with_bucket(run, "s3://bucket/runs", "s3://bucket/other/run")
-    assert sync([str(run)]) == 2
-    assert "checkpoint.s3.url=s3://bucket/runs is a server that you have not used before" in capsys.readouterr().err
     calls = record(monkeypatch, uploads, "CheckpointUploader")
     config = load_run_config(run / "config.yaml")
     uploads.open_uploaders(config, run, Console(), is_training=False)
     with_bucket(run, "s3://bucket/runs", "s3://bucket/runs/a/run")
     uploads.open_uploaders(config, run, Console(), is_training=False)
     assert [call[1] for call in calls] == ["s3://bucket/runs/run", "s3://bucket/runs/a/run"]
-    assert read_run(run) is not None
 
 
 def test_sync_locks_nothing_outside_of_the_folder(run: Path, tmp_path: Path) -> None:

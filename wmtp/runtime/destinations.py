@@ -57,11 +57,10 @@ def require_known(folder: Path, key: str, destination: str | None) -> None:
         InputError: the destination is not known.
     """
     if destination is not None and normalize(destination) not in known_destinations():
-        variables = {"tracking.uri": "MLFLOW_TRACKING_URI", "checkpoint.s3.endpoint_url": "AWS_ENDPOINT_URL_S3"}
-        remedy = f"set {variables[key]}" if key in variables else f"resume the run with {key}"
+        variable = "MLFLOW_TRACKING_URI" if key == "tracking.uri" else "AWS_ENDPOINT_URL_S3"
         raise InputError(
             f"{folder}: its {key}={destination} is a server that you have not used before; if you trust it with your "
-            f"credentials, {remedy}={destination}"
+            f"credentials, set {variable}={destination}"
         )
 
 

@@ -171,7 +171,7 @@ def send_pending(folder: Path, state: State) -> list[str]:
         report = end_sweep(folder, state)
         return [report] if report else []
     config = load_run_config(folder / "config.yaml")
-    for key in ("tracking.uri", "checkpoint.s3.url", "checkpoint.s3.endpoint_url"):
+    for key in ("tracking.uri", "checkpoint.s3.endpoint_url"):
         require_known(folder, key, OmegaConf.select(config, key))
     nodes = [(key, node) for key, node in iter_nodes(config) if key.partition(".")[0] in ("tracking", "checkpoint")]
     if issues := [issue for key, node in nodes for issue in node_issues(node, key)]:
