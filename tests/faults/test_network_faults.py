@@ -85,7 +85,7 @@ def test_training_continues_without_the_mlflow_server_and_loses_no_metrics(
     assert "status FINISHED" in child.out
     (run,) = world.runs()
     assert run.info.status == "FINISHED" and world.history(run) == points_of(folder)
-    assert run.data.params["tracking.stall_seconds"] == "8", "settings of sync do not replace those of the run"
+    assert float(run.data.params["tracking.stall_seconds"]) == 8, "settings of sync do not replace those of the run"
     assert not any(name.startswith("resumed.") for name in run.data.tags)
 
 
