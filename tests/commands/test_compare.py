@@ -1,6 +1,7 @@
 """Tests of `python -m wmtp.compare`: arguments, output and errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,13 +116,17 @@ def test_invalid_arguments_are_reported(call, runs: Path, arguments: list[str], 
     assert not Path("outputs").exists()
 
 
-def test_runs_with_different_training_data_are_refused(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
-    fake_run(runs / "other", algo="rho1", provenance={"train_fingerprint": "other"}, **{"data.num_train": 7})
+def test_training_data_may_differ_by_a_setting_but_not_by_a_file(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
+    provenance = {"train_fingerprint": "other"}
+    fake_run(runs / "other", algo="rho1", provenance=provenance, **{"data.num_train": 7})
+    outcome = call("my runs")
+    assert outcome.code == 0 and "the training data differ (data.num_train: 40 and 7)" in outcome.out
+    fake_run(runs / "file", algo="critic", seed=9, provenance=provenance, **{"data.path": "other"})
+    shutil.rmtree(runs / "other")
     outcome = call("my runs")
     assert outcome.code == 2
     assert (
-        "training data differs between my runs/baseline=0 and my runs/other:\n    data.num_train: 40 and 7"
-        in outcome.err
+        "training data differs between my runs/baseline=0 and my runs/file:\n    data.path: - and other" in outcome.err
     )
 
 

@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_created_is_reported(invoke: Invoke, run: Path) 
     (run / EVALUATIONS).write_text("in the way")
     done = invoke(f"checkpoint={run}", *FAST, command="evaluate")
     assert done.code == 2
-    assert "choose another folder: hydra.run.dir=" in done.err
+    assert "choose another folder with hydra.run.dir=DIR" in done.err
 
 
 def test_damaged_result_files_are_reported(tmp_path: Path) -> None:
