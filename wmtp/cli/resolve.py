@@ -169,7 +169,7 @@ def resolve_overrides(overrides: list[str], config: DictConfig) -> list[str]:
     for override in overrides:
         key = override_key(override)
         value = OmegaConf.select(config, key) if "${" in KEY_REFERENCE.sub("", override) else None
-        if isinstance(value, str | int | float):
+        if isinstance(value, str | int | float) and "${" not in str(value):  # as text, it would be an interpolation
             override = f"++{key}={quote(value) if isinstance(value, str) else value}"
         resolved.append(override)
     return resolved
