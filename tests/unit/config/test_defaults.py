@@ -30,7 +30,7 @@ def test_changed_keys_contain_default_and_value(compose: Callable[..., DictConfi
         (["optimizer._target_=torch.optim.LBFGS"], "optimizer", "doesn't support per-parameter options"),
         (["optimizer._target_=torch.optim.Nothing"], "optimizer._target_", "cannot be imported"),
         (["scheduler._target_=torch.optim.lr_scheduler.ExponentialLR", "scheduler.gamma=0.99"], None, ""),
-        (["scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "scheduler.max_lr=1"], "scheduler", "fixes"),
+        (["scheduler._target_=torch.optim.lr_scheduler.OneCycleLR", "scheduler.max_lr=1"], "scheduler", "fixed number"),
         (["scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"], "scheduler", "metrics"),
     ],
     ids=lambda value: value[0].rpartition(".")[2] if isinstance(value, list) else "",
