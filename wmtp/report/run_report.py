@@ -11,7 +11,6 @@ import yaml
 from markupsafe import Markup
 
 from wmtp.config.flatten import merge_absent_parts
-from wmtp.config.overrides import shell_override
 from wmtp.report import run_plots
 from wmtp.report.html import (
     Section,
@@ -220,6 +219,8 @@ def _config(run: RunRecord) -> Markup:
 
 
 def _provenance(run: RunRecord) -> Markup:
+    from wmtp.config.overrides import shell_override  # imports Hydra, which a page alone does not need
+
     provenance, summary = run.provenance, run.summary
     data = provenance.get("data") or {}
     versions = provenance.get("versions") or summary.get("versions") or {}
