@@ -31,7 +31,6 @@ from wmtp.s3.fetch import _is_run_file, is_safe_key
 from wmtp.sweep.grid import parse_grid
 from wmtp.sweep.state import SweepState
 from wmtp.sync import main as sync
-from wmtp.tracking.mlflow import tracker
 from wmtp.train import COMMAND
 from wmtp.training.stage_results import read_stage_result, require_same_stage
 from wmtp.training.uploads import send_pending
@@ -249,28 +248,6 @@ def test_sync_sends_nothing_to_a_server_of_the_folder(run: Path, capsys: pytest.
     assert SweepState.read(run).jobs == [], "the control"
 
 
-def test_an_evaluation_sends_nothing_to_a_server_of_the_folder(
-    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """After an evaluation, the pending data of its run are sent to the store in mlflow.json."""
-    uri, opened = "http://127.0.0.1:9", list[Path]()
-
-    class Recorder:
-        report = "sent"
-
-        def __init__(self, folder: Path, *arguments: object, **options: object) -> None:
-            opened.append(folder)
-
-        def close(self, state: object) -> None: ...
-
-    monkeypatch.setattr(tracker, "MlflowTracker", Recorder)
-    (run / "mlflow.json").write_text(json.dumps({"run_id": "", "uri": uri, "experiment": "wmtp"}))
-    assert tracker.send_pending(run) is None and not opened
-    assert f"its tracking.uri={uri} is a server that you have not used before" in caplog.text
-    destinations.remember_destinations([uri])
-    assert tracker.send_pending(run) == "sent" and opened == [run], "the control"
-
-
 def test_a_job_of_a_resumed_sweep_cannot_choose_another_server_than_the_typed_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,11 +259,6 @@ def test_a_job_of_a_resumed_sweep_cannot_choose_another_server_than_the_typed_on
     add_override(shutil.copytree(run, tmp_path / "sweep" / "0"), "tracking=mlflow", "++tracking.uri=http://evil")
     assert run_command(["-m", "sweep.resume=sweep", typed], monkeypatch) == 2
     assert "tracking.uri=http://evil: is a setting of sweep" in capsys.readouterr().out
-
-
-def test_control_the_server_in_the_config_is_known(run: Path) -> None:
-    change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": None})
-    destinations.require_known(run, "tracking.uri", load_run_config(run / "config.yaml").tracking.uri)
 
 
 def test_destinations_of_the_environment_are_recorded_without_passwords(

@@ -18,9 +18,8 @@ import pytest
 import rich.console
 from transformers import LlamaConfig
 
-from tests.commands.test_strangers import EARLIER, change_config
+from tests.commands.test_strangers import EARLIER
 from wmtp.checkpoint import manifest
-from wmtp.config.trust import load_run_config
 from wmtp.data import strict_json
 from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
@@ -33,7 +32,6 @@ from wmtp.sync import main as sync
 from wmtp.tracking.mlflow import end_sweep, send_pending, tracker
 from wmtp.tracking.mlflow.artifacts import read_best
 from wmtp.tracking.mlflow.sweep_run import describe_jobs
-from wmtp.training import uploads
 
 EVIL = "http://127.0.0.1:9"
 SECRET = "a secret of the user"
@@ -81,34 +79,6 @@ def test_an_evaluation_sends_nothing_to_a_server_that_only_the_folder_names(
     remember_destinations([EVIL])
     send_pending(run)
     assert len(calls) == 1, "control: a server that the user has used is used again"
-
-
-def test_sync_sends_nothing_to_a_server_that_only_the_mlflow_json_names(
-    run: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    change_config(run, "tracking", {"_target_": "wmtp.tracking.mlflow.MlflowTracker", "uri": None})
-    use_server(run, EVIL)
-    assert sync([str(run)]) == 2 and f"{EVIL} is a server that you have not used before" in capsys.readouterr().err
-
-
-def with_bucket(run: Path, url: str, remote: str) -> None:
-    """Set the S3 address in the config of a run, and the one in its run.json."""
-    s3 = {"_target_": "wmtp.s3.options.S3Settings", "url": url}
-    change_config(run, "checkpoint", {"_target_": "wmtp.s3.store.RemoteCheckpointStore", "keep_last": 2, "s3": s3})
-    change_config(run, "tracking", None)
-    (run / "run.json").write_text(json.dumps({"id": "a", "remote": remote}))
-
-
-def test_sync_uploads_only_to_the_address_that_was_checked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An address in run.json that is not below the one in the config could be the folder of another run."""
-    with_bucket(run, "s3://bucket/runs", "s3://bucket/other/run")
-    calls = record(monkeypatch, uploads, "CheckpointUploader")
-    config = load_run_config(run / "config.yaml")
-    uploads.open_uploaders(config, run, Console(), is_training=False)
-    with_bucket(run, "s3://bucket/runs", "s3://bucket/runs/a/run")
-    uploads.open_uploaders(config, run, Console(), is_training=False)
-    assert [call[1] for call in calls] == ["s3://bucket/runs/run", "s3://bucket/runs/a/run"]
 
 
 def test_sync_locks_nothing_outside_of_the_folder(run: Path, tmp_path: Path) -> None:

@@ -98,8 +98,6 @@ class MlflowTracker:
         self.folder = Path(os.path.abspath(folder))
         known = read_sync_state(self.folder)
         self.uri = absolute_uri(uri, self.folder) if is_training or known is None else known.uri
-        if is_training:
-            remember_destinations([self.uri])
         self.run_name, self.parameters, self.tags, self.is_training = run_name, parameters, tags, is_training
         self.poll_seconds, self.stall_seconds, self.close_seconds = poll_seconds, stall_seconds, close_seconds
         self.system_seconds, self.checkpoints = system_seconds, checkpoints
