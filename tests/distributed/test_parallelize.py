@@ -95,3 +95,25 @@ def test_fsdp_sums_the_gradients_of_bf16_parameters_in_fp32(process_group: None)
 
     assert relative_error("fsdp") < 0.0025
     assert relative_error("single") > 0.004  # the control: torch adds micro-batches in the parameter's dtype
+
+
+class TwoLayers(torch.nn.Module):
+    """A model of which one layer is frozen and takes no part in the forward pass."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.used, self.unused = (torch.nn.Linear(4, 4, dtype=dtype) for _ in range(2))
+        self.unused.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fsdp_accumulates_gradients_while_a_frozen_module_does_not_run(process_group: None, dtype: torch.dtype) -> None:
+    model = TwoLayers(dtype)
+    parallelize(model, [model.used, model.unused], "fsdp", "fp32")
+    for now in (False, True):
+        synchronize_gradients(model, now)
+        model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+    torch.testing.assert_close(full_tensor(model.used.bias.grad), torch.full((4,), 4.0, dtype=dtype))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 Strategy = Literal["single", "ddp", "fsdp"]
 
@@ -62,6 +62,10 @@ def synchronize_gradients(model: nn.Module, now: bool) -> None:
     set_sync: Callable[[bool], None] | None = getattr(model, "set_requires_gradient_sync", None)
     if set_sync is not None:
         set_sync(now)
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and not any(parameter.requires_grad for parameter in module.parameters()):
+            # a frozen module may take no part in the forward pass; torch fails if such a module is to accumulate
+            module.set_requires_gradient_sync(True)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
