@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from wmtp.config.moved_targets import current_key
-from wmtp.config.overrides import RUN_DIR, chosen_run_dir, override_text, quote
+from wmtp.config.overrides import RUN_DIR, chosen_run_dir, override_key, override_text, quote
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.config.values import format_problem, validate_value
 from wmtp.runtime.console import Console
@@ -44,7 +44,7 @@ def replace_remote_args(arguments: list[str], keys: Mapping[str, CheckpointChoic
     result: list[str] = []
     used_run_dir = False
     for argument in arguments:
-        key, url = argument.lstrip("+").partition("=")[0], override_text(argument)
+        key, url = override_key(argument), override_text(argument)
         if key not in keys or not url.startswith("s3://"):
             result.append(argument)
             continue

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, open_dict
 
 from wmtp.config.flatten import flatten
 from wmtp.config.moved_targets import FIRST_TOKEN, PRETRAINED_TOKENIZERS, current_target
+from wmtp.config.overrides import override_key
 from wmtp.config.schema import CONFIG_FOLDER, is_node, iter_nodes, schema, to_plain
 from wmtp.config.targets import locate
 
@@ -25,7 +26,7 @@ def drop_keys_of_replaced_classes(config: DictConfig, overrides: Sequence[str]) 
 
     For example, `optimizer._target_=torch.optim.SGD` replaces AdamW, and SGD has no `betas`.
     """
-    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    typed = {override_key(override) for override in overrides}
     for group in ("optimizer", "scheduler"):
         node = config.get(group)
         if f"{group}._target_" not in typed or not is_node(node):

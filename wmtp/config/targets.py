@@ -55,7 +55,7 @@ def locate(target: str, kind: type | None = None) -> Callable[..., Any]:
     if module.startswith("torch.") and not {"Optimizer", "LRScheduler"}.intersection(base.__name__ for base in bases):
         raise ValueError("is neither an optimizer nor a scheduler of torch")
     if kind is not None and kind not in bases:
-        raise ValueError(f"is not a {kind.__name__}, which belongs here")
+        raise ValueError(f"has the wrong class; one of the kind {kind.__name__} belongs here")
     return typing.cast(Callable[..., Any], found)
 
 

@@ -68,7 +68,7 @@ def fill_run_data(config: DictConfig, overrides: list[str], trained: DictConfig)
     inherited = trained.data if is_run_data else OmegaConf.masked_copy(trained.data, ["max_length"])
     overridden = OmegaConf.create()
     for override in overrides:
-        key = override.lstrip("+").partition("=")[0]
+        key = override_key(override)
         if key.startswith("data."):
             OmegaConf.update(overridden, key.removeprefix("data."), OmegaConf.select(config, key))
     config.data = OmegaConf.merge(chosen, inherited, overridden)
