@@ -51,7 +51,7 @@ def cut_back(run: Path, step: int, name: str) -> Path:
 
 def trace(run: Path) -> dict[str, Any]:
     """Return everything that must be equal in a resumed and an uninterrupted run."""
-    last = run / "checkpoints" / "step_00000020"
+    last = max((run / "checkpoints").glob("step_*"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ignored = ("time", "train/tokens_per_second")
     return {

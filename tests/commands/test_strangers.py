@@ -101,9 +101,21 @@ def test_control_the_code_is_executed_without_the_rules(
     [
         ("tags", {"a": [HUB]}, "tags.a[0]._target_=torch.hub.load: a plain value belongs here"),
         ("data.template", {"_args_": [1], "_target_": "builtins.eval"}, "data.template._args_=[1]: a plain value"),
-        ("model", {"_target_": "wmtp.algorithms.uniform.Uniform"}, "has the wrong class; one of the kind ModelSource belongs here"),
-        ("algo._target_", "wmtp.runtime.atomic_files.replace_atomically", "has the wrong class; one of the kind Algorithm belongs here"),
-        ("optimizer._target_", "torch.optim.lr_scheduler.LambdaLR", "has the wrong class; one of the kind Optimizer belongs here"),
+        (
+            "model",
+            {"_target_": "wmtp.algorithms.uniform.Uniform"},
+            "has the wrong class; one of the kind ModelSource belongs here",
+        ),
+        (
+            "algo._target_",
+            "wmtp.runtime.atomic_files.replace_atomically",
+            "has the wrong class; one of the kind Algorithm belongs here",
+        ),
+        (
+            "optimizer._target_",
+            "torch.optim.lr_scheduler.LambdaLR",
+            "has the wrong class; one of the kind Optimizer belongs here",
+        ),
         ("model.tokenizer._target_", "wmtp.data.tokenizer.Path", "is defined in pathlib, not in wmtp.data.tokenizer"),
         ("model._partial_", True, "model._partial_=True: a plain value belongs here"),
         ("run_name", "${oc.env:HOME}", "run_name=${oc.env:HOME}: is an interpolation"),

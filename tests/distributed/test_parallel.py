@@ -37,7 +37,7 @@ ALGORITHMS = {
 }
 """Overrides by algorithm."""
 SAMPLE = [
-    ("baseline", "ddp", 20), ("baseline", "fsdp", 20), ("critic", "ddp", 7), ("critic", "fsdp", 7), ("rho1", "ddp", 7),
+    ("baseline", "ddp", 7), ("baseline", "fsdp", 20), ("critic", "ddp", 7), ("critic", "fsdp", 7), ("rho1", "ddp", 7),
     ("rho1", "fsdp", 7), ("rho1_token_skip", "ddp", 7), ("shuffled", "ddp", 7), ("random", "ddp", 7),
 ]  # fmt: skip
 """Algorithm, strategy and number of updates. The last three algorithms weight the outputs of the same models."""

@@ -1,6 +1,8 @@
 """Differences between a config and the default config of its command, and removal of defaults that do not apply."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -16,7 +18,7 @@ from wmtp.config.targets import locate
 
 def changed_keys(config: DictConfig, command: str) -> dict[str, list[Any]]:
     """Return `[default, value]` for each dotted key whose value is not the default. A missing key is None."""
-    before, now = (flatten(to_plain(each)) for each in (default_config(command), config))
+    before, now = default_values(command), flatten(to_plain(config))
     keys = [*now, *(key for key in before if key not in now)]
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
 
@@ -51,12 +53,13 @@ def complete_tokenizers(config: DictConfig) -> None:
                 node[FIRST_TOKEN] = None
 
 
-def default_config(command: str) -> DictConfig:
-    """Compose the config of a command without overrides. This function may be called inside a Hydra job."""
+@cache
+def default_values(command: str) -> Mapping[str, Any]:
+    """Return the default values of a command by dotted key. This function may be called inside a Hydra job."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
     try:
         with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
-            return hydra.compose(command)
+            return MappingProxyType(flatten(to_plain(hydra.compose(command))))
     finally:
         GlobalHydra.instance().hydra = running

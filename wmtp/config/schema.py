@@ -14,6 +14,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -103,8 +104,9 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f"valid: {', '.join(known)}" if known else "no key is valid here"
 
 
+@cache
 def schema(target: Callable[..., Any]) -> dict[str, Parameter]:
-    """Return the config keys that a class or function accepts.
+    """Return the config keys that a class or function accepts. The result must not be changed.
 
     The config keys of a class of torch are all its parameters except `PASSED_TO_TORCH`. The config keys of any other
     class or function are its keyword-only parameters.

@@ -152,7 +152,7 @@ PLAIN, SPECULATIVE = Decoding(speculative=False), Decoding()
 SAMPLED = Decoding(temperature=0.9, top_p=0.9)
 
 
-@pytest.mark.parametrize("num_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_heads", [1, pytest.param(2, marks=pytest.mark.deep), 4])
 @pytest.mark.parametrize("config", [PLAIN, SPECULATIVE, SAMPLED, replace(SAMPLED, speculative=False)])
 def test_completions_of_prompts_of_different_lengths_equal_those_of_full_forwards(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]], config: Decoding, num_heads: int

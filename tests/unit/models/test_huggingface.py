@@ -284,7 +284,7 @@ def test_texts_longer_than_learned_positions_are_refused(folders: Callable[[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-tied", pytest.param("gpt2", marks=pytest.mark.deep)])
 def test_a_finished_run_does_not_need_its_models_folder(
     family: str, folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
