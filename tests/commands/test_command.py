@@ -129,6 +129,7 @@ def test_a_dry_run_prints_the_plan_and_losses_and_leaves_no_files(invoke: Invoke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", ["0.001", "1e20"])
 def test_successful_and_failed_runs_write_a_report(invoke: Invoke, learning_rate: str) -> None:
     options = ["max_steps=4", "log_interval=1", "max_grad_norm=1e9", "scheduler=constant", "hydra.run.dir=here"]

@@ -17,6 +17,8 @@ from wmtp.sandbox.grader import Program, Verdict
 from wmtp.sweep.state import Job, SweepState
 from wmtp.train import COMMAND
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["model=nano", "max_steps=1", "num_validation_samples=0", "num_samples=1", "sandbox=none", "report=false"]
 EVALUATE = ["checkpoint=../a/run", "generation.max_new_tokens=4", "evaluation.sandbox=none"]
 

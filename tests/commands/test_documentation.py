@@ -146,6 +146,7 @@ def check_jobs(command: str, arguments: list[str], prepare: Callable[..., Any], 
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_is_valid(page: Path, check: Callable[..., None]) -> None:
     earlier = [words for each in PAGES[: PAGES.index(page)] for words in commands_of(each)] if page in PAGES else []
@@ -213,6 +214,7 @@ def focal_blocks() -> list[str]:
     return [block.text for block in blocks("python") if "class Focal" in block.text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["README", "CONTRIBUTING"])
 def test_the_algorithm_of_the_pages_works_as_pasted(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -83,6 +83,7 @@ def test_an_evaluation_reports_pass_rates_losses_and_tokens_per_forward(invoke: 
     assert metrics[0]["evaluation/tasks-test-greedy-first_4/pass_at_1"] == summary["pass_at_k"]["1"]["value"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_updates_the_report_of_the_run_if_there_is_one(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from tests.support.forking import ForkServer
 from wmtp.checkpoint.store import find_damage
 from wmtp.runtime.run_dir import read_status
 
-pytestmark = pytest.mark.xdist_group("servers")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("servers")]
 LONG = [*TINY, "tracking=none", "num_epochs=9999", "early_stopping=none", "log_interval=1", "hydra.run.dir=run"]
 
 

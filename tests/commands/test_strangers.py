@@ -184,6 +184,7 @@ def resume(run: Path, *typed: str) -> str:
         return str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
@@ -222,6 +223,7 @@ def test_a_refused_run_is_not_changed(run: Path, invoke: Invoke) -> None:
     assert not (run / "checkpoints" / "step_00000007").exists()
 
 
+@pytest.mark.slow
 def test_a_destination_that_the_user_typed_once_is_known(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def start_sweep_with_waiting_job(number: int, seeds: str, module: list[str]) -> 
     return process
 
 
+@pytest.mark.slow
 def test_an_interruption_stops_running_jobs_and_leaves_the_others_pending(sent_states: list[str]) -> None:
     process = start_sweep_with_waiting_job(1, "seed=0,1,2", FAKE_JOB)
     process.send_signal(signal.SIGINT)
@@ -214,6 +215,7 @@ def test_a_sweep_of_an_earlier_version_is_resumed_with_the_current_keys(sent_sta
     assert read_jobs("sweep")[1]["overrides"] == ["checkpoint=s3", "checkpoint.s3.url=s3://bucket"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_kills_its_jobs_and_can_be_resumed(sent_states: list[str]) -> None:
     """An orphaned job would write to the same files as the resumed job."""
     process = start_sweep_with_waiting_job(0, "seed=0,1", ["-c", LINKED_FAKE_JOB])

@@ -126,6 +126,7 @@ def test_printed_commands_can_be_pasted(trained: tuple[Path, str], paste: Callab
     assert shlex.split(resume)[3:] == [f"resume={NAME}", "max_steps=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

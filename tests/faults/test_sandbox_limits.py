@@ -117,6 +117,7 @@ def test_file_sizes_are_limited_individually_and_in_total(isolation: Choice, tmp
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_is_limited(stream: str, isolation: Choice) -> None:
     endless = f"import sys\nwhile True: sys.{stream}.write('x' * 65536)"

@@ -55,6 +55,7 @@ def already() -> dict[str, set[str]]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", group_options("experiment"))
 def test_a_preset_is_valid_and_its_data_are_generated(
     preset: str, tokenizer: Tokenizer, already: dict[str, set[str]]

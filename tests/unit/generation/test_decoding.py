@@ -152,6 +152,7 @@ PLAIN, SPECULATIVE = Decoding(speculative=False), Decoding()
 SAMPLED = Decoding(temperature=0.9, top_p=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_heads", [1, pytest.param(2, marks=pytest.mark.deep), 4])
 @pytest.mark.parametrize("config", [PLAIN, SPECULATIVE, SAMPLED, replace(SAMPLED, speculative=False)])
 def test_completions_of_prompts_of_different_lengths_equal_those_of_full_forwards(
@@ -452,6 +453,7 @@ PAIRS = Decoding(temperature=0.4)
 PROMPT = [400, 269, 416]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [
     PAIRS, replace(PAIRS, top_p=0.8), replace(PAIRS, speculative=False),
 ])  # fmt: skip
