@@ -17,7 +17,7 @@ from wmtp.sandbox.grader import Program, Verdict
 from wmtp.sweep.state import Job, SweepState
 from wmtp.train import COMMAND
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("projects")]
 
 SMALL = ["model=nano", "max_steps=1", "num_validation_samples=0", "num_samples=1", "sandbox=none", "report=false"]
 EVALUATE = ["checkpoint=../a/run", "generation.max_new_tokens=4", "evaluation.sandbox=none"]

@@ -17,6 +17,8 @@ from wmtp.evaluation.results_log import ResultsLog
 from wmtp.runtime.run_dir import EVALUATIONS
 from wmtp.sandbox.grader import Program, Verdict
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # its tests share what one fixture makes
+
 FAST = ["evaluation.limit=4", "generation.max_new_tokens=24"]
 """Overrides with which an evaluation takes about one second."""
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import Invoke, run_command
 
+pytestmark = pytest.mark.xdist_group("generate")  # its tests share what one fixture makes
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:

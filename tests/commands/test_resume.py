@@ -13,6 +13,8 @@ from wmtp.checkpoint.state import Snapshot
 from wmtp.training import trainer as trainer_module
 from wmtp.training.optim import LambdaLR
 
+pytestmark = pytest.mark.xdist_group("resume")  # its tests share what one fixture makes
+
 RUN = [
     "max_steps=20", "batch_size=4", "micro_batch_size=2", "model.dropout=0.1", "log_interval=1", "eval_interval=1",
     "save_interval=1", "checkpoint.keep_last=99", "optimizer.lr=3", "scheduler.warmup_ratio=0.9",

@@ -17,6 +17,8 @@ from wmtp.config.values import validate_value
 from wmtp.sweep.grid import parse_grid
 from wmtp.train import COMMAND as TRAIN
 
+pytestmark = pytest.mark.xdist_group("typed")  # its tests share what one fixture makes
+
 SHORT = ["model=nano", "max_steps=1", "num_samples=1", "num_validation_samples=0", "data.num_train=40",
          "data.num_validation=8", "data.num_test=8", "batch_size=8"]  # fmt: skip
 """Overrides of a run with one update."""

@@ -27,6 +27,8 @@ from wmtp.generation.speculation_stats import speculation_metrics
 from wmtp.generation.stop_strings import StopStrings
 from wmtp.models.mtp import MtpModel
 
+pytestmark = pytest.mark.xdist_group("decoding")  # its tests share what one fixture makes
+
 CONTEXT = 48
 MANY_SAMPLES = settings(
     max_examples=30, deadline=None, derandomize=True,

@@ -29,6 +29,8 @@ from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import MetricSums
 from wmtp.training.validate import check_training
 
+pytestmark = pytest.mark.xdist_group("huggingface")  # its tests share what one fixture makes
+
 LENGTH = 24
 QUICK = [
     "data.num_train=40", "data.num_validation=8", "data.num_test=8", "max_steps=2", "optimizer.lr=0.01",

@@ -32,6 +32,8 @@ from wmtp.tracking.mlflow.client import longer_timeout
 from wmtp.tracking.mlflow.metric_sender import MetricSender, MetricSource
 from wmtp.tracking.tail import AlreadyLogged, Point, line_points
 
+pytestmark = pytest.mark.xdist_group("tracked")  # its tests share what one fixture makes
+
 Metrics = dict[str, float]
 
 
