@@ -152,7 +152,7 @@ class CommandRunner:
     def _start(self, resolved: ResolvedJob) -> None:
         """Start a resolved job: let Hydra write its files and set up the logging, then run the job."""
         if resolved.is_temporary:
-            self.clean_up.callback(shutil.rmtree, resolved.folder, ignore_errors=True)
+            self.clean_up.callback(_remove_with_log, resolved.folder)
         else:
             self.folder = resolved.folder
             self.clean_up.callback(_remove_if_empty, resolved.folder)
@@ -301,6 +301,16 @@ class CommandRunner:
             from wmtp.distributed.store import send_shutdown  # imports torch, which --help does not need
 
             send_shutdown(self.code)
+
+
+def _remove_with_log(folder: Path) -> None:
+    """Remove a temporary folder, and the log handler that would open a file in it at the next message."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder:
+            root.removeHandler(handler)
+            handler.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_if_empty(folder: Path) -> None:
