@@ -121,6 +121,7 @@ def test_a_run_writes_all_files_to_its_folder(invoke: Invoke) -> None:
     assert max(map(len, outcome.out.splitlines())) < 400
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_plan_and_losses_and_leaves_no_files(invoke: Invoke, tmp_path: Path) -> None:
     outcome = invoke("dry_run=true", "cache_dir=kept")
     assert outcome.code == 0, outcome.err
@@ -141,6 +142,7 @@ def test_successful_and_failed_runs_write_a_report(invoke: Invoke, learning_rate
     assert ("the update was not made" in page) != succeeds and "optimizer.lr" in page
 
 
+@pytest.mark.slow
 def test_a_sweep_job_uses_as_many_threads_as_its_cores(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -152,6 +154,7 @@ def test_a_sweep_job_uses_as_many_threads_as_its_cores(invoke: Invoke, monkeypat
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_run_folder_can_be_chosen_and_must_be_new(invoke: Invoke) -> None:
     assert invoke("max_steps=1", "hydra.run.dir=here", "run_name=mine").code == 0
     assert (Path("here") / "summary.json").exists() and not (Path("here") / "report.html").exists()
@@ -213,6 +216,7 @@ def test_a_nonfinite_loss_fails_the_run(invoke: Invoke) -> None:
     assert "Traceback" not in outcome.err and "Traceback" in Path("here/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_crash_is_recorded_and_its_traceback_is_in_the_log(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("simulated error")

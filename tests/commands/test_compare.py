@@ -57,6 +57,7 @@ def test_a_comparison_is_printed_and_written(call, runs: Path, tmp_path: Path) -
     assert "wmtp-compare-" not in str(logging.getLogger().handlers), "a handler opens a file in the removed folder"
 
 
+@pytest.mark.slow
 def test_missing_reports_of_runs_are_written(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     folders = sorted(runs.iterdir())
     (folders[0] / "report.html").write_text("existing report")
@@ -118,6 +119,7 @@ def test_invalid_arguments_are_reported(call, runs: Path, arguments: list[str], 
     assert not Path("outputs").exists()
 
 
+@pytest.mark.slow
 def test_training_data_may_differ_by_a_setting_but_not_by_a_file(call, runs: Path) -> None:  # type: ignore[no-untyped-def]
     provenance = {"train_fingerprint": "other"}
     fake_run(runs / "other", algo="rho1", provenance=provenance, **{"data.num_train": 7})

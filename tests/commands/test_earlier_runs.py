@@ -35,6 +35,7 @@ def test_the_configs_contain_old_module_paths() -> None:
             assert f"_target_: {target}" in config.read_text()
 
 
+@pytest.mark.slow
 def test_resume_continues_from_the_state_of_the_earlier_version(run: Path, invoke: Invoke) -> None:
     done = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
     assert done.code == 0, done.err

@@ -172,6 +172,7 @@ def test_results_do_not_depend_on_workers_batches_or_speculation(
     assert len({row["completion"] for row in map(json.loads, samples[0].splitlines())}) > 6
 
 
+@pytest.mark.slow
 def test_ungraded_samples_do_not_count_as_failures_and_are_retried(
     invoke: Invoke, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_an_interruption_stops_running_jobs_and_leaves_the_others_pending(sent_s
     assert [call["job"] for call in read_calls("sweep")] == ["0", "1", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_an_earlier_version_is_resumed_with_the_current_keys(sent_states: list[str]) -> None:
     assert run(["seed=0,1", "hydra.sweep.dir=sweep"], sent_states) == 0
     content = json.loads(Path("sweep", SWEEP).read_text())
@@ -266,6 +267,7 @@ def test_an_invalid_job_fails_and_a_sweep_of_only_invalid_jobs_is_refused(sent_s
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_running_job_cannot_be_resumed(sent_states: list[str]) -> None:
     Path("sweep").mkdir()
     Path("sweep/behavior-0").write_text("fail")

@@ -26,6 +26,7 @@ NAME = "数据 (1) = it's [#~]"
 """Name of a folder that neither Hydra nor a shell reads as it is."""
 
 
+@pytest.mark.slow
 def test_the_config_that_runs_contains_the_converted_values(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIZE", "8")
     monkeypatch.setenv("RATE", "1e-3")
@@ -119,6 +120,7 @@ def paste(trained: tuple[Path, str], invoke: Invoke, tmp_path: Path) -> Callable
     return run
 
 
+@pytest.mark.slow
 def test_printed_commands_can_be_pasted(trained: tuple[Path, str], paste: Callable[[str], Outcome]) -> None:
     assert yaml.safe_load((trained[0] / NAME / "config.yaml").read_text())["data"]["template"] == "{prompt}\n\n"
     evaluate, resume = (line for line in trained[1].splitlines() if " -m wmtp." in line)

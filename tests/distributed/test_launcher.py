@@ -248,6 +248,7 @@ def start_ranks(server: ForkServer, folder: Path, *arguments: str, without: str 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_that_waits_for_others_says_so_and_ends_by_a_signal(
     fork_server: ForkServer, tmp_path: Path, rank: str

@@ -57,6 +57,7 @@ def test_an_experiment_starts_with_the_command_that_runs_it(path: Path, compose:
     assert is_sweep or compose(override) != compose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_job_of_a_preset_sweep_is_valid(path: Path) -> None:
     name = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("").as_posix()

@@ -103,6 +103,7 @@ def test_a_data_set_with_outputs_of_a_model_has_its_own_fingerprint(tiny_data: D
     assert with_column(tiny_data, "harmful").fingerprint == original
 
 
+@pytest.mark.slow
 def test_the_hidden_states_of_stage_1_are_only_in_the_data_of_stage_1(tmp_path: Path) -> None:
     overrides = [*TINY, "algo=critic", "pretrain.trains=head", "hardware=cpu", f"cache_dir={tmp_path}"]
     config = compose_config(*overrides)

@@ -109,6 +109,7 @@ def test_training_without_a_sandbox_warns_and_has_no_pass_rate(invoke: Invoke, m
     assert "install bubblewrap" in refused.err
 
 
+@pytest.mark.slow
 def test_unprotected_programs_give_a_warning(invoke: Invoke) -> None:
     done = invoke("max_steps=2", "sandbox=none")
     assert done.code == 0, done.err

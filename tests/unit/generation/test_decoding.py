@@ -173,6 +173,7 @@ def test_completions_of_prompts_of_different_lengths_equal_those_of_full_forward
         assert speculation_metrics([completion.stats for completion in got]) == {"tokens_per_forward": 1.0}
 
 
+@pytest.mark.slow
 @MANY_SAMPLES
 @given(data=st.data())
 def test_any_settings_and_any_batch_equal_the_definition(
@@ -299,6 +300,7 @@ def test_samples_of_one_prompt_differ_and_compute_it_once(
     assert lengths == [9]
 
 
+@pytest.mark.slow
 def test_the_context_is_filled_and_never_exceeded(
     models: dict[int, MtpModel], tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> None:

@@ -225,6 +225,7 @@ def test_uniform_weights_are_noted(tmp_path: Path, run_page: Path) -> None:
     assert "Every target has the weight 1." not in weighted.text and "by-weight" in weighted.ids
 
 
+@pytest.mark.slow
 def test_a_truncated_last_sample_is_left_out(tmp_path: Path) -> None:
     run = rich_run(tmp_path / "run")
     complete_text = Tags(write_run_report(run)).text
