@@ -58,6 +58,7 @@ def test_a_typed_key_of_another_option_stays_an_error(invoke: Invoke, records: P
     assert "data.num_train=5: unknown key" in outcome.err and "data.num_test=" not in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected", "dropped"),
     [

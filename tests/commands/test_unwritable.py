@@ -30,6 +30,7 @@ def break_folder(path: Path, kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr("wmtp.runtime.writable.os.fsync", fail)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize(
     ("broken", "arguments", "key"),
@@ -56,6 +57,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(
     assert "updates of" not in outcome.out and sorted(Path().rglob("*")) == before, "nothing was done"
 
 
+@pytest.mark.slow
 def test_other_commands_check_their_folders(invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("max_steps=1", "hydra.run.dir=run", "num_samples=0").code == 0
     Path("outputs").symlink_to("nowhere")

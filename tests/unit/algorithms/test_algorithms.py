@@ -455,6 +455,7 @@ def test_shuffling_keeps_each_sequences_weights_and_moves_them(seed: int) -> Non
         check_sequences_keep_their_weights(mixed, of.fixed, observed.valid)
 
 
+@pytest.mark.slow
 def test_shuffling_moves_a_weight_to_every_target_of_its_sequence_equally_often() -> None:
     observed = random_observations(2, batch=2, length=7, num_heads=2)
     weights = torch.full(observed.valid.shape, 1.0)

@@ -57,6 +57,7 @@ def differences(draw: Draw, num_groups: int, seed: int) -> Floats:
     return (group - baseline).reshape(-1, SEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_groups", [1, 3])
 @pytest.mark.parametrize("noise", SAMPLE)
 def test_false_positive_rate_with_five_seeds_is_at_most_eight_percent(noise: str, num_groups: int) -> None:
@@ -79,6 +80,7 @@ def test_the_interval_of_five_seeds_covers_the_true_difference_but_the_percentil
         assert (np.mean((low <= 0.7) & (high >= 0.7)) >= 0.92) == is_covering
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pairs", [2, 3, 8, 12])
 def test_the_level_holds_for_other_numbers_of_seeds(num_pairs: int) -> None:
     null = NOISES["normal"](np.random.default_rng(5), (STUDIES, num_pairs))

@@ -477,6 +477,7 @@ def test_a_converged_run_stops_saves_and_makes_no_update_when_resumed(tmp_path: 
     assert forgetful.fit().total_steps > 8  # the control: the stopper's state is lost
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_improving_reaches_the_end_of_its_plan(tmp_path: Path) -> None:
     result = stopping_run(tmp_path, [5.0 - 0.2 * i for i in range(20)]).fit()
     assert (result.early_stopped, result.stop_reason, result.total_steps) == (False, None, 30)
