@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 Positive = Annotated[int, Field(ge=1)]
 """An integer that is at least 1."""
@@ -19,8 +19,16 @@ def _must_exist(path: Path) -> Path:
     return path
 
 
+def _not_empty(path: object) -> object:
+    if path == "":
+        raise ValueError("is empty; name a file or folder")
+    return path
+
+
+OutputPath = Annotated[Path, BeforeValidator(_not_empty)]
+"""The path of a file or folder that is written."""
 ABSOLUTE = AfterValidator(Path.absolute)
-InputPath = Annotated[Path, ABSOLUTE]
+InputPath = Annotated[Path, BeforeValidator(_not_empty), ABSOLUTE]
 """The path of a file or folder that is read. A config that a run keeps contains its absolute form."""
 ExistingPath = Annotated[InputPath, AfterValidator(_must_exist)]
 """An `InputPath` of an existing file or folder."""

@@ -524,6 +524,7 @@ def test_a_failed_export_leaves_no_files(runs: Runs, invoke: Invoke, error: Base
         (["format=hf"], ["folder: missing; set it with folder=…"]),
         (["folder=taken", "format=hf"], ["folder=taken: is not empty; name a new folder"]),
         (["folder=taken/file", "format=hf"], ["folder=taken/file: is a file"]),
+        (["folder=dangling", "format=hf"], ["folder=dangling: is a link to nowhere, which is not a folder"]),
         (["folder=s3://bucket/x", "format=hf"], ["exports are written to a local folder"]),
         (["checkpoint=nowhere", "folder=taken", "formt=hf"], ["format", "does not exist", "taken", "formt"]),
     ],
@@ -533,6 +534,7 @@ def test_all_export_errors_are_reported_together(
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
     done = invoke(f"checkpoint={runs.get('wmtp').folder}", *overrides, tiny=False, command="export")
     assert done.code == 2
     assert "nothing was done" in done.err

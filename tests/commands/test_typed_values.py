@@ -71,6 +71,9 @@ def test_control_a_value_that_is_only_checked_ends_the_run_later(
         ("data.path=2024_11_29", "data.path"),
         ("resume=2024_11_29", "resume=2024_11_29: does not exist"),
         ("resume=null", "max_steps"),
+        ("hydra.run.dir=''", "hydra.run.dir: is empty; name a folder"),
+        ("cache_dir=", "cache_dir: is empty; name a file or folder"),
+        ("run_name=a,b", "or write one value as 'run_name='\"'\"'a,b'\"'\"''"),
     ],
 )
 def test_a_value_that_cannot_be_converted_is_an_error(invoke: Invoke, override: str, message: str) -> None:

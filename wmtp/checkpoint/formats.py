@@ -11,7 +11,7 @@ from wmtp.checkpoint.manifest import Entries, entries
 from wmtp.checkpoint.state import Snapshot, Tensors, find_live_parameter
 from wmtp.distributed.process_group import Processes
 from wmtp.distributed.sharded_io import gather_full, read_shards, shard_like, write_shards
-from wmtp.runtime.atomic_files import fsync_path
+from wmtp.runtime.atomic_files import fsync_path, share_like_folder
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optimizer."
@@ -43,6 +43,7 @@ def _write(path: Path, tensors: Tensors, processes: Processes) -> Entries:
             save_file(full, path)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from error
+        share_like_folder(path)
         fsync_path(path)
         return entries([path])
 

@@ -20,6 +20,7 @@ from wmtp.config.groups import group_options, is_group
 from wmtp.config.overrides import (
     RUN_DIR,
     chosen_folder,
+    chosen_run_dir,
     load_saved_overrides,
     override_key,
     parse_overrides,
@@ -32,6 +33,7 @@ from wmtp.config.presets import drop_preset_values
 from wmtp.config.schema import CONFIG_FOLDER, CheckedConfig, ConfigError, ConfigIssue, did_you_mean
 from wmtp.config.trust import KEY_REFERENCE, unconfirmed_issues
 from wmtp.errors import InputError
+from wmtp.runtime.run_dir import OUTPUTS
 from wmtp.runtime.writable import require_writable
 
 
@@ -56,6 +58,13 @@ class ResolvedJob:
     folder: Path
     is_temporary: bool
     """True if the folder is removed at the end of the job."""
+
+    @property
+    def planned_folder(self) -> Path:
+        """The folder of the job. Instead of the temporary folder of a dry run, it is one that a run would have."""
+        if not self.is_temporary:
+            return self.folder
+        return (chosen_run_dir(self.composed.overrides) or OUTPUTS / self.folder.name).absolute()
 
 
 def resolve(command: Command, arguments: list[str]) -> ResolvedJob:

@@ -158,7 +158,7 @@ class CommandRunner:
             self.clean_up.callback(_remove_if_empty, resolved.folder)
         for note in resolved.composed.notes:
             print(note, file=sys.stderr)
-        for warning in self.command.preflight(resolved.composed.checked.config, resolved.folder):
+        for warning in self.command.preflight(resolved.composed.checked.config, resolved.planned_folder):
             print(f"WARNING: {warning}", file=sys.stderr)
         settings = resolved.composed.hydra
         context = HydraContext(None, Callbacks(settings))  # type: ignore[arg-type] # no loader: nothing is composed

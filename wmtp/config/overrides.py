@@ -101,8 +101,13 @@ def chosen_folder(key: str, overrides: list[str], composed: DictConfig) -> Path 
     """Return the folder that an override of `key` chooses, or None if there is no such override.
 
     Interpolations in it are resolved in the composed config.
+
+    Raises:
+        ConfigError: the value is empty.
     """
     text = last_value(overrides, key)
+    if text == "":
+        raise ConfigError([ConfigIssue(key, "", "is empty; name a folder")])
     return None if text is None else Path(OmegaConf.select(composed, key) if "${" in text else text)
 
 
@@ -168,8 +173,9 @@ def quote_text(value: str, *, is_sweep: bool) -> str:
 
     The items of a list are put in quotes one by one. So are the values of a sweep, if `is_sweep` is true.
     """
-    if parse_value(value) is not None:
-        return value
+    if (parsed := parse_value(value)) is not None:
+        loses_blanks = value != value.strip() and parsed.value() == value.strip()
+        return quote(value) if loses_blanks else value
     if value.startswith("[") and value.endswith("]"):
         items = [quote_text(item, is_sweep=False) for item in split_choices(value[1:-1])]
         if parse_value(f"[{','.join(items)}]") is not None:
@@ -242,7 +248,8 @@ def parse_overrides(arguments: list[str], issues: list[ConfigIssue]) -> list[Ove
             issues.append(ConfigIssue(argument, "", "is not an override; write key=value, or group=option"))
             continue
         if override.is_sweep_override():
-            problem = "several values need a sweep: add -m, or quote the value"
+            key, _, text = argument.partition("=")
+            problem = f"several values need a sweep: add -m, or write one value as {shell_argument(key, text)}"
             issues.append(ConfigIssue(override.key_or_group, "", problem))
         else:
             overrides.append(override)

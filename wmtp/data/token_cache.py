@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from wmtp.data.records import Record
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
+from wmtp.runtime.atomic_files import share_like_folder
 
 FORMAT = 2
 """The version of the format of the cached files. It is a part of the cache key."""
@@ -111,7 +112,7 @@ def cached_tokens(
     Otherwise, the result is computed and written to the cache.
 
     Raises:
-        InputError: the cached file cannot be read.
+        InputError: the cached file cannot be read or written.
     """
     encoding = [tokenizer.fingerprint, tokenizer.prefix, template]
     key = [FORMAT, texts_fingerprint(records), *encoding, max_length, long_samples]
@@ -119,13 +120,19 @@ def cached_tokens(
     if path.exists():
         try:
             arrays = load_file(path)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot read the token cache ({error}); delete this file") from error
         num_long = int(arrays.pop("num_long")[0])
         return TokenizedRecords(**arrays, num_long=num_long)
     result = tokenize(records, tokenizer, template, max_length, long_samples)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(vars(result) | {"num_long": np.asarray([result.num_long])}, staged)
-    os.replace(staged, path)
+    try:
+        save_file(vars(result) | {"num_long": np.asarray([result.num_long])}, staged)
+        share_like_folder(staged)
+        os.replace(staged, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written: {error}; choose another folder with cache_dir=DIR") from error
+    finally:
+        staged.unlink(missing_ok=True)
     return result

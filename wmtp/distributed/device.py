@@ -118,7 +118,11 @@ def hardware_issues(device: str, num_processes: int, strategy: str) -> list[tupl
     problems = [] if missing is None else [missing]
     if world_size is not None and int(world_size) != num_processes:
         problems.append(
-            ("num_processes", f"torchrun started {world_size} processes; set hardware.num_processes={world_size}")
+            (
+                "num_processes",
+                f"WORLD_SIZE={world_size} in the environment says that {world_size} processes were started; set "
+                f"hardware.num_processes={world_size} or, if they were not started, run: unset RANK WORLD_SIZE",
+            )
         )
     if num_processes > 1 and wanted_device(device) == "mps":
         problems.append(("num_processes", "must be 1 on an MPS device"))

@@ -1,12 +1,11 @@
 """Settings of the commands `evaluate` and `generate`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from wmtp.field_types import Positive
+from wmtp.field_types import OutputPath, Positive
 from wmtp.runtime.processes import num_cores
 from wmtp.sandbox.isolation import Choice
 from wmtp.sandbox.limits import Limits
@@ -53,7 +52,7 @@ class EvaluateOptions:
     generation: Any
     hardware: Any
     batch_size: Positive
-    cache_dir: Path
+    cache_dir: OutputPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +66,4 @@ class GenerateOptions:
     context: Positive | None
     generation: Any
     hardware: Any
-    cache_dir: Path
+    cache_dir: OutputPath

@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from wmtp.config.overrides import shell_argument
 from wmtp.data.tokenizer import Tokenizer, tokenizer_files
 from wmtp.errors import InputError
+from wmtp.field_types import OutputPath
 from wmtp.models.architecture import Architecture
 from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.mtp import MtpModel
-from wmtp.runtime.atomic_files import fsync_path
+from wmtp.runtime.atomic_files import fsync_path, share_like_folder
 from wmtp.runtime.run_dir import module_command
 
 Format = Literal["hf", "hf_trunk", "medusa", "meta"]
@@ -38,7 +39,7 @@ class ExportOptions:
     checkpoint: dict[Literal["path"], str]
     folder: str
     format: Format
-    cache_dir: Path
+    cache_dir: OutputPath
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in staging.rglob("*"):
+            if path.is_file():
+                share_like_folder(path)
             fsync_path(path)
         staging.rename(folder)  # also replaces an empty folder
         fsync_path(folder.parent)
@@ -194,4 +197,6 @@ def folder_issue(folder: Path) -> str | None:
     """Return the reason why an export cannot be written to a folder, or None if the folder is new or empty."""
     if folder.is_dir():
         return "is not empty; name a new folder" if any(folder.iterdir()) else None
+    if folder.is_symlink():
+        return f"is a link to {folder.readlink()}, which is not a folder; name a new folder"
     return "is a file; name a new folder" if folder.exists() else None

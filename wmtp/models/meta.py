@@ -32,7 +32,7 @@ from wmtp.models.meta_format import (
 )
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.models.source import ModelIssue, PretrainedSource
-from wmtp.runtime.atomic_files import encode_json, fsync_path, replace_atomically
+from wmtp.runtime.atomic_files import encode_json, fsync_path, replace_atomically, share_like_folder
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +171,7 @@ def write_meta(
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(tensors, staging) if layout == "pth" else save_file(tensors, staging, {"format": "pt"})
+        share_like_folder(staging)
         fsync_path(staging)
         os.replace(staging, path)
     finally:

@@ -27,6 +27,11 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def share_like_folder(path: Path) -> None:
+    """Give a file to the users who may read its folder. Libraries such as safetensors write files for one user only."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def encode_json(content: Any) -> bytes:
     """Return plain values as indented JSON.
 

@@ -78,6 +78,7 @@ def run_with_timeout(seconds: float, call: Callable[[], object]) -> bool:
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher such as torchrun sets in each process of a run."""
+MAX_PORT = 65_535
 CORES_VARIABLE = "WMTP_CORES"
 """Environment variable of a sweep's job. It contains the number of CPU cores that the job may use."""
 
@@ -125,9 +126,11 @@ def check_launcher_variables() -> None:
     missing = [name for name in LAUNCHER_VARIABLES if name not in given]
     problems = [f"these are not set: {', '.join(missing)}"] if missing else []
     numbers = {name: value for name, value in given.items() if name != "MASTER_ADDR"}
-    problems += [f"{name}={value} is not a number" for name, value in numbers.items() if not value.isdecimal()]
+    problems += [f"{name}={value} is no whole number" for name, value in numbers.items() if not value.isdecimal()]
     if not problems and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         problems.append(f"RANK={given['RANK']} is not below it")
+    if not problems and int(given["MASTER_PORT"]) > MAX_PORT:
+        problems.append(f"MASTER_PORT={given['MASTER_PORT']} is above {MAX_PORT}")
     if problems:
         raise InputError(
             f"WORLD_SIZE={given['WORLD_SIZE']} in the environment says that this is one of several processes, but "

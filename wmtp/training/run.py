@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from wmtp.algorithms.base import Algorithm
 from wmtp.checkpoint.state import Snapshot, Tensors
@@ -211,7 +211,7 @@ class Run:
         saved = trainer.checkpoints.best() or trainer.checkpoints.latest()
         if stage.saves_value_head:
             head = value_head_tensors(load(saved, optimizer=False, verified=True))  # just written: skip verification
-            self.processes.run_on_main(lambda: save_file(head, folder / "value_head.safetensors"))
+            self.processes.run_on_main(lambda: replace_atomically(folder / "value_head.safetensors", save(head)))
         record = asdict(result) | {"saved": str(saved.relative_to(self.folder))}
         self.processes.run_on_main(lambda: write_stage_result(self.folder, record))
         if trainer.interrupted_by is not None:

@@ -30,7 +30,7 @@ from wmtp.config.trust import placement_issues
 from wmtp.distributed.device import hardware_issues, missing_hardware
 from wmtp.errors import InputError
 from wmtp.evaluation.in_training import sample_metric_names
-from wmtp.field_types import ExistingPath
+from wmtp.field_types import ExistingPath, OutputPath
 from wmtp.models.loading import build_source
 from wmtp.models.source import ModelSource
 from wmtp.objectives.base import metric_names
@@ -57,7 +57,7 @@ class RunOptions:
     resume: ExistingPath | None
     resume_override: list[Literal["data", "micro_batch_size", "objective", "optimizer", "seed"]]
     dry_run: bool
-    cache_dir: Path
+    cache_dir: OutputPath
     report: bool
     sweep: Any
 

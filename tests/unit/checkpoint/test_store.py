@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from wmtp.checkpoint import manifest
 from wmtp.checkpoint.state import Snapshot, load_model, restore_optimizer, split_optimizer_state
@@ -60,6 +61,17 @@ def test_checkpoint_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(hashed) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     load(store.latest())
     assert len(hashed) == 9, "the control: without `verified`, the checkpoint is verified again"
+
+
+@FORMATS
+def test_other_users_may_read_a_checkpoint_if_they_may_read_its_folder(tmp_path: Path, format_: Any) -> None:
+    tmp_path.chmod(0o755)
+    path = CheckpointStore(tmp_path, format=format_).save(1, snapshot(1))
+    assert {
+        file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir() if file.stat().st_mode & 0o44 != 0o44
+    } == {}
+    save_file({"x": torch.ones(1)}, path / "control")
+    assert (path / "control").stat().st_mode & 0o44 == 0
 
 
 @pytest.mark.parametrize("owned", [True, False])

@@ -51,6 +51,13 @@ def test_a_value_that_hydra_can_parse_keeps_its_meaning(value: str) -> None:
     assert parse(expand_argument(f"key={value}")) == AS_HYDRA[value]
 
 
+@pytest.mark.parametrize("value", [" x ", "\tmy run", "a b "])
+def test_blanks_around_a_text_are_kept(value: str) -> None:
+    assert parse(expand_argument(f"key={value}")) == value
+    assert parse(f"key={value}") == value.strip(), "the control"
+    assert parse(expand_argument("key= 3 ")) == 3
+
+
 def test_values_of_lists_and_sweeps_are_quoted_one_by_one() -> None:
     assert expand_argument("sweep.arms=[数据/1,b c,'d,e']") == "sweep.arms=['数据/1',b c,'d,e']"
     assert expand_argument("data.path=数据/1, b=2,c", is_sweep=True) == "data.path='数据/1','b=2',c"

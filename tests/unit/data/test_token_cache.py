@@ -136,6 +136,23 @@ def test_a_damaged_cache_error_contains_the_file_to_delete(tokenizer: Tokenizer,
         cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
 
 
+def test_a_cache_that_cannot_be_read_or_written_is_an_input_error(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wmtp.data.token_cache.os.replace", fail)
+        with pytest.raises(InputError, match=r"cannot be written: .*; choose another folder with cache_dir=DIR"):
+            cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
+    assert not list(tmp_path.glob("tokens-*"))
+    cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
+    monkeypatch.setattr("wmtp.data.token_cache.load_file", fail)
+    with pytest.raises(InputError, match="Permission denied"):
+        cached_tokens(RECORDS, tokenizer, "{prompt}\n", 100, "drop", tmp_path)
+
+
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 5))
 def test_every_epoch_has_every_sample_once_in_a_different_order(count: int, batch_size: int, epoch: int) -> None:
     lengths = np.arange(count) % 17 + 1

@@ -20,11 +20,12 @@ def set_variables(patch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
     [
         ({"RANK": "1", "WORLD_SIZE": "2"}, "not set: LOCAL_RANK, MASTER_ADDR, MASTER_PORT.*unset RANK WORLD_SIZE$"),
         ({"WORLD_SIZE": "2"}, "not set: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.*unset WORLD_SIZE$"),
-        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
-        (COMPLETE | {"RANK": "x"}, "RANK=x is not a number"),
-        (COMPLETE | {"RANK": "-1"}, "RANK=-1 is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two is no whole number"),
+        (COMPLETE | {"RANK": "x"}, "RANK=x is no whole number"),
+        (COMPLETE | {"RANK": "-1"}, "RANK=-1 is no whole number"),
         (COMPLETE | {"RANK": "2"}, "RANK=2 is not below it"),
-        (COMPLETE | {"MASTER_PORT": ""}, "MASTER_PORT= is not a number"),
+        (COMPLETE | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is above 65535"),
+        (COMPLETE | {"MASTER_PORT": ""}, "MASTER_PORT= is no whole number"),
         ({name: value for name, value in COMPLETE.items() if name != "LOCAL_RANK"}, "not set: LOCAL_RANK"),
     ],
 )

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from wmtp.errors import InputError
 from wmtp.tracking.mlflow import MlflowTracker
-from wmtp.tracking.mlflow.client import check_variables, configure_mlflow
+from wmtp.tracking.mlflow.client import check_server, check_variables, configure_mlflow, create_store
 from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, resolve_experiment, uri_problem
 
 
@@ -71,6 +71,8 @@ def test_a_uri_with_a_password_is_refused_without_printing_it(
         ("mlflow.example.org", "http://mlflow.example.org"),
         ("tracker:5000/path", "http://tracker:5000/path"),
         (" https://host\n", "https://host"),
+        ("http//host:80", "http://host:80"),
+        ("/data/my.db", "sqlite:////data/my.db"),
         ("./mlruns", "sqlite:///./mlruns/mlflow.db"),
         ("/data/mlruns/", "sqlite:////data/mlruns/mlflow.db"),
         ("file:///data/mlruns", "sqlite:////data/mlruns/mlflow.db"),
@@ -107,6 +109,26 @@ def test_a_uri_that_cannot_work_is_refused_with_the_right_form(
 )  # fmt: skip
 def test_every_uri_of_mlflow_is_accepted(uri: str) -> None:
     assert uri_problem(uri) is None
+
+
+def test_an_sqlite_file_that_cannot_store_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that does not exist yet, and the file of a store are accepted."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tmp_path / "outputs" / "run"
+    database = run.parent / "mlflow.db"
+    check_server(None, None, run)
+    assert not database.parent.exists()
+    database.parent.mkdir()
+    create_store(database)
+    check_server(None, None, run)
+    database.write_text("text of another program")
+    with pytest.raises(
+        InputError, match=r"mlflow\.db: is not an SQLite database; choose another file with tracking\.uri="
+    ):
+        check_server(None, None, run)
+    for uri, problem in (("sqlite:////proc/x.db", "cannot be written"), (f"sqlite:///{database}/x.db", "not a folder")):
+        with pytest.raises(InputError, match=problem):
+            check_server(uri, None, run)
 
 
 def test_the_name_of_the_experiment_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,16 @@ from wmtp.errors import InputError
 from wmtp.runtime.background import format_error
 from wmtp.runtime.locks import file_lock
 from wmtp.runtime.processes import run_with_timeout
-from wmtp.tracking.mlflow.uri import CREDENTIALS, PASSWORD, SQLITE, USERNAME, is_server, resolve_experiment, resolve_uri
+from wmtp.tracking.mlflow.uri import (
+    CREDENTIALS,
+    PASSWORD,
+    SQLITE,
+    USERNAME,
+    absolute_uri,
+    database_problem,
+    is_server,
+    resolve_experiment,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -133,20 +142,22 @@ def check_variables() -> None:
             raise InputError(f"{name}={os.environ[name]!r}: must be {number}; correct or unset it") from error
 
 
-def check_server(uri: str | None, experiment: str | None) -> None:
-    """Check the URI, and that an MLflow server accepts runs in an experiment. Another store than a server is not used.
+def check_server(uri: str | None, experiment: str | None, folder: Path) -> None:
+    """Check that the run in `folder` can be stored at a URI: in an experiment of a server, or in an SQLite file.
 
     The check takes at most ten seconds, plus the time to import mlflow.
 
     Raises:
-        InputError: MLflow cannot store runs at the URI, an environment variable of mlflow is not valid, the server
+        InputError: MLflow cannot store runs there, an environment variable of mlflow is not valid, the server
             rejects the user, the user may not write to the experiment, the experiment was deleted, or the server is
             not an MLflow server.
         ServerUnreachable: the server does not respond, or is temporarily unavailable.
     """
-    uri, name = resolve_uri(uri), resolve_experiment(experiment)
+    uri, name = absolute_uri(uri, folder), resolve_experiment(experiment)
     check_variables()
-    if uri is None or not is_server(uri):
+    if uri.startswith(SQLITE) and (problem := database_problem(uri)):
+        raise InputError(f"{uri}: {problem}; choose another file with tracking.uri={SQLITE}PATH")
+    if not is_server(uri):
         return
     configure_mlflow()
     import mlflow  # noqa: F401 - the time limit does not include the import

@@ -11,8 +11,11 @@ from pydantic import AfterValidator
 
 from wmtp.errors import InputError
 from wmtp.runtime.destinations import known_destinations, normalize
+from wmtp.runtime.writable import write_problem
 
 SQLITE = "sqlite:///"
+SQLITE_HEADER = b"SQLite format 3\0"
+"""The first bytes of an SQLite file."""
 URI, USERNAME, PASSWORD = "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 CREDENTIALS = f"{USERNAME} and {PASSWORD}, in the environment or in .env"
 EXPERIMENT, DEFAULT_EXPERIMENT = "MLFLOW_EXPERIMENT_NAME", "wmtp"
@@ -23,6 +26,7 @@ STORE_PLUGINS = "mlflow.tracking_store"
 """Group of the entry points with which a package adds a scheme of tracking URIs to MLflow."""
 HOST = re.compile(r"(localhost|[\w-]+(\.[\w-]+)+|[\w.-]+(?=:\d))(:\d+)?(/\S*)?")
 """Pattern of a server's address without a scheme, such as `localhost:5000`."""
+MISTYPED_SERVER = re.compile(r"(https?)//(?=\w)", re.IGNORECASE)
 HAS_HOST = re.compile(r"(?!sqlite:|file:)[\w+.-]+://", re.IGNORECASE)
 
 
@@ -51,10 +55,14 @@ def uri_problem(uri: str) -> str | None:
         return _sqlite_problem(rest)
     if scheme.partition("+")[0] in STORES or scheme in {plugin.name for plugin in entry_points(group=STORE_PLUGINS)}:
         return None
+    if server := MISTYPED_SERVER.match(uri):
+        return f"has a mistyped scheme; write {server[1].lower()}://{uri[server.end() :]}"
     if HOST.fullmatch(uri):
         return f"lacks its scheme; write http://{uri}"
     if scheme == "file" or "://" not in uri:
         folder = uri.removeprefix("file:").removeprefix("//").rstrip("/") or "."
+        if folder.endswith((".db", ".sqlite", ".sqlite3")):
+            return f"lacks its scheme; write {SQLITE}{folder}"
         return f"names a folder, in which MLflow stores no runs; write {SQLITE}{folder}/mlflow.db"
     return f"has a scheme that MLflow does not know; write http://HOST:PORT, https://HOST or {SQLITE}PATH"
 
@@ -67,6 +75,21 @@ def _sqlite_problem(rest: str) -> str | None:
         return None
     file = Path(path or ".") / "mlflow.db" if is_folder else rest.lstrip("/")
     return f"names no SQLite file; write {SQLITE}{file}"
+
+
+def database_problem(uri: str) -> str | None:
+    """Return the reason why runs cannot be stored in the SQLite file that a URI names, or None if they can."""
+    file = Path(uri.removeprefix(SQLITE).partition("?")[0])
+    if problem := write_problem(file.parent):
+        return problem
+    if not file.exists():
+        return None
+    try:
+        with file.open("r+b") as opened:
+            is_database = opened.read(len(SQLITE_HEADER)) in (b"", SQLITE_HEADER)
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return None if is_database else "is not an SQLite database"
 
 
 def _server_problem(uri: str) -> str | None:
