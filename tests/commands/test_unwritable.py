@@ -72,6 +72,18 @@ def test_other_commands_check_their_folders(invoke: Invoke, tmp_path: Path) -> N
         assert "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_the_default_sqlite_file_is_checked_before_the_training(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch, dry_run: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    Path("outputs").mkdir()
+    Path("outputs/mlflow.db").write_text("text of another program")
+    outcome = invoke("tracking=mlflow", f"dry_run={dry_run}")
+    assert outcome.code == 2 and "outputs/mlflow.db: is not an SQLite database" in outcome.err
+    assert "updates of" not in outcome.out
+
+
 def test_a_folder_that_can_be_written_has_no_problem_and_is_not_created(tmp_path: Path) -> None:
     assert write_problem(tmp_path / "new" / "folder") is None
     assert list(tmp_path.iterdir()) == []

@@ -56,6 +56,7 @@ def test_the_model_is_converted_once_and_equals_that_of_the_package(
         patch.setattr(AutoModelForCausalLM, "from_pretrained", keep_loaded)
         tokenizer = smollm2_tokenizer(cache)
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.end])) == (49152, "")
+    assert all(path.stat().st_mode & 0o44 for path in converted_folder(cache).iterdir()), "the cache may be shared"
     monkeypatch.setattr(smollm2, "_convert", lambda folder: pytest.fail("the model was converted again"))
     assert ensure_converted(cache) == converted_folder(cache)
 

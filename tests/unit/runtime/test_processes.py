@@ -2,6 +2,7 @@
 
 import pytest
 
+from wmtp.distributed.device import hardware_issues
 from wmtp.errors import InputError
 from wmtp.runtime.processes import LAUNCHER_VARIABLES, check_launcher_variables, started_together
 
@@ -35,6 +36,14 @@ def test_incomplete_variables_are_refused(
     set_variables(monkeypatch, values)
     with pytest.raises(InputError, match=problem):
         check_launcher_variables()
+
+
+def test_variables_of_other_processes_contradict_a_run_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ((key, problem),) = hardware_issues("cpu", 1, "single")
+    assert key == "num_processes"
+    assert "set hardware.num_processes=2" in problem and problem.endswith("unset RANK WORLD_SIZE")
+    assert hardware_issues("cpu", 2, "ddp") == []
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ def test_an_sqlite_file_that_cannot_store_runs_is_refused(tmp_path: Path, monkey
         InputError, match=r"mlflow\.db: is not an SQLite database; choose another file with tracking\.uri="
     ):
         check_server(None, None, run)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is not a file"):
+        check_server(f"sqlite:///{tmp_path}/pipe", None, run)
     for uri, problem in (("sqlite:////proc/x.db", "cannot be written"), (f"sqlite:///{database}/x.db", "not a folder")):
         with pytest.raises(InputError, match=problem):
             check_server(uri, None, run)

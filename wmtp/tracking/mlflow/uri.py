@@ -84,6 +84,8 @@ def database_problem(uri: str) -> str | None:
         return problem
     if not file.exists():
         return None
+    if not file.is_file():
+        return "is not a file"
     try:
         with file.open("r+b") as opened:
             is_database = opened.read(len(SQLITE_HEADER)) in (b"", SQLITE_HEADER)
