@@ -44,14 +44,18 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
 
 
 def preflight(config: DictConfig, folder: Path) -> list[str]:
-    """Check that the servers in the config accept this run. Return a warning for each server that cannot be reached.
+    """Check that the stores in the config accept this run. Return a warning for each server that cannot be reached.
 
     Raises:
-        InputError: a server refuses this run.
+        InputError: a server or an SQLite file cannot store this run.
     """
+    from wmtp.tracking.mlflow import check_database
     from wmtp.training.uploads import check_servers  # imports torch
 
-    return check_servers(config, folder if config.resume is None else Path(config.resume))
+    folder = folder if config.resume is None else Path(config.resume).absolute()
+    if config.tracking is not None:
+        check_database(config.tracking.uri, folder)
+    return check_servers(config, folder)
 
 
 def run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:

@@ -78,7 +78,7 @@ def check_servers(config: DictConfig, folder: Path) -> list[str]:
     unreachable: list[str] = []
     if config.tracking is not None:
         try:
-            check_server(config.tracking.uri, config.tracking.experiment, folder)
+            check_server(config.tracking.uri, config.tracking.experiment)
         except ServerUnreachable as error:
             unreachable.append(f"{error}; metrics are kept in the run's folder until it can be reached")
     if settings := s3_settings(config):

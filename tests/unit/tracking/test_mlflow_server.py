@@ -328,15 +328,15 @@ def other_server() -> Iterator[str]:
 def test_the_server_check_reports_every_reason_for_a_refusal(
     server: TrackingServer, reader: MlflowClient, other_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_server(None, "missing experiment", Path("run"))
+    check_server(None, "missing experiment")
     assert reader.get_experiment_by_name("missing experiment") is None
     experiment_id = reader.create_experiment("owned by the administrator")
-    check_server(server.uri, "owned by the administrator", Path("run"))
+    check_server(server.uri, "owned by the administrator")
     assert "x" * 251 not in reader.get_experiment(experiment_id).tags
 
     def refusal(uri: str, experiment: str = "owned by the administrator") -> str:
         with pytest.raises(InputError) as error:
-            check_server(uri, experiment, Path("run"))
+            check_server(uri, experiment)
         assert "\n" not in str(error.value)
         assert not any(secret in str(error.value) for secret in (server.password, "wrong-password", "only-may-read"))
         return str(error.value)
@@ -350,7 +350,7 @@ def test_the_server_check_reports_every_reason_for_a_refusal(
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "only-may-read-this")
     assert "does not let this user write to the experiment 'owned by the administrator'" in refusal(server.uri)
-    check_server(server.uri, "owned by the user", Path("run"))
+    check_server(server.uri, "owned by the user")
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-password")
     assert "rejects this user and password; set MLFLOW_TRACKING_USERNAME and" in refusal(server.uri)
@@ -360,16 +360,16 @@ def test_the_server_check_reports_every_reason_for_a_refusal(
 
 def test_an_unreachable_server_is_not_an_input_error(server: TrackingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ServerUnreachable, match="refused"):
-        check_server("http://127.0.0.1:9", "tests", Path("run"))
+        check_server("http://127.0.0.1:9", "tests")
     with FaultyProxy(server.uri) as proxy:
         proxy.answer(503)
         with pytest.raises(ServerUnreachable, match="503"):
-            check_server(proxy.url, "tests", Path("run"))
+            check_server(proxy.url, "tests")
     monkeypatch.setattr("wmtp.tracking.mlflow.client.CHECK_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         with pytest.raises(ServerUnreachable, match="within 1 s"):
-            check_server(f"http://127.0.0.1:{silent.getsockname()[1]}", "tests", Path("run"))
+            check_server(f"http://127.0.0.1:{silent.getsockname()[1]}", "tests")
         assert time.monotonic() - started < 3
 
 

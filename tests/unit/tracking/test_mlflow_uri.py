@@ -9,8 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from wmtp.errors import InputError
 from wmtp.tracking.mlflow import MlflowTracker
-from wmtp.tracking.mlflow.client import check_server, check_variables, configure_mlflow, create_store
-from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, resolve_experiment, uri_problem
+from wmtp.tracking.mlflow.client import check_variables, configure_mlflow, create_store
+from wmtp.tracking.mlflow.uri import TrackingUri, absolute_uri, check_database, resolve_experiment, uri_problem
 
 
 def test_the_default_store_is_in_the_outputs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,22 +116,22 @@ def test_an_sqlite_file_that_cannot_store_runs_is_refused(tmp_path: Path, monkey
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "outputs" / "run"
     database = run.parent / "mlflow.db"
-    check_server(None, None, run)
+    check_database(None, run)
     assert not database.parent.exists()
     database.parent.mkdir()
     create_store(database)
-    check_server(None, None, run)
+    check_database(None, run)
     database.write_text("text of another program")
     with pytest.raises(
         InputError, match=r"mlflow\.db: is not an SQLite database; choose another file with tracking\.uri="
     ):
-        check_server(None, None, run)
+        check_database(None, run)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is not a file"):
-        check_server(f"sqlite:///{tmp_path}/pipe", None, run)
+        check_database(f"sqlite:///{tmp_path}/pipe", run)
     for uri, problem in (("sqlite:////proc/x.db", "cannot be written"), (f"sqlite:///{database}/x.db", "not a folder")):
         with pytest.raises(InputError, match=problem):
-            check_server(uri, None, run)
+            check_database(uri, run)
 
 
 def test_the_name_of_the_experiment_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,9 @@ from wmtp.tracking.mlflow.uri import (
     PASSWORD,
     SQLITE,
     USERNAME,
-    absolute_uri,
-    database_problem,
     is_server,
     resolve_experiment,
+    resolve_uri,
 )
 
 if TYPE_CHECKING:
@@ -142,22 +141,20 @@ def check_variables() -> None:
             raise InputError(f"{name}={os.environ[name]!r}: must be {number}; correct or unset it") from error
 
 
-def check_server(uri: str | None, experiment: str | None, folder: Path) -> None:
-    """Check that the run in `folder` can be stored at a URI: in an experiment of a server, or in an SQLite file.
+def check_server(uri: str | None, experiment: str | None) -> None:
+    """Check the URI, and that an MLflow server accepts runs in an experiment. Another store than a server is not used.
 
     The check takes at most ten seconds, plus the time to import mlflow.
 
     Raises:
-        InputError: MLflow cannot store runs there, an environment variable of mlflow is not valid, the server
+        InputError: MLflow cannot store runs at the URI, an environment variable of mlflow is not valid, the server
             rejects the user, the user may not write to the experiment, the experiment was deleted, or the server is
             not an MLflow server.
         ServerUnreachable: the server does not respond, or is temporarily unavailable.
     """
-    uri, name = absolute_uri(uri, folder), resolve_experiment(experiment)
+    uri, name = resolve_uri(uri), resolve_experiment(experiment)
     check_variables()
-    if uri.startswith(SQLITE) and (problem := database_problem(uri)):
-        raise InputError(f"{uri}: {problem}; choose another file with tracking.uri={SQLITE}PATH")
-    if not is_server(uri):
+    if uri is None or not is_server(uri):
         return
     configure_mlflow()
     import mlflow  # noqa: F401 - the time limit does not include the import

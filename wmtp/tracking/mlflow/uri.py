@@ -77,7 +77,18 @@ def _sqlite_problem(rest: str) -> str | None:
     return f"names no SQLite file; write {SQLITE}{file}"
 
 
-def database_problem(uri: str) -> str | None:
+def check_database(uri: str | None, folder: Path) -> None:
+    """Check that the run in `folder` can be stored at a tracking URI if the URI names an SQLite file.
+
+    Raises:
+        InputError: the run cannot be stored in the file.
+    """
+    uri = absolute_uri(uri, folder)
+    if uri.startswith(SQLITE) and (problem := _database_problem(uri)):
+        raise InputError(f"{uri}: {problem}; choose another file with tracking.uri={SQLITE}PATH")
+
+
+def _database_problem(uri: str) -> str | None:
     """Return the reason why runs cannot be stored in the SQLite file that a URI names, or None if they can."""
     file = Path(uri.removeprefix(SQLITE).partition("?")[0])
     if problem := write_problem(file.parent):
