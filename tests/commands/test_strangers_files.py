@@ -71,8 +71,10 @@ def record(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tupl
 
 def test_an_evaluation_sends_nothing_to_a_server_that_only_the_folder_names(
     run: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # other tests have used this server
     use_server(run, EVIL)
     calls = record(monkeypatch, tracker, "MlflowTracker")
     assert send_pending(run) is None and end_sweep(run, "KILLED") is None and not calls
