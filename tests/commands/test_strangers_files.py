@@ -26,6 +26,7 @@ from wmtp.errors import InputError
 from wmtp.models.huggingface import export as hf_export
 from wmtp.models.huggingface.folder import read_model_config
 from wmtp.models.loading import read_run_config
+from wmtp.runtime import destinations
 from wmtp.runtime.console import Console, TerminalText
 from wmtp.runtime.destinations import remember_destinations
 from wmtp.sync import main as sync
@@ -41,6 +42,7 @@ SECRET = "a secret of the user"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a writable run. The user has not sent data anywhere before."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(destinations, "_used_by_this_process", set())  # other tests use the same server
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(EARLIER, tmp_path / "run")
 
@@ -71,10 +73,8 @@ def record(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tupl
 
 def test_an_evaluation_sends_nothing_to_a_server_that_only_the_folder_names(
     run: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # other tests have used this server
     use_server(run, EVIL)
     calls = record(monkeypatch, tracker, "MlflowTracker")
     assert send_pending(run) is None and end_sweep(run, "KILLED") is None and not calls
