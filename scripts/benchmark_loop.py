@@ -148,7 +148,7 @@ def bare_loop(batches: list[Batch], turns: Turns) -> None:
     model, optimizer = create_model()
     turns.begin()
     for step, batch in enumerate(batches, start=1):
-        loss, _ = OBJECTIVE.loss(model, batch, OBJECTIVE.denominators(model, batch))
+        loss, _ = OBJECTIVE.loss(model, *OBJECTIVE.prepare(model, [batch]))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -165,7 +165,7 @@ class ForHuggingFace(torch.nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the mean loss of a batch."""
-        loss, _ = OBJECTIVE.loss(self.model, batch, OBJECTIVE.denominators(self.model, batch))
+        loss, _ = OBJECTIVE.loss(self.model, *OBJECTIVE.prepare(self.model, [batch]))
         return {"loss": loss}
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp.data.collate import IGNORED
-from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
+from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, weighted_cross_entropy
 
 NUM_HEADS, NUM_POSITIONS, DIM, VOCAB_SIZE = 4, 1024, 512, 32_000
 NUM_TURNS = 5
@@ -54,17 +54,15 @@ class Inputs:
         self.targets = torch.randint(vocab_size, (num_heads, 1, num_positions))
         self.weights = torch.rand(self.targets.shape)
 
-    def ours(
-        self, coefficients: Callable[[Tensor, Tensor], Tensor], targets: Tensor | None = None, rows: int | None = None
-    ) -> None:
+    def ours(self, coefficients: RowFunction, targets: Tensor | None = None, rows: int | None = None) -> None:
         """Compute the chunked loss of wmtp, and run backward."""
         targets = self.targets if targets is None else targets
         loss, _, _ = weighted_cross_entropy(self.states, self.unembedding, targets, coefficients, rows)
         loss.backward()
 
-    def known(self, losses: Tensor, rows: Tensor) -> Tensor:
+    def known(self, chunk: Chunk) -> Tensor:
         """Return the fixed weights, which do not depend on the losses."""
-        return self.weights.flatten()[rows]
+        return self.weights.flatten()[chunk.rows]
 
     def stacked(self) -> None:
         """Compute the loss from all logits at once, and run backward."""
@@ -96,8 +94,8 @@ class Inputs:
             arms["linear_cross_entropy"] = self.native
         return arms | {
             "weighted": lambda: self.ours(self.known),
-            "elementwise": lambda: self.ours(lambda losses, rows: losses.neg().exp().clamp(0.1, 5.0)),
-            "unweighted": lambda: self.ours(lambda losses, rows: torch.ones_like(losses)),
+            "elementwise": lambda: self.ours(lambda chunk: chunk.losses.neg().exp().clamp(0.1, 5.0)),
+            "unweighted": lambda: self.ours(lambda chunk: torch.ones_like(chunk.losses)),
             "token skip 0.6": lambda: self.skipping(0.6),
             "token skip 0.3": lambda: self.skipping(0.3),
         }

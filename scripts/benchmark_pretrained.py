@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
@@ -30,7 +31,7 @@ from wmtp.config.overrides import to_hydra_override
 from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.collate import IGNORED
 from wmtp.objectives import mtp
-from wmtp.ops.cross_entropy import Coefficients
+from wmtp.ops.cross_entropy import RowFunction
 from wmtp.training.builders import build_components, build_model, build_reference, build_trainer
 
 CASES = {
@@ -53,12 +54,14 @@ def plain_cross_entropy(states: Tensor, unembedding: Tensor, targets: Tensor) ->
 
 
 def weighted(
-    states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: Coefficients, chunk_rows: int | None = None
+    states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: RowFunction, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same result as `weighted_cross_entropy`, without chunks."""
     losses = plain_cross_entropy(states, unembedding, targets)
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
-    used = torch.zeros_like(losses).index_copy(0, rows, coefficients(losses.detach()[rows], rows))
+    used = torch.zeros_like(losses).index_copy(
+        0, rows, coefficients(SimpleNamespace(losses=losses.detach()[rows], rows=rows))
+    )
     return (losses * used).sum(), losses.detach().view(targets.shape), used.view(targets.shape)
 
 

@@ -4,7 +4,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 from tests.conftest import compose_config
 from tests.support.ranks import Ranks
 from tests.support.training import COMMON, STRATEGIES, make_trainer, metrics_of, train_run
-from wmtp.data.collate import Batch
 from wmtp.distributed.parallelize import synchronize_gradients
-from wmtp.models.mtp import MtpModel
-from wmtp.objectives.mtp import MtpObjective
-from wmtp.ops.metric_sums import MetricSums
+from wmtp.distributed.process_group import Processes
+from wmtp.objectives.base import total_denominators
 from wmtp.training import trainer as trainer_module
 from wmtp.training.dry_run import dry_run
-from wmtp.training.trainer import Trainer
 
 pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]
 
@@ -121,23 +118,13 @@ def test_a_full_or_an_empty_last_micro_batch_does_not_change_the_losses(
 
 def train_with_mean_of_means(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train with a loss that each rank divides by its own number of targets."""
-    gradients, loss = Trainer._accumulate_gradients, MtpObjective.loss
-    own_denominators: list[torch.Tensor] = []
 
-    def count_own_targets(self: Trainer, batches: list[Batch]) -> MetricSums:
-        own_denominators[:] = [
-            torch.stack([self.objective.denominators(self.model, batch) for batch in batches]).sum(dim=0)
-        ]
-        return gradients(self, batches)
-
-    def divide_by_own_targets(
-        self: MtpObjective, model: MtpModel, batch: Batch, denominators: torch.Tensor
-    ) -> tuple[torch.Tensor, MetricSums]:
-        return loss(self, model, batch, own_denominators[0].clamp(min=1) * 2)
+    def own_denominators(parts: Sequence[Mapping[str, torch.Tensor]], processes: Processes) -> dict[str, torch.Tensor]:
+        own = total_denominators(parts, Processes.single_process())
+        return {name: total.clamp(min=1) * processes.size for name, total in own.items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_accumulate_gradients", count_own_targets)
-        patch.setattr(MtpObjective, "loss", divide_by_own_targets)
+        patch.setattr("wmtp.objectives.mtp.total_denominators", own_denominators)
         return train_run(folder, *overrides)
 
 

@@ -41,7 +41,8 @@ def batch(tiny_data: Dataset) -> Batch:
 def gradients(model: MtpModel, algorithm: Algorithm, batch: Batch, forward: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the gradient of every parameter, computed through the wrapper `forward`."""
     objective = MtpObjective(algorithm)
-    loss, _ = objective.loss_from_outputs(forward(batch.tokens), model, batch, objective.denominators(model, batch))
+    (prepared,) = objective.prepare(model, [batch])
+    loss, _ = objective.loss_from_outputs(forward(batch.tokens), model, prepared)
     loss.backward()
     found = {}
     for name, parameter in model.named_parameters():

@@ -1,6 +1,8 @@
 """The interface of algorithms. An algorithm computes a weight for each target of a micro-batch."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
-from wmtp.field_types import ExistingPath
+from wmtp.field_types import ExistingPath, PositiveFloat
 
 INITIAL = "initial"
 """The value of `reference` that selects the policy before training."""
@@ -43,22 +45,28 @@ class Observations:
     """True at tokens that are noise or that make a wrong solution wrong. None if these tokens are not known."""
     number: int = 0
     """Index of the micro-batch within the run."""
+    samples: tuple[str, ...] = ()
+    """A name for each sample, which differs between updates and does not depend on the split into micro-batches."""
 
 
 class Algorithm(ABC):
     """A method that computes the weights of targets.
 
-    The results of the method `weights` are clipped to the range from `weight_min` to `weight_max`. The clipped weights
-    are then scaled to mean 1.
+    The results of the method `weights` are clipped to the range from `weight_min` to `weight_max`. If `rescale` is
+    true, the clipped weights are then scaled to mean 1 over all micro-batches and ranks of the update. If the weights
+    depend on the policy's losses, the weights of each head are scaled to mean 1, because the losses of the heads differ
+    in size.
     """
 
     weight_min: float
     weight_max: float
+    rescale: bool = True
     uses_losses: Literal["none", "own", "all"] = "none"
     """Which losses the weight of a target depends on: on no loss, on the loss of this target, or on all losses.
 
-    If the value is "own", the weights are computed chunk by chunk together with the losses. If it is "all", the losses
-    are computed before the weights, in an additional pass.
+    If an update has one micro-batch, the losses and the weights of "own" are computed chunk by chunk in one pass, but
+    the losses of "all" are computed before the weights. If it has several micro-batches, all losses of the update are
+    computed first, in an additional forward pass.
     """
     min_heads = 1
     """Minimum number of heads. If a model has fewer heads, the algorithm is equal to the baseline."""
@@ -89,11 +97,18 @@ class Algorithm(ABC):
         must accept losses of any shape.
         """
 
-    def finish_update(self, processes: Processes) -> None:  # noqa: B027 - most algorithms have no state
-        """Update the state after an optimizer step. All ranks must call this method."""
+    def update_weights(
+        self, observed: Sequence[Observations], processes: Processes
+    ) -> Sequence[Float[Tensor, "head _ _"]]:
+        """Return the weights before clipping for all micro-batches that this rank has in an update.
 
-    def discard_update(self) -> None:  # noqa: B027
-        """Discard the statistics of an update that was skipped."""
+        By default, the weights of a micro-batch do not depend on the other micro-batches. All ranks must call this
+        method.
+        """
+        return [self.weights(each) for each in observed]
+
+    def finish_update(self) -> None:  # noqa: B027 - most algorithms have no state
+        """Update the state after an optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that is needed to resume a run, as JSON values."""
@@ -103,14 +118,42 @@ class Algorithm(ABC):
         """Restore the state that `state_dict` returned."""
 
 
-def require_range(weight_min: float, weight_max: float) -> None:
-    """Check that the range of weights is not empty.
+class UpdateAlgorithm(Algorithm):
+    """An algorithm whose weights depend on all micro-batches and ranks of an update."""
+
+    def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
+        """Return the weights before clipping for an update that has only this micro-batch."""
+        return self.update_weights([observed], Processes.single_process())[0]
+
+    @abstractmethod
+    def update_weights(
+        self, observed: Sequence[Observations], processes: Processes
+    ) -> Sequence[Float[Tensor, "head _ _"]]:
+        """Return the weights before clipping for all micro-batches that this rank has in an update."""
+
+
+@dataclass(kw_only=True, eq=False)
+class ExponentialAlgorithm(Algorithm):
+    """An algorithm whose weights are exponentials, with settings for their range.
 
     Raises:
         InputError: `weight_min` is not below `weight_max`.
     """
-    if weight_min >= weight_max:
-        raise InputError(f"weight_min={weight_min:g} must be below weight_max={weight_max:g}")
+
+    weight_min: PositiveFloat = 0.1
+    """The lower limit to which weights are clipped before they are scaled."""
+    weight_max: PositiveFloat = 5.0
+    """The upper limit to which weights are clipped before they are scaled."""
+    rescale: bool = True
+    """Whether the clipped weights are scaled to mean 1."""
+
+    def __post_init__(self) -> None:
+        if self.weight_min >= self.weight_max:
+            raise InputError(f"weight_min={self.weight_min:g} must be below weight_max={self.weight_max:g}")
+
+    def exponential(self, exponent: Float[Tensor, "*target"]) -> Float[Tensor, "*target"]:
+        """Return exp(exponent), clipped to the range of weights. A large exponent does not overflow."""
+        return exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
 
 
 def clip_weights(
@@ -126,13 +169,20 @@ def clip_weights(
     return weights.clamp(weight_min, weight_max).where(is_usable, torch.nan).where(valid, 0.0)
 
 
-def mean_one_scale(
-    weights: Float[Tensor, "head batch position"], shares: Float[Tensor, "head batch position"]
-) -> Float[Tensor, ""]:
-    """Return the factor that scales clipped weights so that Σ share·weight / Σ share = 1.
+def mean_one_scales(
+    weight_sums: Float[Tensor, " head"], share_sums: Float[Tensor, " head"], *, per_head: bool
+) -> Float[Tensor, " head"]:
+    """Return the factors that scale the clipped weights of the heads to mean 1.
 
-    `shares` contains the position weights that `ops.targets.position_weights` returns. If there is no target, the
-    factor is 0. If every target has weight 0, the factor is infinite and the loss is NaN.
+    With these factors, Σ share·weight / Σ share = 1 over the targets of all heads, or of each head if `per_head` is
+    true. If there is no target, the factor is 0. If every target has weight 0, the factor is infinite and the loss is
+    NaN.
+
+    Args:
+        weight_sums: Σ share·weight of the targets of each head.
+        share_sums: Σ share of the targets of each head. `ops.targets.target_shares` returns the shares.
+        per_head: whether the mean is 1 for each head, instead of for all heads together.
     """
-    total = shares.sum()
-    return torch.where(total > 0, total / (shares * weights).sum(), 0.0)
+    if not per_head:
+        weight_sums, share_sums = (sums.sum().expand_as(sums) for sums in (weight_sums, share_sums))
+    return torch.where(share_sums > 0, share_sums / weight_sums, 0.0)

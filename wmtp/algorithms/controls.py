@@ -7,17 +7,19 @@ improvement is not that the algorithm gives large weights to the important token
 import hashlib
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, clip_weights
+from wmtp.algorithms.base import Algorithm, Observations, UpdateAlgorithm, clip_weights
 from wmtp.distributed.process_group import Processes
+from wmtp.ops.metric_sums import moments
 
 
-class Control(Algorithm):
+class Control(UpdateAlgorithm):
     """A wrapper of another algorithm. It replaces the weights by weights that are independent of their targets."""
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
@@ -25,7 +27,7 @@ class Control(Algorithm):
         self.of = of
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
-        self.min_heads, self.needs_token_labels = of.min_heads, of.needs_token_labels
+        self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
 
@@ -34,28 +36,41 @@ class Control(Algorithm):
         """The kind of control and the name of the wrapped algorithm."""
         return f"{type(self).__name__} of {self.of.name}"
 
-    def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
+    def update_weights(self, observed: Sequence[Observations], processes: Processes) -> list[Float[Tensor, "head _ _"]]:
         """Return weights that are distributed like the wrapped algorithm's, but independent of the targets."""
-        weights = clip_weights(self.of.weights(observed), observed.valid, self.of.weight_min, self.of.weight_max)
-        # With one generator per micro-batch, the draws do not depend on the number of processes. The number of the
-        # micro-batch is hashed, because torch uses only 32 bits of a seed, and the epoch is in its higher bits.
-        digest = hashlib.sha256(f"{self.seed} {observed.number}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        return self.uninformative(weights, observed, generator)
+        weights = [
+            clip_weights(weight, each.valid, self.of.weight_min, self.of.weight_max)
+            for weight, each in zip(self.of.update_weights(observed, processes), observed, strict=True)
+        ]
+        return self.uninformative(weights, observed, processes)
+
+    def draws(
+        self, observed: Observations, distribution: Callable[..., Tensor]
+    ) -> Float[Tensor, "head batch position"]:
+        """Return a random number for each valid target, and 0 for the others.
+
+        Each sample has its own generator, so the draws depend only on the seed and on the sample, not on how an update
+        is split into micro-batches and ranks. The name of the sample is hashed, because torch uses only 32 bits of a
+        seed. `distribution` is torch.rand or torch.randn.
+        """
+        valid = observed.valid.cpu()
+        draws = torch.zeros(valid.shape)
+        for row, name in enumerate(observed.samples):
+            digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            mask = valid[:, row]
+            draws[:, row][mask] = distribution(int(mask.sum()), generator=generator)
+        return draws.to(observed.valid.device)
 
     @abstractmethod
     def uninformative(
-        self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
-    ) -> Float[Tensor, "head batch position"]:
+        self, weights: Sequence[Tensor], observed: Sequence[Observations], processes: Processes
+    ) -> list[Float[Tensor, "head _ _"]]:
         """Return weights that are independent of their targets. Their distribution is similar to that of `weights`."""
 
-    def finish_update(self, processes: Processes) -> None:
+    def finish_update(self) -> None:
         """Update the state of the wrapped algorithm."""
-        self.of.finish_update(processes)
-
-    def discard_update(self) -> None:
-        """Discard the statistics that the wrapped algorithm has of an update that was skipped."""
-        self.of.discard_update()
+        self.of.finish_update()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the wrapped algorithm."""
@@ -67,19 +82,30 @@ class Control(Algorithm):
 
 
 class Shuffled(Control):
-    """A control that permutes the weights among the valid targets of each sequence."""
+    """A control that permutes the weights of each head among the valid targets of each sequence."""
 
     def uninformative(
-        self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
-    ) -> Float[Tensor, "head batch position"]:
-        """Return the same weights, permuted within each sequence."""
-        by_sample = weights.transpose(0, 1).flatten(1)
-        valid = observed.valid.transpose(0, 1).flatten(1)
-        keys = torch.rand(valid.shape, generator=generator).to(weights.device)
-        ordered = torch.argsort(~valid, stable=True, dim=1)  # valid targets first, in their order …
-        drawn = torch.argsort(keys.masked_fill(~valid, 2.0), dim=1)  # … and in random order
-        shuffled = torch.zeros_like(by_sample).scatter(1, ordered, by_sample.gather(1, drawn))
-        return shuffled.view(weights.shape[1], weights.shape[0], weights.shape[2]).transpose(0, 1)
+        self, weights: Sequence[Tensor], observed: Sequence[Observations], processes: Processes
+    ) -> list[Float[Tensor, "head _ _"]]:
+        """Return the same weights, permuted within each sequence and head.
+
+        The heads keep their own weights, because their losses and therefore their weights differ in size.
+        """
+        return [
+            permuted(weight, each.valid, self.draws(each, torch.rand))
+            for weight, each in zip(weights, observed, strict=True)
+        ]
+
+
+def permuted(
+    weights: Float[Tensor, "head batch position"],
+    valid: Bool[Tensor, "head batch position"],
+    keys: Float[Tensor, "head batch position"],
+) -> Float[Tensor, "head batch position"]:
+    """Return weights that are permuted among the valid positions of each row of each head, in the order of `keys`."""
+    ordered = torch.argsort(~valid, stable=True, dim=-1)  # valid targets first, in their order …
+    drawn = torch.argsort(keys.masked_fill(~valid, 2.0), dim=-1)  # … and in random order
+    return torch.zeros_like(weights).scatter(-1, ordered, weights.gather(-1, drawn))
 
 
 class Random(Control):
@@ -95,13 +121,15 @@ class Random(Control):
         self.weight_min, self.weight_max = 0.0, math.inf
 
     def uninformative(
-        self, weights: Float[Tensor, "head batch position"], observed: Observations, generator: torch.Generator
-    ) -> Float[Tensor, "head batch position"]:
-        """Return log-normal random numbers. Their expected mean and variance are those of `weights`."""
-        chosen = weights[observed.valid]
-        if not len(chosen):
-            return weights
-        mean, variance = chosen.mean().item(), chosen.var(correction=0).item()
+        self, weights: Sequence[Tensor], observed: Sequence[Observations], processes: Processes
+    ) -> list[Float[Tensor, "head _ _"]]:
+        """Return log-normal random numbers. Their expected mean and variance are those of the weights of the update."""
+        chosen = torch.cat([weight[each.valid].cpu() for weight, each in zip(weights, observed, strict=True)]).double()
+        count = torch.tensor(float(len(chosen)), dtype=torch.float64)
+        sums = processes.sum(torch.stack([count, chosen.sum(), chosen.square().sum()]))
+        if not sums[1]:  # no target, or no weight above 0
+            return list(weights)
+        mean, variance = moments(sums)
         log_variance = math.log1p(variance / mean**2)
-        normal = torch.randn(weights.shape, generator=generator).to(weights.device)
-        return torch.exp(normal * math.sqrt(log_variance) + math.log(mean) - log_variance / 2)
+        shift = math.log(mean) - log_variance / 2
+        return [torch.exp(self.draws(each, torch.randn) * math.sqrt(log_variance) + shift) for each in observed]

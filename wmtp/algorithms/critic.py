@@ -6,6 +6,8 @@ error. Â_i is A_i after normalization to mean 0 and standard deviation 1.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -13,10 +15,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, require_range
+from wmtp.algorithms.base import ExponentialAlgorithm, Observations, UpdateAlgorithm
 from wmtp.distributed.process_group import Processes
 from wmtp.field_types import PositiveFloat, Ratio
-from wmtp.ops.metric_sums import standard_deviation
+from wmtp.ops.metric_sums import moments
 from wmtp.ops.returns import advantages, token_rewards
 from wmtp.ops.targets import shift_to_heads
 
@@ -25,8 +27,8 @@ class Whitening:
     """Normalization of advantages to mean 0 and standard deviation 1.
 
     The mean and the variance are running averages over updates. A new update has the share `MOMENTUM` in the average.
-    The first `WARMUP` updates use the mean and the variance of the micro-batch instead, because an average of a few
-    updates is not reliable.
+    The first `WARMUP` updates use the mean and the variance of the update instead, because an average of a few updates
+    is not reliable.
     """
 
     MOMENTUM = 0.1
@@ -35,92 +37,72 @@ class Whitening:
     def __init__(self) -> None:
         self.num_updates = 0
         self.mean, self.variance = 0.0, 0.0
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._last: tuple[float, float] | None = None
+        """Mean and variance of the last update, if it had values."""
 
     def __call__(
-        self, values: Float[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
-    ) -> Float[Tensor, "batch position"]:
-        """Return the normalized values, and record their statistics. Results outside the mask have no meaning."""
-        chosen = values[mask].cpu().double()
-        sums = torch.stack([torch.tensor(float(len(chosen)), dtype=torch.float64), chosen.sum(), chosen.square().sum()])
-        self._sums += sums
-        mean, variance = moments(sums) if self.num_updates < self.WARMUP else (self.mean, self.variance)
-        return (values - mean) / max(math.sqrt(variance), 1e-8)
+        self,
+        values: Sequence[Float[Tensor, "_ _"]],
+        masks: Sequence[Bool[Tensor, "_ _"]],
+        processes: Processes,
+    ) -> list[Float[Tensor, "_ _"]]:
+        """Return the normalized values of all micro-batches of an update. Results outside the masks have no meaning."""
+        chosen = torch.cat([each[mask].cpu().double() for each, mask in zip(values, masks, strict=True)])
+        count = torch.tensor(float(len(chosen)), dtype=torch.float64)
+        sums = processes.sum(torch.stack([count, chosen.sum(), chosen.square().sum()]))
+        self._last = moments(sums) if sums[0] else None
+        mean, variance = (self.mean, self.variance) if self.num_updates >= self.WARMUP else (self._last or (0.0, 1.0))
+        return [(each - mean) / max(math.sqrt(variance), 1e-8) for each in values]
 
-    def finish_update(self, processes: Processes) -> None:
-        """Update the running averages with the values of all ranks since the last update."""
-        sums = processes.sum(self._sums)
-        if not sums[0]:
+    def finish_update(self) -> None:
+        """Update the running averages with the values of the last update."""
+        if self._last is None:
             return
-        mean, variance = moments(sums)
+        mean, variance = self._last
         share = self.MOMENTUM if self.num_updates else 1.0
         self.mean += share * (mean - self.mean)
         self.variance += share * (variance - self.variance)
         self.num_updates += 1
-        self.discard_update()
-
-    def discard_update(self) -> None:
-        """Discard the statistics of the values since the last update."""
-        self._sums.zero_()
 
 
-def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
-    """Return mean and variance, computed from count, sum and sum of squares. If the count is 0, return 0 and 1."""
-    count, total, squares = sums.tolist()
-    if not count:
-        return 0.0, 1.0
-    return total / count, standard_deviation(total / count, squares / count) ** 2
-
-
-class Critic(Algorithm):
+@dataclass(kw_only=True, eq=False)
+class Critic(ExponentialAlgorithm, UpdateAlgorithm):
     """The algorithm with weights exp(Â / beta). The value head is trained together with the policy."""
+
+    beta: PositiveFloat = 0.9
+    """The divisor of the normalized advantage. The weights differ more if it is smaller."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The discount factor γ of generalized advantage estimation."""
+    trace_decay: Ratio = 0.95
+    """The factor λ of generalized advantage estimation."""
+    value_coef: Annotated[float, Field(ge=0)] = 0.5
+    """The coefficient of the value loss, relative to the loss of the policy."""
 
     needs_values = True
 
-    def __init__(
-        self,
-        *,
-        beta: PositiveFloat = 0.9,
-        discount: Annotated[float, Field(gt=0, le=1)] = 1.0,
-        trace_decay: Ratio = 0.95,
-        weight_min: PositiveFloat = 0.1,
-        weight_max: PositiveFloat = 5.0,
-        value_coef: Annotated[float, Field(ge=0)] = 0.5,
-    ) -> None:
-        """Create the algorithm.
-
-        Args:
-            beta: the divisor of the normalized advantage. The weights differ more if it is smaller.
-            discount: the discount factor γ of generalized advantage estimation.
-            trace_decay: the factor λ of generalized advantage estimation.
-            weight_min: the lower limit to which weights are clipped before they are scaled to mean 1.
-            weight_max: the upper limit to which weights are clipped before they are scaled to mean 1.
-            value_coef: the coefficient of the value loss, relative to the loss of the policy.
-        """
-        require_range(weight_min, weight_max)
-        self.beta, self.discount, self.trace_decay = beta, discount, trace_decay
-        self.weight_min, self.weight_max, self.value_coef = weight_min, weight_max, value_coef
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.whitening = Whitening()
 
-    def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
+    def update_weights(self, observed: Sequence[Observations], processes: Processes) -> list[Float[Tensor, "head _ _"]]:
         """Return the weight of the token of each target. It is the same for all heads that predict the token."""
+        responses = [each.response for each in observed]
+        whitened = self.whitening([self._advantages(each) for each in observed], responses, processes)
+        return [
+            shift_to_heads(self.exponential(advantage / self.beta), len(each.valid), 1.0)
+            for advantage, each in zip(whitened, observed, strict=True)
+        ]
+
+    def _advantages(self, observed: Observations) -> Float[Tensor, "batch position"]:
         assert observed.values is not None and observed.rewards is not None
         rewards = token_rewards(observed.rewards, observed.response)
-        advantage = advantages(
+        return advantages(
             observed.values, rewards, observed.response, discount=self.discount, trace_decay=self.trace_decay
         )
-        exponent = self.whitening(advantage, observed.response) / self.beta
-        # the exponent is clipped instead of the weight, to avoid overflow
-        token_weights = exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
-        return shift_to_heads(token_weights, len(observed.valid), 1.0)
 
-    def finish_update(self, processes: Processes) -> None:
+    def finish_update(self) -> None:
         """Update the running mean and variance of the advantages."""
-        self.whitening.finish_update(processes)
-
-    def discard_update(self) -> None:
-        """Discard the statistics of the advantages of an update that was skipped."""
-        self.whitening.discard_update()
+        self.whitening.finish_update()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean and variance of the advantages, and the number of updates."""

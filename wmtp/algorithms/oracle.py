@@ -4,6 +4,7 @@ Its result is an upper bound, with which the results of other algorithms are com
 because there the harmful tokens are not known.
 """
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -15,21 +16,24 @@ from wmtp.algorithms.base import Algorithm, Observations
 from wmtp.ops.targets import shift_to_heads
 
 
+@dataclass(kw_only=True, eq=False)
 class Oracle(Algorithm):
     """The algorithm that gives harmful tokens `misleading_weight` and all other tokens weight 1.
 
     A token is harmful if it is noise or if it makes a wrong solution wrong.
     """
 
-    needs_token_labels = True
-    weight_max = 1.0
+    misleading_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The weight of harmful tokens. If it is 0, the model is not trained on them."""
+    rescale: bool = True
+    """Whether the weights are scaled to mean 1."""
 
-    def __init__(self, *, misleading_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> None:
-        """Create the algorithm. If `misleading_weight` is 0, the model is not trained on harmful tokens."""
-        self.weight_min = misleading_weight
+    needs_token_labels = True
+    weight_min = 0.0
+    weight_max = 1.0
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
         """Return the weight of the token of each target. It is the same for all heads that predict the token."""
         assert observed.harmful is not None
-        token_weights = torch.where(observed.harmful, self.weight_min, 1.0)
+        token_weights = torch.where(observed.harmful, self.misleading_weight, 1.0)
         return shift_to_heads(token_weights, len(observed.valid), 1.0)

@@ -12,6 +12,7 @@ class Uniform(Algorithm):
 
     weight_min = 1.0
     weight_max = 1.0
+    rescale = False  # the mean is 1 already
 
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
         """Return the weight 1 for every target."""

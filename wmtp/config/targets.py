@@ -22,6 +22,7 @@ GROUP_KINDS = {
     "optimizer": "torch.optim.Optimizer",
     "pretrain": "wmtp.training.stages.Stage",
     "scheduler": "torch.optim.lr_scheduler.LRScheduler",
+    "objective": "wmtp.objectives.mtp.MtpObjective",
     "sweep": "wmtp.sweep.grid.SweepOptions",
     "tracking": "wmtp.tracking.mlflow.MlflowTracker",
 }

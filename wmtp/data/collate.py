@@ -12,6 +12,8 @@ from wmtp.data.split import TOKEN_COLUMNS, TokenizedSplit
 
 IGNORED = -100
 """The label of a position without a training target."""
+MICRO_BATCH_BITS = 12
+"""The number of lower bits of `Batch.number` that identify the micro-batch within its update."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Batch:
     def response(self) -> Bool[Tensor, "batch position"]:
         """A mask that is True at the tokens of solutions."""
         return self.labels != IGNORED
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """A name for each sample, which differs between updates and does not depend on the split of an update."""
+        update = self.number >> MICRO_BATCH_BITS
+        return tuple(f"{update} {record_id}" for record_id in self.record_ids)
 
     def to(self, device: torch.device) -> "Batch":
         """Return a batch with the same content, whose tensors are on `device`."""

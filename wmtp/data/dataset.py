@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmtp.data.collate import Batch, collate
+from wmtp.data.collate import MICRO_BATCH_BITS, Batch, collate
 from wmtp.data.contents import Contents
 from wmtp.data.records import Record
 from wmtp.data.sampler import batches_by_length, epoch_batches, items_for_rank
@@ -93,7 +93,7 @@ class Dataset:
         micro_batches = [
             update_indices[i : i + micro_batch_size] for i in range(0, len(update_indices), micro_batch_size)
         ]
-        first = (epoch << 40) + (update << 12) + processes.rank
+        first = (epoch << 40) + (update << MICRO_BATCH_BITS) + processes.rank
         return [
             collate(self.train, indices, self.tokenizer.padding, first + i * processes.size)
             for i, indices in enumerate(items_for_rank(micro_batches, processes.rank, processes.size))

@@ -1,7 +1,10 @@
 """The interface of objectives. An objective computes the loss and the metrics of a batch."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,6 +14,32 @@ from wmtp.models.mtp import MtpModel
 from wmtp.ops.metric_sums import MetricSums
 
 
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A micro-batch, with the quantities of the whole update on which its loss depends.
+
+    `denominators` contains the denominator of each term of the loss, summed over all micro-batches and ranks of the
+    update.
+    """
+
+    batch: Batch
+    denominators: Mapping[str, Tensor]
+    processes: Processes
+    """The process group of the update."""
+    weights: Float[Tensor, "head batch position"] | None = None
+    """The weights of the targets. If they are None, the micro-batch is the only one that this rank has in the update,
+    and its weights are computed together with its loss."""
+
+
+def total_denominators(parts: Sequence[Mapping[str, Tensor]], processes: Processes) -> dict[str, Tensor]:
+    """Return the sum of the denominators of all micro-batches and ranks. All ranks must call this function.
+
+    `parts` contains the denominators of each micro-batch of this rank, by the name of the term.
+    """
+    table = torch.stack([torch.stack([part[name].float() for name in parts[0]]) for part in parts])
+    return dict(zip(parts[0], processes.sum(table.sum(dim=0)), strict=True))
+
+
 class Objective(Protocol):
     """A definition of the loss and the metrics of a batch. All objectives have the same training loop."""
 
@@ -18,35 +47,20 @@ class Objective(Protocol):
     def name(self) -> str:
         """A short name of the loss. A run can be resumed only if the name has not changed."""
 
-    def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return the denominator of each term of the loss for one micro-batch.
+    def prepare(self, model: MtpModel, batches: Sequence[Batch], processes: Processes) -> list[PreparedBatch]:
+        """Return the micro-batches of this rank with the quantities of the whole update on which their losses depend.
 
-        The denominators of an update are the sums over all its micro-batches and ranks. They do not depend on the
-        outputs of the model, so they are computed before the first forward pass.
-        """
-
-    def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
-        """Check that an update has at least one target.
-
-        Args:
-            denominators: the denominator of each term of the loss, summed over all micro-batches and ranks of the
-                update.
+        Nothing in the result has a gradient. All ranks must call this method.
 
         Raises:
             TrainingError: the update has no target.
         """
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
+    def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[Tensor, MetricSums]:
         """Return the contribution of a micro-batch to the loss of the update, and the metric sums of the micro-batch.
 
         The loss of the update is the sum of these contributions over all micro-batches and ranks. Only the contribution
-        has a gradient.
-
-        Args:
-            model: the model.
-            batch: the micro-batch.
-            denominators: the denominator of each term of the loss, summed over all micro-batches and ranks of the
-                update.
+        has a gradient. All ranks must call this method.
         """
 
     def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
@@ -55,11 +69,8 @@ class Objective(Protocol):
     def metrics(self, sums: MetricSums) -> dict[str, float]:
         """Return the metrics by name, computed from sums over batches and ranks. `loss` is always one of them."""
 
-    def finish_update(self, processes: Processes) -> None:
-        """Update the state after an optimizer step. All ranks must call this method."""
-
-    def discard_update(self) -> None:
-        """Discard the statistics of an update that was skipped."""
+    def finish_update(self) -> None:
+        """Update the state after an optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that is needed to resume a run, as JSON values."""

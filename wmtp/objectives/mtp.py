@@ -1,10 +1,11 @@
 """Weighted multi-token prediction: L = Σ v·w·CE / Σ v over one update.
 
-The sums are over all heads k and positions t. v is the position weight (see `ops.targets.position_weights`), w is the
+The sums are over all heads k and positions t. v is the share of the target (see `ops.targets.target_shares`), w is the
 algorithm's weight, and CE is the cross-entropy of head k at position t in nats. If the model has one head
 and w is 1, L is the usual next-token loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -12,15 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, clip_weights, mean_one_scale
+from wmtp.algorithms.base import Algorithm, Observations, clip_weights
 from wmtp.data.collate import IGNORED, Batch
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import TrainingError
 from wmtp.models.mtp import MtpModel, Outputs
+from wmtp.objectives.base import PreparedBatch, total_denominators
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
-from wmtp.ops.cross_entropy import cross_entropy, weighted_cross_entropy
+from wmtp.objectives.weighting import normalized_weights, weight_scales
+from wmtp.ops.cross_entropy import Chunk, cross_entropy, weighted_cross_entropy
 from wmtp.ops.metric_sums import MetricSums, standard_deviation
-from wmtp.ops.targets import position_weights, shift_to_heads, targets
+from wmtp.ops.targets import Shares, shift_to_heads, target_shares, targets
+
+SINGLE_PROCESS = Processes.single_process()
 
 WeightedSum: TypeAlias = tuple[
     Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]
@@ -34,53 +39,69 @@ class MtpObjective:
     The validation loss does not depend on the algorithm, so runs with different algorithms can be compared.
     """
 
-    def __init__(self, algorithm: Algorithm) -> None:
-        self.algorithm = algorithm
+    def __init__(self, algorithm: Algorithm, *, shares: Shares = "position") -> None:
+        """Create the objective. `shares` is the influence of targets in training, see `ops.targets.target_shares`."""
+        self.algorithm, self.shares = algorithm, shares
         self.value_loss = ValueLoss("reward")
 
     @property
     def name(self) -> str:
-        """The name of the algorithm."""
-        return self.algorithm.name
+        """The name of the algorithm, and the kind of shares if it is not the default."""
+        suffix = "" if self.shares == "position" else f", {self.shares} shares"
+        return f"{self.algorithm.name}{suffix}"
 
-    def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return Σ v and the number of trained values.
+    def prepare(
+        self, model: MtpModel, batches: Sequence[Batch], processes: Processes = SINGLE_PROCESS
+    ) -> list[PreparedBatch]:
+        """Return the micro-batches with the denominators of the update, and with weights if there are several.
 
-        Σ v is the number of positions at which at least one head has a target.
-        """
-        valid = targets(batch.labels, model.num_heads) != IGNORED
-        return torch.stack([valid.any(dim=0).sum(), self.value_loss.denominator(batch)]).float()
-
-    def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
-        """Check that the update has at least one target.
+        The weights of a micro-batch depend on all micro-batches of the update. If the algorithm needs outputs of the
+        model, they are computed in an additional forward pass without gradient.
 
         Raises:
             TrainingError: every label of the update is masked.
         """
-        if not denominators[0]:
+        denominators = total_denominators([self.denominators(model, batch) for batch in batches], processes)
+        if not denominators["targets"]:
             raise TrainingError("no token of the update is a target: every label is masked, so there is no loss")
+        weights: Sequence[Tensor | None] = [None]
+        if len(batches) > 1:
+            observed = [self._observe(model, batch) for batch in batches]
+            shares = [target_shares(each.valid, self.shares) for each in observed]
+            weights = normalized_weights(self.algorithm, observed, shares, processes)
+        return [
+            PreparedBatch(batch, denominators, processes, weight)
+            for batch, weight in zip(batches, weights, strict=True)
+        ]
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
+    def denominators(self, model: MtpModel, batch: Batch) -> dict[str, Tensor]:
+        """Return Σ v and the number of terms of the value loss for one micro-batch."""
+        valid = targets(batch.labels, model.num_heads) != IGNORED
+        total = valid.sum() if self.shares == "target" else valid.any(dim=0).sum()
+        return {"targets": total, "values": self.value_loss.denominator(batch)}
+
+    def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[Tensor, MetricSums]:
         """Return the loss and the metric sums.
 
         The loss is Σ v·w·CE / Σ v. If the model has a value head, the value loss times its coefficient is added.
         """
-        outputs = model(batch.tokens)
-        loss, sums = self.loss_from_outputs(outputs, model, batch, denominators)
+        outputs = model(prepared.batch.tokens)
+        loss, sums = self.loss_from_outputs(outputs, model, prepared)
         if outputs.values is not None:
-            value_sum, value_sums = self.value_loss.sum(outputs.values, batch)
-            loss = loss + self.algorithm.value_coef * value_sum / denominators[1]
+            value_sum, value_sums = self.value_loss.sum(outputs.values, prepared.batch)
+            loss = loss + self.algorithm.value_coef * value_sum / prepared.denominators["values"]
             sums.add(value_sums)
         return loss, sums
 
     def loss_from_outputs(
-        self, outputs: Outputs, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]
+        self, outputs: Outputs, model: MtpModel, prepared: PreparedBatch
     ) -> tuple[Tensor, MetricSums]:
         """Return the loss Σ v·w·CE / Σ v and the metric sums, computed from model outputs."""
+        batch = prepared.batch
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
-        shares = position_weights(valid)
-        total, losses, weights = self._weighted_sum(outputs, model, batch, target, shares)
+        shares = target_shares(valid, self.shares)
+        total, losses, weights = self._weighted_sum(outputs, model, prepared, target, shares)
 
         sums = head_sums(losses, valid)
         share_sum = shares.sum()
@@ -90,81 +111,81 @@ class MtpObjective:
         sums.means["valid_target_ratio"] = (valid.sum(), torch.tensor(batch.num_tokens * len(valid)))
         sums.minima["weight_min"] = weights.where(valid, torch.inf).amin()
         sums.maxima["weight_max"] = weights.where(valid, -torch.inf).amax()
-        return total / denominators[0], sums
+        return total / prepared.denominators["targets"], sums
 
     def _weighted_sum(
-        self, outputs: Outputs, model: MtpModel, batch: Batch, target: Tensor, shares: Tensor
+        self, outputs: Outputs, model: MtpModel, prepared: PreparedBatch, target: Tensor, shares: Tensor
     ) -> WeightedSum:
-        """Return Σ v·w·CE, and the losses and weights of all targets. `shares` contains the position weights v."""
-        observed = self.observations(outputs, batch, target)
-        kinds = {"none": self._sum_without_losses, "own": self._sum_with_own_losses, "all": self._sum_with_all_losses}
-        weighted_sum = kinds[self.algorithm.uses_losses]
-        return weighted_sum(outputs.states, model.unembedding_weight, target, shares, observed)
-
-    def _sum_without_losses(
-        self, states: Tensor, unembedding: Tensor, target: Tensor, shares: Tensor, observed: Observations
-    ) -> WeightedSum:
-        """Compute the weights first, because they depend on no loss, and then everything else in one pass."""
-        weights = self._clipped(observed)
-        weights = weights * mean_one_scale(weights, shares)
+        """Return Σ v·w·CE, and the losses and weights of all targets. `shares` contains the shares v."""
+        states, unembedding, algorithm = outputs.states, model.unembedding_weight, self.algorithm
+        weights, losses = prepared.weights, None
+        if weights is None:
+            observed = self._observations(prepared.batch, target, outputs.values)
+            if algorithm.uses_losses == "own":
+                return self._sum_with_own_losses(states, unembedding, target, shares, observed, prepared.processes)
+            if algorithm.uses_losses == "all":
+                losses = cross_entropy(states.detach(), unembedding.detach(), target)
+                observed = replace(observed, losses=losses)
+            (weights,) = normalized_weights(algorithm, [observed], [shares], prepared.processes)
         factors = (shares * weights).flatten()
-        total, losses, _ = weighted_cross_entropy(states, unembedding, target, lambda losses, rows: factors[rows])
-        return total, losses, weights
+        if losses is not None:  # leave out the targets with weight 0, unless their loss is not finite
+            target = target.masked_fill((weights == 0) & losses.isfinite(), IGNORED)
+        total, new_losses, _ = weighted_cross_entropy(states, unembedding, target, lambda chunk: factors[chunk.rows])
+        return total, new_losses if losses is None else losses, weights
 
     def _sum_with_own_losses(
-        self, states: Tensor, unembedding: Tensor, target: Tensor, shares: Tensor, observed: Observations
+        self,
+        states: Tensor,
+        unembedding: Tensor,
+        target: Tensor,
+        shares: Tensor,
+        observed: Observations,
+        processes: Processes,
     ) -> WeightedSum:
-        """Compute losses and weights in one pass, chunk by chunk. The scale of the weights is known at the end."""
+        """Compute losses and weights in one pass, chunk by chunk. The scales of the weights are known at the end."""
         flat_shares, reference_losses = shares.flatten(), observed.reference_losses
 
-        def _coefficients(losses: Tensor, rows: Tensor) -> Tensor:
-            """Return the coefficient v·w of each row of a chunk, given the losses of the rows."""
-            reference = None if reference_losses is None else reference_losses.flatten()[rows]
-            valid = torch.ones_like(losses, dtype=torch.bool)
-            inputs = Observations(valid, observed.response, losses, reference, number=observed.number)
-            return flat_shares[rows] * self._clipped(inputs)
+        def _coefficients(chunk: Chunk) -> Tensor:
+            """Return the coefficient v·w of each row of a chunk, before the scaling."""
+            reference = None if reference_losses is None else reference_losses.flatten()[chunk.rows]
+            valid = torch.ones_like(chunk.losses, dtype=torch.bool)
+            inputs = replace(observed, valid=valid, losses=chunk.losses, reference_losses=reference)
+            algorithm = self.algorithm
+            weights = clip_weights(algorithm.weights(inputs), valid, algorithm.weight_min, algorithm.weight_max)
+            return flat_shares[chunk.rows] * weights
 
-        total, losses, products = weighted_cross_entropy(states, unembedding, target, _coefficients)
+        totals, losses, products = weighted_cross_entropy(states, unembedding, target, _coefficients, by_head=True)
         weights = products / shares.where(shares > 0, 1.0)
-        scale = mean_one_scale(weights, shares)
-        return total * scale, losses, weights * scale
+        scales = weight_scales(self.algorithm, [weights], [shares], processes)
+        return (totals * scales).sum(), losses, weights * scales[:, None, None]
 
-    def _sum_with_all_losses(
-        self, states: Tensor, unembedding: Tensor, target: Tensor, shares: Tensor, observed: Observations
-    ) -> WeightedSum:
-        """Compute the losses in a pass of their own, then the weights, and then the gradients in a second pass.
+    @torch.no_grad()
+    def _observe(self, model: MtpModel, batch: Batch) -> Observations:
+        """Return all inputs of the algorithm for a micro-batch. The model runs only if the algorithm needs outputs."""
+        target, algorithm = targets(batch.labels, model.num_heads), self.algorithm
+        if algorithm.uses_losses == "none":
+            values = model(batch.tokens, num_heads=0).values if algorithm.needs_values else None
+            return self._observations(batch, target, values)
+        outputs = model(batch.tokens)
+        losses = cross_entropy(outputs.states, model.unembedding_weight, target)
+        return replace(self._observations(batch, target, outputs.values), losses=losses)
 
-        The second pass leaves out the targets with weight 0, unless their loss is not finite.
-        """
-        losses = cross_entropy(states.detach(), unembedding.detach(), target)
-        weights = self._clipped(replace(observed, losses=losses))
-        weights = weights * mean_one_scale(weights, shares)
-        factors = (shares * weights).flatten()
-        trained = target.masked_fill((weights == 0) & losses.isfinite(), IGNORED)
-        total, _, _ = weighted_cross_entropy(states, unembedding, trained, lambda losses, rows: factors[rows])
-        return total, losses, weights
-
-    def _clipped(self, observed: Observations) -> Tensor:
-        """Return the weights of the algorithm, clipped to its range."""
-        algorithm = self.algorithm
-        return clip_weights(algorithm.weights(observed), observed.valid, algorithm.weight_min, algorithm.weight_max)
-
-    def observations(self, outputs: Outputs, batch: Batch, target: Tensor) -> Observations:
+    def _observations(self, batch: Batch, target: Tensor, values: Tensor | None) -> Observations:
         """Return the inputs of the algorithm, except the losses of the policy.
 
         Args:
-            outputs: the outputs of the model.
             batch: the micro-batch.
             target: the targets of all heads. The shape is [head, batch, position].
+            values: the output of the value head, or None if the model has none.
         """
         reference = None
         if self.algorithm.needs_reference:
             assert batch.reference_losses is not None
             reference = shift_to_heads(batch.reference_losses, len(target), 0.0)
-        values = outputs.values.detach() if self.algorithm.needs_values and outputs.values is not None else None
+        values = values.detach() if self.algorithm.needs_values and values is not None else None
         return Observations(
             target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards,
-            number=batch.number, harmful=batch.harmful,
+            harmful=batch.harmful, number=batch.number, samples=batch.samples,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -176,7 +197,9 @@ class MtpObjective:
         model has no value head, all values are NaN.
         """
         target, outputs = targets(batch.labels, model.num_heads), model(batch.tokens)
-        _, losses, weights = self._weighted_sum(outputs, model, batch, target, position_weights(target != IGNORED))
+        shares = target_shares(target != IGNORED, self.shares)
+        alone = PreparedBatch(batch, {}, SINGLE_PROCESS)
+        _, losses, weights = self._weighted_sum(outputs, model, alone, target, shares)
         total, count = torch.zeros_like(weights[0]), torch.zeros_like(weights[0])
         for k in range(1, len(weights) + 1):
             total[:, k:] += weights[k - 1, :, :-k]
@@ -202,7 +225,7 @@ class MtpObjective:
         """
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
-        shares = position_weights(valid)
+        shares = target_shares(valid)
         losses = cross_entropy(outputs.states, model.unembedding_weight, target)
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
@@ -220,13 +243,9 @@ class MtpObjective:
             values["weight_std"] = standard_deviation(values["weight_mean"], values.pop("weight_square"))
         return values
 
-    def finish_update(self, processes: Processes) -> None:
+    def finish_update(self) -> None:
         """Update the state of the algorithm."""
-        self.algorithm.finish_update(processes)
-
-    def discard_update(self) -> None:
-        """Discard the statistics that the algorithm has of an update that was skipped."""
-        self.algorithm.discard_update()
+        self.algorithm.finish_update()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the algorithm."""

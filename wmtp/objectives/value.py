@@ -1,15 +1,16 @@
 """The objective of stage 1 of critic. The value head is trained alone or together with the language model."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.data.collate import Batch
 from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel, Outputs
-from wmtp.objectives.mtp import MtpObjective
+from wmtp.objectives.base import PreparedBatch, total_denominators
+from wmtp.objectives.mtp import SINGLE_PROCESS, MtpObjective
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.ops.metric_sums import MetricSums
 
@@ -33,37 +34,34 @@ class ValueObjective:
         suffix = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
         return f"value of {self.value_loss.kind}{suffix}"
 
-    def denominators(self, model: MtpModel, batch: Batch) -> Float[Tensor, " part"]:
-        """Return the denominator of the value loss, followed by the denominators of the language-model loss."""
-        num_values = self.value_loss.denominator(batch).float()[None]
-        if self.language_model is None:
-            return num_values
-        return torch.cat([num_values, self.language_model.denominators(model, batch)])
-
-    def check_denominators(self, denominators: Float[Tensor, " part"]) -> None:
-        """Check that the update has a target of the language model, if the language model is trained.
-
-        An update without a term of the value loss is allowed.
+    def prepare(
+        self, model: MtpModel, batches: Sequence[Batch], processes: Processes = SINGLE_PROCESS
+    ) -> list[PreparedBatch]:
+        """Return the micro-batches with the denominators of the update.
 
         Raises:
-            TrainingError: the language model has no target.
+            TrainingError: the language model is trained, but has no target. An update without a term of the value loss
+                is allowed.
         """
-        if self.language_model is not None:
-            self.language_model.check_denominators(denominators[1:])
+        parts = [{"values": self.value_loss.denominator(batch)} for batch in batches]
+        values = total_denominators(parts, processes)
+        if self.language_model is None:
+            return [PreparedBatch(batch, values, processes) for batch in batches]
+        prepared = self.language_model.prepare(model, batches, processes)
+        return [replace(each, denominators={**each.denominators, **values}) for each in prepared]
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: Float[Tensor, " part"]) -> tuple[Tensor, MetricSums]:
+    def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[Tensor, MetricSums]:
         """Return the loss L and the metric sums, computed from one forward pass."""
+        batch, num_values = prepared.batch, prepared.denominators["values"].clamp(min=1)
         if self.language_model is None:
             total, sums = self.value_loss.sum(self._values(model, batch), batch)
-            return total / denominators[0].clamp(min=1), sums
+            return total / num_values, sums
         outputs = model(batch.tokens)
         assert outputs.values is not None
         total, sums = self.value_loss.sum(outputs.values, batch)
-        language_model_loss, language_model_sums = self.language_model.loss_from_outputs(
-            outputs, model, batch, denominators[1:]
-        )
+        language_model_loss, language_model_sums = self.language_model.loss_from_outputs(outputs, model, prepared)
         sums.add(language_model_sums)
-        return total / denominators[0].clamp(min=1) + self.language_model_coef * language_model_loss, sums
+        return total / num_values + self.language_model_coef * language_model_loss, sums
 
     def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of the values and, if the language model is trained, of the losses of the heads."""
@@ -85,10 +83,7 @@ class ValueObjective:
         values["loss"] = values.get("value_loss", 0.0) + self.language_model_coef * language_model_loss
         return values | {"language_model_loss": language_model_loss}
 
-    def finish_update(self, processes: Processes) -> None:
-        """Do nothing, because this objective has no state between updates."""
-
-    def discard_update(self) -> None:
+    def finish_update(self) -> None:
         """Do nothing, because this objective has no state between updates."""
 
     def state_dict(self) -> dict[str, Any]:

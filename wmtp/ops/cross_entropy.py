@@ -5,7 +5,7 @@ target of each head. Only the logits of one chunk exist at a time.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -23,12 +23,8 @@ It is small relative to the rest of the memory, but large enough for fast matrix
 LOG2_E = 1 / math.log(2)
 """log2(e)."""
 
-Coefficients: TypeAlias = Callable[[Float[Tensor, " row"], Int[Tensor, " row"]], Float[Tensor, " row"]]
-"""A function that returns the coefficient of each row of a chunk.
-
-Its arguments are the losses of the rows, and their flat indices into [head, batch, position]. It is called once per
-chunk, without gradient.
-"""
+RowFunction: TypeAlias = Callable[["Chunk"], Float[Tensor, " row"]]
+"""A function that returns one number for each row of a chunk. It is called once per chunk, without gradient."""
 
 
 Parameters = ParamSpec("Parameters")
@@ -53,12 +49,30 @@ def cross_entropy(
     The result has no gradient. Its dtype is fp32 or more precise. Logits exist for at most `chunk_rows` rows at a time.
     If `chunk_rows` is None, a default number of rows is used.
     """
+    (losses,) = row_statistics(states, unembedding, targets, [lambda chunk: chunk.losses], chunk_rows)
+    return losses
+
+
+@uncompiled
+def row_statistics(
+    states: Float[Tensor, "head batch position dim"],
+    unembedding: Float[Tensor, "vocabulary dim"],
+    targets: Int[Tensor, "head batch position"],
+    functions: Sequence[RowFunction],
+    chunk_rows: int | None = None,
+) -> list[Float[Tensor, "head batch position"]]:
+    """Return the results of several functions for every target, or 0 where there is no target.
+
+    The logits of a row are computed once for all functions. The results have no gradient, and their dtype is fp32 or
+    more precise. See `cross_entropy` for `chunk_rows`.
+    """
     dtype = product_dtype(states, unembedding)
     with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
-        losses = states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype))
+        results = [states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype)) for _ in functions]
         for chunk in chunks(states, unembedding.to(dtype), targets, chunk_rows):
-            losses.index_copy_(0, chunk.rows, chunk.losses)
-    return losses.view(targets.shape)
+            for result, function in zip(results, functions, strict=True):
+                result.index_copy_(0, chunk.rows, function(chunk))
+    return [result.view(targets.shape) for result in results]
 
 
 @uncompiled
@@ -66,13 +80,16 @@ def weighted_cross_entropy(
     states: Float[Tensor, "head batch position dim"],
     unembedding: Float[Tensor, "vocabulary dim"],
     targets: Int[Tensor, "head batch position"],
-    coefficients: Coefficients,
+    coefficients: RowFunction,
     chunk_rows: int | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]]:
+    *,
+    by_head: bool = False,
+) -> tuple[Float[Tensor, "*head"], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]]:
     """Return the sum Σ c·CE, the losses CE in nats and the coefficients c.
 
-    Only the sum has a gradient. The gradients are computed together with the losses and stored until `backward`, which
-    can run only once. If all rows have a common factor, such as 1/Σ c, multiply the returned sum by this factor. Loss,
+    If `by_head` is true, the first result contains a sum for each head instead of the sum over all heads. Only the sums
+    have a gradient. The gradients are computed together with the losses and stored until `backward`, which can run only
+    once. If all rows of a sum have a common factor, such as 1/Σ c, multiply the returned sum by this factor. Loss,
     coefficient and gradient are 0 where there is no target.
 
     Logits exist for at most `chunk_rows` rows at a time. If `chunk_rows` is None, a default number of rows is used. If
@@ -84,7 +101,7 @@ def weighted_cross_entropy(
     """
     needs_gradient = tuple(torch.is_grad_enabled() and x.requires_grad for x in (states, unembedding))
     out: tuple[Tensor, Tensor, Tensor] = WeightedCrossEntropy.apply(
-        states, unembedding, targets, coefficients, chunk_rows, needs_gradient
+        states, unembedding, targets, coefficients, chunk_rows, by_head, needs_gradient
     )  # type: ignore[no-untyped-call]
     return out
 
@@ -92,7 +109,7 @@ def weighted_cross_entropy(
 class WeightedCrossEntropy(torch.autograd.Function):
     """The autograd function of `weighted_cross_entropy`.
 
-    It sums the unembedding's gradient over all chunks, in fp32 or a more precise dtype.
+    It sums the unembedding's gradient over the chunks of each sum, in fp32 or a more precise dtype.
     """
 
     @staticmethod
@@ -101,23 +118,26 @@ class WeightedCrossEntropy(torch.autograd.Function):
         states: Tensor,
         unembedding: Tensor,
         targets: Tensor,
-        coefficients: Coefficients,
+        coefficients: RowFunction,
         chunk_rows: int | None,
+        by_head: bool,
         needs_gradient: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sum, the losses and the coefficients. Store the gradients of the sum in `ctx`."""
+        """Return the sums, the losses and the coefficients. Store the gradients of the sums in `ctx`."""
         dtype = product_dtype(states, unembedding)
         weight = unembedding.to(dtype)
+        num_groups = len(targets) if by_head else 1
         # not zeros_like, which would keep the strides of an expanded or transposed input
         states_gradient = states.new_zeros(targets.numel(), states.shape[-1]) if needs_gradient[0] else None
-        unembedding_gradient = None
+        unembedding_gradients = None
         if needs_gradient[1]:
-            unembedding_gradient = unembedding.new_zeros(unembedding.shape, dtype=statistics_dtype(unembedding.dtype))
+            shape, sum_dtype = (num_groups, *unembedding.shape), statistics_dtype(unembedding.dtype)
+            unembedding_gradients = unembedding.new_zeros(shape, dtype=sum_dtype)
         losses = states.new_zeros(targets.numel(), dtype=statistics_dtype(dtype))
         all_factors = torch.zeros_like(losses)
         with torch.autocast(states.device.type, enabled=False):
-            for chunk in chunks(states, weight, targets, chunk_rows):
-                factors = coefficients(chunk.losses, chunk.rows).to(losses.dtype)
+            for chunk in chunks(states, weight, targets, chunk_rows, by_head=by_head):
+                factors = coefficients(chunk).to(losses.dtype)
                 losses.index_copy_(0, chunk.rows, chunk.losses)
                 all_factors.index_copy_(0, chunk.rows, factors)
                 if not any(needs_gradient):
@@ -126,24 +146,25 @@ class WeightedCrossEntropy(torch.autograd.Function):
                 if states_gradient is not None:
                     rows = (errors @ weight).mul_(factors)
                     states_gradient.index_copy_(0, chunk.rows, rows.to(states.dtype))
-                if unembedding_gradient is not None:
-                    rows = (chunk.states * factors).to(dtype)
-                    if dtype == unembedding_gradient.dtype:
-                        unembedding_gradient.addmm_(errors.T, rows)
+                if unembedding_gradients is not None:
+                    rows, gradient = (chunk.states * factors).to(dtype), unembedding_gradients[chunk.group]
+                    if dtype == gradient.dtype:
+                        gradient.addmm_(errors.T, rows)
                     else:
-                        unembedding_gradient.add_(errors.T @ rows)
+                        gradient.add_(errors.T @ rows)
         ctx.gradients = (
             None if states_gradient is None else states_gradient.view(states.shape),
-            unembedding_gradient,
+            unembedding_gradients,
         )
         ctx.unembedding_dtype = unembedding.dtype
         losses, all_factors = losses.view(targets.shape), all_factors.view(targets.shape)
         ctx.mark_non_differentiable(losses, all_factors)
-        return (losses * all_factors).sum(), losses, all_factors
+        products = losses * all_factors
+        return products.flatten(1).sum(dim=1) if by_head else products.sum(), losses, all_factors
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the stored gradients, multiplied by the gradient of the sum."""
+        """Return the stored gradients, multiplied by the gradients of the sums."""
         if torch.is_grad_enabled():
             raise RuntimeError("weighted_cross_entropy has no second derivative: remove create_graph=True")
         if ctx.gradients is None:
@@ -152,11 +173,15 @@ class WeightedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
-                gradient.mul_(output_gradients[0])
-        states_gradient, unembedding_gradient = gradients
-        if unembedding_gradient is not None:
+                gradient.mul_(output_gradients[0].view(-1, *[1] * (gradient.ndim - 1)))
+        states_gradient, unembedding_gradients = gradients
+        unembedding_gradient = None
+        if unembedding_gradients is not None:
+            unembedding_gradient = unembedding_gradients[0]
+            for other in unembedding_gradients[1:]:
+                unembedding_gradient += other
             unembedding_gradient = unembedding_gradient.to(ctx.unembedding_dtype)
-        return states_gradient, unembedding_gradient, None, None, None, None
+        return states_gradient, unembedding_gradient, None, None, None, None, None
 
 
 class Chunk:
@@ -179,9 +204,19 @@ class Chunk:
         states: Float[Tensor, "row dim"],
         unembedding: Float[Tensor, "vocabulary dim"],
         buffers: tuple[Float[Tensor, "buffer vocabulary"], Float[Tensor, "buffer vocabulary"]],
+        group: int,
     ) -> None:
-        """Compute the losses of the rows. The buffers are `products` and `exponentials`, and may have more rows."""
-        self.rows, self.targets, self.states = rows, targets, states
+        """Compute the losses of the rows.
+
+        Args:
+            rows: the flat indices of the rows into [head, batch, position].
+            targets: the target of each row.
+            states: the hidden state of each row.
+            unembedding: the matrix that maps hidden states to logits.
+            buffers: `products` and `exponentials`, which may have more rows.
+            group: the index of the sum to which the rows belong.
+        """
+        self.rows, self.targets, self.states, self.group = rows, targets, states, group
         products, exponentials = buffers
         self.has_one_buffer = products is exponentials
         self.exponentials = exponentials[: len(rows)]
@@ -213,8 +248,13 @@ def chunks(
     unembedding: Float[Tensor, "vocabulary dim"],
     targets: Int[Tensor, "head batch position"],
     chunk_rows: int | None,
+    *,
+    by_head: bool = False,
 ) -> Iterator[Chunk]:
-    """Yield the rows with a target in chunks of nearly equal size, which share their buffers."""
+    """Yield the rows with a target in chunks of nearly equal size, which share their buffers.
+
+    If `by_head` is true, each chunk contains rows of only one head, and its group is the index of this head.
+    """
     rows = (targets != IGNORED).flatten().nonzero().squeeze(1)
     if not len(rows):
         return
@@ -222,14 +262,21 @@ def chunks(
     vocab_size, dtype = len(unembedding), statistics_dtype(unembedding.dtype)
     size = GPU_CHUNK_BYTES if states.device.type == "cuda" else CHUNK_BYTES
     chunk_rows = chunk_rows or max(1, size // (vocab_size * dtype.itemsize))
-    row_chunks = rows.tensor_split(-(-len(rows) // chunk_rows))
-    exponentials = states.new_empty(len(row_chunks[0]), vocab_size, dtype=dtype)
+    groups = [rows]
+    if by_head:
+        counts = (targets != IGNORED).flatten(1).sum(dim=1)
+        groups = list(torch.split(rows, counts.tolist()))
+    parts = [
+        (i, part) for i, group in enumerate(groups) for part in group.tensor_split(-(-len(group) // chunk_rows) or 1)
+    ]
+    exponentials = states.new_empty(max(len(part) for _, part in parts), vocab_size, dtype=dtype)
     products = exponentials
     if unembedding.dtype != dtype:
         products = states.new_empty(exponentials.shape, dtype=unembedding.dtype)
-    for chunk in row_chunks:
-        chunk_states = flat_states[chunk].to(unembedding.dtype)
-        yield Chunk(chunk, flat_targets[chunk], chunk_states, unembedding, (products, exponentials))
+    for group_index, part in parts:
+        if len(part):
+            part_states = flat_states[part].to(unembedding.dtype)
+            yield Chunk(part, flat_targets[part], part_states, unembedding, (products, exponentials), group_index)
 
 
 def product_dtype(states: Tensor, unembedding: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.distributed.process_group import Processes
@@ -82,3 +83,9 @@ def sum_in_order(batches: Sequence[MetricSums], num_batches: int, processes: Pro
 def standard_deviation(mean: float, mean_of_squares: float) -> float:
     """Return the standard deviation, or 0 if the variance is negative because of rounding errors."""
     return math.sqrt(max(mean_of_squares - mean * mean, 0.0))
+
+
+def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
+    """Return mean and variance, computed from count, sum and sum of squares."""
+    count, total, squares = sums.tolist()
+    return total / count, standard_deviation(total / count, squares / count) ** 2

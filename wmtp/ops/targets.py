@@ -1,4 +1,6 @@
-"""The targets of each head at each position, and weights with which all positions have equal influence."""
+"""The targets of each head at each position, and the share of each target in the loss."""
+
+from typing import Literal
 
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -39,10 +41,16 @@ def targets(
     return out
 
 
-def position_weights(valid: Bool[Tensor, "head batch position"]) -> Float[Tensor, "head batch position"]:
-    """Return the position weights v. If n heads have a target at a position, each of these heads has the weight 1 / n.
+Shares = Literal["position", "target"]
+"""The influence of targets: all positions have equal influence, or all targets."""
 
-    The other heads have the weight 0. The sum of the weights of a position with targets is 1, so all these positions
-    have equal influence.
+
+def target_shares(
+    valid: Bool[Tensor, "head batch position"], shares: Shares = "position"
+) -> Float[Tensor, "head batch position"]:
+    """Return the share v of every target, which is 0 where there is no target.
+
+    If `shares` is "position" and n heads have a target at a position, each of these targets has the share 1 / n. The
+    shares of a position then sum to 1. If `shares` is "target", every target has the share 1.
     """
-    return valid / valid.sum(dim=0).clamp(min=1)
+    return valid.float() if shares == "target" else valid / valid.sum(dim=0).clamp(min=1)

@@ -17,6 +17,7 @@ from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
+from wmtp.ops.targets import Shares
 
 
 class Stage(Protocol):
@@ -31,8 +32,8 @@ class Stage(Protocol):
     saves_value_head: bool
     """Whether the value head is saved in a separate file in addition to the checkpoint."""
 
-    def objective(self) -> Objective:
-        """Return the objective of the stage."""
+    def objective(self, shares: Shares) -> Objective:
+        """Return the objective of the stage. `shares` is the influence of targets (`MtpObjective`)."""
 
     def freeze(self, model: MtpModel) -> None:
         """Freeze all parameters that this stage does not train."""
@@ -77,9 +78,9 @@ class ValueStage(Stage):
         self.saves_value_head, self.reuse = save_value_head, reuse
         self.needs_hidden_states = trains == "head"
 
-    def objective(self) -> Objective:
+    def objective(self, shares: Shares) -> Objective:
         """Return the objective of the stage."""
-        language_model = MtpObjective(Uniform()) if self.trains == "all" else None
+        language_model = MtpObjective(Uniform(), shares=shares) if self.trains == "all" else None
         return ValueObjective(self.value_loss, language_model, self.language_model_coef)
 
     def freeze(self, model: MtpModel) -> None:
@@ -113,9 +114,9 @@ class ReferenceStage(Stage):
         """
         self.reuse = reuse
 
-    def objective(self) -> Objective:
+    def objective(self, shares: Shares) -> Objective:
         """Return the objective of the stage."""
-        return MtpObjective(Uniform())
+        return MtpObjective(Uniform(), shares=shares)
 
     def freeze(self, model: MtpModel) -> None:
         """Do nothing, because this stage trains all parameters."""

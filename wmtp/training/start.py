@@ -91,7 +91,7 @@ def build_stage_trainer(
     stage.freeze(model)
     if stage.needs_hidden_states and with_columns:
         data = components.columns.with_hidden_states(model, data)
-    return build_trainer(settings, folder, components.hardware, data, model, stage.objective())
+    return build_trainer(settings, folder, components.hardware, data, model, stage.objective(config.objective.shares))
 
 
 def find_stage_result(folder: Path, config: DictConfig, stage: Stage) -> str | None:

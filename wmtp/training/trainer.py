@@ -154,9 +154,8 @@ class Trainer:
         values |= {"grad_norm": grad_norm, "lr": float(self.scheduler.get_last_lr()[0])}
         if self.finite_check.passes(self.position.step + 1, values["loss"], grad_norm, sums, batches):
             self.optimizer.step()
-            self.objective.finish_update(self.processes)
+            self.objective.finish_update()
         else:
-            self.objective.discard_update()
             values["skipped_updates"] = float(self.finite_check.num_skipped)
         self._step_scheduler()
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,15 +171,14 @@ class Trainer:
 
         The gradients of all micro-batches are summed in the parameters.
         """
-        local_denominators = torch.stack([self.objective.denominators(self.model, batch) for batch in batches])
-        denominators = self.processes.sum(local_denominators.sum(dim=0))
-        self.objective.check_denominators(denominators)
         sums = MetricSums()
         self.model.train()
-        for number, batch in enumerate(batches, start=1):
+        with self.hardware.autocast():
+            prepared_batches = self.objective.prepare(self.model, batches, self.processes)
+        for number, prepared in enumerate(prepared_batches, start=1):
             synchronize_gradients(self.model, number == len(batches) or self.hardware.reduce_each_micro_batch)
             with self.hardware.autocast():
-                loss, batch_sums = self.objective.loss(self.model, batch, denominators)
+                loss, batch_sums = self.objective.loss(self.model, prepared)
             # torch averages gradients over ranks, but the loss of the update is the sum over ranks
             torch.autograd.backward(loss * self.processes.size)
             sums.add(batch_sums)

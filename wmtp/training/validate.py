@@ -60,6 +60,7 @@ class RunOptions:
     cache_dir: OutputPath
     report: bool
     sweep: Any
+    objective: Any
 
 
 REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")

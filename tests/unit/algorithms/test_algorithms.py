@@ -1,6 +1,7 @@
 """Tests of all weightings; each property has a naive weighting that violates it."""
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wmtp.algorithms.base import Algorithm, Observations, clip_weights, mean_one_scale
+from wmtp.algorithms.base import Algorithm, Observations, clip_weights, mean_one_scales
 from wmtp.algorithms.controls import Control, Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
@@ -21,7 +22,7 @@ from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED
 from wmtp.distributed.process_group import Processes
 from wmtp.ops.returns import advantages, token_rewards
-from wmtp.ops.targets import position_weights, targets
+from wmtp.ops.targets import target_shares, targets
 
 NUM_HEADS = 3
 ALONE = Processes()
@@ -34,13 +35,19 @@ def generator(seed: int) -> torch.Generator:
 def random_shares(seed: int) -> Tensor:
     valid = torch.rand(NUM_HEADS, 2, 7, generator=generator(seed)) < 0.6
     valid[0, 0, 0] = True
-    return position_weights(valid)
+    return target_shares(valid)
 
 
 def scaled(raw: Tensor, shares: Tensor, low: float, high: float) -> Tensor:
     """Return raw weights after clipping and scaling."""
     weights = clip_weights(raw, shares > 0, low, high)
     return weights * mean_one_scale(weights, shares)
+
+
+def mean_one_scale(weights: Tensor, shares: Tensor) -> Tensor:
+    """Return the common factor of all heads."""
+    sums = (shares * weights).sum(dim=(1, 2)), shares.sum(dim=(1, 2))
+    return mean_one_scales(*sums, per_head=False)[0]
 
 
 def random_observations(
@@ -61,12 +68,17 @@ def random_observations(
         values=torch.randn(response.shape, generator=source),
         rewards=torch.rand(batch, generator=source),
         number=number,
+        samples=samples_of(batch, number),
     )
 
 
+def samples_of(batch: int, number: int) -> tuple[str, ...]:
+    return tuple(f"{number} {row}" for row in range(batch))
+
+
 def with_number(observed: Observations, number: int) -> Observations:
-    """Return the same observations with the number of another micro-batch."""
-    return replace(observed, number=number)
+    """Return the same observations in another update."""
+    return replace(observed, number=number, samples=samples_of(len(observed.response), number))
 
 
 def saved_and_resumed(algorithm: Algorithm, fresh: Algorithm) -> Algorithm:
@@ -149,7 +161,7 @@ def test_weights_have_no_gradient() -> None:
 
 def test_uniform_weights_are_exactly_one() -> None:
     observed, algorithm = random_observations(3), Uniform()
-    shares = position_weights(observed.valid)
+    shares = target_shares(observed.valid)
     weights = scaled(algorithm.weights(observed), shares, algorithm.weight_min, algorithm.weight_max)
     assert torch.equal(weights, observed.valid.float())
 
@@ -219,52 +231,67 @@ def token_weights(weights: Tensor, response: Tensor) -> Tensor:
     return torch.nn.functional.pad(weights[0, :, :-1], (1, 0))[response]
 
 
-def test_advantages_are_whitened_by_batch_moments_for_ten_updates_and_then_by_running_moments() -> None:
+def test_advantages_are_whitened_by_moments_of_the_update_ten_times_and_then_by_running_moments() -> None:
     critic, mean, variance = Critic(), 0.0, 0.0
     for update in range(14):
         batches = [random_observations(100 + 2 * update), random_observations(101 + 2 * update, batch=5)]
-        for observed in batches:
-            own = naive_advantages(observed)
+        pooled = torch.cat([naive_advantages(observed) for observed in batches])
+        own_mean, own_variance = pooled.mean().item(), pooled.var(correction=0).item()
+        for observed, weights in zip(batches, critic.update_weights(batches, ALONE), strict=True):
+            alone = naive_advantages(observed)
             expected = {
-                "own": whitened_weights(observed, own.mean().item(), own.var(correction=0).item()),
+                "update": whitened_weights(observed, own_mean, own_variance),
+                "micro-batch": whitened_weights(observed, alone.mean().item(), alone.var(correction=0).item()),
                 "running": whitened_weights(observed, mean, variance) if update else None,
             }
             has_head_1_weight = observed.response.clone()
             has_head_1_weight[:, 0] = False  # no head predicts it
-            got = token_weights(critic.weights(observed), has_head_1_weight)
-            used, unused = ("own", "running") if update < 10 else ("running", "own")
+            got = token_weights(weights, has_head_1_weight)
+            used = "update" if update < 10 else "running"
             inside = has_head_1_weight[observed.response]
-            torch.testing.assert_close(got, expected[used][inside], rtol=1e-4, atol=1e-5)
-            if expected[unused] is not None:
-                assert not torch.allclose(got, expected[unused][inside], rtol=1e-3)
-        pooled = torch.cat([naive_advantages(observed) for observed in batches])
+            for name, candidate in expected.items():
+                if candidate is not None:
+                    is_close = torch.allclose(got, candidate[inside], rtol=1e-4, atol=1e-5)
+                    assert is_close is (name == used), name
         share = 0.1 if update else 1.0
-        mean += share * (pooled.mean().item() - mean)
-        variance += share * (pooled.var(correction=0).item() - variance)
-        critic.finish_update(ALONE)
+        mean += share * (own_mean - mean)
+        variance += share * (own_variance - variance)
+        critic.finish_update()
     state = critic.state_dict()
     assert (state["updates"], state["mean"], state["variance"]) == (14, pytest.approx(mean), pytest.approx(variance))
-    critic.finish_update(ALONE)
-    assert critic.state_dict() == state, "an update without weights changed the state"
+
+
+def test_an_update_without_values_does_not_change_the_running_moments() -> None:
+    critic, empty = Critic(), random_observations(1)
+    critic.weights(random_observations(0))
+    critic.finish_update()
+    state = critic.state_dict()
+    nothing = torch.zeros_like(empty.response)
+    critic.weights(replace(empty, response=nothing, valid=torch.zeros_like(empty.valid)))
+    critic.finish_update()
+    assert critic.state_dict() == state
+    critic.weights(random_observations(1))
+    critic.finish_update()
+    assert critic.state_dict() != state
 
 
 @pytest.mark.parametrize("make", [Critic, lambda: Shuffled(of=Critic())])
-def test_critic_discards_skipped_updates(make: Callable[[], Algorithm]) -> None:
+def test_critic_does_not_count_skipped_updates(make: Callable[[], Algorithm]) -> None:
     one, other, naive = make(), make(), make()
     for algorithm in (one, other, naive):
         algorithm.weights(random_observations(1))
-        algorithm.finish_update(ALONE)
+        algorithm.finish_update()
     batch_to_skip = random_observations(2)
     assert batch_to_skip.values is not None
     broken = replace(batch_to_skip, values=batch_to_skip.values * torch.nan)
     for algorithm in (one, naive):
         algorithm.weights(broken)
-    one.discard_update()
+    naive.finish_update()
     for algorithm in (one, other, naive):
         algorithm.weights(random_observations(3))
-        algorithm.finish_update(ALONE)
+        algorithm.finish_update()
     assert one.state_dict() == other.state_dict()
-    assert "nan" in str(naive.state_dict()), "the control: without discarding, the averages are not NaN"
+    assert "nan" in str(naive.state_dict()), "the control: if the skipped update is counted, the averages are NaN"
 
 
 @pytest.mark.parametrize("updates", [0, 4, 12])
@@ -272,12 +299,12 @@ def test_resumed_critic_has_bitwise_equal_weights(updates: int) -> None:
     critic = Critic()
     for update in range(updates):
         critic.weights(random_observations(update))
-        critic.finish_update(ALONE)
+        critic.finish_update()
     resumed, without_state = saved_and_resumed(critic, Critic()), Critic()
     for update in range(50, 50 + 12 - updates):
         for one in (critic, resumed, without_state):
             one.weights(random_observations(update))
-            one.finish_update(ALONE)
+            one.finish_update()
     expected = critic.weights(random_observations(99))
     assert torch.equal(resumed.weights(random_observations(99)), expected)
     assert torch.equal(without_state.weights(random_observations(99)), expected) is (updates == 0)
@@ -368,6 +395,22 @@ def test_each_head_skips_the_targets_with_the_least_excess(seed: int, tenths: in
         assert kept[observed.valid].all()
 
 
+def test_targets_of_all_micro_batches_are_ranked_together() -> None:
+    observed = round_losses(random_observations(4, batch=5))
+
+    def rows(*chosen: int) -> Observations:
+        part = {
+            name: x[..., list(chosen), :] for name, x in vars(observed).items() if isinstance(x, Tensor) and x.ndim > 1
+        }
+        return replace(observed, **part, rewards=None, number=chosen[0])
+
+    expected = TokenSkip().weights(observed)
+    parts = TokenSkip().update_weights([rows(0, 1), rows(2, 3, 4)], ALONE)
+    assert torch.equal(torch.cat([*parts], dim=1), expected)
+    apart = [TokenSkip().weights(part) for part in (rows(0, 1), rows(2, 3, 4))]
+    assert not torch.equal(torch.cat(apart, dim=1), expected), "the control: each micro-batch by itself"
+
+
 @pytest.mark.parametrize("naive", ["all heads together", "head 1 too", "losses alone", "rounded down", "of positions"])
 def test_control_other_selections_are_detected(naive: str) -> None:
     observed = random_observations(4, batch=5)
@@ -435,9 +478,9 @@ def distinct_weights(observed: Observations) -> FixedWeights:
 
 
 def check_sequences_keep_their_weights(shuffled: Tensor, original: Tensor, valid: Tensor) -> None:
-    for row in range(valid.shape[1]):
-        mask = valid[:, row]
-        assert sorted(shuffled[:, row][mask].tolist()) == sorted(original[:, row][mask].tolist())
+    for head, row in itertools.product(range(valid.shape[0]), range(valid.shape[1])):
+        mask = valid[head, row]
+        assert sorted(shuffled[head, row][mask].tolist()) == sorted(original[head, row][mask].tolist())
 
 
 @settings(deadline=None, max_examples=50)
@@ -449,14 +492,17 @@ def test_shuffling_keeps_each_sequences_weights_and_moves_them(seed: int) -> Non
     check_sequences_keep_their_weights(shuffled, of.fixed, observed.valid)
     assert not torch.equal(shuffled[observed.valid], of.fixed[observed.valid])
 
-    mixed, chosen = of.fixed.clone(), of.fixed[observed.valid]
-    mixed[observed.valid] = chosen[torch.randperm(len(chosen), generator=generator(seed))]
-    with pytest.raises(AssertionError):  # the control: shuffled across sequences
-        check_sequences_keep_their_weights(mixed, of.fixed, observed.valid)
+    for parts in (observed.valid[None], [observed.valid & (torch.arange(3) == row)[:, None] for row in range(3)]):
+        mixed = of.fixed.clone()
+        for part in parts:
+            chosen = of.fixed[part]
+            mixed[part] = chosen[torch.randperm(len(chosen), generator=generator(seed))]
+        with pytest.raises(AssertionError):  # the control: shuffled across sequences or heads
+            check_sequences_keep_their_weights(mixed, of.fixed, observed.valid)
 
 
 @pytest.mark.slow
-def test_shuffling_moves_a_weight_to_every_target_of_its_sequence_equally_often() -> None:
+def test_shuffling_moves_a_weight_to_every_target_of_its_head_and_sequence_equally_often() -> None:
     observed = random_observations(2, batch=2, length=7, num_heads=2)
     weights = torch.full(observed.valid.shape, 1.0)
     head, position = observed.valid[:, 1].nonzero()[0].tolist()
@@ -464,52 +510,92 @@ def test_shuffling_moves_a_weight_to_every_target_of_its_sequence_equally_often(
     algorithm, draws, destinations = Shuffled(of=FixedWeights(weights)), 3000, torch.zeros(observed.valid.shape)
     for number in range(draws):
         destinations += algorithm.weights(with_number(observed, number)) == 9.0
-    valid_targets = observed.valid[:, 1]
+    valid_targets = observed.valid[head, 1]
     share = 1 / int(valid_targets.sum())
-    assert destinations.sum() == destinations[:, 1][valid_targets].sum() == draws
-    assert (destinations[:, 1][valid_targets] / draws - share).abs().max() < 5 * math.sqrt(share * (1 - share) / draws)
-
-
-NUMBERS = [epoch << 40 | update << 12 | piece for epoch in (0, 1, 5) for update in (0, 1, 300) for piece in (0, 1)]
-"""Numbers of micro-batches of several epochs and updates, in the format of a data set."""
-
-
-def check_each_micro_batch_has_its_own_draws(weights: Callable[[Observations, int], Tensor]) -> None:
-    observed = random_observations(6)
-    draws = [weights(with_number(observed, number), 3)[observed.valid] for number in NUMBERS]
-    again = [weights(with_number(observed, number), 3)[observed.valid] for number in reversed(NUMBERS)]
-    assert all(torch.equal(one, same) for one, same in zip(draws, reversed(again), strict=True)), (
-        "weights depend on the order of the micro-batches"
+    assert destinations.sum() == destinations[head, 1][valid_targets].sum() == draws
+    assert (destinations[head, 1][valid_targets] / draws - share).abs().max() < 5 * math.sqrt(
+        share * (1 - share) / draws
     )
-    assert len({tuple(draw.tolist()) for draw in draws}) == len(NUMBERS)
-    others = [weights(with_number(observed, number), 4)[observed.valid] for number in NUMBERS]
+
+
+UPDATES = [epoch << 28 | update for epoch in (0, 1, 5) for update in (0, 1, 300)]
+"""Numbers of updates of several epochs, in the format of the names of samples."""
+
+
+def check_each_update_has_its_own_draws(weights: Callable[[Observations, int], Tensor]) -> None:
+    observed = random_observations(6)
+    draws = [weights(with_number(observed, number), 3)[observed.valid] for number in UPDATES]
+    again = [weights(with_number(observed, number), 3)[observed.valid] for number in reversed(UPDATES)]
+    assert all(torch.equal(one, same) for one, same in zip(draws, reversed(again), strict=True)), (
+        "weights depend on the order of the updates"
+    )
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(UPDATES)
+    others = [weights(with_number(observed, number), 4)[observed.valid] for number in UPDATES]
     assert not any(torch.equal(one, other) for one, other in zip(draws, others, strict=True))
 
 
+def draws_from(name: Callable[[int, Observations, int], int | None]) -> Callable[..., Tensor]:
+    """Return a version of `Control.draws` with other seeds. If a seed is None, one stream is continued."""
+    stream = generator(0)
+
+    def draws(self: Control, observed: Observations, distribution: Callable[..., Tensor]) -> Tensor:
+        found = torch.zeros(observed.valid.shape)
+        for row in range(len(observed.samples)):
+            seed = name(self.seed, observed, row)
+            source = stream if seed is None else generator(seed)
+            mask = observed.valid[:, row]
+            found[:, row][mask] = distribution(int(mask.sum()), generator=source)
+        return found
+
+    return draws
+
+
 @pytest.mark.parametrize("control", [Shuffled, Random])
-def test_control_depends_only_on_seed_and_micro_batch(control: type[Control]) -> None:
+def test_control_depends_only_on_seed_and_sample(control: type[Control], monkeypatch: pytest.MonkeyPatch) -> None:
     of = distinct_weights(random_observations(6))
-    check_each_micro_batch_has_its_own_draws(lambda observed, seed: control(of=of, seed=seed).weights(observed))
 
-    class OneStream(control):  # type: ignore[misc, valid-type]
-        """Naive: draws from one generator, whose state depends on the number of earlier micro-batches."""
+    def weights(observed: Observations, seed: int) -> Tensor:
+        return control(of=of, seed=seed).weights(observed)
 
-        generator = torch.Generator()
-
-        def uninformative(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
-            return super().uninformative(weights, observed, self.generator)
-
-    class TruncatedSeeds(control):  # type: ignore[misc, valid-type]
-        """Naive: seeds torch with the number, of which torch uses 32 bits only, so every epoch equals the first."""
-
-        def uninformative(self, weights: Tensor, observed: Observations, generator: torch.Generator) -> Tensor:
-            return super().uninformative(weights, observed, generator.manual_seed(self.seed << 56 | observed.number))
-
-    for naive in (OneStream, TruncatedSeeds):
+    check_each_update_has_its_own_draws(weights)
+    naive = {
+        "one stream": lambda seed, observed, row: None,
+        # torch uses 32 bits of a seed, so every epoch equals the first
+        "truncated": lambda seed, observed, row: seed << 56 | observed.number << 12 | row,
+    }
+    for seeds in naive.values():
+        monkeypatch.setattr(control, "draws", draws_from(seeds))
         with pytest.raises(AssertionError):
-            check_each_micro_batch_has_its_own_draws(
-                lambda observed, seed, naive=naive: naive(of=of, seed=seed).weights(observed)
-            )
+            check_each_update_has_its_own_draws(weights)
+
+
+@pytest.mark.parametrize("control", [Shuffled, Random])
+def test_control_does_not_depend_on_the_split_into_micro_batches(
+    control: type[Control], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = random_observations(6, batch=4)
+
+    def rows(first: int, last: int) -> Observations:
+        length = int(whole.response[first:last].nonzero()[:, 1].max()) + 1
+        part = {
+            name: x[..., first:last, :length] if x.ndim > 1 else x[first:last]
+            for name, x in vars(whole).items()
+            if isinstance(x, Tensor)
+        }
+        return replace(whole, **part, samples=whole.samples[first:last], number=first)
+
+    def agrees() -> bool:
+        together = control(of=ExcessLoss()).weights(whole)
+        parts = [rows(0, 1), rows(1, 4)]
+        found = control(of=ExcessLoss()).update_weights(parts, ALONE)
+        return all(
+            torch.allclose(part[observed.valid], together[:, rows_of][whole.valid[:, rows_of]])
+            for part, observed, rows_of in zip(found, parts, (slice(0, 1), slice(1, 4)), strict=True)
+        )
+
+    assert agrees()
+    monkeypatch.setattr(control, "draws", draws_from(lambda seed, observed, row: observed.number << 8 | row))
+    assert not agrees(), "the control: seeds from the number of the micro-batch"
 
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
@@ -517,7 +603,7 @@ def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]
     one = control(of=Critic(), seed=1)
     for update in range(12):
         one.weights(random_observations(update))
-        one.finish_update(ALONE)
+        one.finish_update()
     assert one.of.state_dict()["updates"] == 12
     resumed = saved_and_resumed(one, control(of=Critic(), seed=1))
     assert torch.equal(resumed.weights(random_observations(99)), one.weights(random_observations(99)))
@@ -527,7 +613,7 @@ def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]
 def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Control]) -> None:
     for of in (Uniform(), Critic(value_coef=0.3), ExcessLoss(weight_max=3.0), TokenSkip()):
         wrapped = control(of=of)
-        for name in ("needs_values", "needs_reference", "value_coef", "reference"):
+        for name in ("needs_values", "needs_reference", "value_coef", "reference", "rescale"):
             assert getattr(wrapped, name) == getattr(of, name)
         assert (wrapped.uses_losses == "none") is (of.uses_losses == "none")
         assert wrapped.weights(random_observations()).shape == random_observations().valid.shape
@@ -565,7 +651,7 @@ def test_random_weights_have_the_mean_and_deviation_of_the_wrapped_algorithm() -
 @pytest.mark.parametrize("of", [Critic(beta=0.4), ExcessLoss(), TokenSkip()], ids=lambda of: of.name)
 def test_random_weights_keep_their_deviation_after_clipping_and_scaling(of: Algorithm) -> None:
     observed = random_observations(1, batch=64, length=32)
-    shares = position_weights(observed.valid)
+    shares = target_shares(observed.valid)
 
     def scaled_deviation(algorithm: Algorithm, low: float, high: float) -> float:
         draws = [
@@ -590,6 +676,7 @@ def test_random_weights_for_constant_weights_are_constant() -> None:
 @pytest.mark.parametrize("control", [Shuffled, Random])
 def test_a_control_accepts_a_micro_batch_without_targets(control: type[Control]) -> None:
     no_targets = Observations(
-        torch.zeros(2, 3, 5) > 0, torch.zeros(3, 5) > 0, values=torch.zeros(3, 5), rewards=torch.zeros(3)
-    )
+        torch.zeros(2, 3, 5) > 0, torch.zeros(3, 5) > 0, values=torch.zeros(3, 5), rewards=torch.zeros(3),
+        samples=samples_of(3, 0),
+    )  # fmt: skip
     assert not clip_weights(control(of=Critic()).weights(no_targets), no_targets.valid, 0.1, 5.0).any()

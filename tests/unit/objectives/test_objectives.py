@@ -19,6 +19,7 @@ from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, Batch
 from wmtp.data.dataset import Dataset
+from wmtp.distributed.process_group import Processes
 from wmtp.errors import TrainingError
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
@@ -26,19 +27,22 @@ from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
 from wmtp.ops.metric_sums import MetricSums
-from wmtp.ops.targets import position_weights, targets
+from wmtp.ops.targets import target_shares, targets
 from wmtp.training.stages import ValueStage
 
 OBJECTIVE = MtpObjective(Uniform())
+ALONE = Processes.single_process()
 
 
 def gradients(model: MtpModel, batches: list[Batch], objective: Objective = OBJECTIVE, late: bool = True) -> Tensor:
-    """Return the gradient of one update; `late=False` divides by the wrong denominators, those of each micro-batch."""
+    """Return the gradient of one update; with `late=False`, each micro-batch has its own denominators and weights."""
     model.zero_grad()
-    denominators = torch.stack([objective.denominators(model, batch) for batch in batches]).sum(dim=0)
-    for batch in batches:
-        divisors = denominators if late else objective.denominators(model, batch) * len(batches)
-        objective.loss(model, batch, divisors)[0].backward()
+    for prepared in objective.prepare(model, batches, ALONE):
+        if not late:
+            (own,) = objective.prepare(model, [prepared.batch], ALONE)
+            denominators = {name: total * len(batches) for name, total in own.denominators.items()}
+            prepared = replace(own, denominators=denominators)
+        objective.loss(model, prepared)[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -71,9 +75,9 @@ def test_the_loss_is_the_sum_over_positions_of_the_mean_over_their_heads(tiny_da
             heads = [-log_p[k, row, t, label].item() for k, label in enumerate(ahead) if label != -100]
             total += sum(heads) / len(heads) if heads else 0.0
             positions += bool(heads)
-    denominators = OBJECTIVE.denominators(model, batch)
-    loss, sums = OBJECTIVE.loss(model, batch, denominators)
-    assert denominators[0] == positions
+    (prepared,) = OBJECTIVE.prepare(model, [batch])
+    loss, sums = OBJECTIVE.loss(model, prepared)
+    assert prepared.denominators["targets"] == positions
     assert loss.item() == pytest.approx(total / positions, rel=1e-5)
     assert OBJECTIVE.metrics(sums)["loss"] == pytest.approx(total / positions, rel=1e-5)
 
@@ -96,7 +100,7 @@ def test_the_losses_of_heads_and_their_mean_do_not_depend_on_the_split(tiny_data
 
 def test_training_reports_statistics_of_weights_and_the_share_of_targets(tiny_data: Dataset) -> None:
     model, (batch,) = tiny_model(), split(tiny_data, 8)
-    _, sums = OBJECTIVE.loss(model, batch, OBJECTIVE.denominators(model, batch))
+    _, sums = OBJECTIVE.loss(model, *OBJECTIVE.prepare(model, [batch]))
     values = OBJECTIVE.metrics(sums)
     assert (values["weight_mean"], values["weight_min"], values["weight_max"], values["weight_std"]) == (1, 1, 1, 0)
     assert 0 < values["valid_target_ratio"] < 1
@@ -235,14 +239,15 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     known = losses.detach()
     if raw is None:
         values = outputs.values.detach() if algorithm.needs_values else None
-        observed = Observations(valid, batch.response, known, reference, values, batch.rewards)
+        observed = Observations(valid, batch.response, known, reference, values, batch.rewards, samples=batch.samples)
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
         weights = raw(batch, outputs.values, known, (known - reference).where(valid, -torch.inf))
     shares = valid.double() / valid.sum(dim=0).clamp(min=1)
     weights = weights.detach().double()
     if scale:
-        weights = weights * shares.sum() / (shares * weights).sum()
+        heads = (1, 2) if algorithm.uses_losses != "none" else (0, 1, 2)  # weights from losses: each head by itself
+        weights = weights * shares.sum(heads, keepdim=True) / (shares * weights).sum(heads, keepdim=True)
     loss = (shares * weights * losses).sum() / shares.sum()
     if algorithm.value_coef:
         errors = [
@@ -270,14 +275,14 @@ def test_gradients_equal_those_of_all_logits_with_constant_weights(name: str, nu
     unweighted = gradient_of(plain_loss(model, algorithm, WEIGHTINGS["uniform"][1], batch), model)
 
     objective = MtpObjective(algorithm)
-    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
+    loss, sums = objective.loss(model, *objective.prepare(model, [batch]))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert difference(expected_gradient, gradient_of(loss, model)) <= 1e-5
     values = objective.metrics(sums)
     assert values["weight_mean"] == pytest.approx(1.0, abs=1e-5)
     weights_are_one = name == "uniform" or (num_heads == 1 and "token skip" in name)  # head 1 skips nothing
     if not weights_are_one:
-        assert difference(expected_gradient, unscaled) > 1e-2
+        assert difference(expected_gradient, unscaled) > 1e-3
         assert difference(expected_gradient, unweighted) > 1e-2
         assert values["weight_std"] > 0.1
 
@@ -285,7 +290,7 @@ def test_gradients_equal_those_of_all_logits_with_constant_weights(name: str, nu
 def test_no_gradient_reaches_the_value_head_through_the_weights() -> None:
     model, batch = model_with_values(), ragged()
     objective = MtpObjective(Critic(value_coef=0.0))
-    loss, _ = objective.loss(model, batch, objective.denominators(model, batch))
+    loss, _ = objective.loss(model, *objective.prepare(model, [batch]))
     assert model.value_head is not None
     found = torch.autograd.grad(loss, list(model.value_head.parameters()))
     assert all(not gradient.any() for gradient in found)
@@ -317,30 +322,102 @@ def test_splitting_changes_nothing_if_all_parts_have_the_same_weights() -> None:
     assert difference(one_batch, gradients(model, uneven, objective, late=False)) > 1e-3
 
 
+PARTS = [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(2,), (0, 1, 3)]]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "by target"])  # it depends on the row
+def test_splitting_an_update_changes_nothing_for_any_weighting(name: str, parts: list[tuple[int, ...]]) -> None:
+    model, batch = model_with_values(), ragged()
+
+    def split_gradients(parts: list[tuple[int, ...]], late: bool = True) -> Tensor:
+        batches = [replace(rows(batch, *part), number=number) for number, part in enumerate(parts)]
+        return gradients(model, batches, MtpObjective(copy.deepcopy(WEIGHTINGS[name][0])), late)
+
+    one_batch = split_gradients([(0, 1, 2, 3)])
+    assert difference(one_batch, split_gradients(parts)) <= 1e-5
+    assert difference(one_batch, split_gradients(parts, late=False)) > 1e-2, "the control: weights of each micro-batch"
+
+
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_weights_have_mean_one_in_every_micro_batch(name: str) -> None:
+def test_weights_have_mean_one_over_the_update(name: str) -> None:
     algorithm, model, batch = copy.deepcopy(WEIGHTINGS[name][0]), model_with_values(), ragged()
+    objective, sums, means = MtpObjective(algorithm), MetricSums(), []
+    parts = [rows(batch, 0, 1), rows(batch, 2), rows(batch, 3)]
+    for prepared in objective.prepare(model, parts):
+        _, part_sums = objective.loss(model, prepared)
+        means.append(objective.metrics(part_sums)["weight_mean"])
+        sums.add(part_sums)
+        assert prepared.weights is not None
+    assert objective.metrics(sums)["weight_mean"] == pytest.approx(1.0, abs=1e-5)
+    if name != "uniform":
+        assert max(abs(mean - 1) for mean in means) > 0.01, "the control: each micro-batch has mean 1"
+
+
+@pytest.mark.parametrize("name", ["excess loss", "by loss", "token skip", "shuffled token skip", "random"])
+def test_weights_from_losses_have_mean_one_for_each_head(name: str) -> None:
+    model, batch = model_with_values(), ragged()
+    with torch.no_grad():
+        for head, block in enumerate(model.heads):  # heads of different quality
+            for parameter in block.parameters():
+                parameter.mul_(1 + head)
+    objective = MtpObjective(copy.deepcopy(WEIGHTINGS[name][0]))
+    valid = targets(batch.labels, 4) != IGNORED
+    shares, parts = target_shares(valid), [rows(batch, 0, 1), rows(batch, 2, 3)]
+    weights = torch.cat([part.weights for part in objective.prepare(model, parts) if part.weights is not None], dim=1)
+
+    def means(weights: Tensor) -> list[float]:
+        return ((shares * weights).sum(dim=(1, 2)) / shares.sum(dim=(1, 2))).tolist()
+
+    assert means(weights) == pytest.approx([1.0] * 4, abs=1e-5)
+    together = weights * torch.tensor([2.0, 0.5, 0.5, 0.5])[:, None, None]
+    assert means(together * shares.sum() / (shares * together).sum()) != pytest.approx([1.0] * 4, abs=0.1)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_without_rescaling_weights_are_only_clipped(name: str) -> None:
+    algorithm, raw = WEIGHTINGS[name]
+    model, batch = model_with_values(), ragged()
+    algorithm = copy.deepcopy(algorithm)
+    algorithm.rescale = False
     objective = MtpObjective(algorithm)
-    denominators = objective.denominators(model, batch)
-    for part in (rows(batch, 0, 1), rows(batch, 2), rows(batch, 3)):
-        _, sums = objective.loss(model, part, denominators)
-        assert objective.metrics(sums)["weight_mean"] == pytest.approx(1.0, abs=1e-5)
+    loss, sums = objective.loss(model, *objective.prepare(model, [batch]))
+    expected = plain_loss(model, algorithm, raw, batch, scale=False)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert difference(gradient_of(expected, model), gradient_of(loss, model)) <= 1e-5
+    if name != "uniform":
+        assert objective.metrics(sums)["weight_mean"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_every_target_has_the_same_share_if_shares_is_target() -> None:
+    model, batch = tiny_model(), ragged()
+    objective = MtpObjective(Uniform(), shares="target")
+    target = targets(batch.labels, 4)
+    logits = model.unembedding(model(batch.tokens).states)
+    expected = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=IGNORED)  # the mean over targets
+    loss, _ = objective.loss(model, *objective.prepare(model, [batch]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert OBJECTIVE.loss(model, *OBJECTIVE.prepare(model, [batch]))[0].item() != pytest.approx(loss.item(), rel=1e-3)
+    parts = [rows(batch, 0), rows(batch, 1, 2, 3)]
+    assert difference(gradients(model, [batch], objective), gradients(model, parts, objective)) <= 1e-6
+    assert evaluate(objective, model, [batch]) == evaluate(OBJECTIVE, model, [batch])
+    assert objective.name != OBJECTIVE.name
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_an_update_without_labels_is_refused_but_a_micro_batch_without_labels_is_not(name: str) -> None:
     model = model_with_values()
     algorithm = WEIGHTINGS[name][0]
-    full, empty = ragged(), ragged([(0, 0)] * 4, seed=1)
+    full, empty = ragged(), replace(ragged([(0, 0)] * 4, seed=1), number=1)
     alone, mixed = MtpObjective(copy.deepcopy(algorithm)), MtpObjective(copy.deepcopy(algorithm))
     with pytest.raises(TrainingError, match="every label is masked"):
-        alone.check_denominators(alone.denominators(model, empty) + alone.denominators(model, empty))
-    alone.check_denominators(alone.denominators(model, empty) + alone.denominators(model, full))
+        alone.prepare(model, [empty, empty])
     with_empty = gradients(model, [full, empty], mixed)
     assert torch.isfinite(with_empty).all()
-    assert torch.equal(with_empty, gradients(model, [full], MtpObjective(copy.deepcopy(algorithm))))
-    _, sums = mixed.loss(model, empty, mixed.denominators(model, full))
-    sums.add(mixed.loss(model, full, mixed.denominators(model, full))[1])
+    assert difference(with_empty, gradients(model, [full], MtpObjective(copy.deepcopy(algorithm)))) <= 1e-6
+    sums = MetricSums()
+    for prepared in mixed.prepare(model, [empty, full]):
+        sums.add(mixed.loss(model, prepared)[1])
     assert all(math.isfinite(value) for value in mixed.metrics(sums).values())
 
 
@@ -351,14 +428,14 @@ def test_validation_does_not_depend_on_the_algorithm(name: str) -> None:
     assert evaluate(objective, model, [batch]) == evaluate(OBJECTIVE, model, [batch])
     assert algorithm.state_dict() == before
     if name != "uniform":  # the control: the training loss does
-        _, sums = objective.loss(model, batch, objective.denominators(model, batch))
+        _, sums = objective.loss(model, *objective.prepare(model, [batch]))
         assert objective.metrics(sums)["loss"] != pytest.approx(evaluate(OBJECTIVE, model, [batch])["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_training_reports_the_unweighted_loss_of_every_head(name: str) -> None:
     objective, model, batch = MtpObjective(copy.deepcopy(WEIGHTINGS[name][0])), model_with_values(), ragged()
-    _, sums = objective.loss(model, batch, objective.denominators(model, batch))
+    _, sums = objective.loss(model, *objective.prepare(model, [batch]))
     trained, expected = objective.metrics(sums), evaluate(OBJECTIVE, model, [batch])
     for measure in ("mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))):
         assert trained[measure] == pytest.approx(expected[measure], rel=1e-5), measure
@@ -410,7 +487,7 @@ def test_clean_loss_excludes_incorrect_solutions_and_harmful_tokens() -> None:
     values = evaluate(OBJECTIVE, model, [known])
     states = model(batch.tokens).states
     target = targets(batch.labels, 4)
-    shares = position_weights(target != IGNORED)
+    shares = target_shares(target != IGNORED)
     total = weight = 0.0
     for k in range(1, 5):
         losses = (states[k - 1, row, last - k] @ model.unembedding_weight.T).log_softmax(dim=-1)
@@ -442,15 +519,16 @@ def value_positions_of(batch: Batch) -> list[tuple[int, int]]:
 
 def test_the_value_loss_has_its_own_denominator() -> None:
     model, batch, objective = model_with_values(), ragged(), MtpObjective(UniformWithValues())
-    denominators = objective.denominators(model, batch)
-    loss, _ = objective.loss(model, batch, denominators)
-    policy, _ = OBJECTIVE.loss_from_outputs(model(batch.tokens), model, batch, denominators)
+    (prepared,) = objective.prepare(model, [batch])
+    loss, _ = objective.loss(model, prepared)
+    policy, _ = OBJECTIVE.loss_from_outputs(model(batch.tokens), model, prepared)
     values = model(batch.tokens).values
     assert values is not None
     errors = [(values[row, t].item() - batch.rewards[row].item()) ** 2 for row, t in value_positions_of(batch)]
-    assert denominators[1] == len(errors) and denominators[0] != denominators[1]
+    num_targets, num_values = (float(prepared.denominators[name]) for name in ("targets", "values"))
+    assert num_values == len(errors) and num_values != num_targets
     assert loss.item() == pytest.approx(policy.item() + 0.5 * sum(errors) / len(errors), rel=1e-5)
-    assert loss.item() != pytest.approx(policy.item() + 0.5 * sum(errors) / float(denominators[0]), rel=1e-5)
+    assert loss.item() != pytest.approx(policy.item() + 0.5 * sum(errors) / num_targets, rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(2,), (0, 1, 3)]])
@@ -489,8 +567,8 @@ def test_value_metrics_are_those_of_the_pooled_data_for_any_split(parts: list[tu
         got = evaluate(objective, model, [rows(batch, *part) for part in parts])
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4)
         trained = MetricSums()
-        for part in parts:
-            trained.add(objective.loss(model, rows(batch, *part), objective.denominators(model, batch))[1])
+        for prepared in objective.prepare(model, [rows(batch, *part) for part in parts]):
+            trained.add(objective.loss(model, prepared)[1])
         assert {name: objective.metrics(trained)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     of_batches = np.mean([np.var(value[[row in part for row, _ in places]]) for part in parts])
     assert len(parts) == 1 or of_batches != pytest.approx(expected["value_variance"], rel=1e-3)  # the control
@@ -521,7 +599,7 @@ def test_the_value_loss_of_stage_1_equals_that_computed_by_hand(kind: Kind) -> N
     values = model(batch.tokens).values
     assert values is not None
     expected = plain_value_loss(kind, batch, values)
-    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
+    loss, sums = objective.loss(model, *objective.prepare(model, [batch]))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert objective.metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
     assert evaluate(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
@@ -532,9 +610,10 @@ def test_the_value_loss_of_stage_1_equals_that_computed_by_hand(kind: Kind) -> N
 def test_stage_1_loss_is_value_loss_plus_language_model_loss(tiny_data: Dataset) -> None:
     model, batch = model_with_values(), ragged()
     objective = ValueObjective(ValueLoss(), OBJECTIVE, language_model_coef=0.3)
-    value, _ = ValueObjective(ValueLoss()).loss(model, batch, objective.denominators(model, batch))
-    language, _ = OBJECTIVE.loss(tiny_model(), batch, OBJECTIVE.denominators(model, batch))
-    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
+    (prepared,) = objective.prepare(model, [batch])
+    value, _ = ValueObjective(ValueLoss()).loss(model, prepared)
+    language, _ = OBJECTIVE.loss(tiny_model(), *OBJECTIVE.prepare(model, [batch]))
+    loss, sums = objective.loss(model, *objective.prepare(model, [batch]))
     assert loss.item() == pytest.approx(value.item() + 0.3 * language.item(), rel=1e-5)
     for values in (objective.metrics(sums), evaluate(objective, model, [batch])):
         assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -545,7 +624,7 @@ def test_stage_1_loss_is_value_loss_plus_language_model_loss(tiny_data: Dataset)
 def test_an_update_without_pairs_to_rank_has_zero_loss() -> None:
     model, batch = model_with_values(), replace(ragged(), tasks=torch.arange(4))
     objective = ValueObjective(ValueLoss("ranking"))
-    loss, sums = objective.loss(model, batch, objective.denominators(model, batch))
+    loss, sums = objective.loss(model, *objective.prepare(model, [batch]))
     loss.backward()
     assert loss.item() == objective.metrics(sums)["loss"] == 0.0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
@@ -581,11 +660,11 @@ def test_without_a_language_model_loss_no_head_runs(monkeypatch: pytest.MonkeyPa
 def test_with_a_frozen_trunk_only_the_value_head_gets_a_gradient() -> None:
     model, batch = model_with_values(), ragged()
     stage = ValueStage(trains="head")
-    gradients(model, [batch], stage.objective())
+    gradients(model, [batch], stage.objective("position"))
     assert model.embedding.weight.grad is not None  # the control: without freezing, it gets a gradient
     model = model_with_values()
     stage.freeze(model)
-    gradients(model, [batch], stage.objective())
+    gradients(model, [batch], stage.objective("position"))
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) is name.startswith("value_head."), name
 
@@ -593,5 +672,5 @@ def test_with_a_frozen_trunk_only_the_value_head_gets_a_gradient() -> None:
 def test_stage_1_with_trains_all_updates_trunk_heads_and_value_head() -> None:
     model, batch, stage = model_with_values(), ragged(), ValueStage(trains="all")
     stage.freeze(model)
-    gradients(model, [batch], stage.objective())
+    gradients(model, [batch], stage.objective("position"))
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())

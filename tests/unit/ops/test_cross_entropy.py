@@ -1,6 +1,7 @@
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.data.collate import IGNORED
 from wmtp.ops import cross_entropy as losses_module
-from wmtp.ops.cross_entropy import Coefficients, cross_entropy, weighted_cross_entropy
+from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, weighted_cross_entropy
 
 DIM, VOCAB_SIZE = 8, 11
 Gradients = tuple[Tensor, ...]
@@ -36,20 +37,30 @@ def inputs(num_heads: int = 4, seed: int = 0, masked: float = 0.4, scale: float 
     return states, unembedding, targets
 
 
-def fixed_coefficients(factors: Tensor) -> Coefficients:
+def fixed_coefficients(factors: Tensor) -> RowFunction:
     """Return coefficients that do not depend on the losses."""
-    return lambda losses, rows: factors.flatten()[rows]
+    return lambda chunk: factors.flatten()[chunk.rows]
 
 
-def plain_gradients(states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: Coefficients) -> Gradients:
+def rows_of(losses: Tensor) -> Chunk:
+    """Return an object with the losses and the indices of all rows, in place of a chunk."""
+    return SimpleNamespace(losses=losses.detach().flatten(), rows=torch.arange(losses.numel()))  # type: ignore[return-value]
+
+
+def shifted_rows(rows: Chunk, offset: int) -> Chunk:
+    """Return the same rows with indices that are larger by `offset`."""
+    return SimpleNamespace(losses=rows.losses, rows=rows.rows + offset)  # type: ignore[return-value]
+
+
+def plain_gradients(states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: RowFunction) -> Gradients:
     """Return the gradients of Σ c·CE by autograd through all logits."""
     losses = plain_cross_entropy(states, unembedding, targets)
-    factors = coefficients(losses.detach().flatten(), torch.arange(losses.numel())).view(losses.shape)
+    factors = coefficients(rows_of(losses)).view(losses.shape)
     return torch.autograd.grad((factors * losses).sum(), (states, unembedding))
 
 
 def chunked_gradients(
-    states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: Coefficients, chunk_rows: int | None = None
+    states: Tensor, unembedding: Tensor, targets: Tensor, coefficients: RowFunction, chunk_rows: int | None = None
 ) -> Gradients:
     """Return the gradients of Σ c·CE by the chunked loss."""
     loss, _, _ = weighted_cross_entropy(states, unembedding, targets, coefficients, chunk_rows)
@@ -61,12 +72,12 @@ def largest_error(got: Gradients, expected: Gradients) -> float:
     return max(float((g.double() - w.double()).norm() / w.double().norm()) for g, w in zip(got, expected, strict=True))
 
 
-COEFFICIENTS: dict[str, Coefficients] = {
-    "constant": lambda losses, rows: torch.full_like(losses, 0.3),
+COEFFICIENTS: dict[str, RowFunction] = {
+    "constant": lambda chunk: torch.full_like(chunk.losses, 0.3),
     "fixed": fixed_coefficients(torch.randn(200, generator=torch.Generator().manual_seed(1))),
-    "function of the loss": lambda losses, rows: losses.neg().exp().clamp(0.05, 0.5),
-    "selection": lambda losses, rows: (losses > 2.0).float(),
-    "position": lambda losses, rows: (rows % 7).float(),
+    "function of the loss": lambda chunk: chunk.losses.neg().exp().clamp(0.05, 0.5),
+    "selection": lambda chunk: (chunk.losses > 2.0).float(),
+    "position": lambda chunk: (chunk.rows % 7).float(),
 }
 
 
@@ -77,7 +88,7 @@ def test_gradients_equal_those_of_all_logits_at_once(name: str, num_heads: int, 
     expected = plain_gradients(*inputs(num_heads), COEFFICIENTS[name])
     got = chunked_gradients(*inputs(num_heads), COEFFICIENTS[name], chunk_rows)
     assert largest_error(got, expected) < 1e-5
-    assert largest_error(chunked_gradients(*inputs(num_heads), lambda losses, rows: losses), expected) > 1e-2
+    assert largest_error(chunked_gradients(*inputs(num_heads), lambda chunk: chunk.losses), expected) > 1e-2
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,12 +127,12 @@ def test_coefficients_are_called_once_per_row_with_a_target_and_without_gradient
     called_rows: list[Tensor] = []
     sizes: list[int] = []
 
-    def coefficients(losses: Tensor, rows: Tensor) -> Tensor:
-        assert not losses.requires_grad and not torch.is_grad_enabled()
-        torch.testing.assert_close(losses, cross_entropy(states, unembedding, targets).flatten()[rows])
-        called_rows.append(rows)
-        sizes.append(len(rows))
-        return torch.ones_like(losses)
+    def coefficients(chunk: Chunk) -> Tensor:
+        assert not chunk.losses.requires_grad and not torch.is_grad_enabled()
+        torch.testing.assert_close(chunk.losses, cross_entropy(states, unembedding, targets).flatten()[chunk.rows])
+        called_rows.append(chunk.rows)
+        sizes.append(len(chunk.rows))
+        return torch.ones_like(chunk.losses)
 
     weighted_cross_entropy(states, unembedding, targets, coefficients, chunk_rows=4)
     assert torch.cat(called_rows).tolist() == (targets != IGNORED).flatten().nonzero().squeeze(1).tolist()
@@ -130,7 +141,7 @@ def test_coefficients_are_called_once_per_row_with_a_target_and_without_gradient
 
 def test_a_row_without_target_has_no_loss_no_coefficient_and_no_gradient() -> None:
     states, unembedding, targets = inputs()
-    loss, losses, used = weighted_cross_entropy(states, unembedding, targets, lambda losses, rows: losses + 1)
+    loss, losses, used = weighted_cross_entropy(states, unembedding, targets, lambda chunk: chunk.losses + 1)
     gradient, _ = torch.autograd.grad(loss, (states, unembedding))
     without = targets == IGNORED
     assert without.any() and without[:, 0, 2].all()
@@ -140,7 +151,7 @@ def test_a_row_without_target_has_no_loss_no_coefficient_and_no_gradient() -> No
 
 def test_loss_without_targets_is_zero_and_differentiable() -> None:
     states, unembedding, targets = inputs(masked=1.1)
-    loss, losses, used = weighted_cross_entropy(states, unembedding, targets, lambda losses, rows: 1 / losses)
+    loss, losses, used = weighted_cross_entropy(states, unembedding, targets, lambda chunk: 1 / chunk.losses)
     loss.backward()
     assert loss.item() == 0 and not losses.any() and not used.any()
     assert states.grad is not None and unembedding.grad is not None
@@ -154,7 +165,7 @@ def test_the_weighted_sum_can_be_scaled_afterwards() -> None:
     loss, _, used = weighted_cross_entropy(states, unembedding, targets, coefficients, chunk_rows=3)
     scale = 1 / used.sum()
     after = torch.autograd.grad(loss * scale, (states, unembedding))
-    within = chunked_gradients(*inputs(), lambda losses, rows: coefficients(losses, rows) * scale)
+    within = chunked_gradients(*inputs(), lambda chunk: coefficients(chunk) * scale)
     assert largest_error(after, within) < 1e-6
     assert largest_error(chunked_gradients(*inputs(), coefficients), within) > 1e-2
 
@@ -225,7 +236,7 @@ def model_gradients(chunked: bool, compiled: bool = False) -> Gradients:
         states = model(tokens)
         if chunked:
             total, _, _ = weighted_cross_entropy(
-                states, model.embedding, targets, lambda losses, rows: losses.clamp(max=1), 5
+                states, model.embedding, targets, lambda chunk: chunk.losses.clamp(max=1), 5
             )
             return total / 7
         losses = plain_cross_entropy(states, model.embedding, targets)
@@ -289,13 +300,13 @@ def test_bf16_is_as_close_to_fp32_as_all_logits_at_once(
     assert largest_error(got, exact) > 1e-3
 
 
-def checked_factors(losses: Tensor, rows: Tensor) -> Tensor:
+def checked_factors(chunk: Chunk) -> Tensor:
     """Return RANDOM_FACTORS of the rows, and check that losses are in fp32 and autocast is off."""
-    assert losses.dtype == FP32 and not torch.is_autocast_enabled("cpu")
-    return RANDOM_FACTORS(losses, rows)
+    assert chunk.losses.dtype == FP32 and not torch.is_autocast_enabled("cpu")
+    return RANDOM_FACTORS(chunk)
 
 
-RANDOM_FACTORS: Coefficients = fixed_coefficients(torch.rand(200, generator=torch.Generator().manual_seed(2)))
+RANDOM_FACTORS: RowFunction = fixed_coefficients(torch.rand(200, generator=torch.Generator().manual_seed(2)))
 
 
 def test_the_softmax_of_bf16_products_is_summed_in_fp32() -> None:
@@ -329,7 +340,7 @@ def test_a_bf16_unembedding_has_as_precise_a_gradient_in_many_chunks_as_in_one_p
     def errors(*gradients: Gradients) -> list[float]:
         return [largest_error(gradient, exact) for gradient in gradients]
 
-    def arguments(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Coefficients]:
+    def arguments(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, RowFunction]:
         rounded = (x.to(BF16).to(dtype).requires_grad_() for x in (states, unembedding))
         return *rounded, targets, factors  # type: ignore[return-value]
 
@@ -345,7 +356,7 @@ def test_a_bf16_unembedding_has_as_precise_a_gradient_in_many_chunks_as_in_one_p
     for i in range(0, 2048, 64):
         rows = slice(i, i + 64)
         chunk = full_states[:, :, rows], full_unembedding, targets[:, :, rows]
-        total += plain_gradients(*chunk, lambda losses, n, i=i: factors(losses, n + i))[1]  # type: ignore[misc]
+        total += plain_gradients(*chunk, lambda all_rows, i=i: factors(shifted_rows(all_rows, i)))[1]  # type: ignore[misc]
     assert largest_error((total,), exact[1:]) > 2 * one_product
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmtp.data.collate import IGNORED
-from wmtp.ops.targets import position_weights, shift_to_heads, targets
+from wmtp.ops.targets import shift_to_heads, target_shares, targets
 
 
 def naive_targets(labels: list[int], documents: list[int], num_heads: int) -> list[list[int]]:
@@ -59,6 +59,6 @@ def test_weights_and_labels_are_shifted_equally(values: list[int], num_heads: in
 
 def test_every_position_has_total_weight_one_for_any_number_of_heads() -> None:
     valid = torch.tensor([[True, True, False], [True, False, False]])[:, None]
-    shares = position_weights(valid)
+    shares = target_shares(valid)
     assert shares.tolist() == [[[0.5, 1.0, 0.0]], [[0.5, 0.0, 0.0]]]
     assert shares.sum() == valid.any(dim=0).sum()

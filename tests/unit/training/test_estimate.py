@@ -102,7 +102,7 @@ def total_loss(model: MtpModel, tokens: Tensor) -> Tensor:
     outputs = model(tokens)
     targets = tokens.expand(len(outputs.states), *tokens.shape)
     total, _, _ = losses.weighted_cross_entropy(
-        outputs.states, model.unembedding_weight, targets, lambda values, rows: torch.ones_like(values)
+        outputs.states, model.unembedding_weight, targets, lambda chunk: torch.ones_like(chunk.losses)
     )
     return total if outputs.values is None else total + outputs.values.square().sum()
 

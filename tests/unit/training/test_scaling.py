@@ -155,7 +155,7 @@ def weighted_loss(model: MtpModel) -> Tensor:
         states = model(tokens).states
         targets = torch.zeros(states.shape[:3], dtype=torch.long)
         loss, _, _ = losses.weighted_cross_entropy(
-            states, model.unembedding.weight, targets, lambda values, rows: torch.ones_like(values)
+            states, model.unembedding.weight, targets, lambda chunk: torch.ones_like(chunk.losses)
         )
     return loss
 

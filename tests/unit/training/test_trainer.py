@@ -27,7 +27,7 @@ from wmtp.distributed.device import Hardware
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import TrainingError
 from wmtp.models.mtp import MtpModel
-from wmtp.objectives.base import Objective, metric_names
+from wmtp.objectives.base import Objective, PreparedBatch, metric_names
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.metric_sums import MetricSums
 from wmtp.ops.shares import share_of
@@ -318,8 +318,10 @@ class DividesEachMicroBatch(MtpObjective):
         super().__init__(Uniform())
         self.num_parts = num_parts
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
-        return super().loss(model, batch, self.denominators(model, batch).clamp(min=1) * self.num_parts)
+    def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[torch.Tensor, MetricSums]:
+        own = self.denominators(model, prepared.batch)
+        denominators = {name: total.clamp(min=1) * self.num_parts for name, total in own.items()}
+        return super().loss(model, replace(prepared, denominators=denominators))
 
 
 def parameters_after(folder: Path, micro_batch_size: int, naive: bool = False) -> torch.Tensor:
@@ -490,11 +492,11 @@ class ZeroGradients(MtpObjective):
         super().__init__(Uniform())
         self.until, self.update = until, 0
 
-    def loss(self, model: MtpModel, batch: Batch, denominators: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
-        loss, sums = super().loss(model, batch, denominators)
+    def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[torch.Tensor, MetricSums]:
+        loss, sums = super().loss(model, prepared)
         return loss * float(self.update >= self.until), sums
 
-    def finish_update(self, processes: Processes) -> None:
+    def finish_update(self) -> None:
         self.update += 1
 
     def state_dict(self) -> dict[str, Any]:
