@@ -35,6 +35,20 @@ def harmful_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
     return harmful
 
 
+def first_decisive_tokens(decisive: np.ndarray, split: TokenizedSplit) -> np.ndarray:
+    """Return a boolean mask over the tokens in `split.samples.tokens`.
+
+    The mask is True at the first decisive token of each solution that has one. In an incorrect solution, this is the
+    token at which the solution becomes wrong; the decisive tokens after it only continue the mistake. `decisive` is the
+    mask of `label_tokens`.
+    """
+    positions = np.flatnonzero(decisive)
+    solutions = np.repeat(np.arange(len(split)), split.samples.lengths)[positions]
+    first = np.zeros(len(decisive), bool)
+    first[positions[np.unique(solutions, return_index=True)[1]]] = True
+    return first
+
+
 def has_token_labels(split: TokenizedSplit) -> bool:
     """Return whether any record of the split has character ranges that are marked as decisive or as noise."""
     return any(record.decisive or record.noise for record in split.records)
