@@ -11,6 +11,7 @@ from wmtp.data import readers, tasks
 from wmtp.data.contents import Contents, hash_file, hash_records
 from wmtp.data.records import Splits
 from wmtp.data.selection import DifficultyBins, Selection
+from wmtp.data.task_noise import NoiseKind
 from wmtp.data.token_cache import LongSamples
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.field_types import ExistingPath, Positive, Ratio
@@ -91,6 +92,9 @@ class TaskSource(DataSource):
     num_test: Positive = 200
     difficulties: dict[Annotated[int, Field(ge=1, le=4)], Annotated[float, Field(ge=0)]]
     noise: Ratio = 0.0
+    noise_kinds: Annotated[tuple[NoiseKind, ...], Field(min_length=1)] = ("footer",)
+    noise_lines: Annotated[int, Field(ge=1, le=100)] = 4
+    wrong_variants: Annotated[int, Field(ge=1, le=8)] = 1
 
     @property
     def name(self) -> str:
@@ -98,11 +102,17 @@ class TaskSource(DataSource):
         return "tasks"
 
     def read(self) -> Splits:
-        """Generate the three splits. Each task has a correct and an incorrect solution."""
+        """Generate the three splits. Each task has a correct solution and `wrong_variants` different incorrect ones."""
         sizes = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return Splits(
-            *(tasks.generate(split, size, self.difficulties, self.noise, self.seed) for split, size in sizes.items())
-        )
+            *(
+                tasks.generate(
+                    split, size, self.difficulties, self.noise, self.seed,
+                    noise_kinds=self.noise_kinds, noise_lines=self.noise_lines, wrong_variants=self.wrong_variants,
+                )
+                for split, size in sizes.items()
+            )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
