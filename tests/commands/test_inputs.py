@@ -97,8 +97,24 @@ def test_missing_validation_data_are_an_error_if_a_setting_depends_on_them(invok
     done = invoke(*overrides, *remedy.split(), "hydra.run.dir=run", tiny=False)
     assert done.code == 0, done.err
     start = "60 training and 0 validation samples, 0 test problems: no val/loss and no best checkpoint, no pass@1"
-    assert start in done.out and "held-out" not in done.out
-    assert json.loads(Path("run/summary.json").read_text())["pass@1"] is None
+    assert start in done.out and "held-out" not in done.out and "tokens of solutions" not in done.out
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["pass@1"] is None and summary["label_shares"] == {}
+
+
+def test_a_run_prints_and_saves_the_shares_of_token_labels(invoke: Invoke) -> None:
+    overrides = ["data.noise=0.7", "data.correct_ratio=0.5", "num_samples=0", "max_steps=1", "hydra.run.dir=run"]
+    tried, done = (invoke(*overrides, f"dry_run={option}") for option in (True, False))
+    assert done.code == tried.code == 0, done.err
+    shares = json.loads(Path("run/summary.json").read_text())["label_shares"]
+    line = re.compile(
+        r"tokens of solutions: (\S+) % noise, (\S+) % decisive in correct and (\S+) % in incorrect ones, (\S+) % other"
+    )
+    names = ("noise", "decisive_correct", "decisive_incorrect", "other")
+    for outcome in (tried, done):
+        (printed,) = line.findall(outcome.out)
+        assert [float(share) for share in printed] == pytest.approx([100 * shares[name] for name in names], abs=0.051)
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0.005
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from wmtp.data.records import Record
 from wmtp.data.sampler import batches_by_length, epoch_batches, items_for_rank
 from wmtp.data.sources import DataSource
 from wmtp.data.split import TokenizedSplit, build_split
-from wmtp.data.token_labels import harmful_tokens, has_token_labels
+from wmtp.data.token_labels import harmful_tokens, has_token_labels, label_shares
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
@@ -43,6 +43,8 @@ class Dataset:
     """A hash of everything that determines the samples. A run can only be resumed with data of the same fingerprint."""
     contents: Contents
     """The origins and hashes of everything that was read, including what the samples do not depend on."""
+    label_shares: dict[str, float] = field(default_factory=dict)
+    """The result of `token_labels.label_shares` for the training split. It is empty if the data has no token labels."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -143,6 +145,7 @@ def read_dataset(source: DataSource, cache_dir: Path, seed: int) -> Dataset:
     return Dataset(
         source.name, source.origin, source.tokenizer, source.template, source.max_length, source.group_tasks,
         seed, train, validation, tuple(records.test), fingerprint, source.contents(records),
+        label_shares(train, source.tokenizer),
     )  # fmt: skip
 
 

@@ -28,10 +28,10 @@ class Record(BaseModel):
 
     `prompt` and `solution` are tokenized separately, so that no token contains characters of both. `decisive` and
     `noise` are lists of character ranges in the solution. The characters in `decisive` determine whether the solution
-    is correct. The characters in `noise` are unpredictable. These two lists are the ground truth for the comparison of
-    weightings, and are empty if it is unknown. A test is either an assertion, or a `StdioTest` of the whole program.
-    `setup` is code that runs after the solution and before the tests. `preamble` is code before the solution; the
-    preamble and the solution together are a complete program.
+    is correct. The characters in `noise` do not belong to the program. These two lists are the ground truth for the
+    comparison of weightings, and are empty if it is unknown. A test is either an assertion, or a `StdioTest` of the
+    whole program. `setup` is code that runs after the solution and before the tests. `preamble` is code before the
+    solution; the preamble and the solution together are a complete program.
 
     Three fields describe how the programs of a contest run. `input_file` is the name of the file from which they read
     the input, and `output_file` the name of the file to which they write the output; both are empty if they use

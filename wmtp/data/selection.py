@@ -3,6 +3,7 @@
 import random
 import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -35,13 +36,15 @@ correct and incorrect records.
 class Selection:
     """The number of records to select, and their composition by correctness and difficulty.
 
-    A setting that is None imposes no constraint.
+    A setting that is None imposes no constraint. If `by_task` is true and the ratio of correct records is given, the
+    correct and the incorrect records are drawn from the same tasks, as far as possible.
     """
 
     n_samples: int | None = None
     correct_ratio: float | None = None
     difficulty_bins: DifficultyBins | None = None
     seed: int = 0
+    by_task: bool = False
 
 
 def find_bin(record: Record, bins: DifficultyBins) -> str | None:
@@ -165,6 +168,32 @@ def draw(members: dict[Category, list[int]], counts: dict[Category, int], seed: 
     return sorted(index for category, count in counts.items() for index in random_.sample(members[category], count))
 
 
+def draw_by_task(
+    tasks: list[str], members: dict[Category, list[int]], counts: dict[Category, int], seed: int
+) -> list[int]:
+    """Draw indices like `draw`, but from as many tasks as possible, and from the same tasks in all categories.
+
+    The tasks are put in a random order. From each category, one record of each task is drawn in this order, then
+    another one of each task, and so on. `tasks` contains the task of each record.
+
+    >>> draw_by_task(["a", "a", "a", "b", "b"], {(None, True): [0, 3], (None, False): [1, 2, 4]},
+    ...              {(None, True): 2, (None, False): 2}, seed=1)
+    [0, 2, 3, 4]
+    """
+    random_ = random.Random(f"{seed}/sampling")
+    names = list(dict.fromkeys(tasks))
+    place = dict(zip(random_.sample(names, len(names)), range(len(names)), strict=True))
+    drawn: list[int] = []
+    for category, count in counts.items():
+        num_before: Counter[str] = Counter()
+        order: dict[int, tuple[int, int]] = {}
+        for index in random_.sample(members[category], len(members[category])):
+            order[index] = (num_before[tasks[index]], place[tasks[index]])
+            num_before[tasks[index]] += 1
+        drawn += sorted(order, key=order.__getitem__)[:count]
+    return sorted(drawn)
+
+
 def select(records: list[Record], selection: Selection) -> list[Record]:
     """Draw records at random so that they have the given composition. No record is drawn twice.
 
@@ -176,6 +205,9 @@ def select(records: list[Record], selection: Selection) -> list[Record]:
     """
     members = group_by_category(records, selection)
     counts = category_counts({category: len(indices) for category, indices in members.items()}, selection)
+    if selection.by_task and selection.correct_ratio is not None:
+        tasks = [record.task_id for record in records]
+        return [records[index] for index in draw_by_task(tasks, members, counts, selection.seed)]
     return [records[index] for index in draw(members, counts, selection.seed)]
 
 

@@ -5,12 +5,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from wmtp.data import readers, tasks
 from wmtp.data.contents import Contents, hash_file, hash_records
 from wmtp.data.records import Splits
 from wmtp.data.selection import DifficultyBins, Selection
+from wmtp.data.task_noise import NoiseKind
 from wmtp.data.token_cache import LongSamples
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.field_types import ExistingPath, Positive, Ratio
@@ -76,10 +77,16 @@ class DataSource(ABC):
         """Return the settings for the selection of `n_samples` records.
 
         If `n_samples` is None, as many records as possible are selected. If `balance_correct` is true, half of the
-        selected records are correct.
+        selected records are correct. If `group_tasks` is true, correct and incorrect records are of the same tasks.
         """
         ratio = 0.5 if self.balance_correct else self.correct_ratio
-        return Selection(n_samples, ratio, self.difficulty_bins, self.seed)
+        return Selection(n_samples, ratio, self.difficulty_bins, self.seed, by_task=self.group_tasks)
+
+
+def _not_empty(kinds: list[NoiseKind]) -> list[NoiseKind]:
+    if not kinds:
+        raise ValueError("is empty; name at least one kind, or set data.noise=0 for no noise")
+    return kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,9 @@ class TaskSource(DataSource):
     num_test: Positive = 200
     difficulties: dict[Annotated[int, Field(ge=1, le=4)], Annotated[float, Field(ge=0)]]
     noise: Ratio = 0.0
+    noise_kinds: Annotated[list[NoiseKind], AfterValidator(_not_empty)] = field(default_factory=lambda: ["footer"])
+    noise_lines: Annotated[int, Field(ge=1, le=100)] = 4
+    wrong_variants: Annotated[int, Field(ge=1, le=8)] = 1
 
     @property
     def name(self) -> str:
@@ -98,11 +108,17 @@ class TaskSource(DataSource):
         return "tasks"
 
     def read(self) -> Splits:
-        """Generate the three splits. Each task has a correct and an incorrect solution."""
+        """Generate the three splits. Each task has a correct solution and `wrong_variants` different incorrect ones."""
         sizes = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         return Splits(
-            *(tasks.generate(split, size, self.difficulties, self.noise, self.seed) for split, size in sizes.items())
-        )
+            *(
+                tasks.generate(
+                    split, size, self.difficulties, self.noise, self.seed,
+                    noise_kinds=self.noise_kinds, noise_lines=self.noise_lines, wrong_variants=self.wrong_variants,
+                )
+                for split, size in sizes.items()
+            )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A task is a chain of one to four steps (its difficulty). The prompt describes the chain, and the solution has one line
 for each step. An incorrect solution differs from the correct one in one decisive token or one step. All solutions are
-executed: correct ones pass all tests, incorrect ones fail at least one.
+executed: correct ones pass all tests, incorrect ones fail at least one. Noise is added to executed solutions.
 """
 
 import ast
@@ -10,13 +10,14 @@ import random
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any
 
-from wmtp.data.records import Record
+from wmtp.data.records import Record, Span
+from wmtp.data.task_noise import Noise, NoiseKind
 from wmtp.data.task_steps import (
     CLOSINGS,
     CONFUSIONS,
@@ -39,6 +40,8 @@ PROGRAM = "<task>"
 """The file name in the code objects of programs."""
 WORDS = ("sun", "letters", "Rain", "note", "trees", "A", "lists", "union", "stars", "Olive", "in", "rust")
 MARKED = re.compile("«(.*?)»")
+Program = tuple[str, tuple[Span, ...]]
+"""A program and its decisive spans."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,10 @@ def _expression(call: str) -> CodeType:
     return compile(call, PROGRAM, "eval")
 
 
-def render(task: Task, lines: tuple[Line, ...]) -> tuple[str, list[list[tuple[int, int]]]]:
+def render(task: Task, lines: tuple[Line, ...]) -> tuple[str, list[list[Span]]]:
     """Return the program of `lines` with the task's names, and the decisive character spans of each line."""
     text = f"def {task.function}({task.variable}):\n"
-    spans: list[list[tuple[int, int]]] = []
+    spans: list[list[Span]] = []
     for line in lines:
         text += f"    {task.variable} = "
         code = line.code.replace("{v}", task.variable).replace("{e}", task.element)
@@ -220,7 +223,7 @@ def wrong_line(random_: random.Random, line: Line) -> tuple[Line, int | None] | 
     return Line(step, constant, step.code.replace("{c}", constant)), None
 
 
-def wrong_solution(random_: random.Random, task: Task) -> tuple[str, tuple[tuple[int, int], ...]] | None:
+def wrong_solution(random_: random.Random, task: Task) -> Program | None:
     """Return an incorrect program, and the one decisive span in which it differs from the task's solution.
 
     The result is None if none of twenty candidates failed a test.
@@ -241,7 +244,7 @@ def wrong_solution(random_: random.Random, task: Task) -> tuple[str, tuple[tuple
     return None
 
 
-def difference(program: str, other: str) -> tuple[int, int]:
+def difference(program: str, other: str) -> Span:
     """Return the range [start, end) of characters in which a program differs from another one.
 
     The range excludes the common prefix and the common suffix of the two programs.
@@ -257,37 +260,32 @@ def common_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def footer(random_: random.Random) -> str:
-    """Return an unpredictable comment, as in scraped code."""
-    match random_.randrange(3):
-        case 0:
-            return f"# id: {random_.randrange(10**8):08d}"
-        case 1:
-            year, month, day = random_.randint(2001, 2025), random_.randint(1, 12), random_.randint(1, 28)
-            return f"# date: {year}-{month:02d}-{day:02d}"
-        case _:
-            return f"# hash: {random_.randrange(16**8):08x}"
+def wrong_solutions(random_: random.Random, task: Task, number: int) -> list[Program] | None:
+    """Return `number` different results of `wrong_solution`; None if fewer were found in twenty draws for each."""
+    found: dict[str, tuple[Span, ...]] = {}
+    for _ in range(20 * number):
+        wrong = wrong_solution(random_, task)
+        if wrong is None:
+            return None
+        found.setdefault(*wrong)
+        if len(found) == number:
+            return list(found.items())
+    return None
 
 
-def solutions(random_: random.Random, task: Task, name: str, noise: float) -> list[Record] | None:
-    """Return the correct and an incorrect solution of a task; None if no incorrect one was found."""
-    wrong = wrong_solution(random_, task)
+def solutions(random_: random.Random, task: Task, name: str, noise: Noise, num_wrong: int) -> list[Record] | None:
+    """Return the correct solution of a task and different incorrect ones; None if too few incorrect ones were found."""
+    wrong = wrong_solutions(random_, task, num_wrong)
     if wrong is None:
         return None
     program, spans = render(task, task.lines)
     assert passes(program, task.tests)
-    candidates = ((program, tuple(span for line in spans for span in line), True), (*wrong, False))
     records = []
-    for text, decisive, is_correct in candidates:
-        noise_spans: tuple[tuple[int, int], ...] = ()
-        if random_.random() < noise:
-            comment = footer(random_)
-            unpredictable = comment.index(": ") + 2
-            noise_spans = ((len(text) + unpredictable, len(text) + len(comment)),)
-            text += comment + "\n"
+    for number, candidate in enumerate([(program, tuple(span for line in spans for span in line)), *wrong]):
+        text, decisive, noise_spans = noise.add(random_, *candidate)
         records.append(
             Record(
-                task_id=name, prompt=task.prompt, solution=text, is_correct=is_correct,
+                task_id=name, prompt=task.prompt, solution=text, is_correct=number == 0,
                 difficulty=len(task.lines), tests=task.tests, decisive=decisive, noise=noise_spans,
             )
         )  # fmt: skip
@@ -300,14 +298,26 @@ def split_of(signature: str) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def generate(split: str, size: int, difficulties: dict[int, float], noise: float, seed: int) -> list[Record]:
-    """Return a correct and an incorrect solution to each of `size` tasks of a split.
+def generate(
+    split: str,
+    size: int,
+    difficulties: dict[int, float],
+    noise: float,
+    seed: int,
+    *,
+    noise_kinds: Sequence[NoiseKind] = ("footer",),
+    noise_lines: int = 4,
+    wrong_variants: int = 1,
+) -> list[Record]:
+    """Return a correct solution and `wrong_variants` different incorrect ones to each of `size` tasks of a split.
 
-    Training tasks can repeat with other wordings; validation and test tasks all differ.
+    Training tasks can repeat with other wordings; validation and test tasks all differ. If a drawn task has too few
+    incorrect solutions, another task is drawn instead. `Noise` describes the arguments for noise.
 
     Raises:
-        InputError: there are not enough different tasks of these difficulties.
+        InputError: there are not enough different tasks of these difficulties with so many incorrect solutions.
     """
+    comments = Noise(noise, tuple(noise_kinds), noise_lines)
     random_ = random.Random(f"{seed}/{split}")
     levels, weights = list(difficulties), list(difficulties.values())
     seen: set[str] = set()
@@ -319,15 +329,16 @@ def generate(split: str, size: int, difficulties: dict[int, float], noise: float
             if task.signature in seen or split_of(task.signature) != split:
                 continue
             tested = with_tests(random_, task)
-            pair = tested and solutions(random_, tested, f"tasks/{split}/{number}", noise)
-            if pair:
+            found = tested and solutions(random_, tested, f"tasks/{split}/{number}", comments, wrong_variants)
+            if found:
                 break
         else:
             raise InputError(
                 f"data: only {number} of {size} {split} tasks can differ; ask for fewer (data.num_{split}) "
                 f"or for fewer of difficulty {difficulty} (data.difficulties)"
+                f"{', or for fewer incorrect solutions (data.wrong_variants)' if wrong_variants > 1 else ''}"
             )
         if split != "train":
             seen.add(task.signature)
-        records += pair
+        records += found
     return records

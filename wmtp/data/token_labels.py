@@ -1,5 +1,8 @@
 """Ground truth that identifies two kinds of tokens: noise, and tokens that decide whether a solution is correct."""
 
+from bisect import bisect_left, bisect_right
+from operator import itemgetter
+
 import numpy as np
 
 from wmtp.data.split import TokenizedSplit
@@ -13,14 +16,16 @@ def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarra
     """
     decisive, noise, response = (np.zeros(len(split.samples.tokens), bool) for _ in range(3))
     records = [split.records[index] for index in split.samples.kept]
+    firsts = (split.samples.offsets[:-1] + split.samples.prompt_lengths).tolist()
+    ends = split.samples.offsets[1:].tolist()
     token_spans = tokenizer.character_spans([record.solution for record in records])
-    for index, (record, spans) in enumerate(zip(records, token_spans, strict=True)):
-        first = split.samples.offsets[index] + split.samples.prompt_lengths[index]
-        end = split.samples.offsets[index + 1]
+    for record, spans, first, end in zip(records, token_spans, firsts, ends, strict=True):
         response[first:end] = True
-        for position, (start, stop) in zip(range(first, end), spans, strict=False):  # the end token has no span
-            decisive[position] = any(start < b and a < stop for a, b in record.decisive)
-            noise[position] = any(start < b and a < stop for a, b in record.noise)
+        for mask, ranges in ((decisive, record.decisive), (noise, record.noise)):
+            for start, stop in ranges:  # the tokens [begin, after) overlap the range; they are in ascending order
+                begin = first + bisect_right(spans, start, key=itemgetter(1))
+                after = first + bisect_left(spans, stop, key=itemgetter(0))
+                mask[begin : min(after, end)] = True  # the end of a solution may be cut
     return decisive, noise, response
 
 
@@ -35,6 +40,52 @@ def harmful_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> np.ndarray:
     return harmful
 
 
+def first_decisive_tokens(decisive: np.ndarray, split: TokenizedSplit) -> np.ndarray:
+    """Return a boolean mask over the tokens in `split.samples.tokens`.
+
+    The mask is True at the first decisive token of each solution that has one. In an incorrect solution, this is about
+    the token at which the solution becomes wrong; the decisive tokens after it only continue the mistake. In a tenth of
+    the generated incorrect solutions, the neighboring token is the first that differs from the correct solution. For
+    example, ` 11` instead of ` 10` is one decisive range, but may have one token for each digit. `decisive` is the mask
+    of `label_tokens`.
+    """
+    positions = np.flatnonzero(decisive)
+    solutions = np.repeat(np.arange(len(split)), split.samples.lengths)[positions]
+    first = np.zeros(len(decisive), bool)
+    first[positions[np.unique(solutions, return_index=True)[1]]] = True
+    return first
+
+
 def has_token_labels(split: TokenizedSplit) -> bool:
     """Return whether any record of the split has character ranges that are marked as decisive or as noise."""
     return any(record.decisive or record.noise for record in split.records)
+
+
+def label_shares(split: TokenizedSplit, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return the shares of four kinds of tokens among all tokens of solutions, which sum to 1.
+
+    - `noise`: noise tokens.
+    - `decisive_correct`: decisive tokens of correct solutions.
+    - `decisive_incorrect`: the first decisive token of each incorrect solution, at which it becomes wrong.
+    - `other`: all other tokens.
+
+    The result is empty if no token has a label.
+    """
+    if not has_token_labels(split):
+        return {}
+    return shares_of_masks(*label_tokens(split, tokenizer), split)
+
+
+def shares_of_masks(
+    decisive: np.ndarray, noise: np.ndarray, response: np.ndarray, split: TokenizedSplit
+) -> dict[str, float]:
+    """Return the shares of `label_shares` for the masks of `label_tokens`. A token with two labels counts as noise."""
+    wrong = np.repeat(~split.is_correct, split.samples.lengths)
+    masks = {
+        "noise": noise,
+        "decisive_correct": decisive & ~noise & ~wrong,
+        "decisive_incorrect": first_decisive_tokens(decisive, split) & ~noise & wrong,
+    }
+    total = int(response.sum())
+    shares = {name: int(mask.sum()) / total for name, mask in masks.items()}
+    return shares | {"other": 1 - sum(shares.values())}

@@ -15,7 +15,7 @@ from pydantic import Field
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from wmtp.data import task_steps, tasks
+from wmtp.data import task_noise, task_steps, tasks
 from wmtp.data.records import Record
 from wmtp.data.special_tokens import prefix_ids, rename_control_tokens, special_token_id, with_prefix
 from wmtp.errors import InputError
@@ -119,7 +119,7 @@ def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)]
 
     The tokenizer depends only on `vocab_size` and on the source code of the tasks.
     """
-    sources = "".join(inspect.getsource(module) for module in (tasks, task_steps)).encode()
+    sources = "".join(inspect.getsource(module) for module in (tasks, task_noise, task_steps)).encode()
     key = hashlib.sha256(json.dumps([vocab_size, TRAINING_TASKS, DIFFICULTIES]).encode() + sources).hexdigest()
     path = cache_dir / f"tokenizer-{key[:16]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

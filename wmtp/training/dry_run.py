@@ -151,7 +151,7 @@ def wrap_lines(*lines: str) -> str:
 
 
 def describe_training(trainer: Trainer) -> str:
-    """Return three lines of text, which describe the model with its hardware, the samples, and the planned updates."""
+    """Return lines of text, which describe the model with its hardware, the samples, and the planned updates."""
     hardware, plan, step = trainer.hardware, trainer.plan, trainer.position.step
     size = hardware.processes.size
     devices = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
@@ -160,13 +160,17 @@ def describe_training(trainer: Trainer) -> str:
 
 
 def describe_stage(shape: ModelShape, devices: str, data: Dataset, plan: Plan) -> str:
-    """Return three lines of text, which describe a model on devices, the samples, and the planned updates."""
+    """Return lines of text, which describe a model on devices, the samples, and the planned updates.
+
+    If the tokens have labels, one of the lines contains their shares.
+    """
     counts = shape.counted
     frozen = "" if counts.trained == counts.parameters else f", {counts.trained:,} of them trained"
     heads = f"{shape.num_heads} heads" if shape.num_heads > 1 else "1 head"
+    labels = f"{describe_labels(data.label_shares)}\n" if data.label_shares else ""
     return (
         f"{counts.parameters:,} parameters{frozen}, {heads}, on {devices}\n"
-        f"{describe_samples(data)}\n"
+        f"{describe_samples(data)}\n{labels}"
         f"{plan.num_updates:,} updates of {plan.batch_size} samples"
     )
 
@@ -180,6 +184,19 @@ def describe_samples(data: Dataset) -> str:
     missing = ["no val/loss and no best checkpoint"] if not len(data.validation) else []
     missing += ["no pass@1"] if not num_problems else []
     return f"{text}: {', '.join(missing)}" if missing else text
+
+
+def describe_labels(shares: dict[str, float]) -> str:
+    """Return a line with the shares of the labels among the tokens of the training solutions (see `label_shares`).
+
+    >>> describe_labels({"noise": 0.7148, "decisive_correct": 0.0212, "decisive_incorrect": 0.0039, "other": 0.2601})
+    'tokens of solutions: 71.5 % noise, 2.1 % decisive in correct and 0.4 % in incorrect ones, 26.0 % other'
+    """
+    noise, correct, incorrect, other = (
+        f"{100 * shares[name]:.1f} %" for name in ("noise", "decisive_correct", "decisive_incorrect", "other")
+    )
+    decisive = f"{correct} decisive in correct and {incorrect} in incorrect ones"
+    return f"tokens of solutions: {noise} noise, {decisive}, {other} other"
 
 
 def moments_per_parameter(optimizer: Optimizer) -> int:

@@ -56,6 +56,7 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
         "strategy": trainer.hardware.strategy,
         "parameters": trainer.model.num_parameters,
         "data_hash": trainer.data.fingerprint,
+        "label_shares": trainer.data.label_shares,
         **extras,
         **versions(),
     }

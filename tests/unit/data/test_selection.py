@@ -96,6 +96,41 @@ def test_counts_sum_to_n_and_are_near_their_shares(weights: list[float], n: int)
     assert all(abs(count - share * n) < 1 + 1e-6 for count, share in zip(counts, shares, strict=True))
 
 
+@pytest.mark.parametrize(("num_wrong", "n_samples"), [(3, None), (3, 20), (1, 20)])
+def test_correct_and_incorrect_records_are_of_the_same_tasks(num_wrong: int, n_samples: int | None) -> None:
+    everything = [
+        create_record(task, f"{number}", is_correct=number == 0)
+        for task in range(40)
+        for number in range(1 + num_wrong)
+    ]
+
+    def tasks_of(chosen: list[Record], *, correct: bool) -> Counter[str]:
+        return Counter(record.task_id for record in chosen if record.is_correct == correct)
+
+    for by_task in (True, False):
+        chosen = select(everything, Selection(n_samples, correct_ratio=0.5, by_task=by_task))
+        assert len(chosen) == (n_samples or 80) and chosen == [record for record in everything if record in chosen]
+        right, wrong = (tasks_of(chosen, correct=correct) for correct in (True, False))
+        assert right.total() == wrong.total() == len(chosen) // 2
+        if by_task:
+            assert right == wrong, "one incorrect solution for each correct one"
+        else:
+            assert len(right.keys() & wrong.keys()) < 0.9 * len(right), "the control"
+
+
+def test_second_solutions_of_tasks_are_drawn_if_a_category_needs_them() -> None:
+    everything = [create_record(task, f"{number}", is_correct=number < 2) for task in range(10) for number in range(5)]
+    chosen = select(everything, Selection(n_samples=32, correct_ratio=0.5, by_task=True))
+    counts = {
+        correct: Counter(record.task_id for record in chosen if record.is_correct == correct)
+        for correct in (True, False)
+    }
+    assert counts[True] == counts[False] and sorted(counts[True].values()) == [1] * 4 + [2] * 6
+    drawn = {record.solution for record in chosen if not record.is_correct}
+    assert drawn == {"2", "3", "4"}, "not always the first of a task"
+    assert chosen != select(everything, Selection(n_samples=32, correct_ratio=0.5, by_task=True, seed=1))
+
+
 def create_record(task: int, solution: str, *, is_correct: bool = True) -> Record:
     return Record(task_id=f"t{task}", prompt=f"p{task}", solution=solution, is_correct=is_correct, decisive=((0, 1),))
 
