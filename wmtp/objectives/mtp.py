@@ -147,7 +147,7 @@ class MtpObjective:
 
         def _coefficients(chunk: Chunk) -> Tensor:
             """Return the coefficient v·w of each row of a chunk, before the scaling."""
-            reference = None if reference_losses is None else reference_losses.flatten()[chunk.rows]
+            reference = None if reference_losses is None else reference_losses.flatten(1)[:, chunk.rows]
             valid = torch.ones_like(chunk.losses, dtype=torch.bool)
             inputs = replace(observed, valid=valid, losses=chunk.losses, reference_losses=reference)
             algorithm = self.algorithm
@@ -181,7 +181,7 @@ class MtpObjective:
         reference = None
         if self.algorithm.needs_reference:
             assert batch.reference_losses is not None
-            reference = shift_to_heads(batch.reference_losses, len(target), 0.0)
+            reference = shift_to_heads(batch.reference_losses, len(target), 0.0).movedim(-1, 0)
         values = values.detach() if self.algorithm.needs_values and values is not None else None
         return Observations(
             target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards,

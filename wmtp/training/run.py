@@ -38,12 +38,12 @@ from wmtp.tracking.mlflow import MlflowTracker
 from wmtp.training.builders import (
     Components,
     build_policy,
-    build_reference,
     build_sample_evaluation,
     build_trainer,
 )
 from wmtp.training.dry_run import describe_training
 from wmtp.training.provenance import write_provenance, write_run_id
+from wmtp.training.references import with_reference_losses
 from wmtp.training.stage_results import (
     copy_stage,
     read_stage_result,
@@ -166,11 +166,9 @@ class Run:
         """
         data = components.data
         stage_model = None if stage is None else self._stage_1_model(stage, components)
-        reference = build_reference(self.config, components, stage_model)
-        if reference is not None:
+        if components.algorithm.needs_reference:
             self._print("loading the reference losses from the cache, or computing them …")
-            data = components.columns.with_reference_losses(reference, data)
-        del reference
+            data = with_reference_losses(self.config, components, stage_model)
         if stage is None or not stage.trains_policy:
             stage_model = None
         return build_policy(self.config, components, stage_model), data

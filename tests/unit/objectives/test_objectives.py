@@ -123,7 +123,7 @@ def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
     return Batch(
         tokens, labels, torch.rand(size, generator=source), torch.arange(size) % 2 == 0, torch.arange(size) // 2,
         tuple(str(row) for row in range(size)), size * length,
-        reference_losses=8 * torch.rand(size, length, generator=source),
+        reference_losses=8 * torch.rand(size, length, 1, generator=source),
     )  # fmt: skip
 
 
@@ -232,14 +232,16 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     assert batch.reference_losses is not None
     for k in range(1, model.num_heads + 1):
         target[k - 1, :, : length - k] = batch.labels[:, k:]
-        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:]
+        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:, 0]
     valid = target != IGNORED
     logits = model.unembedding(outputs.states)
     losses = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none", ignore_index=IGNORED)
     known = losses.detach()
     if raw is None:
         values = outputs.values.detach() if algorithm.needs_values else None
-        observed = Observations(valid, batch.response, known, reference, values, batch.rewards, samples=batch.samples)
+        observed = Observations(
+            valid, batch.response, known, reference[None], values, batch.rewards, samples=batch.samples
+        )
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
         weights = raw(batch, outputs.values, known, (known - reference).where(valid, -torch.inf))

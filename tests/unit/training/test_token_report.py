@@ -114,7 +114,7 @@ def quality_of(
     data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None
 ) -> dict[str, float | None]:
     if reference_losses is not None:
-        data = replace(data, validation=data.validation.with_columns(reference_losses=reference_losses))
+        data = replace(data, validation=data.validation.with_columns(reference_losses=reference_losses[:, None]))
     return quality(MtpObjective(algorithm), data)
 
 
@@ -145,7 +145,7 @@ def test_shuffled_weights_score_half(name: str, tokenizer: Tokenizer, cache: Pat
     decisive, noise, response = label_tokens(data.validation, data.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
     losses = 1000 * truth.astype(np.float32)
-    data = replace(data, validation=data.validation.with_columns(reference_losses=losses))
+    data = replace(data, validation=data.validation.with_columns(reference_losses=losses[:, None]))
     shuffled = quality_of(data, Shuffled(of=ExcessLoss()))[name]
     assert shuffled is not None and 0.45 < shuffled < 0.55
 
@@ -180,7 +180,7 @@ def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -
     assert quality(MtpObjective(Uniform()), data) == {}
     split = labeled_split(tokenizer, tmp_path)
     losses = np.arange(len(split.samples.tokens), dtype=np.float32)
-    only_noise = replace(split, is_correct=np.ones(len(split), bool), reference_losses=losses)
+    only_noise = replace(split, is_correct=np.ones(len(split), bool), reference_losses=losses[:, None])
     data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
     values = quality(MtpObjective(ExcessLoss()), data)
     assert values["decisive_wrong_auc"] is None and values["noise_auc"] is not None

@@ -561,7 +561,7 @@ class DataWithReferences(FakeData):
 
     def batch(self, start: int, stop: int) -> Batch:
         batch = super().batch(start, stop)
-        return Batch(**vars(batch) | {"reference_losses": torch.full(batch.tokens.shape, 2.0)})
+        return Batch(**vars(batch) | {"reference_losses": torch.full((*batch.tokens.shape, 1), 2.0)})
 
 
 @pytest.mark.parametrize("num_heads", [1, 4])
