@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, clip_weights
@@ -220,8 +220,8 @@ class MtpObjective:
     def evaluate_outputs(self, outputs: Outputs, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of the unweighted loss and the loss of each head, computed from model outputs.
 
-        If the harmful tokens of the batch are known, the sums include `clean_loss`. It is the loss on all tokens of
-        correct solutions except noise.
+        The sums include the probabilities of correct solutions, see `canonical_sums`. If the harmful tokens of the
+        batch are known, they also include `clean_loss`. It is the loss on all tokens of correct solutions except noise.
         """
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
@@ -229,6 +229,7 @@ class MtpObjective:
         losses = cross_entropy(outputs.states, model.unembedding_weight, target)
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
+        sums.add(canonical_sums(losses[0], valid[0], batch))
         if batch.harmful is not None:
             clean = shift_to_heads(batch.is_correct[:, None] & ~batch.harmful, model.num_heads, 0) * shares
             sums.means["clean_loss"] = ((clean * losses).sum(), clean.sum())
@@ -265,3 +266,28 @@ def head_sums(losses: Tensor, valid: Tensor) -> MetricSums:
     """
     loss_sums, counts = losses.flatten(1).sum(dim=1), valid.flatten(1).sum(dim=1)
     return MetricSums({f"head_{k}_loss": (loss_sums[k - 1], counts[k - 1]) for k in range(1, len(valid) + 1)})
+
+
+def canonical_sums(
+    losses: Float[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], batch: Batch
+) -> MetricSums:
+    """Return the metric sums `canonical_logprob` and `canonical_probability`, which are means over correct solutions.
+
+    They are the sum of log p over the tokens of a solution, and the exponential of that sum, which is the probability
+    that sampling writes exactly this solution. Noise tokens are left out if they are known, because their text is
+    random. A batch without correct solutions has counts of 0.
+
+    Args:
+        losses: the cross-entropy of head 1 in nats.
+        valid: True where head 1 has a target.
+        batch: the validation batch.
+    """
+    counted = valid & batch.is_correct[:, None]
+    if batch.harmful is not None:
+        counted &= ~shift_to_heads(batch.harmful, 1, 0)[0]  # in correct solutions, these are the noise tokens
+    solutions = counted.any(dim=1)
+    logprobs, count = -losses.where(counted, 0.0).sum(dim=1), solutions.sum()
+    probabilities = logprobs.exp().where(solutions, 0.0)
+    return MetricSums(
+        {"canonical_logprob": (logprobs.sum(), count), "canonical_probability": (probabilities.sum(), count)}
+    )

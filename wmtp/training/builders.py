@@ -194,6 +194,7 @@ def build_sample_evaluation(config: DictConfig, folder: Path, components: Compon
         processes,
         num_validation=config.num_validation_samples,
         num_test=config.num_samples,
+        num_attempts=config.num_validation_attempts,
     )
 
 

@@ -290,7 +290,7 @@ class Run:
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
         self.processes.run_on_main(lambda: write_token_report(self.folder, measured, data, result.total_steps))
         return {
-            "pass@1": self._pass_rate(trainer, result),
+            **self._pass_rates(trainer, result),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "peak_memory_bytes": int(self.processes.max(trainer.hardware.peak_memory())[0]),
@@ -313,7 +313,7 @@ class Run:
         except Exception as error:
             log.warning("report.html could not be written: %s: %s", type(error).__name__, error, exc_info=True)
 
-    def _pass_rate(self, trainer: Trainer, result: Result) -> dict[str, Any] | None:
+    def _pass_rates(self, trainer: Trainer, result: Result) -> dict[str, Any]:
         with trainer.hardware.autocast():
             return self.sample_evaluation.evaluate_test(trainer.model, result.total_steps)
 
