@@ -32,7 +32,7 @@ from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.collate import IGNORED
 from wmtp.objectives import mtp
 from wmtp.ops.cross_entropy import RowFunction
-from wmtp.training.builders import build_components, build_model, build_trainer
+from wmtp.training.builders import build_components, build_policy, build_trainer
 from wmtp.training.references import reference_models
 
 CASES = {
@@ -86,7 +86,7 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
             del reference
         shapes = [(len(split.samples.tokens), 1) for split in data.splits]
         data = data.with_columns(reference_losses=[np.ones(shape, np.float32) for shape in shapes])
-    model = build_model(config, components, values=components.algorithm.needs_values)
+    model = build_policy(config, components, None)
     loaded = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         objective = mtp.MtpObjective(components.algorithm)

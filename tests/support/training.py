@@ -12,7 +12,7 @@ from tests.conftest import TINY, compose_config
 from wmtp.distributed.parallelize import full_tensor
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import JobProgress
-from wmtp.training.builders import build_components, build_model, build_trainer
+from wmtp.training.builders import build_components, build_policy, build_trainer
 from wmtp.training.run import Run
 from wmtp.training.trainer import Trainer
 
@@ -53,7 +53,7 @@ def make_trainer(folder: Path, *overrides: str) -> Trainer:
             for split in data.splits
         ]
         data = data.with_columns(reference_losses=losses)
-    model = build_model(config, components, values=components.algorithm.needs_values)
+    model = build_policy(config, components, None)
     return build_trainer(config, folder, components.hardware, data, model, MtpObjective(components.algorithm))
 
 

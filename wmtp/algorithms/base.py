@@ -14,6 +14,7 @@ from torch import Tensor
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath, PositiveFloat
+from wmtp.models.value_heads import ValueKind
 
 INITIAL = "initial"
 """The value of `reference` that selects the policy before training."""
@@ -46,9 +47,9 @@ class Observations:
     The references are those in `Algorithm.references`, in this order.
     """
     values: Float[Tensor, "batch position"] | None = None
-    """Output of the value head after each token."""
+    """Value after each token."""
     rewards: Float[Tensor, " batch"] | None = None
-    """Reward of each solution."""
+    """Reward of each solution. If the values are no estimates of the reward, it is the value after the last token."""
     harmful: Bool[Tensor, "batch position"] | None = None
     """True at tokens that are noise or that make a wrong solution wrong. None if these tokens are not known."""
     number: int = 0
@@ -80,6 +81,8 @@ class Algorithm(ABC):
     """Minimum number of heads. If a model has fewer heads, the algorithm is equal to the baseline."""
     needs_values = False
     """Whether the algorithm needs a value head."""
+    value: ValueKind = "state"
+    """The kind of the value head."""
     references: tuple[ReferenceName, ...] = ()
     """The references whose losses the algorithm needs."""
     needs_token_labels = False

@@ -28,6 +28,7 @@ class Control(UpdateAlgorithm):
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.references, self.reference = of.needs_values, of.references, of.reference
         self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
+        self.value = of.value
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
 
@@ -124,12 +125,14 @@ class Random(Control):
         self, weights: Sequence[Tensor], observed: Sequence[Observations], processes: Processes
     ) -> list[Float[Tensor, "head _ _"]]:
         """Return log-normal random numbers. Their expected mean and variance are those of the weights of the update."""
-        chosen = torch.cat([weight[each.valid].cpu() for weight, each in zip(weights, observed, strict=True)]).double()
-        count = torch.tensor(float(len(chosen)), dtype=torch.float64)
-        sums = processes.sum(torch.stack([count, chosen.sum(), chosen.square().sum()]))
-        if not sums[1]:  # no target, or no weight above 0
+        mean, variance = moments(weights, [each.valid for each in observed], processes) or (0.0, 0.0)
+        if mean == 0:  # no target, or no weight above 0
             return list(weights)
-        mean, variance = moments(sums)
         log_variance = math.log1p(variance / mean**2)
         shift = math.log(mean) - log_variance / 2
-        return [torch.exp(self.draws(each, torch.randn) * math.sqrt(log_variance) + shift) for each in observed]
+        return [
+            torch.exp(self.draws(each, torch.randn) * math.sqrt(log_variance) + shift).where(
+                weight.isfinite(), torch.nan
+            )
+            for weight, each in zip(weights, observed, strict=True)
+        ]

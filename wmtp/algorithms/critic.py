@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from wmtp.algorithms.base import ExponentialAlgorithm, Observations, UpdateAlgorithm
 from wmtp.distributed.process_group import Processes
 from wmtp.field_types import PositiveFloat, Ratio
+from wmtp.models.value_heads import ValueKind
 from wmtp.ops.metric_sums import moments
 from wmtp.ops.returns import advantages, token_rewards
 from wmtp.ops.targets import shift_to_heads
@@ -47,10 +47,7 @@ class Whitening:
         processes: Processes,
     ) -> list[Float[Tensor, "_ _"]]:
         """Return the normalized values of all micro-batches of an update. Results outside the masks have no meaning."""
-        chosen = torch.cat([each[mask].cpu().double() for each, mask in zip(values, masks, strict=True)])
-        count = torch.tensor(float(len(chosen)), dtype=torch.float64)
-        sums = processes.sum(torch.stack([count, chosen.sum(), chosen.square().sum()]))
-        self._last = moments(sums) if sums[0] else None
+        self._last = moments(values, masks, processes)
         mean, variance = (self.mean, self.variance) if self.num_updates >= self.WARMUP else (self._last or (0.0, 1.0))
         return [(each - mean) / max(math.sqrt(variance), 1e-8) for each in values]
 
@@ -69,6 +66,8 @@ class Whitening:
 class Critic(ExponentialAlgorithm, UpdateAlgorithm):
     """The algorithm with weights exp(Â / beta). The value head is trained together with the policy."""
 
+    value: ValueKind = "state"
+    """The kind of the value head."""
     beta: PositiveFloat = 0.9
     """The divisor of the normalized advantage. The weights differ more if it is smaller."""
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0

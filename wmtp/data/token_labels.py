@@ -13,8 +13,8 @@ from wmtp.data.tokenizer import Tokenizer
 def label_tokens(split: TokenizedSplit, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return three boolean masks over the tokens in `split.samples.tokens`.
 
-    The masks mark the decisive tokens, the noise tokens, and all tokens of solutions. If the split has a correct solution
-    to the same task, the decisive tokens of an incorrect solution begin with the first token that differs.
+    The masks mark the decisive tokens, the noise tokens, and all tokens of solutions. If the split has a correct
+    solution to the same task, the decisive tokens of an incorrect solution begin with the first token that differs.
     """
     decisive, noise, response = (np.zeros(len(split.samples.tokens), bool) for _ in range(3))
     records = [split.records[index] for index in split.samples.kept]

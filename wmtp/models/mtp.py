@@ -14,14 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from wmtp.distributed.parallelize import full_tensor
 from wmtp.models.architecture import Architecture, Context, Modules
-from wmtp.models.heads import ValueHead
 from wmtp.models.lora import ADAPTER_SUBSTRING, Lora
+from wmtp.models.value_heads import ActionValueHead, BlockValueHead, StateValueHead, ValueHead, ValueKind
 
 
 class Outputs(NamedTuple):
     """The result of a forward pass.
 
-    `states` contains the normalized hidden states of the heads. `values` is None if the model has no value head.
+    `states` contains the normalized hidden states of the heads. `values` contains the outputs of the value head, which
+    are values or their logits (see `ValueLoss`). It is None if the model has no value head.
     """
 
     states: Float[Tensor, "head batch position dim"]
@@ -61,6 +62,7 @@ class MtpModel(nn.Module):
         self.norm = modules.norm
         self.unembedding = modules.unembedding
         self.value_head: ValueHead | None = None
+        self.value_kind: ValueKind = "state"
         self.activation_checkpointing = False
         self.base_fingerprint: str | None = None
         """Hash of the frozen base parameters. The model source sets it if the model has adapters."""
@@ -109,11 +111,21 @@ class MtpModel(nn.Module):
         base_names = self.base_names
         return {name: tensor for name, tensor in self.state_dict().items() if name not in base_names}
 
-    def add_value_head(self) -> None:
-        """Add a new value head, whose input is the hidden states of the trunk."""
-        self.value_head = ValueHead(self.architecture.dim, hidden_dim=self.value_head_dim).to(
-            self.embedding.weight.device
-        )
+    def add_value_head(self, kind: ValueKind = "state") -> ValueHead:
+        """Add a new value head and return it. Its input is the hidden states of the trunk.
+
+        The block of a head of the kind "block" is a copy of the block of prediction head 1.
+        """
+        dim, hidden_dim = self.architecture.dim, self.value_head_dim
+        head: ValueHead
+        if kind == "action":
+            head = ActionValueHead(dim, self.embedding.num_embeddings)
+        elif kind == "block":
+            head = BlockValueHead(self.heads[0], dim, hidden_dim=hidden_dim)
+        else:
+            head = StateValueHead(dim, hidden_dim=hidden_dim)
+        self.value_head, self.value_kind = head.to(self.embedding.weight.device), kind
+        return self.value_head
 
     def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
         """Return the hidden states that the trunk computes from token ids."""
@@ -130,7 +142,7 @@ class MtpModel(nn.Module):
         num_heads: int | None = None,
         hidden_states: Float[Tensor, "batch position dim"] | None = None,
     ) -> Outputs:
-        """Return the hidden states of the heads, and the values if the model has a value head.
+        """Return the hidden states of the heads, and the outputs of the value head if the model has one.
 
         The logits are `states @ unembedding_weight.T`.
 
@@ -141,11 +153,11 @@ class MtpModel(nn.Module):
             hidden_states: the hidden states of the trunk, if they are known already; None to compute them.
         """
         x = self.trunk_states(tokens) if hidden_states is None else hidden_states
-        values = None if self.value_head is None else self.value_head(x)
+        context = self.positions(_positions(tokens), x)
+        values = None if self.value_head is None else self.value_head(x, tokens, context)
         heads = [*self.heads[:num_heads]]
         if not heads:
             return Outputs(x.new_empty(0, *x.shape), values)
-        context = self.positions(_positions(tokens), x)
         if self.architecture.head_kind == "medusa":
             first = self.norm(self._run(heads[0], x, context))
             return Outputs(torch.stack([first, *(head(first) for head in heads[1:])]), values)
@@ -193,6 +205,6 @@ def unsharded_copy(model: MtpModel, keep: bool) -> MtpModel | None:
     copy.positions.to(tensors["embedding.weight"].device)
     if model.value_head is not None:
         with torch.device("meta"):
-            copy.value_head = ValueHead(model.architecture.dim, hidden_dim=model.value_head_dim)
+            copy.add_value_head(model.value_kind)
     copy.load_state_dict(tensors, assign=True)
     return copy.train(model.training)

@@ -8,6 +8,7 @@ from torch import nn
 
 from wmtp.models.architecture import HeadKind
 from wmtp.models.mtp import MtpModel
+from wmtp.models.value_heads import ValueKind
 
 BlockKind = Literal["wmtp", "llama", "qwen3", "gpt2"]
 """The implementation of the blocks.
@@ -58,6 +59,7 @@ class ModelShape:
     """
     value_dim: int | None = None
     """Hidden width of the value head. 0 means a linear value head, and None means no value head."""
+    value_kind: ValueKind = "state"
     trains_values_only: bool = False
     counts: Counts | None = None
     """Parameter counts of an existing model. If None, all parameters are assumed to be trained."""
@@ -159,6 +161,7 @@ def model_shape(model: MtpModel) -> ModelShape:
         number_bytes=model.embedding.weight.dtype.itemsize,
         adapter_rank=None if model.lora is None else model.lora.rank,
         value_dim=None if model.value_head is None else model.value_head_dim or 0,
+        value_kind=model.value_kind,
         trains_values_only=all(name.startswith("value_head.") for name in trained),
         counts=Counts(total, trainable, total_bytes, trained_bytes),
     )

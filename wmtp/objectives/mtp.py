@@ -39,10 +39,18 @@ class MtpObjective:
     The validation loss does not depend on the algorithm, so runs with different algorithms can be compared.
     """
 
-    def __init__(self, algorithm: Algorithm, *, shares: Shares = "position") -> None:
-        """Create the objective. `shares` is the influence of targets in training, see `ops.targets.target_shares`."""
+    def __init__(
+        self, algorithm: Algorithm, value_loss: ValueLoss | None = None, *, shares: Shares = "position"
+    ) -> None:
+        """Create the objective.
+
+        Args:
+            algorithm: the algorithm.
+            value_loss: the loss of the value head, if the model has one. It is that of stage 1, if there is a stage 1.
+            shares: the influence of targets in training, see `ops.targets.target_shares`.
+        """
         self.algorithm, self.shares = algorithm, shares
-        self.value_loss = ValueLoss("reward")
+        self.value_loss = value_loss or ValueLoss()
 
     @property
     def name(self) -> str:
@@ -170,21 +178,24 @@ class MtpObjective:
         losses = cross_entropy(outputs.states, model.unembedding_weight, target)
         return replace(self._observations(batch, target, outputs.values), losses=losses)
 
-    def _observations(self, batch: Batch, target: Tensor, values: Tensor | None) -> Observations:
+    def _observations(self, batch: Batch, target: Tensor, value_outputs: Tensor | None) -> Observations:
         """Return the inputs of the algorithm, except the losses of the policy.
 
         Args:
             batch: the micro-batch.
             target: the targets of all heads. The shape is [head, batch, position].
-            values: the output of the value head, or None if the model has none.
+            value_outputs: the outputs of the value head, or None if the model has none.
         """
         reference = None
         if self.algorithm.needs_reference:
             assert batch.reference_losses is not None
             reference = shift_to_heads(batch.reference_losses, len(target), 0.0).movedim(-1, 0)
-        values = values.detach() if self.algorithm.needs_values and values is not None else None
+        rewards, values = batch.rewards, None
+        if self.algorithm.needs_values and value_outputs is not None:
+            values = self.value_loss.values(value_outputs.detach())
+            rewards = self.value_loss.final_values(values, batch)
         return Observations(
-            target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards,
+            target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=rewards,
             harmful=batch.harmful, number=batch.number, samples=batch.samples,
         )  # fmt: skip
 
@@ -205,7 +216,10 @@ class MtpObjective:
             total[:, k:] += weights[k - 1, :, :-k]
             count[:, k:] += target[k - 1, :, :-k] != IGNORED
         undefined = torch.full_like(total, torch.nan)
-        loss, values = undefined.clone(), undefined if outputs.values is None else outputs.values.float()
+        loss, values = (
+            undefined.clone(),
+            undefined if outputs.values is None else self.value_loss.values(outputs.values),
+        )
         loss[:, 1:] = losses[0, :, :-1]
         return torch.stack([total / count, *(x.where(batch.response, undefined) for x in (loss, values))], dim=-1)
 

@@ -1,7 +1,10 @@
 """The loss and the metrics of a value head, in stage 1 and in stage 2."""
 
+import math
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,41 +19,68 @@ from wmtp.ops.returns import (
     value_targets,
 )
 
-Kind = Literal["reward", "lambda_return", "ranking"]
+Kind = Literal["cross_entropy", "reward", "lambda_return", "ranking"]
 
 
 class ValueLoss:
-    """A loss for value heads: the squared error of values, or a ranking loss of the values at the last tokens.
+    """A loss for value heads. It also defines which value an output of the head stands for.
 
-    If `kind` is "reward" or "lambda_return", the loss is the squared difference between the value and the reward or
-    λ-return. If `kind` is "ranking", the loss is low if the value after a correct solution is higher than the value
-    after an incorrect solution of the same task.
+    - "cross_entropy": the cross-entropy of the reward, which must be between 0 and 1. The output is the logit of the
+      value.
+    - "reward", "lambda_return": the squared difference between the value and the reward or λ-return. The output is the
+      value.
+    - "ranking": low if the values of a correct solution are higher than those of an incorrect solution to the same
+      task, from the first token on at which the two differ. The output is the value, which is a score and no estimate
+      of the reward.
     """
 
-    def __init__(self, kind: Kind = "reward", discount: float = 1.0, trace_decay: float = 0.95) -> None:
+    def __init__(self, kind: Kind = "cross_entropy", discount: float = 1.0, trace_decay: float = 0.95) -> None:
         """Create the loss. `discount` is γ and `trace_decay` is λ. They are used only for the λ-return."""
         self.kind, self.discount, self.trace_decay = kind, discount, trace_decay
+
+    def values(self, outputs: Float[Tensor, "batch position"]) -> Float[Tensor, "batch position"]:
+        """Return the values that the outputs of a value head stand for."""
+        return outputs.sigmoid() if self.kind == "cross_entropy" else outputs
+
+    def final_values(self, values: Float[Tensor, "batch position"], batch: Batch) -> Float[Tensor, " batch"]:
+        """Return the value of each complete solution, which the TD error at its last token uses.
+
+        This is the reward, or the value after the last token if the values are no estimates of the reward.
+        """
+        if self.kind == "ranking":
+            return (values * last_of_response(batch.response)).sum(dim=1)
+        return batch.rewards
+
+    def first_output(self, mean_reward: float) -> float:
+        """Return the output of a new head, which stands for the mean reward."""
+        if self.kind == "ranking":
+            return 0.0
+        if self.kind == "cross_entropy":
+            share = min(max(mean_reward, 1e-3), 1 - 1e-3)
+            return math.log(share / (1 - share))
+        return mean_reward
 
     def denominator(self, batch: Batch) -> Tensor:
         """Return the number of terms of the loss. A term is a position with a trained value, or a pair for ranking."""
         if self.kind == "ranking":
-            return ranking_loss(batch.rewards, batch.tasks, batch.is_correct)[1]
+            return self._ranking(torch.zeros_like(batch.labels, dtype=torch.float32), batch)[1]
         return value_positions(batch.response).sum()
 
-    def sum(self, values: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], MetricSums]:
+    def sum(self, outputs: Float[Tensor, "batch position"], batch: Batch) -> tuple[Float[Tensor, ""], MetricSums]:
         """Return the sum of all terms of the loss, and the metric sums of values and rewards."""
-        rewards = token_rewards(batch.rewards, batch.response)
-        mask = value_positions(batch.response)
+        values, mask = self.values(outputs), value_positions(batch.response)
+        reward = batch.rewards[:, None].expand_as(mask)[mask]
         if self.kind == "ranking":
-            is_last = last_of_response(batch.response)
-            loss, count = ranking_loss((values * is_last).sum(dim=1), batch.tasks, batch.is_correct)
+            loss, count = self._ranking(values, batch)
+        elif self.kind == "cross_entropy":
+            loss = F.binary_cross_entropy_with_logits(outputs[mask], reward, reduction="sum")
+            count = mask.sum()
         else:
             target = value_targets(
-                values, rewards, batch.response,
+                values, token_rewards(batch.rewards, batch.response), batch.response,
                 kind=self.kind, discount=self.discount, trace_decay=self.trace_decay,
             )  # fmt: skip
             loss, count = (values - target)[mask].square().sum(), mask.sum()
-        reward = batch.rewards[:, None].expand_as(mask)[mask]
         value = values.detach()[mask]
         error = reward - value
         sums = MetricSums({"value_loss": (loss.detach(), count)})
@@ -58,6 +88,9 @@ class ValueLoss:
             sums.means[f"{name}_mean"] = (x.sum(), mask.sum())
             sums.means[f"{name}_square"] = (x.square().sum(), mask.sum())
         return loss, sums
+
+    def _ranking(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return ranking_loss(values, batch.tokens, batch.response, batch.tasks, batch.is_correct)
 
 
 def value_metrics(values: dict[str, float]) -> dict[str, float]:

@@ -43,13 +43,14 @@ def weight_scales(
     """Return the factor by which the clipped weights of each head must be multiplied.
 
     With these factors the weights have mean 1 over all micro-batches and ranks of the update. If the algorithm does not
-    rescale its weights, the factors are 1. All ranks must call this function. See `normalized_weights` for the
-    arguments.
+    rescale its weights, the factors are 1. Weights that are NaN are ignored, so that only the loss of their own
+    micro-batch is NaN and the check of the update can name it. All ranks must call this function. See
+    `normalized_weights` for the arguments.
     """
     if not algorithm.rescale:
         return torch.ones_like(weights[0][:, 0, 0])
     sums = [
-        torch.stack([(share * weight).sum(dim=(1, 2)), share.sum(dim=(1, 2))])
+        torch.stack([(share * weight).nansum(dim=(1, 2)), share.sum(dim=(1, 2))])
         for weight, share in zip(weights, shares, strict=True)
     ]
     weight_sums, share_sums = processes.sum(torch.stack(sums).sum(dim=0))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp.distributed.process_group import Processes
@@ -85,7 +85,17 @@ def standard_deviation(mean: float, mean_of_squares: float) -> float:
     return math.sqrt(max(mean_of_squares - mean * mean, 0.0))
 
 
-def moments(sums: Float[Tensor, "3"]) -> tuple[float, float]:
-    """Return mean and variance, computed from count, sum and sum of squares."""
-    count, total, squares = sums.tolist()
-    return total / count, standard_deviation(total / count, squares / count) ** 2
+def moments(
+    values: Sequence[Float[Tensor, "*any"]], masks: Sequence[Bool[Tensor, "*any"]], processes: Processes
+) -> tuple[float, float] | None:
+    """Return mean and variance of the values of all micro-batches and ranks, or None if there are none.
+
+    Only finite values inside the masks are used, so that a faulty sample does not change the results of the others. All
+    ranks must call this function.
+    """
+    chosen = torch.cat([each[mask & each.isfinite()].cpu().double() for each, mask in zip(values, masks, strict=True)])
+    count = torch.tensor(float(len(chosen)), dtype=torch.float64)
+    number, total, squares = processes.sum(torch.stack([count, chosen.sum(), chosen.square().sum()])).tolist()
+    if not number:
+        return None
+    return total / number, standard_deviation(total / number, squares / number) ** 2

@@ -144,17 +144,30 @@ def explained_variance(target_mean: float, target_square: float, error_mean: flo
 
 
 def ranking_loss(
-    scores: Float[Tensor, " batch"], tasks: Int[Tensor, " batch"], is_correct: Bool[Tensor, " batch"]
+    values: Float[Tensor, "batch position"],
+    tokens: Int[Tensor, "batch position"],
+    response: Bool[Tensor, "batch position"],
+    tasks: Int[Tensor, " batch"],
+    is_correct: Bool[Tensor, " batch"],
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Return the ranking loss Σ −log σ(s⁺ − s⁻) over all pairs, and the number of pairs.
 
-    A pair consists of a correct sample with score s⁺ and an incorrect sample with score s⁻. Both samples belong to the
-    same task. If there are no pairs, both results are 0.
+    A pair consists of a correct and an incorrect sample of the same task, whose prompts are equal. s⁺ and s⁻ are the
+    means of their values from the first position on at which their tokens differ; before it, nothing tells the two
+    apart. Samples that do not differ are not a pair. If there are no pairs, both results are 0.
     Source: Bradley & Terry 1952, Rank Analysis of Incomplete Block Designs: I.
     """
-    pairs = (tasks[:, None] == tasks) & is_correct[:, None] & ~is_correct
-    losses = F.softplus(scores - scores[:, None])
-    return losses.where(pairs, 0.0).sum(), pairs.sum()
+    correct, incorrect = ((tasks[:, None] == tasks) & is_correct[:, None] & ~is_correct).nonzero(as_tuple=True)
+    differs = (tokens[correct] != tokens[incorrect]) | (response[correct] != response[incorrect])
+    has_begun = differs.cumsum(dim=1) > 0
+    is_pair, scores = has_begun[:, -1], []
+    for samples in (correct, incorrect):
+        mask = has_begun & response[samples]
+        # a solution that ends where the other one goes on keeps its last value
+        mask |= last_of_response(response)[samples] & ~mask.any(dim=1, keepdim=True)
+        scores.append((values[samples] * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+    losses = F.softplus(scores[1] - scores[0])
+    return losses[is_pair].sum(), is_pair.sum()
 
 
 def _neighbor(

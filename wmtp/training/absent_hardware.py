@@ -52,10 +52,10 @@ def estimate_run(config: DictConfig, algorithm: Algorithm | None = None) -> None
     tokenizer, stage = components.tokenizer, build_stage(config, components)
     if stage is not None and stage.reuse is None:
         settings = stage_config(config)
-        shape = planned_shape(settings, tokenizer, stage.trains_policy, stage)
+        shape = planned_shape(settings, tokenizer, stage)
         text = describe_estimate(settings, build_stage_data(here, components, stage), shape)
         console.print(f"Stage 1, {type(stage).__name__}:\n{text}", soft_wrap=True, highlight=False)
-    shape = planned_shape(config, tokenizer, components.algorithm.needs_values)
+    shape = planned_shape(config, tokenizer, components.algorithm)
     console.print(describe_estimate(config, components.data, shape), soft_wrap=True, highlight=False)
     lacking = lacking_hardware(config)
     assert lacking is not None
@@ -68,24 +68,22 @@ def estimate_run(config: DictConfig, algorithm: Algorithm | None = None) -> None
     )
 
 
-def planned_shape(
-    config: DictConfig, tokenizer: Tokenizer | None, values: bool, stage: Stage | None = None
-) -> ModelShape:
+def planned_shape(config: DictConfig, tokenizer: Tokenizer | None, part: Stage | Algorithm) -> ModelShape:
     """Return the sizes of the model of a config, without reading or creating its weights.
 
     Args:
         config: the config of the run or of stage 1.
         tokenizer: the tokenizer of a new model. A pretrained model needs none.
-        values: whether the model has a value head.
-        stage: stage 1, which may freeze parameters; None if the model is that of stage 2.
+        part: stage 1, which may add modules and freeze parameters, or the algorithm of stage 2.
     """
     source = build_source(config.model, tokenizer, Path(config.cache_dir))
     model = empty_model(source.architecture(), source.lora, source.value_head_dim)
-    if values:
-        with torch.device("meta"):
-            model.add_value_head()
-    if stage is not None:
-        stage.freeze(model)
+    with torch.device("meta"):
+        if not isinstance(part, Algorithm):
+            part.add_modules(model)
+            part.freeze(model)
+        elif part.needs_values:
+            model.add_value_head(part.value)
     return model_shape(model)
 
 

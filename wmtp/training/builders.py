@@ -23,12 +23,15 @@ from wmtp.evaluation.sampling import Grader
 from wmtp.models.loading import build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.objectives.value_loss import ValueLoss
 from wmtp.sandbox.grader import grade
 from wmtp.sandbox.isolation import find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.training.optim import parameter_groups
 from wmtp.training.plan import Plan
 from wmtp.training.precompute import TokenColumns
+from wmtp.training.stages import Stage, ValueStage
 from wmtp.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -166,21 +169,13 @@ def with_token_labels(data: Dataset) -> Dataset:
     return data.with_columns(harmful=[harmful_tokens(split, data.tokenizer) for split in data.splits])
 
 
-def build_model(config: DictConfig, components: Components, *, values: bool) -> MtpModel:
+def build_model(config: DictConfig, components: Components) -> MtpModel:
     """Return the model with its initial weights, on the device that the config selects.
 
-    Random weights are determined by the seed. The value head is initialized last, so that the other weights are the
-    same with and without a value head.
-
-    Args:
-        config: the config of the run or of stage 1.
-        components: the objects shared by all stages.
-        values: whether to add a value head.
+    Random weights are determined by the seed of `config`, which is the config of the run or of stage 1.
     """
     seed_torch(config.seed)
     model = build_source(config.model, components.tokenizer, Path(config.cache_dir)).create()
-    if values:
-        model.add_value_head()
     return model.to(components.hardware.device)
 
 
@@ -280,12 +275,23 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
     if algorithm.needs_values:
         require_different_rewards(components.data)
     if stage_model is None:
-        return build_model(config, components, values=algorithm.needs_values)
+        model = build_model(config, components)
+        if algorithm.needs_values:
+            mean_reward = float(components.data.train.rewards.mean())
+            model.add_value_head(algorithm.value).set_output(ValueLoss().first_output(mean_reward))
+        return model
     if not algorithm.needs_values:
         stage_model.value_head = None
     seed_torch(config.seed)  # same dropout masks when a run resumes after stage 1
     stage_model.set_trainable()
     return stage_model
+
+
+def build_objective(config: DictConfig, components: Components, stage: Stage | None) -> MtpObjective:
+    """Return the objective of stage 2. If stage 1 has trained the value head, stage 2 continues with its value loss."""
+    value_loss = stage.value_loss if isinstance(stage, ValueStage) else None
+    objective: MtpObjective = build(config.objective, algorithm=components.algorithm, value_loss=value_loss)
+    return objective
 
 
 def require_different_rewards(data: Dataset) -> None:

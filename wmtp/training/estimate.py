@@ -149,6 +149,10 @@ def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetti
     makes a copy of it for each head.
     """
     values = 0 if shape.value_dim is None else 8 * (shape.dim + shape.value_dim)
+    if shape.value_dim is not None and shape.value_kind == "action":
+        values = 16 * shape.dim
+    elif shape.value_dim is not None and shape.value_kind == "block":
+        values += block_bytes(shape, machine, setting)
     if shape.trains_values_only:
         return values
     heads, is_frozen = shape.num_head_blocks, shape.adapter_rank is not None

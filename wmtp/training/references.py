@@ -62,11 +62,11 @@ def build_reference(
     """
     reference = components.algorithm.reference
     if name == "start" and reference is None:
-        return build_model(stage_config(config), components, values=False)
+        return build_model(stage_config(config), components)
     if name == "start" or reference == INITIAL:
         one_head = OmegaConf.merge(config, {"model": {"num_heads": 1, "lora": {"rank": None}}})
         assert isinstance(one_head, DictConfig)
-        return build_model(one_head, components, values=False)
+        return build_model(one_head, components)
     if reference is not None:
         return load_reference(Path(reference), components, Path(config.cache_dir))
     assert stage_model is not None

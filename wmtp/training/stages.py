@@ -11,8 +11,10 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 from wmtp.algorithms.uniform import Uniform
+from wmtp.data.dataset import Dataset
 from wmtp.field_types import InputPath, Ratio
 from wmtp.models.mtp import MtpModel
+from wmtp.models.value_heads import ValueKind
 from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
@@ -35,6 +37,12 @@ class Stage(Protocol):
     def objective(self, shares: Shares) -> Objective:
         """Return the objective of the stage. `shares` is the influence of targets (`MtpObjective`)."""
 
+    def add_modules(self, model: MtpModel) -> None:
+        """Add the modules to a new model that only this stage needs or that it trains first."""
+
+    def prepare(self, model: MtpModel, data: Dataset) -> None:
+        """Set the initial parameters of the added modules from the training data."""
+
     def freeze(self, model: MtpModel) -> None:
         """Freeze all parameters that this stage does not train."""
 
@@ -55,7 +63,8 @@ class ValueStage(Stage):
         self,
         *,
         trains: Literal["all", "head"] = "all",
-        loss: Kind = "reward",
+        value: ValueKind = "state",
+        loss: Kind = "cross_entropy",
         discount: Annotated[float, Field(gt=0, le=1)] = 1.0,
         trace_decay: Ratio = 0.95,
         language_model_coef: Annotated[float, Field(ge=0)] = 0.3,
@@ -66,6 +75,7 @@ class ValueStage(Stage):
 
         Args:
             trains: "all" trains the value head together with the language model, "head" trains only the value head.
+            value: the kind of the value head, see `ValueKind`.
             loss: the kind of value loss, see `ValueLoss`.
             discount: the discount factor γ of the λ-return.
             trace_decay: the factor λ of the λ-return.
@@ -73,7 +83,7 @@ class ValueStage(Stage):
             save_value_head: whether the value head is saved in a separate file in addition to the checkpoint.
             reuse: the folder of an earlier run whose finished stage 1 is copied. If it is None, stage 1 is trained.
         """
-        self.trains, self.language_model_coef = trains, language_model_coef
+        self.trains, self.value, self.language_model_coef = trains, value, language_model_coef
         self.value_loss = ValueLoss(loss, discount, trace_decay)
         self.saves_value_head, self.reuse = save_value_head, reuse
         self.needs_hidden_states = trains == "head"
@@ -82,6 +92,15 @@ class ValueStage(Stage):
         """Return the objective of the stage."""
         language_model = MtpObjective(Uniform(), shares=shares) if self.trains == "all" else None
         return ValueObjective(self.value_loss, language_model, self.language_model_coef)
+
+    def add_modules(self, model: MtpModel) -> None:
+        """Add the value head."""
+        model.add_value_head(self.value)
+
+    def prepare(self, model: MtpModel, data: Dataset) -> None:
+        """Let the value head begin with the mean reward of the training data at every token."""
+        assert model.value_head is not None
+        model.value_head.set_output(self.value_loss.first_output(float(data.train.rewards.mean())))
 
     def freeze(self, model: MtpModel) -> None:
         """Freeze all parameters that this stage does not train."""
@@ -117,6 +136,12 @@ class ReferenceStage(Stage):
     def objective(self, shares: Shares) -> Objective:
         """Return the objective of the stage."""
         return MtpObjective(Uniform(), shares=shares)
+
+    def add_modules(self, model: MtpModel) -> None:
+        """Do nothing, because an ordinary language model is trained."""
+
+    def prepare(self, model: MtpModel, data: Dataset) -> None:
+        """Do nothing, because no module was added."""
 
     def freeze(self, model: MtpModel) -> None:
         """Do nothing, because this stage trains all parameters."""

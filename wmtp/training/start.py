@@ -87,7 +87,9 @@ def build_stage_trainer(
         InputError: the data of stage 1 cannot be used.
     """
     settings, data = stage_config(config), build_stage_data(config, components, stage)
-    model = build_model(settings, components, values=stage.trains_policy)
+    model = build_model(settings, components)
+    stage.add_modules(model)
+    stage.prepare(model, data)
     stage.freeze(model)
     if stage.needs_hidden_states and with_columns:
         data = components.columns.with_hidden_states(model, data)
@@ -119,8 +121,7 @@ def load_stage_model(saved: Path, config: DictConfig, components: Components, st
         InputError: the checkpoint is damaged or does not match the config.
     """
     model = build_source(stage_config(config).model, components.tokenizer, Path(config.cache_dir)).empty()
-    if stage.trains_policy:
-        model.add_value_head()
+    stage.add_modules(model)
     return load_weights(saved, model, components.tokenizer, components.hardware)
 
 

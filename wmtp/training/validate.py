@@ -237,6 +237,9 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
             "head",
             "trains a value head that the algorithm does not use; set pretrain.trains=all or pretrain=none",
         )
+    if isinstance(stage, ValueStage) and algorithm.needs_values and stage.value != algorithm.value:
+        problem = f"stage 2 has another kind of value head: algo.value={algorithm.value}; set only algo.value"
+        yield ConfigIssue("pretrain.value", stage.value, problem)
     source = model_source(config)
     if source.num_heads < algorithm.min_heads:
         problem = f"{algorithm.name} has no effect with fewer than {algorithm.min_heads} heads"

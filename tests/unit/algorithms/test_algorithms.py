@@ -283,15 +283,25 @@ def test_critic_does_not_count_skipped_updates(make: Callable[[], Algorithm]) ->
         algorithm.finish_update()
     batch_to_skip = random_observations(2)
     assert batch_to_skip.values is not None
-    broken = replace(batch_to_skip, values=batch_to_skip.values * torch.nan)
     for algorithm in (one, naive):
-        algorithm.weights(broken)
+        algorithm.weights(batch_to_skip)
     naive.finish_update()
     for algorithm in (one, other, naive):
         algorithm.weights(random_observations(3))
         algorithm.finish_update()
     assert one.state_dict() == other.state_dict()
-    assert "nan" in str(naive.state_dict()), "the control: if the skipped update is counted, the averages are NaN"
+    assert naive.state_dict() != other.state_dict(), "the control: the skipped update is counted"
+
+
+def test_a_value_that_is_not_finite_makes_only_the_weights_of_its_own_solution_nan() -> None:
+    good, bad = random_observations(1), random_observations(2)
+    assert bad.values is not None
+    broken = replace(bad, values=bad.values.clone().index_fill_(0, torch.tensor([1]), torch.nan))
+    weights, broken_weights = Critic().update_weights([good, broken], ALONE)
+    assert torch.isfinite(weights).all() and torch.isnan(broken_weights[:, 1]).any()
+    assert torch.isfinite(broken_weights[:, [0, 2]]).all()
+    values = torch.cat([observed.values[observed.response] for observed in (good, broken)])  # type: ignore[index]
+    assert math.isnan(values.mean()), "the control: the moments of all values"
 
 
 @pytest.mark.parametrize("updates", [0, 4, 12])

@@ -22,7 +22,7 @@ from wmtp.data.task_steps import STEPS
 from wmtp.data.token_labels import harmful_tokens, label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
-from wmtp.ops.returns import ranking_loss
+from wmtp.objectives.value_loss import ValueLoss
 
 HASHES = {
     ("train", 100, 0.0, 0): "43180a5c39e51a91c64f8a5b604dd56ef057a2b26889d0326d4db1c7081ed5a6",
@@ -158,7 +158,7 @@ def num_pairs(data: Dataset, batch_size: int) -> int:
         for update in range(-(-len(data.train) // batch_size))
         for batch in data.micro_batches(0, update, batch_size, batch_size)
     ]
-    return sum(int(ranking_loss(batch.rewards, batch.tasks, batch.is_correct)[1]) for batch in batches)
+    return sum(int(ValueLoss("ranking").denominator(batch)) for batch in batches)
 
 
 def test_each_correct_solution_has_an_incorrect_one_of_its_task_in_its_batch(tokenizer: Tokenizer, cache: Path) -> None:

@@ -11,7 +11,7 @@ from tests.conftest import tiny_model
 from tests.unit.training.test_trainer import FakeData, trainer_of
 from wmtp.algorithms.critic import Critic
 from wmtp.checkpoint.store import load
-from wmtp.models.heads import ValueHead
+from wmtp.models.value_heads import StateValueHead
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.training.plan import Plan
 
@@ -19,7 +19,7 @@ from wmtp.training.plan import Plan
 @pytest.mark.parametrize("hidden_dim", [None, 16])
 def test_the_head_starts_at_zero_and_learns(hidden_dim: int | None) -> None:
     torch.manual_seed(0)
-    head, states = ValueHead(6, hidden_dim=hidden_dim), torch.randn(8, 16, 6)
+    head, states = StateValueHead(6, hidden_dim=hidden_dim), torch.randn(8, 16, 6)
     assert head(states).tolist() == [[0.0] * 16] * 8
     normed = nn.functional.rms_norm(states, (6,))
     target = normed.sum(dim=-1).abs() if hidden_dim else normed.sum(dim=-1)
@@ -35,7 +35,7 @@ def test_the_head_starts_at_zero_and_learns(hidden_dim: int | None) -> None:
 def test_only_the_hidden_layer_makes_values_nonlinear() -> None:
     states = torch.randn(5, 6)
     for hidden_dim, is_linear in ((None, True), (16, False)):
-        head = ValueHead(6, hidden_dim=hidden_dim)
+        head = StateValueHead(6, hidden_dim=hidden_dim)
         nn.init.ones_(head.output.weight)
         even_part = head(states) + head(-states) - 2 * head.output.bias
         assert torch.allclose(even_part, torch.zeros(5), atol=1e-5) is is_linear
@@ -43,7 +43,7 @@ def test_only_the_hidden_layer_makes_values_nonlinear() -> None:
 
 @pytest.mark.parametrize("hidden_dim", [None, 16])
 def test_values_do_not_depend_on_the_scale_of_the_residual_stream(hidden_dim: int | None) -> None:
-    head, states = ValueHead(64, hidden_dim=hidden_dim), torch.randn(5, 64)
+    head, states = StateValueHead(64, hidden_dim=hidden_dim), torch.randn(5, 64)
     nn.init.normal_(head.output.weight)
     torch.testing.assert_close(head(30 * states), head(states), rtol=1e-4, atol=1e-4)
     inner = head.output if head.hidden is None else nn.Sequential(head.hidden, head.output)
@@ -52,7 +52,7 @@ def test_values_do_not_depend_on_the_scale_of_the_residual_stream(hidden_dim: in
 
 def test_values_are_computed_in_fp32_for_every_dtype_of_states() -> None:
     torch.manual_seed(0)
-    head, states = ValueHead(64, hidden_dim=8), torch.randn(3, 5, 64).bfloat16()
+    head, states = StateValueHead(64, hidden_dim=8), torch.randn(3, 5, 64).bfloat16()
     nn.init.normal_(head.output.weight)
     assert head.hidden is not None
     exact = head(states.float())
@@ -101,7 +101,7 @@ def test_a_value_head_with_a_hidden_layer_is_saved_and_loaded(tmp_path: Path) ->
     assert model.value_head.hidden.out_features == 24
     nn.init.normal_(model.value_head.output.weight)
     save_file(model.value_head.state_dict(), tmp_path / "value_head.safetensors")
-    other = ValueHead(64, hidden_dim=24)
+    other = StateValueHead(64, hidden_dim=24)
     other.load_state_dict(load_file(tmp_path / "value_head.safetensors"))
     states = torch.randn(2, 3, 64)
     assert torch.equal(other(states), model.value_head(states))

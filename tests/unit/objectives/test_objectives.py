@@ -223,7 +223,7 @@ def observations_of(losses: Tensor) -> Observations:
 
 
 def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Batch, scale: bool = True) -> Tensor:
-    """Return L = Σ v·w·CE / Σ v (+ value_coef · Σ (V − R)² / their number) from all logits at once, for autograd.
+    """Return L = Σ v·w·CE / Σ v (+ value_coef · the mean cross-entropy of R) from all logits at once, for autograd.
 
     Random weights have no formula, so a copy of the algorithm computes them.
     """
@@ -240,13 +240,13 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     losses = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none", ignore_index=IGNORED)
     known = losses.detach()
     if raw is None:
-        values = outputs.values.detach() if algorithm.needs_values else None
+        values = outputs.values.detach().sigmoid() if algorithm.needs_values else None
         observed = Observations(
             valid, batch.response, known, reference[None], values, batch.rewards, samples=batch.samples
         )
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
-        weights = raw(batch, outputs.values, known, (known - reference).where(valid, -torch.inf))
+        weights = raw(batch, outputs.values.sigmoid(), known, (known - reference).where(valid, -torch.inf))
     shares = valid.double() / valid.sum(dim=0).clamp(min=1)
     weights = weights.detach().double()
     if scale:
@@ -255,7 +255,7 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     loss = (shares * weights * losses).sum() / shares.sum()
     if algorithm.value_coef:
         errors = [
-            (outputs.values[row, t] - batch.rewards[row]).square()
+            F.binary_cross_entropy_with_logits(outputs.values[row, t], batch.rewards[row])
             for row, (start, stop) in enumerate(RUNS)
             for t in range(start - 1, stop)
         ]
@@ -472,7 +472,7 @@ def test_a_tokens_loss_is_that_of_head_1_and_its_value_is_that_after_the_token()
         for i in range(max(start, 1), stop):
             expected = -log_probabilities[row, i - 1, batch.tokens[row, i]].item()
             assert loss[row, i].item() == pytest.approx(expected, abs=1e-4)
-            assert value[row, i].item() == pytest.approx(outputs.values[row, i].item(), abs=1e-6)
+            assert value[row, i].item() == pytest.approx(outputs.values[row, i].sigmoid().item(), abs=1e-6)
     inside = (value == value).sum()
     assert inside == batch.response.sum()
 
@@ -553,7 +553,7 @@ def test_the_probability_of_correct_solutions_does_not_depend_on_the_split(tiny_
 def test_only_objectives_that_train_prediction_heads_measure_the_probability(trains: str) -> None:
     stage, model, batch = ValueStage(trains=trains), tiny_model(), ragged()  # type: ignore[arg-type]
     model.add_value_head()
-    measured = evaluate(stage.objective(), model, [batch])
+    measured = evaluate(stage.objective("position"), model, [batch])
     names = {name for name in stage.metric_names(4) if "canonical" in name}
     assert {f"val/{name}" for name in measured if "canonical" in name} == names
     assert bool(names) == (trains == "all")
@@ -578,7 +578,8 @@ def value_positions_of(batch: Batch) -> list[tuple[int, int]]:
 
 
 def test_the_value_loss_has_its_own_denominator() -> None:
-    model, batch, objective = model_with_values(), ragged(), MtpObjective(UniformWithValues())
+    model, batch = model_with_values(), ragged()
+    objective = MtpObjective(UniformWithValues(), ValueLoss("reward"))
     (prepared,) = objective.prepare(model, [batch])
     loss, _ = objective.loss(model, prepared)
     policy, _ = OBJECTIVE.loss_from_outputs(model(batch.tokens), model, prepared)
@@ -592,15 +593,27 @@ def test_the_value_loss_has_its_own_denominator() -> None:
 
 
 @pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(2,), (0, 1, 3)]])
-@pytest.mark.parametrize("stage", ["with policy", "reward", "lambda_return", "ranking", "with language model"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "with policy",
+        "with policy, ranking",
+        "cross_entropy",
+        "reward",
+        "lambda_return",
+        "ranking",
+        "with language model",
+    ],
+)
 def test_splitting_does_not_change_the_value_loss(stage: str, parts: list[tuple[int, ...]]) -> None:
     kinds: dict[str, Objective] = {
         "with policy": MtpObjective(UniformWithValues()),
+        "with policy, ranking": MtpObjective(UniformWithValues(), ValueLoss("ranking")),
         "with language model": ValueObjective(ValueLoss(), OBJECTIVE, 0.7),
     }
     objective = kinds[stage] if stage in kinds else ValueObjective(ValueLoss(stage))
     model, batch = model_with_values(), ragged()
-    if stage == "ranking":  # a task's solutions stay in one micro-batch
+    if "ranking" in stage:  # a task's solutions stay in one micro-batch
         parts, batch = [(0, 1), (2, 3, 4, 5)], ragged([*RUNS, (2, 5), (4, 11)])
         batch = replace(batch, tasks=torch.tensor([0, 0, 1, 1, 1, 1]))
     one_batch = gradients(model, [batch], objective)
@@ -623,7 +636,7 @@ def test_value_metrics_are_those_of_the_pooled_data_for_any_split(parts: list[tu
         "value_variance": value.var(),
         "value_explained_variance": 1 - np.var(reward - value) / np.var(reward),
     }
-    for objective in (MtpObjective(UniformWithValues()), ValueObjective(ValueLoss())):
+    for objective in (MtpObjective(UniformWithValues(), ValueLoss("reward")), ValueObjective(ValueLoss("reward"))):
         got = evaluate(objective, model, [rows(batch, *part) for part in parts])
         assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-4)
         trained = MetricSums()
@@ -638,12 +651,16 @@ def plain_value_loss(kind: Kind, batch: Batch, values: Tensor) -> float:
     """Return the value loss by explicit sums, with γ = 0.9 and λ = 0.5."""
     rewards = batch.rewards.tolist()
     if kind == "ranking":
-        ends = [values[row, stop - 1].item() for row, (_, stop) in enumerate(RUNS)]
+        scores = [values[row, start:stop].mean().item() for row, (start, stop) in enumerate(RUNS)]  # all tokens differ
         pairs = [(0, 1), (2, 3)]  # correct and incorrect solutions of the same task
-        return sum(math.log1p(math.exp(ends[wrong] - ends[is_correct])) for is_correct, wrong in pairs) / len(pairs)
+        return sum(math.log1p(math.exp(scores[wrong] - scores[is_correct])) for is_correct, wrong in pairs) / len(pairs)
     errors = []
     for row, (start, stop) in enumerate(RUNS):
         v, target = values[row].tolist(), rewards[row]
+        if kind == "cross_entropy":
+            probabilities = [1 / (1 + math.exp(-logit)) for logit in v[start - 1 : stop]]
+            errors += [-target * math.log(p) - (1 - target) * math.log(1 - p) for p in probabilities]
+            continue
         errors.append((v[stop - 1] - target) ** 2)
         for t in reversed(range(start - 1, stop - 1)):
             if kind == "lambda_return":
@@ -652,7 +669,7 @@ def plain_value_loss(kind: Kind, batch: Batch, values: Tensor) -> float:
     return sum(errors) / len(errors)
 
 
-@pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
+@pytest.mark.parametrize("kind", ["cross_entropy", "reward", "lambda_return", "ranking"])
 def test_the_value_loss_of_stage_1_equals_that_computed_by_hand(kind: Kind) -> None:
     model, batch = model_with_values(), ragged()
     objective = ValueObjective(ValueLoss(kind, discount=0.9, trace_decay=0.5))
@@ -663,7 +680,7 @@ def test_the_value_loss_of_stage_1_equals_that_computed_by_hand(kind: Kind) -> N
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert objective.metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
     assert evaluate(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
-    others: list[Kind] = ["reward", "lambda_return", "ranking"]
+    others: list[Kind] = ["cross_entropy", "reward", "lambda_return", "ranking"]
     assert all(plain_value_loss(o, batch, values) != pytest.approx(expected, rel=1e-3) for o in others if o != kind)
 
 
@@ -690,7 +707,7 @@ def test_an_update_without_pairs_to_rank_has_zero_loss() -> None:
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["reward", "lambda_return", "ranking"])
+@pytest.mark.parametrize("kind", ["cross_entropy", "reward", "lambda_return", "ranking"])
 def test_hidden_states_of_the_batch_replace_the_trunk(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, objective = model_with_values(), ragged(), ValueObjective(ValueLoss(kind))
     ValueStage(trains="head", loss=kind).freeze(model)

@@ -386,44 +386,72 @@ def test_control_rounding_alone_gives_a_nonzero_variance() -> None:
     assert mean_of_squares != mean * mean
 
 
-def naive_ranking(scores: list[float], tasks: list[int], is_correct: list[bool]) -> tuple[float, int]:
-    losses = [
-        math.log1p(math.exp(-(scores[right] - scores[wrong])))
-        for right in range(len(scores))
-        for wrong in range(len(scores))
-        if tasks[right] == tasks[wrong] and is_correct[right] and not is_correct[wrong]
-    ]
+Solution = tuple[list[int], list[float], int, bool]
+"""The tokens of a solution, the values after them, the task, and whether the solution is correct."""
+
+
+def naive_ranking(solutions: list[Solution]) -> tuple[float, int]:
+    """Return the ranking loss and the number of pairs, with loops over pairs and positions."""
+    losses = []
+    for right_tokens, right_values, task, is_correct in solutions:
+        for wrong_tokens, wrong_values, other_task, other_is_correct in solutions:
+            if task != other_task or not is_correct or other_is_correct or right_tokens == wrong_tokens:
+                continue
+            first = 0
+            while right_tokens[first : first + 1] == wrong_tokens[first : first + 1]:
+                first += 1
+            scores = []
+            for values in (right_values, wrong_values):
+                after = values[first:] or values[-1:]
+                scores.append(sum(after) / len(after))
+            losses.append(math.log1p(math.exp(scores[1] - scores[0])))
     return sum(losses), len(losses)
 
 
+def ranking_of(solutions: list[Solution], prompt: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the number of pairs and the values of solutions that follow a prompt, in a padded batch."""
+    length = prompt + max(len(tokens) for tokens, *_ in solutions) + 1
+    tokens = torch.full((len(solutions), length), -1)
+    response, values = torch.zeros(tokens.shape, dtype=torch.bool), torch.full(tokens.shape, 9.0)
+    for row, (own_tokens, own_values, _, _) in enumerate(solutions):
+        end = prompt + len(own_tokens)
+        tokens[row, :prompt], tokens[row, prompt:end] = 7, torch.tensor(own_tokens)
+        response[row, prompt:end], values[row, prompt:end] = True, torch.tensor(own_values)
+    values.requires_grad_()
+    tasks, is_correct = (torch.tensor([solution[i] for solution in solutions]) for i in (2, 3))
+    return *ranking_loss(values, tokens, response, tasks, is_correct), values
+
+
+SOLUTIONS = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 1), min_size=n, max_size=n),
+        st.lists(st.floats(-5, 5, width=16), min_size=n, max_size=n),
+        st.integers(0, 1),
+        st.booleans(),
+    )
+)
+
+
 @examples
-@given(st.lists(st.tuples(st.floats(-5, 5, width=16), st.integers(0, 2), st.booleans()), min_size=1, max_size=8))
-def test_the_ranking_loss_compares_correct_with_incorrect_samples_of_a_task(
-    samples: list[tuple[float, int, bool]],
-) -> None:
-    scores, tasks, is_correct = ([*column] for column in zip(*samples, strict=True))
-    total, count = ranking_loss(torch.tensor(scores), torch.tensor(tasks), torch.tensor(is_correct))
-    expected_total, expected_count = naive_ranking(scores, tasks, is_correct)
+@given(st.lists(SOLUTIONS, min_size=1, max_size=6))
+def test_the_ranking_loss_compares_correct_with_incorrect_solutions_of_a_task(solutions: list[Solution]) -> None:
+    total, count, _ = ranking_of(solutions)
+    expected_total, expected_count = naive_ranking(solutions)
     assert total.item() == pytest.approx(expected_total, rel=1e-5, abs=1e-6)
     assert count.item() == expected_count
 
 
 def test_the_ranking_loss_equals_that_computed_by_hand() -> None:
-    scores, tasks = torch.tensor([2.0, 2.0, 0.0], requires_grad=True), torch.tensor([4, 4, 5])
-    total, count = ranking_loss(scores, tasks, torch.tensor([True, False, False]))
+    """The solutions differ from the second token on, so only these values are compared: 2 and (1 + 3) / 2."""
+    total, count, values = ranking_of([([5, 6], [8.0, 2.0], 4, True), ([5, 7, 8], [0.0, 1.0, 3.0], 4, False)])
     assert (total.item(), count.item()) == (pytest.approx(math.log(2)), 1)
-    (gradient,) = torch.autograd.grad(total, scores)
-    assert gradient.tolist() == [
-        -0.5,
-        0.5,
-        0.0,
-    ]  # raises the correct sample, lowers the incorrect one, ignores the other task
-    other_task_included, _ = ranking_loss(scores, torch.zeros_like(tasks), torch.tensor([True, False, False]))
-    assert torch.autograd.grad(other_task_included, scores)[0][2] != 0
+    (gradient,) = torch.autograd.grad(total, values)
+    assert gradient[0].tolist() == [0, 0, 0, -0.5, 0, 0], "raises the values of the correct solution"
+    assert gradient[1].tolist() == [0, 0, 0, 0.25, 0.25, 0], "lowers those of the incorrect one"
 
 
 def test_the_ranking_loss_without_pairs_is_zero() -> None:
-    scores = torch.tensor([300.0, -300.0], requires_grad=True)
-    total, count = ranking_loss(scores, torch.tensor([0, 1]), torch.tensor([True, False]))
-    assert (total.item(), count.item()) == (0.0, 0)
-    assert torch.autograd.grad(total, scores)[0].tolist() == [0.0, 0.0]
+    for other in (([6], [-300.0], 1, False), ([5], [-300.0], 0, False)):  # another task, the same tokens
+        total, count, values = ranking_of([([5], [300.0], 0, True), other])
+        assert (total.item(), count.item()) == (0.0, 0)
+        assert not torch.autograd.grad(total, values)[0].any()

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import TINY, Invoke, compose_config, tiny_model
 from tests.unit.training.test_scaling import saved_tensors
 from tests.unit.training.test_scaling import script as scaling
+from wmtp.algorithms.critic import Critic
 from wmtp.data.dataset import Dataset
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.models.architecture import Architecture
@@ -275,7 +276,7 @@ def test_a_dry_run_estimates_for_hardware_that_is_not_here(invoke: Invoke, cache
     assert outcome.code == 0, outcome.err
     assert "WARNING: hardware.device=cuda: this machine has no cuda device" in outcome.err
     config = compose_config(*TINY, *GPUS)
-    shape = planned_shape(config, task_tokenizer(cache), values=True)
+    shape = planned_shape(config, task_tokenizer(cache), Critic(value="action"))
     assert outcome.out.count(f"{shape.counted.parameters:,} parameters, 4 heads, on cuda, 4 processes (fsdp)") == 2
     sequence = int(re.findall(r"a process with 4 x (\d+) tokens", outcome.out)[1])
     sizes = memory(shape, Machine(4, sequence, 16), ParallelSetting("fsdp", False, False, 4))

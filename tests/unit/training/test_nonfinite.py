@@ -17,7 +17,7 @@ from wmtp.algorithms.base import Observations
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
 from wmtp.errors import TrainingError
-from wmtp.models.heads import ValueHead
+from wmtp.models.value_heads import StateValueHead
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.nonfinite import FiniteCheck
 from wmtp.training.trainer import Trainer
@@ -185,7 +185,7 @@ def train_from_nonfinite_update(
     if source == "gradient":
         trainer.model.norm.weight.register_hook(lambda gradient: gradient * (math.inf if is_nonfinite() else 1.0))
     if source == "values":
-        assert isinstance(trainer.model.value_head, ValueHead)
+        assert isinstance(trainer.model.value_head, StateValueHead)
         trainer.model.value_head.register_forward_hook(
             lambda module, inputs, values: values * (math.nan if is_nonfinite() else 1.0)
         )
@@ -224,7 +224,7 @@ def test_a_nonfinite_loss_is_no_improvement(tmp_path: Path, cache: Path) -> None
 
 @pytest.mark.slow
 def test_a_nonfinite_variance_is_out_of_range(tmp_path: Path, cache: Path) -> None:
-    overrides = [f"cache_dir={cache}", "algo=critic"]
+    overrides = [f"cache_dir={cache}", "algo=critic_state"]
     trainer = train_from_nonfinite_update(tmp_path, overrides, "values", 4, EarlyStopping(variance_max=100.0))
     assert trainer.early_stopping.reason == "out of range: value variance nan is not finite"
     assert (trainer.position.step, trainer.finite_check.num_skipped) == (4, 1)
