@@ -33,6 +33,11 @@ PRETRAINED_TOKENIZERS = (
 )
 FIRST_TOKEN = "add_bos_token"
 """Key of the tokenizers above. Earlier versions had no such key, and added no token before a prompt."""
+ADDED_KEYS: dict[str, dict[str, Any]] = {
+    "wmtp.data.sources.TaskSource": {"noise_kinds": ["footer"], "noise_lines": 4, "wrong_variants": 1},
+    **{target: {FIRST_TOKEN: False} for target in PRETRAINED_TOKENIZERS},
+}
+"""Keys that nodes of earlier versions do not have, by target, with the values that make them do the same as before."""
 MOVED_KEYS = {f"checkpoint.{old}": f"checkpoint.s3.{new}" for old, new in MOVED_TO_S3.items()}
 
 
@@ -64,8 +69,7 @@ def update_config(value: Any) -> Any:
     node = {key: update_config(item) for key, item in value.items()}
     if isinstance(node.get("_target_"), str):
         node["_target_"] = current_target(node["_target_"])
-    if node.get("_target_") in PRETRAINED_TOKENIZERS:
-        node = {FIRST_TOKEN: False} | node
+        node = ADDED_KEYS.get(node["_target_"], {}) | node
     moved = {MOVED_TO_S3[key]: item for key, item in node.items() if key in MOVED_TO_S3}
     if node.get("_target_") != S3_STORE or not moved:
         return node

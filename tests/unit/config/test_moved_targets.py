@@ -76,6 +76,18 @@ def test_the_prompts_of_an_earlier_run_still_begin_without_a_special_token(tmp_p
     assert load_saved_overrides([f"resume={tmp_path}"]) == ["model.path=m"]
 
 
+def test_the_tasks_of_an_earlier_run_have_the_noise_and_the_solutions_that_they_had(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {_target_: wmtp.data.sources.TaskSource, noise: 0.5, difficulties: {1: 1.0}}")
+    data = load_run_config(config).data
+    assert (data.noise_kinds, data.noise_lines, data.wrong_variants) == (["footer"], 4, 1) and data.noise == 0.5
+    data.wrong_variants, data.noise_kinds = 3, ["digits"]
+    config.write_text(OmegaConf.to_yaml({"data": data}))
+    assert load_run_config(config).data == data, "a current config was changed"
+    config.write_text("data: {_target_: wmtp.data.sources.FileSource, path: d}")
+    assert "noise_kinds" not in load_run_config(config).data
+
+
 def test_control_without_the_table_an_earlier_config_is_not_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
