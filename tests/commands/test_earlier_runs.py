@@ -22,6 +22,10 @@ EVALUATED_LOSS = 6.431378253094562
 """Loss of head 1 on the test split when the earlier version evaluated its own run."""
 
 
+SEEDS_CRITIC = "algo=critic_state"
+"""The critic of the earlier version, whose value head read the state after a token."""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Return a writable copy of the run."""
@@ -37,7 +41,9 @@ def test_the_configs_contain_old_module_paths() -> None:
 
 @pytest.mark.slow
 def test_resume_continues_from_the_state_of_the_earlier_version(run: Path, invoke: Invoke) -> None:
-    done = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
+    other = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
+    assert other.code == 2 and "restore the settings: pretrain.loss=reward pretrain.value=state" in other.err
+    done = invoke("resume=run", SEEDS_CRITIC, "max_steps=9", "report=false", tiny=False)
     assert done.code == 0, done.err
     summary = json.loads((run / "summary.json").read_text())
     assert summary["last"]["step"] == 9
@@ -46,7 +52,7 @@ def test_resume_continues_from_the_state_of_the_earlier_version(run: Path, invok
 
 def test_a_new_run_can_reuse_stage_1_of_an_earlier_run(run: Path, invoke: Invoke) -> None:
     model = [f"model.{key}" for key in ("dim=16", "num_layers=1", "hidden_dim=32", "num_attention_heads=2")]
-    done = invoke("algo=critic", *model, "model.num_kv_heads=1", "pretrain.reuse=run", "max_steps=1")
+    done = invoke(SEEDS_CRITIC, *model, "model.num_kv_heads=1", "pretrain.reuse=run", "max_steps=1")
     assert done.code == 0, done.err
 
 
@@ -128,7 +134,7 @@ def test_an_earlier_run_with_a_copy_in_s3_is_uploaded_resumed_and_evaluated(
     assert sync([str(run)]) == 0 and steps() == {path.name for path in run.glob("checkpoints/step_*")} != set()
     unconfirmed = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
     assert unconfirmed.code == 2 and f"checkpoint.s3.url={url}: is a setting of run" in unconfirmed.err
-    done = invoke("resume=run", "max_steps=9", "report=false", f"checkpoint.s3.url={url}", tiny=False)
+    done = invoke("resume=run", SEEDS_CRITIC, "max_steps=9", "report=false", f"checkpoint.s3.url={url}", tiny=False)
     assert done.code == 0 and "step_00000009" in steps(), done.err
     assert f"    url: {url}\n" in (run / "config.yaml").read_text()
     assert invoke("checkpoint=run", "evaluation.sandbox=none", command="evaluate").code == 0

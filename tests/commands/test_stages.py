@@ -248,7 +248,7 @@ def test_a_reference_with_another_tokenizer_is_refused(invoke: Invoke, runs: Pat
 
 @pytest.mark.slow
 def test_training_the_value_head_alone_does_not_change_the_trunk(invoke: Invoke) -> None:
-    overrides = ("algo=critic", "pretrain.trains=head", "pretrain.max_steps=4", "max_steps=1", "save_interval=1")
+    overrides = ("algo=critic_state", "pretrain.trains=head", "pretrain.max_steps=4", "max_steps=1", "save_interval=1")
     assert invoke(*overrides, "hydra.run.dir=run").code == 0
     first = sorted(Path("run/pretrain/checkpoints").glob("step_*"))[0]
     stage = load_file(first / "model.safetensors")

@@ -130,9 +130,5 @@ class Random(Control):
             return list(weights)
         log_variance = math.log1p(variance / mean**2)
         shift = math.log(mean) - log_variance / 2
-        return [
-            torch.exp(self.draws(each, torch.randn) * math.sqrt(log_variance) + shift).where(
-                weight.isfinite(), torch.nan
-            )
-            for weight, each in zip(weights, observed, strict=True)
-        ]
+        drawn = [torch.exp(self.draws(each, torch.randn) * math.sqrt(log_variance) + shift) for each in observed]
+        return [new.where(weight.isfinite(), torch.nan) for new, weight in zip(drawn, weights, strict=True)]

@@ -35,6 +35,7 @@ FIRST_TOKEN = "add_bos_token"
 """Key of the tokenizers above. Earlier versions had no such key, and added no token before a prompt."""
 ADDED_KEYS: dict[str, dict[str, Any]] = {
     "wmtp.data.sources.TaskSource": {"noise_kinds": ["footer"], "noise_lines": 4, "wrong_variants": 1},
+    "wmtp.training.stages.ValueStage": {"value": "state"},
     **{target: {FIRST_TOKEN: False} for target in PRETRAINED_TOKENIZERS},
 }
 """Keys that nodes of earlier versions do not have, by target, with the values that make them do the same as before."""

@@ -88,7 +88,9 @@ def require_unchanged(folder: Path, config: DictConfig) -> None:
     changed = [key for key in changed if key != "pretrain.reuse"]
     if changed:
         lines = [f"  {key}: was {before.get(key)}, is now {now.get(key)}" for key in changed]
-        raise InputError("\n".join(["Stage 1 has begun with other settings:", *lines]))
+        old = " ".join(f"{key}={before[key]}" for key in changed if before.get(key) is not None)
+        remedy = f"To continue the run, restore the settings: {old}"
+        raise InputError("\n".join(["Stage 1 has begun with other settings:", *lines, remedy]))
 
 
 def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
@@ -97,16 +99,16 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
     `source` is the folder of the other run.
 
     Raises:
-        InputError: the other run has no finished stage 1, or the class or the model of its stage 1 differs from that
-            in `config`.
+        InputError: the other run has no finished stage 1, or the class, the model or the kind of value head of its
+            stage 1 differs from that in `config`.
     """
     require_inside(source)
     result, reused, current = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
     if result is None:
         raise InputError(f"pretrain.reuse={source}: stage 1 of that run is not finished")
     reused, current = (
-        flatten({"model": stage.get("model"), "kind": (stage.get("pretrain") or {}).get("_target_")})
-        for stage in (reused, current)
+        flatten({"model": stage.get("model"), "kind": options.get("_target_"), "value": options.get("value")})
+        for stage, options in ((stage, stage.get("pretrain") or {}) for stage in (reused, current))
     )
     changed = sorted(key for key in reused.keys() | current.keys() if reused.get(key) != current.get(key))
     if changed:
