@@ -31,6 +31,8 @@ ALGORITHMS = {
     "rho1_token_skip": ["algo=rho1_token_skip", *STAGE_1],
     "shuffled": ["algo=shuffled", "algo/of=rho1", *STAGE_1],
     "random": ["algo=random", *STAGE_1],
+    "dft": ["algo=dft"],
+    "focal": ["algo=focal"],
 }
 """Overrides by algorithm."""
 SAMPLE = [

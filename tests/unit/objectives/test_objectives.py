@@ -15,7 +15,9 @@ from tests.conftest import tiny_model
 from wmtp.algorithms.base import Algorithm, Observations
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.dft import Dft
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.focal import Focal
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, Batch
 from wmtp.data.dataset import Dataset
@@ -205,6 +207,9 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     "critic": (Critic(), plain_critic),
     "excess loss": (ExcessLoss(), lambda batch, values, losses, excess: excess.exp().clamp(0.1, 5.0)),
     "token skip": (TokenSkip(), plain_token_skip),
+    "dft": (Dft(), lambda batch, values, losses, excess: torch.exp(-losses)),
+    # a large power, because the untrained model finds all targets improbable
+    "focal": (Focal(gamma=500.0), lambda batch, values, losses, excess: (1 - torch.exp(-losses)) ** 500),
     "by target": (
         ByTarget(),
         lambda batch, values, losses, excess: ByTarget().weights(observations_of(losses)).clamp(0.1, 5.0),
@@ -212,6 +217,7 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     "by loss": (SquaredLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
+    "shuffled dft": (Shuffled(of=Dft()), None),
     "random": (Random(of=ExcessLoss()), None),
 }
 
@@ -354,7 +360,7 @@ def test_weights_have_mean_one_over_the_update(name: str) -> None:
         assert max(abs(mean - 1) for mean in means) > 0.01, "the control: each micro-batch has mean 1"
 
 
-@pytest.mark.parametrize("name", ["excess loss", "by loss", "token skip", "shuffled token skip", "random"])
+@pytest.mark.parametrize("name", ["excess loss", "by loss", "token skip", "dft", "shuffled token skip", "random"])
 def test_weights_from_losses_have_mean_one_for_each_head(name: str) -> None:
     model, batch = model_with_values(), ragged()
     with torch.no_grad():
