@@ -33,6 +33,7 @@ ALGORITHMS = {
     "random": ["algo=random", *STAGE_1],
     "dft": ["algo=dft"],
     "focal": ["algo=focal"],
+    "entropy": ["algo=entropy"],
 }
 """Overrides by algorithm."""
 SAMPLE = [

@@ -37,6 +37,8 @@ class Observations:
     """Cross-entropy of the policy for each target, in nats."""
     reference_losses: Float[Tensor, "*target"] | None = None
     """Cross-entropy in nats with which head 1 of the reference model predicts the token of each target."""
+    entropies: Float[Tensor, "*target"] | None = None
+    """Entropy in nats with which the policy predicts each target, over the `Algorithm.entropy_top_k` tokens."""
     values: Float[Tensor, "batch position"] | None = None
     """Output of the value head after each token."""
     rewards: Float[Tensor, " batch"] | None = None
@@ -70,6 +72,11 @@ class Algorithm(ABC):
     """
     min_heads = 1
     """Minimum number of heads. If a model has fewer heads, the algorithm is equal to the baseline."""
+    entropy_top_k: int | None = None
+    """The number of most probable tokens whose entropy the algorithm needs (see `Chunk.top_entropies`); None: none.
+
+    If it is not None, `uses_losses` must not be "none", because entropies are computed together with losses.
+    """
     needs_values = False
     """Whether the algorithm needs a value head."""
     needs_reference = False

@@ -18,6 +18,7 @@ from wmtp.algorithms.base import Algorithm, Observations, clip_weights, mean_one
 from wmtp.algorithms.controls import Control, Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.dft import Dft
+from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
 from wmtp.algorithms.uniform import Uniform
@@ -67,6 +68,7 @@ def random_observations(
         response,
         losses=4 * torch.rand(valid.shape, generator=source),
         reference_losses=4 * torch.rand(valid.shape, generator=source),
+        entropies=math.log(20) * torch.rand(valid.shape, generator=generator(seed)),
         values=torch.randn(response.shape, generator=source),
         rewards=torch.rand(batch, generator=source),
         number=number,
@@ -349,12 +351,12 @@ def test_largest_excess_does_not_overflow() -> None:
     assert ExcessLoss(temperature=1e-3).weights(observed).tolist() == pytest.approx([5.0, 0.1])
 
 
-@pytest.mark.parametrize("algorithm", [ExcessLoss(), Dft(), Focal()], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize("algorithm", [ExcessLoss(), Dft(), Focal(), Entropy()], ids=lambda algorithm: algorithm.name)
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 20))
 def test_weights_of_a_subset_of_targets_are_the_same(algorithm: Algorithm, seed: int, count: int) -> None:
     observed = random_observations(seed)
-    assert observed.losses is not None and observed.reference_losses is not None
+    assert observed.losses is not None and observed.reference_losses is not None and observed.entropies is not None
     all_weights = algorithm.weights(observed)
     subset = torch.randperm(observed.valid.numel(), generator=generator(seed))[:count]
     selected = Observations(
@@ -362,6 +364,7 @@ def test_weights_of_a_subset_of_targets_are_the_same(algorithm: Algorithm, seed:
         observed.response,
         observed.losses.flatten()[subset],
         observed.reference_losses.flatten()[subset],
+        observed.entropies.flatten()[subset],
     )
     assert torch.allclose(algorithm.weights(selected), all_weights.flatten()[subset], rtol=1e-6)
     assert algorithm.uses_losses == "own"
@@ -614,15 +617,15 @@ def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
 def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Control]) -> None:
-    for of in (Uniform(), Critic(value_coef=0.3), ExcessLoss(weight_max=3.0), TokenSkip(), Dft(rescale=False)):
+    for of in (Uniform(), Critic(value_coef=0.3), ExcessLoss(weight_max=3.0), TokenSkip(), Entropy(rescale=False)):
         wrapped = control(of=of)
-        for name in ("needs_values", "needs_reference", "value_coef", "reference", "rescale"):
+        for name in ("needs_values", "needs_reference", "value_coef", "reference", "rescale", "entropy_top_k"):
             assert getattr(wrapped, name) == getattr(of, name)
         assert (wrapped.uses_losses == "none") is (of.uses_losses == "none")
         assert wrapped.weights(random_observations()).shape == random_observations().valid.shape
 
 
-@pytest.mark.parametrize("of", [Critic(), TokenSkip(), ExcessLoss(), Dft(), Focal()])
+@pytest.mark.parametrize("of", [Critic(), TokenSkip(), ExcessLoss(), Dft(), Focal(), Entropy()])
 def test_shuffled_weights_are_those_of_the_wrapped_algorithm(of: Algorithm) -> None:
     observed = random_observations(8)
     original = clip_weights(copy.deepcopy(of).weights(observed), observed.valid, of.weight_min, of.weight_max)

@@ -16,6 +16,7 @@ from wmtp.algorithms.base import Algorithm, Observations
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.dft import Dft
+from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
 from wmtp.algorithms.uniform import Uniform
@@ -208,16 +209,17 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     "excess loss": (ExcessLoss(), lambda batch, values, losses, excess: excess.exp().clamp(0.1, 5.0)),
     "token skip": (TokenSkip(), plain_token_skip),
     "dft": (Dft(), lambda batch, values, losses, excess: torch.exp(-losses)),
-    # a large power, because the untrained model finds all targets improbable
+    # large powers, because the untrained model finds all targets improbable, and is uncertain for all of them
     "focal": (Focal(gamma=500.0), lambda batch, values, losses, excess: (1 - torch.exp(-losses)) ** 500),
     "by target": (
         ByTarget(),
         lambda batch, values, losses, excess: ByTarget().weights(observations_of(losses)).clamp(0.1, 5.0),
     ),
     "by loss": (SquaredLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
+    "entropy": (Entropy(power=60.0), None),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
-    "shuffled dft": (Shuffled(of=Dft()), None),
+    "shuffled entropy": (Shuffled(of=Entropy(power=60.0)), None),
     "random": (Random(of=ExcessLoss()), None),
 }
 
@@ -229,7 +231,7 @@ def observations_of(losses: Tensor) -> Observations:
 def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Batch, scale: bool = True) -> Tensor:
     """Return L = Σ v·w·CE / Σ v (+ value_coef · Σ (V − R)² / their number) from all logits at once, for autograd.
 
-    Random weights have no formula, so a copy of the algorithm computes them.
+    Weights without a formula here, for example random ones, are computed by a copy of the algorithm from its inputs.
     """
     outputs = model(batch.tokens)
     size, length = batch.tokens.shape
@@ -245,7 +247,11 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     known = losses.detach()
     if raw is None:
         values = outputs.values.detach() if algorithm.needs_values else None
-        observed = Observations(valid, batch.response, known, reference, values, batch.rewards, samples=batch.samples)
+        top = logits.detach().topk(20, dim=-1).values.log_softmax(dim=-1)
+        observed = Observations(
+            valid, batch.response, losses=known, entropies=-(top.exp() * top).sum(dim=-1), reference_losses=reference,
+            values=values, rewards=batch.rewards, samples=batch.samples,
+        )  # fmt: skip
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
         weights = raw(batch, outputs.values, known, (known - reference).where(valid, -torch.inf))
@@ -360,7 +366,9 @@ def test_weights_have_mean_one_over_the_update(name: str) -> None:
         assert max(abs(mean - 1) for mean in means) > 0.01, "the control: each micro-batch has mean 1"
 
 
-@pytest.mark.parametrize("name", ["excess loss", "by loss", "token skip", "dft", "shuffled token skip", "random"])
+@pytest.mark.parametrize(
+    "name", ["excess loss", "by loss", "token skip", "dft", "entropy", "shuffled token skip", "random"]
+)
 def test_weights_from_losses_have_mean_one_for_each_head(name: str) -> None:
     model, batch = model_with_values(), ragged()
     with torch.no_grad():
