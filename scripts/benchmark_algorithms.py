@@ -77,7 +77,7 @@ def main(num_rounds: int) -> None:
         )  # fmt: skip
         data = read_dataset(source, folder, seed=0)
         path = folder / "reference.npy"
-        np.save(path, np.random.default_rng(0).exponential(size=len(data.train.samples.tokens)).astype(np.float32))
+        np.save(path, np.random.default_rng(0).exponential(size=(len(data.train.samples.tokens), 1)).astype(np.float32))
         data = replace(data, train=data.train.with_columns(reference_losses=np.load(path, mmap_mode="r")))
         trainers = {n: trainer_of(a, data, num_rounds, folder / n) for n, (a, _) in ALGORITHMS.items()}
         seconds: dict[str, list[float]] = {name: [] for name in trainers}

@@ -32,7 +32,8 @@ from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.collate import IGNORED
 from wmtp.objectives import mtp
 from wmtp.ops.cross_entropy import RowFunction
-from wmtp.training.builders import build_components, build_model, build_reference, build_trainer
+from wmtp.training.builders import build_components, build_model, build_trainer
+from wmtp.training.references import reference_models
 
 CASES = {
     "baseline": [],
@@ -81,9 +82,10 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
     data = components.data
     if components.algorithm.needs_reference:
         # reference losses are computed once, not in each update; constants replace them here
-        reference = build_reference(config, components, None)
-        del reference
-        data = data.with_columns(reference_losses=[np.ones(len(s.samples.tokens), np.float32) for s in data.splits])
+        for reference in reference_models(config, components, None):
+            del reference
+        shapes = [(len(split.samples.tokens), 1) for split in data.splits]
+        data = data.with_columns(reference_losses=[np.ones(shape, np.float32) for shape in shapes])
     model = build_model(config, components, values=components.algorithm.needs_values)
     loaded = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:

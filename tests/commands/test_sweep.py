@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,17 +16,20 @@ import torch
 from rich.console import Console
 
 from tests.conftest import TINY, run_command
+from tests.support.fake_runs import fake_run
 from tests.support.forking import ForkServer
 from wmtp.config.schema import ConfigError, ConfigIssue
 from wmtp.distributed.launcher import start_workers
 from wmtp.errors import InputError, PendingError
+from wmtp.report.run_record import find_runs
 from wmtp.runtime.processes import CORES_VARIABLE, limit_threads, num_cores
 from wmtp.runtime.run_dir import SWEEP, read_status
 from wmtp.runtime.sweep_jobs import job_labels
 from wmtp.sweep import slurm_launcher as slurm
-from wmtp.sweep.grid import parse_grid
+from wmtp.sweep.grid import SweepOptions, parse_grid
 from wmtp.sweep.local_launcher import run_local
 from wmtp.sweep.progress import SweepProgress
+from wmtp.sweep.results import print_results
 from wmtp.sweep.sweep import PreparedJob, Sweep
 
 GRID = ["algo=critic", "algo.beta=0.5,0.9,1.2", "early_stopping.patience=5,10", "seed=0,1,2"]
@@ -172,6 +176,34 @@ def test_the_table_has_one_row_per_group_of_seeds_best_first(
         [" algo.beta=0.9 ", " 0, 1, 2 ", "        0.9100 ", "  ± 0.0100 "],
     ]
     assert {call["cores"] for call in read_calls("sweep")} == {str(max(1, num_cores() // 4))}
+
+
+def test_measures_of_the_end_of_a_run_are_printed_and_can_sort_the_table(tmp_path: Path) -> None:
+    probabilities = {"val/canonical_probability": [0.5, 0.25]}
+    for algo, top1 in (("critic", 0.25), ("rho1", 0.75)):
+        for seed in (0, 1):
+            fake_run(
+                tmp_path / algo / str(seed), algo=algo, seed=seed, metrics=probabilities,
+                weights={"decisive_wrong_top1": top1, "noise_auc": None},
+            )  # fmt: skip
+    state = SimpleNamespace(finished_runs=lambda: find_runs([tmp_path]), jobs=[])
+    texts = {}
+    for metric in ("decisive_wrong_top1", "val/loss"):
+        console = Console(width=80, record=True, file=io.StringIO())
+        print_results(console, state, SweepOptions(metric=metric))  # type: ignore[arg-type]
+        texts[metric] = console.export_text()
+    rows = [line.split("│")[1:5] for line in texts["decisive_wrong_top1"].splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["rho1", "critic"] and [row[2].strip() for row in rows] == [
+        "0.7500",
+        "0.2500",
+    ]
+    for text in texts.values():
+        policy, weights = (
+            text.split(title)[1] for title in ("Policy, best checkpoint", "Weights and values, last model")
+        )
+        assert "0.25" in policy.split("Weights")[0] and "probability" in policy
+        assert "0.75" in weights and "noise" not in weights
+    assert all(len(line) <= 80 for text in texts.values() for line in text.splitlines())
 
 
 def start_sweep_with_waiting_job(number: int, seeds: str, module: list[str]) -> "subprocess.Popen[str]":

@@ -34,7 +34,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 def batch(tiny_data: Dataset) -> Batch:
     """Return a batch with random reference losses."""
     (batch,) = tiny_data.micro_batches(epoch=0, update=0, batch_size=8, micro_batch_size=8)
-    object.__setattr__(batch, "reference_losses", torch.rand(batch.tokens.shape))
+    object.__setattr__(batch, "reference_losses", torch.rand(*batch.tokens.shape, 1))
     return batch
 
 

@@ -30,6 +30,8 @@ def fake_run(
     seed: int = 0,
     val_losses: Sequence[float] = (2.0, 1.0),
     passes: Sequence[bool] | None = None,
+    attempts: Sequence[Sequence[bool]] | None = None,
+    weights: dict[str, float | None] | None = None,
     state: str = "FINISHED",
     tokens: bool = True,
     stage_tokens: int | None = None,
@@ -47,6 +49,8 @@ def fake_run(
         seed: the seed of the run.
         val_losses: val/loss of each validation; validations are 10 steps of 1,000 tokens apart, from step 10 on.
         passes: for each test problem (`task_id` "test/0" …), whether its sample passed; None: no samples.
+        attempts: for each of these problems, whether each of its samples at temperature 1 passed; None: no samples.
+        weights: the measures of the weights in summary.json.
         state: the state in status.json; summary.json is only written for FINISHED.
         tokens: whether the lines of metrics.jsonl contain the number of tokens trained on.
         stage_tokens: tokens of stage 1; None: there was no stage 1.
@@ -94,11 +98,24 @@ def fake_run(
         "pass@1": passed and {**passed, "problems": len(passes or ())},
         "pretrain": None if stage_tokens is None else {"total_tokens": stage_tokens},
     }
+    common = {"step": steps[-1], "split": "test", "completion": "return x"}
+    rows = [common | problem(number) | _outcome(passed) for number, passed in enumerate(passes or ())]
+    if attempts is not None:
+        rates = [sum(each) / len(each) for each in attempts]
+        summary["sampled_pass@1"] = {
+            "value": sum(rates) / len(rates),
+            "low": None,
+            "high": None,
+            "problems": len(rates),
+        }
+        rows += [
+            common | {"temperature": 1.0, "index": index} | problem(number) | _outcome(passed)
+            for number, each in enumerate(attempts) for index, passed in enumerate(each)
+        ]  # fmt: skip
+    if weights is not None:
+        summary["weights"] = weights
     write_json(folder / "summary.json", summary)
-    if passes is not None:
-        outcomes = ["pass" if passed else "fail" for passed in passes]
-        common = {"step": steps[-1], "split": "test", "completion": "return x"}
-        rows = [common | problem(number) | {"outcome": outcome} for number, outcome in enumerate(outcomes)]
+    if rows:
         write_lines(folder / "samples.jsonl", rows)
     return folder
 
@@ -123,6 +140,10 @@ def fake_evaluation(run: Path, name: str, passes: Sequence[Sequence[bool]], k: i
         for number, each in enumerate(passes) for index, passed in enumerate(each)
     ])  # fmt: skip
     return folder
+
+
+def _outcome(passed: bool) -> dict[str, str]:
+    return {"outcome": "pass" if passed else "fail"}
 
 
 def problem(number: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tests.support.fake_runs import fake_run, write_json, write_lines
+from wmtp.report.measures import GroupMeans
 from wmtp.report.results import (
     Comparison,
     Difference,
@@ -44,7 +45,9 @@ def rich_run(folder: Path, *, updates: int = 400, name: str | None = HOSTILE) ->
     _edit(folder / "summary.json", {
         "total_steps": updates, "early_stopped": True, "stop_reason": reason, "tokens_per_second": 12_345.6,
         "peak_memory_bytes": 5e8, "parameters": 1_234_567, "device": "cpu", "processes": 1, "strategy": "single",
-        "weights": {"decisive_wrong_auc": 0.71, "noise_auc": None}, "config_hash": "c" * 64, "pass@1": passes,
+        "weights": {"decisive_wrong_auc": 0.71, "decisive_wrong_top1": 0.26, "noise_auc": None},
+        "last": {"val/value_explained_variance": 0.053}, "config_hash": "c" * 64, "pass@1": passes,
+        "sampled_pass@1": {"value": 0.325, "low": 0.2, "high": 0.4, "problems": 16},
         "pretrain": {"total_steps": updates, "total_tokens": 1_000 * updates},
     })  # fmt: skip
     _edit(folder / "provenance.json", {
@@ -60,7 +63,11 @@ def rich_run(folder: Path, *, updates: int = 400, name: str | None = HOSTILE) ->
          "reason": None if outcome == "pass" else "wrong", "detail": "" if outcome == "pass" else "test 1: 1 == 2"}
         for number, outcome in enumerate(["pass", "fail"] * 8)
     ]  # fmt: skip
-    write_lines(folder / "samples.jsonl", samples)
+    attempts = [
+        sample | {"temperature": 1.0, "index": index, "outcome": outcome}
+        for sample in samples for index, outcome in enumerate(["fail", "pass", "fail"])
+    ]  # fmt: skip
+    write_lines(folder / "samples.jsonl", samples + attempts)
     write_json(folder / "tokens.json", tokens(numbers))
     estimates = {str(k): {"value": 0.2 * k, "low": 0.1 * k, "high": 0.24 * k} for k in (1, 4)}
     (folder / "evaluations" / "one").mkdir(parents=True)
@@ -111,7 +118,14 @@ def example_comparison(parent: Path) -> Comparison:
         TokensToTarget(other, "val/loss", [*pairs[:4], replace(pairs[4], tokens=None)], 1, 0.73, True, 0.7, None),
     ]
     notes = ["Seed 7 of critic has no partner and is left out.", f"Note: {HOSTILE}"]
-    return Comparison("baseline", metrics, groups, "val/loss", reach, notes)
+    means = [
+        GroupMeans("Policy, best checkpoint", ["val/canonical_logprob"], {label: [-12.5] for label in groups}),
+        GroupMeans(
+            "Weights and values, last model", ["decisive_wrong_auc", "decisive_wrong_top1"],
+            {label: [None, None] if label == "baseline" else [0.912, 0.478] for label in groups},
+        ),
+    ]  # fmt: skip
+    return Comparison("baseline", metrics, groups, "val/loss", reach, notes, means)
 
 
 def _metric(
@@ -155,7 +169,8 @@ def _lines(numbers: random.Random, step: int, updates: int) -> list[dict[str, An
     }  # fmt: skip
     if step % 25:
         return [training]
-    passes = {"val/pass_rate": round(20 * (1 - level)) / 20}
+    passes = {"val/pass_rate": round(20 * (1 - level)) / 20, "val/sampled_pass_rate": 0.4 * (1 - level)}
+    passes |= {"val/canonical_logprob": -30 * level, "val/canonical_probability": math.exp(-30 * level)}
     return [training, line | {f"val/{name}": value for name, value in measured.items()} | passes]
 
 

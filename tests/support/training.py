@@ -48,7 +48,10 @@ def make_trainer(folder: Path, *overrides: str) -> Trainer:
     components = build_components(config)
     data = components.data
     if components.algorithm.needs_reference:
-        losses = [np.full(len(split.samples.tokens), 2.0, np.float32) for split in data.splits]
+        losses = [
+            np.full((len(split.samples.tokens), len(components.algorithm.references)), 2.0, np.float32)
+            for split in data.splits
+        ]
         data = data.with_columns(reference_losses=losses)
     model = build_model(config, components, values=components.algorithm.needs_values)
     return build_trainer(config, folder, components.hardware, data, model, MtpObjective(components.algorithm))

@@ -18,6 +18,11 @@ from wmtp.field_types import ExistingPath, PositiveFloat
 INITIAL = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
+ReferenceName = Literal["reference", "start"]
+"""A model whose losses an algorithm can use: the reference model, or the model of stage 1 before stage 1.
+
+If `Algorithm.reference` selects the reference model, there is no stage 1, and "start" is the policy before training.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,11 @@ class Observations:
     """True at the tokens of the solution."""
     losses: Float[Tensor, "*target"] | None = None
     """Cross-entropy of the policy for each target, in nats."""
-    reference_losses: Float[Tensor, "*target"] | None = None
-    """Cross-entropy in nats with which head 1 of the reference model predicts the token of each target."""
+    reference_losses: Float[Tensor, " reference *target"] | None = None
+    """Cross-entropy in nats with which head 1 of each reference predicts the token of each target.
+
+    The references are those in `Algorithm.references`, in this order.
+    """
     entropies: Float[Tensor, "*target"] | None = None
     """Entropy in nats with which the policy predicts each target, over the `Algorithm.entropy_top_k` tokens."""
     values: Float[Tensor, "batch position"] | None = None
@@ -79,8 +87,8 @@ class Algorithm(ABC):
     """
     needs_values = False
     """Whether the algorithm needs a value head."""
-    needs_reference = False
-    """Whether the algorithm needs a reference model."""
+    references: tuple[ReferenceName, ...] = ()
+    """The references whose losses the algorithm needs."""
     needs_token_labels = False
     """Whether the algorithm needs to know which tokens are harmful. This is not known for real data."""
     value_coef = 0.0
@@ -90,6 +98,11 @@ class Algorithm(ABC):
 
     None selects the model that stage 1 trained.
     """
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the algorithm needs a reference model."""
+        return bool(self.references)
 
     @property
     def name(self) -> str:

@@ -26,7 +26,7 @@ class Control(UpdateAlgorithm):
         """Wrap the algorithm `of`. `seed` is the seed of the control's random numbers."""
         self.of = of
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
-        self.needs_values, self.needs_reference, self.reference = of.needs_values, of.needs_reference, of.reference
+        self.needs_values, self.references, self.reference = of.needs_values, of.references, of.reference
         self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
         self.entropy_top_k = of.entropy_top_k
         self.uses_losses = "none" if of.uses_losses == "none" else "all"

@@ -29,7 +29,7 @@ class ExcessLoss(ExponentialAlgorithm):
     """See `Algorithm.reference`."""
 
     uses_losses = "own"
-    needs_reference = True
+    references = ("reference",)
 
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
         """Return the weights before the scaling. Each weight depends only on the losses of its own target."""
@@ -49,7 +49,7 @@ class TokenSkip(UpdateAlgorithm):
     """Whether the weights of each head are scaled to mean 1."""
 
     uses_losses = "all"
-    needs_reference = True
+    references = ("reference",)
     min_heads = 2
     weight_min = 0.0
     weight_max = 1.0
@@ -100,4 +100,4 @@ def largest_of_update(
 def excess(observed: Observations) -> Float[Tensor, "*target"]:
     """Return the excess loss CE_policy − CE_reference of every target, in nats."""
     assert observed.losses is not None and observed.reference_losses is not None
-    return observed.losses - observed.reference_losses
+    return observed.losses - observed.reference_losses[0]

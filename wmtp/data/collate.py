@@ -34,7 +34,7 @@ class Batch:
     num_tokens: int
     number: int = 0
     """A number that identifies the micro-batch in the run. It does not depend on the number of processes."""
-    reference_losses: Float[Tensor, "batch position"] | None = None
+    reference_losses: Float[Tensor, "batch position reference"] | None = None
     hidden_states: Float[Tensor, "batch position dim"] | None = None
     harmful: Bool[Tensor, "batch position"] | None = None
 

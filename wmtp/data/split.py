@@ -27,7 +27,8 @@ class TokenizedSplit:
 
     `tasks`, `is_correct` and `rewards` have one entry per sample. If the run uses a reward model, the reward is the
     score of the model. Otherwise, it is 1 for a correct solution, and 0 for an incorrect solution. `reference_losses`,
-    `hidden_states` and `harmful` have one entry per token of `samples.tokens`. They are None unless they were added.
+    `hidden_states` and `harmful` have one entry per token of `samples.tokens`, which is a row in the first two. They
+    are None unless they were added.
     """
 
     name: str

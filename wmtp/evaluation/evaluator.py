@@ -21,6 +21,7 @@ from wmtp.data.records import Record
 from wmtp.data.sources import DataSource
 from wmtp.data.split import build_split
 from wmtp.data.token_cache import records_fingerprint
+from wmtp.data.token_labels import harmful_tokens, has_token_labels
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.perplexity import prediction_metrics
@@ -180,10 +181,13 @@ class Evaluator:
         return problems
 
     def _prediction_metrics(self, records: Sequence[Record], model: MtpModel) -> dict[str, float]:
-        """Return the model's losses and accuracies on the correct solutions among `records`."""
+        """Return the model's losses, accuracies and probabilities on the correct solutions among `records`."""
         correct = [record for record in records if record.is_correct]
+        tokenizer = self.source.tokenizer
         split = build_split("evaluation", correct, self.source.without_selection(), None, self.cache_dir)
-        return prediction_metrics(model, split, self.source.tokenizer, self.hardware, self.config.batch_size)
+        if has_token_labels(split) and (harmful := harmful_tokens(split, tokenizer)).any():
+            split = split.with_columns(harmful=harmful)
+        return prediction_metrics(model, split, tokenizer, self.hardware, self.config.batch_size)
 
     def _grade_missing(
         self, results_log: ResultsLog, problems: Sequence[Record], model: MtpModel, isolation: Isolation

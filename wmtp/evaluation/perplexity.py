@@ -30,7 +30,8 @@ def prediction_metrics(
     For each head k, `head_k_loss` and `head_k_accuracy` are means over the tokens that this head predicts. `mtp_loss`
     is the mean of `head_k_loss` over the heads. For `loss`, the losses of all heads are first averaged at each
     position, and the results are then averaged over the positions. `perplexity` is exp(`head_1_loss`). Losses are in
-    nats. If the split has no samples, the result is empty.
+    nats. `canonical_logprob` and `canonical_probability` are means over the correct solutions of the split. If the
+    split has no samples, the result is empty.
     """
     objective, sums = MtpObjective(Uniform()), MetricSums()
     model.eval()
@@ -43,7 +44,7 @@ def prediction_metrics(
     if not sums.means:
         return {}
     values = sums.results()
-    losses = [value for name, value in values.items() if name.endswith("_loss")]
+    losses = [value for name, value in values.items() if name.startswith("head_") and name.endswith("_loss")]
     return values | {"mtp_loss": sum(losses) / len(losses), "perplexity": math.exp(values["head_1_loss"])}
 
 

@@ -82,17 +82,22 @@ class Objective(Protocol):
 def metric_names(num_heads: int, *, values: bool, language_model_loss: bool = False) -> list[str]:
     """Return the names of the metrics that a training stage measures on its batches.
 
+    Metrics that depend on the labels of the data are included: `val/canonical_logprob` and
+    `val/canonical_probability` are measured only if the validation data have correct solutions.
+
     Args:
         num_heads: the number of prediction heads, or 0 if no prediction head is trained.
         values: whether the model has a value head.
         language_model_loss: whether the value head is trained together with the language model.
     """
-    measured, training_only = ["loss"], ["grad_norm", "lr"]
+    measured, training_only, validation_only = ["loss"], ["grad_norm", "lr"], list[str]()
     if num_heads:
         measured += ["mtp_loss", *(f"head_{k}_loss" for k in range(1, num_heads + 1))]
+        validation_only += ["canonical_logprob", "canonical_probability"]
         training_only += ["weight_mean", "weight_min", "weight_max", "weight_std", "valid_target_ratio"]
     if values:
         measured += ["value_loss", "value_mean", "value_variance", "value_explained_variance"]
     if language_model_loss:
         measured.append("language_model_loss")
-    return [f"val/{name}" for name in measured] + [f"train/{name}" for name in measured + training_only]
+    by_split = {"val": measured + validation_only, "train": measured + training_only}
+    return [f"{split}/{name}" for split, names in by_split.items() for name in names]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, clip_weights
@@ -124,8 +124,8 @@ class MtpObjective:
             if algorithm.uses_losses == "own":
                 return self._sum_with_own_losses(states, unembedding, target, shares, observed, prepared.processes)
             if algorithm.uses_losses == "all":
-                measured = self._measure(states, unembedding, target)
-                losses, observed = measured["losses"], replace(observed, **measured)
+                observed = self._with_losses(observed, states, unembedding, target)
+                losses = observed.losses
             (weights,) = normalized_weights(algorithm, [observed], [shares], prepared.processes)
         factors = (shares * weights).flatten()
         if losses is not None:  # leave out the targets with weight 0, unless their loss is not finite
@@ -147,7 +147,7 @@ class MtpObjective:
 
         def _coefficients(chunk: Chunk) -> Tensor:
             """Return the coefficient v·w of each row of a chunk, before the scaling."""
-            reference = None if reference_losses is None else reference_losses.flatten()[chunk.rows]
+            reference = None if reference_losses is None else reference_losses.flatten(1)[:, chunk.rows]
             valid = torch.ones_like(chunk.losses, dtype=torch.bool)
             algorithm = self.algorithm
             entropies = None if algorithm.entropy_top_k is None else chunk.top_entropies(algorithm.entropy_top_k)
@@ -170,16 +170,16 @@ class MtpObjective:
             values = model(batch.tokens, num_heads=0).values if algorithm.needs_values else None
             return self._observations(batch, target, values)
         outputs = model(batch.tokens)
-        measured = self._measure(outputs.states, model.unembedding_weight, target)
-        return replace(self._observations(batch, target, outputs.values), **measured)
+        observed = self._observations(batch, target, outputs.values)
+        return self._with_losses(observed, outputs.states, model.unembedding_weight, target)
 
-    def _measure(self, states: Tensor, unembedding: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return the losses of all targets and, if the algorithm needs them, the entropies, as inputs by name."""
-        functions: dict[str, RowFunction] = {"losses": lambda chunk: chunk.losses}
+    def _with_losses(self, observed: Observations, states: Tensor, unembedding: Tensor, target: Tensor) -> Observations:
+        """Return the observations with the losses of all targets and, if the algorithm needs them, the entropies."""
+        functions: list[RowFunction] = [lambda chunk: chunk.losses]
         if (top_k := self.algorithm.entropy_top_k) is not None:
-            functions["entropies"] = lambda chunk: chunk.top_entropies(top_k)
-        results = row_statistics(states, unembedding, target, list(functions.values()))
-        return dict(zip(functions, results, strict=True))
+            functions.append(lambda chunk: chunk.top_entropies(top_k))
+        losses, *entropies = row_statistics(states, unembedding, target, functions)
+        return replace(observed, losses=losses, entropies=entropies[0] if entropies else None)
 
     def _observations(self, batch: Batch, target: Tensor, values: Tensor | None) -> Observations:
         """Return the inputs of the algorithm, except the losses of the policy.
@@ -192,7 +192,7 @@ class MtpObjective:
         reference = None
         if self.algorithm.needs_reference:
             assert batch.reference_losses is not None
-            reference = shift_to_heads(batch.reference_losses, len(target), 0.0)
+            reference = shift_to_heads(batch.reference_losses, len(target), 0.0).movedim(-1, 0)
         values = values.detach() if self.algorithm.needs_values and values is not None else None
         return Observations(
             target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=batch.rewards,
@@ -231,8 +231,8 @@ class MtpObjective:
     def evaluate_outputs(self, outputs: Outputs, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of the unweighted loss and the loss of each head, computed from model outputs.
 
-        If the harmful tokens of the batch are known, the sums include `clean_loss`. It is the loss on all tokens of
-        correct solutions except noise.
+        The sums include the probabilities of correct solutions, see `canonical_sums`. If the harmful tokens of the
+        batch are known, they also include `clean_loss`. It is the loss on all tokens of correct solutions except noise.
         """
         target = targets(batch.labels, model.num_heads)
         valid = target != IGNORED
@@ -240,6 +240,7 @@ class MtpObjective:
         losses = cross_entropy(outputs.states, model.unembedding_weight, target)
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
+        sums.add(canonical_sums(losses[0], valid[0], batch))
         if batch.harmful is not None:
             clean = shift_to_heads(batch.is_correct[:, None] & ~batch.harmful, model.num_heads, 0) * shares
             sums.means["clean_loss"] = ((clean * losses).sum(), clean.sum())
@@ -276,3 +277,28 @@ def head_sums(losses: Tensor, valid: Tensor) -> MetricSums:
     """
     loss_sums, counts = losses.flatten(1).sum(dim=1), valid.flatten(1).sum(dim=1)
     return MetricSums({f"head_{k}_loss": (loss_sums[k - 1], counts[k - 1]) for k in range(1, len(valid) + 1)})
+
+
+def canonical_sums(
+    losses: Float[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], batch: Batch
+) -> MetricSums:
+    """Return the metric sums `canonical_logprob` and `canonical_probability`, which are means over correct solutions.
+
+    They are the sum of log p over the tokens of a solution, and the exponential of that sum, which is the probability
+    that sampling writes exactly this solution. Noise tokens are left out if they are known, because their text is
+    random. A batch without correct solutions has counts of 0.
+
+    Args:
+        losses: the cross-entropy of head 1 in nats.
+        valid: True where head 1 has a target.
+        batch: the validation batch.
+    """
+    counted = valid & batch.is_correct[:, None]
+    if batch.harmful is not None:
+        counted &= ~shift_to_heads(batch.harmful, 1, 0)[0]  # in correct solutions, these are the noise tokens
+    solutions = counted.any(dim=1)
+    logprobs, count = -losses.where(counted, 0.0).sum(dim=1), solutions.sum()
+    probabilities = logprobs.exp().where(solutions, 0.0)
+    return MetricSums(
+        {"canonical_logprob": (logprobs.sum(), count), "canonical_probability": (probabilities.sum(), count)}
+    )

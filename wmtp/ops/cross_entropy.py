@@ -241,7 +241,8 @@ class Chunk:
         """
         top = self.exponentials.topk(min(count, self.exponentials.shape[1]), dim=1, sorted=False).values
         total = top.sum(dim=1)
-        return total.log() + torch.special.entr(top).sum(dim=1) / total  # entr(x) = −x·log x
+        entropies: Tensor = total.log() + torch.special.entr(top).sum(dim=1) / total  # entr(x) = −x·log x
+        return entropies
 
     def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
         """Return two tensors whose product is the gradient of Σ factor·loss with respect to the logits."""

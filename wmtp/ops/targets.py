@@ -9,8 +9,8 @@ from wmtp.data.collate import IGNORED
 
 
 def shift_to_heads(
-    values: Shaped[Tensor, "batch position"], num_heads: int, fill: int | float
-) -> Shaped[Tensor, "head batch position"]:
+    values: Shaped[Tensor, "batch position *rest"], num_heads: int, fill: int | float
+) -> Shaped[Tensor, "head batch position *rest"]:
     """Shift values of tokens to the positions at which each head predicts these tokens.
 
     The result at [k−1, :, t] is values[:, t + k], or `fill` if t + k is past the end of the row.

@@ -5,6 +5,7 @@ from statistics import mean, stdev
 
 from wmtp.errors import InputError
 from wmtp.report.comparability import common_loss, require_comparable, require_same_data
+from wmtp.report.measures import group_means
 from wmtp.report.metrics import MetricValues, metric_values, pass_at_k_values
 from wmtp.report.results import (
     BestOrLast,
@@ -43,9 +44,10 @@ def compare_runs(
     Args:
         runs: runs in any state. Only finished runs are compared.
         baseline: label of the baseline group, or a part of that label that no other label contains.
-        metric: name of the metric, either a validation metric such as `val/loss`, or `pass@k` such as `pass@1`.
+        metric: name of the metric: a validation metric such as `val/loss`, a measure of the weights such as
+            `decisive_wrong_auc`, `pass@k` such as `pass@1`, or `sampled_pass@1`.
         at: model whose validation metrics are compared: "best" for the best checkpoint, "last" for the model at the
-            end of the training. `at` is ignored if `metric` is `pass@k`.
+            end of the training. `at` is ignored for other metrics.
 
     Raises:
         InputError: no group has a seed in common with the baseline; the baseline or the metric is unknown; the runs
@@ -63,10 +65,9 @@ def compare_runs(
     second = pass_at_k_values(1, compared) if metric != SECOND_METRIC else None
     metrics = [metric_comparison(study, each, notes) for each in (requested, second) if each is not None]
     loss = common_loss(compared, metric)
-    return Comparison(
-        study.baseline, metrics, {label: list(group.values()) for label, group in study.groups.items()}, loss,
-        all_tokens_to_target(study, loss, notes), list(dict.fromkeys(notes)),
-    )  # fmt: skip
+    groups = {label: list(group.values()) for label, group in study.groups.items()}
+    reach = all_tokens_to_target(study, loss, notes)
+    return Comparison(study.baseline, metrics, groups, loss, reach, list(dict.fromkeys(notes)), group_means(groups, at))
 
 
 def metric_comparison(study: Study, metric: MetricValues, notes: list[str]) -> MetricComparison:

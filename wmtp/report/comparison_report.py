@@ -24,6 +24,7 @@ from wmtp.report.html import (
     table,
     write_html,
 )  # fmt: skip
+from wmtp.report.measure_tables import means_tables
 from wmtp.report.plots import plot_style
 from wmtp.report.results import Comparison, Difference, MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
@@ -59,6 +60,7 @@ def _sections(path: Path, comparison: Comparison) -> list[Section]:
             f"Tokens to reach {baseline}’s best {comparison.loss}",
             _tokens_to_target(comparison.tokens_to_target, baseline),
         ),
+        Section("means", "Policy and weights", means_tables(comparison.means)),
         Section("notes", "Notes", bullet_list(comparison.notes)),
         Section("differs", "Config differences", _config_differences(comparison)),
         Section("runs", "Runs", _runs(path, comparison)),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wmtp.errors import InputError
-from wmtp.report.run_record import RunRecord
+from wmtp.report.measures import MODEL_LABELS, SAMPLED_PASS, measured_values
+from wmtp.report.run_record import RunRecord, is_attempt
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS
 from wmtp.tracking import directions
@@ -19,7 +20,6 @@ CHECKPOINT_KEYS = ("checkpoint", "data.")
 
 The ignored keys identify the evaluated checkpoint, or describe data that the key `records` already identifies.
 """
-MODEL_LABELS = {"best": "best checkpoint", "last": "last model"}
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,29 @@ def metric_values(metric: str, runs: Sequence[RunRecord], at: str) -> MetricValu
     """Return the values of a metric in all runs.
 
     Args:
-        metric: name of the metric, either a validation metric such as `val/loss`, or `pass@k` such as `pass@1`.
+        metric: name of the metric: a validation metric such as `val/loss`, a measure of the weights such as
+            `decisive_wrong_auc`, `pass@k` such as `pass@1`, or `sampled_pass@1`.
         runs: finished runs.
         at: model whose validation metrics are used: "best" for the best checkpoint, "last" for the model at the end of
-            the training. `at` is ignored if `metric` is `pass@k`.
+            the training. `at` is ignored for other metrics.
 
     Raises:
         InputError: a run does not have the metric. The message lists the metrics that all runs have.
     """
-    if (match := PASS_AT_K.fullmatch(metric)) is not None:
-        found = pass_at_k_values(int(match[1]), runs)
+    if (match := PASS_AT_K.fullmatch(metric)) is not None or metric == SAMPLED_PASS:
+        found = pass_at_k_values(int(match[1]), runs) if match else final_pass_values(metric, runs)
         if found is None:
             raise InputError(missing_metric_message(metric, runs, at))
         return found
-    lines = {run: run.summary.get(at, {}) for run in runs}
-    if not metric.startswith("val/") or any(metric not in line for line in lines.values()):
+    measured = {run: measured_values(run, at) for run in runs}
+    if any(metric not in values for values in measured.values()):
         raise InputError(missing_metric_message(metric, runs, at))
-    values = {run: float(line[metric]) for run, line in lines.items()}
+    values = {run: each[metric] for run, each in measured.items()}
     notes = [f"{run.folder} is left out of {metric}: its value is {value}, so check what went wrong"
              for run, value in values.items() if not math.isfinite(value)]  # fmt: skip
     finite = {run: value for run, value in values.items() if math.isfinite(value)}
-    return MetricValues(metric, is_lower_better(metric), MODEL_LABELS[at], finite, notes=notes)
+    model = MODEL_LABELS[at if metric.startswith("val/") else "last"]
+    return MetricValues(metric, is_lower_better(metric), model, finite, notes=notes)
 
 
 def is_lower_better(metric: str) -> bool:
@@ -89,8 +91,10 @@ def missing_metric_message(metric: str, runs: Sequence[RunRecord], at: str) -> s
     if PASS_AT_K.fullmatch(metric):
         remedy = "run the same evaluation for each run: python -m wmtp.evaluate checkpoint=RUN"
         return f"metric={metric}: not all runs have it; {others}; {remedy}"
-    with_metric = [run for run in runs if metric in run.summary.get(at, {})]
-    if not metric.startswith("val/") or not with_metric:
+    if metric == SAMPLED_PASS:
+        return f"metric={metric}: not all runs have it for the same test problems; {others}"
+    with_metric = [run for run in runs if metric in measured_values(run, at)]
+    if not with_metric:
         return f"metric={metric}: is not measured at a validation; {others}"
     without_metric = next(run for run in runs if run not in with_metric)
     return f"metric={metric}: {with_metric[0].folder} has it, {without_metric.folder} does not; {others}"
@@ -98,11 +102,9 @@ def missing_metric_message(metric: str, runs: Sequence[RunRecord], at: str) -> s
 
 def common_metrics(runs: Sequence[RunRecord], at: str) -> list[str]:
     """Return the names of the metrics that all runs have."""
-    lines = [{name for name in run.summary.get(at, {}) if name.startswith("val/")} for run in runs]
+    measured = [measured_values(run, at).keys() for run in runs]
     named = {f"pass@{k}" for evaluation in common_evaluations(runs) for k in evaluation.ks}
-    if all(run.summary.get("pass@1") for run in runs):
-        named.add("pass@1")
-    return sorted(set.intersection(*lines) | named) if lines else []
+    return sorted(set.intersection(*map(set, measured)) | named) if measured else []
 
 
 def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
@@ -111,17 +113,8 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
     If `k` is 1 and all runs sampled the same test problems at the end of the training, then these samples are used.
     Otherwise the values are from an evaluation by `wmtp.evaluate` that all runs have.
     """
-    if k == 1 and all(run.summary.get("pass@1") for run in runs):
-        samples = {run: final_test_samples(run) for run in runs}
-        if len({frozenset((row["task_id"], row.get("prompt")) for row in rows) for rows in samples.values()}) == 1:
-            values = {run: float(run.summary["pass@1"]["value"]) for run in runs}
-            return MetricValues(
-                "pass@1",
-                False,
-                MODEL_LABELS["last"],
-                values,
-                {run: problem_pass_rates(rows) for run, rows in samples.items()},
-            )
+    if k == 1 and (found := final_pass_values("pass@1", runs)) is not None:
+        return found
     candidates = [evaluation for evaluation in common_evaluations(runs) if k in evaluation.ks]
     if not candidates:
         return None
@@ -136,11 +129,29 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
     return MetricValues(f"pass@{k}", False, f"evaluation {chosen.name}", values, solved, notes)
 
 
-def final_test_samples(run: RunRecord) -> list[dict[str, Any]]:
-    """Return the samples for test problems from the last step at which the run generated such samples."""
+def final_pass_values(metric: str, runs: Sequence[RunRecord]) -> MetricValues | None:
+    """Return `pass@1` or `sampled_pass@1` of the samples that each run made at its end.
+
+    The result is None if a run has no such samples, or if the runs sampled different test problems.
+    """
+    if not all(run.summary.get(metric) for run in runs):
+        return None
+    samples = {run: final_test_samples(run, is_greedy=metric != SAMPLED_PASS) for run in runs}
+    if len({frozenset((row["task_id"], row.get("prompt")) for row in rows) for rows in samples.values()}) > 1:
+        return None
+    values = {run: float(run.summary[metric]["value"]) for run in runs}
+    solved = {run: problem_pass_rates(rows) for run, rows in samples.items()}
+    return MetricValues(metric, False, MODEL_LABELS["last"], values, solved)
+
+
+def final_test_samples(run: RunRecord, *, is_greedy: bool) -> list[dict[str, Any]]:
+    """Return samples for test problems from the last step at which the run generated samples for test problems.
+
+    They are the greedy samples or, if `is_greedy` is false, the attempts.
+    """
     rows = [row for row in run.samples if row.get("split") == "test"]
     last = max((row["step"] for row in rows), default=None)
-    return [row for row in rows if row["step"] == last]
+    return [row for row in rows if row["step"] == last and is_attempt(row) != is_greedy]
 
 
 def problem_pass_rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

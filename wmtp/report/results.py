@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from wmtp.report.measures import GroupMeans
 from wmtp.report.run_record import RunRecord
 
 Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "runs failed"]
@@ -170,6 +171,8 @@ class Comparison:
     """
     notes: list[str] = field(default_factory=list)
     """Messages about runs that were left out, unpaired seeds, and tests that cannot show a difference."""
+    means: list[GroupMeans] = field(default_factory=list)
+    """Means of measures of the policies and of the weights in each group, without tests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,4 +200,5 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
         "loss": comparison.loss,
         "reach": [asdict(each) for each in comparison.tokens_to_target],
         "notes": comparison.notes,
+        "means": [asdict(each) for each in comparison.means],
     }

@@ -78,6 +78,23 @@ def plot_head_losses(run: RunRecord) -> Plot | None:
     )
 
 
+def plot_canonical(run: RunRecord) -> Plot | None:
+    """Plot the log-probability and the probability of the correct validation solutions."""
+    logprobs, probabilities = run.series("val/canonical_logprob"), run.series("val/canonical_probability")
+    if not logprobs:
+        return None
+    figure, (upper, lower) = create_panels(["log-probability, nats", "probability"], height=1.4)
+    plot_curve(upper, logprobs, 0, linestyle="-")
+    plot_curve(lower, probabilities, 2, linestyle="-")
+    lower.set_ylim(bottom=0)
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    finish_axes(lower)
+    last = f"last {logprobs[-1][1]:.3g} nats and {probabilities[-1][1]:.2g}"
+    caption = "Correct validation solutions as a whole, without noise tokens: means over solutions. Higher is better."
+    label = f"Log-probability and probability of the correct solutions over the updates, {last}"
+    return Plot(figure, "canonical", label, caption + nonfinite_caption(logprobs))
+
+
 def plot_updates(run: RunRecord) -> Plot | None:
     """Plot the gradient norm and the learning rate.
 
@@ -257,13 +274,17 @@ def plot_calibration(run: RunRecord) -> Plot | None:
 
 
 def plot_pass_rate(run: RunRecord) -> Plot | None:
-    """Plot how the share of validation problems that the model solves changes during the training."""
+    """Plot how the share of validation problems that the model solves changes during the training.
+
+    If the run made attempts, which are samples at temperature 1, their mean pass rate is also plotted.
+    """
     rates, num_problems = run.series("val/pass_rate"), run.config.get("num_validation_samples")
+    sampled = run.series("val/sampled_pass_rate")
     if not rates:
         return None
-    figure, (axes,) = create_panels(["share of validation problems solved"], height=1.8)
-    plot_curve(axes, rates, 2, linestyle="-")
-    caption = ""
+    figure, (axes,) = create_panels(["share of validation problems solved"], height=1.8, legend_rows=int(bool(sampled)))
+    plot_curve(axes, rates, 2, linestyle="-", label="greedy")
+    caption, label = "", f"Pass rate over the updates, last {rates[-1][1]:.2f}"
     if num_problems:
         bands = [
             binomtest(round(rate * num_problems), num_problems).proportion_ci(method="wilson") for _, rate in rates
@@ -271,9 +292,13 @@ def plot_pass_rate(run: RunRecord) -> Plot | None:
         lows, highs = [band.low for band in bands], [band.high for band in bands]
         axes.fill_between([step for step, _ in rates], lows, highs, color=LINES[2], alpha=0.2, linewidth=0)
         caption = f"{num_problems} problems, greedy decoding; shaded: 95 % Wilson interval."
+    if sampled:
+        plot_curve(axes, sampled, 0, linestyle="-", label="temperature 1")
+        label += f", and at temperature 1 {sampled[-1][1]:.2f}"
+        caption += " At temperature 1: mean over the same problems of the share of samples that pass."
     axes.set_ylim(-0.03, 1.03)
-    finish_axes(axes)
-    return Plot(figure, "pass-rate", f"Pass rate over the updates, last {rates[-1][1]:.2f}", caption)
+    finish_axes(axes, 2 if sampled else 0)
+    return Plot(figure, "pass-rate", label, caption.strip())
 
 
 def plot_pass_at_k(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Plot | None:

@@ -96,6 +96,11 @@ class RunRecord:
         return [(line["step"], float(line[metric])) for line in self.metrics if line.get(metric) is not None]
 
 
+def is_attempt(sample: Mapping[str, Any]) -> bool:
+    """Return whether a line of samples.jsonl is of an attempt, which is a sample at a temperature above 0."""
+    return "temperature" in sample
+
+
 def find_runs(folders: Iterable[Path]) -> list[RunRecord]:
     """Return the runs in the given folders and in all folders below them. The runs of each folder are sorted by path.
 

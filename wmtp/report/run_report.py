@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from wmtp.report import run_plots
 from wmtp.report.html import (
     Section,
     breakable,
-    card,
-    cards,
     code,
     code_block,
     details,
@@ -29,13 +26,14 @@ from wmtp.report.html import (
     table,
     write_html,
 )  # fmt: skip
+from wmtp.report.measure_tables import weights_table
+from wmtp.report.measures import SAMPLED_PASS
 from wmtp.report.plots import plot_style
 from wmtp.report.run_record import RunRecord, evaluated_on
+from wmtp.report.sample_cards import latest_samples
 from wmtp.report.token_heatmap import style_sheet, token_heatmaps
 
 FILE_NAME = "report.html"
-NUM_SHOWN, MAX_SAMPLES = 8, 200
-"""Number of samples that are visible at first, and maximum number of samples in the page."""
 log = logging.getLogger(__name__)
 STATES = {"FINISHED": "good", "RUNNING": "quiet", "FAILED": "bad", "KILLED": "bad"}
 
@@ -99,10 +97,14 @@ def _result(run: RunRecord) -> Markup:
         entries.append(
             ("best validation loss", f"{best[1]:.4g}", f"at update {best[0]:,}; last {last:.4g} at {last_step:,}")
         )
-    if passes := summary.get("pass@1"):
-        low, high, count = passes["low"], passes["high"], passes["problems"]
-        interval = "no interval: same result for all problems" if low is None else f"95 %: {low:.2f} to {high:.2f}"
-        entries.append(("pass@1, last model", f"{passes['value']:.2f}", f"{interval}; {count} test problems"))
+    if probabilities := run.series("val/canonical_probability"):
+        remark = f"of writing exactly the solution; last, at update {probabilities[-1][0]:,}"
+        entries.append(("probability of correct solutions", f"{probabilities[-1][1]:.2g}", remark))
+    for name, title in (("pass@1", "pass@1, last model"), (SAMPLED_PASS, "pass@1 at temperature 1")):
+        if passes := summary.get(name):
+            low, high, count = passes["low"], passes["high"], passes["problems"]
+            interval = "no interval: same result for all problems" if low is None else f"95 %: {low:.2f} to {high:.2f}"
+            entries.append((title, f"{passes['value']:.2f}", f"{interval}; {count} test problems"))
     if "total_steps" in summary:
         skipped = summary.get("skipped_updates") or 0
         entries.append(("updates", f"{summary['total_steps']:,}", f"{skipped} skipped" if skipped else "none skipped"))
@@ -123,6 +125,7 @@ def _training(run: RunRecord) -> Markup:
         [
             run_plots.plot_loss(run),
             run_plots.plot_head_losses(run),
+            run_plots.plot_canonical(run),
             run_plots.plot_updates(run),
             run_plots.plot_speed(run),
         ]
@@ -131,21 +134,10 @@ def _training(run: RunRecord) -> Markup:
 
 
 def _weights(run: RunRecord) -> Markup:
-    names = {
-        "decisive_wrong_auc": "Wrong solutions: decisive tokens against other tokens",
-        "noise_auc": "All solutions: noise tokens against other tokens",
-    }
-    quality = {name: auc for name, auc in (run.summary.get("weights") or {}).items() if auc is not None}
     beside = Markup()
     if run_plots.has_uniform_weights(run):
         beside += muted_paragraph("Every target has the weight 1.")
-    if quality:
-        rows = [(names.get(name, name), f"{auc:.3f}") for name, auc in quality.items()]
-        beside += paragraph(
-            "Do the weights identify harmful tokens? Probability that such a token has a lower weight than another "
-            "token of its solution: 1 is perfect, 0.5 is chance."
-        )
-        beside += table(["tokens compared", "area under ROC"], rows, numbers=[1], wide=[0])
+    beside += weights_table(run.summary)
     return figures([run_plots.plot_weights(run)], beside)
 
 
@@ -184,7 +176,7 @@ def _pretrain(run: RunRecord) -> Markup:
 def _sampling(run: RunRecord) -> Markup:
     rows = _pass_rows(run)
     plots = figures([run_plots.plot_pass_rate(run), run_plots.plot_pass_at_k(rows)])
-    body = plots + _samples(run)
+    body = plots + latest_samples(run.samples)
     return body or muted_paragraph(
         "No samples: the data has no tests, or num_samples and num_validation_samples are 0."
     )
@@ -193,8 +185,9 @@ def _sampling(run: RunRecord) -> Markup:
 def _pass_rows(run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
     """Return pairs (label, estimate) for all estimates of pass@k that were made for the run."""
     rows = []
-    if passes := run.summary.get("pass@1"):
-        rows.append(("pass@1, end of run", passes))
+    for name, title in (("pass@1", "pass@1, end of run"), (SAMPLED_PASS, "pass@1, temperature 1")):
+        if passes := run.summary.get(name):
+            rows.append((title, passes))
     for evaluation in run.evaluations:
         estimates = (evaluation.get("pass_at_k") or {}).items()
         rows += [(f"pass@{k}, {evaluated_on(evaluation)}", entry) for k, entry in estimates]
@@ -289,45 +282,6 @@ def _format_duration(length: timedelta) -> str:
         return f"{seconds} s"
     minutes, hours = seconds // 60, seconds // 3600
     return f"{minutes} min {seconds % 60} s" if minutes < 60 else f"{hours} h {minutes % 60} min"
-
-
-def _samples(run: RunRecord) -> Markup:
-    """Return HTML that shows the samples of the last step at which the run generated samples.
-
-    If this step has samples for test problems, only these are shown. Samples that passed the tests alternate with the
-    other samples.
-    """
-    if not run.samples:
-        return Markup()
-    step = max(sample["step"] for sample in run.samples)
-    latest = [sample for sample in run.samples if sample["step"] == step]
-    chosen = [sample for sample in latest if sample.get("split") == "test"] or latest
-    passed = [sample for sample in chosen if sample.get("outcome") == "pass"]
-    others = [sample for sample in chosen if sample.get("outcome") != "pass"]
-    mixed = [sample for pair in zip_longest(passed, others) for sample in pair if sample is not None]
-    split = chosen[0].get("split", "held-out")
-    passes = f": {len(passed)} of {len(chosen)} pass" if any("outcome" in sample for sample in chosen) else ""
-    introduction = f"Samples for {split} problems at update {step:,}{passes}."
-    body = paragraph(introduction) + _cards(mixed[:NUM_SHOWN])
-    if rest := mixed[NUM_SHOWN:MAX_SAMPLES]:
-        total = f", of {len(mixed) - NUM_SHOWN}" if len(mixed) > MAX_SAMPLES else ""
-        body += details(f"{len(rest)} more{total}", _cards(rest))
-    return body
-
-
-def _cards(samples: Sequence[Mapping[str, Any]]) -> Markup:
-    return cards(map(_card, samples))
-
-
-def _card(sample: Mapping[str, Any]) -> Markup:
-    outcome, reason = sample.get("outcome"), sample.get("reason")
-    kind = "good" if outcome == "pass" else "bad" if outcome else "quiet"
-    verdict = {"pass": "✓ passes", "fail": f"✗ {reason or 'fails'}", None: "not graded"}.get(outcome, str(outcome))
-    difficulty = sample.get("difficulty")
-    name = f"{sample['task_id']}{'' if difficulty is None else f' · difficulty {difficulty}'}"
-    detail = Markup('<p class="quiet">{}</p>').format(sample["detail"]) if sample.get("detail") else ""
-    completion = sample["completion"].rstrip("\n")
-    return card(name, kind, verdict, Markup("<p>{}</p>\n<pre>{}</pre>{}").format(sample["prompt"], completion, detail))
 
 
 def rewrite_report(folder: Path) -> None:

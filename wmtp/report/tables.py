@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from wmtp.report.measures import GroupMeans
 from wmtp.report.results import Comparison, MetricComparison, TokensToTarget
 from wmtp.report.statistics import SEEDS_CAP
 
@@ -25,6 +26,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(tokens_to_target_table(comparison.tokens_to_target))
         if sentence := pretrain_sentence(comparison.baseline, comparison.tokens_to_target):
             console.print(sentence, highlight=False)
+    for means in comparison.means:
+        console.print(means_table(means))
     for note in comparison.notes:
         console.print(f"- {note}", highlight=False)
 
@@ -90,6 +93,23 @@ def tokens_to_target_table(results: list[TokensToTarget]) -> Table:
         never = f"{each.never} of {len(each.pairs)}"
         table.add_row(each.label, format_ratio(each.ratio), between if each.has_interval else ABSENT, never)
     return table
+
+
+def means_table(means: GroupMeans) -> Table:
+    """Return a table of the mean of each measure in each group."""
+    table = new_table(f"{means.title}: mean of each group", *(column_title(name) for name in means.measures))
+    for label, values in means.means.items():
+        table.add_row(label, *(ABSENT if value is None else f"{value:.3g}" for value in values))
+    return table
+
+
+def column_title(measure: str) -> str:
+    """Return the name of a measure as a title that can be broken between words.
+
+    >>> column_title("val/sampled_pass_rate")
+    'sampled pass rate'
+    """
+    return measure.removeprefix("val/").replace("_", " ")
 
 
 def pretrain_sentence(baseline: str, results: Sequence[TokensToTarget]) -> str | None:

@@ -1,12 +1,15 @@
 """The table of results that a sweep prints at its end."""
 
+import math
 from statistics import mean, stdev
 
 from rich.table import Column, Table
 
 from wmtp.report.grouping import group_runs
-from wmtp.report.metrics import MODEL_LABELS, is_lower_better
+from wmtp.report.measures import MODEL_LABELS, group_means, measured_values
+from wmtp.report.metrics import is_lower_better
 from wmtp.report.run_record import RunRecord
+from wmtp.report.tables import means_table
 from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import SWEEP
 from wmtp.runtime.sweep_jobs import job_labels
@@ -21,8 +24,10 @@ def print_results(console: Console, state: SweepState, options: SweepOptions) ->
     if runs:
         console.print(results_table(runs, options))
         if all(metric_value(run, options) is None for run in runs):
-            known = ", ".join(sorted(name for name in runs[0].summary[options.at] if name.startswith("val/")))
+            known = ", ".join(sorted(measured_values(runs[0], options.at)))
             console.print(f"no run has sweep.metric={options.metric}; the runs have {known}", highlight=False)
+        for means in group_means(group_runs(runs), options.at):
+            console.print(means_table(means))
     labels = job_labels([job.overrides for job in state.jobs])
     for job, label in zip(state.jobs, labels, strict=True):
         if job.state != "FINISHED":
@@ -38,11 +43,10 @@ def print_results(console: Console, state: SweepState, options: SweepOptions) ->
 def metric_value(run: RunRecord, options: SweepOptions) -> float | None:
     """Return the value of the metric `options.metric` for a run, or None if the run has no such value.
 
-    The option `at` has no effect on the metric `pass@1`, which is always the value of the last model.
+    The option `at` has no effect on metrics of the end of a run, such as `pass@1`, which are always of the last model.
     """
-    line = {"pass@1": (run.summary.get("pass@1") or {}).get("value"), **run.summary.get(options.at, {})}
-    found = line.get(options.metric)
-    return float(found) if isinstance(found, int | float) else None
+    found = measured_values(run, options.at).get(options.metric)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def results_table(runs: list[RunRecord], options: SweepOptions) -> Table:

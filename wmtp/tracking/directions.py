@@ -7,7 +7,10 @@ import math
 import re
 
 LOWER_IS_BETTER = ("loss", "perplexity")
-HIGHER_IS_BETTER = ("pass_rate", "accuracy", "acceptance", "explained_variance", "tokens_per_forward", "auc")
+HIGHER_IS_BETTER = (
+    "pass_rate", "accuracy", "acceptance", "explained_variance", "tokens_per_forward", "auc", "top1", "logprob",
+    "probability", "sampled_pass@1",
+)  # fmt: skip
 PASS_AT_K = re.compile(r"pass@([1-9]\d*)")
 
 

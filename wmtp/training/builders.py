@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from wmtp.algorithms.base import INITIAL, Algorithm
+from wmtp.algorithms.base import Algorithm
 from wmtp.config.schema import build
 from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import DataSource
@@ -20,7 +20,7 @@ from wmtp.distributed.rng import seed_torch
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.in_training import SampleEvaluation
 from wmtp.evaluation.sampling import Grader
-from wmtp.models.loading import build_source, check_max_positions, load_trained
+from wmtp.models.loading import build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
 from wmtp.sandbox.grader import grade
@@ -194,6 +194,7 @@ def build_sample_evaluation(config: DictConfig, folder: Path, components: Compon
         processes,
         num_validation=config.num_validation_samples,
         num_test=config.num_samples,
+        num_attempts=config.num_validation_attempts,
     )
 
 
@@ -268,42 +269,6 @@ def build_trainer(
         sample_evaluation=sample_evaluation,
     )
     return trainer
-
-
-def build_reference(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel | None:
-    """Return the frozen reference model, or None if the algorithm needs none.
-
-    If `algo.reference` is set, it selects the reference model. Otherwise the reference model is `stage_model`, the
-    model of stage 1.
-    """
-    reference = components.algorithm.reference
-    if not components.algorithm.needs_reference:
-        return None
-    if reference == INITIAL:
-        one_head = OmegaConf.merge(config.model, {"num_heads": 1, "lora": {"rank": None}})
-        assert isinstance(one_head, DictConfig)
-        source = build_source(one_head, components.tokenizer, Path(config.cache_dir))
-        stage_model = source.create().to(components.hardware.device)
-    elif reference is not None:
-        stage_model = load_reference(Path(reference), components, Path(config.cache_dir))
-    assert stage_model is not None
-    return stage_model.eval().requires_grad_(False)
-
-
-def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpModel:
-    """Load the reference model from a run's folder, a checkpoint or a Hugging Face model folder.
-
-    Raises:
-        InputError: `path` contains no model, the reference model and the policy have different tokenizers, or the
-            reference model's maximum length is below `data.max_length`.
-    """
-    try:
-        model = load_trained(path, components.tokenizer, components.hardware, cache_dir)
-        check_max_positions(model, components.data.max_length, "data.max_length")
-    except InputError as error:
-        prefix = "" if str(error).startswith("algo.reference") else f"algo.reference={path}: "
-        raise InputError(f"{prefix}{error}") from error
-    return model
 
 
 def build_policy(config: DictConfig, components: Components, stage_model: MtpModel | None) -> MtpModel:

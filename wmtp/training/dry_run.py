@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from textwrap import fill
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
@@ -14,20 +13,17 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.config.schema import build
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
-from wmtp.models.mtp import MtpModel
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import PRETRAIN
 from wmtp.training.builders import (
-    Components,
     build_policy,
-    build_reference,
     build_sample_evaluation,
     build_trainer,
 )
 from wmtp.training.estimate import GB, Machine, ParallelSetting, memory
 from wmtp.training.plan import Plan
-from wmtp.training.precompute import column_fingerprint
+from wmtp.training.references import with_placeholder_losses
 from wmtp.training.stage_results import read_stage_result
 from wmtp.training.start import (
     build_stage,
@@ -69,7 +65,9 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
             result = read_stage_result(Path(source))
             assert result is not None
             stage_model = load_stage_model(Path(source) / result["saved"], config, components, stage)
-    data = with_placeholder_losses(config, components, stage_model)
+    data = components.data
+    if components.algorithm.needs_reference:
+        data = with_placeholder_losses(config, components, stage_model)
     if stage is None or not stage.trains_policy:
         stage_model = None
     model = build_policy(config, components, stage_model)
@@ -79,23 +77,6 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     restore_latest(trainer, config, CheckpointStore(folder))
     ran = _run_one_update(console, trainer)
     console.print(f"The config is valid; {ran}. Nothing was saved.", soft_wrap=True, highlight=False)
-
-
-def with_placeholder_losses(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Dataset:
-    """Return the data with reference losses of 0 if the algorithm needs any, because computing them takes long.
-
-    If there is a reference model, the data have the same fingerprint as with its losses.
-    """
-    algorithm, data = components.algorithm, components.data
-    if not algorithm.needs_reference:
-        return data
-    fingerprint = None
-    if algorithm.reference is not None or stage_model is not None:
-        reference = build_reference(config, components, stage_model)
-        assert reference is not None
-        fingerprint = column_fingerprint(reference)
-    losses = [np.zeros(len(split.samples.tokens), np.float32) for split in data.splits]
-    return data.with_columns(fingerprint=fingerprint, reference_losses=losses)
 
 
 def _run_one_update(console: Console, trainer: Trainer) -> str:

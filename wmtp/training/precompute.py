@@ -50,28 +50,24 @@ class TokenColumns:
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
-    def with_reference_losses(self, model: MtpModel, data: Dataset) -> Dataset:
-        """Return the data set with the column `reference_losses`, shape [token], from the cache or from `model`.
+    def reference_losses(self, model: MtpModel, data: Dataset) -> list[np.ndarray]:
+        """Return the losses of a reference for both splits, shape [token], from the cache or from `model`.
 
-        The reference loss of a token is the next-token cross-entropy of `model` in nats, and 0 for tokens outside
-        solutions. The fingerprint of the new data set depends on the weights of the model. All ranks must call this
-        method.
+        The loss of a token is the next-token cross-entropy of `model` in nats, and 0 for tokens outside solutions. All
+        ranks must call this method.
 
         Raises:
             InputError: the cached file cannot be read.
         """
 
-        def _reference_losses(batch: Batch) -> Tensor:
-            """Return the loss of the reference model for each token of a batch."""
+        def _losses(batch: Batch) -> Tensor:
+            """Return the loss of the model for each token of a batch."""
             target = targets(batch.labels, 1)
             losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
             return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token
 
         weights = column_fingerprint(model)
-        losses = [
-            self._column("reference-losses", weights, split, (), model, _reference_losses) for split in data.splits
-        ]
-        return data.with_columns(fingerprint=weights, reference_losses=losses)
+        return [self._column("reference-losses", weights, split, (), model, _losses) for split in data.splits]
 
     def with_hidden_states(self, model: MtpModel, data: Dataset) -> Dataset:
         """Return the data set with the column `hidden_states`, shape [token, dim], from the cache or from `model`.

@@ -38,12 +38,12 @@ from wmtp.tracking.mlflow import MlflowTracker
 from wmtp.training.builders import (
     Components,
     build_policy,
-    build_reference,
     build_sample_evaluation,
     build_trainer,
 )
 from wmtp.training.dry_run import describe_training
 from wmtp.training.provenance import write_provenance, write_run_id
+from wmtp.training.references import with_reference_losses
 from wmtp.training.stage_results import (
     copy_stage,
     read_stage_result,
@@ -166,11 +166,9 @@ class Run:
         """
         data = components.data
         stage_model = None if stage is None else self._stage_1_model(stage, components)
-        reference = build_reference(self.config, components, stage_model)
-        if reference is not None:
+        if components.algorithm.needs_reference:
             self._print("loading the reference losses from the cache, or computing them …")
-            data = components.columns.with_reference_losses(reference, data)
-        del reference
+            data = with_reference_losses(self.config, components, stage_model)
         if stage is None or not stage.trains_policy:
             stage_model = None
         return build_policy(self.config, components, stage_model), data
@@ -292,7 +290,7 @@ class Run:
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
         self.processes.run_on_main(lambda: write_token_report(self.folder, measured, data, result.total_steps))
         return {
-            "pass@1": self._pass_rate(trainer, result),
+            **self._pass_rates(trainer, result),
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "peak_memory_bytes": int(self.processes.max(trainer.hardware.peak_memory())[0]),
@@ -315,7 +313,7 @@ class Run:
         except Exception as error:
             log.warning("report.html could not be written: %s: %s", type(error).__name__, error, exc_info=True)
 
-    def _pass_rate(self, trainer: Trainer, result: Result) -> dict[str, Any] | None:
+    def _pass_rates(self, trainer: Trainer, result: Result) -> dict[str, Any]:
         with trainer.hardware.autocast():
             return self.sample_evaluation.evaluate_test(trainer.model, result.total_steps)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wmtp.config.overrides import shell_argument
+from wmtp.report.measures import SAMPLED_PASS, WEIGHT_MEASURES, weights_and_values
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import display_path, module_command, read_run
@@ -64,6 +65,17 @@ def write_summary(folder: Path, trainer: Trainer, result: Result, extras: dict[s
     return summary
 
 
+def format_metric(value: float | None) -> str:
+    """Return the value of a metric as text. Small values, such as probabilities of long texts, get two digits.
+
+    >>> format_metric(0.01864), format_metric(-0.0), format_metric(3.21e-07), format_metric(None)
+    ('0.0186', '-0.0000', '3.2e-07', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"
+
+
 def print_summary(console: Console, folder: Path, summary: dict[str, Any], resume_overrides: str) -> None:
     """Print the table of results at the end of a run, and commands that are useful next.
 
@@ -75,22 +87,20 @@ def print_summary(console: Console, folder: Path, summary: dict[str, Any], resum
     table.add_column("best", justify="right")
     last, best = summary["last"], summary["best"]
     for name in sorted((name for name in last if name.startswith("val/")), key=lambda name: "head" in name):
-        table.add_row(name.removeprefix("val/"), f"{last[name]:.4f}", f"{best[name]:.4f}" if name in best else "-")
+        table.add_row(name.removeprefix("val/"), format_metric(last[name]), format_metric(best.get(name)))
     if best:
         table.add_row("at update", str(last["step"]), str(best["step"]))
     if last:
         console.print(table)
     if summary["stop_reason"]:
         console.print(f"stopped early: {summary['stop_reason']}", soft_wrap=True, highlight=False)
-    if (passes := summary["pass@1"]) is not None:
-        interval = "" if passes["low"] is None else f" (95 %: {passes['low']:.2f} to {passes['high']:.2f})"
-        console.print(
-            f"pass@1 {passes['value']:.2f}{interval} of {passes['problems']} held-out problems, greedy, last model",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
-    for name, area in summary["weights"].items():
-        if area is not None:
-            console.print(f"weights: {name} {area:.3f} (0.5 is chance)", highlight=False)
+    for name, decoding in (("pass@1", "greedy"), (SAMPLED_PASS, "temperature 1")):
+        if (passes := summary.get(name)) is not None:
+            interval = "" if passes["low"] is None else f" (95 %: {passes['low']:.2f} to {passes['high']:.2f})"
+            problems = f"{passes['problems']} held-out problems, {decoding}, last model"
+            console.print(f"{name} {passes['value']:.2f}{interval} of {problems}", soft_wrap=True, highlight=False)
+    for name, value in weights_and_values(summary).items():
+        console.print(f"weights: {name} {value:.3f} ({WEIGHT_MEASURES[name].chance} is chance)", highlight=False)
     speed = f"{summary['tokens_per_second']:,.0f}" if summary["tokens_per_second"] else "-"
     console.print(f"{speed} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB", highlight=False)
     console.print(f"The run is in {folder}", soft_wrap=True, highlight=False)

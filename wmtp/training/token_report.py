@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 from wmtp.data.dataset import Dataset
 from wmtp.data.split import TokenizedSplit
-from wmtp.data.token_labels import has_token_labels, label_tokens
+from wmtp.data.token_labels import first_decisive_tokens, has_token_labels, label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.models.mtp import MtpModel
@@ -109,27 +109,48 @@ def _plain(x: np.floating[Any]) -> float | None:
 
 
 def weight_quality(weights: np.ndarray, data: Dataset) -> dict[str, float | None]:
-    """Return areas under the ROC curve, which show how well small weights identify harmful tokens.
+    """Return measures of how well small weights identify harmful tokens, computed from the validation split.
 
-    Only tokens of the validation split are used, and a token is compared only with tokens of the same solution. The
-    area is 1 if every harmful token has a lower weight than all tokens with which it is compared. It is about 0.5 for
-    random weights. For `decisive_wrong_auc`, decisive tokens of wrong solutions are compared with the other tokens. For
-    `noise_auc`, noise tokens of all solutions are compared with the other tokens. The result is empty if the data has
-    no ground truth or if all weights are equal. `weights` has shape [token].
+    A token is compared only with tokens of the same solution:
+
+    - `decisive_wrong_auc`: area under the ROC curve of the first decisive token of each wrong solution, at which the
+      solution becomes wrong, against the other tokens of the solution. It is 1 if each first token has a lower weight
+      than all other tokens, and about 0.5 for random weights.
+    - `decisive_wrong_top1`: share of wrong solutions in which this first token has the lowest weight (see
+      `share_of_top_scores`). For random weights, it is about 1 divided by the number of tokens of a solution.
+    - `noise_auc`: area under the ROC curve of noise tokens against the other tokens, in all solutions.
+
+    In the first two, the decisive tokens after the first one count as neither: after a mistake, the rest of an
+    exchanged step can be predicted. Each measure is None if no solution has tokens to compare. The result is empty if
+    the data has no ground truth or if all weights are equal. `weights` has shape [token].
     """
     split = data.validation
     if not has_token_labels(split):
         return {}
     decisive, noise, response = label_tokens(split, data.tokenizer)
     known = response & np.isfinite(weights)
-    if not known.any() or np.ptp(weights[known]) == 0:
+    suspicion = -without_rounding_errors(weights)
+    if not known.any() or np.ptp(suspicion[known]) == 0:
         return {}
     solutions = np.repeat(np.arange(len(split)), split.samples.lengths)
-    wrong = ~split.is_correct[solutions]
+    first = first_decisive_tokens(decisive, split)
+    compared = known & ~split.is_correct[solutions] & (first | ~decisive)
     return {
-        "decisive_wrong_auc": area_under_roc(-weights, decisive, known & wrong, solutions),
-        "noise_auc": area_under_roc(-weights, noise, known, solutions),
+        "decisive_wrong_auc": area_under_roc(suspicion, first, compared, solutions),
+        "decisive_wrong_top1": share_of_top_scores(suspicion, first, compared, solutions),
+        "noise_auc": area_under_roc(suspicion, noise, known, solutions),
     }
+
+
+def without_rounding_errors(weights: np.ndarray) -> np.ndarray:
+    """Return weights rounded to 16 binary digits.
+
+    The weight of a token is a mean over heads. Without this, equal weights of heads, such as those clipped to
+    `weight_min`, would give means that differ in the last digit, and such ties would be decided by rounding errors.
+    """
+    mantissa, exponent = np.frexp(weights)
+    rounded: np.ndarray = np.ldexp(np.round(mantissa * 2**16), exponent - 16)
+    return rounded
 
 
 def area_under_roc(scores: np.ndarray, positive: np.ndarray, mask: np.ndarray, groups: np.ndarray) -> float | None:
@@ -155,3 +176,25 @@ def area_under_roc(scores: np.ndarray, positive: np.ndarray, mask: np.ndarray, g
         num_won += float(ranks.sum()) - count * (count + 1) / 2
         num_pairs += count * (len(members) - count)
     return num_won / num_pairs if num_pairs else None
+
+
+def share_of_top_scores(scores: np.ndarray, positive: np.ndarray, mask: np.ndarray, groups: np.ndarray) -> float | None:
+    """Return the share of groups in which the positive token has the highest score.
+
+    If n tokens of a group have its highest score and the positive token is one of them, the group counts 1 / n. Groups
+    without a positive token are left out. The result is None if no group has one.
+
+    Args:
+        scores: the score of each token, shape [token].
+        positive: True for positive tokens, of which a group has at most one, shape [token].
+        mask: True for the tokens to compare, shape [token].
+        groups: the number of the group of each token, shape [token].
+    """
+    if not (positive & mask).any():
+        return None
+    highest = np.full(groups.max() + 1, -np.inf)
+    np.maximum.at(highest, groups[mask], scores[mask])
+    is_top = mask & (scores == highest[groups])
+    num_top = np.bincount(groups[is_top], minlength=len(highest))
+    chosen = groups[positive & mask]
+    return float(np.mean(is_top[positive & mask] / num_top[chosen]))

@@ -52,6 +52,7 @@ class RunOptions:
     run_name: str | None
     tags: dict[str, str | int | float | bool]
     num_validation_samples: Annotated[int, Field(ge=0)]
+    num_validation_attempts: Annotated[int, Field(ge=0)]
     num_samples: Annotated[int, Field(ge=0)]
     sandbox: Choice
     resume: ExistingPath | None
@@ -158,10 +159,22 @@ def cross_issues(
         yield from optimizer_issues(config)
     if algorithm is not None and not invalid & {"model", "data", "pretrain"}:
         yield from algorithm_issues(config, algorithm)
-    if not invalid & {"algo", "model", "early_stopping"}:
+    if not invalid & {"algo", "model", "early_stopping", "num_validation_samples", "num_validation_attempts"}:
         yield from early_stopping_issues(config, stage)
     if not invalid & {"batch_size", "micro_batch_size", "hardware"}:
         yield from batch_issues(config)
+    if stage is None and not invalid & {"num_validation_samples", "num_validation_attempts"}:
+        yield from attempt_issues(config)
+
+
+def attempt_issues(config: DictConfig) -> Iterator[ConfigIssue]:
+    """Yield an issue if attempts are requested, but no validation problem to attempt."""
+    if config.num_validation_attempts and not config.num_validation_samples:
+        problem = (
+            "attempts each of num_validation_samples=0 validation problems, so nothing is measured; set "
+            "num_validation_samples=20, or num_validation_attempts=0"
+        )
+        yield ConfigIssue("num_validation_attempts", str(config.num_validation_attempts), problem)
 
 
 def batch_issues(config: DictConfig) -> Iterator[ConfigIssue]:
@@ -284,7 +297,7 @@ def early_stopping_issues(config: DictConfig, stage: Stage | None) -> Iterator[C
     num_heads, values = model_source(config).num_heads, needs_values(config)
     names = metric_names(num_heads, values=values) if stage is None else stage.metric_names(num_heads)
     if stage is None and config.num_validation_samples:
-        names += [f"val/{name}" for name in sample_metric_names(num_heads)]
+        names += [f"val/{name}" for name in sample_metric_names(num_heads, config.num_validation_attempts)]
     problem = monitor_problem(stopping.monitor, names)
     if problem:
         yield ConfigIssue("early_stopping.monitor", stopping.monitor, problem)

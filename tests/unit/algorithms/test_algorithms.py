@@ -67,7 +67,7 @@ def random_observations(
         valid,
         response,
         losses=4 * torch.rand(valid.shape, generator=source),
-        reference_losses=4 * torch.rand(valid.shape, generator=source),
+        reference_losses=4 * torch.rand(1, *valid.shape, generator=source),
         entropies=math.log(20) * torch.rand(valid.shape, generator=generator(seed)),
         values=torch.randn(response.shape, generator=source),
         rewards=torch.rand(batch, generator=source),
@@ -332,7 +332,7 @@ def test_largest_advantage_does_not_overflow() -> None:
 
 def observations_of_losses(losses: list[float], reference: list[float]) -> Observations:
     one = torch.tensor(losses)
-    return Observations(one > -1, torch.ones(1, len(losses)) > 0, one, torch.tensor(reference))
+    return Observations(one > -1, torch.ones(1, len(losses)) > 0, one, torch.tensor(reference)[None])
 
 
 def test_weights_grow_with_the_signed_excess_over_the_reference() -> None:
@@ -363,7 +363,7 @@ def test_weights_of_a_subset_of_targets_are_the_same(algorithm: Algorithm, seed:
         observed.valid.flatten()[subset],
         observed.response,
         observed.losses.flatten()[subset],
-        observed.reference_losses.flatten()[subset],
+        observed.reference_losses.flatten(1)[:, subset],
         observed.entropies.flatten()[subset],
     )
     assert torch.allclose(algorithm.weights(selected), all_weights.flatten()[subset], rtol=1e-6)
@@ -374,7 +374,7 @@ def test_weights_of_a_subset_of_targets_are_the_same(algorithm: Algorithm, seed:
 def check_kept(kept: Tensor, observed: Observations, tenths: int) -> None:
     """Check that head 1 keeps all targets, and every other head ⌈tenths/10⌉ of its own, those of largest excess."""
     assert observed.losses is not None and observed.reference_losses is not None
-    excess = observed.losses - observed.reference_losses
+    excess = observed.losses - observed.reference_losses[0]
     for head, (chosen, valid) in enumerate(zip(kept.bool(), observed.valid, strict=True)):
         count = int(valid.sum()) if head == 0 else math.ceil(Fraction(tenths, 10) * int(valid.sum()))
         assert int((chosen & valid).sum()) == count
@@ -421,7 +421,7 @@ def test_targets_of_all_micro_batches_are_ranked_together() -> None:
 def test_control_other_selections_are_detected(naive: str) -> None:
     observed = random_observations(4, batch=5)
     assert observed.losses is not None and observed.reference_losses is not None
-    excess = (observed.losses - observed.reference_losses).where(observed.valid, -torch.inf)
+    excess = (observed.losses - observed.reference_losses[0]).where(observed.valid, -torch.inf)
     valid_counts = observed.valid.flatten(1).sum(dim=1).tolist()
 
     def top(scores: Tensor, counts: list[int]) -> Tensor:
@@ -451,7 +451,7 @@ def test_control_other_selections_are_detected(naive: str) -> None:
 )
 def test_keep_fraction_is_rounded_up_exactly(keep_fraction: float, count: int, kept: int) -> None:
     losses = torch.rand(2, 1, count, generator=generator(0))
-    observed = Observations(losses > -1, torch.ones(1, count) > 0, losses, torch.zeros_like(losses))
+    observed = Observations(losses > -1, torch.ones(1, count) > 0, losses, torch.zeros_like(losses)[None])
     assert TokenSkip(keep_fraction=keep_fraction).weights(observed)[1].sum() == kept
     assert math.ceil(0.28 * 25) == 8  # the control: the product of the floats is above 7
 
@@ -460,7 +460,7 @@ def test_a_head_without_targets_skips_nothing() -> None:
     response = torch.tensor([[True, True, False, False]])  # head 2 has no target
     valid = targets(torch.where(response, 7, IGNORED), 2) != IGNORED
     assert valid.flatten(1).any(dim=1).tolist() == [True, False]
-    observed = Observations(valid, response, torch.ones(2, 1, 4), torch.zeros(2, 1, 4))
+    observed = Observations(valid, response, torch.ones(2, 1, 4), torch.zeros(1, 2, 1, 4))
     assert TokenSkip().weights(observed)[valid].tolist() == [1.0]
 
 
@@ -619,7 +619,7 @@ def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]
 def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Control]) -> None:
     for of in (Uniform(), Critic(value_coef=0.3), ExcessLoss(weight_max=3.0), TokenSkip(), Entropy(rescale=False)):
         wrapped = control(of=of)
-        for name in ("needs_values", "needs_reference", "value_coef", "reference", "rescale", "entropy_top_k"):
+        for name in ("needs_values", "references", "value_coef", "reference", "rescale", "entropy_top_k"):
             assert getattr(wrapped, name) == getattr(of, name)
         assert (wrapped.uses_losses == "none") is (of.uses_losses == "none")
         assert wrapped.weights(random_observations()).shape == random_observations().valid.shape

@@ -19,7 +19,8 @@ def make_column(name: str, split: TokenizedSplit, extra: int = 0) -> np.ndarray:
     """Return an array that is a valid column of a split, or that has `extra` entries too many."""
     count = len(split.samples.tokens) if name in TOKEN_COLUMNS else len(split)
     numbers = np.arange(count + extra, dtype=np.float32)
-    return {"harmful": numbers % 2 == 0, "hidden_states": np.stack([numbers, -numbers], axis=1)}.get(name, numbers)
+    matrix = np.stack([numbers, -numbers], axis=1)
+    return {"harmful": numbers % 2 == 0, "hidden_states": matrix, "reference_losses": matrix}.get(name, numbers)
 
 
 def with_column(data: Dataset, name: str, fingerprint: str | None = None) -> Dataset:

@@ -72,6 +72,55 @@ def test_without_decisive_tokens_there_is_no_first_one(labelled_split: Tokenized
     assert not first_decisive_tokens(nothing, labelled_split).any()
 
 
+@pytest.mark.parametrize(
+    ("correct", "wrong", "labelled", "first"),
+    [
+        ("x = 17 + 3", "x = 17 - 3", "17 -", "-"),  # a wide range
+        ("x = 17 + 3 + 4", "x = 17 - 3 + 4", "4", "4"),  # too far from the difference: the label is kept
+        ("y = 5", "x = 17 - 3", "-", "-"),
+    ],
+)
+def test_a_wrong_solution_becomes_wrong_at_the_first_token_that_differs_from_a_correct_one(
+    tokenizer: Tokenizer, tmp_path: Path, correct: str, wrong: str, labelled: str, first: str
+) -> None:
+    header = "# a header\n"
+    records = [record(correct), record(header + wrong, decisive=(labelled,), noise=(header,), right=False)]
+    split = split_of(tokenizer, tmp_path, *records)
+
+    def first_text(split: TokenizedSplit) -> str:
+        found = first_decisive_tokens(label_tokens(split, tokenizer)[0], split)
+        return tokenizer.decode(split.samples.tokens[found].tolist()).strip()
+
+    assert first_text(split) == first
+    if labelled.startswith("17"):
+        alone = split_of(tokenizer, tmp_path, *records[1:])
+        assert first_text(alone) != first, "the control: without a correct solution, the range begins earlier"
+
+
+def test_the_first_decisive_token_of_every_generated_wrong_solution_is_the_first_difference(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source = TaskSource(
+        tokenizer=tokenizer, num_train=300, num_validation=1, num_test=1, noise=0.7, noise_kinds=["license", "footer"],
+        difficulties={1: 1, 2: 1, 3: 1},
+    )  # fmt: skip
+    split = build_split("train", source.read().train, source, None, tmp_path)
+    decisive, noise, _ = label_tokens(split, tokenizer)
+    first, samples, checked = first_decisive_tokens(decisive, split), split.samples, 0
+    for index in range(0, len(split), 2):
+        assert split.tasks[index] == split.tasks[index + 1] and split.is_correct[index] > split.is_correct[index + 1]
+        parts = []
+        for sample in (index, index + 1):
+            start, end = samples.offsets[sample] + samples.prompt_lengths[sample], samples.offsets[sample + 1]
+            parts.append([position for position in range(start, end) if not noise[position]])
+        right, wrong = parts
+        while right and wrong and samples.tokens[right[0]] == samples.tokens[wrong[0]]:
+            right, wrong = right[1:], wrong[1:]
+        assert first[wrong[0]], split.records[samples.kept[index + 1]].solution
+        checked += 1
+    assert checked == 300
+
+
 RANGES = st.lists(st.tuples(st.integers(0, len(SOLUTION) - 1), st.integers(1, 9)), max_size=3)
 
 

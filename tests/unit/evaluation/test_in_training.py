@@ -1,11 +1,13 @@
 """Tests of samples for held-out problems during training, and of their pass rate."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import Invoke, tiny_model
 from wmtp.data.dataset import Dataset
@@ -68,12 +70,126 @@ def test_the_pass_rate_excludes_sandbox_errors(tiny_data: Dataset, tmp_path: Pat
     assert 0 < len(graded) < 8  # the control: a rate over all would differ
 
 
+def grade_by_content(program: Program) -> Verdict:
+    """Return pass, fail or sandbox error, depending on the program's text."""
+    kind = zlib.crc32(program.source.encode()) % 3
+    outcomes = (("pass", ""), ("fail", "wrong"), ("sandbox error", "isolation"))
+    return Verdict(*outcomes[kind], "", 0.0)  # type: ignore[arg-type]
+
+
+def evaluation_with_attempts(data: Dataset, folder: Path, num_attempts: int, **options: Any) -> SampleEvaluation:
+    """Return an evaluation of four validation problems and three test problems."""
+    folder.mkdir(exist_ok=True)
+    options = {"grader": grade_by_content, "processes": Processes(), "num_validation": 4, "num_test": 3} | options
+    return SampleEvaluation(folder, data, num_attempts=num_attempts, **options)
+
+
+def test_the_sampled_pass_rate_is_the_mean_over_problems_of_graded_attempts(tiny_data: Dataset, tmp_path: Path) -> None:
+    got = evaluation_with_attempts(tiny_data, tmp_path, 5).validate(tiny_model(), 1)
+    samples = lines(tmp_path / "samples.jsonl")
+    greedy, attempts = samples[:4], samples[4:]
+    assert [line["task_id"] for line in attempts] == [line["task_id"] for line in greedy for _ in range(5)]
+    assert [(line["index"], line["temperature"]) for line in attempts] == [(n, 1.0) for n in range(5)] * 4
+    assert all("temperature" not in line and "index" not in line for line in greedy)
+    by_problem: dict[str, list[bool]] = {}
+    for line in attempts:
+        if line["outcome"] != "sandbox error":
+            by_problem.setdefault(line["task_id"], []).append(line["outcome"] == "pass")
+    shares = [sum(passed) / len(passed) for passed in by_problem.values()]
+    assert got["sampled_pass_rate"] == pytest.approx(sum(shares) / len(shares))
+    pooled = [passed for each in by_problem.values() for passed in each]
+    assert len({len(each) for each in by_problem.values()}) > 1
+    assert got["sampled_pass_rate"] != pytest.approx(sum(pooled) / len(pooled)), "the control: a mean over attempts"
+    outcomes = [line["outcome"] for line in greedy if line["outcome"] != "sandbox error"]
+    assert got["pass_rate"] == outcomes.count("pass") / len(outcomes)
+
+
+def test_attempts_do_not_change_other_results_and_are_the_same_at_every_validation(
+    tiny_data: Dataset, tmp_path: Path
+) -> None:
+    none, two, three = (evaluation_with_attempts(tiny_data, tmp_path / str(n), n) for n in (0, 2, 3))
+    torch.manual_seed(0)
+    alone = none.validate(tiny_model(), 1)
+    torch.manual_seed(1)  # the global generator has no influence
+    measured = [two.validate(tiny_model(), step) for step in (1, 2)]
+    assert measured[0] == measured[1]
+    assert {name: value for name, value in measured[0].items() if name != "sampled_pass_rate"} == alone
+    three.validate(tiny_model(), 1)
+    few, many = ({(line["step"], line["task_id"], line.get("index")): line["completion"] for line in lines(each.path)}
+                 for each in (two, three))  # fmt: skip
+    assert len(few) == 2 * 4 * 3 and len(many) == 4 * 4
+    for (_, task, index), completion in few.items():
+        assert many[1, task, index] == completion
+    assert len(set(few.values())) == 4 * 3, "the control: attempts of a problem differ from each other"
+    assert (tmp_path / "0" / "samples.jsonl").read_text().count("temperature") == 0
+
+
+def test_attempts_for_test_problems_give_pass_at_1_at_temperature_1(tiny_data: Dataset, tmp_path: Path) -> None:
+    evaluation = evaluation_with_attempts(tiny_data, tmp_path, 4)
+    found = evaluation.evaluate_test(tiny_model(), 7)
+    attempts = [line for line in lines(tmp_path / "samples.jsonl") if "temperature" in line]
+    assert len(attempts) == 3 * 4 and {line["split"] for line in attempts} == {"test"}
+    shares = {}
+    for task in {line["task_id"] for line in attempts}:
+        outcomes = [line["outcome"] for line in attempts if line["task_id"] == task]
+        if graded := [outcome for outcome in outcomes if outcome != "sandbox error"]:
+            shares[task] = graded.count("pass") / len(graded)
+    assert found["sampled_pass@1"]["value"] == pytest.approx(sum(shares.values()) / len(shares))
+    assert found["sampled_pass@1"]["problems"] == len(shares)
+
+
+def test_without_a_grader_attempts_are_written_but_have_no_pass_rate(tiny_data: Dataset, tmp_path: Path) -> None:
+    evaluation = evaluation_with_attempts(tiny_data, tmp_path, 2, grader=None)
+    assert not {"pass_rate", "sampled_pass_rate"} & evaluation.validate(tiny_model(), 1).keys()
+    assert evaluation.evaluate_test(tiny_model(), 1) == {"pass@1": None, "sampled_pass@1": None}
+    assert len(lines(tmp_path / "samples.jsonl")) == (4 + 3) * 3
+
+
+def test_a_run_that_resumes_drops_later_attempts(tiny_data: Dataset, tmp_path: Path) -> None:
+    evaluation = evaluation_with_attempts(tiny_data, tmp_path, 1)
+    for step in (2, 4):
+        evaluation.validate(tiny_model(), step)
+    evaluation.drop_after(2)
+    assert [line["step"] for line in lines(tmp_path / "samples.jsonl")] == [2] * 8
+
+
+def test_attempts_without_problems_are_a_mistake(invoke: Invoke) -> None:
+    refused = invoke("num_validation_attempts=4")
+    assert refused.code == 2
+    assert "num_validation_attempts=4: attempts each of num_validation_samples=0" in refused.err
+    assert "set num_validation_samples=20, or num_validation_attempts=0" in refused.err
+    unmeasured = invoke("early_stopping.monitor=val/sampled_pass_rate", "num_validation_samples=2")
+    assert unmeasured.code == 2 and "never measured" in unmeasured.err
+
+
+@pytest.mark.slow
+def test_a_run_can_monitor_its_attempts_and_reports_them_everywhere(invoke: Invoke) -> None:
+    options = ["max_steps=4", "eval_interval=2", "num_validation_samples=3", "num_validation_attempts=2", "report=true"]
+    done = invoke(*options, "early_stopping.monitor=val/sampled_pass_rate", "hydra.run.dir=run")
+    assert done.code == 0, done.err
+    metrics = [line for line in lines(Path("run/metrics.jsonl")) if "val/loss" in line]
+    names = {"val/sampled_pass_rate", "val/canonical_logprob", "val/canonical_probability"}
+    assert all(names <= line.keys() for line in metrics)
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert names <= summary["last"].keys() and summary["sampled_pass@1"]["problems"] == 2
+    for text in ("sampled_pass_rate", "canonical_logprob", "canonical_probability", "sampled_pass@1 0.00 of 2"):
+        assert text in done.out
+    page = Path("run/report.html").read_text()
+    for text in ("pass@1 at temperature 1", "Samples at temperature 1 for the same problems: 0 of 4 pass"):
+        assert text in page
+    samples = lines(Path("run/samples.jsonl"))
+    assert len(samples) == len(metrics) * 3 * 3 + 2 * 3
+    assert invoke("resume=run", "max_steps=6", tiny=False).code == 0
+    assert lines(Path("run/samples.jsonl"))[: len(metrics) * 9] == samples[: len(metrics) * 9]
+
+
 def test_data_without_a_test_split_have_no_test_samples(tiny_data: Dataset, tmp_path: Path) -> None:
     """Samples for validation problems must not be reported as samples for test problems."""
     for data, expected in ((tiny_data, ["test"] * 4), (replace(tiny_data, test=()), [])):
         (tmp_path / "samples.jsonl").write_text("")
         evaluation = SampleEvaluation(tmp_path, data, grade_by_length, Processes(), num_validation=0, num_test=4)
-        assert (evaluation.evaluate_test(tiny_model(), 1) is None) == (not expected)
+        found = evaluation.evaluate_test(tiny_model(), 1)
+        assert found.keys() == {"pass@1"} and (found["pass@1"] is None) == (not expected)
         assert [line["split"] for line in lines(tmp_path / "samples.jsonl")] == expected
 
 

@@ -20,7 +20,7 @@ from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
 from wmtp.algorithms.uniform import Uniform
-from wmtp.data.collate import IGNORED, Batch
+from wmtp.data.collate import IGNORED, Batch, collate
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import TrainingError
@@ -95,7 +95,9 @@ def evaluate(objective: Objective, model: MtpModel, batches: list[Batch]) -> dic
 def test_the_losses_of_heads_and_their_mean_do_not_depend_on_the_split(tiny_data: Dataset) -> None:
     model = tiny_model()
     one_batch = evaluate(OBJECTIVE, model, split(tiny_data, 8))
-    assert set(one_batch) == {"loss", "mtp_loss", *(f"head_{k}_loss" for k in range(1, 5))}
+    assert set(one_batch) == {
+        "loss", "mtp_loss", *(f"head_{k}_loss" for k in range(1, 5)), "canonical_logprob", "canonical_probability"
+    }  # fmt: skip
     assert one_batch["mtp_loss"] == pytest.approx(sum(one_batch[f"head_{k}_loss"] for k in range(1, 5)) / 4)
     for name, value in evaluate(OBJECTIVE, model, split(tiny_data, 3)).items():
         assert value == pytest.approx(one_batch[name], rel=1e-5)
@@ -126,7 +128,7 @@ def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
     return Batch(
         tokens, labels, torch.rand(size, generator=source), torch.arange(size) % 2 == 0, torch.arange(size) // 2,
         tuple(str(row) for row in range(size)), size * length,
-        reference_losses=8 * torch.rand(size, length, generator=source),
+        reference_losses=8 * torch.rand(size, length, 1, generator=source),
     )  # fmt: skip
 
 
@@ -240,7 +242,7 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     assert batch.reference_losses is not None
     for k in range(1, model.num_heads + 1):
         target[k - 1, :, : length - k] = batch.labels[:, k:]
-        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:]
+        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:, 0]
     valid = target != IGNORED
     logits = model.unembedding(outputs.states)
     losses = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none", ignore_index=IGNORED)
@@ -249,8 +251,8 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
         values = outputs.values.detach() if algorithm.needs_values else None
         top = logits.detach().topk(20, dim=-1).values.log_softmax(dim=-1)
         observed = Observations(
-            valid, batch.response, losses=known, entropies=-(top.exp() * top).sum(dim=-1), reference_losses=reference,
-            values=values, rewards=batch.rewards, samples=batch.samples,
+            valid, batch.response, losses=known, entropies=-(top.exp() * top).sum(dim=-1),
+            reference_losses=reference[None], values=values, rewards=batch.rewards, samples=batch.samples,
         )  # fmt: skip
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
@@ -511,6 +513,62 @@ def test_clean_loss_excludes_incorrect_solutions_and_harmful_tokens() -> None:
     assert values["loss"] == evaluate(OBJECTIVE, model, [batch])["loss"]
     all_clean = replace(known, harmful=torch.zeros_like(harmful), is_correct=torch.ones_like(is_correct))
     assert evaluate(OBJECTIVE, model, [all_clean])["clean_loss"] == pytest.approx(values["loss"], rel=1e-5)
+
+
+def logprobs_by_loop(model: MtpModel, batch: Batch, excluded: Tensor) -> list[float]:
+    """Return the sum of log p over the tokens of each solution, except the excluded ones and the first of the row."""
+    log_p = model.unembedding(model(batch.tokens).states[0]).log_softmax(dim=-1)
+    return [
+        sum(
+            log_p[row, i - 1, batch.tokens[row, i]].item()
+            for i in range(1, batch.labels.shape[1])
+            if batch.labels[row, i] != IGNORED and not excluded[row, i]
+        )
+        for row in range(len(batch.labels))
+    ]
+
+
+def test_the_probability_of_correct_solutions_leaves_out_noise_and_wrong_solutions() -> None:
+    model, batch = tiny_model(num_heads=2), ragged()
+    harmful = torch.zeros_like(batch.response)
+    harmful[1, 2:4] = harmful[0, 8:] = True  # noise in two correct solutions
+    is_correct = torch.tensor([True, True, False, True])
+    known = replace(batch, harmful=harmful, is_correct=is_correct)
+    of_rows = logprobs_by_loop(model, batch, harmful)
+    logprobs = [of_rows[row] for row in (0, 1, 3)]
+    got = evaluate(OBJECTIVE, model, [known])
+    assert got["canonical_logprob"] == pytest.approx(sum(logprobs) / 3, rel=1e-5)
+    assert got["canonical_probability"] == pytest.approx(sum(map(math.exp, logprobs)) / 3, rel=1e-4)
+    assert got["canonical_logprob"] != pytest.approx(sum(of_rows) / 4, rel=1e-2), "the control: wrong ones count"
+
+    unlabelled = evaluate(OBJECTIVE, model, [replace(known, harmful=None)])
+    of_rows = logprobs_by_loop(model, batch, torch.zeros_like(harmful))
+    assert unlabelled["canonical_logprob"] == pytest.approx((of_rows[0] + of_rows[1] + of_rows[3]) / 3, rel=1e-5)
+    assert unlabelled["canonical_logprob"] < got["canonical_logprob"] - 1, "the control: noise counts"
+    wrong = evaluate(OBJECTIVE, model, [replace(known, is_correct=torch.zeros(4, dtype=torch.bool))])
+    assert wrong.keys() == got.keys() - {"canonical_logprob", "canonical_probability", "clean_loss"}
+
+
+def test_the_probability_of_correct_solutions_does_not_depend_on_the_split(tiny_data: Dataset) -> None:
+    """Also with an empty batch, which a process without samples gets and which has a correct solution of no token."""
+    model = tiny_model()
+    one_batch, empty = evaluate(OBJECTIVE, model, split(tiny_data, 8)), collate(tiny_data.train, None, 0)
+    parts = evaluate(OBJECTIVE, model, [empty, *split(tiny_data, 3), empty])
+    assert empty.is_correct.any()
+    for name in ("canonical_logprob", "canonical_probability"):
+        assert parts[name] == pytest.approx(one_batch[name], rel=1e-5)
+    means = [evaluate(OBJECTIVE, model, [part])["canonical_logprob"] for part in split(tiny_data, 3)]
+    assert sum(means) / 3 != pytest.approx(one_batch["canonical_logprob"], rel=1e-5), "the control: a mean of means"
+
+
+@pytest.mark.parametrize("trains", ["all", "head"])
+def test_only_objectives_that_train_prediction_heads_measure_the_probability(trains: str) -> None:
+    stage, model, batch = ValueStage(trains=trains), tiny_model(), ragged()  # type: ignore[arg-type]
+    model.add_value_head()
+    measured = evaluate(stage.objective(), model, [batch])
+    names = {name for name in stage.metric_names(4) if "canonical" in name}
+    assert {f"val/{name}" for name in measured if "canonical" in name} == names
+    assert bool(names) == (trains == "all")
 
 
 # Values

@@ -106,12 +106,15 @@ def test_p_values_are_corrected_for_the_number_of_groups(tmp_path: Path) -> None
 def test_the_verdict_depends_on_the_direction_of_the_metric(tmp_path: Path) -> None:
     for algo, values in (("baseline", BASELINE), ("critic", BETTER)):
         for seed, value in enumerate(values):
-            more = {
-                name: [value, value] for name in ("val/pass_rate", "val/value_explained_variance", "val/head_1_loss")
-            }
+            names = (
+                "val/pass_rate", "val/value_explained_variance", "val/head_1_loss", "val/canonical_logprob",
+                "val/canonical_probability", "val/sampled_pass_rate",
+            )  # fmt: skip
+            more = {name: [value, value] for name in names}
             fake_run(tmp_path / algo / str(seed), algo=algo, seed=seed, metrics=more)
     for metric, verdict in (
         ("val/pass_rate", "worse"), ("val/value_explained_variance", "worse"), ("val/head_1_loss", "better"),
+        ("val/canonical_logprob", "worse"), ("val/canonical_probability", "worse"), ("val/sampled_pass_rate", "worse"),
     ):  # fmt: skip
         assert difference(compare_study(tmp_path, metric=metric), "critic").verdict == verdict
 
@@ -331,6 +334,60 @@ def test_runs_with_different_problems_have_no_common_pass_at_1(tmp_path: Path) -
     assert [metric.metric for metric in compare_study(folder).metrics] == ["val/loss"]
     with pytest.raises(InputError, match="metric=pass@1: not all runs have it"):
         compare_study(folder, metric="pass@1")
+
+
+def test_attempts_do_not_change_pass_at_1_and_can_be_compared(tmp_path: Path) -> None:
+    for algo, greedy, attempts in (
+        ("baseline", [1, 0, 0], [[1, 0], [0, 0], [0, 0]]), ("critic", [1, 0, 1], [[1, 1], [1, 0], [0, 0]]),
+    ):  # fmt: skip
+        for seed in range(2):
+            run = tmp_path / algo / str(seed)
+            fake_run(run, algo=algo, seed=seed, passes=list(map(bool, greedy)), attempts=attempts)  # type: ignore[arg-type]
+    found = difference(compare_study(tmp_path, metric="pass@1"), "critic")
+    assert found.mcnemar is not None and (found.mcnemar.won, found.mcnemar.lost, found.mcnemar.tied) == (1, 0, 2)
+    comparison = compare_study(tmp_path, metric="sampled_pass@1")
+    found = difference(comparison, "critic")
+    assert comparison.metrics[0].at == "last model" and not comparison.metrics[0].lower_is_better
+    assert list(found.pairs.values()) == pytest.approx([1 / 2 - 1 / 6] * 2)
+    assert found.mcnemar is not None and (found.mcnemar.won, found.mcnemar.lost, found.mcnemar.tied) == (2, 0, 1)
+
+    fake_run(tmp_path / "rho1" / "0", algo="rho1", passes=[True], attempts=[[True, False]])
+    with pytest.raises(
+        InputError, match=r"metric=sampled_pass@1: not all runs have it for the same test problems; all"
+    ):
+        compare_study(tmp_path, metric="sampled_pass@1")
+
+
+def test_the_measures_of_weights_are_shown_for_each_group_and_can_be_compared(tmp_path: Path) -> None:
+    for seed in range(3):
+        fake_run(tmp_path / "baseline" / str(seed), seed=seed, weights={}, metrics={"val/canonical_logprob": [-9, -8]})
+        for algo, area in (("critic", 0.5), ("rho1", 0.7)):
+            weights = {"decisive_wrong_auc": area + seed / 100, "decisive_wrong_top1": area / 10, "noise_auc": None}
+            values = {"val/value_explained_variance": [0.3, 0.2]} if algo == "critic" else {}
+            fake_run(
+                tmp_path / algo / str(seed), algo=algo, seed=seed, weights=weights,
+                metrics={"val/canonical_logprob": [-7 - seed, -6 - seed], **values},
+            )  # fmt: skip
+    comparison = compare_study(tmp_path)
+    policy, weights = comparison.means  # type: ignore[assignment]
+    assert policy.measures == ["val/canonical_logprob"]
+    assert policy.means == {"baseline": [-8.0], "critic": [-7.0], "rho1": [-7.0]}
+    assert weights.measures == ["decisive_wrong_auc", "decisive_wrong_top1", "val/value_explained_variance"]
+    assert weights.means["baseline"] == [None, None, None]
+    assert weights.means["critic"] == pytest.approx([0.51, 0.05, 0.2])
+    assert weights.means["rho1"] == [pytest.approx(0.71), pytest.approx(0.07), None]
+    text = printed(comparison)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "Weights and values, last model" in text and "0.51" in text and "decisive wrong" in text
+    assert comparison_to_dict(comparison)["means"][1]["means"]["critic"][2] == 0.2
+
+    with pytest.raises(InputError, match=r"metric=decisive_wrong_auc: .*critic.* has it, .*baseline.* does not"):
+        compare_study(tmp_path, metric="decisive_wrong_auc")
+    for seed in range(3):
+        (tmp_path / "baseline" / str(seed) / "status.json").unlink()
+    better = compare_study(tmp_path, metric="decisive_wrong_auc", baseline="critic")
+    assert list(difference(better, "rho1").pairs.values()) == pytest.approx([0.2] * 3)
+    assert better.metrics[0].at == "last model" and not better.metrics[0].lower_is_better
 
 
 def test_pass_at_k_is_from_the_same_evaluation_of_each_run(tmp_path: Path) -> None:

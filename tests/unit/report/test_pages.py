@@ -195,7 +195,9 @@ def test_the_page_of_a_run_shows_all_parts(run_page: Path) -> None:
         "Stopped early at update 400", "30 of the last 40 gradient norms", "stopped early at 400",
         "the last 40 updates", "too large: above 3", "0.710", "algo.beta", "python -m wmtp.train algo=critic",
         "best: 0.5498 at 400", "Crosses: not finite (1)", "8 of 16 pass", "8 more", "head 4",
-        "pass@4, difficulty 2",
+        "pass@4, difficulty 2", "0.260", "1 / number of tokens", "0.053", "pass@1 at temperature 1",
+        "Samples at temperature 1 for the same problems: 16 of 48 pass", "test/0 · difficulty 2 · sample 3",
+        "probability of correct solutions",
     ):  # fmt: skip
         assert text_part in text, text_part
     assert "train_head" not in text
@@ -321,6 +323,8 @@ def test_the_page_of_a_comparison_has_the_result_in_words(comparison: Comparison
         assert describe_difference(difference) in tags.text
     for note in comparison.notes:
         assert note in tags.text
+    for text in ("canonical logprob", "-12.5", "decisive wrong top1", "0.478", "1 / number of tokens is chance"):
+        assert text in tags.text
     assert "about 23 seeds" in tags.text and "9 : 3" in tags.text and "cannot give a p below 0.0625" in tags.text
     runs = [run for members in comparison.groups.values() for run in members]
     pages = {(comparison_page.parent / link).resolve() for link in tags.links if link.endswith("report.html")}

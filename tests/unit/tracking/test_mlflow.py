@@ -175,9 +175,11 @@ def test_pass_at_1_of_the_last_model_is_a_metric(client: MlflowClient, outputs: 
     for name, passes in (("graded", {"value": 0.75}), ("not graded", None)):
         folder = outputs / name
         folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps({"pass@1": passes, "total_steps": 7}))
-        expected = [] if passes is None else [(7, 0.75)]
-        assert history(client, track(folder, [{"val/loss": 1.0}]), "test/pass_at_1") == expected
+        summary = {"pass@1": passes, "sampled_pass@1": passes and {"value": 0.5}, "total_steps": 7}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        run_id = track(folder, [{"val/loss": 1.0}])
+        for metric, value in (("test/pass_at_1", 0.75), ("test/sampled_pass_at_1", 0.5)):
+            assert history(client, run_id, metric) == ([] if passes is None else [(7, value)])
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "FAILED", "KILLED"])

@@ -260,7 +260,10 @@ class LowerIsBetter(EarlyStopping):
 
 
 def check_rising_metric_is_an_improvement(kind: Stopper) -> None:
-    for monitor in ("val/value_explained_variance", "val/pass_rate", "val/sampled_pass_rate", "val/head_2_acceptance"):
+    for monitor in (
+        "val/value_explained_variance", "val/pass_rate", "val/sampled_pass_rate", "val/head_2_acceptance",
+        "val/canonical_logprob", "val/canonical_probability",
+    ):  # fmt: skip
         rising, falling = (kind(monitor=monitor, patience=2, min_delta=0.05) for _ in range(2))
         for value in (-0.3, 0.1, 0.2, 0.4):
             rising.observe_metrics({monitor: value})

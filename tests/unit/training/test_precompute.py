@@ -23,7 +23,7 @@ from wmtp.errors import InputError
 from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
 from wmtp.ops.targets import shift_to_heads, targets
-from wmtp.training.precompute import TokenColumns
+from wmtp.training.precompute import TokenColumns, column_fingerprint
 
 CPU = Hardware(device="cpu")
 KINDS = {"reference losses": "reference_losses", "hidden states": "hidden_states"}
@@ -36,13 +36,15 @@ def columns(tmp_path: Path, tokenizer: Tokenizer) -> TokenColumns:
 
 def with_column(columns: TokenColumns, kind: str, model: MtpModel, data: Dataset) -> Dataset:
     """Return a data set with the column."""
-    add = {"reference losses": columns.with_reference_losses, "hidden states": columns.with_hidden_states}[kind]
-    return add(model, data)
+    if kind == "hidden states":
+        return columns.with_hidden_states(model, data)
+    losses = [column[:, None] for column in columns.reference_losses(model, data)]
+    return data.with_columns(fingerprint=column_fingerprint(model), reference_losses=losses)
 
 
 def get_column(kind: str, split: TokenizedSplit) -> np.ndarray:
     found: np.ndarray = getattr(split, KINDS[kind])
-    return found
+    return found[:, 0] if kind == "reference losses" else found
 
 
 def cache_files(columns: TokenColumns) -> set[str]:
@@ -190,14 +192,15 @@ def test_damaged_column_is_reported_with_the_file_to_delete(
 def test_batch_has_the_reference_loss_of_each_target(columns: TokenColumns, tokenizer: Tokenizer) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=6, num_validation=1, num_test=1, difficulties={1: 1, 2: 1})
     data, model = read_dataset(source, columns.cache_dir, seed=0), tiny_model()
-    data = columns.with_hidden_states(model, columns.with_reference_losses(model, data))
+    data = columns.with_hidden_states(model, with_column(columns, "reference losses", model, data))
     batch = collate(data.train, [3, 0, 5], tokenizer.padding)
     assert batch.reference_losses is not None and batch.hidden_states is not None
     target = targets(batch.labels, 1)[0]
     log_p = torch.log_softmax(model.unembedding(model(batch.tokens).states[0]), dim=-1)
     option = -log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0].where(target != IGNORED, 0.0)
     assert len(set(batch.response.sum(dim=1).tolist())) > 1  # the samples have different lengths
-    torch.testing.assert_close(shift_to_heads(batch.reference_losses, 1, 0.0)[0], option.detach(), rtol=1e-4, atol=1e-5)
+    got = shift_to_heads(batch.reference_losses, 1, 0.0)[0, :, :, 0]
+    torch.testing.assert_close(got, option.detach(), rtol=1e-4, atol=1e-5)
     real = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for row, index in enumerate([3, 0, 5]):
         real[row, : data.train.samples.lengths[index]] = True

@@ -19,11 +19,18 @@ from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.records import Record
 from wmtp.data.sources import TaskSource
 from wmtp.data.split import TokenizedSplit, build_split
-from wmtp.data.token_labels import label_tokens
+from wmtp.data.token_labels import first_decisive_tokens, label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.training.token_report import TOKEN_METRICS, area_under_roc, measure_tokens, weight_quality
+from wmtp.training.token_report import (
+    TOKEN_METRICS,
+    area_under_roc,
+    measure_tokens,
+    share_of_top_scores,
+    weight_quality,
+    without_rounding_errors,
+)
 
 CPU = Hardware(device="cpu")
 
@@ -49,6 +56,38 @@ def test_ties_count_half() -> None:
     assert area_under_roc(scores, positive, among, np.zeros(4, int)) == (0.5 + 1 + 1 + 1) / 4
     without_ties = np.mean([a > b for a in (1.0, 2.0) for b in (1.0, 0.0)])
     assert without_ties == 0.75  # the control: ties are not counted
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 2)), min_size=1, max_size=40))
+def test_the_share_of_top_scores_equals_that_of_a_loop_also_with_ties(rows: list[tuple[int, bool, int]]) -> None:
+    scores, among, groups = (np.array(column) for column in zip(*rows, strict=True))
+    positive = np.zeros(len(rows), bool)
+    positive[[int(np.flatnonzero(groups == group)[0]) for group in np.unique(groups)]] = True
+    got = share_of_top_scores(scores.astype(np.float32), positive, among, groups)
+    shares = []
+    for group in np.unique(groups):
+        members = [i for i in range(len(rows)) if groups[i] == group and among[i]]
+        winners = [i for i in members if scores[i] == max(scores[j] for j in members)]
+        if any(positive[i] for i in members):
+            shares.append(sum(positive[i] for i in winners) / len(winners))
+    assert got is None if not shares else got == pytest.approx(np.mean(shares))
+
+
+def test_ties_in_the_top_score_share_the_credit() -> None:
+    scores, positive = np.array([2.0, 2, 2, 0]), np.array([True, False, False, False])
+    assert share_of_top_scores(scores, positive, np.ones(4, bool), np.zeros(4, int)) == pytest.approx(1 / 3)
+    assert scores.argmax() == 0, "the control: the first of the tied tokens would get it all"
+
+
+def test_equal_weights_of_heads_give_ties_despite_rounding() -> None:
+    weights = np.random.default_rng(0).random(10_000, dtype=np.float32) * 5
+    of_three_heads = ((weights + weights) + weights) / np.float32(3)
+    rounded, expected = without_rounding_errors(of_three_heads), without_rounding_errors(weights)
+    assert (of_three_heads != weights).mean() > 0.1, "the control: without rounding, they are no ties"
+    assert (rounded != expected).mean() < 0.01
+    assert np.allclose(rounded, weights, rtol=2**-16, atol=0)
+    assert np.isnan(without_rounding_errors(np.array([np.nan]))).all()
 
 
 SOLUTION = "def compute(xs):\n    xs = [x + 17 for x in xs]\n    return xs\n# id: 00417\n"
@@ -114,7 +153,7 @@ def quality_of(
     data: Dataset, algorithm: Algorithm, reference_losses: np.ndarray | None = None
 ) -> dict[str, float | None]:
     if reference_losses is not None:
-        data = replace(data, validation=data.validation.with_columns(reference_losses=reference_losses))
+        data = replace(data, validation=data.validation.with_columns(reference_losses=reference_losses[:, None]))
     return quality(MtpObjective(algorithm), data)
 
 
@@ -145,7 +184,7 @@ def test_shuffled_weights_score_half(name: str, tokenizer: Tokenizer, cache: Pat
     decisive, noise, response = label_tokens(data.validation, data.tokenizer)
     truth = decisive if name == "decisive_wrong_auc" else noise
     losses = 1000 * truth.astype(np.float32)
-    data = replace(data, validation=data.validation.with_columns(reference_losses=losses))
+    data = replace(data, validation=data.validation.with_columns(reference_losses=losses[:, None]))
     shuffled = quality_of(data, Shuffled(of=ExcessLoss()))[name]
     assert shuffled is not None and 0.45 < shuffled < 0.55
 
@@ -170,6 +209,43 @@ def test_decisive_tokens_count_only_in_incorrect_solutions(noisy_data: Dataset) 
     assert pooled is not None and pooled < 1.0  # the control: correct solutions are included
 
 
+def test_a_perfect_critic_scores_one_although_the_rest_of_a_step_has_full_weight(noisy_data: Dataset) -> None:
+    split = noisy_data.validation
+    decisive, _, response = label_tokens(split, noisy_data.tokenizer)
+    solutions = np.repeat(np.arange(len(split)), split.samples.lengths)
+    first = first_decisive_tokens(decisive, split)
+    weights = np.where(response, np.where(first, 0.1, 1.0), np.nan).astype(np.float32)
+    got = weight_quality(weights, noisy_data)
+    assert got["decisive_wrong_auc"] == got["decisive_wrong_top1"] == 1.0
+    every_token = area_under_roc(-weights, decisive, response & ~split.is_correct[solutions], solutions)
+    assert every_token is not None and every_token < 0.85, "the control: all tokens of the step count as decisive"
+
+    late = decisive & ~first
+    got = weight_quality(np.where(late, 0.01, weights).astype(np.float32), noisy_data)
+    assert got["decisive_wrong_auc"] == got["decisive_wrong_top1"] == 1.0, "the tokens after the first count as neither"
+    end = np.zeros(len(weights), bool)
+    end[split.samples.offsets[1:] - 1] = True
+    got = weight_quality(np.where(end, 0.01, weights).astype(np.float32), noisy_data)
+    assert got["decisive_wrong_top1"] == 0.0 and 0.9 < (got["decisive_wrong_auc"] or 0) < 1.0, "the end token counts"
+
+
+def test_randomly_permuted_weights_score_one_half_and_the_reciprocal_of_the_number_of_tokens(
+    noisy_data: Dataset,
+) -> None:
+    split, generator = noisy_data.validation, np.random.default_rng(0)
+    decisive, _, response = label_tokens(split, noisy_data.tokenizer)
+    first = first_decisive_tokens(decisive, split)
+    compared = response & (first | ~decisive) & ~np.repeat(split.is_correct, split.samples.lengths)
+    sizes = [compared[a:b].sum() for a, b in zip(split.samples.offsets, split.samples.offsets[1:], strict=False)]
+    chance = float(np.mean([1 / size for size in sizes if size]))
+    drawn = [
+        weight_quality(np.where(response, generator.random(len(response)), np.nan), noisy_data) for _ in range(300)
+    ]
+    auc, top1 = (np.mean([each[name] for each in drawn]) for name in ("decisive_wrong_auc", "decisive_wrong_top1"))
+    assert auc == pytest.approx(0.5, abs=0.02)
+    assert top1 == pytest.approx(chance, abs=0.012) and chance < 0.06
+
+
 def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, difficulties={1: 1})
     plain = build_split("validation", [Record(task_id="a", prompt="Say", solution="pass\n")], source, None, tmp_path)
@@ -180,7 +256,7 @@ def test_quality_is_empty_without_labels(tokenizer: Tokenizer, tmp_path: Path) -
     assert quality(MtpObjective(Uniform()), data) == {}
     split = labeled_split(tokenizer, tmp_path)
     losses = np.arange(len(split.samples.tokens), dtype=np.float32)
-    only_noise = replace(split, is_correct=np.ones(len(split), bool), reference_losses=losses)
+    only_noise = replace(split, is_correct=np.ones(len(split), bool), reference_losses=losses[:, None])
     data = SimpleNamespace(validation=only_noise, tokenizer=tokenizer)
     values = quality(MtpObjective(ExcessLoss()), data)
-    assert values["decisive_wrong_auc"] is None and values["noise_auc"] is not None
+    assert values["decisive_wrong_auc"] is values["decisive_wrong_top1"] is None and values["noise_auc"] is not None

@@ -448,7 +448,7 @@ def test_the_monitored_pass_rate_chooses_the_best_checkpoint_also_after_a_resume
     second.restore(first.snapshot())
     assert second.fit().best_step == 14, "of equal pass rates, the lowest loss is the best"
     never = run(2, None)
-    with pytest.raises(TrainingError, match="monitor=val/pass_rate: is never measured; choose one of val/head_1_loss"):
+    with pytest.raises(TrainingError, match="monitor=val/pass_rate: is never measured; choose one of val/canonical_"):
         never.fit()
 
 
@@ -561,7 +561,7 @@ class DataWithReferences(FakeData):
 
     def batch(self, start: int, stop: int) -> Batch:
         batch = super().batch(start, stop)
-        return Batch(**vars(batch) | {"reference_losses": torch.full(batch.tokens.shape, 2.0)})
+        return Batch(**vars(batch) | {"reference_losses": torch.full((*batch.tokens.shape, 1), 2.0)})
 
 
 @pytest.mark.parametrize("num_heads", [1, 4])

@@ -121,15 +121,16 @@ def prefix_of(name: str) -> str:
 def final_metrics(folder: Path) -> dict[str, tuple[float, int]]:
     """Return the value and the step of each metric that is known only at the end of a run.
 
-    They are the loss of the best checkpoint, and pass@1 of the test problems.
+    They are the loss of the best checkpoint, and pass@1 of the test problems, also at temperature 1 if it is known.
     """
     found: dict[str, tuple[float, int]] = {}
     if (best := read_best(folder)) is not None:
         found["best/val_loss"] = best["val/loss"], best["step"]
     path = folder / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
-    if (passes := summary.get("pass@1")) is not None:
-        found["test/pass_at_1"] = passes["value"], summary["total_steps"]
+    for name in ("pass@1", "sampled_pass@1"):
+        if (passes := summary.get(name)) is not None:
+            found[f"test/{name.replace('@', '_at_')}"] = passes["value"], summary["total_steps"]
     return found
 
 

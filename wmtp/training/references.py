@@ -1,0 +1,89 @@
+"""The reference models of an algorithm, and their losses as a column of the data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.algorithms.base import INITIAL, ReferenceName
+from wmtp.config.schema import stage_config
+from wmtp.data.dataset import Dataset
+from wmtp.errors import InputError
+from wmtp.models.loading import check_max_positions, load_trained
+from wmtp.models.mtp import MtpModel
+from wmtp.training.builders import Components, build_model
+from wmtp.training.precompute import column_fingerprint
+
+
+def with_reference_losses(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Dataset:
+    """Return the data of stage 2 with the column `reference_losses`, shape [token, reference].
+
+    The losses are computed once and cached. The fingerprint of the new data set depends on the weights of all
+    references. All ranks must call this function. `stage_model` is the trained model of stage 1, or None.
+
+    Raises:
+        InputError: a reference cannot be loaded, or a cached file cannot be read.
+    """
+    data, weights, losses = components.data, [], []
+    for model in reference_models(config, components, stage_model):
+        weights.append(column_fingerprint(model))
+        losses.append(components.columns.reference_losses(model, data))
+    columns = [np.stack(parts, axis=1) if len(parts) > 1 else parts[0][:, None] for parts in zip(*losses, strict=True)]
+    return data.with_columns(fingerprint="".join(weights), reference_losses=columns)
+
+
+def with_placeholder_losses(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Dataset:
+    """Return the data of stage 2 with reference losses of 0, because computing them takes long.
+
+    If all references exist, the data have the same fingerprint as with their losses.
+    """
+    algorithm, data, fingerprint = components.algorithm, components.data, None
+    if algorithm.reference is not None or stage_model is not None:
+        models = reference_models(config, components, stage_model)
+        fingerprint = "".join(column_fingerprint(model) for model in models)
+    zeros = [np.zeros((len(split.samples.tokens), len(algorithm.references)), np.float32) for split in data.splits]
+    return data.with_columns(fingerprint=fingerprint, reference_losses=zeros)
+
+
+def reference_models(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Iterator[MtpModel]:
+    """Yield the frozen references of the algorithm, one after another, in the order of `Algorithm.references`."""
+    for name in components.algorithm.references:
+        yield build_reference(name, config, components, stage_model).eval().requires_grad_(False)
+
+
+def build_reference(
+    name: ReferenceName, config: DictConfig, components: Components, stage_model: MtpModel | None
+) -> MtpModel:
+    """Return a reference of the algorithm.
+
+    If `algo.reference` is set, it selects the reference model. Otherwise the reference model is `stage_model`, the
+    model of stage 1.
+    """
+    reference = components.algorithm.reference
+    if name == "start" and reference is None:
+        return build_model(stage_config(config), components, values=False)
+    if name == "start" or reference == INITIAL:
+        one_head = OmegaConf.merge(config, {"model": {"num_heads": 1, "lora": {"rank": None}}})
+        assert isinstance(one_head, DictConfig)
+        return build_model(one_head, components, values=False)
+    if reference is not None:
+        return load_reference(Path(reference), components, Path(config.cache_dir))
+    assert stage_model is not None
+    return stage_model
+
+
+def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpModel:
+    """Load the reference model from a run's folder, a checkpoint or a Hugging Face model folder.
+
+    Raises:
+        InputError: `path` contains no model, the reference model and the policy have different tokenizers, or the
+            reference model's maximum length is below `data.max_length`.
+    """
+    try:
+        model = load_trained(path, components.tokenizer, components.hardware, cache_dir)
+        check_max_positions(model, components.data.max_length, "data.max_length")
+    except InputError as error:
+        prefix = "" if str(error).startswith("algo.reference") else f"algo.reference={path}: "
+        raise InputError(f"{prefix}{error}") from error
+    return model
