@@ -34,6 +34,7 @@ ALGORITHMS = {
     "dft": ["algo=dft"],
     "focal": ["algo=focal"],
     "entropy": ["algo=entropy"],
+    "reward": ["algo=reward"],
 }
 """Overrides by algorithm."""
 SAMPLE = [

@@ -33,7 +33,7 @@ def with_required_options(override: str) -> list[str]:
     group, _, name = override.partition("=")
     companions = {
         "pretrain": [f"algo={name}"] if name not in ("none", "baseline") else [],
-        "algo/of": ["algo=shuffled"],
+        "algo/of": ["algo=random" if name == "reward" else "algo=shuffled"],  # a permutation would change nothing
     }
     return [*companions.get(group, []), override]
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from wmtp.data.split import TokenizedSplit
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath, PositiveFloat
@@ -89,6 +90,10 @@ class Algorithm(ABC):
     """Whether the algorithm needs a value head."""
     references: tuple[ReferenceName, ...] = ()
     """The references whose losses the algorithm needs."""
+    needs_rewards = False
+    """Whether the weights depend on rewards. Then not all rewards of the training data may be equal."""
+    weighs_solutions = False
+    """Whether all targets of a solution have the same weight, which differs between solutions."""
     needs_token_labels = False
     """Whether the algorithm needs to know which tokens are harmful. This is not known for real data."""
     value_coef = 0.0
@@ -108,6 +113,12 @@ class Algorithm(ABC):
     def name(self) -> str:
         """The name of the algorithm. By default it is the name of the class."""
         return type(self).__name__
+
+    def prepare(self, data: TokenizedSplit) -> None:  # noqa: B027 - most algorithms need no constants
+        """Compute constants from the training data of stage 2, before the first update. By default, do nothing.
+
+        The data contain the losses of the references, except that these are 0 in a dry run.
+        """
 
     @abstractmethod
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:

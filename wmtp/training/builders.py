@@ -23,6 +23,7 @@ from wmtp.evaluation.sampling import Grader
 from wmtp.models.loading import build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
+from wmtp.objectives.mtp import MtpObjective
 from wmtp.sandbox.grader import grade
 from wmtp.sandbox.isolation import find_isolation
 from wmtp.sandbox.limits import Limits
@@ -277,7 +278,7 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
     If stage 1 has trained the policy, this is `stage_model`. If `stage_model` is None, a new model is built.
     """
     algorithm = components.algorithm
-    if algorithm.needs_values:
+    if algorithm.needs_rewards:
         require_different_rewards(components.data)
     if stage_model is None:
         return build_model(config, components, values=algorithm.needs_values)
@@ -288,8 +289,15 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
     return stage_model
 
 
+def build_objective(config: DictConfig, algorithm: Algorithm, data: Dataset) -> MtpObjective:
+    """Return the objective of stage 2, after the algorithm has computed its constants from the data of stage 2."""
+    algorithm.prepare(data.train)
+    objective: MtpObjective = build(config.objective, algorithm=algorithm)
+    return objective
+
+
 def require_different_rewards(data: Dataset) -> None:
-    """Check that the rewards of the training samples differ, because otherwise a value head cannot learn anything.
+    """Check that the rewards of the training samples differ, because otherwise they contain no information.
 
     Raises:
         InputError: every training sample has the same reward.
@@ -297,6 +305,6 @@ def require_different_rewards(data: Dataset) -> None:
     rewards = data.train.rewards
     if rewards.min() == rewards.max():
         raise InputError(
-            f"data: every training sample has the reward {rewards[0]:g}, so values have nothing to learn; "
+            f"data: every training sample has the reward {rewards[0]:g}, so rewards contain no information; "
             "use right and wrong solutions (data.correct_ratio=0.5; add data.mismatched=true to create wrong ones)"
         )

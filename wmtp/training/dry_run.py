@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from wmtp.algorithms.base import Algorithm
 from wmtp.checkpoint.store import CheckpointStore
-from wmtp.config.schema import build
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.models.shapes import ModelShape, model_shape
 from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import PRETRAIN
 from wmtp.training.builders import (
+    build_objective,
     build_policy,
     build_sample_evaluation,
     build_trainer,
@@ -71,7 +71,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     if stage is None or not stage.trains_policy:
         stage_model = None
     model = build_policy(config, components, stage_model)
-    objective = build(config.objective, algorithm=components.algorithm)
+    objective = build_objective(config, components.algorithm, data)
     samples = build_sample_evaluation(config, folder, components)
     trainer = build_trainer(config, folder, components.hardware, data, model, objective, samples)
     restore_latest(trainer, config, CheckpointStore(folder))

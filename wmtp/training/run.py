@@ -19,7 +19,7 @@ from wmtp.checkpoint.state import Snapshot, Tensors
 from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.cli.runner import exit_state
 from wmtp.config.defaults import changed_keys
-from wmtp.config.schema import build, stage_config
+from wmtp.config.schema import stage_config
 from wmtp.config.trust import remember
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
@@ -37,6 +37,7 @@ from wmtp.tracking.jsonl import MetricsFile
 from wmtp.tracking.mlflow import MlflowTracker
 from wmtp.training.builders import (
     Components,
+    build_objective,
     build_policy,
     build_sample_evaluation,
     build_trainer,
@@ -146,7 +147,7 @@ class Run:
         announce("building the model …")
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
-        objective = build(self.config.objective, algorithm=components.algorithm)
+        objective = build_objective(self.config, components.algorithm, data)
         trainer = build_trainer(
             self.config, self.folder, components.hardware, data, model, objective, self.sample_evaluation
         )

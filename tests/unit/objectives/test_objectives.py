@@ -19,6 +19,7 @@ from wmtp.algorithms.dft import Dft
 from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
+from wmtp.algorithms.reward import Reward
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, Batch, collate
 from wmtp.data.dataset import Dataset
@@ -193,6 +194,18 @@ def plain_critic(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -
     return weights.clamp(0.1, 5.0)
 
 
+def prepared_reward() -> Reward:
+    """Return the algorithm with a mean reward of 0.4."""
+    algorithm = Reward(beta=0.3)
+    algorithm.mean_reward = 0.4
+    return algorithm
+
+
+def plain_reward(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
+    by_row = [min(max(math.exp((reward - 0.4) / 0.3), 0.1), 5.0) for reward in batch.rewards.tolist()]
+    return torch.tensor(by_row)[None, :, None].expand(losses.shape)
+
+
 def plain_token_skip(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
     kept = torch.ones_like(losses)
     valid = losses > 0
@@ -219,6 +232,7 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     ),
     "by loss": (SquaredLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
     "entropy": (Entropy(power=60.0), None),
+    "reward": (prepared_reward(), plain_reward),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
     "shuffled entropy": (Shuffled(of=Entropy(power=60.0)), None),
