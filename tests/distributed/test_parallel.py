@@ -35,6 +35,8 @@ ALGORITHMS = {
     "focal": ["algo=focal"],
     "entropy": ["algo=entropy"],
     "reward": ["algo=reward"],
+    "prior": ["algo=prior", "algo.reference=null", "pretrain=rho1", *STAGE_1],
+    "cleaning": ["algo=cleaning", *STAGE_1],
 }
 """Overrides by algorithm."""
 SAMPLE = [

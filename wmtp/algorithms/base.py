@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +16,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath, PositiveFloat
 
-INITIAL = "initial"
+INITIAL: Final = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
 ReferenceName = Literal["reference", "start"]

@@ -1,7 +1,7 @@
 """The algorithm dft (dynamic fine-tuning), which gives small weights to targets that the policy finds improbable.
 
 Source: Wu et al. 2025, On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification
-(arXiv 2508.05629), eq. 9. There the power is 1.
+(arXiv 2508.05629). There the power is 1.
 """
 
 from dataclasses import dataclass

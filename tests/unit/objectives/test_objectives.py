@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tests.conftest import tiny_model
 from wmtp.algorithms.base import Algorithm, Observations
+from wmtp.algorithms.cleaning import Cleaning
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.dft import Dft
 from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
+from wmtp.algorithms.prior import Prior
 from wmtp.algorithms.reward import Reward
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, Batch, collate
@@ -129,7 +131,7 @@ def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
     return Batch(
         tokens, labels, torch.rand(size, generator=source), torch.arange(size) % 2 == 0, torch.arange(size) // 2,
         tuple(str(row) for row in range(size)), size * length,
-        reference_losses=8 * torch.rand(size, length, 1, generator=source),
+        reference_losses=8 * torch.rand(2, size, length, generator=source).movedim(0, -1),
     )  # fmt: skip
 
 
@@ -232,7 +234,9 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     ),
     "by loss": (SquaredLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
     "entropy": (Entropy(power=60.0), None),
+    "prior": (Prior(), lambda batch, values, losses, excess: torch.exp(excess - losses).where(losses > 0, 1.0)),
     "reward": (prepared_reward(), plain_reward),
+    "cleaning": (Cleaning(level="sample"), None),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
     "shuffled entropy": (Shuffled(of=Entropy(power=60.0)), None),
@@ -252,11 +256,11 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
     outputs = model(batch.tokens)
     size, length = batch.tokens.shape
     target = torch.full((model.num_heads, size, length), IGNORED)
-    reference = torch.zeros(target.shape)
+    references = torch.zeros(2, *target.shape)
     assert batch.reference_losses is not None
     for k in range(1, model.num_heads + 1):
         target[k - 1, :, : length - k] = batch.labels[:, k:]
-        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:, 0]
+        references[:, k - 1, :, : length - k] = batch.reference_losses[:, k:].movedim(-1, 0)
     valid = target != IGNORED
     logits = model.unembedding(outputs.states)
     losses = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none", ignore_index=IGNORED)
@@ -266,11 +270,11 @@ def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Ba
         top = logits.detach().topk(20, dim=-1).values.log_softmax(dim=-1)
         observed = Observations(
             valid, batch.response, losses=known, entropies=-(top.exp() * top).sum(dim=-1),
-            reference_losses=reference[None], values=values, rewards=batch.rewards, samples=batch.samples,
+            reference_losses=references, values=values, rewards=batch.rewards, samples=batch.samples,
         )  # fmt: skip
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
-        weights = raw(batch, outputs.values, known, (known - reference).where(valid, -torch.inf))
+        weights = raw(batch, outputs.values, known, (known - references[0]).where(valid, -torch.inf))
     shares = valid.double() / valid.sum(dim=0).clamp(min=1)
     weights = weights.detach().double()
     if scale:
