@@ -39,7 +39,7 @@ PLACEHOLDERS = [
     (r"outputs/(<date>/<run>|2026-11-21/09-30-00-abcd)", "run"),
     (r"\bRUN\b", "run"),
     (r"model\.path=(DIR|7B_1T_4)", "model.path=pretrained"),
-    (r"algo=focal\b", "algo=oracle"),
+    (r"algo=ramp\b", "algo=oracle"),
     (r"s3://BUCKET", "s3://bucket"),
     (r"data\.path=(DIR|FILE|…|MBPP|\S+\.jsonl(\.gz)?)", "data.path=records.jsonl"),
     (r" …( |$)", " "),
@@ -209,9 +209,9 @@ def test_every_block_of_data_can_be_parsed() -> None:
     assert {match[2] for page in PAGES for match in BLOCK.finditer(page.read_text())} <= known
 
 
-def focal_blocks() -> list[str]:
-    """Return the two versions of the file focal.py in README and CONTRIBUTING."""
-    return [block.text for block in blocks("python") if "class Focal" in block.text]
+def ramp_blocks() -> list[str]:
+    """Return the two versions of the file ramp.py in README and CONTRIBUTING."""
+    return [block.text for block in blocks("python") if "class Ramp" in block.text]
 
 
 @pytest.mark.slow
@@ -220,17 +220,17 @@ def test_the_algorithm_of_the_pages_works_as_pasted(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """The file is imported, its test in CONTRIBUTING passes, and one update trains with it."""
-    (tmp_path / "focal.py").write_text(focal_blocks()[number])
+    (tmp_path / "ramp.py").write_text(ramp_blocks()[number])
     monkeypatch.setattr(wmtp.algorithms, "__path__", [*wmtp.algorithms.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "wmtp.algorithms.focal", raising=False)
-    (test,) = (block.text for block in blocks("python") if "def test_focal" in block.text)
+    monkeypatch.delitem(sys.modules, "wmtp.algorithms.ramp", raising=False)
+    (test,) = (block.text for block in blocks("python") if "def test_ramp" in block.text)
     scope = dict(vars(test_algorithms))
     exec(test, scope)
-    scope["test_focal_weights_by_hand"]()
-    (settings,) = (yaml.safe_load(block.text) for block in blocks("yaml") if "Focal" in block.text)
+    scope["test_ramp_weights_by_hand"]()
+    (settings,) = (yaml.safe_load(block.text) for block in blocks("yaml") if "Ramp" in block.text)
     outcome = invoke("max_steps=1", "num_samples=0", *(f"algo.{key}={value}" for key, value in settings.items()))
     assert outcome.code == 0, outcome.err
-    monkeypatch.delitem(sys.modules, "wmtp.algorithms.focal")
+    monkeypatch.delitem(sys.modules, "wmtp.algorithms.ramp")
 
 
 @pytest.mark.slow

@@ -31,6 +31,12 @@ ALGORITHMS = {
     "rho1_token_skip": ["algo=rho1_token_skip", *STAGE_1],
     "shuffled": ["algo=shuffled", "algo/of=rho1", *STAGE_1],
     "random": ["algo=random", *STAGE_1],
+    "dft": ["algo=dft"],
+    "focal": ["algo=focal", "algo.gamma=100"],  # with 2, the first weights differ by little more than rounding errors
+    "entropy": ["algo=entropy"],
+    "reward": ["algo=reward"],
+    "prior": ["algo=prior", "algo.reference=null", "pretrain=rho1", *STAGE_1],
+    "cleaning": ["algo=cleaning", *STAGE_1],
 }
 """Overrides by algorithm."""
 SAMPLE = [

@@ -10,9 +10,8 @@ import torch
 
 from tests.conftest import TINY, compose_config
 from wmtp.distributed.parallelize import full_tensor
-from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import JobProgress
-from wmtp.training.builders import build_components, build_policy, build_trainer
+from wmtp.training.builders import build_components, build_objective, build_policy, build_trainer
 from wmtp.training.run import Run
 from wmtp.training.trainer import Trainer
 
@@ -54,7 +53,8 @@ def make_trainer(folder: Path, *overrides: str) -> Trainer:
         ]
         data = data.with_columns(reference_losses=losses)
     model = build_policy(config, components, None)
-    return build_trainer(config, folder, components.hardware, data, model, MtpObjective(components.algorithm))
+    objective = build_objective(config, components.algorithm, data)
+    return build_trainer(config, folder, components.hardware, data, model, objective)
 
 
 def parameters(model: torch.nn.Module) -> torch.Tensor:

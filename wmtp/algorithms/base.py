@@ -5,18 +5,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from wmtp.data.split import TokenizedSplit
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InputError
 from wmtp.field_types import ExistingPath, PositiveFloat
 from wmtp.models.value_heads import ValueKind
 
-INITIAL = "initial"
+INITIAL: Final = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
 ReferenceName = Literal["reference", "start"]
@@ -46,6 +47,8 @@ class Observations:
 
     The references are those in `Algorithm.references`, in this order.
     """
+    entropies: Float[Tensor, "*target"] | None = None
+    """Entropy in nats with which the policy predicts each target, over the `Algorithm.entropy_top_k` tokens."""
     values: Float[Tensor, "batch position"] | None = None
     """Value after each token."""
     rewards: Float[Tensor, " batch"] | None = None
@@ -79,12 +82,21 @@ class Algorithm(ABC):
     """
     min_heads = 1
     """Minimum number of heads. If a model has fewer heads, the algorithm is equal to the baseline."""
+    entropy_top_k: int | None = None
+    """The number of most probable tokens whose entropy the algorithm needs (see `Chunk.top_entropies`); None: none.
+
+    If it is not None, `uses_losses` must not be "none", because entropies are computed together with losses.
+    """
     needs_values = False
     """Whether the algorithm needs a value head."""
     value: ValueKind = "state"
     """The kind of the value head."""
     references: tuple[ReferenceName, ...] = ()
     """The references whose losses the algorithm needs."""
+    needs_rewards = False
+    """Whether the weights depend on rewards. Then not all rewards of the training data may be equal."""
+    weighs_solutions = False
+    """Whether all targets of a solution have the same weight, which differs between solutions."""
     needs_token_labels = False
     """Whether the algorithm needs to know which tokens are harmful. This is not known for real data."""
     value_coef = 0.0
@@ -104,6 +116,12 @@ class Algorithm(ABC):
     def name(self) -> str:
         """The name of the algorithm. By default it is the name of the class."""
         return type(self).__name__
+
+    def prepare(self, data: TokenizedSplit) -> None:  # noqa: B027 - most algorithms need no constants
+        """Compute constants from the training data of stage 2, before the first update. By default, do nothing.
+
+        The data contain the losses of the references, except that these are 0 in a dry run.
+        """
 
     @abstractmethod
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:

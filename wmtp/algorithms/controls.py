@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, UpdateAlgorithm, clip_weights
+from wmtp.data.split import TokenizedSplit
 from wmtp.distributed.process_group import Processes
+from wmtp.errors import InputError
 from wmtp.ops.metric_sums import moments
 
 
@@ -29,6 +31,7 @@ class Control(UpdateAlgorithm):
         self.needs_values, self.references, self.reference = of.needs_values, of.references, of.reference
         self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
         self.value = of.value
+        self.entropy_top_k, self.needs_rewards = of.entropy_top_k, of.needs_rewards
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
 
@@ -69,6 +72,10 @@ class Control(UpdateAlgorithm):
     ) -> list[Float[Tensor, "head _ _"]]:
         """Return weights that are independent of their targets. Their distribution is similar to that of `weights`."""
 
+    def prepare(self, data: TokenizedSplit) -> None:
+        """Compute the constants of the wrapped algorithm."""
+        self.of.prepare(data)
+
     def finish_update(self) -> None:
         """Update the state of the wrapped algorithm."""
         self.of.finish_update()
@@ -84,6 +91,19 @@ class Control(UpdateAlgorithm):
 
 class Shuffled(Control):
     """A control that permutes the weights of each head among the valid targets of each sequence."""
+
+    def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
+        """Wrap the algorithm `of`. `seed` is the seed of the permutations.
+
+        Raises:
+            InputError: all targets of a sequence have the same weight, so permutations change nothing.
+        """
+        super().__init__(of=of, seed=seed)
+        if of.weighs_solutions:
+            raise InputError(
+                f"shuffled would change nothing, because {of.name} gives all targets of a solution the same weight; "
+                "choose algo=random instead"
+            )
 
     def uninformative(
         self, weights: Sequence[Tensor], observed: Sequence[Observations], processes: Processes

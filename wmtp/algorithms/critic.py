@@ -78,6 +78,7 @@ class Critic(ExponentialAlgorithm, UpdateAlgorithm):
     """The coefficient of the value loss, relative to the loss of the policy."""
 
     needs_values = True
+    needs_rewards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.base import PreparedBatch, total_denominators
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.objectives.weighting import normalized_weights, weight_scales
-from wmtp.ops.cross_entropy import Chunk, cross_entropy, weighted_cross_entropy
+from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, row_statistics, weighted_cross_entropy
 from wmtp.ops.metric_sums import MetricSums, standard_deviation
 from wmtp.ops.targets import Shares, shift_to_heads, target_shares, targets
 
@@ -132,8 +132,8 @@ class MtpObjective:
             if algorithm.uses_losses == "own":
                 return self._sum_with_own_losses(states, unembedding, target, shares, observed, prepared.processes)
             if algorithm.uses_losses == "all":
-                losses = cross_entropy(states.detach(), unembedding.detach(), target)
-                observed = replace(observed, losses=losses)
+                observed = self._with_losses(observed, states, unembedding, target)
+                losses = observed.losses
             (weights,) = normalized_weights(algorithm, [observed], [shares], prepared.processes)
         factors = (shares * weights).flatten()
         if losses is not None:  # leave out the targets with weight 0, unless their loss is not finite
@@ -157,8 +157,11 @@ class MtpObjective:
             """Return the coefficient v·w of each row of a chunk, before the scaling."""
             reference = None if reference_losses is None else reference_losses.flatten(1)[:, chunk.rows]
             valid = torch.ones_like(chunk.losses, dtype=torch.bool)
-            inputs = replace(observed, valid=valid, losses=chunk.losses, reference_losses=reference)
             algorithm = self.algorithm
+            entropies = None if algorithm.entropy_top_k is None else chunk.top_entropies(algorithm.entropy_top_k)
+            inputs = replace(
+                observed, valid=valid, losses=chunk.losses, entropies=entropies, reference_losses=reference
+            )
             weights = clip_weights(algorithm.weights(inputs), valid, algorithm.weight_min, algorithm.weight_max)
             return flat_shares[chunk.rows] * weights
 
@@ -175,8 +178,16 @@ class MtpObjective:
             values = model(batch.tokens, num_heads=0).values if algorithm.needs_values else None
             return self._observations(batch, target, values)
         outputs = model(batch.tokens)
-        losses = cross_entropy(outputs.states, model.unembedding_weight, target)
-        return replace(self._observations(batch, target, outputs.values), losses=losses)
+        observed = self._observations(batch, target, outputs.values)
+        return self._with_losses(observed, outputs.states, model.unembedding_weight, target)
+
+    def _with_losses(self, observed: Observations, states: Tensor, unembedding: Tensor, target: Tensor) -> Observations:
+        """Return the observations with the losses of all targets and, if the algorithm needs them, the entropies."""
+        functions: list[RowFunction] = [lambda chunk: chunk.losses]
+        if (top_k := self.algorithm.entropy_top_k) is not None:
+            functions.append(lambda chunk: chunk.top_entropies(top_k))
+        losses, *entropies = row_statistics(states, unembedding, target, functions)
+        return replace(observed, losses=losses, entropies=entropies[0] if entropies else None)
 
     def _observations(self, batch: Batch, target: Tensor, value_outputs: Tensor | None) -> Observations:
         """Return the inputs of the algorithm, except the losses of the policy.

@@ -233,6 +233,17 @@ class Chunk:
         self.sums = self.exponentials.sub_(largest).exp2_().sum(dim=1)
         self.losses = (self.sums.log2() + (largest - target_logits).squeeze(1)) / LOG2_E
 
+    def top_entropies(self, count: int) -> Float[Tensor, " row"]:
+        """Return the entropy in nats of the `count` most probable tokens of each row.
+
+        The probabilities of these tokens are scaled to sum 1. If the vocabulary is smaller, all tokens are used. This
+        method must be called before `errors`.
+        """
+        top = self.exponentials.topk(min(count, self.exponentials.shape[1]), dim=1, sorted=False).values
+        total = top.sum(dim=1)
+        entropies: Tensor = total.log() + torch.special.entr(top).sum(dim=1) / total  # entr(x) = −x·log x
+        return entropies
+
     def errors(self, factors: Float[Tensor, " row"]) -> tuple[Float[Tensor, "row vocabulary"], Float[Tensor, "row 1"]]:
         """Return two tensors whose product is the gradient of Σ factor·loss with respect to the logits."""
         self.exponentials.scatter_add_(1, self.targets.unsqueeze(1), -self.sums.unsqueeze(1))

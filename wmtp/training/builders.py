@@ -272,7 +272,7 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
     If stage 1 has trained the policy, this is `stage_model`. If `stage_model` is None, a new model is built.
     """
     algorithm = components.algorithm
-    if algorithm.needs_values:
+    if algorithm.needs_rewards:
         require_different_rewards(components.data)
     if stage_model is None:
         model = build_model(config, components)
@@ -287,15 +287,21 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
     return stage_model
 
 
-def build_objective(config: DictConfig, components: Components, stage: Stage | None) -> MtpObjective:
-    """Return the objective of stage 2. If stage 1 has trained the value head, stage 2 continues with its value loss."""
+def build_objective(
+    config: DictConfig, algorithm: Algorithm, data: Dataset, stage: Stage | None = None
+) -> MtpObjective:
+    """Return the objective of stage 2, after the algorithm has computed its constants from the data of stage 2.
+
+    If stage 1 has trained the value head, stage 2 continues with its value loss.
+    """
+    algorithm.prepare(data.train)
     value_loss = stage.value_loss if isinstance(stage, ValueStage) else None
-    objective: MtpObjective = build(config.objective, algorithm=components.algorithm, value_loss=value_loss)
+    objective: MtpObjective = build(config.objective, algorithm=algorithm, value_loss=value_loss)
     return objective
 
 
 def require_different_rewards(data: Dataset) -> None:
-    """Check that the rewards of the training samples differ, because otherwise a value head cannot learn anything.
+    """Check that the rewards of the training samples differ, because otherwise they contain no information.
 
     Raises:
         InputError: every training sample has the same reward.
@@ -303,6 +309,6 @@ def require_different_rewards(data: Dataset) -> None:
     rewards = data.train.rewards
     if rewards.min() == rewards.max():
         raise InputError(
-            f"data: every training sample has the reward {rewards[0]:g}, so values have nothing to learn; "
+            f"data: every training sample has the reward {rewards[0]:g}, so rewards contain no information; "
             "use right and wrong solutions (data.correct_ratio=0.5; add data.mismatched=true to create wrong ones)"
         )

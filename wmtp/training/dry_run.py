@@ -71,7 +71,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     if stage is None or not stage.trains_policy:
         stage_model = None
     model = build_policy(config, components, stage_model)
-    objective = build_objective(config, components, stage)
+    objective = build_objective(config, components.algorithm, data, stage)
     samples = build_sample_evaluation(config, folder, components)
     trainer = build_trainer(config, folder, components.hardware, data, model, objective, samples)
     restore_latest(trainer, config, CheckpointStore(folder))

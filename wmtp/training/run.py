@@ -147,7 +147,7 @@ class Run:
         announce("building the model …")
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
-        objective = build_objective(self.config, components, stage)
+        objective = build_objective(self.config, components.algorithm, data, stage)
         trainer = build_trainer(
             self.config, self.folder, components.hardware, data, model, objective, self.sample_evaluation
         )

@@ -245,11 +245,15 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
         problem = f"{algorithm.name} has no effect with fewer than {algorithm.min_heads} heads"
         yield ConfigIssue("model.num_heads", str(source.num_heads), problem)
     if algorithm.reference == INITIAL and not source.is_pretrained:
-        problem = "is for pretrained models, but this model is new; train a reference with pretrain=rho1"
-        yield ConfigIssue("algo.reference", INITIAL, problem)
-    learns_values = algorithm.needs_values or isinstance(stage, ValueStage)
-    if learns_values and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
-        problem = "gives every solution the same reward, so values have nothing to learn; choose 0.5"
+        key = "algo.of.reference" if "of" in config.algo else "algo.reference"
+        problem = (
+            f"is for pretrained models, but this model is new; name a run with {key}=PATH, or train a reference with "
+            f"{key}=null pretrain=rho1"
+        )
+        yield ConfigIssue(key, INITIAL, problem)
+    uses_rewards = algorithm.needs_rewards or isinstance(stage, ValueStage)
+    if uses_rewards and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
+        problem = "gives every solution the same reward, so rewards contain no information; choose 0.5"
         yield ConfigIssue("data.correct_ratio", str(config.data.correct_ratio), problem)
     if stage is not None:
         yield from stage_issues(config, stage)

@@ -308,7 +308,7 @@ def test_a_finished_run_does_not_need_its_models_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["critic", "rho1", "rho1_token_skip"])
+@pytest.mark.parametrize("algorithm", ["critic", "rho1", "rho1_token_skip", "prior"])
 def test_the_algorithms_train_a_pretrained_model(
     algorithm: str, folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
 ) -> None:
@@ -333,6 +333,25 @@ def test_the_excess_over_the_initial_model_starts_at_zero(
     first, second = (line for line in lines_of(tmp_path) if "train/loss" in line)
     assert first["train/weight_std"] == pytest.approx(0, abs=1e-3)
     assert second["train/weight_std"] > 0.01, "the control: weights do not differ after training"
+
+
+@pytest.mark.slow
+def test_the_first_weights_of_prior_are_those_of_dft(
+    folders: Callable[[str], Path], invoke: Invoke, tmp_path: Path
+) -> None:
+    """At the start, head 1 equals the reference. Later, the probabilities of the policy change, but not the weights."""
+    options = ["model=huggingface", f"model.path={folders('llama')}", "model.num_heads=1", *QUICK, "log_interval=1"]
+    lines = {}
+    for algorithm in ("dft", "prior"):
+        run = [f"algo={algorithm}", "algo.rescale=false", f"hydra.run.dir={tmp_path / algorithm}"]
+        outcome = invoke(*options, *run, tiny=False)
+        assert outcome.code == 0, outcome.err
+        lines[algorithm] = [line for line in lines_of(tmp_path / algorithm) if "train/loss" in line]
+    for name in ("train/weight_mean", "train/weight_min", "train/weight_max", "train/loss"):
+        first, second = [
+            pytest.approx(line[name], rel=1e-3) == other[name] for line, other in zip(*lines.values(), strict=True)
+        ]
+        assert first and not second, name
 
 
 @pytest.mark.slow

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from tests.conftest import tiny_model
 from wmtp.algorithms.base import Algorithm, Observations
+from wmtp.algorithms.cleaning import Cleaning
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.dft import Dft
+from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.focal import Focal
+from wmtp.algorithms.prior import Prior
+from wmtp.algorithms.reward import Reward
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED, Batch, collate
 from wmtp.data.dataset import Dataset
@@ -125,7 +131,7 @@ def ragged(runs: list[tuple[int, int]] = RUNS, seed: int = 0) -> Batch:
     return Batch(
         tokens, labels, torch.rand(size, generator=source), torch.arange(size) % 2 == 0, torch.arange(size) // 2,
         tuple(str(row) for row in range(size)), size * length,
-        reference_losses=8 * torch.rand(size, length, 1, generator=source),
+        reference_losses=8 * torch.rand(2, size, length, generator=source).movedim(0, -1),
     )  # fmt: skip
 
 
@@ -190,6 +196,18 @@ def plain_critic(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -
     return weights.clamp(0.1, 5.0)
 
 
+def prepared_reward() -> Reward:
+    """Return the algorithm with a mean reward of 0.4."""
+    algorithm = Reward(beta=0.3)
+    algorithm.mean_reward = 0.4
+    return algorithm
+
+
+def plain_reward(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
+    by_row = [min(max(math.exp((reward - 0.4) / 0.3), 0.1), 5.0) for reward in batch.rewards.tolist()]
+    return torch.tensor(by_row)[None, :, None].expand(losses.shape)
+
+
 def plain_token_skip(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
     kept = torch.ones_like(losses)
     valid = losses > 0
@@ -207,13 +225,21 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     "critic": (Critic(), plain_critic),
     "excess loss": (ExcessLoss(), lambda batch, values, losses, excess: excess.exp().clamp(0.1, 5.0)),
     "token skip": (TokenSkip(), plain_token_skip),
+    "dft": (Dft(), lambda batch, values, losses, excess: torch.exp(-losses)),
+    # large powers, because the untrained model finds all targets improbable, and is uncertain for all of them
+    "focal": (Focal(gamma=500.0), lambda batch, values, losses, excess: (1 - torch.exp(-losses)) ** 500),
     "by target": (
         ByTarget(),
         lambda batch, values, losses, excess: ByTarget().weights(observations_of(losses)).clamp(0.1, 5.0),
     ),
     "by loss": (SquaredLoss(), lambda batch, values, losses, excess: losses.square().clamp(0.5, 50.0)),
+    "entropy": (Entropy(power=60.0), None),
+    "prior": (Prior(), lambda batch, values, losses, excess: torch.exp(excess - losses).where(losses > 0, 1.0)),
+    "reward": (prepared_reward(), plain_reward),
+    "cleaning": (Cleaning(level="sample"), None),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
+    "shuffled entropy": (Shuffled(of=Entropy(power=60.0)), None),
     "random": (Random(of=ExcessLoss()), None),
 }
 
@@ -225,28 +251,30 @@ def observations_of(losses: Tensor) -> Observations:
 def plain_loss(model: MtpModel, algorithm: Algorithm, raw: Raw | None, batch: Batch, scale: bool = True) -> Tensor:
     """Return L = Σ v·w·CE / Σ v (+ value_coef · the mean cross-entropy of R) from all logits at once, for autograd.
 
-    Random weights have no formula, so a copy of the algorithm computes them.
+    Weights without a formula here, for example random ones, are computed by a copy of the algorithm from its inputs.
     """
     outputs = model(batch.tokens)
     size, length = batch.tokens.shape
     target = torch.full((model.num_heads, size, length), IGNORED)
-    reference = torch.zeros(target.shape)
+    references = torch.zeros(2, *target.shape)
     assert batch.reference_losses is not None
     for k in range(1, model.num_heads + 1):
         target[k - 1, :, : length - k] = batch.labels[:, k:]
-        reference[k - 1, :, : length - k] = batch.reference_losses[:, k:, 0]
+        references[:, k - 1, :, : length - k] = batch.reference_losses[:, k:].movedim(-1, 0)
     valid = target != IGNORED
     logits = model.unembedding(outputs.states)
     losses = F.cross_entropy(logits.movedim(-1, 1), target, reduction="none", ignore_index=IGNORED)
     known = losses.detach()
     if raw is None:
         values = outputs.values.detach().sigmoid() if algorithm.needs_values else None
+        top = logits.detach().topk(20, dim=-1).values.log_softmax(dim=-1)
         observed = Observations(
-            valid, batch.response, known, reference[None], values, batch.rewards, samples=batch.samples
-        )
+            valid, batch.response, losses=known, entropies=-(top.exp() * top).sum(dim=-1),
+            reference_losses=references, values=values, rewards=batch.rewards, samples=batch.samples,
+        )  # fmt: skip
         weights = copy.deepcopy(algorithm).weights(observed).clamp(algorithm.weight_min, algorithm.weight_max)
     else:
-        weights = raw(batch, outputs.values.sigmoid(), known, (known - reference).where(valid, -torch.inf))
+        weights = raw(batch, outputs.values.sigmoid(), known, (known - references[0]).where(valid, -torch.inf))
     shares = valid.double() / valid.sum(dim=0).clamp(min=1)
     weights = weights.detach().double()
     if scale:
@@ -358,7 +386,9 @@ def test_weights_have_mean_one_over_the_update(name: str) -> None:
         assert max(abs(mean - 1) for mean in means) > 0.01, "the control: each micro-batch has mean 1"
 
 
-@pytest.mark.parametrize("name", ["excess loss", "by loss", "token skip", "shuffled token skip", "random"])
+@pytest.mark.parametrize(
+    "name", ["excess loss", "by loss", "token skip", "dft", "entropy", "shuffled token skip", "random"]
+)
 def test_weights_from_losses_have_mean_one_for_each_head(name: str) -> None:
     model, batch = model_with_values(), ragged()
     with torch.no_grad():

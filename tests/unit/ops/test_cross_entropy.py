@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.data.collate import IGNORED
 from wmtp.ops import cross_entropy as losses_module
-from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, weighted_cross_entropy
+from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, row_statistics, weighted_cross_entropy
 
 DIM, VOCAB_SIZE = 8, 11
 Gradients = tuple[Tensor, ...]
@@ -452,3 +452,41 @@ def test_the_default_chunk_size_has_a_limit_in_bytes(monkeypatch: pytest.MonkeyP
     assert 0.9 * 40_000 <= allocated_by(lambda: cross_entropy(*arguments)).largest <= 40_000
     monkeypatch.setattr(losses_module, "CHUNK_BYTES", 1)
     assert allocated_by(lambda: cross_entropy(*arguments)).largest <= len(arguments[1]) * 4 * 4
+
+
+def plain_entropies(logits: Tensor, count: int) -> Tensor:
+    """Return the entropies of the `count` most probable tokens, from all logits in double precision."""
+    ordered = logits.double().sort(dim=-1, descending=True).values[..., :count]
+    p = ordered.exp() / ordered.exp().sum(dim=-1, keepdim=True)
+    return -(p * p.log()).where(p > 0, 0.0).sum(dim=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("count", [3, VOCAB_SIZE, 2 * VOCAB_SIZE])
+def test_entropies_are_those_of_the_most_probable_tokens(count: int, scale: float, dtype: torch.dtype) -> None:
+    """Entropies and losses are computed in one pass, from the same logits."""
+    states, unembedding, targets = inputs(scale=scale)
+    states, unembedding = states.to(dtype), unembedding.to(dtype)
+    logits = (states @ unembedding.T).detach()
+    expected = plain_entropies(logits, count).where(targets != IGNORED, 0.0)
+    functions: list[RowFunction] = [lambda chunk: chunk.top_entropies(count), lambda chunk: chunk.losses]
+    for chunk_rows in (1, 3, None):
+        entropies, losses = row_statistics(states, unembedding, targets, functions, chunk_rows)
+        torch.testing.assert_close(entropies.double(), expected, atol=1e-5, rtol=0)
+        assert torch.equal(losses, cross_entropy(states, unembedding, targets, chunk_rows))
+    assert entropies.min() >= 0
+    if count < VOCAB_SIZE:
+        of_all = plain_entropies(logits, VOCAB_SIZE).where(targets != IGNORED, 0.0)
+        assert not torch.allclose(entropies.double(), of_all), "the control: the entropy of all tokens"
+
+
+def test_coefficients_from_entropies_do_not_change_the_gradient() -> None:
+    """The entropies are computed from the buffers that later contain the gradient of the logits."""
+    states, unembedding, targets = inputs()
+    entropies = plain_entropies((states @ unembedding.T).detach(), 5).float()
+    expected = plain_gradients(states, unembedding, targets, fixed_coefficients(entropies))
+    found = chunked_gradients(states, unembedding, targets, lambda chunk: chunk.top_entropies(5), chunk_rows=3)
+    assert largest_error(found, expected) <= 1e-5
+    constant = plain_gradients(states, unembedding, targets, fixed_coefficients(torch.ones_like(entropies)))
+    assert largest_error(found, constant) > 1e-2
