@@ -8,7 +8,7 @@ error. Â_i is A_i after normalization to mean 0 and standard deviation 1.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jaxtyping import Bool, Float
 from pydantic import Field
@@ -19,7 +19,7 @@ from wmtp.distributed.process_group import Processes
 from wmtp.field_types import PositiveFloat, Ratio
 from wmtp.models.value_heads import ValueKind
 from wmtp.ops.metric_sums import moments
-from wmtp.ops.returns import advantages, token_rewards
+from wmtp.ops.returns import advantages, last_of_response, token_rewards
 from wmtp.ops.targets import shift_to_heads
 
 
@@ -74,6 +74,12 @@ class Critic(ExponentialAlgorithm, UpdateAlgorithm):
     """The discount factor γ of generalized advantage estimation."""
     trace_decay: Ratio = 0.95
     """The factor λ of generalized advantage estimation."""
+    last_token: Literal["reward", "value"] = "reward"
+    """The end of the TD error at the last token: the reward, or the value after the token.
+
+    The difference of the two is what the value head could not predict from the solution. With "reward", it counts as a
+    merit or a mistake of the last token.
+    """
     value_coef: Annotated[float, Field(ge=0)] = 0.5
     """The coefficient of the value loss, relative to the loss of the policy."""
 
@@ -95,7 +101,10 @@ class Critic(ExponentialAlgorithm, UpdateAlgorithm):
 
     def _advantages(self, observed: Observations) -> Float[Tensor, "batch position"]:
         assert observed.values is not None and observed.rewards is not None
-        rewards = token_rewards(observed.rewards, observed.response)
+        final = observed.rewards
+        if self.last_token == "value":
+            final = (observed.values * last_of_response(observed.response)).sum(dim=1)
+        rewards = token_rewards(final, observed.response)
         return advantages(
             observed.values, rewards, observed.response, discount=self.discount, trace_decay=self.trace_decay
         )

@@ -198,6 +198,18 @@ def test_a_tokens_weight_grows_exponentially_with_its_whitened_advantage() -> No
     assert without_trace[1] < without_trace[0] < without_trace[2]  # the order of δ
 
 
+def test_the_last_td_error_ends_with_the_reward_or_with_the_value_after_the_last_token() -> None:
+    observed = tiny_solution()
+    for option, end in (("reward", 1.0), ("value", 9.0)):
+        critic = Critic(beta=20.0, discount=0.5, trace_decay=0.0, last_token=option)  # type: ignore[arg-type]
+        errors = torch.tensor([0.5 * 0.4 - 0.1, 0.5 * 0.6 - 0.4, end - 0.6]).double()
+        expected = ((errors - errors.mean()) / errors.std(correction=0) / 20.0).exp()
+        torch.testing.assert_close(critic.weights(observed)[0, 0, :3].double(), expected, rtol=1e-5, atol=0)
+        if option == "value":
+            others = replace(observed, rewards=torch.zeros(1))
+            assert torch.equal(critic.weights(others), critic.weights(observed)), "the weights depend on the reward"
+
+
 def test_a_tokens_weight_reaches_every_head_that_predicts_it() -> None:
     observed = random_observations(5)
     assert observed.values is not None and observed.rewards is not None
