@@ -260,6 +260,9 @@ class MtpObjective:
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
         sums.add(canonical_sums(losses[0], valid[0], batch))
+        if "reference" in self.algorithm.references:
+            column = self.algorithm.references.index("reference")
+            sums.add(reference_sums(losses[0], valid[0], batch, column))
         if batch.harmful is not None:
             clean = shift_to_heads(batch.is_correct[:, None] & ~batch.harmful, model.num_heads, 0) * shares
             sums.means["clean_loss"] = ((clean * losses).sum(), clean.sum())
@@ -321,3 +324,24 @@ def canonical_sums(
     return MetricSums(
         {"canonical_logprob": (logprobs.sum(), count), "canonical_probability": (probabilities.sum(), count)}
     )
+
+
+def reference_sums(losses: Tensor, valid: Tensor, batch: Batch, column: int) -> MetricSums:
+    """Return the metric sum `reference_better`.
+
+    It is the share of clean tokens that the reference predicts better than the policy. Clean tokens are all tokens of
+    correct solutions except noise.
+
+    Args:
+        losses: the cross-entropy of head 1 in nats. The shape is [batch, position].
+        valid: True where head 1 has a target. The shape is [batch, position].
+        batch: the batch. If it has no reference losses, as in `evaluate`, the result is empty.
+        column: the index of the reference in `Batch.reference_losses`.
+    """
+    if batch.reference_losses is None:
+        return MetricSums()
+    reference = shift_to_heads(batch.reference_losses[..., column], 1, 0.0)[0]
+    clean = valid & batch.is_correct[:, None]
+    if batch.harmful is not None:
+        clean &= ~shift_to_heads(batch.harmful, 1, True)[0]
+    return MetricSums({"reference_better": (((reference < losses) & clean).sum(), clean.sum())})

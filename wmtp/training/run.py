@@ -44,6 +44,7 @@ from wmtp.training.builders import (
 )
 from wmtp.training.dry_run import describe_training
 from wmtp.training.provenance import write_provenance, write_run_id
+from wmtp.training.reference_quality import METRIC, measure_reference, warn_of_weak_reference
 from wmtp.training.references import with_reference_losses
 from wmtp.training.stage_results import (
     copy_stage,
@@ -153,6 +154,8 @@ class Run:
         )
         self._restore(trainer)
         self.sample_evaluation.drop_after(trainer.position.step)
+        if components.algorithm.needs_reference and trainer.position.step == 0:
+            warn_of_weak_reference(measure_reference(trainer), "before training")
         self._record_start(components, data)
         if stage is not None:
             self._print("Stage 2, the training:")
@@ -288,6 +291,8 @@ class Run:
         announce("measuring the final model …")
         objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
+        if objective.algorithm.uses_losses != "none":  # other weights do not change while the policy improves
+            warn_of_weak_reference(trainer.last_validation.get(f"val/{METRIC}"), "after training")
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
         self.processes.run_on_main(lambda: write_token_report(self.folder, measured, data, result.total_steps))
         return {

@@ -210,16 +210,9 @@ class Trainer:
             TrainingError: the validation loss is not finite, or the metric that chooses the best checkpoint has never
                 been measured.
         """
-        measured_batches = []
-        self.model.eval()
-        micro_batch_size = self.plan.micro_batch_size
-        for batch in islice(self.data.validation_batches(micro_batch_size, self.processes), max_batches):
-            with self.hardware.autocast():
-                measured_batches.append(self.objective.evaluate(self.model, batch.to(self.hardware.device)))
-        if not measured_batches:
+        measured = self.measure_validation(max_batches)
+        if measured is None:
             return False
-        num_batches = len(self.data.validation_order(micro_batch_size))
-        measured = self.objective.metrics(sum_in_order(measured_batches, num_batches, self.processes))
         if self.sample_evaluation is not None and max_batches is None:
             with self.hardware.autocast():
                 measured |= self.sample_evaluation.validate(self.model, self.position.step)
@@ -231,6 +224,23 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(f"after update {self.position.step}, the validation loss is {loss}")
         return max_batches is None and self.best.observe(self.position.step, values)
+
+    @torch.no_grad()
+    def measure_validation(self, max_batches: int | None = None) -> dict[str, float] | None:
+        """Return the metrics of the objective on the validation split, or None if it has no batch.
+
+        All ranks must call this method. If `max_batches` is set, only the first `max_batches` batches are used.
+        """
+        measured_batches = []
+        self.model.eval()
+        micro_batch_size = self.plan.micro_batch_size
+        for batch in islice(self.data.validation_batches(micro_batch_size, self.processes), max_batches):
+            with self.hardware.autocast():
+                measured_batches.append(self.objective.evaluate(self.model, batch.to(self.hardware.device)))
+        if not measured_batches:
+            return None
+        num_batches = len(self.data.validation_order(micro_batch_size))
+        return self.objective.metrics(sum_in_order(measured_batches, num_batches, self.processes))
 
     def save(self, is_best: bool) -> None:
         """Write a checkpoint of the current state. If `is_best` is true, mark it as the best checkpoint."""

@@ -781,3 +781,38 @@ def test_stage_1_with_trains_all_updates_trunk_heads_and_value_head() -> None:
     stage.freeze(model)
     gradients(model, [batch], stage.objective("position"))
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+# References
+
+
+def test_the_share_of_clean_tokens_that_the_reference_predicts_better() -> None:
+    model, batch = tiny_model(), ragged()
+    objective = MtpObjective(Cleaning(level="sample"))
+    log_p = (model(batch.tokens).states[0] @ model.unembedding_weight.T).log_softmax(dim=-1)
+    harmful = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert batch.reference_losses is not None
+
+    def by_hand(is_clean: Callable[[int, int], bool], column: int = 0) -> float:
+        wins = []
+        for row, (start, stop) in enumerate(RUNS):
+            for i in range(max(start, 1), stop):
+                loss = -log_p[row, i - 1, batch.tokens[row, i]].item()
+                if is_clean(row, i):
+                    wins.append(batch.reference_losses[row, i, column].item() < loss)  # type: ignore[index]
+        return sum(wins) / len(wins)
+
+    def right(row: int) -> bool:
+        return bool(batch.is_correct[row])
+
+    known = replace(batch, harmful=harmful)
+    expected = by_hand(lambda row, i: right(row) and not harmful[row, i])
+    assert evaluate(objective, model, [known])["reference_better"] == pytest.approx(expected)
+    parts = [rows(known, 0, 3), rows(known, 1, 2)]
+    assert evaluate(objective, model, parts)["reference_better"] == pytest.approx(expected)
+    unlabelled = by_hand(lambda row, i: right(row))
+    assert evaluate(objective, model, [batch])["reference_better"] == pytest.approx(unlabelled)
+    others = [by_hand(lambda row, i: True), by_hand(lambda row, i: right(row), column=1)]
+    assert all(other != pytest.approx(unlabelled) for other in others), "the controls"
+    assert "reference_better" not in evaluate(OBJECTIVE, model, [batch])
+    assert "reference_better" not in evaluate(objective, model, [replace(batch, reference_losses=None)])
