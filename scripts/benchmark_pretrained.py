@@ -82,7 +82,7 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
     data = components.data
     if components.algorithm.needs_reference:
         # reference losses are computed once, not in each update; constants replace them here
-        for reference in reference_models(config, components, None):
+        for _, reference in reference_models(config, components, None):
             del reference
         shapes = [(len(split.samples.tokens), 1) for split in data.splits]
         data = data.with_columns(reference_losses=[np.ones(shape, np.float32) for shape in shapes])

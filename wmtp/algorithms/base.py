@@ -20,10 +20,12 @@ from wmtp.models.value_heads import ValueKind
 INITIAL: Final = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
-ReferenceName = Literal["reference", "start"]
-"""A model whose losses an algorithm can use: the reference model, or the model of stage 1 before stage 1.
+ReferenceName = Literal["reference", "start", "correct", "incorrect"]
+"""A model whose losses an algorithm can use.
 
-If `Algorithm.reference` selects the reference model, there is no stage 1, and "start" is the policy before training.
+"reference" is the reference model, and "start" the model of stage 1 before stage 1. If `Algorithm.reference` selects
+the reference model, there is no stage 1, and "start" is the policy before training. "correct" and "incorrect" are the
+class-conditional model of stage 1, with this class for every solution.
 """
 
 

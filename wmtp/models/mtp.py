@@ -63,6 +63,7 @@ class MtpModel(nn.Module):
         self.unembedding = modules.unembedding
         self.value_head: ValueHead | None = None
         self.value_kind: ValueKind = "state"
+        self.class_embedding: nn.Embedding | None = None
         self.activation_checkpointing = False
         self.base_fingerprint: str | None = None
         """Hash of the frozen base parameters. The model source sets it if the model has adapters."""
@@ -93,7 +94,7 @@ class MtpModel(nn.Module):
         """Names of the frozen pretrained tensors of a model with adapters. Without adapters, the set is empty."""
         if self.lora is None:
             return frozenset()
-        trained = ("heads.", "value_head.")
+        trained = ("heads.", "value_head.", "class_embedding.")
         return frozenset(n for n in self.state_dict() if not n.startswith(trained) and ADAPTER_SUBSTRING not in n)
 
     def top_modules(self) -> Modules:
@@ -127,10 +128,25 @@ class MtpModel(nn.Module):
         self.value_head, self.value_kind = head.to(self.embedding.weight.device), kind
         return self.value_head
 
-    def trunk_states(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position dim"]:
-        """Return the hidden states that the trunk computes from token ids."""
+    def add_class_embedding(self) -> None:
+        """Make the model class-conditional: the vector of a sample's class is added to all its token embeddings.
+
+        There are two classes, incorrect (0) and correct (1). Their vectors are 0 at first, so that the model begins as
+        the model without classes.
+        """
+        embedding = nn.Embedding(2, self.architecture.dim, device=self.embedding.weight.device)
+        nn.init.zeros_(embedding.weight)
+        self.class_embedding = embedding.to(self.embedding.weight.dtype)
+
+    def trunk_states(
+        self, tokens: Int[Tensor, "batch position"], classes: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch position dim"]:
+        """Return the hidden states that the trunk computes from token ids, and from classes if it has these."""
         positions = _positions(tokens)
         x: Tensor = self.positions.embed(self.embedding(tokens), positions)
+        if self.class_embedding is not None:
+            assert classes is not None
+            x = x + self.class_embedding(classes)[:, None]
         context = self.positions(positions, x)
         for block in self.trunk:
             x = self._run(block, x, context)
@@ -141,6 +157,7 @@ class MtpModel(nn.Module):
         tokens: Int[Tensor, "batch position"],
         num_heads: int | None = None,
         hidden_states: Float[Tensor, "batch position dim"] | None = None,
+        classes: Int[Tensor, " batch"] | None = None,
     ) -> Outputs:
         """Return the hidden states of the heads, and the outputs of the value head if the model has one.
 
@@ -151,8 +168,9 @@ class MtpModel(nn.Module):
             num_heads: the number of heads to run, starting with head 1. None runs all heads. 0 runs only the trunk
                 and the value head.
             hidden_states: the hidden states of the trunk, if they are known already; None to compute them.
+            classes: the class of each sample, if the model is class-conditional (see `add_class_embedding`).
         """
-        x = self.trunk_states(tokens) if hidden_states is None else hidden_states
+        x = self.trunk_states(tokens, classes) if hidden_states is None else hidden_states
         context = self.positions(_positions(tokens), x)
         values = None if self.value_head is None else self.value_head(x, tokens, context)
         heads = [*self.heads[:num_heads]]
@@ -203,8 +221,10 @@ def unsharded_copy(model: MtpModel, keep: bool) -> MtpModel | None:
         return None
     copy = empty_model(model.architecture, model.lora, model.value_head_dim)
     copy.positions.to(tensors["embedding.weight"].device)
-    if model.value_head is not None:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if model.value_head is not None:
             copy.add_value_head(model.value_kind)
+        if model.class_embedding is not None:
+            copy.add_class_embedding()
     copy.load_state_dict(tensors, assign=True)
     return copy.train(model.training)

@@ -88,12 +88,17 @@ class MtpObjective:
         total = valid.sum() if self.shares == "target" else valid.any(dim=0).sum()
         return {"targets": total, "values": self.value_loss.denominator(batch)}
 
+    def forward(self, model: MtpModel, batch: Batch) -> Outputs:
+        """Return the outputs of the model for a micro-batch."""
+        outputs: Outputs = model(batch.tokens)
+        return outputs
+
     def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[Tensor, MetricSums]:
         """Return the loss and the metric sums.
 
         The loss is Σ v·w·CE / Σ v. If the model has a value head, the value loss times its coefficient is added.
         """
-        outputs = model(prepared.batch.tokens)
+        outputs = self.forward(model, prepared.batch)
         loss, sums = self.loss_from_outputs(outputs, model, prepared)
         if outputs.values is not None:
             value_sum, value_sums = self.value_loss.sum(outputs.values, prepared.batch)
@@ -177,7 +182,7 @@ class MtpObjective:
         if algorithm.uses_losses == "none":
             values = model(batch.tokens, num_heads=0).values if algorithm.needs_values else None
             return self._observations(batch, target, values)
-        outputs = model(batch.tokens)
+        outputs = self.forward(model, batch)
         observed = self._observations(batch, target, outputs.values)
         return self._with_losses(observed, outputs.states, model.unembedding_weight, target)
 
@@ -218,7 +223,7 @@ class MtpObjective:
         value is the output of the value head after the token. All three are NaN at tokens that are not targets. If the
         model has no value head, all values are NaN.
         """
-        target, outputs = targets(batch.labels, model.num_heads), model(batch.tokens)
+        target, outputs = targets(batch.labels, model.num_heads), self.forward(model, batch)
         shares = target_shares(target != IGNORED, self.shares)
         alone = PreparedBatch(batch, {}, SINGLE_PROCESS)
         _, losses, weights = self._weighted_sum(outputs, model, alone, target, shares)
@@ -236,7 +241,7 @@ class MtpObjective:
 
     def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of the unweighted loss, the loss of each head, and the values."""
-        outputs = model(batch.tokens)
+        outputs = self.forward(model, batch)
         sums = self.evaluate_outputs(outputs, model, batch)
         if outputs.values is not None:
             sums.add(self.value_loss.sum(outputs.values, batch)[1])

@@ -50,11 +50,11 @@ class TokenColumns:
     def __init__(self, cache_dir: Path, tokenizer: Tokenizer, hardware: Hardware) -> None:
         self.cache_dir, self.tokenizer, self.hardware = cache_dir, tokenizer, hardware
 
-    def reference_losses(self, model: MtpModel, data: Dataset) -> list[np.ndarray]:
+    def reference_losses(self, model: MtpModel, data: Dataset, is_correct: bool | None = None) -> list[np.ndarray]:
         """Return the losses of a reference for both splits, shape [token], from the cache or from `model`.
 
-        The loss of a token is the next-token cross-entropy of `model` in nats, and 0 for tokens outside solutions. All
-        ranks must call this method.
+        The loss of a token is the next-token cross-entropy of `model` in nats, and 0 for tokens outside solutions. If
+        the model is class-conditional, `is_correct` is the class of all solutions. All ranks must call this method.
 
         Raises:
             InputError: the cached file cannot be read.
@@ -63,11 +63,16 @@ class TokenColumns:
         def _losses(batch: Batch) -> Tensor:
             """Return the loss of the model for each token of a batch."""
             target = targets(batch.labels, 1)
-            losses = cross_entropy(model(batch.tokens, num_heads=1).states, model.unembedding_weight, target)
+            classes = None if is_correct is None else torch.full_like(batch.tasks, int(is_correct))
+            states = model(batch.tokens, num_heads=1, classes=classes).states
+            losses = cross_entropy(states, model.unembedding_weight, target)
             return F.pad(losses[0, :, :-1], (1, 0))  # shift to the position of the predicted token
 
+        name = "reference-losses"
+        if is_correct is not None:
+            name = f"{'correct' if is_correct else 'incorrect'}-losses"
         weights = column_fingerprint(model)
-        return [self._column("reference-losses", weights, split, (), model, _losses) for split in data.splits]
+        return [self._column(name, weights, split, (), model, _losses) for split in data.splits]
 
     def with_hidden_states(self, model: MtpModel, data: Dataset) -> Dataset:
         """Return the data set with the column `hidden_states`, shape [token, dim], from the cache or from `model`.

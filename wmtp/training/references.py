@@ -26,9 +26,10 @@ def with_reference_losses(config: DictConfig, components: Components, stage_mode
         InputError: a reference cannot be loaded, or a cached file cannot be read.
     """
     data, weights, losses = components.data, [], []
-    for model in reference_models(config, components, stage_model):
+    classes: dict[ReferenceName, bool] = {"correct": True, "incorrect": False}
+    for name, model in reference_models(config, components, stage_model):
         weights.append(column_fingerprint(model))
-        losses.append(components.columns.reference_losses(model, data))
+        losses.append(components.columns.reference_losses(model, data, classes.get(name)))
     columns = [np.stack(parts, axis=1) if len(parts) > 1 else parts[0][:, None] for parts in zip(*losses, strict=True)]
     return data.with_columns(fingerprint="".join(weights), reference_losses=columns)
 
@@ -41,15 +42,17 @@ def with_placeholder_losses(config: DictConfig, components: Components, stage_mo
     algorithm, data, fingerprint = components.algorithm, components.data, None
     if algorithm.reference is not None or stage_model is not None:
         models = reference_models(config, components, stage_model)
-        fingerprint = "".join(column_fingerprint(model) for model in models)
+        fingerprint = "".join(column_fingerprint(model) for _, model in models)
     zeros = [np.zeros((len(split.samples.tokens), len(algorithm.references)), np.float32) for split in data.splits]
     return data.with_columns(fingerprint=fingerprint, reference_losses=zeros)
 
 
-def reference_models(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Iterator[MtpModel]:
-    """Yield the frozen references of the algorithm, one after another, in the order of `Algorithm.references`."""
+def reference_models(
+    config: DictConfig, components: Components, stage_model: MtpModel | None
+) -> Iterator[tuple[ReferenceName, MtpModel]]:
+    """Yield the names and the frozen models of `Algorithm.references`, one after another, in their order."""
     for name in components.algorithm.references:
-        yield build_reference(name, config, components, stage_model).eval().requires_grad_(False)
+        yield name, build_reference(name, config, components, stage_model).eval().requires_grad_(False)
 
 
 def build_reference(

@@ -1,6 +1,6 @@
-"""Stage 1, the pretraining stage. It trains a value head for the algorithm critic, or a reference model for rho1.
+"""Stage 1, the pretraining stage. It trains a value head for critic, or a model with which others compare the policy.
 
-Both stages use the class `Trainer`, but with different objectives. The group `pretrain` contains the parameters of a
+All stages use the class `Trainer`, but with different objectives. The group `pretrain` contains the parameters of a
 stage class. It may also contain keys of train.yaml, for example `pretrain.num_epochs` and `pretrain.optimizer.lr`.
 These keys override the keys of the same name for stage 1 only.
 """
@@ -10,12 +10,14 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
+from wmtp.algorithms.base import ReferenceName
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.dataset import Dataset
 from wmtp.field_types import InputPath, Ratio
 from wmtp.models.mtp import MtpModel
 from wmtp.models.value_heads import ValueKind
 from wmtp.objectives.base import Objective, metric_names
+from wmtp.objectives.class_conditional import ClassConditionalObjective
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
@@ -31,6 +33,8 @@ class Stage(Protocol):
     """Whether stage 2 continues to train the model of this stage. Otherwise, a new model is built for stage 2."""
     needs_hidden_states: bool
     """Whether the stage trains on precomputed hidden states of a frozen trunk."""
+    references: tuple[ReferenceName, ...]
+    """The references that an algorithm can use after this stage."""
     saves_value_head: bool
     """Whether the value head is saved in a separate file in addition to the checkpoint."""
 
@@ -58,6 +62,7 @@ class ValueStage(Stage):
     """
 
     trains_policy = True
+    references = ()
 
     def __init__(
         self,
@@ -123,6 +128,7 @@ class ReferenceStage(Stage):
 
     trains_policy = False
     needs_hidden_states = False
+    references: tuple[ReferenceName, ...] = ("reference", "start")
     saves_value_head = False
 
     def __init__(self, *, reuse: InputPath | None = None) -> None:
@@ -149,3 +155,17 @@ class ReferenceStage(Stage):
     def metric_names(self, num_heads: int) -> list[str]:
         """Return the names of the metrics of the prediction heads."""
         return metric_names(num_heads, values=False)
+
+
+class ContrastStage(ReferenceStage):
+    """A stage that trains a class-conditional language model on correct and incorrect solutions."""
+
+    references = ("correct", "incorrect")
+
+    def objective(self, shares: Shares) -> Objective:
+        """Return the objective of the stage."""
+        return ClassConditionalObjective()
+
+    def add_modules(self, model: MtpModel) -> None:
+        """Add the embedding of the two classes."""
+        model.add_class_embedding()

@@ -40,7 +40,7 @@ from wmtp.training.early_stopping import EarlyStopping, monitor_problem
 from wmtp.training.optim import try_optimizer, try_scheduler
 from wmtp.training.plan import Plan
 from wmtp.training.resume_check import resume_issues
-from wmtp.training.stages import ReferenceStage, Stage, ValueStage
+from wmtp.training.stages import Stage, ValueStage
 from wmtp.training.trainer import Trainer
 
 
@@ -226,10 +226,13 @@ def data_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[ConfigIssue]:
     """Yield an issue for each setting of stage 1, the data or the model that the algorithm does not support."""
     stage: Stage | None = None if config.pretrain is None else build(config.pretrain)
-    if algorithm.needs_reference and algorithm.reference is None and not isinstance(stage, ReferenceStage):
+    available = () if stage is None else stage.references
+    if algorithm.reference is None and not set(algorithm.references) <= set(available):
         problem = "the algorithm needs a reference: train one with pretrain=rho1, or name one with algo.reference=PATH"
+        if "correct" in algorithm.references:
+            problem = "the algorithm needs a class-conditional model; train one with pretrain=contrast"
         yield ConfigIssue("pretrain", "", problem)
-    if isinstance(stage, ReferenceStage) and not algorithm.needs_reference:
+    elif available and not algorithm.needs_reference:
         yield ConfigIssue("pretrain", "", "trains a reference that the algorithm does not use; set pretrain=none")
     if isinstance(stage, ValueStage) and not algorithm.needs_values and stage.trains == "head":
         yield ConfigIssue(
