@@ -111,7 +111,7 @@ class Algorithm(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the algorithm needs a reference model."""
+        """True if the algorithm needs a reference model."""
         return bool(self.references)
 
     @property

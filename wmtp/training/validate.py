@@ -249,11 +249,8 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
         yield ConfigIssue("model.num_heads", str(source.num_heads), problem)
     if algorithm.reference == INITIAL and not source.is_pretrained:
         key = "algo.of.reference" if "of" in config.algo else "algo.reference"
-        problem = (
-            f"is for pretrained models, but this model is new; name a run with {key}=PATH, or train a reference with "
-            f"{key}=null pretrain=rho1"
-        )
-        yield ConfigIssue(key, INITIAL, problem)
+        remedy = f"name a run with {key}=PATH, or train a reference with {key}=null pretrain=rho1"
+        yield ConfigIssue(key, INITIAL, f"is for pretrained models, but this model is new; {remedy}")
     uses_rewards = algorithm.needs_rewards or isinstance(stage, ValueStage)
     if uses_rewards and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
         problem = "gives every solution the same reward, so rewards contain no information; choose 0.5"
