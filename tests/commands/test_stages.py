@@ -232,7 +232,7 @@ def test_reference_losses_are_cached_for_later_runs(
     def fail_if_called(*arguments: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("wmtp.training.precompute.TokenColumns._write", fail_if_called)
+    monkeypatch.setattr("wmtp.evaluation.token_columns.TokenColumns._write", fail_if_called)
     reference = f"algo.reference={runs / 'rho1' / 'pretrain'}"
     assert invoke(*RUN, "algo=rho1_token_skip", reference).code == 0
     assert invoke(*RUN, "algo=rho1", reference, "data.seed=1").code == 1, "losses of other data were used"

@@ -20,6 +20,7 @@ from wmtp.distributed.rng import seed_torch
 from wmtp.errors import InputError, SandboxUnavailable
 from wmtp.evaluation.in_training import SampleEvaluation
 from wmtp.evaluation.sampling import Grader
+from wmtp.evaluation.token_columns import TokenColumns
 from wmtp.models.loading import build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
@@ -30,7 +31,6 @@ from wmtp.sandbox.isolation import find_isolation
 from wmtp.sandbox.limits import Limits
 from wmtp.training.optim import parameter_groups
 from wmtp.training.plan import Plan
-from wmtp.training.precompute import TokenColumns
 from wmtp.training.stages import Stage, ValueStage
 from wmtp.training.trainer import Trainer
 

@@ -1,5 +1,6 @@
-"""The reference models of an algorithm, and their losses as a column of the data."""
+"""The reference models of an algorithm, their losses as a column of the data, and a check of their quality."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,16 @@ from wmtp.algorithms.base import INITIAL, ReferenceName
 from wmtp.config.schema import stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
+from wmtp.evaluation.token_columns import column_fingerprint
 from wmtp.models.loading import check_max_positions, load_trained
 from wmtp.models.mtp import MtpModel
 from wmtp.training.builders import Components, build_model
-from wmtp.training.precompute import column_fingerprint
+from wmtp.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+METRIC = "reference_better"
+"""The share of clean validation tokens that the reference predicts better than the policy (`reference_sums`)."""
 
 
 def with_reference_losses(config: DictConfig, components: Components, stage_model: MtpModel | None) -> Dataset:
@@ -90,3 +97,27 @@ def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpMo
         prefix = "" if str(error).startswith("algo.reference") else f"algo.reference={path}: "
         raise InputError(f"{prefix}{error}") from error
     return model
+
+
+def warn_of_weak_reference(share: float | None, when: str) -> None:
+    """Log a warning if the reference predicts less than half of the clean validation tokens better than the policy.
+
+    `share` is None if it was not measured. `when` is the time of the measurement, for the message.
+    """
+    if share is None or share >= 0.5:
+        return
+    log.warning(
+        "%s, the reference predicts only %.0f %% of the clean validation tokens better than the policy, so its losses "
+        "do not show which tokens are worth learning; train it longer or on more data (pretrain.num_epochs, "
+        "pretrain.data), or name a better one: algo.reference=PATH",
+        when, 100 * share,
+    )  # fmt: skip
+
+
+def measure_reference(trainer: Trainer) -> float | None:
+    """Return the metric `METRIC` of the policy before training, or None if there are no validation data.
+
+    All ranks must call this function.
+    """
+    measured = trainer.measure_validation()
+    return None if measured is None else measured.get(METRIC)

@@ -24,6 +24,7 @@ from wmtp.config.trust import remember
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.errors import InterruptedRun
+from wmtp.evaluation.token_report import TOKEN_METRICS, measure_tokens, weight_quality, write_token_report
 from wmtp.models.loading import MODEL_FOLDER, build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
@@ -44,8 +45,7 @@ from wmtp.training.builders import (
 )
 from wmtp.training.dry_run import describe_training
 from wmtp.training.provenance import write_provenance, write_run_id
-from wmtp.training.reference_quality import METRIC, measure_reference, warn_of_weak_reference
-from wmtp.training.references import with_reference_losses
+from wmtp.training.references import METRIC, measure_reference, warn_of_weak_reference, with_reference_losses
 from wmtp.training.stage_results import (
     copy_stage,
     read_stage_result,
@@ -62,7 +62,6 @@ from wmtp.training.start import (
     restore_latest,
 )
 from wmtp.training.summary import print_summary, write_summary
-from wmtp.training.token_report import TOKEN_METRICS, measure_tokens, weight_quality, write_token_report
 from wmtp.training.trainer import Result, Trainer, interruption_error
 from wmtp.training.uploads import Uploader, close_all, close_trackers, open_uploaders, pending_error
 

@@ -18,8 +18,8 @@ from wmtp.data.split import TokenizedSplit, build_split
 from wmtp.data.token_labels import harmful_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
+from wmtp.evaluation.token_report import TOKEN_METRICS, calibration, describe_samples, measure_tokens, weight_quality
 from wmtp.objectives.mtp import MtpObjective
-from wmtp.training.token_report import TOKEN_METRICS, calibration, describe_samples, measure_tokens, weight_quality
 
 CPU = Hardware(device="cpu")
 

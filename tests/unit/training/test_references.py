@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Invoke
-from wmtp.training.reference_quality import warn_of_weak_reference
+from wmtp.training.references import warn_of_weak_reference
 
 
 @pytest.mark.parametrize(("share", "warns"), [(None, False), (0.5, False), (0.97, False), (0.494, True), (0.0, True)])

@@ -20,10 +20,10 @@ from wmtp.data.split import TokenizedSplit
 from wmtp.data.tokenizer import Tokenizer, task_tokenizer
 from wmtp.distributed.device import Hardware
 from wmtp.errors import InputError
+from wmtp.evaluation.token_columns import TokenColumns, column_fingerprint
 from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
 from wmtp.ops.targets import shift_to_heads, targets
-from wmtp.training.precompute import TokenColumns, column_fingerprint
 
 CPU = Hardware(device="cpu")
 KINDS = {"reference losses": "reference_losses", "hidden states": "hidden_states"}

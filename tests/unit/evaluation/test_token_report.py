@@ -22,8 +22,7 @@ from wmtp.data.split import TokenizedSplit, build_split
 from wmtp.data.token_labels import first_decisive_tokens, label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
-from wmtp.objectives.mtp import MtpObjective
-from wmtp.training.token_report import (
+from wmtp.evaluation.token_report import (
     TOKEN_METRICS,
     area_under_roc,
     measure_tokens,
@@ -31,6 +30,7 @@ from wmtp.training.token_report import (
     weight_quality,
     without_rounding_errors,
 )
+from wmtp.objectives.mtp import MtpObjective
 
 CPU = Hardware(device="cpu")
 

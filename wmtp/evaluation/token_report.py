@@ -12,11 +12,11 @@ from wmtp.data.split import TokenizedSplit
 from wmtp.data.token_labels import first_decisive_tokens, has_token_labels, label_tokens
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.distributed.device import Hardware
+from wmtp.evaluation.token_columns import fill_column
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import TOKENS
-from wmtp.training.precompute import fill_column
 
 TOKEN_METRICS = ("weight", "loss", "value")
 """Names of the metrics of a token, in the order of the results of `MtpObjective.token_metrics`."""
