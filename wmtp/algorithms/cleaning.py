@@ -49,11 +49,7 @@ class Cleaning(Algorithm):
         if self.level == "sample":
             return
         assert data.reference_losses is not None
-        samples = data.samples
-        position = np.arange(len(samples.tokens)) - np.repeat(samples.offsets[:-1], samples.lengths)
-        # no head predicts the first token of a sample
-        is_target = position >= np.repeat(np.maximum(samples.prompt_lengths, 1), samples.lengths)
-        reference, start = data.reference_losses[is_target].T
+        reference, start = data.reference_losses[data.targets].T
         ordered = np.sort(start - reference)
         self.threshold = float(ordered[-self._number(len(ordered))])
 

@@ -69,6 +69,17 @@ class TokenizedSplit:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @property
+    def targets(self) -> np.ndarray:
+        """A boolean mask over `samples.tokens`: the tokens of solutions, without the first token of a sample.
+
+        No head predicts the first token.
+        """
+        samples = self.samples
+        position = np.arange(len(samples.tokens)) - np.repeat(samples.offsets[:-1], samples.lengths)
+        mask: np.ndarray = position >= np.repeat(np.maximum(samples.prompt_lengths, 1), samples.lengths)
+        return mask
+
     def with_columns(self, **columns: np.ndarray) -> "TokenizedSplit":
         """Return a split that also has the given columns, which replace its columns of the same name.
 

@@ -8,13 +8,14 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.algorithms.base import INITIAL, ReferenceName
-from wmtp.config.schema import stage_config
+from wmtp.config.schema import build
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
 from wmtp.evaluation.token_columns import column_fingerprint
 from wmtp.models.loading import check_max_positions, load_trained
 from wmtp.models.mtp import MtpModel
 from wmtp.training.builders import Components, build_model
+from wmtp.training.start import build_stage_start
 from wmtp.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def build_reference(
     """
     reference = components.algorithm.reference
     if name == "start" and reference is None:
-        return build_model(stage_config(config), components)
+        return build_stage_start(config, components, build(config.pretrain))
     if name == "start" or reference == INITIAL:
         one_head = OmegaConf.merge(config, {"model": {"num_heads": 1, "lora": {"rank": None}}})
         assert isinstance(one_head, DictConfig)

@@ -13,11 +13,12 @@ from pydantic import Field
 from wmtp.algorithms.base import ReferenceName
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.dataset import Dataset
-from wmtp.field_types import InputPath, Ratio
+from wmtp.field_types import InputPath, PositiveFloat, Ratio
 from wmtp.models.mtp import MtpModel
 from wmtp.models.value_heads import ValueKind
 from wmtp.objectives.base import Objective, metric_names
 from wmtp.objectives.class_conditional import ClassConditionalObjective
+from wmtp.objectives.implicit_reward import ImplicitRewardObjective
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value import ValueObjective
 from wmtp.objectives.value_loss import Kind, ValueLoss
@@ -35,6 +36,10 @@ class Stage(Protocol):
     """Whether the stage trains on precomputed hidden states of a frozen trunk."""
     references: tuple[ReferenceName, ...]
     """The references that an algorithm can use after this stage."""
+    needs_start_losses: bool
+    """Whether the stage trains on the precomputed losses of the model before its training."""
+    start: Path | None
+    """Folder of a run or a checkpoint whose model the stage begins with. None selects the initial weights."""
     saves_value_head: bool
     """Whether the value head is saved in a separate file in addition to the checkpoint."""
 
@@ -63,6 +68,8 @@ class ValueStage(Stage):
 
     trains_policy = True
     references = ()
+    needs_start_losses = False
+    start = None
 
     def __init__(
         self,
@@ -130,6 +137,8 @@ class ReferenceStage(Stage):
     needs_hidden_states = False
     references: tuple[ReferenceName, ...] = ("reference", "start")
     saves_value_head = False
+    needs_start_losses = False
+    start: Path | None = None
 
     def __init__(self, *, reuse: InputPath | None = None) -> None:
         """Create the stage.
@@ -169,3 +178,32 @@ class ContrastStage(ReferenceStage):
     def add_modules(self, model: MtpModel) -> None:
         """Add the embedding of the two classes."""
         model.add_class_embedding()
+
+
+class ImplicitRewardStage(ReferenceStage):
+    """A stage that trains a language model to be a reward model (`ImplicitRewardObjective`)."""
+
+    needs_start_losses = True
+
+    def __init__(
+        self, *, beta: PositiveFloat = 0.05, start: InputPath | None = None, reuse: InputPath | None = None
+    ) -> None:
+        """Create the stage.
+
+        Args:
+            beta: the coefficient of the summed log-ratio.
+            start: the folder of a run or a checkpoint whose model the stage begins with. If it is None, the stage
+                begins with the initial weights, which must be pretrained.
+            reuse: the folder of an earlier run whose finished stage 1 is copied. If it is None, stage 1 is trained.
+        """
+        super().__init__(reuse=reuse)
+        self.beta, self.start = beta, start
+
+    def objective(self, shares: Shares) -> Objective:
+        """Return the objective of the stage."""
+        return ImplicitRewardObjective(self.beta)
+
+    def metric_names(self, num_heads: int) -> list[str]:
+        """Return the names of the loss and of the accuracy of predicted rewards."""
+        names = [f"{split}/{name}" for split in ("val", "train") for name in ("loss", "reward_accuracy")]
+        return [*names, "train/grad_norm", "train/lr"]

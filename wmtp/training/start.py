@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 
 from wmtp.algorithms.base import Algorithm
@@ -9,7 +10,8 @@ from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.config.schema import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
-from wmtp.models.loading import build_source, load_weights
+from wmtp.evaluation.token_columns import column_fingerprint
+from wmtp.models.loading import build_source, load_trained, load_weights
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.standard_streams import announce
 from wmtp.training.builders import (
@@ -71,6 +73,24 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
     return data
 
 
+def build_stage_start(config: DictConfig, components: Components, stage: Stage) -> MtpModel:
+    """Return the model with which stage 1 begins.
+
+    Raises:
+        InputError: `pretrain.start` contains no model, or another one than `model` and `pretrain.model` describe.
+    """
+    model = build_model(stage_config(config), components)
+    if stage.start is None:
+        return model
+    found = load_trained(stage.start, components.tokenizer, components.hardware, Path(config.cache_dir)).state_dict()
+    try:
+        model.load_state_dict({name: found[name] for name in model.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"pretrain.start={stage.start}: its model is not that of stage 1: {problem}") from error
+    return model
+
+
 def build_stage_trainer(
     config: DictConfig, folder: Path, components: Components, stage: Stage, *, with_columns: bool = True
 ) -> Trainer:
@@ -81,18 +101,25 @@ def build_stage_trainer(
         folder: the folder for the checkpoints of stage 1.
         components: the objects shared by all stages.
         stage: stage 1.
-        with_columns: whether to precompute hidden states if the stage needs them.
+        with_columns: whether to precompute the hidden states or losses that the stage needs. Otherwise, there are no
+            hidden states, and the losses are 0.
 
     Raises:
         InputError: the data of stage 1 cannot be used.
     """
     settings, data = stage_config(config), build_stage_data(config, components, stage)
-    model = build_model(settings, components)
+    model = build_stage_start(config, components, stage)
     stage.add_modules(model)
     stage.prepare(model, data)
     stage.freeze(model)
     if stage.needs_hidden_states and with_columns:
         data = components.columns.with_hidden_states(model, data)
+    if stage.needs_start_losses:
+        columns = [np.zeros(len(split.samples.tokens), np.float32) for split in data.splits]
+        if with_columns:
+            columns = components.columns.reference_losses(model, data)
+        losses = [column[:, None] for column in columns]
+        data = data.with_columns(fingerprint=column_fingerprint(model), reference_losses=losses)
     return build_trainer(settings, folder, components.hardware, data, model, stage.objective(config.objective.shares))
 
 

@@ -40,7 +40,7 @@ from wmtp.training.early_stopping import EarlyStopping, monitor_problem
 from wmtp.training.optim import try_optimizer, try_scheduler
 from wmtp.training.plan import Plan
 from wmtp.training.resume_check import resume_issues
-from wmtp.training.stages import Stage, ValueStage
+from wmtp.training.stages import ImplicitRewardStage, Stage, ValueStage
 from wmtp.training.trainer import Trainer
 
 
@@ -251,7 +251,10 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
         key = "algo.of.reference" if "of" in config.algo else "algo.reference"
         remedy = f"name a run with {key}=PATH, or train a reference with {key}=null pretrain=rho1"
         yield ConfigIssue(key, INITIAL, f"is for pretrained models, but this model is new; {remedy}")
-    uses_rewards = algorithm.needs_rewards or isinstance(stage, ValueStage)
+    if isinstance(stage, ImplicitRewardStage) and stage.start is None and not source.is_pretrained:
+        problem = "is needed, because this model is new; name a run of a language model: pretrain.start=PATH"
+        yield ConfigIssue("pretrain.start", "null", problem)
+    uses_rewards = algorithm.needs_rewards or isinstance(stage, (ValueStage, ImplicitRewardStage))
     if uses_rewards and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
         problem = "gives every solution the same reward, so rewards contain no information; choose 0.5"
         yield ConfigIssue("data.correct_ratio", str(config.data.correct_ratio), problem)
