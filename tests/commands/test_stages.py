@@ -31,6 +31,7 @@ ALGORITHMS = {
     "token_skip": ["algo=rho1_token_skip", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
     "shuffled": ["algo=shuffled", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
     "random": ["algo=random", "algo.of=rho1", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
+    "implicit": ["algo=implicit_reward", "pretrain.start=rho1", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
 }
 
 
