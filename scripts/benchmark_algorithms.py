@@ -16,9 +16,17 @@ import numpy as np
 import torch
 
 from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.cleaning import Cleaning
+from wmtp.algorithms.contrast import Contrast
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.dft import Dft
+from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.focal import Focal
+from wmtp.algorithms.implicit_reward import ImplicitReward
+from wmtp.algorithms.prior import Prior
+from wmtp.algorithms.reward import Reward
 from wmtp.algorithms.uniform import Uniform
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.dataset import Dataset, read_dataset
@@ -35,9 +43,18 @@ from wmtp.training.trainer import Trainer
 BATCH_SIZE, WARM_UP_ROUNDS = 16, 5
 ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
     "baseline": (Uniform(), None),
-    "critic": (Critic(), 1.10),
-    "rho1": (ExcessLoss(), 1.05),
-    "rho1_token_skip": (TokenSkip(), 1.05),
+    "critic": (Critic(value="action", trace_decay=0.0, last_token="value"), 1.10),
+    "critic_state": (Critic(), 1.10),
+    "rho1": (ExcessLoss(), 1.03),
+    "rho1_token_skip": (TokenSkip(), None),
+    "contrast": (Contrast(), 1.03),
+    "implicit_reward": (ImplicitReward(), 1.03),
+    "cleaning": (Cleaning(), 1.03),
+    "prior": (Prior(), 1.03),
+    "reward": (Reward(), 1.03),
+    "dft": (Dft(), 1.03),
+    "focal": (Focal(), 1.03),
+    "entropy": (Entropy(), 1.03),
     "shuffled critic": (Shuffled(of=Critic()), None),
     "random critic": (Random(of=Critic()), None),
     "shuffled rho1": (Shuffled(of=ExcessLoss()), None),
@@ -52,7 +69,8 @@ def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Pa
         vocab_size=512, dim=128, num_layers=5, num_heads=4, num_attention_heads=4, num_kv_heads=2, hidden_dim=344
     ))  # fmt: skip
     if algorithm.needs_values:
-        model.add_value_head()
+        model.add_value_head(algorithm.value)
+    algorithm.prepare(data.train)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     return Trainer(
         model,
@@ -67,6 +85,14 @@ def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Pa
     )
 
 
+def with_losses(data: Dataset, losses: np.ndarray, algorithm: Algorithm) -> Dataset:
+    """Return the data with the reference losses that the algorithm needs, if it needs any."""
+    if not algorithm.references:
+        return data
+    columns = losses[:, : len(algorithm.references)]
+    return replace(data, train=data.train.with_columns(reference_losses=columns))
+
+
 def main(num_rounds: int) -> None:
     """Print each algorithm's time per update, its ratio to the baseline, and whether the ratio is within the limit."""
     with tempfile.TemporaryDirectory() as name:
@@ -77,9 +103,12 @@ def main(num_rounds: int) -> None:
         )  # fmt: skip
         data = read_dataset(source, folder, seed=0)
         path = folder / "reference.npy"
-        np.save(path, np.random.default_rng(0).exponential(size=(len(data.train.samples.tokens), 1)).astype(np.float32))
-        data = replace(data, train=data.train.with_columns(reference_losses=np.load(path, mmap_mode="r")))
-        trainers = {n: trainer_of(a, data, num_rounds, folder / n) for n, (a, _) in ALGORITHMS.items()}
+        np.save(path, np.random.default_rng(0).exponential(size=(len(data.train.samples.tokens), 2)).astype(np.float32))
+        losses = np.load(path, mmap_mode="r")
+        trainers = {
+            name: trainer_of(algorithm, with_losses(data, losses, algorithm), num_rounds, folder / name)
+            for name, (algorithm, _) in ALGORITHMS.items()
+        }
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for round_ in range(num_rounds):
             names = list(trainers)
