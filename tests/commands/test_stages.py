@@ -31,6 +31,7 @@ ALGORITHMS = {
     "token_skip": ["algo=rho1_token_skip", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
     "shuffled": ["algo=shuffled", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
     "random": ["algo=random", "algo.of=rho1", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
+    "contrast": ["algo=contrast", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
 }
 
 
@@ -75,7 +76,7 @@ def trace(run: Path) -> dict[str, Any]:
     ("name", "stage", "step"),
     [
         *((name, "", 5) for name in ALGORITHMS),
-        *((name, "pretrain", 3) for name in ("critic", "rho1")),
+        *((name, "pretrain", 3) for name in ("critic", "rho1", "contrast")),
         *(pytest.param(name, "pretrain", 3, marks=pytest.mark.deep) for name in ("token_skip", "shuffled", "random")),
     ],
 )
