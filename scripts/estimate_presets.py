@@ -21,7 +21,6 @@ from wmtp.training.dry_run import format_duration
 from wmtp.training.estimate import GB, Cluster, ParallelSetting, all_logits_bytes, memory, speed
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
-from wmtp.training.validate import needs_values
 
 META_7B = {
     "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "vocab_size": 32000, "norm_eps": 1e-5,
@@ -78,7 +77,7 @@ def shape(config: DictConfig, folder: Path, stage: Stage | None) -> ModelShape:
     """Return the shape of a stage's model, with its trained parameters; `folder` is the cache of tokenizers."""
     is_new = "path" not in config.model  # a new model, whose vocabulary size is that of its tokenizer
     tokenizer = build(config.model.tokenizer, cache_dir=folder) if is_new else None
-    return planned_shape(config, tokenizer, needs_values(config) if stage is None else stage.trains_policy, stage)
+    return planned_shape(config, tokenizer, stage or build(config.algo))
 
 
 def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = None) -> Training:

@@ -32,6 +32,7 @@ ALGORITHMS = {
     "shuffled": ["algo=shuffled", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
     "random": ["algo=random", "algo.of=rho1", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
     "implicit": ["algo=implicit_reward", "pretrain.start=rho1", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
+    "contrast": ["algo=contrast", "pretrain.num_epochs=3", "pretrain.max_steps=6"],
 }
 
 
@@ -75,8 +76,9 @@ def trace(run: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "stage", "step"),
     [
-        *((name, "", 5) for name in ALGORITHMS),
-        *((name, "pretrain", 3) for name in ("critic", "rho1")),
+        *((name, "", 5) for name in ALGORITHMS if name != "contrast"),
+        pytest.param("contrast", "", 5, marks=pytest.mark.deep),
+        *((name, "pretrain", 3) for name in ("critic", "rho1", "contrast")),
         *(pytest.param(name, "pretrain", 3, marks=pytest.mark.deep) for name in ("token_skip", "shuffled", "random")),
     ],
 )

@@ -37,6 +37,7 @@ ALGORITHMS = {
     "reward": ["algo=reward"],
     "prior": ["algo=prior", "algo.reference=null", "pretrain=rho1", *STAGE_1],
     "cleaning": ["algo=cleaning", *STAGE_1],
+    "contrast": ["algo=contrast", *STAGE_1],
 }
 """Overrides by algorithm."""
 SAMPLE = [

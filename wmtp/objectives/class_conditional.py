@@ -4,13 +4,15 @@ from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import Batch
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.mtp import MtpObjective
+from wmtp.ops.targets import Shares
 
 
 class ClassConditionalObjective(MtpObjective):
     """The loss of a language model that is told for each solution whether it is correct."""
 
-    def __init__(self) -> None:
-        super().__init__(Uniform())
+    def __init__(self, *, shares: Shares = "position") -> None:
+        """Create the objective. `shares` is the influence of targets in training."""
+        super().__init__(Uniform(), shares=shares)
 
     @property
     def name(self) -> str:

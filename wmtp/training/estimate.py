@@ -140,6 +140,22 @@ def block_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, f
     return kept + ((shape.adapter_rank or 0) * size * (4 if is_gpt2 else 7) if frozen else 0)
 
 
+def value_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
+    """Return the bytes per token that autograd keeps for the gradient of the value head.
+
+    For the norm of a value head, which is in fp32, autograd keeps the scaled input. For the kind "state", it also keeps
+    the inputs of the matrices and of the activation function. For the kind "action", it keeps the token ids, their
+    vectors, and the states that are multiplied by these. If the states before the norm are not in fp32, autograd also
+    keeps a copy of them in fp32, except if only the value head is trained.
+    """
+    if shape.value_dim is None:
+        return 0
+    kept = 12 * shape.dim + 8 if shape.value_kind == "action" else 8 * (shape.dim + shape.value_dim)
+    if shape.value_kind == "block":
+        kept += block_bytes(shape, machine, setting)
+    return kept + (4 * shape.dim if shape.number_bytes < 4 and not shape.trains_values_only else 0)
+
+
 def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -> int:
     """Return the bytes per token that autograd keeps between the forward pass and the backward pass.
 
@@ -148,11 +164,7 @@ def activation_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetti
     that are residual layers, autograd keeps the results of their matrices. These heads share one input, unless autocast
     makes a copy of it for each head.
     """
-    values = 0 if shape.value_dim is None else 8 * (shape.dim + shape.value_dim)
-    if shape.value_dim is not None and shape.value_kind == "action":
-        values = 16 * shape.dim
-    elif shape.value_dim is not None and shape.value_kind == "block":
-        values += block_bytes(shape, machine, setting)
+    values = value_bytes(shape, machine, setting)
     if shape.trains_values_only:
         return values
     heads, is_frozen = shape.num_head_blocks, shape.adapter_rank is not None

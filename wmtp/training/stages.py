@@ -173,7 +173,7 @@ class ContrastStage(ReferenceStage):
 
     def objective(self, shares: Shares) -> Objective:
         """Return the objective of the stage."""
-        return ClassConditionalObjective()
+        return ClassConditionalObjective(shares=shares)
 
     def add_modules(self, model: MtpModel) -> None:
         """Add the embedding of the two classes."""

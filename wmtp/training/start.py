@@ -59,7 +59,7 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
 
     Raises:
         InputError: the data cannot be used, there are no validation samples although early stopping needs them, or the
-            stage trains a value head and all training samples have the same reward.
+            stage compares correct with incorrect solutions and all training samples have the same reward.
     """
     settings = stage_config(config)
     shares_data = settings.data == config.data and settings.seed == config.seed
@@ -68,7 +68,7 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
     except InputError as error:
         raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
     require_validation(settings, data, is_stage_1=True)
-    if stage.trains_policy:
+    if stage.trains_policy or "correct" in stage.references:
         require_different_rewards(data)
     return data
 

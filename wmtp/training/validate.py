@@ -66,6 +66,7 @@ class RunOptions:
 
 REQUIRED_GROUPS = ("algo", "model", "data", "optimizer", "scheduler", "early_stopping", "hardware", "checkpoint")
 """Names of the config groups that must not be null."""
+UNLIMITED_REWARDS = "needs rewards from 0 to 1, but the scores of data.reward_model are not limited to this range"
 
 
 def check_training(
@@ -260,6 +261,9 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
         yield ConfigIssue("data.correct_ratio", str(config.data.correct_ratio), problem)
     if stage is not None:
         yield from stage_issues(config, stage)
+    elif algorithm.needs_values and config.data.reward_model is not None:
+        problem = f"the value loss is then the cross-entropy, which {UNLIMITED_REWARDS}"
+        yield ConfigIssue("pretrain", "none", f"{problem}; train with pretrain.loss=reward")
 
 
 def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
@@ -277,7 +281,12 @@ def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
             "",
             "must be the same as in stage 2, which trains this model further; change model instead",
         )
-    if not isinstance(stage, ValueStage) or stage.value_loss.kind != "ranking":
+    if not isinstance(stage, ValueStage):
+        return
+    if stage.value_loss.kind == "cross_entropy" and changed.data.reward_model is not None:
+        problem = f"{UNLIMITED_REWARDS}; choose pretrain.loss=reward"
+        yield ConfigIssue("pretrain.loss", "cross_entropy", problem)
+    if stage.value_loss.kind != "ranking":
         return
     if not changed.data.group_tasks:
         problem = "compares solutions to the same task within a batch; set pretrain.data.group_tasks=true"

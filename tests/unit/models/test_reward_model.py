@@ -352,8 +352,28 @@ def test_train_refuses_a_reward_model_with_another_tokenizer_before_training(
 ) -> None:
     other_tokenizer = with_changed_backend(tokenizer.backend, swap_tokens)
     other_tokenizer.save(str(folder / "tokenizer.json"))
-    outcome = invoke("algo=critic", f"data.reward_model={folder}")
+    outcome = invoke("algo=critic", "pretrain.loss=reward", f"data.reward_model={folder}")
     assert outcome.code == 2
     for fingerprint in (Tokenizer(other_tokenizer).fingerprint, tokenizer.fingerprint):
         assert fingerprint[:16] in outcome.err
     assert loaded_folders == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algo=critic"], "pretrain.loss=cross_entropy: needs rewards from 0 to 1"),
+        (
+            ["algo=critic", "pretrain=none", "data.correct_ratio=0.5"],
+            "pretrain=none: the value loss is then the cross-entropy",
+        ),
+        (["algo=random", "pretrain.loss=cross_entropy", "algo.of=critic_state"], "pretrain.loss=cross_entropy: needs"),
+    ],
+)
+def test_the_cross_entropy_refuses_scores_that_are_no_probabilities(
+    invoke: Invoke, folder: Path, arguments: list[str], message: str
+) -> None:
+    """The control is the run without a reward model. Its config has no issue."""
+    outcome = invoke(*arguments, f"data.reward_model={folder}")
+    assert outcome.code == 2 and message in outcome.err and "pretrain.loss=reward" in outcome.err
+    assert invoke(*arguments, "dry_run=true", "num_samples=0").code == 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.conftest import tiny_model
 from wmtp.algorithms.base import Algorithm, Observations
 from wmtp.algorithms.cleaning import Cleaning
+from wmtp.algorithms.contrast import Contrast
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.dft import Dft
@@ -196,6 +197,15 @@ def plain_critic(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -
     return weights.clamp(0.1, 5.0)
 
 
+def plain_contrast(batch: Batch, values: Tensor, losses: Tensor, excess: Tensor) -> Tensor:
+    assert batch.reference_losses is not None
+    by_token = torch.exp(batch.reference_losses[..., 1] - batch.reference_losses[..., 0]).clamp(0.1, 5.0)
+    weights = torch.ones_like(losses)
+    for k in range(1, len(losses) + 1):
+        weights[k - 1, :, :-k] = by_token[:, k:]
+    return weights
+
+
 def prepared_reward() -> Reward:
     """Return the algorithm with a mean reward of 0.4."""
     algorithm = Reward(beta=0.3)
@@ -237,6 +247,7 @@ WEIGHTINGS: dict[str, tuple[Algorithm, Raw | None]] = {
     "prior": (Prior(), lambda batch, values, losses, excess: torch.exp(excess - losses).where(losses > 0, 1.0)),
     "reward": (prepared_reward(), plain_reward),
     "cleaning": (Cleaning(level="sample"), None),
+    "contrast": (Contrast(), plain_contrast),
     "shuffled": (Shuffled(of=Critic()), None),
     "shuffled token skip": (Shuffled(of=TokenSkip()), None),
     "shuffled entropy": (Shuffled(of=Entropy(power=60.0)), None),
@@ -712,6 +723,47 @@ def test_the_value_loss_of_stage_1_equals_that_computed_by_hand(kind: Kind) -> N
     assert evaluate(objective, model, [batch])["loss"] == pytest.approx(expected, rel=1e-5)
     others: list[Kind] = ["cross_entropy", "reward", "lambda_return", "ranking"]
     assert all(plain_value_loss(o, batch, values) != pytest.approx(expected, rel=1e-3) for o in others if o != kind)
+
+
+KINDS: tuple[Kind, ...] = ("cross_entropy", "reward", "lambda_return", "ranking")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_stand_for_values_of_the_kind(kind: Kind) -> None:
+    """Only for the cross-entropy, an output is a logit; only for the ranking, a value is no estimate of the reward."""
+    loss, batch = ValueLoss(kind), ragged()
+    outputs = torch.linspace(-3, 3, 48).reshape(4, 12)
+    expected = [[1 / (1 + math.exp(-x)) for x in row] for row in outputs.tolist()]
+    values = loss.values(outputs)
+    torch.testing.assert_close(values, torch.tensor(expected) if kind == "cross_entropy" else outputs)
+    final = [values[row, stop - 1].item() for row, (_, stop) in enumerate(RUNS)]
+    rewards = batch.rewards.tolist()
+    assert final != pytest.approx(rewards, abs=0.1), "the control"
+    assert loss.final_values(values, batch).tolist() == pytest.approx(final if kind == "ranking" else rewards)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_head_begins_with_the_mean_reward(kind: Kind) -> None:
+    """A ranking begins with 0, because only differences of its values have a meaning."""
+    loss = ValueLoss(kind)
+    for mean in (0.5, 0.2, 0.9):
+        output = loss.first_output(mean)
+        value = loss.values(torch.tensor([[output]])).item()
+        assert value == pytest.approx(0.0 if kind == "ranking" else mean)
+        assert (output == pytest.approx(mean)) is (kind in ("reward", "lambda_return"))
+    assert ValueLoss("cross_entropy").first_output(0.2) == pytest.approx(math.log(0.2 / 0.8))
+    for mean, logit in ((0.0, -math.log(999)), (1.0, math.log(999))):  # finite, although the logit of 0 or 1 is not
+        assert ValueLoss("cross_entropy").first_output(mean) == pytest.approx(logit)
+
+
+@pytest.mark.parametrize("mean", [0.2, 0.5, 0.7])
+def test_the_first_output_has_the_lowest_loss_of_all_constants(mean: float) -> None:
+    batch = replace(ragged(), rewards=torch.full((4,), mean))
+    for kind in KINDS[:3]:
+        loss = ValueLoss(kind)
+        first = loss.first_output(mean)
+        of_constants = [loss.sum(torch.full((4, 12), first + step), batch)[0].item() for step in (-0.05, 0.0, 0.05)]
+        assert of_constants[1] < min(of_constants[0], of_constants[2])
 
 
 def test_stage_1_loss_is_value_loss_plus_language_model_loss(tiny_data: Dataset) -> None:

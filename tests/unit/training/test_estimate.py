@@ -30,6 +30,7 @@ from wmtp.models.llama import LlamaArchitecture
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel, empty_model
 from wmtp.models.shapes import ModelShape, model_shape
+from wmtp.models.value_heads import ValueKind
 from wmtp.ops import cross_entropy as losses
 from wmtp.training.absent_hardware import describe_estimate, planned_shape
 from wmtp.training.dry_run import format_memory, moments_per_parameter
@@ -139,6 +140,38 @@ def test_activations_equal_what_autograd_saves(kind: str, precision: str, rank: 
     assert expected == pytest.approx(measured, rel=0.12 if "dropout" in kind or rank else 0.03)
     without_heads = expected - shape.num_head_blocks * block_bytes(shape, CPU, setting)  # the control
     assert without_heads < 0.8 * measured
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["ours", "ours, bf16", "llama", "llama, bf16", "gpt2"])
+@pytest.mark.parametrize(
+    ("value", "hidden_dim"), [("state", None), ("state", 64), ("action", None), ("block", None), ("block", 64)]
+)
+def test_activations_of_value_heads_equal_what_autograd_saves(
+    kind: str, precision: str, value: ValueKind, hidden_dim: int | None
+) -> None:
+    """The difference that the value head makes, in training all parameters and in training the value head only."""
+
+    def saved(model: MtpModel, num_heads: int | None) -> float:
+        with autocast(precision), saved_tensors(model) as saved_by_autograd:
+            model(TOKENS, num_heads=num_heads)
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved_by_autograd.values()) / TOKENS.numel()
+
+    model, setting = create_model(kind), single_process(precision)
+    without, expected_without = saved(model, None), activation_bytes(model_shape(model), CPU, setting)
+    model.value_head_dim = hidden_dim
+    model.add_value_head(value)
+    shape = model_shape(model)
+    expected = activation_bytes(shape, CPU, setting) - expected_without
+    measured = saved(model, None) - without
+    copies = 0.0
+    if value == "block" and product_bytes(shape, setting) < shape.number_bytes:
+        copies = 2 * shape.block_matrices / TOKENS.numel()  # bf16 copies of the matrices are counted as work memory
+    assert expected == pytest.approx(measured - copies, rel=0.1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("value_head."))
+    alone = activation_bytes(model_shape(model), CPU, setting)
+    assert alone == pytest.approx(saved(model, 0) - copies, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["ours", "llama", "llama, bf16", "gpt2"])
