@@ -191,7 +191,7 @@ def test_the_settings_of_a_begun_stage_1_cannot_change(invoke: Invoke, runs: Pat
         resumed = cut_back(runs / "critic", f"resumed-{stage}", stage, step)
         before = (resumed / "pretrain" / "config.yaml").read_bytes()
         outcome = invoke(f"resume={resumed}", "pretrain.language_model_coef=0.5", tiny=False)
-        assert outcome.code == 2 and "pretrain.language_model_coef: was 0.3, is now 0.5" in outcome.err
+        assert outcome.code == 2 and "pretrain.language_model_coef: was 1.0, is now 0.5" in outcome.err
         assert (resumed / "pretrain" / "config.yaml").read_bytes() == before
         assert invoke(f"resume={resumed}", tiny=False).code == 0
 
