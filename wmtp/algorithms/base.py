@@ -20,12 +20,13 @@ from wmtp.models.value_heads import ValueKind
 INITIAL: Final = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
-ReferenceName = Literal["reference", "start", "correct", "incorrect"]
+ReferenceName = Literal["reference", "reward_model", "start", "correct", "incorrect"]
 """A model whose losses an algorithm can use.
 
-"reference" is the reference model, and "start" the model of stage 1 before stage 1. If `Algorithm.reference` selects
-the reference model, there is no stage 1, and "start" is the policy before training. "correct" and "incorrect" are the
-class-conditional model of stage 1, with this class for every solution.
+"reference" is the reference model, "reward_model" the language model that stage 1 has trained to predict rewards, and
+"start" the model of stage 1 before stage 1. If `Algorithm.reference` selects the reference model, there is no stage 1,
+and "start" is the policy before training. "correct" and "incorrect" are the class-conditional model of stage 1, with
+this class for every solution.
 """
 
 
@@ -101,6 +102,8 @@ class Algorithm(ABC):
     """Whether all targets of a solution have the same weight, which differs between solutions."""
     needs_token_labels = False
     """Whether the algorithm needs to know which tokens are harmful. This is not known for real data."""
+    needs_better_reference = False
+    """Whether the weights have a meaning only where the reference model is better than the policy."""
     value_coef = 0.0
     """Coefficient of the value loss, relative to the policy loss."""
     reference: Path | Literal["initial"] | None = None
@@ -211,8 +214,7 @@ def mean_one_scales(
     """Return the factors that scale the clipped weights of the heads to mean 1.
 
     With these factors, Σ share·weight / Σ share = 1 over the targets of all heads, or of each head if `per_head` is
-    true. If there is no target, the factor is 0. If every target has weight 0, the factor is infinite and the loss is
-    NaN.
+    true. If there is no target, or if every target has weight 0, the factor is 0.
 
     Args:
         weight_sums: Σ share·weight of the targets of each head.
@@ -221,4 +223,4 @@ def mean_one_scales(
     """
     if not per_head:
         weight_sums, share_sums = (sums.sum().expand_as(sums) for sums in (weight_sums, share_sums))
-    return torch.where(share_sums > 0, share_sums / weight_sums, 0.0)
+    return torch.where(weight_sums == 0, 0.0, share_sums / weight_sums)

@@ -38,6 +38,7 @@ class Cleaning(Algorithm):
     """Whether the weights are scaled to mean 1."""
 
     references = ("reference", "start")
+    needs_better_reference = True
     weight_min = 0.0
     weight_max = 1.0
 

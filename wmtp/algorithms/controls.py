@@ -30,7 +30,7 @@ class Control(UpdateAlgorithm):
         self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
         self.needs_values, self.references, self.reference = of.needs_values, of.references, of.reference
         self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
-        self.value = of.value
+        self.value, self.needs_better_reference = of.value, of.needs_better_reference
         self.entropy_top_k, self.needs_rewards = of.entropy_top_k, of.needs_rewards
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
@@ -145,10 +145,15 @@ class Random(Control):
         self, weights: Sequence[Tensor], observed: Sequence[Observations], processes: Processes
     ) -> list[Float[Tensor, "head _ _"]]:
         """Return log-normal random numbers. Their expected mean and variance are those of the weights of the update."""
-        mean, variance = moments(weights, [each.valid for each in observed], processes) or (0.0, 0.0)
-        if mean == 0:  # no target, or no weight above 0
-            return list(weights)
-        log_variance = math.log1p(variance / mean**2)
-        shift = math.log(mean) - log_variance / 2
-        drawn = [torch.exp(self.draws(each, torch.randn) * math.sqrt(log_variance) + shift) for each in observed]
+        drawn = [torch.zeros_like(weight) for weight in weights]
+        heads = len(weights[0]) if self.of.uses_losses != "none" else 1  # weights from losses are scaled head by head
+        for group in torch.arange(len(weights[0])).tensor_split(heads):
+            masks = [each.valid[group] for each in observed]
+            mean, variance = moments([weight[group] for weight in weights], masks, processes) or (0.0, 0.0)
+            if mean == 0:  # no target, or no weight above 0
+                continue
+            log_variance = math.log1p(variance / mean**2)
+            shift = math.log(mean) - log_variance / 2
+            for new, each in zip(drawn, observed, strict=True):
+                new[group] = torch.exp(self.draws(each, torch.randn)[group] * math.sqrt(log_variance) + shift)
         return [new.where(weight.isfinite(), torch.nan) for new, weight in zip(drawn, weights, strict=True)]

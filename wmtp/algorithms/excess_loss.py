@@ -30,6 +30,7 @@ class ExcessLoss(ExponentialAlgorithm):
 
     uses_losses = "own"
     references = ("reference",)
+    needs_better_reference = True
 
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
         """Return the weights before the scaling. Each weight depends only on the losses of its own target."""
@@ -50,6 +51,7 @@ class TokenSkip(UpdateAlgorithm):
 
     uses_losses = "all"
     references = ("reference",)
+    needs_better_reference = True
     min_heads = 2
     weight_min = 0.0
     weight_max = 1.0

@@ -26,7 +26,8 @@ class ImplicitReward(ExponentialAlgorithm):
     beta: PositiveFloat = 0.9
     """The divisor of the normalized log-ratio. The weights differ more if it is smaller."""
 
-    references = ("reference", "start")
+    references = ("reward_model", "start")
+    needs_rewards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,8 +26,8 @@ def parallelize(
 ) -> None:
     """Parallelize a model in place over the ranks. The names of its parameters do not change.
 
-    After this call, all ranks must run each forward pass together. The first forward pass must compute gradients. The
-    backward pass averages the gradients over the ranks.
+    After this call, all ranks must run each forward pass together. The backward pass averages the gradients over the
+    ranks.
 
     Args:
         model: the model to parallelize.

@@ -102,7 +102,7 @@ class MtpObjective:
         loss, sums = self.loss_from_outputs(outputs, model, prepared)
         if outputs.values is not None:
             value_sum, value_sums = self.value_loss.sum(outputs.values, prepared.batch)
-            loss = loss + self.algorithm.value_coef * value_sum / prepared.denominators["values"]
+            loss = loss + self.algorithm.value_coef * value_sum / prepared.denominators["values"].clamp(min=1)
             sums.add(value_sums)
         return loss, sums
 
@@ -170,10 +170,13 @@ class MtpObjective:
             weights = clip_weights(algorithm.weights(inputs), valid, algorithm.weight_min, algorithm.weight_max)
             return flat_shares[chunk.rows] * weights
 
-        totals, losses, products = weighted_cross_entropy(states, unembedding, target, _coefficients, by_head=True)
+        totals, losses, products = weighted_cross_entropy(
+            states, unembedding, target, _coefficients, by_head=self.algorithm.rescale
+        )
         weights = products / shares.where(shares > 0, 1.0)
         scales = weight_scales(self.algorithm, [weights], [shares], processes)
-        return (totals * scales).sum(), losses, weights * scales[:, None, None]
+        total = (totals * scales).sum() if self.algorithm.rescale else totals
+        return total, losses, weights * scales[:, None, None]
 
     @torch.no_grad()
     def _observe(self, model: MtpModel, batch: Batch) -> Observations:
@@ -260,7 +263,7 @@ class MtpObjective:
         sums = head_sums(losses, valid)
         sums.means["loss"] = ((shares * losses).sum(), shares.sum())
         sums.add(canonical_sums(losses[0], valid[0], batch))
-        if "reference" in self.algorithm.references:
+        if self.algorithm.needs_better_reference:
             column = self.algorithm.references.index("reference")
             sums.add(reference_sums(losses[0], valid[0], batch, column))
         if batch.harmful is not None:

@@ -68,14 +68,14 @@ def build_reference(
 ) -> MtpModel:
     """Return a reference of the algorithm.
 
-    If `algo.reference` is set, it selects the reference model. Otherwise the reference model is `stage_model`, the
-    model of stage 1.
+    If `algo.reference` is set, it selects the reference model. Otherwise it is `stage_model`, the model of stage 1.
     """
     reference = components.algorithm.reference
     if name == "start" and reference is None:
         return build_stage_start(config, components, build(config.pretrain))
     if name == "start" or reference == INITIAL:
-        one_head = OmegaConf.merge(config, {"model": {"num_heads": 1, "lora": {"rank": None}}})
+        plain = {"num_heads": 1} | ({"lora": {"rank": None}} if "lora" in config.model else {})
+        one_head = OmegaConf.merge(config, {"model": plain})
         assert isinstance(one_head, DictConfig)
         return build_model(one_head, components)
     if reference is not None:

@@ -153,7 +153,7 @@ class Run:
         )
         self._restore(trainer)
         self.sample_evaluation.drop_after(trainer.position.step)
-        if components.algorithm.needs_reference and trainer.position.step == 0:
+        if components.algorithm.needs_better_reference and trainer.position.step == 0:
             warn_of_weak_reference(measure_reference(trainer), "before training")
         self._record_start(components, data)
         if stage is not None:
@@ -290,7 +290,7 @@ class Run:
         announce("measuring the final model …")
         objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
-        if objective.algorithm.uses_losses != "none":  # other weights do not change while the policy improves
+        if objective.algorithm.needs_better_reference:
             warn_of_weak_reference(trainer.last_validation.get(f"val/{METRIC}"), "after training")
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)
         self.processes.run_on_main(lambda: write_token_report(self.folder, measured, data, result.total_steps))

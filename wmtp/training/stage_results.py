@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp.checkpoint.listing import checkpoint_path
 from wmtp.config.flatten import flatten
 from wmtp.config.paths import with_start_paths
-from wmtp.config.schema import stage_config, to_plain
+from wmtp.config.schema import build, schema, stage_config, to_plain
+from wmtp.config.targets import locate
 from wmtp.config.trust import load_run_config
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
@@ -99,22 +100,32 @@ def require_same_stage(source: Path, config: DictConfig) -> dict[str, Any]:
     `source` is the folder of the other run.
 
     Raises:
-        InputError: the other run has no finished stage 1, or the class, the model or the kind of value head of its
-            stage 1 differs from that in `config`.
+        InputError: the other run has no finished stage 1, or the class, its options or the model of its stage 1 differ
+            from those in `config`.
     """
     require_inside(source)
     result, reused, current = read_stage_result(source), read_stage_config(source), resolved_stage_config(config)
     if result is None:
         raise InputError(f"pretrain.reuse={source}: stage 1 of that run is not finished")
-    reused, current = (
-        flatten({"model": stage.get("model"), "kind": options.get("_target_"), "value": options.get("value")})
-        for stage, options in ((stage, stage.get("pretrain") or {}) for stage in (reused, current))
-    )
+    compares_start = "start" in build(config.algo).references
+    reused, current = (flatten(_compared_settings(stage, compares_start)) for stage in (reused, current))
     changed = sorted(key for key in reused.keys() | current.keys() if reused.get(key) != current.get(key))
     if changed:
         lines = [f"  {key}: {reused.get(key)} in that run, {current.get(key)} in this run" for key in changed]
         raise InputError("\n".join([f"pretrain.reuse={source}: stage 1 of that run differs:", *lines]))
     return result
+
+
+def _compared_settings(stage: dict[str, Any], compares_start: bool) -> dict[str, Any]:
+    """Return the settings on which the use of a trained stage 1 depends, but not those of its training.
+
+    `stage` is the config of stage 1. If `compares_start` is true, the algorithm compares its model with the model
+    before the training, whose random weights depend on the seed.
+    """
+    options = stage.get("pretrain") or {}
+    own = schema(locate(str(options.get("_target_")))).keys() - {"reuse", "save_value_head", "language_model_coef"}
+    settings = {"model": stage.get("model"), "pretrain": {k: v for k, v in options.items() if k in {*own, "_target_"}}}
+    return settings | ({"seed": stage.get("seed")} if compares_start and options.get("start") is None else {})
 
 
 def copy_stage(source: Path, folder: Path, config: DictConfig) -> None:

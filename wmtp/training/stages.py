@@ -183,6 +183,7 @@ class ContrastStage(ReferenceStage):
 class ImplicitRewardStage(ReferenceStage):
     """A stage that trains a language model to be a reward model (`ImplicitRewardObjective`)."""
 
+    references = ("reward_model", "start")
     needs_start_losses = True
 
     def __init__(

@@ -68,7 +68,12 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
     except InputError as error:
         raise InputError(f"{error}\nThese are the data of stage 1: pretrain.data") from error
     require_validation(settings, data, is_stage_1=True)
-    if stage.trains_policy or "correct" in stage.references:
+    if "correct" in stage.references and len(set(data.train.is_correct.tolist())) < 2:
+        raise InputError(
+            "pretrain.data: the stage compares correct with incorrect solutions, but the training data have only one "
+            "kind; use both (data.correct_ratio=0.5; add data.mismatched=true to create incorrect ones)"
+        )
+    if stage.trains_policy or "reward_model" in stage.references:
         require_different_rewards(data)
     return data
 

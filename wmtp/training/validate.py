@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from wmtp.algorithms.base import INITIAL, Algorithm
+from wmtp.algorithms.base import INITIAL, Algorithm, ReferenceName
 from wmtp.config.groups import STAGE_GROUPS
 from wmtp.config.schema import (
     CONFIG_FOLDER,
@@ -229,10 +229,7 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
     stage: Stage | None = None if config.pretrain is None else build(config.pretrain)
     available = () if stage is None else stage.references
     if algorithm.reference is None and not set(algorithm.references) <= set(available):
-        problem = "the algorithm needs a reference: train one with pretrain=rho1, or name one with algo.reference=PATH"
-        if "correct" in algorithm.references:
-            problem = "the algorithm needs a class-conditional model; train one with pretrain=contrast"
-        yield ConfigIssue("pretrain", "", problem)
+        yield ConfigIssue("pretrain", "", MISSING_REFERENCES[algorithm.references[0]])
     elif available and not algorithm.needs_reference:
         yield ConfigIssue("pretrain", "", "trains a reference that the algorithm does not use; set pretrain=none")
     if isinstance(stage, ValueStage) and not algorithm.needs_values and stage.trains == "head":
@@ -266,6 +263,14 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm) -> Iterator[Confi
         yield ConfigIssue("pretrain", "none", f"{problem}; train with pretrain.loss=reward")
 
 
+MISSING_REFERENCES: dict[ReferenceName, str] = {
+    "reference": "the algorithm needs a reference: train one with pretrain=rho1, or name one with algo.reference=PATH",
+    "reward_model": "the algorithm needs a reward model; train one with pretrain=implicit_reward",
+    "correct": "the algorithm needs a class-conditional model; train one with pretrain=contrast",
+}
+"""The problem and the remedy if stage 1 does not provide the first reference of an algorithm."""
+
+
 def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
     """Yield an issue for each setting that stage 1 must not override or that the loss of stage 1 does not support."""
     changed = stage_config(config)
@@ -281,6 +286,12 @@ def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
             "",
             "must be the same as in stage 2, which trains this model further; change model instead",
         )
+    if isinstance(stage, ImplicitRewardStage) and changed.data.reward_model is not None:
+        problem = f"the loss of stage 1 {UNLIMITED_REWARDS}"
+        yield ConfigIssue("pretrain.data.reward_model", str(changed.data.reward_model), problem)
+    if isinstance(stage, ImplicitRewardStage) and changed.model.get("num_heads") != 1:
+        problem = "must be 1, because the stage trains only head 1"
+        yield ConfigIssue("pretrain.model.num_heads", str(changed.model.get("num_heads")), problem)
     if not isinstance(stage, ValueStage):
         return
     if stage.value_loss.kind == "cross_entropy" and changed.data.reward_model is not None:
