@@ -42,7 +42,7 @@ def test_the_configs_contain_old_module_paths() -> None:
 @pytest.mark.slow
 def test_resume_continues_from_the_state_of_the_earlier_version(run: Path, invoke: Invoke) -> None:
     other = invoke("resume=run", "max_steps=9", "report=false", tiny=False)
-    assert other.code == 2 and "restore the settings: pretrain.loss=reward pretrain.value=state" in other.err
+    assert other.code == 2 and "pretrain.loss=reward pretrain.value=state" in other.err
     done = invoke("resume=run", SEEDS_CRITIC, "max_steps=9", "report=false", tiny=False)
     assert done.code == 0, done.err
     summary = json.loads((run / "summary.json").read_text())

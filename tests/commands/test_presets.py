@@ -70,7 +70,7 @@ def test_a_typed_key_of_another_option_stays_an_error(invoke: Invoke, records: P
         ([*LORA, "model=huggingface", "model.path=."], {"model.lora.rank": 16}, ""),
         ([*LORA, "data=codecontests"], {"data.max_length": 2048}, "sets data.max_length for data=mbpp; this is"),
         ([*CRITIC_7B, "algo=baseline"], {"pretrain": None, "data.group_tasks": True}, "pretrain.trains, "),
-        ([*CRITIC_7B, "algo=shuffled"], {"pretrain.trains": "head", "pretrain.optimizer.lr": 1e-3}, ""),
+        ([*CRITIC_7B, "algo=shuffled"], {"pretrain.trains": "head", "pretrain.optimizer.lr": 1e-4}, ""),
         ([*CRITIC_7B, "algo=rho1"], {"pretrain.trains": None, "pretrain.optimizer.lr": None}, "with pretrain=rho1"),
         ([*CRITIC_7B, "pretrain=none"], {"pretrain": None}, "not used with pretrain=none"),
     ],

@@ -25,6 +25,7 @@ from wmtp.data.sampler import epoch_batches
 from wmtp.distributed.process_group import Processes
 from wmtp.distributed.rng import generator_states, restore_generators
 from wmtp.errors import InputError, InterruptedRun
+from wmtp.objectives.base import PreparedBatch
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.run_dir import JobProgress
 from wmtp.training import trainer as trainer_module
@@ -76,10 +77,11 @@ def run_session(
             return original_accumulate(self, batches)
         update, original_loss = self.position.step + 1, self.objective.loss
 
-        def loss(model: Any, batch: Batch, totals: Any) -> Any:
+        def loss(model: Any, prepared: PreparedBatch) -> Any:
+            batch = prepared.batch
             if sigterm == (rank, update) and batch is batches[len(batches) // 2]:
                 signal.raise_signal(signal.SIGTERM)
-            total, sums = original_loss(model, batch, totals)
+            total, sums = original_loss(model, prepared)
             broken_batch = "on_nonfinite=skip" in overrides and update == 3 and batch.number % 4 == 3
             return total * (float("nan") if broken_batch else 1.0), sums
 

@@ -45,7 +45,7 @@ def test_every_option_composes_and_is_valid_except_for_values_that_a_user_must_s
     issues = check_training(compose(*with_required_options(override))).issues
     expected = {
         "checkpoint.s3.url", "data.path", "hardware.device", "hardware.num_processes", "model.path", "algo.reference",
-        "algo.of.reference",
+        "algo.of.reference", "pretrain.start",
     }  # fmt: skip
     assert [issue for issue in issues if issue.key not in expected] == []
 

@@ -22,8 +22,8 @@ from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.nonfinite import FiniteCheck
 from wmtp.training.trainer import Trainer
 
-ALGORITHMS = ("baseline", "critic", "rho1")
-SAMPLE = [("baseline", "ddp"), ("critic", "ddp"), ("rho1", "fsdp")]
+ALGORITHMS = ("baseline", "critic_state", "rho1")
+SAMPLE = [("baseline", "ddp"), ("critic_state", "ddp"), ("rho1", "fsdp")]
 REST = [(name, strategy) for name in ALGORITHMS for strategy in STRATEGIES if (name, strategy) not in SAMPLE]
 
 

@@ -577,6 +577,7 @@ def test_logged_metrics_are_those_that_can_be_monitored(tmp_path: Path, algorith
     logged = {name for _, metrics in recorder.lines for name in metrics}
     names = metric_names(num_heads, values=algorithm.needs_values)
     beside = {name for name in logged if name.startswith("early_stopping/")} | {"train/tokens_per_second", "tokens"}
+    beside |= {"val/reference_better"} if algorithm.needs_better_reference else set()  # neither direction is better
     assert len(set(names)) == len(names)
     assert logged - beside == set(names)
     assert logged != set(names)
