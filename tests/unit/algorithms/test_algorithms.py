@@ -694,6 +694,22 @@ def test_random_weights_keep_their_deviation_after_clipping_and_scaling(of: Algo
     )
 
 
+def test_random_weights_have_the_relative_deviation_of_each_head_if_weights_come_from_losses() -> None:
+    observed = random_observations(1, batch=64, length=32)
+    handicap = torch.tensor([0.1, 1.0, 3.0])[:, None, None]
+    raw = handicap * torch.exp(0.4 * torch.randn(observed.valid.shape, generator=generator(1)))
+
+    def deviations(weights: Tensor) -> Tensor:
+        return torch.stack([w[v].std() / w[v].mean() for w, v in zip(weights, observed.valid, strict=True)])
+
+    of = FixedWeights(raw)
+    of.uses_losses = "own"
+    drawn = deviations(Random(of=of).weights(observed))
+    torch.testing.assert_close(drawn, deviations(raw), rtol=0.15, atol=0)
+    pooled = deviations(Random(of=FixedWeights(raw)).weights(observed))
+    assert (pooled > 1.5 * drawn).all(), "the control: the variance between the heads is in each head"
+
+
 def test_random_weights_for_constant_weights_are_constant() -> None:
     observed = random_observations(1)
     drawn = Random(of=FixedWeights(torch.full(observed.valid.shape, 2.5))).weights(observed)

@@ -838,6 +838,24 @@ def test_stage_1_with_trains_all_updates_trunk_heads_and_value_head() -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+def test_an_update_of_stage_2_without_pairs_to_rank_has_only_the_loss_of_the_policy() -> None:
+    model, batch = model_with_values(), replace(ragged(), tasks=torch.arange(4))
+    objective = MtpObjective(UniformWithValues(), ValueLoss("ranking"))
+    (prepared,) = objective.prepare(model, [batch])
+    assert prepared.denominators["values"] == 0, "the control: the divisor is 0"
+    policy, _ = OBJECTIVE.loss_from_outputs(model(batch.tokens), model, prepared)
+    assert objective.loss(model, prepared)[0].item() == policy.item()
+
+
+def test_an_update_without_a_chosen_token_has_no_gradient() -> None:
+    model, batch = tiny_model(), ragged()
+    algorithm = Cleaning(level="global")
+    algorithm.threshold = 1e9
+    objective = MtpObjective(algorithm)
+    loss, _ = objective.loss(model, *objective.prepare(model, [batch]))
+    assert loss.item() == 0.0 and not gradient_of(loss, model).any()
+
+
 # References
 
 
