@@ -171,7 +171,8 @@ def test_stage_1_can_be_reused_from_another_run(invoke: Invoke, runs: Path) -> N
         (
             ["algo=critic"],
             "rho1",
-            "kind: wmtp.training.stages.ReferenceStage in that run, wmtp.training.stages.ValueStage in this run",
+            "differs:\n  pretrain._target_: wmtp.training.stages.ReferenceStage in that run, "
+            "wmtp.training.stages.ValueStage in this run\n",
         ),
         (["algo=critic", "model.dim=32"], "critic", "model.dim: 64 in that run, 32 in this run"),
         (["algo=rho1"], "nowhere", "is missing"),

@@ -49,7 +49,8 @@ def start(tmp_path: Path, fork_server: ForkServer) -> Iterator[Start]:
 
 @pytest.mark.slow
 def test_two_processes_train_in_one_folder_and_a_signal_during_training_saves_once(start: Start, cache: Path) -> None:
-    options = ["hardware=cpux2", "hardware.timeout=10", "tracking=none", f"cache_dir={cache}", *TINY, "log_interval=1"]
+    # on busy cores, the imports of the two new interpreters can end many seconds apart
+    options = ["hardware=cpux2", "hardware.timeout=60", "tracking=none", f"cache_dir={cache}", *TINY, "log_interval=1"]
     short = start(*options, "max_steps=4", module="wmtp.train")
     endless = start(*options, "num_epochs=100000", module="wmtp.train", cold=True)
     code, out, _ = short.end(90)

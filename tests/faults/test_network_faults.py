@@ -71,7 +71,7 @@ def test_training_continues_without_the_mlflow_server_and_loses_no_metrics(
     child = world.train(*world.tracked, f"hydra.run.dir={folder}", "max_steps=60")
     assert (untracked.wait(), child.wait()) == (0, 3), child.text
     assert points_of(folder) == points_of(alone) and len(points_of(folder)) == 60
-    assert step_seconds(folder) < step_seconds(alone) + 0.01
+    assert step_seconds(folder) < 1.5 * step_seconds(alone)
     assert read_json(folder / "status.json")["state"] == "FINISHED"
     assert f"python -m wmtp.sync outputs/{folder.parent.name}/{folder.name}" in child.err
     assert mlflow_proxy.done["dead"] < 40, "a dead server gets few requests"
