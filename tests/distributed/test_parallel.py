@@ -34,6 +34,7 @@ ALGORITHMS = {
     "dft": ["algo=dft"],
     "focal": ["algo=focal", "algo.gamma=100"],  # with 2, the first weights differ by little more than rounding errors
     "entropy": ["algo=entropy"],
+    "history": ["algo=history", "algo.temperature=0.3"],
     "reward": ["algo=reward"],
     "prior": ["algo=prior", "algo.reference=null", "pretrain=rho1", *STAGE_1],
     "cleaning": ["algo=cleaning", *STAGE_1],
@@ -42,7 +43,8 @@ ALGORITHMS = {
 """Overrides by algorithm."""
 SAMPLE = [
     ("baseline", "ddp", 7), ("baseline", "fsdp", 20), ("critic", "ddp", 7), ("critic", "fsdp", 7), ("rho1", "ddp", 7),
-    ("rho1", "fsdp", 7), ("rho1_token_skip", "ddp", 7), ("shuffled", "ddp", 7), ("random", "ddp", 7),
+    ("rho1", "fsdp", 7), ("history", "ddp", 20),
+    ("rho1_token_skip", "ddp", 7), ("shuffled", "ddp", 7), ("random", "ddp", 7),
 ]  # fmt: skip
 """Algorithm, strategy and number of updates. The last three algorithms weight the outputs of the same models."""
 REST = [(name, strategy, 20) for name in ALGORITHMS for strategy in STRATEGIES if (name, strategy, 20) not in SAMPLE]

@@ -53,7 +53,7 @@ def make_trainer(folder: Path, *overrides: str) -> Trainer:
         ]
         data = data.with_columns(reference_losses=losses)
     model = build_policy(config, components, None)
-    objective = build_objective(config, components.algorithm, data)
+    objective = build_objective(config, components, data)
     return build_trainer(config, folder, components.hardware, data, model, objective)
 
 

@@ -50,6 +50,8 @@ class Observations:
 
     The references are those in `Algorithm.references`, in this order.
     """
+    previous_losses: Float[Tensor, "*target"] | None = None
+    """Cross-entropy of the policy for each target in the previous epoch, in nats; NaN if there is none."""
     entropies: Float[Tensor, "*target"] | None = None
     """Entropy in nats with which the policy predicts each target, over the `Algorithm.entropy_top_k` tokens."""
     values: Float[Tensor, "batch position"] | None = None
@@ -90,6 +92,8 @@ class Algorithm(ABC):
 
     If it is not None, `uses_losses` must not be "none", because entropies are computed together with losses.
     """
+    needs_previous_losses = False
+    """Whether the weights depend on the losses of the same targets in the previous epoch."""
     needs_values = False
     """Whether the algorithm needs a value head."""
     value: ValueKind = "state"

@@ -32,6 +32,7 @@ class Control(UpdateAlgorithm):
         self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
         self.value, self.needs_better_reference = of.value, of.needs_better_reference
         self.entropy_top_k, self.needs_rewards = of.entropy_top_k, of.needs_rewards
+        self.needs_previous_losses = of.needs_previous_losses
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
         self.seed = seed
 

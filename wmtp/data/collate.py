@@ -14,6 +14,8 @@ IGNORED = -100
 """The label of a position without a training target."""
 MICRO_BATCH_BITS = 12
 """The number of lower bits of `Batch.number` that identify the micro-batch within its update."""
+UPDATE_BITS = 40
+"""The number of lower bits of `Batch.number` that identify the micro-batch within its epoch."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Batch:
         """A name for each sample, which differs between updates and does not depend on the split of an update."""
         update = self.number >> MICRO_BATCH_BITS
         return tuple(f"{update} {record_id}" for record_id in self.record_ids)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch, starting from 0."""
+        return self.number >> UPDATE_BITS
 
     def to(self, device: torch.device) -> "Batch":
         """Return a batch with the same content, whose tensors are on `device`."""

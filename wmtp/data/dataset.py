@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmtp.data.collate import MICRO_BATCH_BITS, Batch, collate
+from wmtp.data.collate import MICRO_BATCH_BITS, UPDATE_BITS, Batch, collate
 from wmtp.data.contents import Contents
 from wmtp.data.records import Record
 from wmtp.data.sampler import batches_by_length, epoch_batches, items_for_rank
@@ -83,6 +83,10 @@ class Dataset:
         combined = self.fingerprint if fingerprint is None else _hash(self.fingerprint + fingerprint)
         return replace(self, train=train, validation=validation, fingerprint=combined)
 
+    def with_training_as_validation(self) -> "Dataset":
+        """Return a data set that has the first training samples as validation samples, as many as it has of these."""
+        return replace(self, validation=self.train.first(len(self.validation)))
+
     def micro_batches(
         self, epoch: int, update: int, batch_size: int, micro_batch_size: int, processes: Processes = SINGLE_PROCESS
     ) -> list[Batch]:
@@ -95,7 +99,7 @@ class Dataset:
         micro_batches = [
             update_indices[i : i + micro_batch_size] for i in range(0, len(update_indices), micro_batch_size)
         ]
-        first = (epoch << 40) + (update << MICRO_BATCH_BITS) + processes.rank
+        first = (epoch << UPDATE_BITS) + (update << MICRO_BATCH_BITS) + processes.rank
         return [
             collate(self.train, indices, self.tokenizer.padding, first + i * processes.size)
             for i, indices in enumerate(items_for_rank(micro_batches, processes.rank, processes.size))

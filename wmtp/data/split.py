@@ -92,6 +92,25 @@ class TokenizedSplit:
             raise ValueError(f"{', '.join(sorted(unknown))}: not one of the columns {', '.join(ADDED_COLUMNS)}")
         return replace(self, **columns)  # type: ignore[arg-type]
 
+    def first(self, count: int) -> "TokenizedSplit":
+        """Return a split with the first `count` samples of this split, or with all if it has fewer."""
+        offsets = self.samples.offsets[: count + 1]
+        tokens = slice(offsets[-1])
+        samples = replace(
+            self.samples,
+            tokens=self.samples.tokens[tokens],
+            offsets=offsets,
+            prompt_lengths=self.samples.prompt_lengths[:count],
+            kept=self.samples.kept[:count],
+        )
+        columns = {name: getattr(self, name) for name in ("tasks", "is_correct", *ADDED_COLUMNS)}
+        parts = {
+            name: column[tokens if name in TOKEN_COLUMNS else slice(count)]
+            for name, column in columns.items()
+            if column is not None
+        }
+        return replace(self, samples=samples, **parts)
+
 
 def build_split(
     name: str, records: list[Record], source: DataSource, n_samples: int | None, cache: Path

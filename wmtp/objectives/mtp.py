@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from wmtp.algorithms.base import Algorithm, Observations, clip_weights
@@ -19,6 +19,8 @@ from wmtp.distributed.process_group import Processes
 from wmtp.errors import TrainingError
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.base import PreparedBatch, total_denominators
+from wmtp.objectives.loss_history import LossHistory
+from wmtp.objectives.policy_sums import canonical_sums, head_sums, reference_sums
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.objectives.weighting import normalized_weights, weight_scales
 from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, row_statistics, weighted_cross_entropy
@@ -40,17 +42,23 @@ class MtpObjective:
     """
 
     def __init__(
-        self, algorithm: Algorithm, value_loss: ValueLoss | None = None, *, shares: Shares = "position"
+        self,
+        algorithm: Algorithm,
+        value_loss: ValueLoss | None = None,
+        history: LossHistory | None = None,
+        *,
+        shares: Shares = "position",
     ) -> None:
         """Create the objective.
 
         Args:
             algorithm: the algorithm.
             value_loss: the loss of the value head, if the model has one. It is that of stage 1, if there is a stage 1.
+            history: the losses of the previous epoch, if the algorithm needs them.
             shares: the influence of targets in training, see `ops.targets.target_shares`.
         """
         self.algorithm, self.shares = algorithm, shares
-        self.value_loss = value_loss or ValueLoss()
+        self.value_loss, self.history = value_loss or ValueLoss(), history
 
     @property
     def name(self) -> str:
@@ -72,6 +80,8 @@ class MtpObjective:
         denominators = total_denominators([self.denominators(model, batch) for batch in batches], processes)
         if not denominators["targets"]:
             raise TrainingError("no token of the update is a target: every label is masked, so there is no loss")
+        if self.history is not None:
+            self.history.begin_update(batches[0])
         weights: Sequence[Tensor | None] = [None]
         if len(batches) > 1:
             observed = [self._observe(model, batch) for batch in batches]
@@ -115,6 +125,8 @@ class MtpObjective:
         valid = target != IGNORED
         shares = target_shares(valid, self.shares)
         total, losses, weights = self._weighted_sum(outputs, model, prepared, target, shares)
+        if self.history is not None:
+            self.history.record(batch, losses.masked_fill(~valid, torch.nan))
 
         sums = head_sums(losses, valid)
         share_sum = shares.sum()
@@ -157,16 +169,19 @@ class MtpObjective:
     ) -> WeightedSum:
         """Compute losses and weights in one pass, chunk by chunk. The scales of the weights are known at the end."""
         flat_shares, reference_losses = shares.flatten(), observed.reference_losses
+        previous_losses = observed.previous_losses
 
         def _coefficients(chunk: Chunk) -> Tensor:
             """Return the coefficient v·w of each row of a chunk, before the scaling."""
             reference = None if reference_losses is None else reference_losses.flatten(1)[:, chunk.rows]
+            previous = None if previous_losses is None else previous_losses.flatten()[chunk.rows]
             valid = torch.ones_like(chunk.losses, dtype=torch.bool)
             algorithm = self.algorithm
             entropies = None if algorithm.entropy_top_k is None else chunk.top_entropies(algorithm.entropy_top_k)
             inputs = replace(
-                observed, valid=valid, losses=chunk.losses, entropies=entropies, reference_losses=reference
-            )
+                observed, valid=valid, losses=chunk.losses, entropies=entropies, reference_losses=reference,
+                previous_losses=previous,
+            )  # fmt: skip
             weights = clip_weights(algorithm.weights(inputs), valid, algorithm.weight_min, algorithm.weight_max)
             return flat_shares[chunk.rows] * weights
 
@@ -205,7 +220,7 @@ class MtpObjective:
             target: the targets of all heads. The shape is [head, batch, position].
             value_outputs: the outputs of the value head, or None if the model has none.
         """
-        reference = None
+        reference, history = None, self.history
         if self.algorithm.needs_reference:
             assert batch.reference_losses is not None
             reference = shift_to_heads(batch.reference_losses, len(target), 0.0).movedim(-1, 0)
@@ -215,6 +230,7 @@ class MtpObjective:
             rewards = self.value_loss.final_values(values, batch)
         return Observations(
             target != IGNORED, batch.response, reference_losses=reference, values=values, rewards=rewards,
+            previous_losses=None if history is None else history.previous(batch, len(target)),
             harmful=batch.harmful, number=batch.number, samples=batch.samples,
         )  # fmt: skip
 
@@ -285,66 +301,12 @@ class MtpObjective:
         self.algorithm.finish_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the algorithm."""
-        return self.algorithm.state_dict()
+        """Return the state of the algorithm and the losses of the previous epoch. All ranks must call this method."""
+        history = {} if self.history is None else {"history": self.history.state_dict()}
+        return self.algorithm.state_dict() | history
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of the algorithm."""
+        """Restore the state that `state_dict` returned."""
         self.algorithm.load_state_dict(state)
-
-
-def head_sums(losses: Tensor, valid: Tensor) -> MetricSums:
-    """Return the metric sums `head_1_loss`, `head_2_loss`, …, from which the mean loss of each head is computed.
-
-    Args:
-        losses: the cross-entropy in nats, or 0 where there is no target. The shape is [head, batch, position].
-        valid: True where there is a target. The shape is [head, batch, position].
-    """
-    loss_sums, counts = losses.flatten(1).sum(dim=1), valid.flatten(1).sum(dim=1)
-    return MetricSums({f"head_{k}_loss": (loss_sums[k - 1], counts[k - 1]) for k in range(1, len(valid) + 1)})
-
-
-def canonical_sums(
-    losses: Float[Tensor, "batch position"], valid: Bool[Tensor, "batch position"], batch: Batch
-) -> MetricSums:
-    """Return the metric sums `canonical_logprob` and `canonical_probability`, which are means over correct solutions.
-
-    They are the sum of log p over the tokens of a solution, and the exponential of that sum, which is the probability
-    that sampling writes exactly this solution. Noise tokens are left out if they are known, because their text is
-    random. A batch without correct solutions has counts of 0.
-
-    Args:
-        losses: the cross-entropy of head 1 in nats.
-        valid: True where head 1 has a target.
-        batch: the validation batch.
-    """
-    counted = valid & batch.is_correct[:, None]
-    if batch.harmful is not None:
-        counted &= ~shift_to_heads(batch.harmful, 1, 0)[0]  # in correct solutions, these are the noise tokens
-    solutions = counted.any(dim=1)
-    logprobs, count = -losses.where(counted, 0.0).sum(dim=1), solutions.sum()
-    probabilities = logprobs.exp().where(solutions, 0.0)
-    return MetricSums(
-        {"canonical_logprob": (logprobs.sum(), count), "canonical_probability": (probabilities.sum(), count)}
-    )
-
-
-def reference_sums(losses: Tensor, valid: Tensor, batch: Batch, column: int) -> MetricSums:
-    """Return the metric sum `reference_better`.
-
-    It is the share of clean tokens that the reference predicts better than the policy. Clean tokens are all tokens of
-    correct solutions except noise.
-
-    Args:
-        losses: the cross-entropy of head 1 in nats. The shape is [batch, position].
-        valid: True where head 1 has a target. The shape is [batch, position].
-        batch: the batch. If it has no reference losses, as in `evaluate`, the result is empty.
-        column: the index of the reference in `Batch.reference_losses`.
-    """
-    if batch.reference_losses is None:
-        return MetricSums()
-    reference = shift_to_heads(batch.reference_losses[..., column], 1, 0.0)[0]
-    clean = valid & batch.is_correct[:, None]
-    if batch.harmful is not None:
-        clean &= ~shift_to_heads(batch.harmful, 1, True)[0]
-    return MetricSums({"reference_better": (((reference < losses) & clean).sum(), clean.sum())})
+        if self.history is not None:
+            self.history.load_state_dict(state["history"])

@@ -24,6 +24,7 @@ from wmtp.evaluation.token_columns import TokenColumns
 from wmtp.models.loading import build_source
 from wmtp.models.mtp import MtpModel
 from wmtp.objectives.base import Objective
+from wmtp.objectives.loss_history import LossHistory
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.objectives.value_loss import ValueLoss
 from wmtp.sandbox.grader import grade
@@ -288,15 +289,17 @@ def build_policy(config: DictConfig, components: Components, stage_model: MtpMod
 
 
 def build_objective(
-    config: DictConfig, algorithm: Algorithm, data: Dataset, stage: Stage | None = None
+    config: DictConfig, components: Components, data: Dataset, stage: Stage | None = None
 ) -> MtpObjective:
     """Return the objective of stage 2, after the algorithm has computed its constants from the data of stage 2.
 
     If stage 1 has trained the value head, stage 2 continues with its value loss.
     """
+    algorithm = components.algorithm
     algorithm.prepare(data.train)
+    history = LossHistory(data.train, components.hardware.processes) if algorithm.needs_previous_losses else None
     value_loss = stage.value_loss if isinstance(stage, ValueStage) else None
-    objective: MtpObjective = build(config.objective, algorithm=algorithm, value_loss=value_loss)
+    objective: MtpObjective = build(config.objective, algorithm=algorithm, value_loss=value_loss, history=history)
     return objective
 
 

@@ -13,6 +13,7 @@ from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
 from wmtp.models.shapes import ModelShape, model_shape
+from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import PRETRAIN
 from wmtp.training.builders import (
@@ -71,7 +72,7 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     if stage is None or not stage.trains_policy:
         stage_model = None
     model = build_policy(config, components, stage_model)
-    objective = build_objective(config, components.algorithm, data, stage)
+    objective = build_objective(config, components, data, stage)
     samples = build_sample_evaluation(config, folder, components)
     trainer = build_trainer(config, folder, components.hardware, data, model, objective, samples)
     restore_latest(trainer, config, CheckpointStore(folder))
@@ -137,7 +138,11 @@ def describe_training(trainer: Trainer) -> str:
     size = hardware.processes.size
     devices = f"{hardware.device.type}, {size} processes ({hardware.strategy})" if size > 1 else str(hardware.device)
     left = f", {max(0, plan.num_updates - step):,} of them left" if step else ""
-    return describe_stage(model_shape(trainer.model), devices, trainer.data, plan) + left
+    text = describe_stage(model_shape(trainer.model), devices, trainer.data, plan) + left
+    history = trainer.objective.history if isinstance(trainer.objective, MtpObjective) else None
+    if history is not None and plan.num_updates <= plan.updates_per_epoch:
+        text += "\nall weights are 1, because there is no second epoch: increase num_epochs"
+    return text
 
 
 def describe_stage(shape: ModelShape, devices: str, data: Dataset, plan: Plan) -> str:

@@ -147,7 +147,7 @@ class Run:
         announce("building the model …")
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
-        objective = build_objective(self.config, components.algorithm, data, stage)
+        objective = build_objective(self.config, components, data, stage)
         trainer = build_trainer(
             self.config, self.folder, components.hardware, data, model, objective, self.sample_evaluation
         )
@@ -290,6 +290,8 @@ class Run:
         announce("measuring the final model …")
         objective, data = trainer.objective, trainer.data
         assert isinstance(objective, MtpObjective)
+        if objective.history is not None:
+            data = data.with_training_as_validation()  # only these tokens have weights from a previous epoch
         if objective.algorithm.needs_better_reference:
             warn_of_weak_reference(trainer.last_validation.get(f"val/{METRIC}"), "after training")
         measured = measure_tokens(objective, trainer.model, data, trainer.hardware)

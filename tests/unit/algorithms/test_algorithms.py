@@ -21,6 +21,7 @@ from wmtp.algorithms.dft import Dft
 from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
+from wmtp.algorithms.history import History
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import IGNORED
 from wmtp.distributed.process_group import Processes
@@ -68,6 +69,7 @@ def random_observations(
         response,
         losses=4 * torch.rand(valid.shape, generator=source),
         reference_losses=4 * torch.rand(1, *valid.shape, generator=source),
+        previous_losses=4 * torch.rand(valid.shape, generator=generator(seed + 1)),
         entropies=math.log(20) * torch.rand(valid.shape, generator=generator(seed)),
         values=torch.randn(response.shape, generator=source),
         rewards=torch.rand(batch, generator=source),
@@ -373,12 +375,15 @@ def test_largest_excess_does_not_overflow() -> None:
     assert ExcessLoss(temperature=1e-3).weights(observed).tolist() == pytest.approx([5.0, 0.1])
 
 
-@pytest.mark.parametrize("algorithm", [ExcessLoss(), Dft(), Focal(), Entropy()], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize(
+    "algorithm", [ExcessLoss(), Dft(), Focal(), Entropy(), History()], ids=lambda algorithm: algorithm.name
+)
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 20))
 def test_weights_of_a_subset_of_targets_are_the_same(algorithm: Algorithm, seed: int, count: int) -> None:
     observed = random_observations(seed)
-    assert observed.losses is not None and observed.reference_losses is not None and observed.entropies is not None
+    assert observed.losses is not None and observed.reference_losses is not None
+    assert observed.entropies is not None and observed.previous_losses is not None
     all_weights = algorithm.weights(observed)
     subset = torch.randperm(observed.valid.numel(), generator=generator(seed))[:count]
     selected = Observations(
@@ -386,6 +391,7 @@ def test_weights_of_a_subset_of_targets_are_the_same(algorithm: Algorithm, seed:
         observed.response,
         observed.losses.flatten()[subset],
         observed.reference_losses.flatten(1)[:, subset],
+        observed.previous_losses.flatten()[subset],
         observed.entropies.flatten()[subset],
     )
     assert torch.allclose(algorithm.weights(selected), all_weights.flatten()[subset], rtol=1e-6)
@@ -639,15 +645,23 @@ def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]
 
 @pytest.mark.parametrize("control", [Shuffled, Random])
 def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Control]) -> None:
-    for of in (Uniform(), Critic(value_coef=0.3), ExcessLoss(weight_max=3.0), TokenSkip(), Entropy(rescale=False)):
+    for of in (
+        Uniform(),
+        Critic(value_coef=0.3),
+        ExcessLoss(weight_max=3.0),
+        TokenSkip(),
+        Entropy(rescale=False),
+        History(),
+    ):
         wrapped = control(of=of)
-        for name in ("needs_values", "references", "value_coef", "reference", "rescale", "entropy_top_k"):
+        names = ("needs_values", "references", "value_coef", "reference", "rescale", "entropy_top_k")
+        for name in (*names, "needs_previous_losses"):
             assert getattr(wrapped, name) == getattr(of, name)
         assert (wrapped.uses_losses == "none") is (of.uses_losses == "none")
         assert wrapped.weights(random_observations()).shape == random_observations().valid.shape
 
 
-@pytest.mark.parametrize("of", [Critic(), TokenSkip(), ExcessLoss(), Dft(), Focal(), Entropy()])
+@pytest.mark.parametrize("of", [Critic(), TokenSkip(), ExcessLoss(), Dft(), Focal(), Entropy(), History()])
 def test_shuffled_weights_are_those_of_the_wrapped_algorithm(of: Algorithm) -> None:
     observed = random_observations(8)
     original = clip_weights(copy.deepcopy(of).weights(observed), observed.valid, of.weight_min, of.weight_max)

@@ -1,0 +1,144 @@
+"""Tests of the losses of the previous epoch: what is recorded, who receives it, and that a resumed run has it."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import tiny_model
+from tests.support.ranks import Ranks
+from tests.support.training import make_trainer, parameters
+from tests.support.weights import plain_losses
+from wmtp.algorithms.history import History
+from wmtp.data.collate import IGNORED, Batch
+from wmtp.data.dataset import Dataset
+from wmtp.distributed.process_group import Processes
+from wmtp.objectives.loss_history import LossHistory
+from wmtp.objectives.mtp import MtpObjective
+from wmtp.ops.targets import targets
+from wmtp.training.trainer import Trainer
+
+OPTIONS = ["algo=history", "algo.temperature=0.2", "data.num_train=24", "batch_size=8", "num_epochs=3"]
+
+
+def epoch_batches(data: Dataset, epoch: int, size: int = 8) -> list[list[Batch]]:
+    return [data.micro_batches(epoch, update, 8, size) for update in range(5)]
+
+
+@pytest.mark.parametrize("size", [8, 3])
+def test_weights_are_exponentials_of_the_decrease_since_the_previous_epoch(tiny_data: Dataset, size: int) -> None:
+    """The losses of the first epoch are computed again, from all logits of another model with the same weights."""
+    then, now = tiny_model(seed=0), tiny_model(seed=1)
+    with torch.no_grad():
+        now.norm.weight.mul_(3)
+    objective = MtpObjective(History(rescale=False), history=LossHistory(tiny_data.train, Processes.single_process()))
+    before: dict[str, Tensor] = {}
+    for batches in epoch_batches(tiny_data, 0, size):
+        for prepared in objective.prepare(then, batches):
+            _, sums = objective.loss(then, prepared)
+            assert objective.metrics(sums)["weight_min"] == objective.metrics(sums)["weight_max"] == 1
+            losses = plain_losses(then, prepared.batch)
+            for row, (name, labels) in enumerate(zip(prepared.batch.record_ids, prepared.batch.labels, strict=True)):
+                length = int((labels != IGNORED).nonzero().max()) + 1
+                before[name] = losses[:, row, :length]
+    checked = 0
+    for batches in epoch_batches(tiny_data, 1, size):
+        for prepared in objective.prepare(now, batches):
+            batch = prepared.batch
+            expected = torch.ones(now.num_heads, *batch.tokens.shape, dtype=torch.double)
+            for row, name in enumerate(batch.record_ids):
+                length = before[name].shape[1]
+                progress = before[name] - plain_losses(now, batch)[:, row, :length]
+                expected[:, row, :length] = progress.exp().clamp(0.1, 5.0)
+            target = targets(batch.labels, now.num_heads)
+            weights = prepared.weights
+            if weights is None:
+                shares = (target != IGNORED).float()
+                _, _, weights = objective._weighted_sum(now(batch.tokens), now, prepared, target, shares)
+            valid = target != IGNORED
+            assert torch.allclose(weights[valid].double(), expected[valid], atol=1e-4)
+            assert expected[valid].std() > 0.1, "the control: the weights differ"
+            objective.loss(now, prepared)
+            checked += int(valid.sum())
+    assert checked > 1000
+
+
+def test_losses_of_other_samples_and_losses_that_are_not_finite_are_unknown(tiny_data: Dataset) -> None:
+    history = LossHistory(tiny_data.train, Processes.single_process())
+    ((first,), (second,), *_) = epoch_batches(tiny_data, 0)
+    losses = torch.rand(4, *first.tokens.shape)
+    losses[2, 1, 5] = torch.inf
+    history.record(first, losses)
+    found = history.previous(first, 4)
+    assert torch.equal(found[found.isfinite()], losses[found.isfinite()]) and found[2, 1, 5].isnan()
+    assert history.previous(second, 4).isnan().all()
+    unknown = replace(first, record_ids=tuple(f"other {name}" for name in first.record_ids))
+    assert history.previous(unknown, 4).isnan().all(), "as for validation samples"
+
+
+def record_own_half(data: Dataset) -> dict[str, Any]:
+    """Record the losses of this rank's samples, and return the number of known samples before and after an epoch."""
+    processes = Processes()
+    history = LossHistory(data.train, processes)
+    everything = [batch for batches in epoch_batches(data, 0) for batch in batches]
+    for number, batch in enumerate(everything):
+        history.begin_update(batch)
+        if number % 2 == processes.rank:
+            history.record(batch, torch.full((4, *batch.tokens.shape), float(number)))
+
+    def known() -> list[float]:
+        found = [history.previous(batch, 4)[:, 0, 0] for batch in everything]
+        return [float(x[0]) if x.isfinite().all() else -1 for x in found]
+
+    before = known()
+    history.begin_update(data.micro_batches(1, 0, 8, 8)[0])
+    restored = LossHistory(data.train, processes)
+    restored.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    after, history = known(), restored
+    return {"before": before, "after": after, "restored": known()}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_every_rank_receives_the_losses_of_all_ranks_when_an_epoch_begins(ranks: Ranks, tiny_data: Dataset) -> None:
+    first, second = ranks(record_own_half, replace(tiny_data))  # a copy that has not cached its batches
+    assert first["before"] == [0, -1, 2, -1, 4] and second["before"] == [-1, 1, -1, 3, -1]
+    for rank in (first, second):
+        assert rank["after"] == rank["restored"] == [0, 1, 2, 3, 4]
+
+
+def train(trainer: Trainer, count: int) -> list[dict[str, float]]:
+    return [trainer.train_update() for _ in range(count)]
+
+
+def test_a_run_that_is_resumed_within_an_epoch_has_the_same_weights(tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole", *OPTIONS)
+    assert all(metrics["train/weight_std"] < 1e-3 for metrics in train(whole, whole.plan.updates_per_epoch))
+    train(whole, 1)
+    saved = copy.deepcopy(whole.snapshot())
+    saved.state = json.loads(json.dumps(saved.state))
+    rest = train(whole, 4)
+    assert all(metrics["train/weight_std"] > 0.05 for metrics in rest)
+
+    def resumed(state: dict[str, Any]) -> tuple[list[dict[str, float]], Tensor]:
+        trainer = make_trainer(tmp_path / "resumed", *OPTIONS)
+        trainer.restore(replace(saved, state=saved.state | {"objective": state}))
+        return train(trainer, 4), parameters(trainer.model)
+
+    metrics, values = resumed(saved.state["objective"])
+    assert metrics == rest and torch.equal(values, parameters(whole.model))
+    assert resumed({"history": {}})[0] != rest, "the control: without the recorded losses"
+
+
+def test_a_run_of_one_epoch_says_that_all_weights_are_one(tmp_path: Path) -> None:
+    from wmtp.training.dry_run import describe_training
+
+    text = "no second epoch"
+    assert text in describe_training(make_trainer(tmp_path, *OPTIONS, "num_epochs=1"))
+    assert text not in describe_training(make_trainer(tmp_path, *OPTIONS))
+    assert text not in describe_training(make_trainer(tmp_path, "num_epochs=1"))
