@@ -24,16 +24,20 @@ from wmtp.algorithms.dft import Dft
 from wmtp.algorithms.entropy import Entropy
 from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
 from wmtp.algorithms.focal import Focal
+from wmtp.algorithms.history import History
 from wmtp.algorithms.implicit_reward import ImplicitReward
 from wmtp.algorithms.prior import Prior
 from wmtp.algorithms.reward import Reward
+from wmtp.algorithms.surprisal import Surprisal
 from wmtp.algorithms.uniform import Uniform
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.dataset import Dataset, read_dataset
 from wmtp.data.sources import TaskSource
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.distributed.device import Hardware
+from wmtp.distributed.process_group import Processes
 from wmtp.models.llama import LlamaArchitecture, create_llama
+from wmtp.objectives.loss_history import LossHistory
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.training.early_stopping import EarlyStopping
 from wmtp.training.optim import constant, parameter_groups
@@ -48,6 +52,7 @@ ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
     "rho1": (ExcessLoss(), 1.03),
     "rho1_token_skip": (TokenSkip(), None),
     "contrast": (Contrast(), 1.03),
+    "surprisal": (Surprisal(), 1.03),
     "implicit_reward": (ImplicitReward(), 1.03),
     "cleaning": (Cleaning(), 1.03),
     "prior": (Prior(), 1.03),
@@ -55,6 +60,7 @@ ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
     "dft": (Dft(), 1.03),
     "focal": (Focal(), 1.03),
     "entropy": (Entropy(), 1.03),
+    "history": (History(), 1.03),
     "shuffled critic": (Shuffled(of=Critic()), None),
     "random critic": (Random(of=Critic()), None),
     "shuffled rho1": (Shuffled(of=ExcessLoss()), None),
@@ -71,10 +77,11 @@ def trainer_of(algorithm: Algorithm, data: Dataset, num_updates: int, folder: Pa
     if algorithm.needs_values:
         model.add_value_head(algorithm.value)
     algorithm.prepare(data.train)
+    history = LossHistory(data.train, Processes.single_process()) if algorithm.needs_previous_losses else None
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     return Trainer(
         model,
-        MtpObjective(algorithm),
+        MtpObjective(algorithm, history=history),
         data,
         optimizer,
         constant(optimizer, num_updates),

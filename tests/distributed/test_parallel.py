@@ -38,6 +38,7 @@ ALGORITHMS = {
     "reward": ["algo=reward"],
     "prior": ["algo=prior", "algo.reference=null", "pretrain=rho1", *STAGE_1],
     "cleaning": ["algo=cleaning", *STAGE_1],
+    "surprisal": ["algo=surprisal", *STAGE_1],
     "contrast": ["algo=contrast", "algo.beta=0.15", "pretrain.optimizer.lr=0.01", *STAGE_1],  # with 1, see focal
 }
 """Overrides by algorithm."""

@@ -131,9 +131,19 @@ def test_the_references_are_one_model_with_two_classes(invoke: Invoke) -> None:
     assert "Stage 1, ContrastStage" in outcome.out
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert all(line["train/weight_std"] > 0 for line in lines if "train/weight_std" in line), "both have equal losses"
-    for arguments in (["algo=shuffled", "algo.of=contrast"], ["algo=contrast", "dry_run=true"]):
+    reused = ["algo=surprisal", "pretrain.reuse=run"]
+    for arguments in (reused, ["algo=shuffled", "algo.of=contrast"], ["algo=contrast", "dry_run=true"]):
         other = invoke(*arguments, *run)
         assert other.code == 0, other.err
+
+
+def test_surprisal_uses_the_losses_of_the_class_correct(invoke: Invoke, tmp_path: Path) -> None:
+    stage = ["pretrain.max_steps=2", f"cache_dir={tmp_path}/cache", "max_steps=1", "num_samples=0"]
+    for algorithm, names in (("surprisal", ["correct"]), ("contrast", ["correct", "incorrect"])):
+        outcome = invoke(f"algo={algorithm}", *stage)
+        assert outcome.code == 0, outcome.err
+        found = {path.name.split("-losses")[0] for path in Path(f"{tmp_path}/cache").glob("*-losses-*.npy")}
+        assert found == set(names)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +151,7 @@ def test_the_references_are_one_model_with_two_classes(invoke: Invoke) -> None:
     [
         (["algo=contrast", "pretrain=none"], "pretrain=contrast"),
         (["algo=contrast", "pretrain=rho1"], "pretrain=contrast"),
+        (["algo=surprisal", "pretrain=none"], "pretrain=contrast"),
         (["algo=baseline", "pretrain=contrast"], "pretrain=none"),
         (["algo=contrast", "data.correct_ratio=1"], "choose 0.5"),
     ],

@@ -1,5 +1,6 @@
-"""Tests of prior against the published formula, computed from all logits of the reference."""
+"""Tests of prior and surprisal against the published formula, computed from all logits of the reference."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,23 @@ from torch import Tensor
 from tests.conftest import Invoke, tiny_model
 from tests.support.weights import plain_losses, sharp_model, trained_weights, with_probable_labels
 from tests.unit.objectives.test_objectives import ragged
+from wmtp.algorithms.base import Algorithm
 from wmtp.algorithms.prior import Prior
+from wmtp.algorithms.surprisal import Surprisal
 from wmtp.data.collate import IGNORED
 from wmtp.ops.targets import targets
 
 
-def test_unscaled_weights_are_the_published_ones_for_all_heads() -> None:
+def prior(power: float = 1.0) -> Prior:
+    return Prior(power=power, reference=None, rescale=False)
+
+
+def surprisal(power: float = 1.0) -> Surprisal:
+    return Surprisal(power=power, rescale=False)
+
+
+@pytest.mark.parametrize("algorithm", [prior, surprisal])
+def test_unscaled_weights_are_the_published_ones_for_all_heads(algorithm: Callable[..., Algorithm]) -> None:
     """The published weight of a token is the probability with which the frozen reference predicts it."""
     policy, reference = tiny_model(seed=1), sharp_model()
     batch = with_probable_labels(reference, ragged())
@@ -34,14 +46,14 @@ def test_unscaled_weights_are_the_published_ones_for_all_heads() -> None:
         ]
         return torch.allclose(weights[valid].double(), torch.stack(expected), atol=1e-6, rtol=0)
 
-    for weights in trained_weights(Prior(reference=None, rescale=False), policy, batch):
+    for weights in trained_weights(algorithm(), policy, batch):
         assert weights[valid].max() > 0.5
         assert agrees(weights)
         assert not weights[~valid].any()
         assert not agrees(torch.exp(-of_policy)), "the control: the probability under the policy"
         own_head = (-plain_losses(reference, batch)).exp()
         assert not agrees(own_head), "the control: the head of the reference that predicts from the same position"
-    for weights in trained_weights(Prior(power=0.5, reference=None, rescale=False), policy, batch):
+    for weights in trained_weights(algorithm(power=0.5), policy, batch):
         assert agrees(weights, power=0.5)
         assert not agrees(weights)
 

@@ -1,0 +1,113 @@
+"""Print the tables of docs/weightings.md from docs/weightings.csv: `scripts/tabulate_weightings.py [REGIME RUN …]`.
+
+With arguments, the results of finished runs first replace the rows of this regime in the CSV file. REGIME is the name of
+the data, tasks or tasks_noisy. A run belongs to the arm that its `tags.arm` names.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from estimate_scaling import table
+from omegaconf import OmegaConf
+
+from wmtp.report.statistics import estimate_mean_difference
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "weightings.csv"
+QUALITY = ("decisive_wrong_auc", "decisive_wrong_top1", "noise_auc")
+"""Measures of the weights, from the entry `weights` of summary.json."""
+POLICY = ("canonical_logprob", "canonical_probability", "sampled_pass_rate", "clean_loss")
+"""Measures of the last model, from the entry `last` of summary.json."""
+COLUMNS = ("regime", "arm", "seed", "tokens", *QUALITY, *POLICY)
+Row = dict[str, str]
+
+
+def read_run(regime: str, run: Path) -> Row:
+    """Return the row of a finished run."""
+    config, summary = OmegaConf.load(run / "config.yaml"), json.loads((run / "summary.json").read_text())
+    stage = summary["pretrain"] or {"total_tokens": 0}
+    measured = {name: summary["weights"].get(name) for name in QUALITY}
+    measured |= {name: summary["last"].get(f"val/{name}") for name in POLICY}
+    tokens = summary["total_tokens"] + stage["total_tokens"]
+    row = {"regime": regime, "arm": config.tags.arm, "seed": config.seed, "tokens": tokens} | measured
+    return {name: "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+            for name, value in row.items()}  # fmt: skip
+
+
+def values_of(rows: Iterable[Row], arm: str, name: str) -> list[float]:
+    """Return the values of a measure in the runs of an arm, ordered by seed. Runs without the value are left out."""
+    chosen = sorted((row for row in rows if row["arm"] == arm and row[name]), key=lambda row: int(row["seed"]))
+    return [float(row[name]) for row in chosen]
+
+
+def mean_with_interval(values: Sequence[float], digits: int = 2) -> str:
+    """Return the mean of values and half the width of its 95 % interval, or – if there is no value.
+
+    >>> mean_with_interval([0.9, 0.95, 1.0])
+    '0.95 ± 0.12'
+    """
+    if not values:
+        return "–"
+    estimate = estimate_mean_difference(values)
+    width = "" if estimate.high is None else f" ± {estimate.high - estimate.mean:.{digits}f}"
+    return f"{estimate.mean:.{digits}f}{width}"
+
+
+def quality_table(rows: list[Row]) -> str:
+    """Return the table of what the weights of each arm identify."""
+    header = ["`algo=`", "runs", *(f"`{name}`" for name in QUALITY)]
+    return table(header, [
+        [arm, sum(row["arm"] == arm for row in rows), *(mean_with_interval(values_of(rows, arm, x)) for x in QUALITY)]
+        for arm in dict.fromkeys(row["arm"] for row in rows)
+    ])  # fmt: skip
+
+
+def gain_table(rows: list[Row]) -> str:
+    """Return the table of the policies of each arm, compared with uniform weights and with the oracle's weights."""
+    logprobs, probabilities = POLICY[:2]
+    uniform, oracle = (np.mean(values_of(rows, arm, logprobs)) for arm in ("baseline", "oracle"))
+    unit = np.mean(values_of(rows, "baseline", probabilities))
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = np.array(values_of(rows, arm, logprobs))
+        lines.append([
+            arm, len(own), mean_with_interval(own.tolist()),
+            f"{np.mean(values_of(rows, arm, probabilities)) / unit:.1f}",
+            mean_with_interval((100 * (own - uniform) / (oracle - uniform)).tolist(), 0),
+            mean_with_interval(values_of(rows, arm, "sampled_pass_rate"), 3),
+            mean_with_interval(values_of(rows, arm, "noise_auc")),
+        ])  # fmt: skip
+    header = ["`algo=`", "runs", "log-probability", "probability ÷ uniform", "% of the oracle's gain",
+              "sampled pass@1", "`noise_auc`"]  # fmt: skip
+    return table(header, lines)
+
+
+def tables() -> list[str]:
+    """Return the tables of docs/weightings.md, one for each regime that has results."""
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    by_regime = {regime: [row for row in rows if row["regime"] == regime] for regime in ("tasks", "tasks_noisy")}
+    functions = {"tasks": quality_table, "tasks_noisy": gain_table}
+    return [functions[regime](chosen) for regime, chosen in by_regime.items() if chosen]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Replace the rows of a regime if runs are given, then print the tables."""
+    if arguments:
+        regime, *runs = arguments
+        kept: list[Row] = []
+        if RESULTS.exists():
+            with RESULTS.open() as file:
+                kept = [row for row in csv.DictReader(file) if row["regime"] != regime]
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*kept, *(read_run(regime, Path(run)) for run in runs)])
+    print("\n\n".join(tables()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
