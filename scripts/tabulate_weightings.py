@@ -1,7 +1,7 @@
 """Print the tables of docs/weightings.md from docs/weightings.csv: `scripts/tabulate_weightings.py [REGIME RUN …]`.
 
-With arguments, the results of finished runs first replace the rows of this regime in the CSV file. REGIME is the name of
-the data, tasks or tasks_noisy. A run belongs to the arm that its `tags.arm` names.
+With arguments, the results of finished runs first replace the rows of this regime in the CSV file. REGIME is the name
+of the data, tasks or tasks_noisy. A run belongs to the arm in its override `tags.arm`, otherwise to its `algo`.
 """
 
 import csv
@@ -15,6 +15,7 @@ from estimate_scaling import table
 from omegaconf import OmegaConf
 
 from wmtp.report.statistics import estimate_mean_difference
+from wmtp.runtime.run_dir import SAVED_OVERRIDES
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "weightings.csv"
 QUALITY = ("decisive_wrong_auc", "decisive_wrong_top1", "noise_auc")
@@ -28,11 +29,14 @@ Row = dict[str, str]
 def read_run(regime: str, run: Path) -> Row:
     """Return the row of a finished run."""
     config, summary = OmegaConf.load(run / "config.yaml"), json.loads((run / "summary.json").read_text())
+    overrides = dict(text.split("=", 1) for text in json.loads((run / SAVED_OVERRIDES).read_text()))
     stage = summary["pretrain"] or {"total_tokens": 0}
     measured = {name: summary["weights"].get(name) for name in QUALITY}
-    measured |= {name: summary["last"].get(f"val/{name}") for name in POLICY}
+    if regime == "tasks_noisy":  # in the other regime, policies are trained only as long as their weights need it
+        measured |= {name: summary["last"].get(f"val/{name}") for name in POLICY}
     tokens = summary["total_tokens"] + stage["total_tokens"]
-    row = {"regime": regime, "arm": config.tags.arm, "seed": config.seed, "tokens": tokens} | measured
+    arm = overrides.get("tags.arm", overrides.get("algo", "baseline"))
+    row = {"regime": regime, "arm": arm, "seed": config.seed, "tokens": tokens} | measured
     return {name: "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
             for name, value in row.items()}  # fmt: skip
 
@@ -103,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
             with RESULTS.open() as file:
                 kept = [row for row in csv.DictReader(file) if row["regime"] != regime]
         with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows([*kept, *(read_run(regime, Path(run)) for run in runs)])
     print("\n\n".join(tables()))
