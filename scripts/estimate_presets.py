@@ -89,6 +89,7 @@ def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = 
     setting = ParallelSetting(
         hardware.strategy if hardware.num_processes > 1 else "single", hardware.activation_checkpointing,
         hardware.reduce_each_micro_batch, plan.micro_batch_size, hardware.precision,
+        scales_heads_in_one_pass=stage is None and build(config.algo).scales_heads_in_one_pass,
     )  # fmt: skip
     machine = Cluster(hardware.num_processes, data.max_length, plan.batch_size, device, NOMINAL[device])
     return Training(name, shape(config, folder, stage), machine, setting, num_samples, plan.num_updates)

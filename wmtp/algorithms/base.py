@@ -122,6 +122,11 @@ class Algorithm(ABC):
         return bool(self.references)
 
     @property
+    def scales_heads_in_one_pass(self) -> bool:
+        """True if an update of one micro-batch computes its losses and weights together, and scales the heads then."""
+        return self.rescale and self.uses_losses == "own"
+
+    @property
     def name(self) -> str:
         """The name of the algorithm. By default it is the name of the class."""
         return type(self).__name__

@@ -53,10 +53,11 @@ def estimate_run(config: DictConfig, algorithm: Algorithm | None = None) -> None
     if stage is not None and stage.reuse is None:
         settings = stage_config(config)
         shape = planned_shape(settings, tokenizer, stage)
-        text = describe_estimate(settings, build_stage_data(here, components, stage), shape)
+        text = describe_estimate(settings, build_stage_data(here, components, stage), shape, stage)
         console.print(f"Stage 1, {type(stage).__name__}:\n{text}", soft_wrap=True, highlight=False)
-    shape = planned_shape(config, tokenizer, components.algorithm)
-    console.print(describe_estimate(config, components.data, shape), soft_wrap=True, highlight=False)
+    part = components.algorithm
+    shape = planned_shape(config, tokenizer, part)
+    console.print(describe_estimate(config, components.data, shape, part), soft_wrap=True, highlight=False)
     lacking = lacking_hardware(config)
     assert lacking is not None
     console.print("The config is valid for other hardware; no update ran. Nothing was saved.", highlight=False)
@@ -87,10 +88,10 @@ def planned_shape(config: DictConfig, tokenizer: Tokenizer | None, part: Stage |
     return model_shape(model)
 
 
-def describe_estimate(config: DictConfig, data: Dataset, shape: ModelShape) -> str:
+def describe_estimate(config: DictConfig, data: Dataset, shape: ModelShape, part: Stage | Algorithm) -> str:
     """Return the description of a stage, with its memory and, for GPUs, its time.
 
-    The memory is that of batches that contain only the longest samples.
+    The memory is that of batches that contain only the longest samples. `part` is stage 1 or the algorithm of stage 2.
     """
     hardware, lengths = config.hardware, data.train.samples.lengths
     size, device = int(hardware.num_processes), wanted_device(hardware.device)
@@ -99,6 +100,7 @@ def describe_estimate(config: DictConfig, data: Dataset, shape: ModelShape) -> s
         hardware.strategy if size > 1 else "single", hardware.activation_checkpointing,
         hardware.reduce_each_micro_batch, min(plan.micro_batch_size, len(lengths)), hardware.precision,
         moments_per_parameter(try_optimizer(config.optimizer)),
+        isinstance(part, Algorithm) and part.scales_heads_in_one_pass,
     )  # fmt: skip
     machine = Cluster(size, int(lengths.max()), plan.batch_size, device)
     devices = f"{device}, {size} processes ({hardware.strategy})" if size > 1 else device

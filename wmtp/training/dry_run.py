@@ -112,9 +112,11 @@ def describe_cost(trainer: Trainer, num_updates: int, seconds: float, rate: floa
     update, which took `seconds` at `rate` tokens per second.
     """
     hardware, plan, lengths = trainer.hardware, trainer.plan, trainer.data.train.samples.lengths
+    objective = trainer.objective
     setting = ParallelSetting(
         hardware.strategy, hardware.activation_checkpointing, hardware.reduce_each_micro_batch,
         min(plan.micro_batch_size, len(lengths)), hardware.precision, moments_per_parameter(trainer.optimizer),
+        isinstance(objective, MtpObjective) and objective.algorithm.scales_heads_in_one_pass,
     )  # fmt: skip
     machine = Machine(
         hardware.processes.size, sequence=int(lengths.max()), batch_size=plan.batch_size,

@@ -39,7 +39,8 @@ ADAM_TRAFFIC = 92
 class ParallelSetting(NamedTuple):
     """The parallel strategy, the precision of matrix products, and the size of the optimizer's state.
 
-    `moments` is the number of values that the optimizer stores for each parameter.
+    `moments` is the number of values that the optimizer stores for each parameter. `scales_heads_in_one_pass` is the
+    property of the algorithm.
     """
 
     strategy: str
@@ -48,6 +49,7 @@ class ParallelSetting(NamedTuple):
     micro_batch_size: int
     precision: str = "bf16"
     moments: int = 2
+    scales_heads_in_one_pass: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
     """Return the memory that the loss needs, in bytes. The loss is computed in chunks.
 
     This memory contains the states of the heads and their gradient, the gradient of the unembedding in fp32, copies of
-    the unembedding and of the gradient of one chunk in bf16, and one chunk of logits.
+    the unembedding and of the gradient of one chunk in bf16, and one chunk of logits. If each head is scaled at the end
+    of a pass, each has its own gradient of the unembedding.
     """
     if shape.trains_values_only:
         return 0.0
@@ -207,7 +210,8 @@ def loss_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting, to
     summed = max(4, shape.number_bytes)
     unembedding = size if size < shape.number_bytes else 0
     if is_trained:
-        unembedding += summed + (size if size < summed else 0)
+        one_pass = setting.scales_heads_in_one_pass and machine.micro_batches(setting) == 1
+        unembedding += summed * (shape.num_heads if one_pass else 1) + (size if size < summed else 0)
     copies = 1.0
     if size == 2:
         copies = 1.5 if machine.device == "cuda" else 2.5  # other devices divide in fp32 first, then cast to bf16

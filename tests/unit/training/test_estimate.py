@@ -21,7 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import TINY, Invoke, compose_config, tiny_model
 from tests.unit.training.test_scaling import saved_tensors
 from tests.unit.training.test_scaling import script as scaling
+from wmtp.algorithms.contrast import Contrast
 from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.excess_loss import ExcessLoss, TokenSkip
+from wmtp.algorithms.uniform import Uniform
 from wmtp.data.dataset import Dataset
 from wmtp.data.tokenizer import task_tokenizer
 from wmtp.models.architecture import Architecture
@@ -235,6 +238,27 @@ def test_the_loss_takes_less_than_all_logits() -> None:
     assert loss_bytes(in_bf16, CPU, single_process(), 3) == (2 * 2 * 4 * 8 + 2.5 * 4 * 4 * 10) * 3 + (4 + 2) * 10 * 8
 
 
+def test_scaling_heads_in_one_pass_takes_a_gradient_of_the_unembedding_for_each() -> None:
+    model, one_pass = create_model("ours"), single_process()._replace(scales_heads_in_one_pass=True)
+    shape = model_shape(model)
+
+    def stored(by_head: bool) -> int:
+        outputs = model(TOKENS)
+        targets = TOKENS.expand(len(outputs.states), *TOKENS.shape)
+        sums, _, _ = losses.weighted_cross_entropy(
+            outputs.states, model.unembedding_weight, targets, lambda chunk: torch.ones_like(chunk.losses),
+            by_head=by_head,
+        )  # fmt: skip
+        return sum(gradient.nbytes for gradient in sums.grad_fn.gradients)  # type: ignore[union-attr]
+
+    more = loss_bytes(shape, CPU, one_pass, TOKENS.numel()) - loss_bytes(shape, CPU, single_process(), TOKENS.numel())
+    assert more == stored(by_head=True) - stored(by_head=False) > 0
+    halves = one_pass._replace(micro_batch_size=SAMPLES // 2)
+    assert loss_bytes(shape, CPU, halves, 9) == loss_bytes(shape, CPU, single_process(), 9)
+    assert ExcessLoss().scales_heads_in_one_pass and not ExcessLoss(rescale=False).scales_heads_in_one_pass
+    assert not TokenSkip().scales_heads_in_one_pass and not Contrast().scales_heads_in_one_pass
+
+
 @pytest.mark.parametrize(("kind", "rank"), [("llama", None), ("llama, medusa", None), ("gpt2", None), ("ours", 8)])
 def test_operations_equal_those_that_torch_counts(kind: str, rank: int | None) -> None:
     model = create_model(kind, rank)
@@ -325,13 +349,13 @@ def test_a_dry_run_estimates_for_hardware_that_is_not_here(invoke: Invoke, cache
 def test_the_time_is_estimated_for_models_that_keep_gpus_busy(tiny_data: Dataset) -> None:
     """The lowest estimate is above that of 6 FLOPs for each parameter and token at the peak speed of four A100s."""
     config = compose_config("hardware=a100x4")
-    text = describe_estimate(config, tiny_data, ModelShape())
+    text = describe_estimate(config, tiny_data, ModelShape(), Uniform())
     found = re.search(r"time: ([\d.]+) s to ([\d.]+) s for 9 updates", text)
     assert found is not None, text
     least, most = map(float, found.groups())
     tokens = 3 * float(tiny_data.train.samples.lengths.sum())
     assert 6 * ModelShape().parameters * tokens / 4 / 312e12 < least <= most < 20 * least
-    assert "too small" in describe_estimate(config, tiny_data, model_shape(tiny_model())), "the control"
+    assert "too small" in describe_estimate(config, tiny_data, model_shape(tiny_model()), Uniform()), "the control"
 
 
 @pytest.fixture(scope="module")
