@@ -1,7 +1,7 @@
 """Print the tables of docs/weightings.md from docs/weightings.csv: `scripts/tabulate_weightings.py [REGIME RUN …]`.
 
 With arguments, the results of finished runs first replace the rows of this regime in the CSV file. REGIME is the name
-of the data, tasks or tasks_noisy. A run belongs to the arm in its override `tags.arm`, otherwise to its `algo`.
+of the data, tasks or tasks_noisy. A run belongs to the arm in its `tags.arm`, or to the one of its overrides of `algo`.
 """
 
 import csv
@@ -30,12 +30,13 @@ def read_run(regime: str, run: Path) -> Row:
     """Return the row of a finished run."""
     config, summary = OmegaConf.load(run / "config.yaml"), json.loads((run / "summary.json").read_text())
     overrides = dict(text.split("=", 1) for text in json.loads((run / SAVED_OVERRIDES).read_text()))
+    names = [overrides.get("algo", "baseline"), overrides.get("algo/of")]
     stage = summary["pretrain"] or {"total_tokens": 0}
     measured = {name: summary["weights"].get(name) for name in QUALITY}
     if regime == "tasks_noisy":  # in the other regime, policies are trained only as long as their weights need it
         measured |= {name: summary["last"].get(f"val/{name}") for name in POLICY}
     tokens = summary["total_tokens"] + stage["total_tokens"]
-    arm = overrides.get("tags.arm", overrides.get("algo", "baseline"))
+    arm = config.tags.get("arm") or " ".join(filter(None, names))
     row = {"regime": regime, "arm": arm, "seed": config.seed, "tokens": tokens} | measured
     return {name: "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
             for name, value in row.items()}  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import estimate_presets
 import estimate_scaling
 import simulate_intervals
+import tabulate_weightings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -35,6 +36,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         ("scaling.md", "estimate_scaling", estimate_scaling.default_tables()),
         ("presets.md", "estimate_presets", estimate_presets.tables()),
         ("sweeps.md", "simulate_intervals", simulate_intervals.tables()),
+        ("weightings.md", "tabulate_weightings", tabulate_weightings.tables()),
     ):
         yield DOCS / name, replace_tables((DOCS / name).read_text(), script, tables)
 

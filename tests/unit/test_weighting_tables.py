@@ -23,10 +23,12 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTy
 
 
 def make_run(folder: Path, overrides: list[str], seed: int, last: dict[str, float], noise_auc: float | None) -> str:
-    """Write those files of a run that the script reads."""
+    """Write those files of a run that the script reads. Overrides of tags are not in the list of overrides."""
+    tags = dict(text.removeprefix("tags.").split("=") for text in overrides if text.startswith("tags."))
+    overrides = [text for text in overrides if not text.startswith("tags.")]
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "accepted.json").write_text(json.dumps(overrides))
-    (folder / "config.yaml").write_text(f"seed: {seed}\n")
+    (folder / "config.yaml").write_text(f"seed: {seed}\ntags: {json.dumps(tags)}\n")
     weights = {} if noise_auc is None else {"noise_auc": noise_auc}
     summary = {"total_tokens": 70, "pretrain": {"total_tokens": 30}, "weights": weights, "last": last}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -49,7 +51,7 @@ def test_the_gain_is_relative_to_uniform_and_oracle_weights(
     arms: list[tuple[str, list[str], tuple[float, ...], tuple[float, ...], Any]] = [
         ("baseline", ["batch_size=4"], (-6.0, -4.0), (0.1, 0.3), None),
         ("oracle", ["algo=oracle"], (-1.0, -1.0), (0.8, 1.0), 1.0),
-        ("cleaning", ["algo=cleaning", "tags.arm=cleaning"], (-2.0, -4.0), (0.4, 0.2), 0.75),
+        ("cleaning", ["algo=shuffled", "algo/of=rho1", "tags.arm=cleaning"], (-2.0, -4.0), (0.4, 0.2), 0.75),
     ]
     runs = [
         make_run(tmp_path / f"{name}{seed}", overrides, seed, policy(logprobs[seed], probabilities[seed]), auc)
@@ -62,11 +64,13 @@ def test_the_gain_is_relative_to_uniform_and_oracle_weights(
     assert found["oracle"] == ["2", "-1.00", "4.5", "100", "–", "1.00"]
     assert found["cleaning"] == ["2", "-3.00 ± 12.71", "1.5", "50 ± 318", "–", "0.75"]
 
-    other = make_run(tmp_path / "other", ["algo=contrast"], 5, policy(-240.0, 0.0), 0.5)
+    other = make_run(tmp_path / "other", ["algo=shuffled", "algo/of=contrast"], 5, policy(-240.0, 0.0), 0.5)
     script.main(["tasks", other])
     first, second = capsys.readouterr().out.split("\n\n")
-    assert cells(first)["contrast"] == ["1", "–", "–", "0.50"]
+    assert cells(first)["shuffled contrast"] == ["1", "–", "–", "0.50"]
     assert cells(second)["cleaning"] == found["cleaning"], "the rows of the other regime are kept"
     assert "240" not in (tmp_path / "results.csv").read_text(), "a policy of one update says nothing"
     script.main(["tasks", other])
-    assert cells(capsys.readouterr().out.split("\n\n")[0])["contrast"][0] == "1", "rows are replaced, not added"
+    assert cells(capsys.readouterr().out.split("\n\n")[0])["shuffled contrast"][0] == "1", (
+        "rows are replaced, not added"
+    )
