@@ -1,7 +1,8 @@
 """Print the tables of docs/weightings.md from docs/weightings.csv: `scripts/tabulate_weightings.py [REGIME RUN …]`.
 
-With arguments, the results of finished runs first replace the rows of this regime in the CSV file. REGIME is the name
-of the data, tasks or tasks_noisy. A run belongs to the arm in its `tags.arm`, or to the one of its overrides of `algo`.
+With arguments, the results of finished runs are first added to the CSV file. They replace the rows with the same
+regime, arm and seed. REGIME is the name of the data, tasks or tasks_noisy. A run belongs to the arm in its `tags.arm`,
+or to the one of its overrides of `algo`.
 """
 
 import csv
@@ -23,7 +24,13 @@ QUALITY = ("decisive_wrong_auc", "decisive_wrong_top1", "noise_auc")
 POLICY = ("canonical_logprob", "canonical_probability", "sampled_pass_rate", "clean_loss")
 """Measures of the last model, from the entry `last` of summary.json."""
 COLUMNS = ("regime", "arm", "seed", "tokens", *QUALITY, *POLICY)
+REGIMES = ("tasks", "tasks_noisy")
 Row = dict[str, str]
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """Return what identifies a row: its regime, arm and seed."""
+    return row["regime"], row["arm"], row["seed"]
 
 
 def read_run(regime: str, run: Path) -> Row:
@@ -94,23 +101,28 @@ def tables() -> list[str]:
     """Return the tables of docs/weightings.md, one for each regime that has results."""
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    by_regime = {regime: [row for row in rows if row["regime"] == regime] for regime in ("tasks", "tasks_noisy")}
+    by_regime = {regime: [row for row in rows if row["regime"] == regime] for regime in REGIMES}
     functions = {"tasks": quality_table, "tasks_noisy": gain_table}
     return [functions[regime](chosen) for regime, chosen in by_regime.items() if chosen]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Replace the rows of a regime if runs are given, then print the tables."""
+    """Add the rows of the given runs, if there are any, then print the tables."""
     if arguments:
         regime, *runs = arguments
-        kept: list[Row] = []
+        if regime not in REGIMES:
+            sys.exit(f"{regime}: the first argument must be one of {', '.join(REGIMES)}")
+        rows: dict[tuple[str, ...], Row] = {}
         if RESULTS.exists():
             with RESULTS.open() as file:
-                kept = [row for row in csv.DictReader(file) if row["regime"] != regime]
+                rows = {key_of(row): row for row in csv.DictReader(file)}
+        for run in runs:  # all are read before the file is changed
+            row = read_run(regime, Path(run))
+            rows[key_of(row)] = row
         with RESULTS.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*kept, *(read_run(regime, Path(run)) for run in runs)])
+            writer.writerows(rows.values())
     print("\n\n".join(tables()))
 
 

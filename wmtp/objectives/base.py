@@ -73,7 +73,7 @@ class Objective(Protocol):
         """Update the state after an optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that is needed to resume a run, as JSON values."""
+        """Return the state that is needed to resume a run, as JSON values. All ranks must call this method."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
