@@ -32,7 +32,7 @@ from wmtp.config.schema import CONFIG_FOLDER
 from wmtp.data.collate import IGNORED
 from wmtp.objectives import mtp
 from wmtp.ops.cross_entropy import RowFunction
-from wmtp.training.builders import build_components, build_policy, build_trainer
+from wmtp.training.builders import build_components, build_objective, build_policy, build_trainer
 from wmtp.training.references import reference_models
 
 CASES = {
@@ -89,7 +89,7 @@ def measure(case: str, overrides: list[str], updates: int) -> dict[str, object]:
     model = build_policy(config, components, None)
     loaded = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
-        objective = mtp.MtpObjective(components.algorithm)
+        objective = build_objective(config, components, data)
         trainer = build_trainer(config, Path(folder), components.hardware, data, model, objective)
         seconds, tokens, losses = [], [], []
         for _ in range(updates + 1):  # the first one is a warm-up

@@ -71,16 +71,22 @@ def mean_with_interval(values: Sequence[float], digits: int = 2) -> str:
 def quality_table(rows: list[Row]) -> str:
     """Return the table of what the weights of each arm identify."""
     header = ["`algo=`", "runs", *(f"`{name}`" for name in QUALITY)]
-    return table(header, [
-        [arm, sum(row["arm"] == arm for row in rows), *(mean_with_interval(values_of(rows, arm, x)) for x in QUALITY)]
-        for arm in dict.fromkeys(row["arm"] for row in rows)
-    ])  # fmt: skip
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = [mean_with_interval(values_of(rows, arm, name), 3) for name in QUALITY]
+        lines.append([arm, sum(row["arm"] == arm for row in rows), *cells])
+    return table(header, lines)
 
 
 def gain_table(rows: list[Row]) -> str:
-    """Return the table of the policies of each arm, compared with uniform weights and with the oracle's weights."""
+    """Return the table of the policies of each arm, compared with uniform weights and with the oracle's weights.
+
+    All arms must have the same seeds. The gain over uniform weights is paired by seed, and divided by the oracle's mean
+    gain.
+    """
     logprobs, probabilities = POLICY[:2]
-    uniform, oracle = (np.mean(values_of(rows, arm, logprobs)) for arm in ("baseline", "oracle"))
+    uniform = np.array(values_of(rows, "baseline", logprobs))
+    oracle_gain = np.mean(np.array(values_of(rows, "oracle", logprobs)) - uniform)
     unit = np.mean(values_of(rows, "baseline", probabilities))
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -88,7 +94,7 @@ def gain_table(rows: list[Row]) -> str:
         lines.append([
             arm, len(own), mean_with_interval(own.tolist()),
             f"{np.mean(values_of(rows, arm, probabilities)) / unit:.1f}",
-            mean_with_interval((100 * (own - uniform) / (oracle - uniform)).tolist(), 0),
+            mean_with_interval((100 * (own - uniform) / oracle_gain).tolist(), 0),
             mean_with_interval(values_of(rows, arm, "sampled_pass_rate"), 3),
             mean_with_interval(values_of(rows, arm, "noise_auc")),
         ])  # fmt: skip

@@ -50,6 +50,7 @@ def write_token_report(folder: Path, measured: np.ndarray, data: Dataset, step: 
     indices = [index for index in range(len(split)) if split.tasks[index] in tasks][: 2 * NUM_TASKS]
     content = {
         "step": step,
+        "split": split.name,
         "samples": describe_samples(split, data.tokenizer, measured, indices),
         "calibration": calibration(split, measured[:, TOKEN_METRICS.index("value")]),
     }

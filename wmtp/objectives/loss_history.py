@@ -1,6 +1,7 @@
 """The losses of the training targets in the previous epoch, on which the weights of `history` depend."""
 
 import base64
+import logging
 import zlib
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from wmtp.data.collate import Batch
 from wmtp.data.split import TokenizedSplit
 from wmtp.distributed.process_group import Processes
+
+log = logging.getLogger(__name__)
 
 
 class LossHistory:
@@ -25,7 +28,7 @@ class LossHistory:
 
     def __init__(self, split: TokenizedSplit, processes: Processes) -> None:
         """Create a history without losses. `split` is the training split."""
-        self.processes = processes
+        self.processes, self._fingerprint = processes, split.fingerprint
         self._rows = {split.record_ids[record]: row for row, record in enumerate(split.samples.kept.tolist())}
         self._offsets = split.samples.offsets
         self._lengths = torch.from_numpy(split.samples.lengths)
@@ -71,6 +74,8 @@ class LossHistory:
 
     def _share(self) -> None:
         """Give all ranks the losses that a rank has recorded since the last call. Each sample was on one rank."""
+        if self.processes.size == 1:
+            return
         num_heads = int(self.processes.max(0 if self._losses is None else self._losses.shape[1])[0])
         if num_heads == 0:
             return
@@ -81,15 +86,21 @@ class LossHistory:
         self._is_new.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses of all ranks as JSON values. All ranks must call this method."""
+        """Return the losses of all ranks as JSON values on rank 0, and nothing on other ranks, which save no state.
+
+        All ranks must call this method.
+        """
         self._share()
-        if self._losses is None:
+        if self._losses is None or not self.processes.is_main:
             return {}
         compressed = zlib.compress(self._losses.numpy().tobytes(), level=1)  # losses of prompts are equal, namely NaN
-        return {"num_heads": self._losses.shape[1], "losses": base64.b64encode(compressed).decode()}
+        encoded = base64.b64encode(compressed).decode()
+        return {"data": self._fingerprint, "num_heads": self._losses.shape[1], "losses": encoded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the losses that `state_dict` returned."""
-        if state:
+        """Restore the losses that `state_dict` returned on rank 0. Losses of other training data are left out."""
+        if state and state["data"] != self._fingerprint:
+            log.warning("the training data have changed, so the losses of the previous epoch are not known")
+        elif state:
             losses = np.frombuffer(bytearray(zlib.decompress(base64.b64decode(state["losses"]))), np.float32)
             self._losses = torch.from_numpy(losses.reshape(-1, state["num_heads"]))

@@ -57,6 +57,7 @@ class MtpObjective:
             history: the losses of the previous epoch, if the algorithm needs them.
             shares: the influence of targets in training, see `ops.targets.target_shares`.
         """
+        assert history is not None or not algorithm.needs_previous_losses
         self.algorithm, self.shares = algorithm, shares
         self.value_loss, self.history = value_loss or ValueLoss(), history
 

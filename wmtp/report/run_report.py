@@ -149,7 +149,8 @@ def _tokens(run: RunRecord) -> Markup:
             if run.summary
             else Markup()
         )
-    introduction = f"Validation solutions at update {run.tokens['step']:,}, token by token."
+    kind = "Training" if run.tokens.get("split") == "train" else "Validation"
+    introduction = f"{kind} solutions at update {run.tokens['step']:,}, token by token."
     return paragraph(introduction) + token_heatmaps(samples)
 
 

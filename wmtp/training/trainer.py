@@ -295,7 +295,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         restore_generators(state["generators"], self.processes)
         self.finite_check.num_skipped = state["skipped_updates"]
-        self.objective.load_state_dict(state["objective"])
+        if "objective" not in changes:  # otherwise it is the state of another algorithm
+            self.objective.load_state_dict(state["objective"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         validation = state["validation"]
         self.last_validation = validation["last"]

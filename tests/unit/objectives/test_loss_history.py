@@ -6,18 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import tiny_model
 from tests.support.ranks import Ranks
-from tests.support.training import make_trainer, parameters
+from tests.support.training import make_trainer, parameters, train_run
 from tests.support.weights import plain_losses
 from wmtp.algorithms.history import History
-from wmtp.data.collate import IGNORED, Batch
+from wmtp.data.collate import IGNORED, Batch, collate
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
+from wmtp.errors import InputError
 from wmtp.objectives.loss_history import LossHistory
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops.targets import targets
@@ -98,7 +100,7 @@ def record_own_half(data: Dataset) -> dict[str, Any]:
     before = known()
     history.begin_update(data.micro_batches(1, 0, 8, 8)[0])
     restored = LossHistory(data.train, processes)
-    restored.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    restored.load_state_dict(processes.gather(history.state_dict())[0])  # rank 0 writes the checkpoint
     after, history = known(), restored
     return {"before": before, "after": after, "restored": known()}
 
@@ -133,6 +135,44 @@ def test_a_run_that_is_resumed_within_an_epoch_has_the_same_weights(tmp_path: Pa
     metrics, values = resumed(saved.state["objective"])
     assert metrics == rest and torch.equal(values, parameters(whole.model))
     assert resumed({"history": {}})[0] != rest, "the control: without the recorded losses"
+
+
+def test_the_losses_of_other_training_data_are_not_restored(tiny_data: Dataset, caplog: Any) -> None:
+    history = LossHistory(tiny_data.train, Processes.single_process())
+    ((batch,), *_) = epoch_batches(tiny_data, 0)
+    history.record(batch, torch.ones(4, *batch.tokens.shape))
+    for split, is_known in ((tiny_data.train, True), (tiny_data.train.first(39), False)):
+        restored = LossHistory(split, Processes.single_process())
+        restored.load_state_dict(history.state_dict())
+        assert bool(restored.previous(batch, 4).isfinite().any()) is is_known
+        assert ("training data have changed" in caplog.text) is not is_known
+
+
+def test_the_state_of_another_algorithm_is_not_loaded(tmp_path: Path) -> None:
+    saved = make_trainer(tmp_path / "critic", *OPTIONS[2:]).snapshot()
+    trainer = make_trainer(tmp_path / "history", *OPTIONS)
+    with pytest.raises(InputError, match="objective"):
+        trainer.restore(saved)
+    assert "objective" in trainer.restore(saved, ["objective"])
+    train(trainer, 1)
+
+
+def test_the_first_samples_of_a_split_keep_their_tokens_and_labels(tiny_data: Dataset) -> None:
+    whole = tiny_data.train.with_columns(harmful=np.arange(len(tiny_data.train.samples.tokens)) % 3 == 0)
+    part = whole.first(5)
+    expected, found = (collate(split, [1, 4], padding=0) for split in (whole, part))
+    assert len(part) == 5 and found.record_ids == expected.record_ids
+    assert torch.equal(found.labels, expected.labels) and torch.equal(found.harmful, expected.harmful)
+    assert len(whole.first(99)) == len(whole) and len(whole.first(0)) == 0
+
+
+def test_the_weights_of_training_solutions_are_measured(tmp_path: Path) -> None:
+    train_run(tmp_path, *OPTIONS, "data.noise=0.5", "num_epochs=2")
+    content = json.loads((tmp_path / "tokens.json").read_text())
+    assert content["split"] == "train"
+    weights = [token["weight"] for sample in content["samples"] for token in sample["tokens"]]
+    assert max(weights) > min(weights) + 0.01, "the control: weights of validation solutions are 1"
+    assert json.loads((tmp_path / "summary.json").read_text())["weights"].keys() >= {"noise_auc"}
 
 
 def test_a_run_of_one_epoch_says_that_all_weights_are_one(tmp_path: Path) -> None:
