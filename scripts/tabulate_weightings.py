@@ -55,6 +55,12 @@ def values_of(rows: Iterable[Row], arm: str, name: str) -> list[float]:
     return [float(row[name]) for row in chosen]
 
 
+def arms_of(rows: list[Row], name: str) -> list[str]:
+    """Return the arms, ordered by the mean of a measure: the highest first, those without the measure last."""
+    means = {arm: np.mean(values_of(rows, arm, name) or [-np.inf]) for arm in {row["arm"] for row in rows}}
+    return sorted(means, key=lambda arm: (-means[arm], arm))
+
+
 def mean_with_interval(values: Sequence[float], digits: int = 2) -> str:
     """Return the mean of values and half the width of its 95 % interval, or – if there is no value.
 
@@ -69,10 +75,10 @@ def mean_with_interval(values: Sequence[float], digits: int = 2) -> str:
 
 
 def quality_table(rows: list[Row]) -> str:
-    """Return the table of what the weights of each arm identify."""
+    """Return the table of what the weights of each arm identify, best arm first."""
     header = ["`algo=`", "runs", *(f"`{name}`" for name in QUALITY)]
     lines = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    for arm in arms_of(rows, QUALITY[0]):
         cells = [mean_with_interval(values_of(rows, arm, name), 3) for name in QUALITY]
         lines.append([arm, sum(row["arm"] == arm for row in rows), *cells])
     return table(header, lines)
@@ -81,15 +87,15 @@ def quality_table(rows: list[Row]) -> str:
 def gain_table(rows: list[Row]) -> str:
     """Return the table of the policies of each arm, compared with uniform weights and with the oracle's weights.
 
-    All arms must have the same seeds. The gain over uniform weights is paired by seed, and divided by the oracle's mean
-    gain.
+    All arms must have the same seeds. The best arm is first. The gain over uniform weights is paired by seed, and
+    divided by the oracle's mean gain.
     """
     logprobs, probabilities = POLICY[:2]
     uniform = np.array(values_of(rows, "baseline", logprobs))
     oracle_gain = np.mean(np.array(values_of(rows, "oracle", logprobs)) - uniform)
     unit = np.mean(values_of(rows, "baseline", probabilities))
     lines = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    for arm in arms_of(rows, logprobs):
         own = np.array(values_of(rows, arm, logprobs))
         lines.append([
             arm, len(own), mean_with_interval(own.tolist()),

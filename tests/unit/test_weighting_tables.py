@@ -60,6 +60,7 @@ def test_the_gain_is_relative_to_uniform_and_oracle_weights(
     ]
     script.main(["tasks_noisy", *runs])
     found = cells(capsys.readouterr().out)
+    assert list(found)[2:] == ["oracle", "cleaning", "baseline"], "the best arm is first"
     assert found["baseline"][:4] == ["2", "-5.00 ± 12.71", "1.0", "0"]
     assert found["oracle"] == ["2", "-1.00", "4.5", "100 ± 318", "–", "1.00"]
     assert found["cleaning"] == ["2", "-3.00 ± 12.71", "1.5", "50 ± 635", "–", "0.75"]
