@@ -127,11 +127,12 @@ def test_a_sweep_is_an_mlflow_run_with_its_jobs_as_children(world: World) -> Non
 
 
 def test_ten_simultaneous_launches_are_ten_runs_in_ten_folders(world: World) -> None:
-    """All runs use one SQLite database that does not exist yet."""
-    local = ["tracking.uri=null", "tracking.experiment=together", "tracking.system_seconds=null", "max_steps=2"]
+    """All runs use one SQLite database that does not exist yet; on busy cores, its creation can take a minute."""
+    local = ["tracking.uri=null", "tracking.experiment=together", "tracking.system_seconds=null", "max_steps=2",
+             "tracking.stall_seconds=150", "tracking.close_seconds=150"]  # fmt: skip
     no_server = dict.fromkeys(world.server.environment(), "")
     children = [world.train(*local, f"seed={seed}", variables=no_server) for seed in range(10)]
-    assert [child.wait() for child in children] == [0] * 10, children[0].text
+    assert [child.text for child in children if child.wait(240)] == []
     folders = world.folders()
     assert len(folders) == 10 and {read_json(folder / "summary.json")["total_steps"] for folder in folders} == {2}
     client = MlflowClient(f"sqlite:///{world.home / 'outputs' / 'mlflow.db'}")
