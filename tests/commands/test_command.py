@@ -247,6 +247,7 @@ def test_a_resumed_run_continues_its_mlflow_run(invoke: Invoke) -> None:
     assert {"config.yaml", "summary.json", "samples.jsonl"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
+@pytest.mark.slow
 def test_help_takes_less_than_two_seconds_of_cpu_time() -> None:
     def cpu_seconds() -> float:
         """Return the CPU time of one call; its elapsed time would depend on tests that run at the same time."""

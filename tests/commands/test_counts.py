@@ -55,6 +55,7 @@ def test_train_and_evaluate_compose_check_build_and_hash_once(
     assert max(hashes(again)) == 2
 
 
+@pytest.mark.slow
 def test_control_a_second_resolution_is_counted(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

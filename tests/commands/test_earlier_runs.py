@@ -50,6 +50,7 @@ def test_resume_continues_from_the_state_of_the_earlier_version(run: Path, invok
     assert summary["last"]["val/loss"] == pytest.approx(LOSS_AFTER_RESUME, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_run_can_reuse_stage_1_of_an_earlier_run(run: Path, invoke: Invoke) -> None:
     model = [f"model.{key}" for key in ("dim=16", "num_layers=1", "hidden_dim=32", "num_attention_heads=2")]
     done = invoke(SEEDS_CRITIC, *model, "model.num_kv_heads=1", "pretrain.reuse=run", "max_steps=1")

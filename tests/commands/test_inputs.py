@@ -63,6 +63,7 @@ def test_more_invalid_lines_than_max_errors_stop_the_run(invoke: Invoke, invalid
     assert "data.max_errors" in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "message"), [("drop", "were dropped"), ("cut", "were cut at the end of the solution")]
 )
@@ -102,6 +103,7 @@ def test_missing_validation_data_are_an_error_if_a_setting_depends_on_them(invok
     assert summary["pass@1"] is None and summary["label_shares"] == {}
 
 
+@pytest.mark.slow
 def test_a_run_prints_and_saves_the_shares_of_token_labels(invoke: Invoke) -> None:
     overrides = ["data.noise=0.7", "data.correct_ratio=0.5", "num_samples=0", "max_steps=1", "hydra.run.dir=run"]
     tried, done = (invoke(*overrides, f"dry_run={option}") for option in (True, False))

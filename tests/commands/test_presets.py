@@ -83,6 +83,7 @@ def test_values_that_the_chosen_option_sets_otherwise_are_dropped(
     assert dropped in notes and (dropped or not notes), notes
 
 
+@pytest.mark.slow
 def test_a_sweep_says_it_once(invoke: Invoke, records: Path) -> None:
     arguments = ["experiment=smoke", "data=jsonl", f"data.path={records}", "seed=-1,-2"]
     outcome = invoke("-m", *arguments, tiny=False)

@@ -38,6 +38,7 @@ def with_required_options(override: str) -> list[str]:
     return [*companions.get(group, []), override]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", options())
 def test_every_option_composes_and_is_valid_except_for_values_that_a_user_must_set(
     compose: Callable[..., DictConfig], override: str
@@ -50,6 +51,7 @@ def test_every_option_composes_and_is_valid_except_for_values_that_a_user_must_s
     assert [issue for issue in issues if issue.key not in expected] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_starts_with_the_command_that_runs_it(path: Path, compose: Callable[..., DictConfig]) -> None:
     name = path.relative_to(CONFIG_FOLDER / "experiment").with_suffix("")

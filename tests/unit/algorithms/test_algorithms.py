@@ -690,6 +690,7 @@ def test_random_weights_have_the_mean_and_deviation_of_the_wrapped_algorithm() -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [Critic(beta=0.4), ExcessLoss(), TokenSkip(), Dft()], ids=lambda of: of.name)
 def test_random_weights_keep_their_deviation_after_clipping_and_scaling(of: Algorithm) -> None:
     observed = random_observations(1, batch=64, length=32)

@@ -115,6 +115,7 @@ def test_equal_differences(split: TokenizedSplit) -> None:
         assert torch.equal(weights, (targets(batch.labels, 4) != IGNORED).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["sample", "global"])
 def test_a_run_trains_a_reference_and_then_on_the_chosen_share(invoke: Invoke, tmp_path: Path, level: str) -> None:
     run = ["algo=cleaning", f"algo.level={level}", "algo.rescale=false", "num_samples=0", "max_steps=3"]

@@ -124,6 +124,7 @@ def test_the_exponent_is_the_change_of_the_log_odds_by_bayes_rule() -> None:
             assert changes[0] != pytest.approx(log_odds(one), abs=0.1), "the control: log-odds without the prior"
 
 
+@pytest.mark.slow
 def test_the_references_are_one_model_with_two_classes(invoke: Invoke) -> None:
     run = ["max_steps=2", "num_samples=0", "log_interval=1"]
     outcome = invoke("algo=contrast", *run, "hydra.run.dir=run")
@@ -137,6 +138,7 @@ def test_the_references_are_one_model_with_two_classes(invoke: Invoke) -> None:
         assert other.code == 0, other.err
 
 
+@pytest.mark.slow
 def test_surprisal_uses_the_losses_of_the_class_correct(invoke: Invoke, tmp_path: Path) -> None:
     stage = ["pretrain.max_steps=2", f"cache_dir={tmp_path}/cache", "max_steps=1", "num_samples=0"]
     for algorithm, names in (("surprisal", ["correct"]), ("contrast", ["correct", "incorrect"])):

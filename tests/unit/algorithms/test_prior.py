@@ -58,6 +58,7 @@ def test_unscaled_weights_are_the_published_ones_for_all_heads(algorithm: Callab
         assert not agrees(weights)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_reference_in_a_run(invoke: Invoke) -> None:
     run = ["max_steps=2", "num_samples=0"]
     assert invoke(*run, "hydra.run.dir=first").code == 0
@@ -69,6 +70,7 @@ def test_weights_are_those_of_the_reference_in_a_run(invoke: Invoke) -> None:
         assert outcome.code == 0, outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "key"), [(["algo=prior"], "algo.reference"), (["algo=random", "algo.of=prior"], "algo.of.reference")]
 )

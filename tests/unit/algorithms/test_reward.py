@@ -69,6 +69,7 @@ def train_metrics(folder: Path) -> dict[str, float]:
     return {name: value for line in found for name, value in line.items() if name.startswith("train/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["algo=reward"], ["algo=random", "algo.of=reward"]])
 def test_a_run_trains_with_the_mean_reward_of_its_data(invoke: Invoke, tmp_path: Path, arguments: list[str]) -> None:
     """Half of the solutions are incorrect, so the unscaled weights are exp(±0.5)."""

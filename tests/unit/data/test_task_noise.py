@@ -179,6 +179,7 @@ def test_all_solutions_of_a_task_are_pairs_in_one_batch(tokenizer: Tokenizer, ca
     assert num_pairs(ungrouped, 16) < 90, "the control"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["data=tasks_noisy", "data=tasks"])
 def test_seven_of_ten_targets_of_the_noisy_tasks_are_harmful(
     override: str, compose: Callable[..., DictConfig], tokenizer: Tokenizer, cache: Path

@@ -104,6 +104,7 @@ def test_the_sampled_pass_rate_is_the_mean_over_problems_of_graded_attempts(tiny
     assert got["pass_rate"] == outcomes.count("pass") / len(outcomes)
 
 
+@pytest.mark.slow
 def test_attempts_do_not_change_other_results_and_are_the_same_at_every_validation(
     tiny_data: Dataset, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_without_a_grader_attempts_are_written_but_have_no_pass_rate(tiny_data: 
     assert len(lines(tmp_path / "samples.jsonl")) == (4 + 3) * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_drops_later_attempts(tiny_data: Dataset, tmp_path: Path) -> None:
     evaluation = evaluation_with_attempts(tiny_data, tmp_path, 1)
     for step in (2, 4):

@@ -177,6 +177,7 @@ def test_correct_weights_score_one_inverted_weights_zero_and_random_weights_half
     assert quality_of(noisy_data, Uniform()) == {}, "equal weights have a quality"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decisive_wrong_auc", "noise_auc"])
 def test_shuffled_weights_score_half(name: str, tokenizer: Tokenizer, cache: Path) -> None:
     source = TaskSource(tokenizer=tokenizer, num_train=2, num_validation=80, num_test=1, difficulties={1: 1}, noise=0.5)
@@ -229,6 +230,7 @@ def test_a_perfect_critic_scores_one_although_the_rest_of_a_step_has_full_weight
     assert got["decisive_wrong_top1"] == 0.0 and 0.9 < (got["decisive_wrong_auc"] or 0) < 1.0, "the end token counts"
 
 
+@pytest.mark.slow
 def test_randomly_permuted_weights_score_one_half_and_the_reciprocal_of_the_number_of_tokens(
     noisy_data: Dataset,
 ) -> None:

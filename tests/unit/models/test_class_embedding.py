@@ -89,6 +89,7 @@ def mean_loss(model: MtpModel, tokens: Tensor, label: int) -> float:
     return nn.functional.cross_entropy(states @ model.unembedding_weight.T, tokens[:, 1]).item()
 
 
+@pytest.mark.slow
 def test_a_trained_model_gives_each_class_its_own_losses_and_is_saved(tmp_path: Path) -> None:
     model, data = conditional(tiny_model(num_heads=1)), LabeledData(32)
     tokens = data.batch(0, 32).tokens

@@ -816,6 +816,7 @@ def test_a_tokenizer_of_another_folder_is_kept_too(folder: Path, tokenizer: Toke
         assert (kept.fingerprint, kept.end, kept.padding) == (tokenizer.fingerprint, tokenizer.end, tokenizer.padding)
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_need_the_models_folder(
     invoke: Invoke, folder: Path, tokenizer: Tokenizer, cache: Path, tmp_path: Path
 ) -> None:

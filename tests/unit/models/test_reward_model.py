@@ -246,6 +246,7 @@ def test_other_tokens_before_a_text_are_reported(tokenizer: Tokenizer, caplog: p
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_does_not_differ_from_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer_difference(tokenizer, tokenizer.backend) is None
     smaller = task_tokenizer(tmp_path, vocab_size=400)
@@ -359,6 +360,7 @@ def test_train_refuses_a_reward_model_with_another_tokenizer_before_training(
     assert loaded_folders == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

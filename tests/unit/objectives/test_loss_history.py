@@ -32,6 +32,7 @@ def epoch_batches(data: Dataset, epoch: int, size: int = 8) -> list[list[Batch]]
     return [data.micro_batches(epoch, update, 8, size) for update in range(5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 3])
 def test_weights_are_exponentials_of_the_decrease_since_the_previous_epoch(tiny_data: Dataset, size: int) -> None:
     """The losses of the first epoch are computed again, from all logits of another model with the same weights."""
@@ -118,6 +119,7 @@ def train(trainer: Trainer, count: int) -> list[dict[str, float]]:
     return [trainer.train_update() for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_within_an_epoch_has_the_same_weights(tmp_path: Path) -> None:
     whole = make_trainer(tmp_path / "whole", *OPTIONS)
     assert all(metrics["train/weight_std"] < 1e-3 for metrics in train(whole, whole.plan.updates_per_epoch))
@@ -166,6 +168,7 @@ def test_the_first_samples_of_a_split_keep_their_tokens_and_labels(tiny_data: Da
     assert len(whole.first(99)) == len(whole) and len(whole.first(0)) == 0
 
 
+@pytest.mark.slow
 def test_the_weights_of_training_solutions_are_measured(tmp_path: Path) -> None:
     train_run(tmp_path, *OPTIONS, "data.noise=0.5", "num_epochs=2")
     content = json.loads((tmp_path / "tokens.json").read_text())

@@ -66,6 +66,7 @@ def test_false_positive_rate_with_five_seeds_is_at_most_eight_percent(noise: str
     assert np.mean([min(p for p in study if p is not None) < 0.05 for study in corrected]) <= 0.08
 
 
+@pytest.mark.slow
 def test_control_without_correction_three_comparisons_exceed_eight_percent() -> None:
     uncorrected = intervals(differences(NOISES["normal"], 3, seed=1))[0].reshape(STUDIES, 3)
     assert np.mean(uncorrected.min(axis=1) < 0.05) > 0.08

@@ -111,6 +111,7 @@ def test_every_uri_of_mlflow_is_accepted(uri: str) -> None:
     assert uri_problem(uri) is None
 
 
+@pytest.mark.slow
 def test_an_sqlite_file_that_cannot_store_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that does not exist yet, and the file of a store are accepted."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -160,6 +160,7 @@ def weighted_loss(model: MtpModel) -> Tensor:
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_operations_equal_those_that_torch_counts(activation_checkpointing: bool) -> None:
     model = create_model(**SMALL)
@@ -197,6 +198,7 @@ def group_of_four() -> Iterator[int]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_traffic_equals_the_bytes_that_fsdp_sends(group_of_four: int, activation_checkpointing: bool) -> None:

@@ -335,6 +335,7 @@ def parameters_after(folder: Path, micro_batch_size: int, naive: bool = False) -
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+@pytest.mark.slow
 def test_an_update_is_the_same_for_any_micro_batch_size(tmp_path: Path) -> None:
     one_batch, start = parameters_after(tmp_path, 8), torch.cat([p.flatten() for p in tiny_model().parameters()])
     assert (one_batch - start).norm() > 0.1
