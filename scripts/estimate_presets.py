@@ -18,7 +18,8 @@ from wmtp.config.schema import CONFIG_FOLDER, build, stage_config
 from wmtp.models.shapes import ModelShape
 from wmtp.training.absent_hardware import planned_shape
 from wmtp.training.dry_run import format_duration
-from wmtp.training.estimate import GB, Cluster, ParallelSetting, all_logits_bytes, memory, speed
+from wmtp.training.estimate import GB, ParallelSetting, all_logits_bytes, memory
+from wmtp.training.estimate_speed import Cluster, speed
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
 
@@ -90,6 +91,7 @@ def training(name: str, config: DictConfig, folder: Path, stage: Stage | None = 
         hardware.strategy if hardware.num_processes > 1 else "single", hardware.activation_checkpointing,
         hardware.reduce_each_micro_batch, plan.micro_batch_size, hardware.precision,
         scales_heads_in_one_pass=stage is None and build(config.algo).scales_heads_in_one_pass,
+        additional_pass="none" if stage else build(config.algo).additional_pass,
     )  # fmt: skip
     machine = Cluster(hardware.num_processes, data.max_length, plan.batch_size, device, NOMINAL[device])
     return Training(name, shape(config, folder, stage), machine, setting, num_samples, plan.num_updates)

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from itertools import product
 
 from wmtp.models.shapes import ModelShape
-from wmtp.training.estimate import (
-    GB,
+from wmtp.training.estimate import GB, ParallelSetting, memory
+from wmtp.training.estimate_speed import (
     NODE_RING_BANDWIDTH,
     PEAK_FLOPS,
     RING_BANDWIDTH,
     UTILIZATION,
     Cluster,
-    ParallelSetting,
     flops_per_token,
-    memory,
     speed,
     traffic,
 )

@@ -20,6 +20,8 @@ from wmtp.models.value_heads import ValueKind
 INITIAL: Final = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
+AdditionalPass = Literal["none", "trunk", "heads"]
+"""The last part of the model that an additional forward pass without gradient computes; none: there is no pass."""
 ReferenceName = Literal["reference", "reward_model", "start", "correct", "incorrect"]
 """A model whose losses an algorithm can use.
 
@@ -125,6 +127,13 @@ class Algorithm(ABC):
     def scales_heads_in_one_pass(self) -> bool:
         """True if an update of one micro-batch computes its losses and weights together, and scales the heads then."""
         return self.rescale and self.uses_losses == "own"
+
+    @property
+    def additional_pass(self) -> AdditionalPass:
+        """The part of the model that computes outputs for the weights of an update with several micro-batches."""
+        if self.uses_losses != "none":
+            return "heads"
+        return "trunk" if self.needs_values else "none"
 
     @property
     def name(self) -> str:

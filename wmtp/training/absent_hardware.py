@@ -23,7 +23,8 @@ from wmtp.training.dry_run import (
     moments_per_parameter,
     wrap_lines,
 )
-from wmtp.training.estimate import Cluster, ParallelSetting, memory, speed
+from wmtp.training.estimate import ParallelSetting, memory
+from wmtp.training.estimate_speed import Cluster, speed
 from wmtp.training.optim import try_optimizer
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
@@ -101,6 +102,7 @@ def describe_estimate(config: DictConfig, data: Dataset, shape: ModelShape, part
         hardware.reduce_each_micro_batch, min(plan.micro_batch_size, len(lengths)), hardware.precision,
         moments_per_parameter(try_optimizer(config.optimizer)),
         isinstance(part, Algorithm) and part.scales_heads_in_one_pass,
+        part.additional_pass if isinstance(part, Algorithm) else "none",
     )  # fmt: skip
     machine = Cluster(size, int(lengths.max()), plan.batch_size, device)
     devices = f"{device}, {size} processes ({hardware.strategy})" if size > 1 else device

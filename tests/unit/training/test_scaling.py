@@ -19,13 +19,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from wmtp.algorithms.base import Algorithm
+from wmtp.algorithms.critic import Critic
+from wmtp.algorithms.excess_loss import ExcessLoss
+from wmtp.algorithms.uniform import Uniform
+from wmtp.data.collate import Batch
 from wmtp.distributed.parallelize import parallelize
 from wmtp.models.llama import LlamaArchitecture, create_llama
 from wmtp.models.mtp import MtpModel
 from wmtp.models.shapes import ModelShape
+from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops import cross_entropy as losses
 from wmtp.training import estimate
 from wmtp.training.estimate import Machine, ParallelSetting
+from wmtp.training.estimate_speed import additional_flops_per_token
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -175,6 +182,23 @@ def test_operations_equal_those_that_torch_counts(activation_checkpointing: bool
     assert abs(rule_of_thumb - expected) > 0.01 * expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [Uniform(), Critic(), ExcessLoss()], ids=lambda each: each.additional_pass)
+def test_operations_of_the_additional_pass_equal_those_that_torch_counts(algorithm: Algorithm) -> None:
+    model = create_model(**SMALL)
+    if algorithm.needs_values:
+        model.add_value_head("state")
+    tokens = torch.zeros(SAMPLES, POSITIONS, dtype=torch.long)
+    batch = Batch(
+        tokens, tokens, torch.ones(SAMPLES), torch.ones(SAMPLES).bool(), torch.arange(SAMPLES),
+        tuple("abcd"), tokens.numel(), reference_losses=torch.zeros(*tokens.shape, 1),
+    )  # fmt: skip
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        MtpObjective(algorithm).prepare(model, [batch, batch])
+    expected = additional_flops_per_token(ModelShape(**SMALL), POSITIONS, algorithm.additional_pass)
+    assert counter.get_total_flops() / (2 * SAMPLES * POSITIONS) == pytest.approx(expected, rel=0.001)
+
+
 class Traffic(TorchDispatchMode):
     """Mode that counts the total bytes that collectives gather and reduce, not only this rank's part."""
 
@@ -215,6 +239,26 @@ def test_traffic_equals_the_bytes_that_fsdp_sends(group_of_four: int, activation
     assert gathered > 1.4 * share * (
         2 * blocks + 4 * (shape.parameters - blocks)
     )  # the control: parameters gathered in the forward only
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_traffic_includes_the_additional_pass_of_an_update_with_several_micro_batches(group_of_four: int) -> None:
+    model, share = create_model(**SMALL), (group_of_four - 1) / group_of_four
+    parallelize(model, [*model.trunk, *model.heads], "fsdp", "bf16")
+    with Traffic() as counted:
+        with torch.no_grad():
+            for _ in range(2):
+                weighted_loss(model)
+        for _ in range(2):
+            weighted_loss(model).backward()  # type: ignore[no-untyped-call]
+    plain = setting(False)
+    gathered, reduced = script.traffic(
+        ModelShape(**SMALL), group_of_four, plain._replace(additional_pass="heads"), micro_batches=2
+    )
+    assert (share * counted.gathered, share * counted.reduced) == (gathered, reduced)
+    control, _ = script.traffic(ModelShape(**SMALL), group_of_four, plain, micro_batches=2)
+    assert gathered > 1.3 * control
 
 
 def test_memory_is_sharded() -> None:
