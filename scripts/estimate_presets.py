@@ -18,8 +18,8 @@ from wmtp.config.schema import CONFIG_FOLDER, build, stage_config
 from wmtp.models.shapes import ModelShape
 from wmtp.training.absent_hardware import planned_shape
 from wmtp.training.dry_run import format_duration
-from wmtp.training.estimate import GB, ParallelSetting, all_logits_bytes, memory
-from wmtp.training.estimate_speed import Cluster, speed
+from wmtp.training.estimate.memory import GB, ParallelSetting, all_logits_bytes, memory
+from wmtp.training.estimate.speed import Cluster, speed
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage
 

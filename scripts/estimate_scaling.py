@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from itertools import product
 
 from wmtp.models.shapes import ModelShape
-from wmtp.training.estimate import GB, ParallelSetting, memory
-from wmtp.training.estimate_speed import (
+from wmtp.training.estimate.memory import GB, ParallelSetting, memory
+from wmtp.training.estimate.speed import (
     NODE_RING_BANDWIDTH,
     PEAK_FLOPS,
     RING_BANDWIDTH,

@@ -24,7 +24,7 @@ def test_the_tables_are_current(script: ModuleType, monkeypatch: pytest.MonkeyPa
     simulated = script.simulate_intervals.tables()  # only once, because the simulation takes seconds
     monkeypatch.setattr(script.simulate_intervals, "tables", lambda: simulated)
     assert script.main() == 0
-    monkeypatch.setattr("wmtp.training.estimate_speed.RING_BANDWIDTH", 210e9)
+    monkeypatch.setattr("wmtp.training.estimate.speed.RING_BANDWIDTH", 210e9)
     assert script.main() == 1, "the control"
 
 

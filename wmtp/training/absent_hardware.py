@@ -23,8 +23,8 @@ from wmtp.training.dry_run import (
     moments_per_parameter,
     wrap_lines,
 )
-from wmtp.training.estimate import ParallelSetting, memory
-from wmtp.training.estimate_speed import Cluster, speed
+from wmtp.training.estimate.memory import ParallelSetting, memory
+from wmtp.training.estimate.speed import Cluster, speed
 from wmtp.training.optim import try_optimizer
 from wmtp.training.plan import Plan
 from wmtp.training.stages import Stage

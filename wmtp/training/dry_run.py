@@ -22,7 +22,7 @@ from wmtp.training.builders import (
     build_sample_evaluation,
     build_trainer,
 )
-from wmtp.training.estimate import GB, Machine, ParallelSetting, memory
+from wmtp.training.estimate.memory import GB, Machine, ParallelSetting, memory
 from wmtp.training.plan import Plan
 from wmtp.training.references import with_placeholder_losses
 from wmtp.training.stage_results import read_stage_result

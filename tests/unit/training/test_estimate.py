@@ -37,7 +37,7 @@ from wmtp.models.value_heads import ValueKind
 from wmtp.ops import cross_entropy as losses
 from wmtp.training.absent_hardware import describe_estimate, planned_shape
 from wmtp.training.dry_run import format_memory, moments_per_parameter
-from wmtp.training.estimate import (
+from wmtp.training.estimate.memory import (
     Machine,
     ParallelSetting,
     activation_bytes,

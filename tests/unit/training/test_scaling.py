@@ -30,9 +30,9 @@ from wmtp.models.mtp import MtpModel
 from wmtp.models.shapes import ModelShape
 from wmtp.objectives.mtp import MtpObjective
 from wmtp.ops import cross_entropy as losses
-from wmtp.training import estimate
-from wmtp.training.estimate import Machine, ParallelSetting
-from wmtp.training.estimate_speed import additional_flops_per_token
+from wmtp.training.estimate import memory as estimate
+from wmtp.training.estimate.memory import Machine, ParallelSetting
+from wmtp.training.estimate.speed import additional_flops_per_token
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "scaling.md"

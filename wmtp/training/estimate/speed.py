@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from wmtp.algorithms.base import AdditionalPass
 from wmtp.models.shapes import ModelShape
-from wmtp.training.estimate import GB, Machine, ParallelSetting, product_bytes
+from wmtp.training.estimate.memory import GB, Machine, ParallelSetting, product_bytes
 
 PEAK_FLOPS = 312e12
 """Peak speed of matrix products on an A100 in bf16, in FLOP/s. Published value."""

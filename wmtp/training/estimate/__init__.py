@@ -1,0 +1,1 @@
+"""Estimates of the memory and the time of training runs."""
