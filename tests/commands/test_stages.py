@@ -78,7 +78,7 @@ def trace(run: Path) -> dict[str, Any]:
     [
         *((name, "", 5) for name in ALGORITHMS if name != "contrast"),
         pytest.param("contrast", "", 5, marks=pytest.mark.deep),
-        *((name, "pretrain", 3) for name in ("critic", "rho1", "contrast")),
+        *((name, "pretrain", 3) for name in ("critic", "rho1", "contrast", "implicit")),
         *(pytest.param(name, "pretrain", 3, marks=pytest.mark.deep) for name in ("token_skip", "shuffled", "random")),
     ],
 )
@@ -117,6 +117,7 @@ def test_a_resume_without_the_algorithms_state_gives_another_run(
 def test_a_run_cannot_be_resumed_with_another_weighting_or_reference(invoke: Invoke, runs: Path) -> None:
     resumed = cut_back(runs / "rho1", "resumed", "", 5)
     for change, message in (("algo=rho1_token_skip", "objective: was ExcessLoss, is now TokenSkip"),
+                         ("algo.temperature=0.5", "the first is temperature: was 1.0, is now 0.5"),
                          (f"algo.reference={runs / 'rho1'}", "data: was")):  # fmt: skip
         outcome = invoke(f"resume={resumed}", change, tiny=False)
         assert outcome.code == 2 and message in outcome.err
@@ -274,6 +275,18 @@ def test_training_the_value_head_alone_does_not_change_the_trunk(invoke: Invoke)
         (["algo=critic", "pretrain.optimizer.lr=-1"], "pretrain.optimizer", "learning rate"),
         (["algo=critic", "pretrain.early_stopping.monitor=val/los"], "pretrain.early_stopping.monitor", "val/loss"),
         (["algo=critic", "pretrain.loss=ranking", "data.group_tasks=false"], "pretrain.loss", "group_tasks=true"),
+        (
+            ["algo=critic", "pretrain.loss=ranking", "data.group_tasks=false", "pretrain.data.group_tasks=true"],
+            "pretrain.loss",
+            "set data.group_tasks=true",
+        ),
+        (
+            ["algo=critic", "pretrain.loss=ranking", "micro_batch_size=1", "pretrain.micro_batch_size=2"],
+            "pretrain.loss",
+            "so batch_size and micro_batch_size must be even",
+        ),
+        (["algo=surprisal", "data.correct_ratio=1"], "pretrain.data.correct_ratio", "same reward"),
+        (["algo=rho1", "algo.reference=initial", "pretrain=critic"], "pretrain", "would be left out"),
         (["algo=critic", "pretrain.model.dim=32"], "pretrain.model", "change model instead"),
         (["algo=critic", "pretrain.model.tokenizer.vocab_size=300"], "pretrain.model.tokenizer", "model.tokenizer"),
         (["algo=critic", "pretrain.model=null"], "pretrain.model", "nano"),

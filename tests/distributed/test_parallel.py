@@ -39,6 +39,7 @@ ALGORITHMS = {
     "prior": ["algo=prior", "algo.reference=null", "pretrain=rho1", *STAGE_1],
     "cleaning": ["algo=cleaning", *STAGE_1],
     "surprisal": ["algo=surprisal", *STAGE_1],
+    "implicit_reward": ["algo=implicit_reward", *STAGE_1],
     "contrast": ["algo=contrast", "algo.beta=0.15", "pretrain.optimizer.lr=0.01", *STAGE_1],  # with 1, see focal
 }
 """Overrides by algorithm."""
@@ -111,6 +112,8 @@ def test_losses_equal_those_of_one_process(
     ranks: Ranks, tmp_path: Path, cache: Path, algorithm: str, strategy: str, updates: int
 ) -> None:
     overrides = [f"cache_dir={cache}", UNEVEN, f"max_steps={updates}", *ALGORITHMS[algorithm]]
+    if algorithm == "implicit_reward":
+        overrides.append(f"pretrain.start={train_alone(f'cache_dir={cache}', 'max_steps=3').name}")
     assert max(train_twice(ranks, tmp_path, overrides, strategies=[strategy])) <= 1e-6
     check_other_metrics(tmp_path / "alone", tmp_path / strategy)
 

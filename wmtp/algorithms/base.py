@@ -1,9 +1,8 @@
 """The interface of algorithms. An algorithm computes a weight for each target of a micro-batch."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,6 +19,8 @@ from wmtp.models.value_heads import ValueKind
 INITIAL: Final = "initial"
 """The value of `reference` that selects the policy before training."""
 Reference = Literal["initial"] | ExistingPath
+MAX_EXPONENT = 60.0
+"""The largest absolute value of the exponent of a weight."""
 AdditionalPass = Literal["none", "trunk", "heads"]
 """The last part of the model that an additional forward pass without gradient computes; none: there is no pass."""
 ReferenceName = Literal["reference", "reward_model", "start", "correct", "incorrect"]
@@ -87,30 +88,30 @@ class Algorithm(ABC):
     the losses of "all" are computed before the weights. If it has several micro-batches, all losses of the update are
     computed first, in an additional forward pass.
     """
-    min_heads = 1
+    min_heads: int = 1
     """Minimum number of heads. If a model has fewer heads, the algorithm is equal to the baseline."""
     entropy_top_k: int | None = None
     """The number of most probable tokens whose entropy the algorithm needs (see `Chunk.top_entropies`); None: none.
 
     If it is not None, `uses_losses` must not be "none", because entropies are computed together with losses.
     """
-    needs_previous_losses = False
+    needs_previous_losses: bool = False
     """Whether the weights depend on the losses of the same targets in the previous epoch."""
-    needs_values = False
+    needs_values: bool = False
     """Whether the algorithm needs a value head."""
     value: ValueKind = "state"
     """The kind of the value head."""
     references: tuple[ReferenceName, ...] = ()
-    """The references whose losses the algorithm needs."""
-    needs_rewards = False
+    """The references whose losses the algorithm needs, in this order."""
+    needs_rewards: bool = False
     """Whether the weights depend on rewards. Then not all rewards of the training data may be equal."""
-    weighs_solutions = False
+    weighs_solutions: bool = False
     """Whether all targets of a solution have the same weight, which differs between solutions."""
-    needs_token_labels = False
+    needs_token_labels: bool = False
     """Whether the algorithm needs to know which tokens are harmful. This is not known for real data."""
-    needs_better_reference = False
+    needs_better_reference: bool = False
     """Whether the weights have a meaning only where the reference model is better than the policy."""
-    value_coef = 0.0
+    value_coef: float = 0.0
     """Coefficient of the value loss, relative to the policy loss."""
     reference: Path | Literal["initial"] | None = None
     """Reference model: a run, a checkpoint, a pretrained model, or "initial" for the policy before training.
@@ -139,6 +140,13 @@ class Algorithm(ABC):
     def name(self) -> str:
         """The name of the algorithm. By default it is the name of the class."""
         return type(self).__name__
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON values, except `reference`, because a run can have moved."""
+        if not is_dataclass(self):
+            return {}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reference"}
 
     def prepare(self, data: TokenizedSplit) -> None:  # noqa: B027 - most algorithms need no constants
         """Compute constants from the training data of stage 2, before the first update. By default, do nothing.
@@ -209,8 +217,8 @@ class ExponentialAlgorithm(Algorithm):
             raise InputError(f"weight_min={self.weight_min:g} must be below weight_max={self.weight_max:g}")
 
     def exponential(self, exponent: Float[Tensor, "*target"]) -> Float[Tensor, "*target"]:
-        """Return exp(exponent), clipped to the range of weights. A large exponent does not overflow."""
-        return exponent.clamp(math.log(self.weight_min), math.log(self.weight_max)).exp()
+        """Return exp(exponent). Exponents are limited to ±`MAX_EXPONENT`, so that no weight is 0 or infinite."""
+        return exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
 
 
 def clip_weights(

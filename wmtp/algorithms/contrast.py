@@ -27,7 +27,6 @@ class Contrast(ExponentialAlgorithm):
     """The divisor of the difference. The weights differ more if it is smaller."""
 
     references = ("correct", "incorrect")
-    needs_rewards = True  # without incorrect solutions, the model cannot learn the difference
 
     def weights(self, observed: Observations) -> Float[Tensor, "*target"]:
         """Return the weight of the token of each target. It is the same for all heads that predict the token."""

@@ -26,20 +26,20 @@ class Control(UpdateAlgorithm):
 
     def __init__(self, *, of: Algorithm, seed: int = 0) -> None:
         """Wrap the algorithm `of`. `seed` is the seed of the control's random numbers."""
-        self.of = of
-        self.weight_min, self.weight_max, self.value_coef = of.weight_min, of.weight_max, of.value_coef
-        self.needs_values, self.references, self.reference = of.needs_values, of.references, of.reference
-        self.min_heads, self.needs_token_labels, self.rescale = of.min_heads, of.needs_token_labels, of.rescale
-        self.value, self.needs_better_reference = of.value, of.needs_better_reference
-        self.entropy_top_k, self.needs_rewards = of.entropy_top_k, of.needs_rewards
-        self.needs_previous_losses = of.needs_previous_losses
+        self.of, self.seed = of, seed
+        for name in Algorithm.__annotations__:  # what the wrapped algorithm needs, and the range of its weights
+            setattr(self, name, getattr(of, name))
         self.uses_losses = "none" if of.uses_losses == "none" else "all"
-        self.seed = seed
 
     @property
     def name(self) -> str:
         """The kind of control and the name of the wrapped algorithm."""
         return f"{type(self).__name__} of {self.of.name}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The seed, and the name and the settings of the wrapped algorithm."""
+        return {"of": self.of.name, "seed": self.seed} | {f"of.{name}": x for name, x in self.of.settings.items()}
 
     def update_weights(self, observed: Sequence[Observations], processes: Processes) -> list[Float[Tensor, "head _ _"]]:
         """Return weights that are distributed like the wrapped algorithm's, but independent of the targets."""
@@ -147,6 +147,7 @@ class Random(Control):
     ) -> list[Float[Tensor, "head _ _"]]:
         """Return log-normal random numbers. Their expected mean and variance are those of the weights of the update."""
         drawn = [torch.zeros_like(weight) for weight in weights]
+        normal = [self.draws(each, torch.randn) for each in observed]
         heads = len(weights[0]) if self.of.uses_losses != "none" else 1  # weights from losses are scaled head by head
         for group in torch.arange(len(weights[0])).tensor_split(heads):
             masks = [each.valid[group] for each in observed]
@@ -155,6 +156,6 @@ class Random(Control):
                 continue
             log_variance = math.log1p(variance / mean**2)
             shift = math.log(mean) - log_variance / 2
-            for new, each in zip(drawn, observed, strict=True):
-                new[group] = torch.exp(self.draws(each, torch.randn)[group] * math.sqrt(log_variance) + shift)
+            for new, draws in zip(drawn, normal, strict=True):
+                new[group] = torch.exp(draws[group] * math.sqrt(log_variance) + shift)
         return [new.where(weight.isfinite(), torch.nan) for new, weight in zip(drawn, weights, strict=True)]

@@ -24,7 +24,6 @@ class Surprisal(Algorithm):
     """Whether the weights are scaled to mean 1."""
 
     references = ("correct",)
-    needs_rewards = True  # without incorrect solutions, the model cannot learn the difference
     weight_min = 0.0
     weight_max = 1.0
 

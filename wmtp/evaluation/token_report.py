@@ -18,8 +18,10 @@ from wmtp.objectives.mtp import MtpObjective
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.run_dir import TOKENS
 
-TOKEN_METRICS = ("weight", "loss", "value")
-"""Names of the metrics of a token, in the order of the results of `MtpObjective.token_metrics`."""
+REPORTED_METRICS = ("weight", "loss", "value")
+"""Names of the metrics of a token in tokens.json."""
+TOKEN_METRICS = (*REPORTED_METRICS, "unclipped_weight")
+"""Names of all metrics of a token, in the order of the results of `MtpObjective.token_metrics`."""
 NUM_TASKS = 3
 """Number of tasks in tokens.json. The file contains at most twice as many samples, which belong to these tasks."""
 NUM_BINS = 10
@@ -72,7 +74,7 @@ def describe_samples(
         first = int(split.samples.offsets[index] + split.samples.prompt_lengths[index])
         end, text_start, tokens = int(split.samples.offsets[index + 1]), 0, []
         for position, (_, stop) in zip(range(first, end), spans, strict=False):  # the end token has no text
-            values = {name: _plain(x) for name, x in zip(TOKEN_METRICS, measured[position], strict=True)}
+            values = {name: _plain(x) for name, x in zip(REPORTED_METRICS, measured[position], strict=False)}
             label = "decisive" if decisive[position] else "noise" if noise[position] else None
             tokens.append({"text": record.solution[text_start:stop], **values, "truth": label})
             text_start = stop
@@ -123,7 +125,8 @@ def weight_quality(weights: np.ndarray, data: Dataset) -> dict[str, float | None
 
     In the first two, the decisive tokens after the first one count as neither: after a mistake, the rest of an
     exchanged step can be predicted. Each measure is None if no solution has tokens to compare. The result is empty if
-    the data has no ground truth or if all weights are equal. `weights` has shape [token].
+    the data has no ground truth or if all weights are equal. `weights` has shape [token]. They should not be clipped,
+    because tokens with equal weights cannot be told apart.
     """
     split = data.validation
     if not has_token_labels(split):

@@ -172,8 +172,10 @@ def load_weights(
     return model.to(hardware.device)
 
 
-def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir: Path) -> MtpModel:
-    """Load a trained model from `path`.
+def load_trained(
+    path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir: Path, *, key: str = "algo.reference"
+) -> MtpModel:
+    """Load a trained model from `path`. `key` is the config key of the path, for error messages.
 
     `path` is the folder of a run, a checkpoint, or a folder written by `save_pretrained`. The model of a run or of a
     checkpoint is built from the run's config.yaml, without a value head. A model from a folder written by
@@ -183,15 +185,15 @@ def load_trained(path: Path, tokenizer: Tokenizer, hardware: Hardware, cache_dir
         InputError: files are missing or damaged, or the model was trained with another tokenizer.
     """
     if (path / "config.json").is_file():
-        return _load_pretrained(path, tokenizer).to(hardware.device)
+        return _load_pretrained(path, tokenizer, key).to(hardware.device)
     return find_trained_checkpoint(path, hardware.processes).load_model(tokenizer, hardware, cache_dir)
 
 
-def _load_pretrained(path: Path, tokenizer: Tokenizer) -> MtpModel:
+def _load_pretrained(path: Path, tokenizer: Tokenizer, key: str) -> MtpModel:
     from wmtp.models.huggingface.pretrained import Pretrained  # imports transformers, which takes seconds
 
     source = Pretrained(tokenizer=tokenizer, path=path, num_heads=1, lora=Lora())
-    source.key = "algo.reference"
+    source.key = key
     if issues := list(source.issues()):
         raise source.error("; ".join(problem for _, _, problem in issues))
     difference = tokenizer_difference(tokenizer, read_backend(path / "tokenizer.json"))

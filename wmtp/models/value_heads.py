@@ -121,7 +121,7 @@ class BlockValueHead(ValueHead):
     def __init__(self, block: nn.Module, dim: int, *, hidden_dim: Positive | None = None) -> None:
         """Create a head. Its block is a copy of `block`. `hidden_dim` is that of `StateValueHead`."""
         super().__init__()
-        self.block = copy.deepcopy(block).requires_grad_(True)
+        self.block = copy.deepcopy(block).float().requires_grad_(True)  # value heads are in fp32
         self.state = StateValueHead(dim, hidden_dim=hidden_dim)
 
     @property
@@ -136,5 +136,5 @@ class BlockValueHead(ValueHead):
         context: Context = None,
     ) -> Float[Tensor, "batch position"]:
         """Return the outputs in fp32."""
-        values: Tensor = self.state(self.block(hidden_states, context))
+        values: Tensor = self.state(self.block(hidden_states.float(), context))
         return values

@@ -47,6 +47,10 @@ class Objective(Protocol):
     def name(self) -> str:
         """A short name of the loss. A run can be resumed only if the name has not changed."""
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Further settings that must not change when a run is resumed, as JSON values."""
+
     def prepare(self, model: MtpModel, batches: Sequence[Batch], processes: Processes) -> list[PreparedBatch]:
         """Return the micro-batches of this rank with the quantities of the whole update on which their losses depend.
 

@@ -3,7 +3,7 @@
 from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import Batch
 from wmtp.models.mtp import MtpModel, Outputs
-from wmtp.objectives.mtp import MtpObjective
+from wmtp.objectives.mtp import MtpObjective, describe_shares
 from wmtp.ops.targets import Shares
 
 
@@ -16,8 +16,8 @@ class ClassConditionalObjective(MtpObjective):
 
     @property
     def name(self) -> str:
-        """The kind of the language model."""
-        return "class-conditional language model"
+        """The kind of the language model, and the kind of shares if it is not the default."""
+        return f"class-conditional language model{describe_shares(self.shares)}"
 
     def forward(self, model: MtpModel, batch: Batch) -> Outputs:
         """Return the outputs of the model for a micro-batch and the correctness of its solutions."""

@@ -1,6 +1,6 @@
 """The objective of stage 1 of implicit_reward, which trains a language model to be a reward model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ class ImplicitRewardObjective:
     log p_start is the cached loss of the model before its training (`Batch.reference_losses`). The mean is over
     solutions. Only head 1 is used. R must be between 0 and 1.
     """
+
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, beta: float) -> None:
         """Create the objective. `beta` is the coefficient of the summed log-ratio."""

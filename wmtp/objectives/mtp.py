@@ -25,7 +25,7 @@ from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.objectives.weighting import normalized_weights, weight_scales
 from wmtp.ops.cross_entropy import Chunk, RowFunction, cross_entropy, row_statistics, weighted_cross_entropy
 from wmtp.ops.metric_sums import MetricSums, standard_deviation
-from wmtp.ops.targets import Shares, shift_to_heads, target_shares, targets
+from wmtp.ops.targets import Shares, mean_over_heads, shift_to_heads, target_shares, targets
 
 SINGLE_PROCESS = Processes.single_process()
 
@@ -33,6 +33,11 @@ WeightedSum: TypeAlias = tuple[
     Float[Tensor, ""], Float[Tensor, "head batch position"], Float[Tensor, "head batch position"]
 ]
 """Σ v·w·CE, and the loss and the weight of every target. Losses and weights have no gradient."""
+
+
+def describe_shares(shares: Shares) -> str:
+    """Return a suffix for the name of an objective, which is empty for the default."""
+    return "" if shares == "position" else f", {shares} shares"
 
 
 class MtpObjective:
@@ -64,8 +69,12 @@ class MtpObjective:
     @property
     def name(self) -> str:
         """The name of the algorithm, and the kind of shares if it is not the default."""
-        suffix = "" if self.shares == "position" else f", {self.shares} shares"
-        return f"{self.algorithm.name}{suffix}"
+        return f"{self.algorithm.name}{describe_shares(self.shares)}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the algorithm."""
+        return self.algorithm.settings
 
     def prepare(
         self, model: MtpModel, batches: Sequence[Batch], processes: Processes = SINGLE_PROCESS
@@ -237,27 +246,28 @@ class MtpObjective:
 
     @torch.no_grad()
     def token_metrics(self, model: MtpModel, batch: Batch) -> Float[Tensor, "batch position metric"]:
-        """Return the weight, the loss and the value of each token.
+        """Return the weight, the loss, the value and the unclipped weight of each token.
 
         The weight is the mean of the weights of all heads that predict the token. The loss is the loss of head 1. The
-        value is the output of the value head after the token. All three are NaN at tokens that are not targets. If the
-        model has no value head, all values are NaN.
+        value is the output of the value head after the token. The unclipped weight is like the weight, but without the
+        limits `weight_min` and `weight_max`. All four are NaN at tokens that are not targets. If the model has no value
+        head, all values are NaN.
         """
         target, outputs = targets(batch.labels, model.num_heads), self.forward(model, batch)
-        shares = target_shares(target != IGNORED, self.shares)
-        alone = PreparedBatch(batch, {}, SINGLE_PROCESS)
-        _, losses, weights = self._weighted_sum(outputs, model, alone, target, shares)
-        total, count = torch.zeros_like(weights[0]), torch.zeros_like(weights[0])
-        for k in range(1, len(weights) + 1):
-            total[:, k:] += weights[k - 1, :, :-k]
-            count[:, k:] += target[k - 1, :, :-k] != IGNORED
-        undefined = torch.full_like(total, torch.nan)
-        loss, values = (
-            undefined.clone(),
-            undefined if outputs.values is None else self.value_loss.values(outputs.values),
-        )
-        loss[:, 1:] = losses[0, :, :-1]
-        return torch.stack([total / count, *(x.where(batch.response, undefined) for x in (loss, values))], dim=-1)
+        observed = self._observations(batch, target, outputs.values)
+        observed = self._with_losses(observed, outputs.states, model.unembedding_weight, target)
+        assert observed.losses is not None
+        (raw,) = self.algorithm.update_weights([observed], SINGLE_PROCESS)
+        clipped = clip_weights(raw, observed.valid, self.algorithm.weight_min, self.algorithm.weight_max)
+        shares = target_shares(observed.valid, self.shares)
+        scales = weight_scales(self.algorithm, [clipped], [shares], SINGLE_PROCESS)[:, None, None]
+        undefined = torch.full(batch.tokens.shape, torch.nan, device=batch.tokens.device)
+        loss, values = undefined.clone(), undefined
+        loss[:, 1:] = observed.losses[0, :, :-1]
+        if outputs.values is not None:
+            values = self.value_loss.values(outputs.values)
+        weight, unclipped = (mean_over_heads(each * scales, observed.valid) for each in (clipped, raw.detach().float()))
+        return torch.stack([weight, *(x.where(batch.response, undefined) for x in (loss, values)), unclipped], dim=-1)
 
     def evaluate(self, model: MtpModel, batch: Batch) -> MetricSums:
         """Return the metric sums of the unweighted loss, the loss of each head, and the values."""

@@ -1,37 +1,46 @@
 """The objective of stage 1 of critic. The value head is trained alone or together with the language model."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from wmtp.algorithms.uniform import Uniform
 from wmtp.data.collate import Batch
 from wmtp.distributed.process_group import Processes
 from wmtp.models.mtp import MtpModel, Outputs
 from wmtp.objectives.base import PreparedBatch, total_denominators
-from wmtp.objectives.mtp import SINGLE_PROCESS, MtpObjective
+from wmtp.objectives.mtp import SINGLE_PROCESS, MtpObjective, describe_shares
 from wmtp.objectives.value_loss import ValueLoss, value_metrics
 from wmtp.ops.metric_sums import MetricSums
+from wmtp.ops.targets import Shares
 
 
 class ValueObjective:
     """The objective L = value loss + `language_model_coef` · language-model loss.
 
-    If `language_model` is None, the loss has only the first term and the prediction heads are not computed. If the
+    Without `language_model_coef`, the loss has only the first term and the prediction heads are not computed. If the
     batch then contains the hidden states of the trunk, the trunk is not computed either.
     """
 
+    settings: Mapping[str, Any] = {}
+
     def __init__(
-        self, value_loss: ValueLoss, language_model: MtpObjective | None = None, language_model_coef: float = 1.0
+        self, value_loss: ValueLoss, language_model_coef: float | None = None, *, shares: Shares = "position"
     ) -> None:
-        self.value_loss = value_loss
-        self.language_model, self.language_model_coef = language_model, language_model_coef
+        """Create the objective. `shares` is the influence of the language model's targets."""
+        self.value_loss, self.language_model_coef = value_loss, language_model_coef or 0.0
+        self.language_model = (
+            None if language_model_coef is None else MtpObjective(Uniform(), value_loss, shares=shares)
+        )
 
     @property
     def name(self) -> str:
         """The kind of the value loss, with the coefficient of the language-model loss if there is one."""
-        suffix = "" if self.language_model is None else f" and {self.language_model_coef} · language model"
+        suffix = ""
+        if self.language_model is not None:
+            shares = describe_shares(self.language_model.shares)
+            suffix = f" and {self.language_model_coef} · language model{shares}"
         return f"value of {self.value_loss.kind}{suffix}"
 
     def prepare(
@@ -43,12 +52,11 @@ class ValueObjective:
             TrainingError: the language model is trained, but has no target. An update without a term of the value loss
                 is allowed.
         """
+        if self.language_model is not None:
+            return self.language_model.prepare(model, batches, processes)
         parts = [{"values": self.value_loss.denominator(batch)} for batch in batches]
         values = total_denominators(parts, processes)
-        if self.language_model is None:
-            return [PreparedBatch(batch, values, processes) for batch in batches]
-        prepared = self.language_model.prepare(model, batches, processes)
-        return [replace(each, denominators={**each.denominators, **values}) for each in prepared]
+        return [PreparedBatch(batch, values, processes) for batch in batches]
 
     def loss(self, model: MtpModel, prepared: PreparedBatch) -> tuple[Tensor, MetricSums]:
         """Return the loss L and the metric sums, computed from one forward pass."""

@@ -54,3 +54,17 @@ def target_shares(
     shares of a position then sum to 1. If `shares` is "target", every target has the share 1.
     """
     return valid.float() if shares == "target" else valid / valid.sum(dim=0).clamp(min=1)
+
+
+def mean_over_heads(
+    values: Float[Tensor, "head batch position"], valid: Bool[Tensor, "head batch position"]
+) -> Float[Tensor, "batch position"]:
+    """Return the mean value of each token over the heads that predict it, or NaN if no head predicts it.
+
+    `values` and `valid` are indexed like targets: head k at position t predicts the token at t + k.
+    """
+    total, count = values.new_zeros(values.shape[1:]), values.new_zeros(values.shape[1:])
+    for k in range(1, min(len(values), values.shape[2] - 1) + 1):
+        total[:, k:] += values[k - 1, :, :-k].where(valid[k - 1, :, :-k], 0.0)
+        count[:, k:] += valid[k - 1, :, :-k]
+    return total / count

@@ -19,6 +19,9 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm, source: ModelSour
     available = () if stage is None else stage.references
     if algorithm.reference is None and not set(algorithm.references) <= set(available):
         yield ConfigIssue("pretrain", "", MISSING_REFERENCES[algorithm.references[0]])
+    elif stage is not None and algorithm.reference is not None and not set(algorithm.references) <= set(available):
+        problem = "would be left out, because algo.reference selects the reference; set pretrain=none"
+        yield ConfigIssue("pretrain", "", problem)
     elif available and not algorithm.needs_reference:
         yield ConfigIssue("pretrain", "", "trains a reference that the algorithm does not use; set pretrain=none")
     if isinstance(stage, ValueStage) and not algorithm.needs_values and stage.trains == "head":
@@ -40,12 +43,10 @@ def algorithm_issues(config: DictConfig, algorithm: Algorithm, source: ModelSour
     if isinstance(stage, ImplicitRewardStage) and stage.start is None and not source.is_pretrained:
         problem = "is needed, because this model is new; name a run of a language model: pretrain.start=PATH"
         yield ConfigIssue("pretrain.start", "null", problem)
-    uses_rewards = algorithm.needs_rewards or isinstance(stage, (ValueStage, ImplicitRewardStage))
-    if uses_rewards and config.data.get("correct_ratio") in (0, 1) and config.data.reward_model is None:
-        problem = "gives every solution the same reward, so rewards contain no information; choose 0.5"
-        yield ConfigIssue("data.correct_ratio", str(config.data.correct_ratio), problem)
+    if algorithm.needs_rewards:
+        yield from reward_issues(config.data, "data")
     if stage is not None:
-        yield from stage_issues(config, stage)
+        yield from stage_issues(config, stage, algorithm)
     elif algorithm.needs_values and config.data.reward_model is not None:
         problem = f"the value loss is then the cross-entropy, which {UNLIMITED_REWARDS}"
         yield ConfigIssue("pretrain", "none", f"{problem}; train with pretrain.loss=reward")
@@ -59,7 +60,7 @@ MISSING_REFERENCES: dict[ReferenceName, str] = {
 """The problem and the remedy if stage 1 does not provide the first reference of an algorithm."""
 
 
-def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
+def stage_issues(config: DictConfig, stage: Stage, algorithm: Algorithm) -> Iterator[ConfigIssue]:
     """Yield an issue for each setting that stage 1 must not override or that the loss of stage 1 does not support."""
     changed = stage_config(config)
     if not (isinstance(changed.data, DictConfig) and isinstance(changed.model, DictConfig)):
@@ -74,6 +75,9 @@ def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
             "",
             "must be the same as in stage 2, which trains this model further; change model instead",
         )
+    uses_rewards = isinstance(stage, (ValueStage, ImplicitRewardStage)) or "correct" in stage.references
+    if uses_rewards and not (algorithm.needs_rewards and changed.data == config.data):  # these are already checked
+        yield from reward_issues(changed.data, "pretrain.data")
     if isinstance(stage, ImplicitRewardStage) and changed.data.reward_model is not None:
         problem = f"the loss of stage 1 {UNLIMITED_REWARDS}"
         yield ConfigIssue("pretrain.data.reward_model", str(changed.data.reward_model), problem)
@@ -87,15 +91,32 @@ def stage_issues(config: DictConfig, stage: Stage) -> Iterator[ConfigIssue]:
         yield ConfigIssue("pretrain.loss", "cross_entropy", problem)
     if stage.value_loss.kind != "ranking":
         return
-    if not changed.data.group_tasks:
-        problem = "compares solutions to the same task within a batch; set pretrain.data.group_tasks=true"
-        yield ConfigIssue("pretrain.loss", "ranking", problem)
-    micro_batch_size = changed.micro_batch_size or math.ceil(changed.batch_size / config.hardware.num_processes)
-    if micro_batch_size % 2 or changed.batch_size % 2:
-        yield ConfigIssue(
-            "pretrain.loss", "ranking", "needs an even batch_size and micro_batch_size, because it compares pairs"
-        )
+    issues = list(pair_issues(changed, config.hardware.num_processes, "pretrain."))
+    if algorithm.needs_values and not issues:
+        issues = list(pair_issues(config, config.hardware.num_processes, ""))  # stage 2 continues with this loss
+    yield from issues
     if changed.data.reward_model is not None:
         yield ConfigIssue(
             "pretrain.loss", "ranking", "ranks by is_correct, not by data.reward_model; choose pretrain.loss=reward"
         )
+
+
+def reward_issues(data: DictConfig, key: str) -> Iterator[ConfigIssue]:
+    """Yield an issue if all training solutions have the same reward. `key` is the config key of the data."""
+    if data.get("correct_ratio") in (0, 1) and data.reward_model is None:
+        problem = "gives every solution the same reward, so rewards contain no information; choose 0.5"
+        yield ConfigIssue(f"{key}.correct_ratio", str(data.correct_ratio), problem)
+
+
+def pair_issues(config: DictConfig, num_processes: int, prefix: str) -> Iterator[ConfigIssue]:
+    """Yield an issue for each setting with which the value loss `ranking` finds no pairs in a micro-batch.
+
+    `config` contains the settings of a stage, and `prefix` is the prefix of their config keys.
+    """
+    if not config.data.group_tasks:
+        problem = f"compares solutions to the same task within a batch; set {prefix}data.group_tasks=true"
+        yield ConfigIssue("pretrain.loss", "ranking", problem)
+    micro_batch_size = config.micro_batch_size or math.ceil(config.batch_size / num_processes)
+    if micro_batch_size % 2 or config.batch_size % 2:
+        problem = f"compares pairs, so {prefix}batch_size and {prefix}micro_batch_size must be even"
+        yield ConfigIssue("pretrain.loss", "ranking", problem)

@@ -24,9 +24,10 @@ from wmtp.training.builders import (
 )
 from wmtp.training.estimate.memory import GB, Machine, ParallelSetting, memory
 from wmtp.training.plan import Plan
-from wmtp.training.references import with_placeholder_losses
+from wmtp.training.references import METRIC, with_placeholder_losses
 from wmtp.training.stage_results import read_stage_result
 from wmtp.training.start import (
+    NO_STAGE,
     build_stage,
     build_stage_trainer,
     find_stage_result,
@@ -53,6 +54,8 @@ def dry_run(config: DictConfig, folder: Path, algorithm: Algorithm | None = None
     components = read_components(config, folder, algorithm)
     stage = build_stage(config, components)
     stage_model = None
+    if stage is None and config.pretrain is not None:
+        console.print(NO_STAGE, highlight=False)
     if stage is not None:
         source = find_stage_result(folder, config, stage)
         if source is None:
@@ -92,6 +95,10 @@ def _run_one_update(console: Console, trainer: Trainer) -> str:
     if has_validation:
         trainer.validate(max_batches=1)
         metrics |= trainer.last_validation
+    objective = trainer.objective
+    if isinstance(objective, MtpObjective) and objective.algorithm.needs_reference:
+        metrics.pop(f"val/{METRIC}", None)
+        console.print("  the weights are those for reference losses of 0, which are not computed", highlight=False)
     for name, value in metrics.items():
         console.print(f"  {name:30} {value:.4g}", highlight=False)
     rate = (trainer.position.tokens - tokens) / seconds

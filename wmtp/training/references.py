@@ -10,12 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp.algorithms.base import INITIAL, ReferenceName
 from wmtp.config.schema import build
 from wmtp.data.dataset import Dataset
-from wmtp.errors import InputError
 from wmtp.evaluation.token_columns import column_fingerprint
-from wmtp.models.loading import check_max_positions, load_trained
 from wmtp.models.mtp import MtpModel
 from wmtp.training.builders import Components, build_model
-from wmtp.training.start import build_stage_start
+from wmtp.training.start import build_stage_start, load_named
 from wmtp.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -79,25 +77,9 @@ def build_reference(
         assert isinstance(one_head, DictConfig)
         return build_model(one_head, components)
     if reference is not None:
-        return load_reference(Path(reference), components, Path(config.cache_dir))
+        return load_named("algo.reference", Path(reference), components, Path(config.cache_dir))
     assert stage_model is not None
     return stage_model
-
-
-def load_reference(path: Path, components: Components, cache_dir: Path) -> MtpModel:
-    """Load the reference model from a run's folder, a checkpoint or a Hugging Face model folder.
-
-    Raises:
-        InputError: `path` contains no model, the reference model and the policy have different tokenizers, or the
-            reference model's maximum length is below `data.max_length`.
-    """
-    try:
-        model = load_trained(path, components.tokenizer, components.hardware, cache_dir)
-        check_max_positions(model, components.data.max_length, "data.max_length")
-    except InputError as error:
-        prefix = "" if str(error).startswith("algo.reference") else f"algo.reference={path}: "
-        raise InputError(f"{prefix}{error}") from error
-    return model
 
 
 def warn_of_weak_reference(share: float | None, when: str) -> None:

@@ -16,6 +16,8 @@ from wmtp.objectives.base import Objective
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, is_running
 from wmtp.training.plan import Plan
 
+SETTINGS = "objective settings"
+"""The entry of the settings of an algorithm. Checkpoints of earlier versions do not have it."""
 OVERRIDABLE = ("data", "micro_batch_size", "objective", "optimizer", "seed")
 """Settings that `resume_override` may name.
 
@@ -51,6 +53,7 @@ def training_identity(
         "data": data.fingerprint,
         "tokenizer": data.tokenizer.fingerprint,
         "objective": objective.name,
+        SETTINGS: dict(objective.settings),
         "seed": data.seed,
         "batch_size": plan.batch_size,
         "micro_batch_size": plan.micro_batch_size,
@@ -93,12 +96,14 @@ def declared_changes(before: dict[str, Any], now: dict[str, Any], declared: Sequ
         InputError: a setting that is not in `declared` has changed.
     """
     changed = {name: describe_change(old, now[name]) for name, old in before.items() if now.get(name) != old}
-    undeclared = [name for name in changed if name not in declared]
+    undeclared = {name: "objective" if name == SETTINGS else name for name in changed}  # with the value that allows it
+    undeclared = {name: allowed for name, allowed in undeclared.items() if allowed not in declared}
     if undeclared:
         lines = ["The run cannot be resumed, because settings that must stay the same have changed:"]
         lines += [f"  {name}: {changed[name]}" for name in undeclared]
-        if all(name in OVERRIDABLE for name in undeclared):
-            lines.append(f"Set them back, or allow the change: resume_override=[{','.join(undeclared)}]")
+        if all(allowed in OVERRIDABLE for allowed in undeclared.values()):
+            options = ",".join(dict.fromkeys(undeclared.values()))
+            lines.append(f"Set them back, or allow the change: resume_override=[{options}]")
         raise InputError("\n".join(lines))
     return changed
 

@@ -54,6 +54,7 @@ from wmtp.training.stage_results import (
 )
 from wmtp.training.stages import Stage
 from wmtp.training.start import (
+    NO_STAGE,
     build_stage,
     build_stage_trainer,
     find_stage_result,
@@ -144,6 +145,8 @@ class Run:
         self._print(f"Run folder: {self.folder}")
         components = read_components(self.config, self.folder, self.algorithm)
         stage = build_stage(self.config, components)
+        if stage is None and self.config.pretrain is not None:
+            self._print(NO_STAGE)
         announce("building the model …")
         model, data = self._prepare_policy(stage, components)
         self.sample_evaluation = build_sample_evaluation(self.config, self.folder, components)
@@ -154,7 +157,10 @@ class Run:
         self._restore(trainer)
         self.sample_evaluation.drop_after(trainer.position.step)
         if components.algorithm.needs_better_reference and trainer.position.step == 0:
-            warn_of_weak_reference(measure_reference(trainer), "before training")
+            share = measure_reference(trainer)
+            if share is not None:
+                self._print(f"before training, the reference is better on {share:.1%} of the clean validation tokens")
+            warn_of_weak_reference(share, "before training")
         self._record_start(components, data)
         if stage is not None:
             self._print("Stage 2, the training:")
@@ -301,7 +307,7 @@ class Run:
             "config_hash": hashlib.sha256(self.resolved.encode()).hexdigest(),
             "pretrain": self.stage_result,
             "peak_memory_bytes": int(self.processes.max(trainer.hardware.peak_memory())[0]),
-            "weights": weight_quality(measured[:, TOKEN_METRICS.index("weight")], data),
+            "weights": weight_quality(measured[:, TOKEN_METRICS.index("unclipped_weight")], data),
         }
 
     def _write_report(self, state: str, exit_code: int, error: str | None = None) -> None:

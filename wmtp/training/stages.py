@@ -102,8 +102,9 @@ class ValueStage(Stage):
 
     def objective(self, shares: Shares) -> Objective:
         """Return the objective of the stage."""
-        language_model = MtpObjective(Uniform(), shares=shares) if self.trains == "all" else None
-        return ValueObjective(self.value_loss, language_model, self.language_model_coef)
+        return ValueObjective(
+            self.value_loss, self.language_model_coef if self.trains == "all" else None, shares=shares
+        )
 
     def add_modules(self, model: MtpModel) -> None:
         """Add the value head."""

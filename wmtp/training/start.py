@@ -11,7 +11,7 @@ from wmtp.config.schema import build, stage_config
 from wmtp.data.dataset import Dataset
 from wmtp.errors import InputError
 from wmtp.evaluation.token_columns import column_fingerprint
-from wmtp.models.loading import build_source, load_trained, load_weights
+from wmtp.models.loading import build_source, check_max_positions, load_trained, load_weights
 from wmtp.models.mtp import MtpModel
 from wmtp.runtime.standard_streams import announce
 from wmtp.training.builders import (
@@ -27,6 +27,8 @@ from wmtp.training.resume_check import require_same_contents
 from wmtp.training.stage_results import read_stage_result, require_same_stage, require_unchanged
 from wmtp.training.stages import Stage
 from wmtp.training.trainer import Trainer
+
+NO_STAGE = "There is no stage 1, because algo.reference selects the reference."
 
 
 def read_components(config: DictConfig, folder: Path, algorithm: Algorithm | None) -> Components:
@@ -78,6 +80,22 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
     return data
 
 
+def load_named(key: str, path: Path, components: Components, cache_dir: Path) -> MtpModel:
+    """Load the model that the config key `key` names: a run's folder, a checkpoint or a Hugging Face model folder.
+
+    Raises:
+        InputError: `path` contains no model, its tokenizer is not that of the policy, or its maximum length is below
+            `data.max_length`.
+    """
+    try:
+        model = load_trained(path, components.tokenizer, components.hardware, cache_dir, key=key)
+        check_max_positions(model, components.data.max_length, "data.max_length")
+    except InputError as error:
+        prefix = "" if str(error).startswith(key) else f"{key}={path}: "
+        raise InputError(f"{prefix}{error}") from error
+    return model
+
+
 def build_stage_start(config: DictConfig, components: Components, stage: Stage) -> MtpModel:
     """Return the model with which stage 1 begins.
 
@@ -87,9 +105,11 @@ def build_stage_start(config: DictConfig, components: Components, stage: Stage) 
     model = build_model(stage_config(config), components)
     if stage.start is None:
         return model
-    found = load_trained(stage.start, components.tokenizer, components.hardware, Path(config.cache_dir)).state_dict()
+    found = load_named("pretrain.start", stage.start, components, Path(config.cache_dir))
+    if model.base_fingerprint not in (None, found.base_fingerprint):
+        raise InputError(f"pretrain.start={stage.start}: its model was trained from other pretrained weights")
     try:
-        model.load_state_dict({name: found[name] for name in model.state_dict()})
+        model.load_state_dict({name: found.state_dict()[name] for name in model.state_dict()})
     except (KeyError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"pretrain.start={stage.start}: its model is not that of stage 1: {problem}") from error

@@ -219,7 +219,7 @@ def test_a_tokens_weight_reaches_every_head_that_predicts_it() -> None:
     rewards = token_rewards(observed.rewards, observed.response)
     advantage = advantages(observed.values, rewards, observed.response, discount=1.0, trace_decay=0.95)
     chosen = advantage[observed.response].double()
-    of_token = ((advantage - chosen.mean()) / chosen.std(correction=0) / 0.9).exp().clamp(0.1, 5.0)
+    of_token = ((advantage - chosen.mean()) / chosen.std(correction=0) / 0.9).exp()
 
     def reaches_all_heads(weight_of: Callable[[int, int, int], Tensor]) -> bool:
         return all(
@@ -241,7 +241,7 @@ def naive_advantages(observed: Observations) -> Tensor:
 
 def whitened_weights(observed: Observations, mean: float, variance: float) -> Tensor:
     """Return the weights of the solution's tokens for a given mean and variance of the advantages."""
-    return ((naive_advantages(observed) - mean) / math.sqrt(variance) / 0.9).exp().clamp(0.1, 5.0).float()
+    return ((naive_advantages(observed) - mean) / math.sqrt(variance) / 0.9).exp().float()
 
 
 def token_weights(weights: Tensor, response: Tensor) -> Tensor:
@@ -367,12 +367,13 @@ def test_weights_grow_with_the_signed_excess_over_the_reference() -> None:
     assert weights[hard] > weights[even] > weights[noise]
     unsigned = (weights.log().abs()).exp()
     assert not unsigned[even] > unsigned[noise]
-    assert ExcessLoss(temperature=0.25).weights(observed).tolist() == pytest.approx([5.0, 1.0, 0.1])
+    assert ExcessLoss(temperature=0.25).weights(observed).clamp(0.1, 5.0).tolist() == pytest.approx([5.0, 1.0, 0.1])
 
 
 def test_largest_excess_does_not_overflow() -> None:
     observed = observations_of_losses([1e30, 0.0], [0.0, 1e30])
-    assert ExcessLoss(temperature=1e-3).weights(observed).tolist() == pytest.approx([5.0, 0.1])
+    weights = ExcessLoss(temperature=1e-3).weights(observed)
+    assert weights.isfinite().all() and weights.clamp(0.1, 5.0).tolist() == pytest.approx([5.0, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -643,6 +644,13 @@ def test_control_keeps_the_state_of_the_wrapped_algorithm(control: type[Control]
     assert torch.equal(resumed.weights(random_observations(99)), one.weights(random_observations(99)))
 
 
+def test_every_requirement_of_an_algorithm_is_annotated() -> None:
+    """Controls copy the annotated attributes."""
+    attributes = {name for name, value in vars(Algorithm).items() if not (name.startswith("_") or callable(value))}
+    properties = {name for name in attributes if isinstance(vars(Algorithm)[name], property)}
+    assert attributes - properties <= Algorithm.__annotations__.keys()
+
+
 @pytest.mark.parametrize("control", [Shuffled, Random])
 def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Control]) -> None:
     for of in (
@@ -654,9 +662,9 @@ def test_control_has_the_requirements_of_the_wrapped_algorithm(control: type[Con
         History(),
     ):
         wrapped = control(of=of)
-        names = ("needs_values", "references", "value_coef", "reference", "rescale", "entropy_top_k")
-        for name in (*names, "needs_previous_losses"):
-            assert getattr(wrapped, name) == getattr(of, name)
+        own = {"uses_losses", *(("weight_min", "weight_max") if control is Random else ())}
+        for name in Algorithm.__annotations__.keys() - own:
+            assert getattr(wrapped, name) == getattr(of, name), name
         assert (wrapped.uses_losses == "none") is (of.uses_losses == "none")
         assert wrapped.weights(random_observations()).shape == random_observations().valid.shape
 

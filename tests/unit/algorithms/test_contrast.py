@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.conftest import Invoke, tiny_model
 from tests.support.weights import plain_losses, sharp_model, trained_weights, with_probable_labels
 from tests.unit.objectives.test_objectives import ragged
-from wmtp.algorithms.base import Observations
+from wmtp.algorithms.base import Observations, clip_weights
 from wmtp.algorithms.contrast import Contrast
 from wmtp.data.collate import IGNORED, Batch
 from wmtp.models.mtp import MtpModel
@@ -67,7 +67,8 @@ def weights_of(ratios: list[float], algorithm: Contrast) -> list[float]:
         torch.ones(1, 1, len(ratios), dtype=torch.bool), torch.ones(1, len(ratios), dtype=torch.bool),
         reference_losses=losses[:, None, None],
     )  # fmt: skip
-    found: list[float] = algorithm.weights(observed).flatten().tolist()
+    clipped = clip_weights(algorithm.weights(observed), observed.valid, algorithm.weight_min, algorithm.weight_max)
+    found: list[float] = clipped.flatten().tolist()
     return found
 
 

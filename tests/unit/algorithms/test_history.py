@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from wmtp.algorithms.base import Observations
+from wmtp.algorithms.base import Observations, clip_weights
 from wmtp.algorithms.history import History
 
 
 def weights(algorithm: History, previous: list[float], now: list[float]) -> list[float]:
     losses = torch.tensor(now)
     observed = Observations(losses >= 0, torch.ones(1, 1) > 0, losses=losses, previous_losses=torch.tensor(previous))
-    found: list[float] = algorithm.weights(observed).tolist()
+    found: list[float] = clip_weights(
+        algorithm.weights(observed), observed.valid, algorithm.weight_min, algorithm.weight_max
+    ).tolist()
     return found
 
 

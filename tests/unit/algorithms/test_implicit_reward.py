@@ -60,6 +60,10 @@ def test_stage_1_begins_with_the_model_of_another_run(invoke: Invoke) -> None:
     assert invoke("algo=baseline", "max_steps=3", "hydra.run.dir=language").code == 0
     other = invoke("algo=implicit_reward", "pretrain.start=language", "model.hidden_dim=40", "max_steps=1")
     assert other.code == 2 and "its model is not that of stage 1" in other.err
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text("{}")
+    wrong = invoke("algo=implicit_reward", "pretrain.start=folder", "max_steps=1")
+    assert wrong.code == 2 and "pretrain.start=/" in wrong.err and "algo.reference" not in wrong.err
     done = invoke(
         "algo=implicit_reward", "pretrain.start=language", "pretrain.max_steps=2", "max_steps=1", "hydra.run.dir=reward"
     )

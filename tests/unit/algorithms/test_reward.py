@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.conftest import Invoke, tiny_model
 from tests.support.weights import trained_weights
 from tests.unit.objectives.test_objectives import ragged
-from wmtp.algorithms.base import Observations
+from wmtp.algorithms.base import Observations, clip_weights
 from wmtp.algorithms.controls import Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.reward import Reward
@@ -52,7 +52,8 @@ def test_weights_are_clipped() -> None:
     algorithm = Reward(beta=0.01)
     algorithm.mean_reward = 0.5
     observed = Observations(torch.ones(1, 3, 1) > 0, torch.ones(3, 1) > 0, rewards=torch.tensor([0.0, 0.5, 1e6]))
-    assert algorithm.weights(observed).flatten().tolist() == pytest.approx([0.1, 1.0, 5.0])
+    clipped = clip_weights(algorithm.weights(observed), observed.valid, algorithm.weight_min, algorithm.weight_max)
+    assert clipped.flatten().tolist() == pytest.approx([0.1, 1.0, 5.0])
 
 
 def test_a_permutation_within_each_solution_is_refused(invoke: Invoke) -> None:

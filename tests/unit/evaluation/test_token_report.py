@@ -159,7 +159,7 @@ def quality_of(
 
 def quality(objective: MtpObjective, data: Dataset) -> dict[str, float | None]:
     measured = measure_tokens(objective, tiny_model(), data, CPU)
-    return weight_quality(measured[:, TOKEN_METRICS.index("weight")], data)
+    return weight_quality(measured[:, TOKEN_METRICS.index("unclipped_weight")], data)
 
 
 @pytest.mark.filterwarnings("error")
@@ -175,6 +175,16 @@ def test_correct_weights_score_one_inverted_weights_zero_and_random_weights_half
     drawn = quality_of(noisy_data, Random(of=ExcessLoss()), high_on_labels)[name]
     assert drawn is not None and 0.3 < drawn < 0.7
     assert quality_of(noisy_data, Uniform()) == {}, "equal weights have a quality"
+
+
+def test_the_limits_of_weights_do_not_change_what_they_identify(noisy_data: Dataset) -> None:
+    decisive, _, _ = label_tokens(noisy_data.validation, noisy_data.tokenizer)
+    losses = np.where(first_decisive_tokens(decisive, noisy_data.validation), 60, 50).astype(np.float32)
+    narrow = ExcessLoss(weight_min=0.9, weight_max=1.1)
+    assert quality_of(noisy_data, narrow, losses)["decisive_wrong_top1"] == 1.0
+    data = replace(noisy_data, validation=noisy_data.validation.with_columns(reference_losses=losses[:, None]))
+    clipped = measure_tokens(MtpObjective(narrow), tiny_model(), data, CPU)[:, TOKEN_METRICS.index("weight")]
+    assert weight_quality(clipped, data) == {}, "the control: all clipped weights are equal"
 
 
 @pytest.mark.slow

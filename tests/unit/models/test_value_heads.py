@@ -207,6 +207,17 @@ def test_values_are_computed_in_fp32_for_every_dtype_of_states(kind: ValueKind) 
     assert naive.dtype == torch.bfloat16 and not torch.equal(naive.float(), exact)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_parameters_are_fp32_in_a_bf16_model(kind: ValueKind) -> None:
+    """FSDP requires that all parameters of a module have the same dtype."""
+    model = tiny_model().bfloat16()
+    head = model.add_value_head(kind)
+    assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
+    values = model(torch.arange(6)[None]).values
+    assert values is not None and values.dtype == torch.float32
+    values.sum().backward()
+
+
 def test_the_output_of_a_block_head_is_fp32_although_its_block_runs_in_bf16() -> None:
     head, (states, tokens) = randomize(create_head("block", dim=64)), inputs(64, (3, 5))
     assert isinstance(head, BlockValueHead)

@@ -493,7 +493,7 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
     model, batch = tiny_model(), ragged()
     objective = MtpObjective(ByTarget())
     raw = ByTarget().weights(Observations(torch.zeros(4, *batch.labels.shape) > 0, batch.response)).clamp(0.1, 5.0)
-    got, loss, value = objective.token_metrics(model, batch).unbind(dim=-1)
+    got, loss, value, _ = objective.token_metrics(model, batch).unbind(dim=-1)
     expected = torch.full(got.shape, torch.nan)
     for row, (start, stop) in enumerate(RUNS):
         for i in range(max(start, 1), stop):
@@ -508,7 +508,7 @@ def test_a_tokens_weight_is_the_mean_over_the_heads_that_predict_it() -> None:
 
 def test_a_tokens_loss_is_that_of_head_1_and_its_value_is_that_after_the_token() -> None:
     model, batch = model_with_values(), ragged()
-    _, loss, value = MtpObjective(Uniform()).token_metrics(model, batch).unbind(dim=-1)
+    _, loss, value, _ = MtpObjective(Uniform()).token_metrics(model, batch).unbind(dim=-1)
     outputs = model(batch.tokens)
     assert outputs.values is not None
     log_probabilities = (outputs.states[0] @ model.unembedding_weight.T).log_softmax(dim=-1)
@@ -653,7 +653,7 @@ def test_splitting_does_not_change_the_value_loss(stage: str, parts: list[tuple[
     kinds: dict[str, Objective] = {
         "with policy": MtpObjective(UniformWithValues()),
         "with policy, ranking": MtpObjective(UniformWithValues(), ValueLoss("ranking")),
-        "with language model": ValueObjective(ValueLoss(), OBJECTIVE, 0.7),
+        "with language model": ValueObjective(ValueLoss(), 0.7),
     }
     objective = kinds[stage] if stage in kinds else ValueObjective(ValueLoss(stage))
     model, batch = model_with_values(), ragged()
@@ -771,7 +771,7 @@ def test_the_first_output_has_the_lowest_loss_of_all_constants(mean: float) -> N
 
 def test_stage_1_loss_is_value_loss_plus_language_model_loss(tiny_data: Dataset) -> None:
     model, batch = model_with_values(), ragged()
-    objective = ValueObjective(ValueLoss(), OBJECTIVE, language_model_coef=0.3)
+    objective = ValueObjective(ValueLoss(), language_model_coef=0.3)
     (prepared,) = objective.prepare(model, [batch])
     value, _ = ValueObjective(ValueLoss()).loss(model, prepared)
     language, _ = OBJECTIVE.loss(tiny_model(), *OBJECTIVE.prepare(model, [batch]))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def test_a_run_measures_its_reference_and_warns_if_it_is_weak(invoke: Invoke) ->
         "pretrain.optimizer.lr=1e-2",
     )  # fmt: skip
     assert strong.code == 0 and "clean validation tokens" not in strong.err
+    before = re.search(r"before training, the reference is better on ([0-9.]+)% of the clean", strong.out)
+    assert before is not None and float(before[1]) > 50
+    tried = invoke(*overrides, "dry_run=true")
+    assert "reference_better" not in tried.out and "reference losses of 0" in tried.out
 
 
 @pytest.mark.slow
@@ -49,6 +54,7 @@ def test_cleaning_compares_a_named_reference_with_the_policy_before_training(inv
     done = invoke("algo=cleaning", "algo.reference=reference", "max_steps=2", "hydra.run.dir=cleaned")
     assert done.code == 0, done.err
     assert not (Path("cleaned") / "pretrain").exists()
+    assert "There is no stage 1, because algo.reference selects the reference." in done.out
 
 
 @pytest.mark.parametrize(

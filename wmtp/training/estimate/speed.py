@@ -55,18 +55,19 @@ def traffic(shape: ModelShape, processes: int, setting: ParallelSetting, micro_b
     algorithms. The strategy fsdp gathers every block for the forward pass and again for the backward pass, in bf16 if
     that is the precision of matrix products. It gathers both vocabulary matrices once per forward pass, in their own
     dtype, and it reduces gradients in fp32. The strategy ddp gathers nothing. Its all-reduce sends twice as many bytes
-    as a reduce-scatter. An additional forward pass for the weights gathers every block once more, but no vocabulary
-    matrix: they stay gathered until a backward pass ends.
+    as a reduce-scatter. An additional forward pass for the weights gathers its blocks once more, but no vocabulary
+    matrix, because these stay gathered until a backward pass ends.
     """
     share, counts = (processes - 1) / processes, shape.counted
     if setting.strategy != "fsdp":
         return 0.0, 2 * share * counts.trained_bytes
     blocks = shape.num_blocks * shape.block_parameters
     other_bytes = shape.number_bytes * (counts.parameters - blocks)
-    num_gathers = 1 if shape.trains_values_only else 2
-    if setting.additional_pass != "none" and micro_batches > 1:
-        num_gathers += 1
-    gathered = share * (num_gathers * product_bytes(shape, setting) * blocks + other_bytes)
+    gathered_blocks = shape.num_blocks * (1 if shape.trains_values_only else 2)
+    if micro_batches > 1 and setting.additional_pass != "none":
+        gathered_blocks += shape.num_blocks if setting.additional_pass == "heads" else shape.num_trunk_blocks
+    block_bytes = product_bytes(shape, setting) * shape.block_parameters
+    gathered = share * (gathered_blocks * block_bytes + other_bytes)
     reductions = micro_batches if setting.reduce_each_micro_batch else 1
     return micro_batches * gathered, reductions * share * 4 * counts.trained
 
