@@ -1,10 +1,12 @@
-"""Measure the time of an update with each algorithm: `scripts/benchmark_algorithms.py [rounds]`.
+"""Measure the time of an update with each algorithm: `scripts/benchmark_algorithms.py [ROUNDS [FILE]]`.
 
 One process trains the micro model on the embedded tasks. In each round, the trainer makes one update of the same
 batch with every algorithm; the order of the algorithms rotates from round to round. Each time is divided by the
-baseline's time in the same round. Reference losses are read from disk, as in every run after the first.
+baseline's time in the same round. Reference losses are read from disk, as in every run after the first. FILE is a CSV
+file for the ratios. The table of docs/weightings.md has those of docs/weightings_time.csv.
 """
 
+import csv
 import statistics
 import sys
 import tempfile
@@ -14,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from estimate_scaling import table
 
 from wmtp.algorithms.base import Algorithm
 from wmtp.algorithms.cleaning import Cleaning
 from wmtp.algorithms.contrast import Contrast
-from wmtp.algorithms.controls import Random, Shuffled
+from wmtp.algorithms.controls import Control, Random, Shuffled
 from wmtp.algorithms.critic import Critic
 from wmtp.algorithms.dft import Dft
 from wmtp.algorithms.entropy import Entropy
@@ -45,6 +48,7 @@ from wmtp.training.plan import Plan
 from wmtp.training.trainer import Trainer
 
 BATCH_SIZE, WARM_UP_ROUNDS = 16, 5
+TIMES = Path(__file__).resolve().parents[1] / "docs" / "weightings_time.csv"
 ALGORITHMS: dict[str, tuple[Algorithm, float | None]] = {
     "baseline": (Uniform(), None),
     "critic": (Critic(value="action", trace_decay=0.0, last_token="value"), 1.10),
@@ -100,12 +104,39 @@ def with_losses(data: Dataset, losses: np.ndarray, algorithm: Algorithm) -> Data
     return replace(data, train=data.train.with_columns(reference_losses=columns))
 
 
-def main(num_rounds: int) -> None:
+def tables() -> list[str]:
+    """Return the table of what each weighting costs, with the measured times of updates."""
+    with TIMES.open() as file:
+        times = {row["algo"]: row for row in csv.DictReader(file)}
+    rows = []
+    for name, time_of in times.items():
+        algorithm, _ = ALGORITHMS[name]
+        stored = [f"{len(algorithm.references)} × 4 bytes for each token"] if algorithm.references else []
+        stored += ["4 bytes for each token and head"] if algorithm.needs_previous_losses else []
+        added = {"state": "dim", "action": "dim × vocabulary", "block": "a block"}[algorithm.value]
+        forward = {"none": "–", "trunk": "of the trunk", "heads": "of trunk and heads"}[algorithm.additional_pass]
+        ratio = f"{float(time_of['median']):.2f} ({float(time_of['first']):.2f} to {float(time_of['third']):.2f})"
+        rows.append([name, stored[0] if stored else "–", added if algorithm.needs_values else "–", forward, ratio])
+    header = ["`algo=`", "stored losses", "weights of the value head", "additional forward pass", "time of an update"]
+    return [table(header, rows)]
+
+
+def write_times(path: Path, found: dict[str, tuple[float, float, float]]) -> None:
+    """Write the quartiles of the ratios of each weighting, except controls and the baseline, to a CSV file."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["algo", "first", "median", "third"])
+        for name, quartiles in found.items():
+            if not isinstance(ALGORITHMS[name][0], Control | Uniform):
+                writer.writerow([name, *(f"{ratio:.4f}" for ratio in quartiles)])
+
+
+def main(num_rounds: int, path: Path | None = None) -> None:
     """Print each algorithm's time per update, its ratio to the baseline, and whether the ratio is within the limit."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = TaskSource(
-            tokenizer=task_tokenizer(folder), num_train=num_rounds * BATCH_SIZE // 2,
+            tokenizer=task_tokenizer(folder), num_train=num_rounds * BATCH_SIZE // 4,  # two epochs
             difficulties={1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}, correct_ratio=0.5, noise=0.5,
         )  # fmt: skip
         data = read_dataset(source, folder, seed=0)
@@ -123,17 +154,20 @@ def main(num_rounds: int) -> None:
                 started = time.perf_counter()
                 trainers[name].train_update()
                 seconds[name].append(time.perf_counter() - started)
-    baseline = seconds["baseline"][WARM_UP_ROUNDS:]
+    baseline, found = seconds["baseline"][WARM_UP_ROUNDS:], {}
     for name, (_, limit) in ALGORITHMS.items():
         measured = seconds[name][WARM_UP_ROUNDS:]
         ratios = [one / base for one, base in zip(measured, baseline, strict=True)]
         first, middle, third = statistics.quantiles(ratios, n=4)
+        found[name] = (first, middle, third)
         verdict = "" if limit is None else f"  limit {limit:.2f}: {'reached' if middle <= limit else 'NOT REACHED'}"
         print(
             f"{name:16} {statistics.median(measured):.3f} s an update; relative to the baseline: "
             f"median {middle:.3f} of {len(ratios)} rounds (quartiles {first:.3f} {third:.3f}){verdict}"
         )
+    if path is not None:
+        write_times(path, found)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60, *map(Path, sys.argv[2:3]))

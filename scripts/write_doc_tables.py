@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import benchmark_algorithms
 import estimate_presets
 import estimate_scaling
 import simulate_intervals
@@ -32,13 +33,17 @@ def replace_tables(page: str, script: str, tables: Sequence[str]) -> str:
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path of each page and its text with current tables."""
+    texts: dict[str, str] = {}
     for name, script, tables in (
         ("scaling.md", "estimate_scaling", estimate_scaling.default_tables()),
         ("presets.md", "estimate_presets", estimate_presets.tables()),
         ("sweeps.md", "simulate_intervals", simulate_intervals.tables()),
         ("weightings.md", "tabulate_weightings", tabulate_weightings.tables()),
+        ("weightings.md", "benchmark_algorithms", benchmark_algorithms.tables()),
     ):
-        yield DOCS / name, replace_tables((DOCS / name).read_text(), script, tables)
+        texts[name] = replace_tables(texts.get(name) or (DOCS / name).read_text(), script, tables)
+    for name, text in texts.items():
+        yield DOCS / name, text
 
 
 def main() -> int:

@@ -20,10 +20,26 @@ CASES = {
         ["model.dtype=bf16", "hardware.precision=bf16", "algo=critic", "pretrain=none", "data.correct_ratio=0.5"],
     ),
     "adapters": ("qwen3", ["model.lora.rank=2", "algo=critic", "pretrain.trains=head", "pretrain.max_steps=2"]),
+    "bf16, with a block as value head": (
+        "qwen2",
+        [
+            "model.dtype=bf16",
+            "hardware.precision=bf16",
+            "algo=critic",
+            "algo.value=block",
+            "pretrain=none",
+            "data.correct_ratio=0.5",
+        ],
+    ),
+    "contrast with adapters": ("llama", ["model.lora.rank=2", "algo=contrast", "pretrain.max_steps=2"]),
+    "implicit_reward with adapters": ("qwen2", ["model.lora.rank=2", "algo=implicit_reward", "pretrain.max_steps=2"]),
 }
+DEEP = list(CASES)[-3:]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.deep) if case in DEEP else case for case in CASES]
+)
 def test_two_processes_train_like_one_process(case: str, ranks: Ranks, tokenizer: Tokenizer, tmp_path: Path) -> None:
     family, options = CASES[case]
     path = write_family(tmp_path / "model", family, tokenizer)
