@@ -128,7 +128,7 @@ def write_times(path: Path, found: dict[str, tuple[float, float, float]]) -> Non
         writer.writerow(["algo", "first", "median", "third"])
         for name, quartiles in found.items():
             if not isinstance(ALGORITHMS[name][0], Control | Uniform):
-                writer.writerow([name, *(f"{ratio:.4f}" for ratio in quartiles)])
+                writer.writerow([name, *(f"{ratio:.3f}" for ratio in quartiles)])
 
 
 def main(num_rounds: int, path: Path | None = None) -> None:
@@ -140,9 +140,10 @@ def main(num_rounds: int, path: Path | None = None) -> None:
             difficulties={1: 0.2, 2: 0.4, 3: 0.25, 4: 0.15}, correct_ratio=0.5, noise=0.5,
         )  # fmt: skip
         data = read_dataset(source, folder, seed=0)
-        path = folder / "reference.npy"
-        np.save(path, np.random.default_rng(0).exponential(size=(len(data.train.samples.tokens), 2)).astype(np.float32))
-        losses = np.load(path, mmap_mode="r")
+        stored = folder / "reference.npy"
+        drawn = np.random.default_rng(0).exponential(size=(len(data.train.samples.tokens), 2))
+        np.save(stored, drawn.astype(np.float32))
+        losses = np.load(stored, mmap_mode="r")
         trainers = {
             name: trainer_of(algorithm, with_losses(data, losses, algorithm), num_rounds, folder / name)
             for name, (algorithm, _) in ALGORITHMS.items()
