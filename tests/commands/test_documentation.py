@@ -169,6 +169,8 @@ def test_every_command_of_a_page_is_valid(page: Path, check: Callable[..., None]
                 assert (ROOT / script).is_file(), text
             case ["scripts/test", *arguments]:
                 assert arguments in ([], ["fast"], ["deep"]), text
+            case ["scripts/measure_weightings", regime, seed]:
+                assert regime in ("tasks", "tasks_noisy") and seed.isdigit()
             case ["scripts/setup", extras]:
                 assert set(extras.split(",")) <= {*EXTRAS, "smollm2"}, text
             case ["pip", "install", *packages]:
