@@ -1,6 +1,6 @@
 """Measure the time of an update with each algorithm: `scripts/benchmark_algorithms.py [ROUNDS [FILE]]`.
 
-One process trains the micro model on the embedded tasks. In each round, the trainer makes one update of the same
+One process trains the micro model on the generated tasks. In each round, the trainer makes one update of the same
 batch with every algorithm; the order of the algorithms rotates from round to round. Each time is divided by the
 baseline's time in the same round. Reference losses are read from disk, as in every run after the first. FILE is a CSV
 file for the ratios. The table of docs/weightings.md has those of docs/weightings_time.csv.
@@ -111,13 +111,23 @@ def tables() -> list[str]:
     rows = []
     for name, time_of in times.items():
         algorithm, _ = ALGORITHMS[name]
-        stored = [f"{len(algorithm.references)} × 4 bytes for each token"] if algorithm.references else []
+        stored = [f"{4 * len(algorithm.references)} bytes for each token"] if algorithm.references else []
         stored += ["4 bytes for each token and head"] if algorithm.needs_previous_losses else []
         added = {"state": "dim", "action": "dim × vocabulary", "block": "a block"}[algorithm.value]
         forward = {"none": "–", "trunk": "of the trunk", "heads": "of trunk and heads"}[algorithm.additional_pass]
         ratio = f"{float(time_of['median']):.2f} ({float(time_of['first']):.2f} to {float(time_of['third']):.2f})"
-        rows.append([name, stored[0] if stored else "–", added if algorithm.needs_values else "–", forward, ratio])
-    header = ["`algo=`", "stored losses", "weights of the value head", "additional forward pass", "time of an update"]
+        rows.append(
+            [
+                name,
+                len(algorithm.references) or "–",
+                stored[0] if stored else "–",
+                added if algorithm.needs_values else "–",
+                forward,
+                ratio,
+            ]
+        )
+    header = ["`algo=`", "references", "stored losses", "parameters of the value head", "additional forward pass",
+              "time of an update"]  # fmt: skip
     return [table(header, rows)]
 
 

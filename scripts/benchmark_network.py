@@ -1,6 +1,6 @@
 """Measure the cost of MLflow and S3 in a training: `scripts/benchmark_network.py [pairs] [updates] [--faults]`.
 
-A pair is two trainings of the micro model on the embedded tasks, with one thread each. One sends its metrics and
+A pair is two trainings of the micro model on the generated tasks, with one thread each. One sends its metrics and
 checkpoints to real servers on this machine, the other does not. Every update is logged, and every twentieth update is
 saved (19 MB). The two trainings alternate in turns of two seconds, while the other is stopped (SIGSTOP), so that both
 run under the same load. Only updates that lie completely within a turn are counted. With `--faults`, the store

@@ -18,12 +18,12 @@ from wmtp.ops.targets import shift_to_heads
 
 @dataclass(kw_only=True, eq=False)
 class Oracle(Algorithm):
-    """The algorithm that gives harmful tokens `harmful_weight` and all other tokens weight 1.
+    """The algorithm that gives harmful tokens `misleading_weight` and all other tokens weight 1.
 
     A token is harmful if it is noise or if it makes a wrong solution wrong.
     """
 
-    harmful_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    misleading_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The weight of harmful tokens. If it is 0, the model is not trained on them."""
     rescale: bool = True
     """Whether the weights are scaled to mean 1."""
@@ -35,5 +35,5 @@ class Oracle(Algorithm):
     def weights(self, observed: Observations) -> Float[Tensor, "head batch position"]:
         """Return the weight of the token of each target. It is the same for all heads that predict the token."""
         assert observed.harmful is not None
-        token_weights = torch.where(observed.harmful, self.harmful_weight, 1.0)
+        token_weights = torch.where(observed.harmful, self.misleading_weight, 1.0)
         return shift_to_heads(token_weights, len(observed.valid), 1.0)

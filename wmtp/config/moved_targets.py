@@ -34,7 +34,13 @@ PRETRAINED_TOKENIZERS = (
 FIRST_TOKEN = "add_bos_token"
 """Key of the tokenizers above. Earlier versions had no such key, and added no token before a prompt."""
 ADDED_KEYS: dict[str, dict[str, Any]] = {
-    "wmtp.data.sources.TaskSource": {"noise_kinds": ["footer"], "noise_lines": 4, "wrong_variants": 1},
+    "wmtp.data.sources.FileSource": {"select_validation": True},
+    "wmtp.data.sources.TaskSource": {
+        "select_validation": True,
+        "noise_kinds": ["footer"],
+        "noise_lines": 4,
+        "wrong_variants": 1,
+    },
     "wmtp.training.stages.ValueStage": {"value": "state"},
     **{target: {FIRST_TOKEN: False} for target in PRETRAINED_TOKENIZERS},
 }

@@ -140,7 +140,8 @@ def read_dataset(source: DataSource, cache_dir: Path, seed: int) -> Dataset:
     """
     records = source.read()
     train = build_split("train", records.train, source, source.n_samples, cache_dir)
-    validation = build_split("validation", records.validation, source, None, cache_dir)
+    selected = source if source.select_validation else source.without_selection()
+    validation = build_split("validation", records.validation, selected, None, cache_dir)
     if not len(train):
         raise InputError("data: no training samples are left; increase data.max_length or select more records")
     fingerprint = _hash(train.fingerprint + validation.fingerprint + str(source.group_tasks))

@@ -33,6 +33,7 @@ class DataSource(ABC):
     difficulty_bins: DifficultyBins | None = None
     mismatched: bool = False
     curated: bool = False
+    select_validation: bool = True
     group_tasks: bool = False
     reward_model: ExistingPath | None = None
     seed: int = 0
@@ -91,7 +92,7 @@ def _not_empty(kinds: list[NoiseKind]) -> list[NoiseKind]:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource(DataSource):
-    """A source of the embedded tasks, which are programming tasks that wmtp itself generates."""
+    """A source of the generated tasks, which are programming tasks that wmtp itself generates."""
 
     num_train: Positive = 5_000
     num_validation: Positive = 200

@@ -1,4 +1,4 @@
-"""Comments that make the solutions of the embedded tasks noisy, and the characters of them that are labelled as noise.
+"""Comments that make the solutions of the generated tasks noisy, and the characters of them that are labelled as noise.
 
 A comment has no effect on a program, so a noisy solution passes and fails the same tests as without its comment.
 """

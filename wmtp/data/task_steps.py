@@ -1,4 +1,4 @@
-"""The steps of the embedded tasks: their wordings, their code, and the errors of incorrect solutions.
+"""The steps of the generated tasks: their wordings, their code, and the errors of incorrect solutions.
 
 A step maps a value of one kind to a value of another kind. Its code is one expression in which
 

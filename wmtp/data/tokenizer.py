@@ -1,4 +1,4 @@
-"""Tokenizers. The embedded tasks have a small byte-level BPE; other tokenizers are read from a tokenizer.json."""
+"""Tokenizers. The generated tasks have a small byte-level BPE; other tokenizers are read from a tokenizer.json."""
 
 import hashlib
 import inspect
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 PADDING, END = "<pad>", "<end>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TRAINING_TASKS = 1_500
-"""The number of tasks on which the tokenizer of the embedded tasks is trained."""
+"""The number of tasks on which the tokenizer of the generated tasks is trained."""
 DIFFICULTIES = {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}
 PROBE = (
     "def naïve(x):\n    return x ** 2 - 10_345.678  # don't  stop\t日本語 🙂\r\n\n\n"
@@ -115,7 +115,7 @@ def train_bpe(records: list[Record], vocab_size: int) -> BackendTokenizer:
 
 
 def task_tokenizer(cache_dir: Path, *, vocab_size: Annotated[int, Field(ge=258)] = 512) -> Tokenizer:
-    """Return the tokenizer of the embedded tasks. It is trained once, and then read from the cache on disk.
+    """Return the tokenizer of the generated tasks. It is trained once, and then read from the cache on disk.
 
     The tokenizer depends only on `vocab_size` and on the source code of the tasks.
     """

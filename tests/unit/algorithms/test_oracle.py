@@ -59,7 +59,7 @@ def test_noise_and_decisive_tokens_of_wrong_solutions_are_harmful(tokenizer: Tok
 def test_weight_of_a_harmful_token_reaches_every_head() -> None:
     harmful = torch.tensor([[False, False, True, False]])
     observed = Observations(torch.ones(2, 1, 4) > 0, torch.ones(1, 4) > 0, harmful=harmful)
-    weights = Oracle(harmful_weight=0.25).weights(observed)
+    weights = Oracle(misleading_weight=0.25).weights(observed)
     assert weights[:, 0, :2].tolist() == [[1.0, 0.25], [0.25, 1.0]]
     assert Uniform().weights(observed)[:, 0, :2].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 

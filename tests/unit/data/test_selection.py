@@ -1,9 +1,12 @@
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wmtp.data.dataset import read_dataset
 from wmtp.data.records import Record
 from wmtp.data.selection import (
     Selection,
@@ -14,6 +17,8 @@ from wmtp.data.selection import (
     group_by_category,
     select,
 )
+from wmtp.data.sources import TaskSource
+from wmtp.data.tokenizer import Tokenizer
 from wmtp.errors import InputError
 
 
@@ -166,3 +171,22 @@ def test_the_seed_determines_mismatched_solutions() -> None:
 def test_a_solution_shared_by_all_tasks_cannot_be_mismatched() -> None:
     with pytest.raises(InputError, match="data.mismatched: no other task"):
         add_mismatched([create_record(1, "same"), create_record(2, "same")], seed=0)
+
+
+def test_runs_with_different_training_data_can_have_the_same_validation_data(tokenizer: Tokenizer, cache: Path) -> None:
+    def fingerprints(**selection: Any) -> tuple[str, str]:
+        sizes = {"num_train": 30, "num_validation": 20, "num_test": 1}
+        source = TaskSource(tokenizer=tokenizer, difficulties={1: 1}, noise=0.5, **sizes, **selection)
+        data = read_dataset(source, cache, seed=0)
+        return data.train.fingerprint, data.validation.fingerprint
+
+    settings: list[dict[str, Any]] = [
+        {"correct_ratio": 0.5, "group_tasks": True},
+        {"correct_ratio": 1},
+        {"curated": True},
+    ]
+    selected = [fingerprints(**each) for each in settings]
+    shared = [fingerprints(**each, select_validation=False) for each in settings]
+    assert [train for train, _ in shared] == [train for train, _ in selected]
+    assert {validation for _, validation in shared} == {selected[0][1]}, "half of all solutions are correct"
+    assert len({validation for _, validation in selected}) == 3, "the control"
