@@ -111,21 +111,14 @@ def tables() -> list[str]:
     rows = []
     for name, time_of in times.items():
         algorithm, _ = ALGORITHMS[name]
-        stored = [f"{4 * len(algorithm.references)} bytes for each token"] if algorithm.references else []
-        stored += ["4 bytes for each token and head"] if algorithm.needs_previous_losses else []
+        stored = "4 bytes for each token and head" if algorithm.needs_previous_losses else "–"
+        if algorithm.references:
+            stored = f"{4 * len(algorithm.references)} bytes for each token"
         added = {"state": "dim", "action": "dim × vocabulary", "block": "a block"}[algorithm.value]
         forward = {"none": "–", "trunk": "of the trunk", "heads": "of trunk and heads"}[algorithm.additional_pass]
         ratio = f"{float(time_of['median']):.2f} ({float(time_of['first']):.2f} to {float(time_of['third']):.2f})"
-        rows.append(
-            [
-                name,
-                len(algorithm.references) or "–",
-                stored[0] if stored else "–",
-                added if algorithm.needs_values else "–",
-                forward,
-                ratio,
-            ]
-        )
+        head = added if algorithm.needs_values else "–"
+        rows.append([name, len(algorithm.references) or "–", stored, head, forward, ratio])
     header = ["`algo=`", "references", "stored losses", "parameters of the value head", "additional forward pass",
               "time of an update"]  # fmt: skip
     return [table(header, rows)]

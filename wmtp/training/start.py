@@ -108,8 +108,9 @@ def build_stage_start(config: DictConfig, components: Components, stage: Stage) 
     found = load_named("pretrain.start", stage.start, components, Path(config.cache_dir))
     if model.base_fingerprint not in (None, found.base_fingerprint):
         raise InputError(f"pretrain.start={stage.start}: its model was trained from other pretrained weights")
+    state = found.state_dict()
     try:
-        model.load_state_dict({name: found.state_dict()[name] for name in model.state_dict()})
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
     except (KeyError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"pretrain.start={stage.start}: its model is not that of stage 1: {problem}") from error
