@@ -3,7 +3,7 @@
 docs/scaling.md and docs/presets.md list the sources of the numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from wmtp.algorithms.base import AdditionalPass
@@ -130,14 +130,14 @@ def value_bytes(shape: ModelShape, machine: Machine, setting: ParallelSetting) -
 
     For the norm of a value head, which is in fp32, autograd keeps the scaled input. For the kind "state", it also keeps
     the inputs of the matrices and of the activation function. For the kind "action", it keeps the token ids, their
-    vectors, and the states that are multiplied by these. If the states before the norm are not in fp32, autograd also
-    keeps a copy of them in fp32, except if only the value head is trained.
+    vectors, and the states that are multiplied by these. The block of the kind "block" is in fp32. If the states before
+    the norm are not in fp32, autograd also keeps a copy of them in fp32, except if only the value head is trained.
     """
     if shape.value_dim is None:
         return 0
     kept = 12 * shape.dim + 8 if shape.value_kind == "action" else 8 * (shape.dim + shape.value_dim)
     if shape.value_kind == "block":
-        kept += block_bytes(shape, machine, setting)
+        kept += block_bytes(replace(shape, number_bytes=4), machine, setting)
     return kept + (4 * shape.dim if shape.number_bytes < 4 and not shape.trains_values_only else 0)
 
 
