@@ -11,18 +11,26 @@ from torch.optim import Optimizer
 from wmtp.distributed.sharded_io import shard_like
 
 Tensors = dict[str, Tensor]
+OBJECTIVE = "objective:"
+"""Prefix of the names of the objective's tensors."""
 
 
 @dataclass
 class Snapshot:
-    """A complete training state. It consists of the tensors of the model and of the optimizer, and of plain JSON.
+    """A complete training state, which consists of tensors and plain JSON.
 
-    The tensors are stored by name. A tensor may be sharded over the ranks (DTensor).
+    The tensors are stored by name. A tensor may be sharded over the ranks (DTensor). `optimizer` contains the tensors
+    of the optimizer, and those of the objective, whose names start with "objective:".
     """
 
     model: Tensors
     optimizer: Tensors
     state: dict[str, Any]
+
+    def objective_state(self) -> dict[str, Any]:
+        """Return the state of the objective, which `split_objective_state` has split."""
+        tensors = {n.removeprefix(OBJECTIVE): tensor for n, tensor in self.optimizer.items() if n.startswith(OBJECTIVE)}
+        return {**self.state["objective"], **tensors}
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -50,13 +58,21 @@ def split_optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[Tenso
     return tensors, {"plain": plain, "groups": state["param_groups"]}
 
 
+def split_objective_state(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """Split the state of an objective into tensors, whose names get the prefix "objective:", and plain JSON."""
+    tensors = {OBJECTIVE + name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Tensors, state: dict[str, Any]) -> None:
     """Load the tensors and the plain JSON from `split_optimizer_state` into an optimizer.
 
-    If a parameter of the model is sharded, its full tensors are sharded in the same way before they are loaded.
+    Tensors of the objective are left out. If a parameter of the model is sharded, its full tensors are sharded in the
+    same way before they are loaded.
     """
     indices = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     live = model.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OBJECTIVE)}
     tensors = {name: shard_like(tensor, find_live_parameter(name, live)) for name, tensor in tensors.items()}
     entries: dict[int, dict[str, Any]] = {}
     for full_name, value in (tensors | state["plain"]).items():

@@ -77,7 +77,10 @@ class Objective(Protocol):
         """Update the state after an optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that is needed to resume a run, as JSON values. All ranks must call this method."""
+        """Return the state that is needed to resume a run, as tensors and JSON values. All ranks must call this method.
+
+        The tensors must be the same on all ranks.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""

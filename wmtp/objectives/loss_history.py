@@ -1,11 +1,8 @@
 """The losses of the training targets in the previous epoch, on which the weights of `history` depend."""
 
-import base64
 import logging
-import zlib
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +20,7 @@ class LossHistory:
     An epoch contains each sample once, so these are the losses of the previous epoch until the sample is trained again.
     A rank records the losses of its own samples. When the next epoch begins, all ranks receive the losses of all
     samples, because each epoch distributes the samples anew. The losses take 4 bytes for each head and token of the
-    training split in the memory of each rank, and about as many in every checkpoint.
+    training split in the memory of each rank, and as many in every checkpoint.
     """
 
     def __init__(self, split: TokenizedSplit, processes: Processes) -> None:
@@ -86,21 +83,15 @@ class LossHistory:
         self._is_new.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses of all ranks as JSON values on rank 0, and nothing on other ranks, which save no state.
-
-        All ranks must call this method.
-        """
+        """Return the losses of all ranks and the fingerprint of their data. All ranks must call this method."""
         self._share()
-        if self._losses is None or not self.processes.is_main:
-            return {}
-        compressed = zlib.compress(self._losses.numpy().tobytes(), level=1)  # losses of prompts are equal, namely NaN
-        encoded = base64.b64encode(compressed).decode()
-        return {"data": self._fingerprint, "num_heads": self._losses.shape[1], "losses": encoded}
+        return {} if self._losses is None else {"previous_losses": self._losses, "previous_data": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the losses that `state_dict` returned on rank 0. Losses of other training data are left out."""
-        if state and state["data"] != self._fingerprint:
+        """Restore the losses that `state_dict` returned. Losses of other training data are left out."""
+        if "previous_losses" not in state:
+            return
+        if state["previous_data"] == self._fingerprint:
+            self._losses = state["previous_losses"].clone()
+        else:
             log.warning("the training data have changed, so the losses of the previous epoch are not known")
-        elif state:
-            losses = np.frombuffer(bytearray(zlib.decompress(base64.b64decode(state["losses"]))), np.float32)
-            self._losses = torch.from_numpy(losses.reshape(-1, state["num_heads"]))

@@ -313,11 +313,10 @@ class MtpObjective:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the algorithm and the losses of the previous epoch. All ranks must call this method."""
-        history = {} if self.history is None else {"history": self.history.state_dict()}
-        return self.algorithm.state_dict() | history
+        return self.algorithm.state_dict() | ({} if self.history is None else self.history.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self.algorithm.load_state_dict(state)
         if self.history is not None:
-            self.history.load_state_dict(state["history"])
+            self.history.load_state_dict(state)

@@ -12,7 +12,13 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from wmtp.checkpoint.state import Snapshot, load_model, restore_optimizer, split_optimizer_state
+from wmtp.checkpoint.state import (
+    Snapshot,
+    load_model,
+    restore_optimizer,
+    split_objective_state,
+    split_optimizer_state,
+)
 from wmtp.checkpoint.store import CheckpointStore
 from wmtp.data.collate import Batch
 from wmtp.data.dataset import Dataset
@@ -259,18 +265,19 @@ class Trainer:
         A run that is resumed from this state continues exactly as it would without an interruption.
         """
         optimizer_tensors, optimizer_state = split_optimizer_state(self.model, self.optimizer)
+        objective_tensors, objective_state = split_objective_state(self.objective.state_dict())
         state = {
             "position": asdict(self.position),
             "optimizer": optimizer_state,
             "scheduler": self.scheduler.state_dict(),
             "generators": self.processes.gather(generator_states()),
-            "objective": self.objective.state_dict(),
+            "objective": objective_state,
             "early_stopping": self.early_stopping.state_dict(),
             "validation": {"last": self.last_validation, **self.best.state_dict()},
             "skipped_updates": self.finite_check.num_skipped,
             "identity": self._identity(),
         }
-        return Snapshot(self.model.checkpoint_tensors(), optimizer_tensors, state)
+        return Snapshot(self.model.checkpoint_tensors(), optimizer_tensors | objective_tensors, state)
 
     def restore(self, snapshot: Snapshot, declared: Sequence[str] = ()) -> dict[str, str]:
         """Load the training state of a snapshot.
@@ -296,7 +303,7 @@ class Trainer:
         restore_generators(state["generators"], self.processes)
         self.finite_check.num_skipped = state["skipped_updates"]
         if "objective" not in changes:  # otherwise it is the state of another algorithm
-            self.objective.load_state_dict(state["objective"])
+            self.objective.load_state_dict(snapshot.objective_state())
         self.early_stopping.load_state_dict(state["early_stopping"])
         validation = state["validation"]
         self.last_validation = validation["last"]

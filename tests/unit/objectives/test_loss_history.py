@@ -4,7 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ from tests.support.ranks import Ranks
 from tests.support.training import make_trainer, parameters, train_run
 from tests.support.weights import plain_losses
 from wmtp.algorithms.history import History
+from wmtp.checkpoint.state import Snapshot, split_objective_state
+from wmtp.checkpoint.store import CheckpointStore, load
 from wmtp.data.collate import IGNORED, Batch, collate
 from wmtp.data.dataset import Dataset
 from wmtp.distributed.process_group import Processes
@@ -84,8 +86,11 @@ def test_losses_of_other_samples_and_losses_that_are_not_finite_are_unknown(tiny
     assert history.previous(unknown, 4).isnan().all(), "as for validation samples"
 
 
-def record_own_half(data: Dataset) -> dict[str, Any]:
-    """Record the losses of this rank's samples, and return the number of known samples before and after an epoch."""
+def record_own_half(data: Dataset, folder: Path) -> dict[str, Any]:
+    """Record the losses of this rank's samples, and return the known losses before and after an epoch.
+
+    The losses are also saved in checkpoints of both formats, and loaded from them.
+    """
     processes = Processes()
     history = LossHistory(data.train, processes)
     everything = [batch for batches in epoch_batches(data, 0) for batch in batches]
@@ -100,19 +105,27 @@ def record_own_half(data: Dataset) -> dict[str, Any]:
 
     before = known()
     history.begin_update(data.micro_batches(1, 0, 8, 8)[0])
-    restored = LossHistory(data.train, processes)
-    restored.load_state_dict(processes.gather(history.state_dict())[0])  # rank 0 writes the checkpoint
-    after, history = known(), restored
-    return {"before": before, "after": after, "restored": known()}
+    result: dict[str, Any] = {"before": before, "after": known()}
+    tensors, state = split_objective_state(history.state_dict())
+    formats: tuple[Literal["whole", "sharded"], ...] = ("whole", "sharded")
+    for form in formats:
+        store = CheckpointStore(folder / form, processes, format=form)
+        saved = store.save(1, Snapshot({}, tensors, {"objective": state}))
+        history = LossHistory(data.train, processes)
+        history.load_state_dict(load(saved).objective_state())
+        result[form] = known()
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-def test_every_rank_receives_the_losses_of_all_ranks_when_an_epoch_begins(ranks: Ranks, tiny_data: Dataset) -> None:
-    first, second = ranks(record_own_half, replace(tiny_data))  # a copy that has not cached its batches
+def test_every_rank_receives_the_losses_of_all_ranks_when_an_epoch_begins(
+    ranks: Ranks, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    first, second = ranks(record_own_half, replace(tiny_data), tmp_path)  # a copy that has not cached its batches
     assert first["before"] == [0, -1, 2, -1, 4] and second["before"] == [-1, 1, -1, 3, -1]
     for rank in (first, second):
-        assert rank["after"] == rank["restored"] == [0, 1, 2, 3, 4]
+        assert rank["after"] == rank["whole"] == rank["sharded"] == [0, 1, 2, 3, 4]
 
 
 def train(trainer: Trainer, count: int) -> list[dict[str, float]]:
@@ -129,14 +142,15 @@ def test_a_run_that_is_resumed_within_an_epoch_has_the_same_weights(tmp_path: Pa
     rest = train(whole, 4)
     assert all(metrics["train/weight_std"] > 0.05 for metrics in rest)
 
-    def resumed(state: dict[str, Any]) -> tuple[list[dict[str, float]], Tensor]:
+    def resumed(tensors: dict[str, Tensor]) -> tuple[list[dict[str, float]], Tensor]:
         trainer = make_trainer(tmp_path / "resumed", *OPTIONS)
-        trainer.restore(replace(saved, state=saved.state | {"objective": state}))
+        trainer.restore(replace(saved, optimizer=tensors))
         return train(trainer, 4), parameters(trainer.model)
 
-    metrics, values = resumed(saved.state["objective"])
+    metrics, values = resumed(saved.optimizer)
     assert metrics == rest and torch.equal(values, parameters(whole.model))
-    assert resumed({"history": {}})[0] != rest, "the control: without the recorded losses"
+    without = {name: tensor for name, tensor in saved.optimizer.items() if not name.startswith("objective:")}
+    assert len(without) < len(saved.optimizer) and resumed(without)[0] != rest, "the control: without the losses"
 
 
 def test_the_losses_of_other_training_data_are_not_restored(tiny_data: Dataset, caplog: Any) -> None:
