@@ -76,7 +76,7 @@ def mean_with_interval(values: Sequence[float], digits: int = 2) -> str:
 
 def quality_table(rows: list[Row]) -> str:
     """Return the table of what the weights of each arm identify, best arm first."""
-    header = ["`algo=`", "runs", *(f"`{name}`" for name in QUALITY)]
+    header = ["arm", "runs", *(f"`{name}`" for name in QUALITY)]
     lines = []
     for arm in arms_of(rows, QUALITY[0]):
         cells = [mean_with_interval(values_of(rows, arm, name), 3) for name in QUALITY]
@@ -87,8 +87,9 @@ def quality_table(rows: list[Row]) -> str:
 def gain_table(rows: list[Row]) -> str:
     """Return the table of the policies of each arm, compared with uniform weights and with the oracle's weights.
 
-    All arms must have the same seeds. The best arm is first. The gain over uniform weights is paired by seed, and
-    divided by the oracle's mean gain.
+    All arms must have the same seeds. The best arm is first. The gain is the difference in log-probability from
+    uniform weights, paired by seed. Its share of the oracle's gain has no interval, because the oracle's gain is itself
+    uncertain.
     """
     logprobs, probabilities = POLICY[:2]
     uniform = np.array(values_of(rows, "baseline", logprobs))
@@ -99,13 +100,13 @@ def gain_table(rows: list[Row]) -> str:
         own = np.array(values_of(rows, arm, logprobs))
         lines.append([
             arm, len(own), mean_with_interval(own.tolist()),
-            f"{np.mean(values_of(rows, arm, probabilities)) / unit:.1f}",
-            mean_with_interval((100 * (own - uniform) / oracle_gain).tolist(), 0),
+            mean_with_interval((own - uniform).tolist()), f"{100 * np.mean(own - uniform) / oracle_gain:.0f}",
+            f"{np.mean(values_of(rows, arm, probabilities)) / unit:.2g}",
             mean_with_interval(values_of(rows, arm, "sampled_pass_rate"), 3),
-            mean_with_interval(values_of(rows, arm, "noise_auc")),
+            *(mean_with_interval(values_of(rows, arm, name)) for name in ("decisive_wrong_top1", "noise_auc")),
         ])  # fmt: skip
-    header = ["`algo=`", "runs", "log-probability", "probability ÷ uniform", "% of the oracle's gain",
-              "sampled pass@1", "`noise_auc`"]  # fmt: skip
+    header = ["arm", "runs", "log-probability", "gain", "% of the oracle's gain", "probability ÷ uniform",
+              "sampled pass@1", "`decisive_wrong_top1`", "`noise_auc`"]  # fmt: skip
     return table(header, lines)
 
 

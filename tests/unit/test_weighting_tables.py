@@ -61,9 +61,9 @@ def test_the_gain_is_relative_to_uniform_and_oracle_weights(
     script.main(["tasks_noisy", *runs])
     found = cells(capsys.readouterr().out)
     assert list(found)[2:] == ["oracle", "cleaning", "baseline"], "the best arm is first"
-    assert found["baseline"][:4] == ["2", "-5.00 ± 12.71", "1.0", "0"]
-    assert found["oracle"] == ["2", "-1.00", "4.5", "100 ± 318", "–", "1.00"]
-    assert found["cleaning"] == ["2", "-3.00 ± 12.71", "1.5", "50 ± 635", "–", "0.75"]
+    assert found["baseline"][:4] == ["2", "-5.00 ± 12.71", "0.00", "0"]
+    assert found["oracle"] == ["2", "-1.00", "4.00 ± 12.71", "100", "4.5", "–", "–", "1.00"]
+    assert found["cleaning"] == ["2", "-3.00 ± 12.71", "2.00 ± 25.41", "50", "1.5", "–", "–", "0.75"]
 
     other = make_run(tmp_path / "other", ["algo=shuffled", "algo/of=contrast"], 5, policy(-240.0, 0.0), 0.5)
     script.main(["tasks", other])

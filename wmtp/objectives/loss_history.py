@@ -10,6 +10,7 @@ from torch import Tensor
 from wmtp.data.collate import Batch
 from wmtp.data.split import TokenizedSplit
 from wmtp.distributed.process_group import Processes
+from wmtp.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,13 @@ class LossHistory:
         return {} if self._losses is None else {"previous_losses": self._losses, "previous_data": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the losses that `state_dict` returned. Losses of other training data are left out."""
+        """Restore the losses that `state_dict` returned. Losses of other training data are left out.
+
+        Raises:
+            InputError: the checkpoint is of an earlier version, which stored the losses in another form.
+        """
+        if state.get("history"):
+            raise InputError("the checkpoint has the losses of the previous epoch in an earlier form; train again")
         if "previous_losses" not in state:
             return
         if state["previous_data"] == self._fingerprint:

@@ -164,6 +164,12 @@ def test_the_losses_of_other_training_data_are_not_restored(tiny_data: Dataset, 
         assert ("training data have changed" in caplog.text) is not is_known
 
 
+def test_losses_in_the_form_of_an_earlier_version_are_refused(tiny_data: Dataset) -> None:
+    history = LossHistory(tiny_data.train, Processes.single_process())
+    with pytest.raises(InputError, match="earlier form"):
+        history.load_state_dict({"history": {"data": "x", "losses": "eJw="}})
+
+
 def test_the_state_of_another_algorithm_is_not_loaded(tmp_path: Path) -> None:
     saved = make_trainer(tmp_path / "critic", *OPTIONS[2:]).snapshot()
     trainer = make_trainer(tmp_path / "history", *OPTIONS)
