@@ -1,6 +1,6 @@
 """Print the table of docs/sweeps.md: coverage and power of two intervals of a mean difference, from simulated studies.
 
-The t interval is the one that `wmtp.report.statistics` computes. The other one is the symmetric bootstrap-t interval.
+The t interval is the one that `wmtp.statistics.paired` computes. The other one is the symmetric bootstrap-t interval.
 """
 
 from collections.abc import Callable

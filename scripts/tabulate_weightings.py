@@ -15,7 +15,7 @@ import numpy as np
 from estimate_scaling import table
 from omegaconf import OmegaConf
 
-from wmtp.report.statistics import estimate_mean_difference
+from wmtp.statistics.paired import estimate_mean_difference
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "weightings.csv"

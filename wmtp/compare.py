@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
     from wmtp.cli.job import JobContext
     from wmtp.config.schema import CheckedConfig
+    from wmtp.runtime.console import Console
+
+LOCKED_KEYS = {"baseline", "metric", "at", "delta"}
+"""Config keys that the lock of a study fixes."""
 
 
 def compare(context: JobContext) -> None:
@@ -27,14 +31,19 @@ def compare(context: JobContext) -> None:
     from wmtp.report.tables import print_comparison
     from wmtp.runtime.atomic_files import encode_json, replace_atomically
     from wmtp.runtime.console import Console
+    from wmtp.studies.collect import is_study
 
     config, console = context.config, Console()
+    if [is_study(Path(folder)) for folder in config.runs] == [True]:
+        compare_arms_of_study(context, console)
+        return
     runs = find_runs(Path(folder) for folder in config.runs)
     with refuse_odd_content(", ".join(config.runs)):
-        comparison = compare_runs(runs, baseline=config.baseline, metric=config.metric, at=config.at)
+        comparison = compare_runs(
+            runs, baseline=config.baseline, metric=config.metric, at=config.at, delta=config.delta
+        )
         print_comparison(console, comparison)
-    folder = create_run_folder(OUTPUTS / "comparisons") if config.folder is None else Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _output_folder(config)
     replace_atomically(folder / "compare.json", encode_json(comparison_to_dict(comparison)))
     folders = folders_without_report([run for group in comparison.groups.values() for run in group])
     if config.reports and folders:
@@ -46,6 +55,31 @@ def compare(context: JobContext) -> None:
     with refuse_odd_content(", ".join(config.runs)):
         write_comparison_report(folder / "compare.html", comparison)
     console.print(f"The comparison is in {display_path(folder)}", soft_wrap=True, highlight=False)
+
+
+def compare_arms_of_study(context: JobContext, console: Console) -> None:
+    """Print the results of a study so far, and write compare.json and compare.html.
+
+    Raises:
+        InputError: an argument sets what the lock of the study fixes.
+    """
+    from wmtp.config.overrides import override_key
+    from wmtp.errors import InputError
+    from wmtp.studies.collect import collect_study
+    from wmtp.studies.output import write_result
+
+    study = Path(context.config.runs[0])
+    if fixed := sorted({override_key(each) for each in context.overrides} & LOCKED_KEYS):
+        remedy = f"leave it out, or compare other runs than those of all phases, such as {study / 'judging'}"
+        raise InputError(f"{', '.join(fixed)}: is fixed by the lock of the study in {study}; {remedy}")
+    write_result(_output_folder(context.config), collect_study(study), console, "compare")
+
+
+def _output_folder(config: DictConfig) -> Path:
+    """Return the folder of the results, which is created if it does not exist."""
+    folder = create_run_folder(OUTPUTS / "comparisons") if config.folder is None else Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:

@@ -126,7 +126,7 @@ def fake_evaluation(run: Path, name: str, passes: Sequence[Sequence[bool]], k: i
     `passes` holds, for each problem, whether each of its samples passed. `identity` replaces entries of its
     evaluation.json.
     """
-    from wmtp.evaluation.pass_at_k import pass_at_k
+    from wmtp.statistics.pass_at_k import pass_at_k
 
     folder = run / "evaluations" / name
     folder.mkdir(parents=True)

@@ -145,16 +145,16 @@ def _metric(
         Difference(
             label=group.label, pairs=pairs,
             mean=mean(pairs.values()), low=mean(pairs.values()) - spread, high=mean(pairs.values()) + spread,
-            p=p, p_holm=2 * p, wilcoxon=0.0625, wilcoxon_holm=0.125, wilcoxon_floor=0.0625,
-            mcnemar=McNemar(9, 3, 88, 0.15), mcnemar_holm=0.3,
+            level=0.05, p=p, p_holm=2 * p, wilcoxon=0.0625, wilcoxon_holm=0.125, wilcoxon_floor=0.0625,
+            permutation=0.0625, mcnemar=McNemar(9, 3, 88, 0.15), is_within_delta=None,
             verdict=verdict, seeds_needed=needed, lost=FailedRuns(0, 5), baseline_lost=FailedRuns(0, 5),
         )
         for group, spread, p, verdict, needed in zip(
-            others, (0.01, 0.09), (0.004, 0.31), (first_verdict, "no difference shown"), (5, 23), strict=True
+            others, (0.01, 0.09), (0.004, 0.31), (first_verdict, "undecided"), (5, 23), strict=True
         )
         for pairs in [{seed: group.values_by_seed[seed] - value for seed, value in base.values_by_seed.items()}]
     ]  # fmt: skip
-    return MetricComparison(name, lower_is_better, "best checkpoint", groups_of_values, differences)  # type: ignore[arg-type]
+    return MetricComparison(name, lower_is_better, "best checkpoint", None, groups_of_values, differences)  # type: ignore[arg-type]
 
 
 def _lines(numbers: random.Random, step: int, updates: int) -> list[dict[str, Any]]:

@@ -6,6 +6,11 @@ STAGE_GROUPS = ("model", "data", "optimizer", "scheduler", "early_stopping", "ch
 """Config groups for which training stage 1 may have another option than stage 2."""
 
 
+def run_groups() -> list[str]:
+    """Return the names of the config groups of a training run."""
+    return sorted(path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir() and path.name != "study")
+
+
 def is_group(key: str) -> bool:
     """Return whether a key is the name of a config group."""
     return bool(key) and (CONFIG_FOLDER / key).is_dir()

@@ -11,7 +11,7 @@ from typing import Any
 from wmtp.data.dataset import Dataset
 from wmtp.data.records import Record
 from wmtp.distributed.process_group import Processes
-from wmtp.evaluation.pass_at_k import estimate
+from wmtp.statistics.pass_at_k import estimate
 from wmtp.evaluation.results_log import SAMPLES
 from wmtp.evaluation.sampling import Grader, Sample, generate_samples, unique_problems
 from wmtp.generation.settings import Decoding

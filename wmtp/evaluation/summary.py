@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from wmtp.evaluation.pass_at_k import estimate
+from wmtp.statistics.pass_at_k import estimate
 from wmtp.evaluation.results_log import Row
 from wmtp.generation.speculation_stats import SpeculationStats, speculation_metrics
 

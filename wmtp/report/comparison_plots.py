@@ -45,7 +45,7 @@ def plot_values_by_seed(metric: MetricComparison, name: str) -> Plot | None:
     groups = [group for group in metric.groups if group.values_by_seed]
     if not groups:
         return None
-    figure, axes, row_positions = _create_rows([group.label for group in groups], metric.metric)
+    figure, axes, row_positions = create_rows([group.label for group in groups], metric.metric)
     for seed in sorted({seed for group in groups for seed in group.values_by_seed}):
         line = [(group.values_by_seed.get(seed), y) for group, y in zip(groups, row_positions, strict=True)]
         for (start, above), (end, below) in pairwise(line):
@@ -67,7 +67,7 @@ def plot_forest(metric: MetricComparison, baseline: str, name: str) -> Plot | No
     differences = [difference for difference in metric.differences if difference.pairs]
     if not differences:
         return None
-    figure, axes, row_positions = _create_rows([each.label for each in differences], f"difference in {metric.metric}")
+    figure, axes, row_positions = create_rows([each.label for each in differences], f"difference in {metric.metric}")
     axes.axvline(0, color=INK, linewidth=1.0)
     for each, y in zip(differences, row_positions, strict=True):
         color = VERDICT_COLORS.get(each.verdict, QUIET)
@@ -135,7 +135,7 @@ def _plot_group_curves(
         _add_group_curve(axes, members, number, short, with_runs=len(curves) <= MAX_GROUPS_WITH_RUNS)
     set_loss_axis(axes)
     if by_tokens:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_tokens(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
         add_legend(axes, columns)
     else:
@@ -167,7 +167,7 @@ def plot_tokens_to_target(results: Sequence[TokensToTarget], baseline: str) -> P
     plotted = [each for each in results if any(pair.tokens is not None for pair in each.pairs)]
     if not plotted:
         return None
-    figure, axes, row_positions = _create_rows([each.label for each in plotted], f"tokens relative to {baseline}")
+    figure, axes, row_positions = create_rows([each.label for each in plotted], f"tokens relative to {baseline}")
     axes.axvline(1, color=INK, linewidth=1.0)
     known = [ratio for each in plotted for ratio in (each.low, each.high, *_ratios(each)) if ratio is not None]
     start, end = min(0.9, *known) / 1.05, max(1.1, *known) * 1.05
@@ -197,7 +197,7 @@ def _ratios(result: TokensToTarget) -> list[float]:
     return [pair.tokens / pair.baseline_tokens for pair in result.pairs if pair.tokens is not None]
 
 
-def _create_rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, list[float]]:
+def create_rows(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes, list[float]]:
     """Return a figure with a row for each label, its axes, and the vertical position of each row.
 
     Long labels are broken into several lines.
@@ -238,13 +238,13 @@ def _add_group_curve(axes: Axes, members: Sequence[Series], number: int, label: 
         axes.fill_between(grid, mean - deviation, mean + deviation, color=style.color, alpha=0.12, linewidth=0)
 
 
-def _format_tokens(value: float) -> str:
+def format_tokens(value: float) -> str:
     """Return a number of tokens in short form, with a unit such as M for millions.
 
-    >>> _format_tokens(1_500_000), _format_tokens(20_000), _format_tokens(0)
+    >>> format_tokens(1_500_000), format_tokens(20_000), format_tokens(0)
     ('1.5 M', '20 k', '0')
     """
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= size:
-            return f"{value / size:g}{unit}"
+            return f"{value / size:.4g}{unit}"
     return f"{value:g}"

@@ -29,7 +29,8 @@ from wmtp.report.plots import plot_style
 from wmtp.report.results import Comparison, Difference, MetricComparison, TokensToTarget
 from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import FILE_NAME
-from wmtp.report.statistics import MIN_PAIRS, SEEDS_CAP
+from wmtp.statistics.paired import MIN_PAIRS
+from wmtp.statistics.power import SEEDS_CAP
 
 CSS_CLASSES = {"better": "good", "worse": "bad"}
 """CSS class of each verdict. Verdicts that are not listed have the class `quiet`."""
@@ -57,8 +58,8 @@ def _sections(path: Path, comparison: Comparison) -> list[Section]:
         Section("curves", f"{comparison.loss} over the training", _curves(comparison)),
         Section(
             "reach",
-            f"Tokens to reach {baseline}’s best {comparison.loss}",
-            _tokens_to_target(comparison.tokens_to_target, baseline),
+            f"Mid-run reading: tokens to {baseline}’s best {comparison.loss}",
+            tokens_to_target_tables(comparison.tokens_to_target, baseline),
         ),
         Section("means", "Policy and weights", means_tables(comparison.means)),
         Section("notes", "Notes", bullet_list(comparison.notes)),
@@ -101,7 +102,10 @@ def _result(comparison: Comparison) -> Markup:
     )
     if len(comparison.metrics) > 1:
         rows = [
-            [breakable(each.label), *(_verdict(_find_difference(metric, each.label)) for metric in comparison.metrics)]
+            [
+                breakable(each.label),
+                *(verdict_text(_find_difference(metric, each.label)) for metric in comparison.metrics),
+            ]
             for each in requested.differences
         ]
         head = ["group", *(metric.metric for metric in comparison.metrics)]
@@ -119,20 +123,20 @@ def describe_difference(difference: Difference) -> str:
 
 
 def _describe_pairs(difference: Difference, seeds: str) -> str:
-    mean = f"Mean difference {_format_signed(difference.mean)}"
+    mean = f"Mean difference {format_signed(difference.mean)}"
     if difference.low is None or difference.high is None:
         reason = "The difference is the same for every seed, so it cannot be tested."
         if len(difference.pairs) < MIN_PAIRS:
             reason = "The difference may be chance: a test needs at least two seeds."
         return f"{mean} over {seeds}. {reason}"
     interval = (
-        f"{mean}, 95 % interval {_format_signed(difference.low)} to {_format_signed(difference.high)}, over {seeds}"
+        f"{mean}, 95 % interval {format_signed(difference.low)} to {format_signed(difference.high)}, over {seeds}"
     )
     holm = (
         "" if difference.p_holm is None else f"; p {_format_p(difference.p_holm)}, corrected for the number of groups"
     )
     text = f"{interval}{holm}."
-    if difference.verdict != "no difference shown":
+    if difference.verdict != "undecided":
         return text
     if not difference.low <= 0 <= difference.high:
         text += " The interval excludes zero, but without correction; corrected, it would include zero."
@@ -180,13 +184,16 @@ def _tests(metric: MetricComparison) -> Markup:
     if not metric.differences:
         return Markup()
     with_problems = any(each.mcnemar for each in metric.differences)
-    head = ["group", "verdict", "pairs", "difference", "95 % interval", "p → Holm", "Wilcoxon → Holm", "seeds needed"]
-    head += ["won : lost", "McNemar → Holm"] * with_problems
+    head = ["group", "verdict", "pairs", "difference", "95 % interval", "p → Holm", "permutation p", "Wilcoxon p"]
+    head += ["seeds needed", *["won : lost", "McNemar p"] * with_problems]
     rows = [_test_row(each, with_problems) for each in metric.differences]
     body = table(head, rows, numbers=range(2, len(head)), names=[0])
     text = "Arrows: p-values before and after Holm’s correction for the number of groups."
     if with_problems:
-        text += " Won and lost: test problems that more seeds of the group, or of the baseline, solved."
+        text += (
+            " Won and lost: test problems on which the group’s model, or the baseline’s, has the higher pass rate. "
+            "McNemar’s test is about these two models, not about the method."
+        )
     body += muted_paragraph(text)
     floors = {each.wilcoxon_floor for each in metric.differences if each.wilcoxon_floor >= 0.05}
     if floors:
@@ -196,23 +203,22 @@ def _tests(metric: MetricComparison) -> Markup:
 
 def _test_row(each: Difference, with_problems: bool) -> list[Any]:
     interval = (
-        ABSENT
-        if each.low is None or each.high is None
-        else f"{_format_signed(each.low)} to {_format_signed(each.high)}"
+        ABSENT if each.low is None or each.high is None else f"{format_signed(each.low)} to {format_signed(each.high)}"
     )
     needed, mcnemar = each.seeds_needed, each.mcnemar
     row = [
-        breakable(each.label), _verdict(each), len(each.pairs), _format_signed(each.mean) if each.pairs else ABSENT,
-        interval, _format_corrected(each.p, each.p_holm), _format_corrected(each.wilcoxon, each.wilcoxon_holm),
+        breakable(each.label), verdict_text(each), len(each.pairs), format_signed(each.mean) if each.pairs else ABSENT,
+        interval, _format_corrected(each.p, each.p_holm), _format_p(each.permutation), _format_p(each.wilcoxon),
         ABSENT if needed is None else f"> {SEEDS_CAP}" if needed > SEEDS_CAP else str(needed),
     ]  # fmt: skip
     if with_problems:
         row += [f"{mcnemar.won} : {mcnemar.lost}" if mcnemar else ABSENT]
-        row += [_format_corrected(mcnemar.p if mcnemar else None, each.mcnemar_holm)]
+        row += [_format_p(mcnemar.p if mcnemar else None)]
     return row
 
 
-def _tokens_to_target(results: list[TokensToTarget], baseline: str) -> Markup:
+def tokens_to_target_tables(results: list[TokensToTarget], baseline: str) -> Markup:
+    """Return tables and a plot of the tokens that each group needed to reach the baseline's best loss."""
     if not results:
         return Markup()
     rows = [
@@ -234,7 +240,8 @@ def _tokens_to_target(results: list[TokensToTarget], baseline: str) -> Markup:
     )  # fmt: skip
     introduction = (
         f"Tokens until {results[0].metric} reached the best value of {baseline}’s run with the same seed, divided by "
-        "the tokens of that run; below 1 is faster. Tokens of stage 1 are included."
+        "the tokens of that run; below 1 is faster. Tokens of stage 1 are included. This reading is made in the middle "
+        "of a run, at a learning rate that has not decayed, so it can differ from the ends of shorter runs."
     )
     head = ["group", "pairs", "median ratio", "95 % interval", "never reached"]
     return (
@@ -292,7 +299,7 @@ def _runs(path: Path, comparison: Comparison) -> Markup:
         (
             breakable(label),
             run.seed,
-            _link(path, run),
+            run_link(path, run),
             run.status.get("state", ABSENT),
             f"{run.status.get('step', 0):,}",
         )
@@ -302,7 +309,8 @@ def _runs(path: Path, comparison: Comparison) -> Markup:
     return table(["group", "seed", "run", "state", "updates"], rows, numbers=[1, 4], names=[0])
 
 
-def _link(path: Path, run: RunRecord) -> Markup | str:
+def run_link(path: Path, run: RunRecord) -> Markup | str:
+    """Return the name of a run, with a relative link from a page to the run's report if there is one."""
     page = run.folder / FILE_NAME
     if not page.exists():
         return run.name
@@ -314,17 +322,18 @@ def _find_difference(metric: MetricComparison, label: str) -> Difference | None:
     return next((each for each in metric.differences if each.label == label), None)
 
 
-def _verdict(difference: Difference | None) -> Markup | str:
+def verdict_text(difference: Difference | None) -> Markup | str:
+    """Return the colored verdict on a difference, or a dash if there is no difference."""
     if difference is None:
         return ABSENT
     css_class = CSS_CLASSES.get(difference.verdict, "quiet")
     return Markup('<span class="{}">{}</span>').format(css_class, difference.verdict)
 
 
-def _format_signed(value: float) -> str:
+def format_signed(value: float) -> str:
     """Return a difference as text with its sign and at most three significant digits.
 
-    >>> _format_signed(-0.01234), _format_signed(0.5)
+    >>> format_signed(-0.01234), format_signed(0.5)
     ('−0.0123', '+0.5')
     """
     return f"{value:+.3g}".replace("-", "−")

@@ -1,14 +1,15 @@
 """Assignment of runs to labeled groups. The configs of the runs in a group differ only in the seed."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wmtp.config.flatten import flatten
 from wmtp.report.run_record import RunRecord
 
 IGNORED_KEYS = (
-    "seed", "algo.seed", "run_name", "tags", "resume", "resume_override", "dry_run", "cache_dir", "tracking",
-    "checkpoint", "sweep", "report", "num_validation_samples", "num_validation_attempts", "num_samples", "sandbox",
+    "seed", "order_seed", "algo.seed", "run_name", "tags", "resume", "resume_override", "dry_run", "cache_dir",
+    "tracking", "checkpoint", "sweep", "report", "num_validation_samples", "num_validation_attempts", "num_samples", "sandbox",
     "log_interval", "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
 """Config keys whose values do not distinguish groups, such as the seed, paths, and settings of extra measurements."""
@@ -28,6 +29,40 @@ def group_runs(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return groups
 
 
+def group_with_failed(
+    runs: Sequence[RunRecord], failed: Sequence[RunRecord], notes: list[str]
+) -> tuple[dict[str, list[RunRecord]], dict[str, set[int]]]:
+    """Return the groups of finished runs, and the seeds of the failed runs of each group.
+
+    A note is added to `notes` for failed runs that belong to no group.
+    """
+    groups = group_runs(runs)
+    labels = {run: label for label, group in groups.items() for run in group}
+    seeds: dict[str, set[int]] = {}
+    for name, members in group_runs([*runs, *failed]).items():
+        lost = {run.seed for run in members if run not in labels}
+        if label := next((labels[run] for run in members if run in labels), None):
+            seeds[label] = lost
+        else:
+            notes.append(f"{name} is left out: {len(lost)} of {len(lost)} runs failed")
+    return groups, seeds
+
+
+def unequal_search_note(groups: Mapping[str, Sequence[RunRecord]]) -> str | None:
+    """Return a note if some algorithms have more groups, which are settings of the algorithm, than others.
+
+    The best of several settings looks better by chance, so every algorithm should have the same number of them.
+    """
+    counts = Counter(runs[0].choices.get("algo", label) for label, runs in groups.items() if runs)
+    if len(set(counts.values())) < 2:
+        return None
+    parts = ", ".join(f"{algo} has {count}" for algo, count in counts.most_common())
+    return (
+        f"unequal search: of the compared settings, {parts}; the best of more settings looks better by chance, so give "
+        "each method the same number of trials (python -m wmtp.study)"
+    )
+
+
 def distinguishing_settings(run: RunRecord) -> dict[str, str]:
     """Return all settings that can distinguish a run from others.
 
@@ -40,13 +75,13 @@ def distinguishing_settings(run: RunRecord) -> dict[str, str]:
         if _is_relevant(group) and "@" not in group and run.config.get(group) is not None
     }
     values = flatten(run.config).items()
-    return chosen | {key: _format_value(value) for key, value in values if _is_relevant(key) and value is not None}
+    return chosen | {key: format_value(value) for key, value in values if _is_relevant(key) and value is not None}
 
 
-def _format_value(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a config value as text for a label. Equal numbers give the same text.
 
-    >>> _format_value(1), _format_value(1.0), _format_value(True), _format_value(3e-3)
+    >>> format_value(1), format_value(1.0), format_value(True), format_value(3e-3)
     ('1', '1', 'true', '0.003')
     """
     if isinstance(value, bool):

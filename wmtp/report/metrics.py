@@ -12,6 +12,7 @@ from wmtp.report.measures import MODEL_LABELS, SAMPLED_PASS, measured_values
 from wmtp.report.run_record import RunRecord, is_attempt
 from wmtp.runtime.json_lines import read_json_lines
 from wmtp.runtime.run_dir import EVALUATIONS
+from wmtp.statistics.pass_at_k import pass_at_k
 from wmtp.tracking import directions
 from wmtp.tracking.directions import PASS_AT_K
 
@@ -33,7 +34,7 @@ class MetricValues:
     values: dict[RunRecord, float]
     """Value of the metric for each run. Runs without a finite value are missing."""
     solved: dict[RunRecord, dict[str, float]] = field(default_factory=dict)
-    """For each run and each graded test problem, the share of the samples that passed the tests.
+    """For each run and each graded test problem, its pass@k.
 
     This dictionary is empty unless the metric is pass@k.
     """
@@ -123,7 +124,7 @@ def pass_at_k_values(k: int, runs: Sequence[RunRecord]) -> MetricValues | None:
     summaries = {run: _json(folder / "summary.json") for run, folder in chosen.folders.items()}
     values = {run: float(summary["pass_at_k"][str(k)]["value"]) for run, summary in summaries.items()}
     solved = {
-        run: problem_pass_rates(read_json_lines(folder / "results.jsonl")) for run, folder in chosen.folders.items()
+        run: problem_pass_rates(read_json_lines(folder / "results.jsonl"), k) for run, folder in chosen.folders.items()
     }
     notes = [several_note] if len(candidates) > 1 else []
     return MetricValues(f"pass@{k}", False, f"evaluation {chosen.name}", values, solved, notes)
@@ -154,13 +155,15 @@ def final_test_samples(run: RunRecord, *, is_greedy: bool) -> list[dict[str, Any
     return [row for row in rows if row["step"] == last and is_attempt(row) != is_greedy]
 
 
-def problem_pass_rates(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the share of graded samples that passed the tests, for each problem that has graded samples."""
+def problem_pass_rates(rows: Iterable[Mapping[str, Any]], k: int = 1) -> dict[str, float]:
+    """Return pass@k of each problem that has at least k graded samples. For k = 1, it is the share that passed."""
     outcomes: dict[str, list[bool]] = {}
     for row in rows:
         if row.get("outcome") not in (None, "sandbox error"):
             outcomes.setdefault(str(row["task_id"]), []).append(row["outcome"] == "pass")
-    return {task: sum(passed) / len(passed) for task, passed in outcomes.items()}
+    return {
+        task: pass_at_k(len(passed), sum(passed), k) for task, passed in outcomes.items() if len(passed) >= k
+    }
 
 
 @dataclass(frozen=True)

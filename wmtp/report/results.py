@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from wmtp.field_types import PositiveFloat
 from wmtp.report.measures import GroupMeans
 from wmtp.report.run_record import RunRecord
 
-Verdict = Literal["better", "worse", "no difference shown", "too few seeds", "runs failed"]
+Verdict = Literal["better", "worse", "the same", "undecided", "too few seeds", "runs failed"]
 BestOrLast = Literal["best", "last"]
 
 
@@ -41,9 +42,9 @@ class GroupValues:
 
 @dataclass(frozen=True)
 class McNemar:
-    """The result of McNemar's test, which compares how many test problems a group and the baseline solved.
+    """The result of McNemar's test, which compares how many test problems two models solved.
 
-    The group wins a test problem if its pass rate on the problem, averaged over seeds, exceeds that of the baseline.
+    The model of the group wins a test problem if its pass rate on the problem exceeds that of the baseline's model.
     """
 
     won: int
@@ -65,8 +66,14 @@ class Difference:
     """For each seed, the difference between the two runs with this seed."""
     mean: float
     low: float | None
-    """Lower end of the 95 % interval of the mean difference. It is None if `p` is None."""
+    """Lower end of the interval of the mean difference. It is None if `p` is None.
+
+    In a study with several looks, it is the repeated interval, which holds at all looks together. For pass@k, the
+    interval covers the choice of the test problems as well as the seeds.
+    """
     high: float | None
+    level: float
+    """Probability with which the interval misses the true difference: 0.05, or less after a study's correction."""
     p: float | None
     """p-value of the mean difference before Holm's correction.
 
@@ -79,14 +86,23 @@ class Difference:
     wilcoxon_holm: float | None
     wilcoxon_floor: float
     """Smallest p-value that the signed-rank test can give for this number of pairs. For five pairs, it is 0.0625."""
+    permutation: float | None
+    """p-value of the permutation test, which exchanges the two runs of a pair, before Holm's correction."""
     mcnemar: McNemar | None
-    """Result of McNemar's test, or None if the metric is not pass@k or a paired run has no graded test problems."""
-    mcnemar_holm: float | None
-    verdict: Verdict
-    """Verdict that follows from `p_holm` and from whether lower values of the metric are better.
+    """Result of McNemar's test of two models.
 
-    If the test shows that the group or the baseline is better, but the better one has failed runs, then the verdict is
-    "runs failed".
+    It is None if the metric is not pass@k, if there are several pairs, or if a run has no graded test problems.
+    """
+    verdict: Verdict
+    """Verdict at the 5 % level with Holm's correction for the number of groups.
+
+    "the same" means that the difference is shown to be within ± δ. If the favored side has failed runs, then the
+    verdict is "runs failed".
+    """
+    is_within_delta: bool | None
+    """Whether the difference is shown to be within ± δ, which can also be true of a better or worse group.
+
+    None if there is no δ.
     """
     seeds_needed: int | None
     """Number of seeds with which the test shows a true difference of this size with a probability of 80 %.
@@ -107,6 +123,8 @@ class MetricComparison:
     lower_is_better: bool
     at: str
     """Description of the model whose metric was measured: "best checkpoint", "last model", or an evaluation's name."""
+    delta: float | None
+    """Largest difference that does not matter (δ), or None."""
     groups: list[GroupValues]
     """Values of each group. The first group is the baseline."""
     differences: list[Difference]
@@ -183,6 +201,7 @@ class CompareOptions:
     baseline: str
     metric: str
     at: BestOrLast
+    delta: PositiveFloat | None
     folder: Path | None
     reports: bool
 

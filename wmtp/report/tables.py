@@ -9,7 +9,7 @@ from rich.table import Table
 
 from wmtp.report.measures import GroupMeans
 from wmtp.report.results import Comparison, MetricComparison, TokensToTarget
-from wmtp.report.statistics import SEEDS_CAP
+from wmtp.statistics.power import SEEDS_CAP
 
 ABSENT = "-"
 
@@ -57,27 +57,25 @@ def differences_table(metric: MetricComparison, baseline: str) -> Table:
 
 
 def pairs_table(metric: MetricComparison) -> Table:
-    """Return a table with the number of pairs, the number of seeds needed and the signed-rank p-value of each group."""
-    title = "Pairs of runs, pairs needed for 80 % power, and the signed-rank test"
-    table = new_table(title, "pairs", "needed", "signed-rank p", "by Holm")
+    """Return a table with the number of pairs, the number of pairs needed, and the p-values of other tests."""
+    title = "Pairs of runs, pairs needed for 80 % power, and other tests, not corrected"
+    table = new_table(title, "pairs", "needed", "signed-rank p", "permutation p")
     for each in metric.differences:
         table.add_row(each.label, str(len(each.pairs)), format_seeds_needed(each.seeds_needed), format_p(each.wilcoxon),
-                      format_p(each.wilcoxon_holm))  # fmt: skip
+                      format_p(each.permutation))  # fmt: skip
     return table
 
 
 def problems_table(metric: MetricComparison) -> Table:
-    """Return a table of the numbers of test problems that each group won and lost, with the p-value of McNemar's test.
+    """Return a table of the numbers of test problems that each model won and lost, with the p-value of McNemar's test.
 
-    A group wins a test problem if it has a higher pass rate on the problem than the baseline.
+    A model wins a test problem if it has a higher pass rate on the problem than the baseline's model.
     """
-    table = new_table(
-        "Problems that more seeds of one group solved", "won", "lost", "as many", "McNemar's p", "by Holm"
-    )
+    table = new_table("Problems that one of the two models solved", "won", "lost", "tied", "McNemar's p")
     for each in metric.differences:
         if (test := each.mcnemar) is not None:
             counts = [str(count) for count in (test.won, test.lost, test.tied)]
-            table.add_row(each.label, *counts, format_p(test.p), format_p(each.mcnemar_holm))
+            table.add_row(each.label, *counts, format_p(test.p))
     return table
 
 
@@ -86,7 +84,7 @@ def tokens_to_target_table(results: list[TokensToTarget]) -> Table:
 
     The numbers of tokens are divided by the number of tokens that the baseline needed.
     """
-    title = f"Tokens to reach the baseline's best {results[0].metric}, relative to the baseline"
+    title = f"Mid-run reading: tokens to the baseline's best {results[0].metric}, relative to the baseline"
     table = new_table(title, "median", "95 % interval", "never reached")
     for each in results:
         between = "∞" if each.low is None else f"{each.low:.3g} to {format_ratio(each.high)}"

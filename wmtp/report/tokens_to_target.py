@@ -7,7 +7,7 @@ import numpy as np
 
 from wmtp.report.results import TokensToTarget, TokensToTargetPair
 from wmtp.report.run_record import RunRecord
-from wmtp.report.statistics import median_interval
+from wmtp.statistics.paired import median_interval
 
 LossCurve = Sequence[tuple[int, float]]
 """Validation losses of a run, as pairs (number of tokens trained on, loss)."""

@@ -36,7 +36,7 @@ def run_local(
 
     Args:
         commands: command line of each job, by job number.
-        consoles: file for the output of each job, by job number. The files are used only if `num_parallel` is above 1.
+        consoles: file for the output of each job, by job number. The other jobs write to the output of this process.
         num_parallel: maximum number of jobs that run at the same time.
         on_start: called before a job starts.
         on_end: called after a job has ended.
@@ -54,9 +54,7 @@ def run_local(
                 started.add(number)
                 on_start(number)
                 try:
-                    running[number] = JobProcess(
-                        commands[number], consoles[number] if num_parallel > 1 else None, cores
-                    )
+                    running[number] = JobProcess(commands[number], consoles.get(number), cores)
                 except OSError as error:
                     started.discard(number)
                     on_end(number, 1, f"cannot be started: {error}")

@@ -174,7 +174,7 @@ class Sweep:
             file = Path(name) / "job.json"
             file.write_text(json.dumps(self.prepare([*valid[0].overrides, "dry_run=true"]).values))
             run_local(
-                {0: self._command(file)}, {0: Path()}, 1, lambda number: None,
+                {0: self._command(file)}, {}, 1, lambda number: None,
                 lambda number, code, stderr_tail: codes.append(code),
             )  # fmt: skip
         return max([*codes, InputError.exit_code if len(valid) < len(self.state.jobs) else 0])
@@ -239,8 +239,11 @@ class Sweep:
         if self.is_submitted:
             slurm_launcher.submit(commands, self.grid.launcher, self.folder, self._on_job_start, self._on_job_end)
             return
-        consoles = {number: self.folder / str(number) / "console.log" for number in commands}
-        run_local(commands, consoles, self.grid.options.jobs, self._on_job_start, self._on_job_end)
+        num_parallel = self.grid.options.jobs
+        consoles = {
+            number: self.folder / str(number) / "console.log" for number in (commands if num_parallel > 1 else ())
+        }
+        run_local(commands, consoles, num_parallel, self._on_job_start, self._on_job_end)
 
     def _job_command(self, job: Job) -> list[str]:
         """Write the file of a job, and return the command line that runs the job."""

@@ -101,7 +101,7 @@ def build_data(config: DictConfig, hardware: Hardware, tokenizer: Tokenizer) -> 
     def _read() -> tuple[DataSource, Dataset]:
         """Read the data."""
         source: DataSource = build(config.data, tokenizer=tokenizer)
-        return source, read_dataset(source, cache_dir, config.seed)
+        return source, read_dataset(source, cache_dir, config.order_seed)
 
     first = processes.run_on_all(lambda: _read() if processes.is_main else None)
     source, data = first or _read()

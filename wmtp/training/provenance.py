@@ -26,10 +26,7 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
         "name": data.name,
         "source": data.origin,
         "fingerprint": data.fingerprint,
-        "tokenizer": data.tokenizer.fingerprint,
-        "train_fingerprint": data.train.fingerprint,
-        "validation_fingerprint": data.validation.fingerprint,
-        "test_fingerprint": hash_records(data.test),
+        **split_fingerprints(data),
         "contents": data.contents,
         "train": len(data.train),
         "validation": len(data.validation),
@@ -41,6 +38,16 @@ def write_provenance(folder: Path, overrides: Sequence[str], changed: dict[str, 
         log.warning("git does not track these files, whose hash is in provenance.json: %s", names)
     content = {**found, "command": list(overrides), "changed": changed, "data": data_info}
     replace_atomically(folder / PROVENANCE, encode_json(content))
+
+
+def split_fingerprints(data: Dataset) -> dict[str, str]:
+    """Return the hashes that identify the splits of a data set and its tokenizer."""
+    return {
+        "tokenizer": data.tokenizer.fingerprint,
+        "train_fingerprint": data.train.fingerprint,
+        "validation_fingerprint": data.validation.fingerprint,
+        "test_fingerprint": hash_records(data.test),
+    }
 
 
 def write_run_id(folder: Path, remote: str | None) -> None:

@@ -64,7 +64,7 @@ def build_stage_data(config: DictConfig, components: Components, stage: Stage) -
             stage compares correct with incorrect solutions and all training samples have the same reward.
     """
     settings = stage_config(config)
-    shares_data = settings.data == config.data and settings.seed == config.seed
+    shares_data = settings.data == config.data and settings.order_seed == config.order_seed
     try:
         data = components.data if shares_data else build_data(settings, components.hardware, components.tokenizer)
     except InputError as error:

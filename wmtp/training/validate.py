@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from wmtp.algorithms.base import Algorithm
-from wmtp.config.groups import STAGE_GROUPS
+from wmtp.config.groups import STAGE_GROUPS, run_groups
 from wmtp.config.schema import (
     CONFIG_FOLDER,
     NOTHING_TYPED,
@@ -50,6 +50,7 @@ class RunOptions:
     """The keys of train.yaml that are options of the whole run, not of the trainer or of its plan."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    order_seed: Annotated[int, Field(ge=0, lt=2**63)]
     run_name: str | None
     tags: dict[str, str | int | float | bool]
     num_validation_samples: Annotated[int, Field(ge=0)]
@@ -82,7 +83,7 @@ def check_training(
         typed: values as the user typed them, by dotted key.
         stage: stage 1, if `config` is the config of stage 1; None, if `config` is the config of the run.
     """
-    groups = {path.name: Parameter(Any, False) for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+    groups = {name: Parameter(Any, False) for name in run_groups()}
     expected = (groups | schema(Plan) | schema(RunOptions) | schema(Trainer)).keys() - {"experiment"}
     if missing := [name for name in expected if name not in config]:
         return CheckedConfig(config, [ConfigIssue(name, "", "is missing, but required") for name in missing])
@@ -135,7 +136,7 @@ def stage_overridable_keys() -> dict[str, Parameter]:
 
     Here the type of every key is `Any`, because the values are checked later, in the complete config of stage 1.
     """
-    names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed"]
+    names = [*STAGE_GROUPS, *schema(Plan), *schema(Trainer), "seed", "order_seed"]
     return {name: Parameter(Any, False) for name in names}
 
 

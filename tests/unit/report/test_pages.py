@@ -342,7 +342,7 @@ def test_too_few_seeds_give_no_verdict(comparison: Comparison) -> None:
     alone = replace(comparison.metrics[0].differences[0], pairs={0: -0.1}, low=None, high=None, verdict="too few seeds")
     assert "The difference may be chance" in describe_difference(alone)
     assert describe_difference(replace(alone, pairs={})) == "No seed has a run in both groups."
-    equal = replace(alone, pairs=dict.fromkeys(range(5), -0.1), verdict="no difference shown")
+    equal = replace(alone, pairs=dict.fromkeys(range(5), -0.1), verdict="undecided")
     assert "over 5 seeds. The difference is the same for every seed" in describe_difference(equal)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from wmtp.report.statistics import (
+from wmtp.statistics.paired import (
     MIN_PAIRS,
     SEEDS_CAP,
     estimate_mean_difference,

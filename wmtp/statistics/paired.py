@@ -1,4 +1,4 @@
-"""Statistics of paired differences, such as confidence intervals, tests, and the number of pairs that a test needs."""
+"""Confidence intervals and tests of paired differences, and the correction for several comparisons."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ MIN_PAIRS_FOR_MEDIAN = 5
 
 Even the range from the minimum to the maximum of four values contains the true median in only 7 of 8 cases.
 """
-SEEDS_CAP = 1_000
 RESAMPLES = 20_000
+RESAMPLES_OF_SIGNS = 10_000
+"""Maximum number of sign patterns of the sign-flip test."""
 MAX_EXACT_VALUES = 6
 """Maximum number of values for which the interval of a median uses all possible resamples instead of random ones."""
 
@@ -58,6 +59,30 @@ def wilcoxon_p(differences: Sequence[float]) -> float | None:
     The result is None if there is only one difference or if all differences are 0.
     """
     return float(stats.wilcoxon(differences).pvalue) if len(differences) > 1 and np.any(differences) else None
+
+
+def permutation_p(differences: Sequence[float]) -> float | None:
+    """Return the p-value of the two-sided sign-flip test of the mean of paired differences.
+
+    The test needs no normal differences: under the null hypothesis, each difference is as likely as its negative. All
+    2ⁿ sign patterns are used if there are at most `RESAMPLES_OF_SIGNS` of them, and that many random ones otherwise. As
+    in Wilcoxon's test, the p-value of n pairs is at least 2^(1 − n), so that five pairs cannot reach 0.05.
+
+    The result is None if there is only one difference or if all differences are 0.
+
+    Source: Fisher 1935, The Design of Experiments, section 21.
+
+    >>> permutation_p([1.0, 2.0, 3.0, 4.0])
+    0.125
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < MIN_PAIRS or not np.any(values):
+        return None
+    generator = np.random.default_rng(0)
+    test = stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES_OF_SIGNS, rng=generator
+    )
+    return float(test.pvalue)
 
 
 def smallest_wilcoxon_p(num_pairs: int) -> float:
@@ -101,32 +126,6 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(values) - rank)))
         corrected[number] = largest
     return corrected
-
-
-def seeds_needed(mean: float, deviation: float, num_comparisons: int = 1) -> int | None:
-    """Return the number of pairs of runs with which a paired t test detects a mean difference with 80 % power.
-
-    The level of the test is 5 % divided by the number of comparisons, as in the first step of Holm's correction.
-
-    Args:
-        mean: true mean of the differences.
-        deviation: standard deviation of the differences.
-        num_comparisons: number of groups that are compared with the baseline.
-
-    Returns:
-        The number of pairs. It is `SEEDS_CAP` + 1 if more than `SEEDS_CAP` pairs are needed, and None if `mean` or
-        `deviation` is 0.
-
-    >>> seeds_needed(0.5, 1.0)
-    34
-    """
-    if mean == 0 or deviation == 0:
-        return None
-    effect, num_pairs = abs(mean) / deviation, np.arange(MIN_PAIRS, SEEDS_CAP + 1)
-    bound, shift = stats.t.isf(LEVEL / num_comparisons / 2, num_pairs - 1), effect * np.sqrt(num_pairs)
-    # The other tail is negligible for a power near 80 %.
-    is_enough = 1 - special.nctdtr(num_pairs - 1, np.minimum(shift, 30 + bound), bound) >= POWER
-    return int(num_pairs[is_enough.argmax()]) if is_enough.any() else SEEDS_CAP + 1
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:

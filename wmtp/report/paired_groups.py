@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wmtp.errors import InputError
-from wmtp.report.grouping import group_runs
 from wmtp.report.metrics import MetricValues
 from wmtp.report.results import FailedRuns
 from wmtp.report.run_record import RunRecord
@@ -13,8 +12,8 @@ RunsBySeed = dict[int, RunRecord]
 
 
 @dataclass(frozen=True)
-class Study:
-    """The runs to compare, by group and by seed. The baseline group is the first group."""
+class PairedGroups:
+    """Runs to compare, by group and by seed. The baseline group is the first group."""
 
     baseline: str
     groups: dict[str, RunsBySeed]
@@ -56,24 +55,26 @@ def finished_runs(runs: Sequence[RunRecord], notes: list[str]) -> list[RunRecord
     return done
 
 
-def pair_by_seed(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baseline: str, notes: list[str]) -> Study:
+def pair_by_seed(
+    members: Mapping[str, Sequence[RunRecord]], baseline: str, failed: Mapping[str, set[int]], notes: list[str]
+) -> PairedGroups:
     """Return the baseline group and all groups that have a seed in common with it.
 
     Args:
-        runs: finished runs.
-        failed: failed runs.
+        members: finished runs of each group.
         baseline: label of the baseline group, or a part of that label that no other label contains.
+        failed: for each group, the seeds of its failed runs.
         notes: list to which notes on excluded runs and groups are added.
 
     Raises:
         InputError: there is only one group, the baseline is unknown, or no group has a seed in common with the
             baseline.
     """
-    groups = {label: latest_run_per_seed(label, group, notes) for label, group in group_runs(runs).items()}
+    groups = {label: latest_run_per_seed(label, group, notes) for label, group in members.items()}
     if len(groups) < 2:
         raise InputError(
-            f"finished runs: {len(runs)}, but they form only one group, because their configs differ at most in the "
-            "seed; add runs of another method or setting"
+            f"finished runs: {sum(map(len, members.values()))}, but they form only one group, because their configs "
+            "differ at most in the seed; add runs of another method or setting"
         )
     label = find_baseline(baseline, list(groups))
     base = groups.pop(label)
@@ -89,25 +90,8 @@ def pair_by_seed(runs: Sequence[RunRecord], failed: Sequence[RunRecord], baselin
         raise InputError("\n  ".join([
             f"no group has a seed in common with the baseline {label}; train with the same seeds", *seeds,
         ]))  # fmt: skip
-    return Study(label, kept, failed_seeds(kept, failed, notes))
-
-
-def failed_seeds(
-    groups: Mapping[str, RunsBySeed], failed: Sequence[RunRecord], notes: list[str]
-) -> dict[str, set[int]]:
-    """Return, for each of `groups`, the seeds that have a failed run but no finished run.
-
-    A note is added to `notes` for failed runs that belong to none of `groups`.
-    """
-    labels = {run: label for label, group in groups.items() for run in group.values()}
-    found: dict[str, set[int]] = {}
-    for name, members in group_runs([*labels, *failed]).items():
-        seeds = {run.seed for run in members if run not in labels}
-        if label := next((labels[run] for run in members if run in labels), None):
-            found[label] = seeds - groups[label].keys()
-        else:
-            notes.append(f"{name} is left out: {FailedRuns(len(seeds), len(seeds))}")
-    return found
+    lost = {name: failed.get(name, set()) - group.keys() for name, group in kept.items()}
+    return PairedGroups(label, kept, lost)
 
 
 def latest_run_per_seed(label: str, runs: Sequence[RunRecord], notes: list[str]) -> RunsBySeed:
