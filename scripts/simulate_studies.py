@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from simulate_intervals import bootstrap_widths
 
-from wmtp.statistics.clustered import clustered_estimate
+from wmtp.statistics.clustered import clustered_estimate, clustered_standard_error
 from wmtp.statistics.decisions import Decision, Look, decide
 from wmtp.statistics.power import planned_power, planned_study, power, seeds_needed
 from wmtp.statistics.sequential import two_sided_boundaries
@@ -100,7 +100,7 @@ def false_equalities(delta: float = 1.5) -> str:
     """Return the share of studies that find an arm the same whose true difference is δ, here in standard deviations."""
     rows = []
     for name, draw in DIFFERENCES.items():
-        for sizes in PLANS:
+        for sizes in PLANS[:1]:
             for num_arms in NUM_ARMS:
                 studies = draw(np.random.default_rng(num_arms), (STUDIES, num_arms, sizes[-1])) + delta
                 found = np.mean(["the same" in each for each in decisions(studies, sizes, delta)])
@@ -201,7 +201,7 @@ LAWS = ((1.7, 1.5, 0.3), (0.0, 3.0, 0.1), (1.7, 0.5, 0.3), (1.0, 2.0, 0.5), (2.0
 FACTORS = (0.5, 0.7, 1.0, 1.5)
 
 
-def token_factor_coverage(num_studies: int = 96) -> str:
+def token_factor_coverage(num_studies: int = 60) -> str:
     """Return the share of studies whose interval contains the planted factor of tokens.
 
     An interval without a limit on one side contains all factors on this side. The control is the t interval of the
@@ -270,7 +270,8 @@ def clustered_coverage() -> str:
             by_problem = np.array([each.mean(axis=0).std(ddof=1) / sqrt(num_problems) for each in studies])
             pigeonhole = np.sqrt([pigeonhole_variance(each) for each in studies])
             controls = np.abs(means - truth) <= 1.96 * by_problem, np.abs(means - truth) <= quantile * pigeonhole
-            ratio = np.median(quantile * pigeonhole / [((each.high or 0) - (each.low or 0)) / 2 for each in found])
+            errors = [clustered_standard_error(each) for each in studies]
+            ratio = np.median(pigeonhole / errors)
             shares = covered, *(each.mean() for each in controls)
             rows.append([num_seeds, num_problems, *(f"{share:.3f}" for share in shares), f"{ratio:.2f}"])
     head = ["seeds", "problems", "clustered", "resampling only problems", "bootstrap of seeds and problems",

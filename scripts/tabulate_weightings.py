@@ -15,8 +15,8 @@ import numpy as np
 from estimate_scaling import table
 from omegaconf import OmegaConf
 
-from wmtp.statistics.paired import estimate_mean_difference
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
+from wmtp.statistics.paired import estimate_mean_difference
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "weightings.csv"
 QUALITY = ("decisive_wrong_auc", "decisive_wrong_top1", "noise_auc")

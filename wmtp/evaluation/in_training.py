@@ -11,7 +11,6 @@ from typing import Any
 from wmtp.data.dataset import Dataset
 from wmtp.data.records import Record
 from wmtp.distributed.process_group import Processes
-from wmtp.statistics.pass_at_k import estimate
 from wmtp.evaluation.results_log import SAMPLES
 from wmtp.evaluation.sampling import Grader, Sample, generate_samples, unique_problems
 from wmtp.generation.settings import Decoding
@@ -19,6 +18,7 @@ from wmtp.generation.speculation_stats import speculation_metrics
 from wmtp.models.mtp import MtpModel, unsharded_copy
 from wmtp.runtime.json_lines import drop_lines_after
 from wmtp.runtime.processes import num_cores
+from wmtp.statistics.pass_at_k import estimate
 
 log = logging.getLogger(__name__)
 

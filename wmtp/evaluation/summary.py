@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from wmtp.statistics.pass_at_k import estimate
 from wmtp.evaluation.results_log import Row
 from wmtp.generation.speculation_stats import SpeculationStats, speculation_metrics
+from wmtp.statistics.pass_at_k import estimate
 
 PRINTED_METRICS = ("loss", "mtp_loss", "perplexity", "tokens_per_forward")
 

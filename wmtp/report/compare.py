@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from wmtp.report.comparability import common_loss, require_comparable, require_same_data
+from wmtp.report.differences import DecisionRule, metric_comparison
 from wmtp.report.grouping import group_with_failed, unequal_search_note
 from wmtp.report.measures import group_means
-from wmtp.report.differences import DecisionRule, metric_comparison
 from wmtp.report.metrics import metric_values, pass_at_k_values
 from wmtp.report.paired_groups import PairedGroups, finished_runs, pair_by_seed
 from wmtp.report.results import BestOrLast, Comparison, TokensToTarget

@@ -30,7 +30,7 @@ from wmtp.statistics.power import seeds_needed
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """How verdicts follow from differences."""
+    """The rule by which verdicts follow from differences."""
 
     delta: float | None = None
     """Largest difference in the metric that does not matter, or None if every difference matters."""

@@ -9,8 +9,8 @@ from wmtp.report.run_record import RunRecord
 
 IGNORED_KEYS = (
     "seed", "order_seed", "algo.seed", "run_name", "tags", "resume", "resume_override", "dry_run", "cache_dir",
-    "tracking", "checkpoint", "sweep", "report", "num_validation_samples", "num_validation_attempts", "num_samples", "sandbox",
-    "log_interval", "save_interval", "pretrain.reuse", "hardware", "data.path",
+    "tracking", "checkpoint", "sweep", "report", "num_validation_samples", "num_validation_attempts", "num_samples",
+    "sandbox", "log_interval", "save_interval", "pretrain.reuse", "hardware", "data.path",
 )  # fmt: skip
 """Config keys whose values do not distinguish groups, such as the seed, paths, and settings of extra measurements."""
 

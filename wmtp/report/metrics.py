@@ -161,9 +161,7 @@ def problem_pass_rates(rows: Iterable[Mapping[str, Any]], k: int = 1) -> dict[st
     for row in rows:
         if row.get("outcome") not in (None, "sandbox error"):
             outcomes.setdefault(str(row["task_id"]), []).append(row["outcome"] == "pass")
-    return {
-        task: pass_at_k(len(passed), sum(passed), k) for task, passed in outcomes.items() if len(passed) >= k
-    }
+    return {task: pass_at_k(len(passed), sum(passed), k) for task, passed in outcomes.items() if len(passed) >= k}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def clustered_standard_error(differences: NDArray[np.float64]) -> float:
     It is the closed form of a bootstrap that resamples both seeds and problems (Owen 2007, The Pigeonhole Bootstrap,
     section 4), with two corrections: variances are divided by n − 1, because a bootstrap of three seeds gives only two
     thirds of their variance, and the noise is counted once, because a bootstrap counts it three times. The result is
-    not below the standard error of the means of the seeds.
+    neither below the standard error of the means of the seeds nor below that of the noise, which would be possible by
+    chance.
 
     Args:
         differences: float[seed, problem], difference between the pass rates of the arm and of the baseline.
@@ -35,12 +36,15 @@ def clustered_standard_error(differences: NDArray[np.float64]) -> float:
     if num_seeds < MIN_PAIRS:
         return float("nan")
     by_seed, by_problem = values.mean(axis=1), values.mean(axis=0)
+    # this variance contains that of the noise
     variance = float(by_seed.var(ddof=1)) / num_seeds
     if num_problems > 1:
         noise = values - by_seed[:, None] - by_problem + values.mean()
         freedom = (num_seeds - 1) * (num_problems - 1)
         noise_variance = float((noise**2).sum()) / freedom / (num_seeds * num_problems)
-        variance += max(0.0, float(by_problem.var(ddof=1)) / num_problems - noise_variance)
+        variance = max(variance, noise_variance) + max(
+            0.0, float(by_problem.var(ddof=1)) / num_problems - noise_variance
+        )
     # the means of equal differences can differ by rounding errors
     return sqrt(variance) if variance > (1e-12 * np.abs(values).max()) ** 2 else 0.0
 

@@ -35,7 +35,7 @@ class Look:
 
     @property
     def is_testable(self) -> bool:
-        """Whether the differences can be tested."""
+        """True if the differences can be tested."""
         return (
             self.num_pairs >= MIN_PAIRS
             and isfinite(self.mean)
@@ -54,12 +54,12 @@ class ArmDecision:
     low: float
     """Lower end of the repeated confidence interval at `look`, with `level`. It is nan if the look is not testable.
 
-    At the look at which an arm is found better or worse, the interval excludes 0. Over all looks, the intervals of an
-    arm contain its true mean with a probability of at least 1 − `level`.
+    It excludes 0 exactly if the arm is better or worse. Over all looks, the intervals of an arm with one level contain
+    its true mean with a probability of at least 1 − `level`.
     """
     high: float
     level: float
-    """Two-sided level of the test that found the arm better or worse, or of the next one.
+    """Two-sided level of the last test of whether the arm is better or worse, at `look`.
 
     It is the level of the family divided by the number of arms that were not yet found better or worse.
     """
@@ -115,26 +115,28 @@ def decide(
         ValueError: an arm has no look or more looks than planned, `delta` is not above 0, or the sizes do not increase.
     """
     check_inputs(looks, sizes, delta)
-    levels, same = dict[str, float](), set[str]()  # arms found different with their levels, and arms within ±δ
+    different, same = set[str](), set[str]()
+    levels = dict[str, float]()  # of the last test of each arm
     final = dict[str, tuple[Decision, int]]()  # decision, and number of the look
     for number in range(len(sizes)):
         tests = Tests(sizes, number, delta)
         current = {label: arm[number] for label, arm in looks.items() if len(arm) > number and label not in final}
-        found = step_down(current, len(looks) - len(levels), level, tests.is_different)
-        levels |= found
+        found = step_down(current, len(looks) - len(different), level, tests.is_different)
+        different |= found.keys()
+        levels |= dict.fromkeys(current, level / max(1, len(looks) - len(different))) | found
         same |= step_down(current, len(looks) - len(same), level, tests.is_same).keys()
         for label, look in current.items():
             if label in found:
                 final[label] = "better" if (look.mean < 0) == lower_is_better else "worse", number
             elif label in same:
                 final[label] = "the same", number
-    next_level = level / max(1, len(looks) - len(levels))
     result = dict[str, ArmDecision]()
     for label, arm in looks.items():
         decision, number = final.get(label, ("undecided", len(arm) - 1))
-        look, arm_level = arm[number], levels.get(label, next_level)
-        width = Tests(sizes, number, delta).half_width(look, arm_level)
-        result[label] = ArmDecision(decision, look, look.mean - width, look.mean + width, arm_level, label in same)
+        look = arm[number]
+        width = Tests(sizes, number, delta).half_width(look, levels[label])
+        ends = look.mean - width, look.mean + width
+        result[label] = ArmDecision(decision, look, *ends, levels[label], is_within_delta=label in same)
     return result
 
 

@@ -96,6 +96,7 @@ def seeds_needed(
     effect = abs(mean) / deviation * (1.0 if num_pilot_pairs is None else hedges_factor(num_pilot_pairs))
 
     def power_of(num_pairs: int) -> float:
+        """Return the power with a number of pairs."""
         return power(effect, num_pairs, num_comparisons)
 
     # the power grows with the number of pairs

@@ -15,15 +15,18 @@ from math import exp, inf, isfinite, log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import stats
 
 from wmtp.statistics.paired import LEVEL, MIN_PAIRS
+from wmtp.statistics.sequential import t_quantile
 
 Floats = NDArray[np.float64]
 MAX_OUTSIDE = 4.0
 """Maximum factor between the tokens that an arm needs and its nearest horizon."""
 MAX_ASYMPTOTE = 0.9
 """Maximum asymptote of a curve, relative to the smallest loss."""
+NUM_TRIED = 33
+"""Number of asymptotes that are tried in each step of a fit. Each step tries them closer to the best one."""
 ASYMPTOTES = np.linspace(0, MAX_ASYMPTOTE, 10)
 """Asymptotes that the interval considers, relative to the smallest loss."""
 ASYMPTOTE_LEVEL = 0.01
@@ -110,19 +113,34 @@ def fitted_curve(points: Sequence[HorizonPoint]) -> PowerLaw:
     if len(set(tokens)) < 2 or not all(isfinite(value) and value > 0 for value in (*tokens, *losses)):
         raise ValueError(f"{list(points)}: need at least two different numbers of tokens, and finite values above 0")
 
-    def curve(asymptote: float) -> PowerLaw:
-        slope, shift = np.polyfit(np.log(tokens), np.log(losses - asymptote), 1)
-        return PowerLaw(asymptote, exp(shift), -float(slope))
-
-    def squared_error(asymptote: float) -> float:
-        fitted = curve(asymptote)
-        return float(np.sum((np.log(fitted.asymptote + fitted.scale * tokens**-fitted.exponent) - np.log(losses)) ** 2))
-
     if len(set(tokens)) == 2:
-        return curve(0.0)
+        return best_curve(tokens, losses, np.zeros(1))
     limit = MAX_ASYMPTOTE * float(losses.min())
-    best = optimize.minimize_scalar(squared_error, bounds=(0, limit), method="bounded", options={"xatol": 1e-9 * limit})
-    return curve(min((0.0, float(best.x), limit), key=squared_error))
+    tried, best = np.linspace(0, limit, NUM_TRIED), PowerLaw(0, 0, 0)
+    while tried[1] - tried[0] > 1e-9 * limit:
+        best = best_curve(tokens, losses, tried)
+        step = tried[1] - tried[0]
+        tried = np.linspace(max(0, best.asymptote - step), min(limit, best.asymptote + step), NUM_TRIED)
+    return best
+
+
+def best_curve(tokens: Floats, losses: Floats, asymptotes: Floats) -> PowerLaw:
+    """Return the curve with the smallest squared errors of the logarithms of the losses.
+
+    For each asymptote, the scale and the exponent are those of a line in the logarithms above the asymptote.
+
+    Args:
+        tokens: float[run]
+        losses: float[run], above all asymptotes.
+        asymptotes: float[curve], those that are tried.
+    """
+    distances = np.log(tokens) - np.log(tokens).mean()
+    logs = np.log(losses - asymptotes[:, None])
+    slopes, levels = logs @ distances / (distances @ distances), logs.mean(axis=1)
+    fitted = asymptotes[:, None] + np.exp(levels[:, None] + slopes[:, None] * distances)
+    best = int(((np.log(fitted) - np.log(losses)) ** 2).sum(axis=1).argmin())
+    shift = float(levels[best] - slopes[best] * np.log(tokens).mean())
+    return PowerLaw(float(asymptotes[best]), exp(shift), -float(slopes[best]))
 
 
 def token_ratio(baseline: Sequence[HorizonPoint], arm: Sequence[HorizonPoint]) -> TokenRatio:
@@ -234,14 +252,22 @@ class Losses:
         found = [self._fieller(asymptote) for asymptote in kept]
         return min((low for low, _ in found), default=-inf), max((high for _, high in found), default=inf)
 
+    def _fit(self, asymptote: float, degree: int) -> Floats:
+        """Return the polynomials of the logarithms of losses over those of tokens, as float[coefficient, seed]."""
+        powers = np.vander(self.log_tokens - self.log_tokens.mean(), degree + 1)
+        found: Floats = np.linalg.pinv(powers) @ np.log(self.arm - asymptote).T
+        return found
+
     def _curvature_p(self, asymptote: float) -> float:
-        """Return the p-value of the curvature that remains if an asymptote is subtracted. 1 for two horizons."""
+        """Return the p-value of the curvature that remains if an asymptote is subtracted. 1 for two horizons.
+
+        It is 0 if the seeds do not differ, so that only the fitted asymptote is kept.
+        """
         if len(self.log_tokens) < 3:
             return 1.0
-        quadratic = np.polyfit(self.log_tokens - self.log_tokens.mean(), np.log(self.arm - asymptote).T, 2)[0]
-        if np.ptp(quadratic) == 0:
-            return 1.0
-        return float(stats.ttest_1samp(quadratic, 0).pvalue)
+        quadratic = self._fit(asymptote, 2)[0]
+        error = float(quadratic.std(ddof=1)) / sqrt(len(quadratic))
+        return float(2 * stats.t.sf(abs(quadratic.mean()) / error, len(quadratic) - 1)) if error > 0 else 0.0
 
     def _fieller(self, asymptote: float) -> tuple[float, float]:
         """Return the interval of the logarithm of the tokens for one asymptote, by Fieller's method.
@@ -250,15 +276,15 @@ class Losses:
         and the baseline's end loss. The interval contains each u at which the mean distance does not differ from 0.
         """
         center = float(self.log_tokens.mean())
-        slopes, levels = np.polyfit(self.log_tokens - center, np.log(self.arm - asymptote).T, 1)
+        slopes, levels = self._fit(asymptote, 1)
         distances = levels - np.log(self.baseline - asymptote)
         num = len(distances)
-        factor = float(stats.t.isf(LEVEL / 2, num - 1)) ** 2 / num
+        factor = t_quantile(LEVEL / 2, num) ** 2 / num
         slope, distance = float(slopes.mean()), float(distances.mean())
         squared = slope**2 - factor * float(slopes.var(ddof=1))
         if slope >= 0 or squared <= 0:  # the slope may be 0, so that any number of tokens is possible
             return -inf, inf
-        covariance = float(np.cov(slopes, distances)[0, 1])
+        covariance = float(((slopes - slope) * (distances - distance)).sum()) / (num - 1)
         linear = slope * distance - factor * covariance
         constant = distance**2 - factor * float(distances.var(ddof=1))
         root = sqrt(max(0.0, linear**2 - squared * constant))

@@ -19,7 +19,7 @@ class Component:
 
 @dataclass(frozen=True)
 class PairingGain:
-    """What is gained by comparing runs with the same seed."""
+    """The gain from comparing runs with the same seed."""
 
     correlation: float
     """Correlation between the values of the baseline and of the arm with the same seed. nan if one does not vary."""

@@ -1,4 +1,4 @@
-"""What the runs of a study do differently from what its lock says."""
+"""Search for everything in which the runs of a study differ from its lock."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -105,7 +105,9 @@ def _other_contents(lock: StudyLock, label: str, runs: list[RunRecord]) -> Itera
 def _other_code(lock: StudyLock, runs: list[RunRecord]) -> Iterator[str]:
     """Yield sentences about runs that used another revision of the code or other versions of packages."""
     for name in ("git_revision", "untracked"):
-        others = [run for run in runs if run.provenance and run.provenance.get(name) != lock.code.get(name)]
+        others = [
+            run for run in runs if "git_revision" in run.provenance and run.provenance.get(name) != lock.code.get(name)
+        ]
         if others:
             shown = others[0].provenance.get(name) if name == "git_revision" else "other untracked files"
             yield f"{_count(others)} used other code than the lock: {name.replace('_', ' ')} {shown}"

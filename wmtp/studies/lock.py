@@ -19,7 +19,7 @@ FILE_NAME = "study.lock.json"
 
 @dataclass(frozen=True)
 class StudyLock:
-    """What a study was locked with before its first run."""
+    """The options, the data and the code of a study, as they were before its first run."""
 
     name: str
     options: StudyOptions
@@ -38,12 +38,12 @@ class StudyLock:
 
     @property
     def is_intact(self) -> bool:
-        """Whether the content is the one that was hashed."""
+        """True if the content is the one that was hashed."""
         return self.sha256 == content_hash(_content(self))
 
     @property
     def is_complete(self) -> bool:
-        """Whether the lock contains the data of all arms, which are known after the preparations."""
+        """True if the lock contains the data of all arms, which are known after the preparations."""
         return self.data.keys() == self.options.arms.keys()
 
     @property

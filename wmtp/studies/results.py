@@ -62,7 +62,7 @@ class ArmHorizons:
 
 @dataclass(frozen=True)
 class PlannedPower:
-    """What the study was planned to show, and what it could show with the deviation that was observed."""
+    """The power with which the study was planned, and the deviations that were observed."""
 
     effect: float
     """Difference in the primary metric that the study must be able to show."""

@@ -31,7 +31,7 @@ MAX_HORIZONS = 3
 
 @dataclass(frozen=True)
 class ArmRow:
-    """What a study has found about one arm, as far as the table of verdicts shows it."""
+    """The results for one arm, as far as the table of verdicts shows them."""
 
     label: str
     verdict: str

@@ -171,8 +171,7 @@ def test_the_properties_of_decisions(looks: dict[str, list[Look]], delta: float 
     for label, arm in found.items():
         assert arm.decision == mirrored[label].decision == in_units[label].decision
         is_different = arm.decision in ("better", "worse")
-        excludes_0 = arm.low > 0 or arm.high < 0
-        assert is_different == excludes_0 or (excludes_0 and found_later(found, arm))
+        assert is_different == (arm.low > 0 or arm.high < 0)
         assert not is_different or (arm.look.mean < 0) == (arm.decision == "better")
         assert arm.decision != "the same" or arm.is_within_delta
         assert not arm.is_within_delta or (delta is not None and abs(arm.look.mean) < delta)

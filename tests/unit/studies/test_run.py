@@ -31,7 +31,8 @@ from wmtp.studies.start import open_lock
 ROOT = Path(__file__).parents[3]
 FAKE_JOB = ["-m", "tests.support.fake_study_job"]
 FINGERPRINTS = {
-    "tokenizer": "bpe", "train_fingerprint": "train", "validation_fingerprint": "validation", "test_fingerprint": "test",
+    "tokenizer": "bpe", "train_fingerprint": "train",
+    "validation_fingerprint": "validation", "test_fingerprint": "test",
 }  # fmt: skip
 OPTIONS = StudyOptions(
     question="Which arm is best?",
