@@ -9,7 +9,7 @@ from wmtp.statistics.clustered import clustered_estimate, clustered_standard_err
 from wmtp.statistics.paired import estimate_mean_difference
 
 Floats = NDArray[np.float64]
-STUDIES = 600
+STUDIES = 400
 
 
 def draw(generator: np.random.Generator, num_seeds: int, num_problems: int, spread: float = 0.3) -> Floats:

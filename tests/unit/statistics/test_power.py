@@ -26,7 +26,7 @@ SIZES = (3, 4, 5, 6, 7, 8)
 def integrated_power(effect: float, num_pairs: int, num_comparisons: int) -> float:
     """Return the power of the t test, integrated over the distribution of the sample's standard deviation."""
     bound = stats.t.isf(0.05 / num_comparisons / 2, num_pairs - 1)
-    deviations = np.sqrt(stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, num_pairs - 1) / (num_pairs - 1))
+    deviations = np.sqrt(stats.chi2.ppf((np.arange(5_000) + 0.5) / 5_000, num_pairs - 1) / (num_pairs - 1))
     shift = abs(effect) * np.sqrt(num_pairs)
     return float((stats.norm.sf(bound * deviations - shift) + stats.norm.cdf(-bound * deviations - shift)).mean())
 

@@ -75,7 +75,7 @@ def test_a_fitted_curve_has_the_parameters_of_its_law() -> None:
 def test_the_interval_covers_the_planted_factor(factor: float, num_horizons: int) -> None:
     generator = np.random.default_rng(1)
     covered, limited = [], []
-    for number in range(144):
+    for number in range(108):
         num_seeds, noise = (3, 5, 8)[number % 3], (0.01, 0.02, 0.03)[number // 3 % 3]
         found = mean_token_factor(simulate(generator, LAWS[number % 6], factor, (num_seeds, num_horizons), noise))
         covered.append((found.low or 0.0) <= factor <= (found.high or inf))
