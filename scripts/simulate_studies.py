@@ -1,4 +1,4 @@
-"""Print what simulated studies say about the statistics of wmtp: errors, power and coverage. It takes minutes.
+"""Print what simulated studies say about the statistics of wmtp: errors, power and coverage. It takes 2–3 minutes.
 
 Each table has a control: what a method without the correction would do.
 """
