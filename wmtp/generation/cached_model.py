@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wmtp.generation.fused_block import FusedBlock, signed_rotary_table
 from wmtp.generation.kv_cache import CachedBlock, CachedForward, KVBlock, KVCache, eval_mode
-from wmtp.models.huggingface.adapters import DecoderBlock, window_mask
+from wmtp.models.huggingface.decoder_block import DecoderBlock, window_mask
 from wmtp.models.mtp import MtpModel
 from wmtp.models.transformer import Block
 

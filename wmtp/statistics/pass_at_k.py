@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from math import comb
 
 import numpy as np
-from scipy.stats import bootstrap
 
 RESAMPLES = 9_999
 CONFIDENCE = 0.95
@@ -51,6 +50,8 @@ def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estima
     Raises:
         ValueError: a problem has fewer than k samples.
     """
+    from scipy.stats import bootstrap  # every training run would wait a second for it, also without samples
+
     values = np.asarray([pass_at_k(n, c, k) for n, c in counts])
     if len(set(values.tolist())) < 2:  # an interval of width 0 would look like certainty
         return Estimate(float(values.mean()), None, None)

@@ -21,7 +21,7 @@ from wmtp.data.dataset import Dataset
 from wmtp.data.tokenizer import Tokenizer
 from wmtp.generation.decoding import Request, generate
 from wmtp.generation.settings import Decoding
-from wmtp.models.huggingface.adapters import DecoderBlock
+from wmtp.models.huggingface.decoder_block import DecoderBlock
 from wmtp.models.huggingface.pretrained import Pretrained
 from wmtp.models.lora import Lora
 from wmtp.models.mtp import MtpModel

@@ -20,7 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 from wmtp.data.tokenizer import PROBE, Tokenizer
 from wmtp.errors import InputError
 from wmtp.models.huggingface import modeling_mtp
-from wmtp.models.huggingface.adapters import DecoderBlock, HuggingFaceArchitecture, LearnedPositions
+from wmtp.models.huggingface.adapters import HuggingFaceArchitecture, LearnedPositions
+from wmtp.models.huggingface.decoder_block import DecoderBlock
 from wmtp.models.huggingface.folder import WEIGHTS, one_line
 from wmtp.models.huggingface.pretrained import EXTRA_HEADS, HEAD_KIND, NUM_HEADS
 from wmtp.models.llama import LlamaArchitecture
