@@ -99,7 +99,7 @@ def choose_folder(command: Command, job: ComposedJob) -> ResolvedJob:
     except OSError as error:
         problem = "no temporary folder can be created"
         raise InputError(f"{problem}: {error.strerror}; choose another place with the variable TMPDIR") from error
-    if job.checked.config.get("dry_run"):
+    if job.checked.config.get("dry_run") and "cache_dir" in job.checked.config:
         job.checked.config.cache_dir = str(folder / "cache")
     with open_dict(job.hydra):
         job.hydra.hydra.run.dir = str(folder)
