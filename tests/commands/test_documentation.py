@@ -38,6 +38,7 @@ PLACEHOLDERS = [
     (r"outputs/(<date>/<sweep>|<date>/<time>-<letters>-sweep)", "sweep"),
     (r"outputs/(<date>/<run>|2026-11-21/09-30-00-abcd)", "run"),
     (r"\bRUN\b", "run"),
+    (r"outputs/studies/\w+|\bSTUDY\b", "sweep"),
     (r"model\.path=(DIR|7B_1T_4)", "model.path=pretrained"),
     (r"algo=ramp\b", "algo=oracle"),
     (r"s3://BUCKET", "s3://bucket"),

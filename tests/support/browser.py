@@ -1,11 +1,7 @@
 """A headless Chromium that checks HTML pages for faults."""
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -13,19 +9,6 @@ if TYPE_CHECKING:
 SIZES = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 LEAST_CONTRAST, LEAST_TEXT = 4.5, 10.5
 FIND_FAULTS = (Path(__file__).parent / "page_faults.js").read_text()
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator["Browser"]:
-    """Yield one browser for all tests of a session."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("there is no Chromium on this machine")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def faults(browser: "Browser", path: Path, width: int, scheme: Any, *, switches: tuple[str, ...] = ()) -> list[str]:

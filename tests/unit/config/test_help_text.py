@@ -16,8 +16,11 @@ NOT_SETTINGS = (
     "pretrain.data",
     "tokenizer",
     "lora",
+    "arms.",
+    "preparations.",
+    "space.",
 )
-"""Beginnings of keys that need no comment, because they are no settings or contain other keys."""
+"""Beginnings of keys that need no comment, because they are no settings or contain other keys or overrides."""
 
 
 def test_each_key_of_the_config_files_has_a_comment() -> None:

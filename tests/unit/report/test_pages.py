@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.support.browser import LEAST_CONTRAST, SIZES, browser, faults  # noqa: F401
+from tests.support.browser import LEAST_CONTRAST, SIZES, faults
 from tests.support.fake_runs import fake_run, write_json, write_lines
 from tests.support.pages import HOSTILE, TOKENS, example_comparison, rich_run, tokens
 from wmtp.report.comparison_plots import plot_curves
@@ -75,7 +75,7 @@ def comparison_page(comparison: Comparison) -> Path:
 @in_browser
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
-def test_the_page_of_a_run_has_no_fault(browser: "Browser", run_page: Path, width: int, scheme: str) -> None:  # noqa: F811
+def test_the_page_of_a_run_has_no_fault(browser: "Browser", run_page: Path, width: int, scheme: str) -> None:
     assert faults(browser, run_page, width, scheme, switches=SWITCHES if width > 1_000 else ()) == []
 
 
@@ -83,7 +83,7 @@ def test_the_page_of_a_run_has_no_fault(browser: "Browser", run_page: Path, widt
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
 def test_the_page_of_a_comparison_has_no_fault(
-    browser: "Browser", comparison_page: Path, width: int, scheme: str  # noqa: F811
+    browser: "Browser", comparison_page: Path, width: int, scheme: str
 ) -> None:  # fmt: skip
     assert faults(browser, comparison_page, width, scheme) == []
 
@@ -107,21 +107,21 @@ def test_the_page_of_a_comparison_has_no_fault(
         ("<figure><svg viewBox='0 0 9000 99'><text x=0 y=50>one</text></svg></figure>", 'small text: text "one"'),
     ],
 )  # fmt: skip
-def test_control_a_broken_page_has_faults(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:  # noqa: F811
+def test_control_a_broken_page_has_faults(browser: "Browser", tmp_path: Path, broken: str, found: str) -> None:
     (tmp_path / "page.html").write_text(f"<!doctype html><body>{broken}</body>")
     assert any(problem.startswith(found) for problem in faults(browser, tmp_path / "page.html", 1280, "light"))
 
 
 @in_browser
 @pytest.mark.slow
-def test_a_correct_page_has_no_fault(browser: "Browser", tmp_path: Path) -> None:  # noqa: F811
+def test_a_correct_page_has_no_fault(browser: "Browser", tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<!doctype html><body><p>whole</p></body>")
     assert faults(browser, tmp_path / "page.html", 1280, "light") == []
 
 
 @in_browser
 @pytest.mark.slow
-def test_a_switch_colors_the_tokens_without_scripts(browser: "Browser", run_page: Path) -> None:  # noqa: F811
+def test_a_switch_colors_the_tokens_without_scripts(browser: "Browser", run_page: Path) -> None:
     page = browser.new_page(java_script_enabled=False)
     page.goto(run_page.as_uri())
     token = page.locator(".solution .decisive").first
@@ -140,7 +140,7 @@ def test_a_switch_colors_the_tokens_without_scripts(browser: "Browser", run_page
 
 @in_browser
 @pytest.mark.slow
-def test_a_printed_page_is_light_and_expanded(browser: "Browser", run_page: Path) -> None:  # noqa: F811
+def test_a_printed_page_is_light_and_expanded(browser: "Browser", run_page: Path) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto(run_page.as_uri())
     look = """() => [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from tests.support.browser import SIZES, browser, faults  # noqa: F401
+from tests.support.browser import SIZES, faults
 from tests.support.studies import DEPARTURES, example_study
 from tests.unit.report.test_pages import Tags
 from wmtp.report.plots import plot_style
@@ -79,7 +79,7 @@ def _rows(markup: str) -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
 def test_the_page_of_a_study_has_no_fault(
-    browser: "Browser", small_page: Path, large_page: Path, width: int, scheme: str  # noqa: F811
+    browser: "Browser", small_page: Path, large_page: Path, width: int, scheme: str
 ) -> None:  # fmt: skip
     assert faults(browser, small_page, width, scheme) == []
     assert faults(browser, large_page, width, scheme) == []
