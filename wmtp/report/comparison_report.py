@@ -157,7 +157,7 @@ def _describe_seeds_needed(difference: Difference) -> str:
     if needed is None:
         return "the number of seeds that would show one of this size cannot be estimated"
     many = f"more than {SEEDS_CAP:,}" if needed > SEEDS_CAP else f"about {needed:,}"
-    return f"{many} seeds would show a true difference of this size with 80 % power"
+    return f"{many} seeds would show a difference of this size with about 80 % power"
 
 
 def _metric(metric: MetricComparison, baseline: str, name: str) -> Markup:

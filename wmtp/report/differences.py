@@ -102,6 +102,7 @@ def metric_comparison(
         decision, mean_difference = decisions[label], round(estimate.mean, 12) + 0.0  # also removes the sign of −0.0
         is_sequential = rule.looks is not None and np.isfinite(decision.low)
         pairs = list(each.values.values())
+        needed = None if estimate.p is None else seeds_needed(mean_difference, stdev(pairs), len(found), len(pairs))
         result.append(Difference(
             label=label, pairs=each.values, mean=mean_difference,
             low=decision.low if is_sequential else estimate.low,
@@ -113,8 +114,7 @@ def metric_comparison(
             mcnemar=mcnemar(paired, label, metric),
             verdict=verdict(decision, len(pairs), lost, baseline_lost),
             is_within_delta=None if rule.delta is None else decision.is_within_delta,
-            seeds_needed=None if estimate.p is None else seeds_needed(mean_difference, stdev(pairs), len(found)),
-            lost=lost, baseline_lost=baseline_lost,
+            seeds_needed=needed, lost=lost, baseline_lost=baseline_lost,
         ))  # fmt: skip
         add_limit_notes(metric.name, result[-1], notes)
     notes += [

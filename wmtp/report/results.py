@@ -105,9 +105,10 @@ class Difference:
     None if there is no δ.
     """
     seeds_needed: int | None
-    """Number of seeds with which the test shows a true difference of this size with a probability of 80 %.
+    """Number of seeds with which the test shows a difference of this size with a probability of about 80 %.
 
-    `SEEDS_CAP` + 1 means that more than `SEEDS_CAP` seeds are needed. None means that the number cannot be estimated.
+    It takes into account that few pairs overstate an effect. `SEEDS_CAP` + 1 means that more than `SEEDS_CAP` seeds
+    are needed. None means that the number cannot be estimated.
     """
     lost: FailedRuns
     """Number of runs of the group that have no value of the metric."""
