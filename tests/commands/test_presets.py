@@ -64,8 +64,8 @@ def test_a_typed_key_of_another_option_stays_an_error(invoke: Invoke, records: P
     [
         (["experiment=smoke", "data=tasks"], {"data.num_train": 200}, ""),
         (["experiment=one_head", "model=nano"], {"model.num_heads": 1, "model.dim": 64}, ""),
-        (["experiment=sweep/tasks_study", "model=small"], {"model.dim": 512, "model.num_layers": 6}, "model.dim, "),
-        (["experiment=sweep/tasks_study", "model=small", "model.dim=256"], {"model.dim": 256}, "sets model.num_l"),
+        (["experiment=sweep/arms", "model=small"], {"model.dim": 512, "model.num_layers": 6}, "model.dim, "),
+        (["experiment=sweep/arms", "model=small", "model.dim=256"], {"model.dim": 256}, "sets model.num_l"),
         ([*LORA, "model=nano"], {"model.lora.rank": None, "data.max_length": 512}, "sets model.lora for model=smollm2"),
         ([*LORA, "model=huggingface", "model.path=."], {"model.lora.rank": 16}, ""),
         ([*LORA, "data=codecontests"], {"data.max_length": 2048}, "sets data.max_length for data=mbpp; this is"),
