@@ -12,7 +12,7 @@ from pathlib import Path
 import benchmark_algorithms
 import estimate_presets
 import estimate_scaling
-import simulate_intervals
+import simulate_studies
 import tabulate_weightings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -37,7 +37,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     for name, script, tables in (
         ("scaling.md", "estimate_scaling", estimate_scaling.default_tables()),
         ("presets.md", "estimate_presets", estimate_presets.tables()),
-        ("sweeps.md", "simulate_intervals", simulate_intervals.tables()),
+        ("statistics.md", "simulate_studies", simulate_studies.tables()),
         ("weightings.md", "tabulate_weightings", tabulate_weightings.tables()),
         ("weightings.md", "benchmark_algorithms", benchmark_algorithms.tables()),
     ):

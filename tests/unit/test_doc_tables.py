@@ -21,8 +21,8 @@ def script() -> Iterator[ModuleType]:
 @pytest.mark.slow
 def test_the_tables_are_current(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["write_doc_tables.py", "--check"])
-    simulated = script.simulate_intervals.tables()  # only once, because the simulation takes seconds
-    monkeypatch.setattr(script.simulate_intervals, "tables", lambda: simulated)
+    simulated = script.simulate_studies.tables()  # only once, because the simulation takes two minutes
+    monkeypatch.setattr(script.simulate_studies, "tables", lambda: simulated)
     assert script.main() == 0
     monkeypatch.setattr("wmtp.training.estimate.speed.RING_BANDWIDTH", 210e9)
     assert script.main() == 1, "the control"
