@@ -11,6 +11,7 @@ from markupsafe import Markup
 from wmtp.report import comparison_plots
 from wmtp.report.grouping import distinguishing_settings
 from wmtp.report.html import (
+    ABSENT,
     Section,
     breakable,
     bullet_list,
@@ -26,15 +27,15 @@ from wmtp.report.html import (
 )  # fmt: skip
 from wmtp.report.measure_tables import means_tables
 from wmtp.report.plots import plot_style
-from wmtp.report.results import Comparison, Difference, MetricComparison, TokensToTarget
+from wmtp.report.results import Comparison, Difference, MetricComparison
 from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import FILE_NAME
+from wmtp.report.tokens_to_target_section import tokens_to_target_tables
 from wmtp.statistics.paired import MIN_PAIRS
 from wmtp.statistics.power import SEEDS_CAP
 
 CSS_CLASSES = {"better": "good", "worse": "bad"}
 """CSS class of each verdict. Verdicts that are not listed have the class `quiet`."""
-ABSENT = "–"
 
 
 def write_comparison_report(path: Path, comparison: Comparison) -> None:
@@ -215,51 +216,6 @@ def _test_row(each: Difference, with_problems: bool) -> list[Any]:
         row += [f"{mcnemar.won} : {mcnemar.lost}" if mcnemar else ABSENT]
         row += [_format_p(mcnemar.p if mcnemar else None)]
     return row
-
-
-def tokens_to_target_tables(results: list[TokensToTarget], baseline: str) -> Markup:
-    """Return tables and a plot of the tokens that each group needed to reach the baseline's best loss."""
-    if not results:
-        return Markup()
-    rows = [
-        (breakable(each.label), len(each.pairs), _format_ratio(each.ratio), _ratio_interval(each), each.never)
-        for each in results
-    ]
-    pairs = [
-        (breakable(each.label), pair.seed, f"{pair.target:.4g}", f"{pair.baseline_tokens:,.0f}",
-         "never" if pair.tokens is None else f"{pair.tokens:,.0f}", f"{pair.baseline_stage_tokens:,}",
-         f"{pair.stage_tokens:,}")
-        for each in results for pair in each.pairs
-    ]  # fmt: skip
-    each_seed = table(
-        [
-            "group", "seed", f"best loss of {baseline}", "tokens of the baseline", "tokens of the group",
-            "stage 1 tokens of the baseline", "stage 1 tokens of the group",
-        ],
-        pairs, numbers=range(1, 7), names=[0],
-    )  # fmt: skip
-    introduction = (
-        f"Tokens until {results[0].metric} reached the best value of {baseline}’s run with the same seed, divided by "
-        "the tokens of that run; below 1 is faster. Tokens of stage 1 are included. This reading is made in the middle "
-        "of a run, at a learning rate that has not decayed, so it can differ from the ends of shorter runs."
-    )
-    head = ["group", "pairs", "median ratio", "95 % interval", "never reached"]
-    return (
-        paragraph(introduction)
-        + table(head, rows, numbers=range(1, 5), names=[0])
-        + figures([comparison_plots.plot_tokens_to_target(results, baseline)])
-        + details("Seed by seed", each_seed, printed=True)
-    )
-
-
-def _ratio_interval(each: TokensToTarget) -> str:
-    if not each.has_interval:
-        return ABSENT
-    return _format_ratio(None) if each.low is None else f"{_format_ratio(each.low)} to {_format_ratio(each.high)}"
-
-
-def _format_ratio(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.3g}"
 
 
 def _config_differences(comparison: Comparison) -> Markup:

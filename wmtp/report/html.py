@@ -11,6 +11,8 @@ from markupsafe import Markup, escape
 from wmtp.report.plots import Plot, to_svg
 from wmtp.runtime.atomic_files import replace_atomically
 
+ABSENT = "–"
+"""Text of a cell of a table that has no value."""
 _NOTHING = Markup()
 _STYLE_SHEET = Path(__file__).with_name("page.css")
 _PAGE = Markup("""<!doctype html>

@@ -5,11 +5,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from wmtp.report.html import breakable, bullet_list, paragraph, table
+from wmtp.report.html import ABSENT, breakable, bullet_list, paragraph, table
 from wmtp.report.measures import WEIGHT_MEASURES, GroupMeans, weights_and_values
 from wmtp.report.tables import column_title
-
-ABSENT = "–"
 
 
 def weights_table(summary: Mapping[str, Any]) -> Markup:

@@ -6,14 +6,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from wmtp.report.html import breakable, details, facts, figures, muted_paragraph, paragraph, table
+from wmtp.report.html import ABSENT, breakable, details, facts, figures, muted_paragraph, paragraph, table
 from wmtp.report.metrics import is_lower_better
 from wmtp.studies.lock_section import code_lines
 from wmtp.studies.plots import plot_best_of_n, plot_ends, plot_factors, plot_power, power_curve
 from wmtp.studies.results import ArmHorizons, ArmSearch, StudyResult, Trial
 from wmtp.studies.tables import describe_search, finite, format_digits, format_limits, format_mean, format_settings
-
-ABSENT = "–"
 
 
 def search_section(result: StudyResult) -> Markup:

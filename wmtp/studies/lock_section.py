@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from wmtp.report.html import breakable, code, code_block, details, facts, join, paragraph, table
+from wmtp.report.html import ABSENT, breakable, code, code_block, details, facts, join, paragraph, table
 from wmtp.studies.lock import StudyLock
 from wmtp.studies.options import StudyOptions
-
-ABSENT = "–"
 
 
 def lock_section(lock: StudyLock) -> Markup:

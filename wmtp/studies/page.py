@@ -6,14 +6,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from wmtp.report.comparison_plots import plot_curves, plot_values_by_seed
-from wmtp.report.comparison_report import (
-    ABSENT,
-    CSS_CLASSES,
-    format_signed,
-    run_link,
-    tokens_to_target_tables,
-)  # fmt: skip
+from wmtp.report.comparison_report import CSS_CLASSES, format_signed, run_link
 from wmtp.report.html import (
+    ABSENT,
     Section,
     breakable,
     bullet_list,
@@ -28,6 +23,7 @@ from wmtp.report.html import (
 from wmtp.report.metrics import is_lower_better
 from wmtp.report.plots import plot_style
 from wmtp.report.results import Comparison, Difference, MetricComparison
+from wmtp.report.tokens_to_target_section import tokens_to_target_tables
 from wmtp.statistics.token_factor import TokenFactor
 from wmtp.studies.evidence_sections import ends_section, power_section, search_section
 from wmtp.studies.lock_section import lock_section
