@@ -41,6 +41,11 @@ class DecisionRule:
     num_reached: Mapping[str, int] = field(default_factory=dict)
     """For each group of a study, the number of these seeds whose runs have ended."""
 
+    @property
+    def min_pairs(self) -> int:
+        """The number of pairs without which there is no verdict."""
+        return MIN_PAIRS if self.looks is None else self.looks[0]
+
 
 @dataclass(frozen=True)
 class PairedMetric:
@@ -100,19 +105,17 @@ def metric_comparison(
     for label, each in found.items():
         estimate, lost, baseline_lost = estimates[label], failed_runs[label], failed_runs[paired.baseline]
         decision, mean_difference = decisions[label], round(estimate.mean, 12) + 0.0  # also removes the sign of −0.0
-        is_sequential = rule.looks is not None and np.isfinite(decision.low)
         pairs = list(each.values.values())
+        low, high, level = interval(estimate, decision, len(pairs), rule)
         needed = None if estimate.p is None else seeds_needed(mean_difference, stdev(pairs), len(found), len(pairs))
         result.append(Difference(
-            label=label, pairs=each.values, mean=mean_difference,
-            low=decision.low if is_sequential else estimate.low,
-            high=decision.high if is_sequential else estimate.high,
-            level=decision.level if is_sequential else LEVEL,
+            label=label, pairs=each.values, mean=mean_difference, low=low, high=high, level=level,
             p=estimate.p, p_holm=p_holm[label],
             wilcoxon=wilcoxon[label], wilcoxon_holm=wilcoxon_holm[label],
             wilcoxon_floor=smallest_wilcoxon_p(len(pairs)), permutation=permutation_p(pairs),
             mcnemar=mcnemar(paired, label, metric),
-            verdict=verdict(decision, len(pairs), lost, baseline_lost),
+            verdict=verdict(decision, has_enough_seeds=len(pairs) >= rule.min_pairs, failed=lost,
+                            baseline_failed=baseline_lost),
             is_within_delta=None if rule.delta is None else decision.is_within_delta,
             seeds_needed=needed, lost=lost, baseline_lost=baseline_lost,
         ))  # fmt: skip
@@ -193,13 +196,26 @@ def mcnemar(paired: PairedGroups, label: str, metric: MetricValues) -> McNemar |
     return McNemar(won, lost, len(gains) - won - lost, mcnemar_p(won, lost))
 
 
-def verdict(decision: ArmDecision, num_pairs: int, failed: FailedRuns, baseline_failed: FailedRuns) -> Verdict:
+def interval(
+    estimate: Estimate, decision: ArmDecision, num_pairs: int, rule: DecisionRule
+) -> tuple[float | None, float | None, float]:
+    """Return the ends and the level of the interval of a mean difference. In a study, it is the repeated interval."""
+    if rule.looks is None:
+        return estimate.low, estimate.high, LEVEL
+    if num_pairs < rule.min_pairs or not np.isfinite(decision.low):
+        return None, None, decision.level
+    return decision.low, decision.high, decision.level
+
+
+def verdict(
+    decision: ArmDecision, *, has_enough_seeds: bool, failed: FailedRuns, baseline_failed: FailedRuns
+) -> Verdict:
     """Return the verdict on a group.
 
     If the decision is in favor of a side that has failed runs, or says that both are the same although one of them has
     failed runs, then the verdict is "runs failed".
     """
-    if num_pairs < MIN_PAIRS:
+    if not has_enough_seeds:
         return "too few seeds"
     favored = {
         "better": failed.failed,

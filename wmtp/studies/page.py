@@ -51,7 +51,7 @@ MEANINGS = {
     "the same": "the same: the difference is shown to be smaller than δ in both directions.",
     "undecided": "undecided: neither a difference nor “the same” is shown. This is not evidence that there is no "
     "difference.",
-    "too few seeds": "too few seeds: one pair of runs cannot be tested.",
+    "too few seeds": "too few seeds: there are fewer pairs of runs than the first look needs.",
     "runs failed": "runs failed: the side that the test favors has failed runs. The other runs may be better than "
     "average, so there is no verdict.",
     "no runs yet": "no runs yet: no seed has finished runs of both the arm and the baseline.",

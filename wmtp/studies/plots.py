@@ -56,9 +56,9 @@ def plot_best_of_n(searches: Sequence[ArmSearch], baseline: str, metric: str) ->
         if known and base:
             _add_best_of_n(axes, base, QUIET, baseline, "--")
         _add_best_of_n(axes, points, LINES[0], "arm of the panel", "-")
-    limits = _limit_to_many_trials([base, *known.values()])
-    if limits is not None:
-        panels[0].set_ylim(*limits)
+    bounds = [bound for points in (base, *known.values()) for each in points for bound in (each.low, each.high)]
+    if min(bounds) > 0 and max(bounds) > MAX_LINEAR_RANGE * min(bounds):  # such as one trial that diverged
+        set_log_y_axis(panels[0])
     set_integer_x_axis(panels[0])
     panels[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     add_grid_legend(figure, panels[0])
@@ -67,8 +67,6 @@ def plot_best_of_n(searches: Sequence[ArmSearch], baseline: str, metric: str) ->
         f"Mean of {metric} on the tuning seeds that the best of n trials is expected to reach. Shaded band, and thin "
         "lines for the baseline: 95 % intervals. If a curve still changes at its end, more trials may help this arm."
     )
-    if limits is not None:
-        caption += " Values for few trials lie outside of the axis."
     return Plot(figure, "best-of-n", f"Expected best {metric} of n trials. {ends}", caption)
 
 
@@ -80,19 +78,6 @@ def _add_best_of_n(axes: Axes, points: Sequence[BestOfN], color: str, label: str
     else:
         axes.plot(numbers, np.array([low, high]).T, color=color, linestyle=":", linewidth=0.9)
     axes.plot(numbers, expected, color=color, linestyle=dash, label=label, marker="o" if len(points) == 1 else "")
-
-
-def _limit_to_many_trials(curves: Sequence[Sequence[BestOfN]]) -> tuple[float, float] | None:
-    """Return limits of the vertical axis without the values for few trials, or None if they do not hide the others.
-
-    One trial that diverged can make the expected value of one trial so large that no other difference is visible.
-    """
-    every = [bound for points in curves for each in points for bound in (each.low, each.high)]
-    later = [bound for points in curves for each in points[len(points) // 2 :] for bound in (each.low, each.high)]
-    if np.ptp(every) <= 2.5 * np.ptp(later) or np.ptp(later) == 0:
-        return None
-    margin = 0.08 * float(np.ptp(later))
-    return max(min(later) - margin, min(every)), min(max(later) + margin, max(every))
 
 
 def plot_ends(horizons: Sequence[ArmHorizons], baseline: str, metric: str) -> Plot | None:
@@ -315,7 +300,9 @@ def _set_token_axis(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.07)
     low, high = axes.get_xlim()
-    subs = (1.0,) if high > 100 * low else (1.0, 3.0) if high > 8 * low else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=6))
+    if high > 8 * low:
+        axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0,) if high > 100 * low else (1.0, 3.0), numticks=6))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(3, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tokens(value)))
     axes.xaxis.set_minor_locator(NullLocator())
