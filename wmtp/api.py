@@ -1,7 +1,7 @@
 """Runs and comparisons as pandas frames, for notebooks: `from wmtp import compare, load_runs`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -178,8 +178,10 @@ def _compare_study(folder: Path, options: Mapping[str, object]) -> Comparison:
         if value not in (getattr(result.lock.options, name), defaults[name].default):
             raise InputError(f"{name}={value}: is fixed by the lock of the study in {folder}; leave it out")
     if result.comparison is None:
-        raise InputError(f"{folder}: the study has no runs to compare yet; continue it: python -m wmtp.study")
-    return result.comparison
+        command = f"continue: python -m wmtp.study study={result.lock.name} folder={folder}"
+        raise InputError("; ".join([f"{folder}: has no runs to compare yet", *result.departures, command]))
+    departures = [f"departs from the lock: {each}" for each in result.departures]
+    return replace(result.comparison, notes=[*departures, *result.comparison.notes])
 
 
 def _varying_settings(records: Sequence[RunRecord]) -> pd.DataFrame:

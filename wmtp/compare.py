@@ -64,15 +64,17 @@ def compare_arms_of_study(context: JobContext, console: Console) -> None:
         InputError: an argument sets what the lock of the study fixes.
     """
     from wmtp.config.overrides import override_key
-    from wmtp.errors import InputError
+    from wmtp.errors import InputError, refuse_odd_content
     from wmtp.studies.collect import collect_study
     from wmtp.studies.output import write_result
 
     study = Path(context.config.runs[0])
     if fixed := sorted({override_key(each) for each in context.overrides} & LOCKED_KEYS):
-        remedy = f"leave it out, or compare other runs than those of all phases, such as {study / 'judging'}"
+        remedy = f"leave it out; to compare with other options, give {study / 'judging'}"
         raise InputError(f"{', '.join(fixed)}: is fixed by the lock of the study in {study}; {remedy}")
-    write_result(_output_folder(context.config), collect_study(study), console, "compare")
+    with refuse_odd_content(study):
+        result = collect_study(study)
+    write_result(_output_folder(context.config), result, console, "compare")
 
 
 def _output_folder(config: DictConfig) -> Path:

@@ -44,6 +44,7 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
     from wmtp.config.overrides import typed_values
     from wmtp.config.schema import CheckedConfig, ConfigIssue, build, node_issues
     from wmtp.runtime.standard_streams import announce
+    from wmtp.studies.lock import read_lock
     from wmtp.studies.options import option_issues
     from wmtp.studies.plan import Plan
     from wmtp.studies.start import arm_issues
@@ -59,9 +60,12 @@ def check(config: DictConfig, overrides: list[str]) -> CheckedConfig:
         options = build(config.study)
         issues = list(option_issues(options))
     if not issues:
-        require_writable(_folder(config, overrides), "folder")
-        announce("checking the config of every arm …")
-        issues = list(arm_issues(Plan(options, _folder(config, overrides)), _compose))
+        folder = _folder(config, overrides)
+        require_writable(folder, "folder")
+        lock = read_lock(folder)
+        if lock is None or lock.options != options:  # otherwise they were checked before the lock was written
+            announce("checking the config of every arm …")
+            issues = list(arm_issues(Plan(options, folder), _compose))
     return CheckedConfig(config, issues)
 
 
@@ -91,6 +95,8 @@ def _run_folder(checked: CheckedConfig, overrides: list[str]) -> Path | None:
 
 
 def _resume_hint(folder: Path) -> str:
+    import yaml
+
     from wmtp.config.overrides import shell_argument
     from wmtp.studies.lock import read_lock
 
@@ -98,6 +104,8 @@ def _resume_hint(folder: Path) -> str:
     if lock is None:
         return START_AGAIN
     named = [] if folder == (STUDIES / lock.name).absolute() else [shell_argument("folder", display_path(folder))]
+    jobs = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())["jobs"]
+    named += [] if jobs == 1 else [f"jobs={jobs}"]
     return f"Continue with: {' '.join([module_command('wmtp.study'), f'study={lock.name}', *named])}"
 
 

@@ -40,11 +40,17 @@ class DecisionRule:
     """The seeds of a study in the order in which they are used."""
     num_reached: Mapping[str, int] = field(default_factory=dict)
     """For each group of a study, the number of these seeds whose runs have ended."""
+    num_comparisons: int | None = None
+    """Number of groups that a study compares with the baseline. None: all groups that have a pair of runs."""
 
     @property
     def min_pairs(self) -> int:
         """The number of pairs without which there is no verdict."""
         return MIN_PAIRS if self.looks is None else self.looks[0]
+
+    def seeds_of(self, label: str) -> tuple[int, ...] | None:
+        """Return the seeds that a study used for a group until its last look. None: there are no looks."""
+        return None if self.looks is None else self.seeds[: self.num_reached[label]]
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,11 @@ def metric_comparison(
     wilcoxon_holm = holm_by_group(wilcoxon)
     result = list[Difference]()
     for label, each in found.items():
-        estimate, lost, baseline_lost = estimates[label], failed_runs[label], failed_runs[paired.baseline]
-        decision, mean_difference = decisions[label], round(estimate.mean, 12) + 0.0  # also removes the sign of −0.0
+        estimate, decision = estimates[label], decisions[label]
+        mean_difference = round(estimate.mean, 12) + 0.0  # also removes the sign of −0.0
+        lost, baseline_lost = (
+            paired.failed_runs(side, metric, rule.seeds_of(label)) for side in (label, paired.baseline)
+        )
         pairs = list(each.values.values())
         low, high, level = interval(estimate, decision, len(pairs), rule)
         needed = None if estimate.p is None else seeds_needed(mean_difference, stdev(pairs), len(found), len(pairs))
@@ -141,7 +150,7 @@ def decide_groups(
             label: [each.look(rule.seeds[:size]) for size in sizes if size <= max(rule.num_reached[label], sizes[0])]
             for label, each in found.items()
         }
-    return decide(looks, sizes, delta=rule.delta, lower_is_better=lower_is_better)
+    return decide(looks, sizes, delta=rule.delta, lower_is_better=lower_is_better, num_comparisons=rule.num_comparisons)
 
 
 def holm_by_group(p_values: Mapping[str, float | None]) -> dict[str, float | None]:

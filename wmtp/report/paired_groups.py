@@ -1,6 +1,6 @@
 """Groups of finished runs, which are paired by seed with the runs of a baseline group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from wmtp.errors import InputError
@@ -30,9 +30,10 @@ class PairedGroups:
         base, group = self.groups[self.baseline], self.groups[label]
         return {seed: (base[seed], group[seed]) for seed in sorted(base.keys() & group.keys())}
 
-    def failed_runs(self, label: str, metric: MetricValues) -> FailedRuns:
-        """Return how many runs of the group `label` have no value of the metric."""
-        group, failed = self.groups[label], len(self.failed.get(label, ()))
+    def failed_runs(self, label: str, metric: MetricValues, seeds: Collection[int] | None = None) -> FailedRuns:
+        """Return how many runs of the group `label` have no value of the metric. None: runs with any seed."""
+        group = {seed: run for seed, run in self.groups[label].items() if seeds is None or seed in seeds}
+        failed = sum(1 for seed in self.failed.get(label, ()) if seeds is None or seed in seeds)
         return FailedRuns(failed + sum(run not in metric.values for run in group.values()), failed + len(group))
 
 

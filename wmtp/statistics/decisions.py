@@ -90,6 +90,7 @@ def decide(
     *,
     delta: float | None,
     lower_is_better: bool,
+    num_comparisons: int | None = None,
     level: float = LEVEL,
 ) -> dict[str, ArmDecision]:
     """Decide which arms are better or worse than the baseline, or the same within ±δ, by replaying the looks in order.
@@ -109,6 +110,8 @@ def decide(
         delta: largest mean difference, in the unit of the differences, at which an arm is the same. None if arms are
             not tested for being the same.
         lower_is_better: whether negative differences are better.
+        num_comparisons: number of arms among which a false finding is counted, if it is larger than that of `looks`,
+            because some arms have no value yet.
         level: probability of any false finding, for each of the two families.
 
     Raises:
@@ -116,15 +119,16 @@ def decide(
     """
     check_inputs(looks, sizes, delta)
     different, same = set[str](), set[str]()
+    num_arms = max(len(looks), num_comparisons or 0)
     levels = dict[str, float]()  # of the last test of each arm
     final = dict[str, tuple[Decision, int]]()  # decision, and number of the look
     for number in range(len(sizes)):
         tests = Tests(sizes, number, delta)
         current = {label: arm[number] for label, arm in looks.items() if len(arm) > number and label not in final}
-        found = step_down(current, len(looks) - len(different), level, tests.is_different)
+        found = step_down(current, num_arms - len(different), level, tests.is_different)
         different |= found.keys()
-        levels |= dict.fromkeys(current, level / max(1, len(looks) - len(different))) | found
-        same |= step_down(current, len(looks) - len(same), level, tests.is_same).keys()
+        levels |= dict.fromkeys(current, level / max(1, num_arms - len(different))) | found
+        same |= step_down(current, num_arms - len(same), level, tests.is_same).keys()
         for label, look in current.items():
             if label in found:
                 final[label] = "better" if (look.mean < 0) == lower_is_better else "worse", number

@@ -50,13 +50,20 @@ def power(effect: float, num_pairs: int, num_comparisons: int = 1) -> float:
     """
     if num_pairs < MIN_PAIRS:
         raise ValueError(f"num_pairs={num_pairs}: must be at least {MIN_PAIRS}")
-    freedom, shift = num_pairs - 1, abs(effect) * sqrt(num_pairs)
-    bound = t_quantile(LEVEL / num_comparisons / 2, num_pairs)
+    shift, bound = abs(effect) * sqrt(num_pairs), t_quantile(LEVEL / num_comparisons / 2, num_pairs)
+    if shift > LARGE_SHIFT:
+        return _exceedance(shift, bound, num_pairs)
+    wrong_sign = float(np.nan_to_num(special.nctdtr(num_pairs - 1, shift, -bound)))
+    return min(1.0, _exceedance(shift, bound, num_pairs) + max(0.0, wrong_sign))
+
+
+def _exceedance(shift: float, bound: float, num_pairs: int) -> float:
+    """Return the probability that a t statistic with the noncentrality `shift` is above a bound."""
+    freedom = num_pairs - 1
     if shift > LARGE_SHIFT:
         # scipy's noncentral t is inaccurate for large shifts, where only the sample's standard deviation is uncertain
         return float(special.gammainc(freedom / 2, freedom / 2 * (shift / bound) ** 2))
-    wrong_sign = float(np.nan_to_num(special.nctdtr(freedom, shift, -bound)))
-    return min(1.0, 1 - float(special.nctdtr(freedom, shift, bound)) + max(0.0, wrong_sign))
+    return 1 - float(special.nctdtr(freedom, shift, bound))
 
 
 def seeds_needed(
@@ -103,6 +110,39 @@ def seeds_needed(
     needed = bisect_left(range(SEEDS_CAP + 1), POWER, lo=MIN_PAIRS, key=power_of)
     is_too_much = needed > MIN_PAIRS and power_of(min(needed, SEEDS_CAP)) > MAX_POWER
     return needed - 1 if is_too_much and power_of(needed - 1) >= MIN_POWER else needed
+
+
+def seeds_needed_for_equivalence(mean: float, deviation: float, delta: float, num_comparisons: int = 1) -> int | None:
+    """Return the number of pairs of runs that two one-sided t tests need to find a mean difference within ±δ.
+
+    They find it with a power of at least 80 %. The power is computed as if at most one of the tests failed, which makes
+    it too small where it is low. The mean and the standard deviation are taken as the true ones.
+
+    Args:
+        mean: mean of the differences.
+        deviation: standard deviation of the differences.
+        delta: δ, above 0.
+        num_comparisons: number of groups that are compared with the baseline.
+
+    Returns:
+        The number of pairs. It is `SEEDS_CAP` + 1 if more than `SEEDS_CAP` pairs are needed, and None if the mean is
+        not within ±δ or `deviation` is 0.
+
+    Source: Schuirmann 1987, A Comparison of the Two One-Sided Tests Procedure and the Power Approach.
+
+    >>> seeds_needed_for_equivalence(0.0, 1.0, 0.5)
+    36
+    """
+    if abs(mean) >= delta or deviation == 0:
+        return None
+
+    def power_of(num_pairs: int) -> float:
+        """Return the power with a number of pairs."""
+        bound, scale = t_quantile(LEVEL / num_comparisons, num_pairs), sqrt(num_pairs) / deviation
+        ends = (delta - mean) * scale, (delta + mean) * scale
+        return sum(_exceedance(shift, bound, num_pairs) for shift in ends) - 1
+
+    return bisect_left(range(SEEDS_CAP + 1), POWER, lo=MIN_PAIRS, key=power_of)
 
 
 def hedges_factor(num_pairs: int) -> float:

@@ -98,6 +98,13 @@ class TokenFactor:
     """Number of seeds for which the tokens that the arm needs are outside its horizons."""
     num_without: int
     """Number of seeds that have no factor of their own. They are not left out, which would favor some outcomes."""
+    is_mean_extrapolated: bool = False
+    """Whether the tokens of `factor` are outside the horizons of the mean curve."""
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether the factor, or that of a seed, depends on values outside of the horizons."""
+        return self.is_mean_extrapolated or self.num_extrapolated > 0
 
 
 def fitted_curve(points: Sequence[HorizonPoint]) -> PowerLaw:
@@ -199,7 +206,7 @@ def mean_token_factor(ratios: Sequence[TokenRatio]) -> TokenFactor:
     mean_arm = [mean_point(points) for points in zip(*arms, strict=True)]
     mean_ratio = token_ratio([mean_point(ends)], mean_arm)
     if len(ratios) < MIN_PAIRS:
-        return TokenFactor(mean_ratio.ratio, None, None, *numbers)
+        return TokenFactor(mean_ratio.ratio, None, None, *numbers, mean_ratio.is_extrapolated)
     losses = Losses(
         np.log([[point.tokens for point in points] for points in arms]).mean(axis=0),
         np.array([[point.loss for point in points] for points in arms]),
@@ -216,6 +223,7 @@ def mean_token_factor(ratios: Sequence[TokenRatio]) -> TokenFactor:
         exp(low) / tokens if is_low_known and isfinite(low) else None,
         exp(high) / tokens if is_high_known and isfinite(high) else None,
         *numbers,
+        mean_ratio.is_extrapolated,
     )
 
 

@@ -25,12 +25,11 @@ from wmtp.statistics.variance import Component, PairingGain, pairing_gain, varia
 from wmtp.studies.departures import find_departures, read_settings
 from wmtp.studies.lock import FILE_NAME, read_lock
 from wmtp.studies.options import StudyOptions
-from wmtp.studies.plan import JUDGING, PREPARATIONS, SOURCES, TUNING, VARIANCE, Plan
-from wmtp.studies.results import ArmHorizons, ArmSearch, HorizonResult, PlannedPower, StudyResult, Trial
+from wmtp.studies.plan import JUDGING, PREPARATIONS, SOURCES, TUNING, VARIANCE, Plan, has_failed
+from wmtp.studies.results import FINAL_VERDICTS, ArmHorizons, ArmSearch, HorizonResult, PlannedPower, StudyResult, Trial
 
 MIN_PAIRS_FOR_CORRELATION = 3
 """Minimum number of pairs for an estimate of what pairing by seed saves."""
-FINAL_VERDICTS = ("better", "worse", "the same")
 
 
 class StudyFolder:
@@ -94,6 +93,9 @@ class StudyFolder:
 
         Returns:
             The comparison, or None if there are not yet two runs that can be compared.
+
+        Raises:
+            InputError: the runs have different validation data, or do not measure the primary metric.
         """
         longest, seeds = max(self.options.horizons), tuple(self.options.judging_seeds[:num_seeds])
         ended = {label: self.judged(label, longest) for label in self.options.arms}
@@ -108,8 +110,9 @@ class StudyFolder:
         reached = {label: min(base, num_reached(seeds, runs)) for label, runs in ended.items()}
         notes = require_same_data([run for runs in groups.values() for run in runs])
         notes += [f"{label} has no judged run with a value" for label in self.options.arms if label not in groups]
-        rule = DecisionRule(self.options.delta, self.options.looks, seeds, reached)
-        paired = pair_by_seed(groups, self.options.baseline, failed, notes)
+        rule = DecisionRule(self.options.delta, self.options.looks, seeds, reached, len(self.options.others))
+        # without its notes on seeds that only the baseline has: arms with a verdict get no more seeds
+        paired = pair_by_seed(groups, self.options.baseline, failed, [])
         return compare_groups(paired, self.options.metric, self.options.at, rule, notes)
 
     def open_arms(self, comparison: Comparison | None, num_seeds: int | None = None) -> list[str]:
@@ -124,8 +127,10 @@ class StudyFolder:
         result = []
         for label in self.options.others:
             used = num_reached(self.options.judging_seeds, self.judged(label, longest))
-            is_final = label in found and found[label].verdict in (*FINAL_VERDICTS, "runs failed")
-            if not is_final and (num_seeds or used) < len(self.options.judging_seeds):
+            num = num_seeds or used
+            # an arm without any value at the first look has only failed runs
+            is_final = found[label].verdict in FINAL_VERDICTS if label in found else num >= self.options.looks[0]
+            if not is_final and num < len(self.options.judging_seeds):
                 result.append(label)
         return result
 
@@ -174,12 +179,16 @@ class StudyFolder:
     def result(self) -> StudyResult:
         """Return everything that the study has found so far."""
         searches = [self.search(label) for label in self.options.arms]
-        comparison = self.comparison()
+        problems = list[str]()
+        try:
+            comparison = self.comparison()
+        except InputError as error:
+            comparison, problems = None, [f"the runs cannot be compared: {error}"]
         runs = [run for phase in (TUNING, JUDGING) for run in _runs(self.folder / phase)]
         extra = [run for phase in (VARIANCE, PREPARATIONS) for run in _runs(self.folder / phase)]
         finished = [run for run in (*runs, *extra) if run.status.get("state") == "FINISHED" and run.summary]
         return StudyResult(
-            self.lock, find_departures(self.lock, self.folder, runs, searches),
+            self.lock, [*problems, *find_departures(self.lock, self.folder, runs, searches)],
             self.open_arms(comparison), comparison, searches, self.horizons(), self._planned(comparison),
             self._pairing(comparison), self._variance(), len(finished), sum(_tokens(run) for run in finished),
             sum(map(_seconds, finished)),
@@ -264,7 +273,7 @@ def _runs(folder: Path) -> list[RunRecord]:
 
 
 def _has_ended(run: RunRecord) -> bool:
-    return run.status.get("state") in ("FINISHED", "FAILED")
+    return run.status.get("state") == "FINISHED" or has_failed(run.status)
 
 
 def _tokens(run: RunRecord) -> int:

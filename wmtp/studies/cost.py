@@ -9,12 +9,12 @@ from statistics import median
 from rich.console import Console
 
 from wmtp.config.schema import CheckedConfig, ConfigError
-from wmtp.report.tables import new_table
+from wmtp.report.tables import format_count, new_table
 from wmtp.runtime.processes import num_cores
 from wmtp.studies.collect import plan_power
 from wmtp.studies.options import StudyOptions
 from wmtp.studies.plan import Plan, StudyJob
-from wmtp.studies.start import Compose, example_overrides
+from wmtp.studies.start import Compose, example_overrides, is_about_preparation
 
 START_S = 12
 """Time in seconds from the start of a run's process to its first update, and from its last update to its end."""
@@ -41,22 +41,36 @@ class PhaseCost:
 def print_cost(options: StudyOptions, folder: Path, parallel: int, compose: Compose, console: Console) -> None:
     """Print how many runs, updates, tokens and hours a study takes, and what it can show.
 
-    The speed is measured with a few updates of the baseline. Arms that need additional forward passes take longer.
+    The speed is measured with a few updates of the baseline. If it needs a preparation that has not run, then the
+    preparation is measured. Arms that need additional forward passes take longer.
     """
     plan = Plan(options, folder)
-    speed = measure_speed(compose(example_overrides(plan, options.baseline)), folder, max(1, num_cores() // parallel))
+    measured, checked = _measurable_run(plan, compose)
+    speed = measure_speed(checked, folder, max(1, num_cores() // parallel))
     at_most = [*phase_costs(plan, len(options.judging_seeds))]
     at_least = [*phase_costs(plan, options.looks[0])]
-    table = new_table(f"{len(options.arms)} arms, {parallel} runs at a time", "runs", "updates", "tokens", "hours")
+    title = f"{len(options.arms)} arms, {format_count(parallel, 'run')} at a time"
+    table = new_table(title, "runs", "updates", "tokens", "hours")
     table.columns[0].header = "phase"
     for phase in at_most:
         table.add_row(phase.name, *_cells([phase], speed, parallel))
     table.add_row("all, at most", *_cells(at_most, speed, parallel), end_section=True)
     table.add_row("all, if decided at the first look", *_cells(at_least, speed, parallel))
     console.print(table)
-    text = f"{speed.seconds_per_update:.2f} s and {speed.tokens_per_update:,.0f} tokens per update of the baseline"
+    text = f"{speed.seconds_per_update:.2f} s and {speed.tokens_per_update:,.0f} tokens per update of {measured}"
     console.print(f"Measured: {text}; {START_S} s are added per run for its start and end.", highlight=False)
     console.print(describe_power(options), highlight=False)
+
+
+def _measurable_run(plan: Plan, compose: Compose) -> tuple[str, CheckedConfig]:
+    """Return what can be measured, with its config: the baseline, or the last preparation that can run now."""
+    baseline = compose(example_overrides(plan, plan.options.baseline))
+    if not any(is_about_preparation(issue, plan) for issue in baseline.issues):
+        return "the baseline", baseline
+    for job in reversed([job for job in plan.preparations() if job.command == "train"]):
+        if not (checked := compose(job.overrides)).issues:
+            return f"the preparation {job.folder.name}", checked
+    return "the baseline", baseline
 
 
 def describe_power(options: StudyOptions) -> str:
@@ -71,6 +85,8 @@ def describe_power(options: StudyOptions) -> str:
         text += f' "The same within {options.delta:g}" is shown with {planned.equivalence_power:.0%} if there is none.'
     if planned.power < 0.8:
         text += " WARNING: this is less than 80 %; add judging_seeds, or declare a larger effect."
+    elif planned.equivalence_power is not None and planned.equivalence_power < 0.8:
+        text += " Most arms without a difference will stay undecided; this would need more judging_seeds."
     return text
 
 

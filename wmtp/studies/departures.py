@@ -8,9 +8,10 @@ from typing import Any
 from wmtp.config.flatten import flatten
 from wmtp.report.grouping import format_value
 from wmtp.report.run_record import RunRecord
-from wmtp.studies.lock import StudyLock
-from wmtp.studies.plan import JUDGING, TUNING
+from wmtp.studies.lock import StudyLock, model_hashes
+from wmtp.studies.plan import JUDGING, TUNING, Plan
 from wmtp.studies.results import ArmSearch
+from wmtp.studies.space import is_in_range
 
 VARYING_KEYS = (
     "seed", "order_seed", "algo.seed", "data.seed", "max_steps", "num_epochs", "pretrain.max_steps",
@@ -45,12 +46,14 @@ def find_departures(lock: StudyLock, folder: Path, runs: Iterable[RunRecord], se
         phase, label, *_ = run.folder.relative_to(folder).parts
         by_arm.setdefault((phase, label), []).append(run)
     found = [] if lock.is_intact else ["the lock was edited after it was written: its hash does not fit its content"]
-    found += _unequal_trials(lock, searches)
+    found += _unequal_trials(lock, searches, {label for phase, label in by_arm if phase == JUDGING})
+    found += _other_models(lock, folder)
     for (phase, label), members in by_arm.items():
         if label not in lock.options.arms:
             found.append(f"{label} is not an arm of the lock, but has {len(members)} runs in {phase}")
             continue
         found += _other_seeds(lock, phase, label, members)
+        found += _other_limits(Plan(lock.options, folder), phase, label, members)
         found += _other_contents(lock, label, members)
     every = [run for members in by_arm.values() for run in members]
     found += _other_code(lock, every)
@@ -60,12 +63,29 @@ def find_departures(lock: StudyLock, folder: Path, runs: Iterable[RunRecord], se
     return found
 
 
-def _unequal_trials(lock: StudyLock, searches: list[ArmSearch]) -> Iterator[str]:
-    """Yield a sentence for each arm that has more trials than the lock says, or fewer although it was judged."""
+def _unequal_trials(lock: StudyLock, searches: list[ArmSearch], judged: set[str]) -> Iterator[str]:
+    """Yield a sentence for each arm that has more trials than the lock says, or fewer although it was judged.
+
+    Trials with settings outside of the search space are listed, too.
+    """
     for search in searches:
         num, planned = len(search.trials), lock.options.trials
-        if num > planned:
+        if num > planned or (num < planned and search.label in judged):
             yield f"unequal search: {search.label} has {num} trials, and the lock says {planned} for every arm"
+        space = lock.options.space_of(search.label)
+        for trial in search.trials:
+            if others := [key for key, value in trial.settings.items() if not is_in_range(key, space[key], value)]:
+                text = ", ".join(f"{key}={trial.settings[key]}" for key in others)
+                yield f"{search.label}: trial {trial.number} is not in the search space of the lock: {text}"
+
+
+def _other_models(lock: StudyLock, folder: Path) -> Iterator[str]:
+    """Yield a sentence for each preparation whose model is not the one of the lock."""
+    current = model_hashes(Plan(lock.options, folder)) if lock.models else {}
+    for name, sha256 in lock.models.items():
+        if current.get(name) != sha256:
+            problem = "differs from the lock" if current.get(name) else "is missing"
+            yield f"the model of the preparation {name} {problem}"
 
 
 def _other_seeds(lock: StudyLock, phase: str, label: str, runs: list[RunRecord]) -> Iterator[str]:
@@ -81,6 +101,21 @@ def _other_seeds(lock: StudyLock, phase: str, label: str, runs: list[RunRecord])
         used = [number for number, seed in enumerate(allowed) if seed in {run.seed for run in runs}]
         if missing := [str(allowed[number]) for number in range(max(used, default=-1)) if number not in used]:
             yield f"{label} has no judged run with the seeds {', '.join(missing)}, but with later ones"
+
+
+def _other_limits(plan: Plan, phase: str, label: str, runs: list[RunRecord]) -> Iterator[str]:
+    """Yield a sentence about runs with another number of updates than the plan gives them."""
+    others = []
+    for run in runs:
+        horizon = run.folder.parent.name.removeprefix("updates-")
+        if phase == JUDGING and not horizon.isdigit():
+            continue
+        values = flatten(run.config)
+        expected = plan.limits(label, int(horizon) if phase == JUDGING else plan.options.tuning_horizon)
+        if {key: values.get(key) for key in expected} != expected:
+            others.append(run)
+    if others:
+        yield f"{label}: {_count(others)} with another limit of updates, for example {_name(others[0], plan.folder)}"
 
 
 def _other_contents(lock: StudyLock, label: str, runs: list[RunRecord]) -> Iterator[str]:

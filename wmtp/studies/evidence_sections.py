@@ -124,13 +124,15 @@ def _factors(horizons: Sequence[ArmHorizons], baseline: str) -> Markup:
         f"tokens of {baseline}. It is read from a fit of the arm’s end values over tokens. Extrapolated: seeds for "
         "which the number of tokens lies outside of the arm’s horizons; such a factor depends on the form of the fit. "
         "Without: seeds that give no factor alone, because the number is too far outside or the value does not improve "
-        "with tokens. They are not left out: factor and interval are of the mean curves of all seeds."
+        "with tokens. They are not left out: factor and interval are of the mean curves of all seeds that have ends at "
+        "all horizons. The interval is for a fixed number of seeds. An arm that was decided early has a difference "
+        "that looks larger than it is, and so has its factor."
     )
     head = ["arm", "factor", "95 % interval", "seeds", "extrapolated", "without"]
-    extrapolated = [label for label, factor in found if factor.num_extrapolated]
+    extrapolated = [label for label, factor in found if factor.is_extrapolated]
     body = paragraph(text) + table(head, rows, numbers=range(1, 6), names=[0])
     if extrapolated:
-        return body + paragraph(f"Extrapolated for at least one seed: {', '.join(extrapolated)}.")
+        return body + paragraph(f"Extrapolated, at least for one seed: {', '.join(extrapolated)}.")
     return body + muted_paragraph("Nothing was extrapolated.")
 
 

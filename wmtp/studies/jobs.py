@@ -1,18 +1,21 @@
 """Execution of the jobs of a study. Each job runs once: a finished or failed job is skipped, others are resumed."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 from wmtp.checkpoint.manifest import NAME as MANIFEST
 from wmtp.config.overrides import quote
-from wmtp.errors import InputError
+from wmtp.errors import InputError, ProcessFailed
+from wmtp.report.tables import format_count
 from wmtp.runtime.console import Console
 from wmtp.runtime.processes import module_arguments
 from wmtp.runtime.run_dir import SAVED_OVERRIDES, mark_dead_run, read_status
-from wmtp.studies.plan import StudyJob
+from wmtp.studies.plan import StudyJob, has_failed
 from wmtp.sweep.local_launcher import run_local
+from wmtp.tracking.console import format_time
 
 JobState = Literal["FINISHED", "FAILED", "OPEN"]
 CONSOLES = "consoles"
@@ -37,7 +40,7 @@ def job_state(job: StudyJob) -> JobState:
     state = mark_dead_run(job.folder)
     if state == "FINISHED" and (job.folder / "summary.json").exists():
         return "FINISHED"
-    return "FAILED" if state == "FAILED" and int(read_status(job.folder)["exit_code"] or 1) == 1 else "OPEN"
+    return "FAILED" if has_failed(read_status(job.folder)) else "OPEN"
 
 
 class JobRunner:
@@ -53,6 +56,7 @@ class JobRunner:
 
         Raises:
             InputError: a job was refused because of its config or its input. All other jobs have run.
+            ProcessFailed: a job was killed, so that its result is not known. All other jobs have run.
             InterruptedRun: a signal was received, and all running jobs have ended.
         """
         every = list(jobs)
@@ -60,22 +64,32 @@ class JobRunner:
         if not still_open:
             return
         done = f", {len(every) - len(still_open)} done before" if len(still_open) < len(every) else ""
-        self._print(f"{title}: {len(still_open)} runs{done}")
-        codes, refusals = dict[int, int](), list[str]()
+        self._print(f"{title}: {format_count(len(still_open), 'run')}{done}")
+        codes, refusals, started = dict[int, int](), list[str](), time.monotonic()
 
         def _on_end(number: int, exit_code: int, stderr_tail: str) -> None:
             """Record and print the end of a job."""
             codes[number] = exit_code
             name = still_open[number].folder.relative_to(self._folder)
-            self._print(f"  {len(codes)}/{len(still_open)} {name}: {_describe(exit_code)}")
+            elapsed = time.monotonic() - started
+            left = elapsed / len(codes) * (len(still_open) - len(codes))
+            times = f"elapsed {format_time(elapsed)}, left {format_time(left)}"
+            self._print(f"  {len(codes)}/{len(still_open)} {name}: {_describe(exit_code)}  {times}")
             if exit_code == InputError.exit_code:
                 refusals.append(f"{name}: the run was refused:\n{stderr_tail.strip()}")
 
         commands = {number: self._command(job) for number, job in enumerate(still_open)}
-        consoles = {number: self._console_file(job) for number, job in enumerate(still_open)}
+        consoles = {number: self.console_file(job) for number, job in enumerate(still_open)}
         run_local(commands, consoles, self._parallel, self._on_start(still_open), _on_end)
         if refusals:
             raise InputError(refusals[0])
+        # without its result, the study would choose other settings now than after the job has been repeated
+        if killed := [number for number, job in enumerate(still_open) if job_state(job) == "OPEN"]:
+            first, number = still_open[killed[0]].folder, format_count(len(killed), "run")
+            raise ProcessFailed(
+                f"{number} ended without a result, for example {first} with exit code {codes[killed[0]]}; "
+                f"see {consoles[killed[0]]}, and repeat the command"
+            )
 
     def _on_start(self, jobs: list[StudyJob]) -> Callable[[int], None]:
         """Return a callback for the start of a job. It keeps the folder of an attempt that saved no checkpoint."""
@@ -95,7 +109,8 @@ class JobRunner:
         arguments = [f"resume={quote(job.folder)}"] if _can_resume(job) else job.arguments
         return [sys.executable, *module_arguments(f"wmtp.{job.command}"), *arguments]
 
-    def _console_file(self, job: StudyJob) -> Path:
+    def console_file(self, job: StudyJob) -> Path:
+        """Return the file with the output of a job."""
         name = "_".join(job.folder.relative_to(self._folder).parts)
         return self._folder / CONSOLES / f"{name}.log"
 

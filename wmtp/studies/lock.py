@@ -8,11 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from wmtp.checkpoint.manifest import file_hash
 from wmtp.config.values import validate_value
 from wmtp.errors import InputError
 from wmtp.runtime.atomic_files import encode_json, replace_atomically
 from wmtp.runtime.versions import versions
 from wmtp.studies.options import StudyOptions
+from wmtp.studies.plan import Plan
 
 FILE_NAME = "study.lock.json"
 
@@ -102,6 +104,21 @@ def read_lock(folder: Path) -> StudyLock | None:
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
     return lock
+
+
+def model_hashes(plan: Plan) -> dict[str, str]:
+    """Return the SHA-256 of the weights of each preparation: of its export, or of the manifest of its last checkpoint.
+
+    The manifest contains the hashes of the files of the checkpoint.
+    """
+    found = {}
+    for job in plan.preparations():
+        if job.command == "export":
+            name, files = job.folder.parent.name, sorted(job.folder.glob("*.safetensors"))
+        else:
+            name, files = job.folder.name, sorted(job.folder.glob("checkpoints/step_*/manifest.json"))[-1:]
+        found[name] = ", ".join(file_hash(path) for path in files)
+    return found
 
 
 def changed_options(before: StudyOptions, now: StudyOptions) -> list[str]:

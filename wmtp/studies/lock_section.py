@@ -32,6 +32,7 @@ def lock_section(lock: StudyLock) -> Markup:
         ])
         + _arms(options)
         + _data(lock)
+        + _models(lock)
         + details("Overrides of all runs, preparations and versions", _common(lock), printed=True)
     )  # fmt: skip
 
@@ -48,7 +49,8 @@ def describe_stop_rule(options: StudyOptions) -> str:
         "An arm with a verdict gets no more seeds. The others go on until the seeds are used. The probability of any "
         "false “better” or “worse” in the whole study is at most 5 %"
     )
-    return text + ("; for “the same”, too." if options.delta is not None else ".")
+    text += ", and so is that of any false “the same”" if options.delta is not None else ""
+    return text + ", if the differences are not strongly skewed; look at them seed by seed."
 
 
 def _describe_search(options: StudyOptions) -> str:
@@ -99,6 +101,11 @@ def _data(lock: StudyLock) -> Markup:
     ]
     head = ["fingerprints of", *(kind.replace("_", " ") for kind in kinds)]
     return table(head, rows, names=[0])
+
+
+def _models(lock: StudyLock) -> Markup:
+    rows = [[breakable(name), code(sha256[:16])] for name, sha256 in lock.models.items()]
+    return table(["preparation", "SHA-256 of its model"], rows, names=[0]) if rows else Markup()
 
 
 def _common(lock: StudyLock) -> Markup:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from wmtp.config.schema import ConfigIssue
 from wmtp.errors import InputError
 from wmtp.field_types import Positive, PositiveFloat
+from wmtp.report.metrics import is_lower_better
 from wmtp.report.results import BestOrLast
 from wmtp.studies.space import parse_space
 
@@ -116,6 +117,10 @@ def option_issues(options: StudyOptions) -> Iterator[ConfigIssue]:
         values = getattr(options, key)
         if len(set(values)) < len(values):
             yield ConfigIssue(f"study.{key}", str(values), "contains a value twice")
+    try:
+        is_lower_better(options.metric)
+    except InputError as error:
+        yield ConfigIssue("study.metric", options.metric, str(error).partition(": ")[2])
     if options.min_seeds > len(options.judging_seeds):
         problem = f"there are only {len(options.judging_seeds)} judging_seeds"
         yield ConfigIssue("study.min_seeds", str(options.min_seeds), problem)

@@ -1,6 +1,7 @@
 """Output of the results of a study: tables in the terminal, study.json and study.html."""
 
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,16 @@ def write_result(folder: Path, result: StudyResult, console: Console, name: str 
     console.print(f"The page is {display_path(folder / name)}.html", soft_wrap=True, highlight=False)
 
 
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 def to_dict(result: StudyResult) -> dict[str, Any]:
-    """Return the result of a study as plain types."""
-    content = asdict(replace(result, comparison=None))
+    """Return the result of a study as plain types. Numbers that are not finite become None."""
+    content: dict[str, Any] = _without_infinities(asdict(replace(result, comparison=None)))
     content["comparison"] = None if result.comparison is None else comparison_to_dict(result.comparison)
     return content

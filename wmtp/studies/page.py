@@ -150,7 +150,7 @@ def _format_factor(factor: TokenFactor | None) -> str:
     value, limits = finite(factor.factor), format_limits(finite(factor.low), finite(factor.high), "")
     if value is None:
         return limits or ABSENT
-    return f"{value:.2f}{f' ({limits})' if limits else ''}{', extrapolated' if factor.num_extrapolated else ''}"
+    return f"{value:.2f}{f' ({limits})' if limits else ''}{', extrapolated' if factor.is_extrapolated else ''}"
 
 
 def _explanations(result: StudyResult, rows: Sequence[ArmRow], with_factors: bool) -> list[str]:
@@ -172,7 +172,8 @@ def _explanations(result: StudyResult, rows: Sequence[ArmRow], with_factors: boo
             "for each arm alone."
         )
     texts.append(
-        "Seeds still needed: estimate for a verdict with 80 % power, if the true difference is the observed one."
+        "Seeds still needed: estimate for any verdict with about 80 % power at a single look, if the true difference "
+        "is the observed one."
     )
     return texts
 

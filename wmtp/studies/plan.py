@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Any, Literal
 
 from wmtp.config.overrides import quote
 from wmtp.studies.options import StudyOptions
@@ -34,6 +34,14 @@ class StudyJob:
         """All arguments of the command."""
         key = "hydra.run.dir" if self.command == "train" else "folder"
         return [*self.overrides, f"{key}={quote(self.folder)}"]
+
+
+def has_failed(status: Mapping[str, Any]) -> bool:
+    """Return whether the status of a run says that it failed by itself, so that it would fail again.
+
+    Other exit codes mean that it was interrupted, or that the machine lacks something.
+    """
+    return status.get("state") == "FAILED" and int(status.get("exit_code") or 1) == 1
 
 
 class Plan:
@@ -67,6 +75,14 @@ class Plan:
         """Return the folder of the judged runs of an arm with a horizon, which contains a run for each seed."""
         return self.folder / JUDGING / label / f"updates-{updates}"
 
+    def limits(self, label: str, updates: int) -> dict[str, int]:
+        """Return the config keys that limit the updates of a run of an arm with a horizon, with their values."""
+        arm = self.options.arms[label]
+        found = {"max_steps": max(1, round(updates * arm.updates))}
+        if arm.stage_1 is not None:
+            found["pretrain.max_steps"] = max(1, round(updates * arm.stage_1))
+        return found
+
     def judged(self, label: str, settings: Mapping[str, object], seed: int) -> list[StudyJob]:
         """Return the judged runs of an arm with one seed, one for each horizon."""
         return [
@@ -90,12 +106,9 @@ class Plan:
         return self._with_paths([*self.options.overrides, *self.options.arms[label].overrides])
 
     def _overrides(self, label: str, settings: Mapping[str, object], updates: int, seed: int) -> list[str]:
-        arm = self.options.arms[label]
-        limits = [f"max_steps={max(1, round(updates * arm.updates))}", f"num_epochs={MANY_EPOCHS}"]
-        limits.append("early_stopping=none")
-        if arm.stage_1 is not None:
-            limits += [f"pretrain.max_steps={max(1, round(updates * arm.stage_1))}"]
-            limits += [f"pretrain.num_epochs={MANY_EPOCHS}", "pretrain.early_stopping=none"]
+        limits = [f"{key}={number}" for key, number in self.limits(label, updates).items()]
+        for stage in ("", "pretrain.") if self.options.arms[label].stage_1 is not None else ("",):
+            limits += [f"{stage}num_epochs={MANY_EPOCHS}", f"{stage}early_stopping=none"]
         searched = [f"{key}={format_setting(value)}" for key, value in settings.items()]
         return [*self.arm_overrides(label), *searched, *limits, f"seed={seed}"]
 

@@ -183,12 +183,12 @@ def plot_factors(horizons: Sequence[ArmHorizons], baseline: str) -> Plot | None:
             elif end:
                 axes.plot([end], [y], "|", color=LINES[0], markersize=7, markeredgewidth=1.5)
         if value:
-            face = PAPER if factor.num_extrapolated else LINES[0]
+            face = PAPER if factor.is_extrapolated else LINES[0]
             axes.plot([value], [y], "D", color=LINES[0], markersize=6, markerfacecolor=face)
     set_log_x_axis(axes)
     label = "; ".join(f"{label} {factor.factor:.3g}" for label, factor in found if factor.factor)
     caption = (
-        "Left of the line: the arm needs fewer tokens. Diamonds: factors, empty if a seed was extrapolated; lines: "
+        "Left of the line: the arm needs fewer tokens. Diamonds: factors, empty if they are extrapolated; lines: "
         "95 % intervals, for each arm alone; arrows: the interval has no limit on this side."
     )
     return Plot(figure, "factors", f"Tokens to {baseline}’s end value, relative to {baseline}: {label}", caption)

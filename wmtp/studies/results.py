@@ -8,6 +8,9 @@ from wmtp.statistics.token_factor import TokenFactor
 from wmtp.statistics.variance import Component, PairingGain
 from wmtp.studies.lock import StudyLock
 
+FINAL_VERDICTS = ("better", "worse", "the same", "runs failed")
+"""Verdicts that more seeds do not change."""
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from wmtp.errors import InputError
+from wmtp.report.tables import format_count
 from wmtp.runtime.console import Console
 from wmtp.studies.collect import StudyFolder
-from wmtp.studies.jobs import JobRunner
+from wmtp.studies.jobs import JobRunner, job_state
 from wmtp.studies.lock import StudyLock
 from wmtp.studies.plan import Plan
 from wmtp.studies.results import StudyResult
@@ -26,10 +27,14 @@ class StudyRun:
 
         Raises:
             InputError: a run was refused, or a preparation or all trials of an arm failed.
+            ProcessFailed: a run was killed.
             InterruptedRun: a signal was received.
         """
         for job in self.plan.preparations():  # one after the other, because a job may need an earlier one
             self.jobs.run([job], "Preparation")
+            if job_state(job) == "FAILED":
+                log = self.jobs.console_file(job)
+                raise InputError(f"{job.folder}: the preparation failed; see {log}; to repeat it, delete its folder")
         self.lock = finish_lock(self.folder, self.lock, self.plan, compose)
         self.results = StudyFolder(self.folder)
         settings = self._search()
@@ -69,11 +74,9 @@ class StudyRun:
             differences = comparison.metrics[0].differences if comparison else []
             verdicts = {each.label: each.verdict for each in differences}
             decided = [label for label in before if label not in open_arms]
-            text = ", ".join(f"{label} {verdicts.get(label, 'failed')}" for label in decided)
-            self.console.print(
-                f"Look {look} at {size} seeds: {text or 'no new verdict'}; {len(open_arms)} arms are open",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            text = ", ".join(f"{label} {verdicts.get(label, 'failed')}" for label in decided) or "no new verdict"
+            text = f"Look {look} at {size} seeds: {text}; still open: {format_count(len(open_arms), 'arm')}"
+            self.console.print(text, highlight=False, soft_wrap=True)
             if not open_arms:
                 return
 

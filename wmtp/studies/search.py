@@ -41,7 +41,15 @@ class Search:
         if number < len(known):
             return dict(known[number].params)
         assert number == len(known), "trials are asked for in order"
-        return dict(study.ask(parse_space(self._options.space_of(label))).params)
+        copy = optuna.create_study(sampler=self._sampler(number), direction=self._direction)
+        copy.add_trials(known)
+        asked = copy.ask(parse_space(self._options.space_of(label)))
+        # in one entry of the journal, so that a process that is killed leaves no trial without settings
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING, params=asked.params, distributions=asked.distributions
+        )
+        study.add_trial(trial)
+        return dict(asked.params)
 
     def record(self, label: str, number: int, value: float | None) -> None:
         """Record the value of a trial. None means that it failed. A trial that was recorded before is not changed."""

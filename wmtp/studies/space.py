@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from wmtp.errors import InputError
+from wmtp.report.grouping import format_value
 
 FORMS = "write choice(a, b), interval(low, high), tag(log, interval(low, high)) or range(start, stop, step)"
 
@@ -31,6 +32,41 @@ def first_value(key: str, text: str) -> object:
         return distribution.choices[0]
     assert isinstance(distribution, FloatDistribution)
     return distribution.low
+
+
+def last_value(key: str, text: str) -> object:
+    """Return another value in the range of a setting than `first_value`: the last choice, or the middle."""
+    distribution = _distribution(key, text)
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[-1]
+    assert isinstance(distribution, FloatDistribution)
+    return (distribution.low + distribution.high) / 2
+
+
+def is_in_range(key: str, text: str, value: str) -> bool:
+    """Return whether a value, as text, is in the range of a setting.
+
+    >>> is_in_range("algo.beta", "choice(0.5, 1)", "1.0"), is_in_range("algo.beta", "interval(0.5, 1)", "2")
+    (True, False)
+    """
+    distribution = _distribution(key, text)
+    if isinstance(distribution, CategoricalDistribution):
+        return any(_is_equal(format_value(choice), value) for choice in distribution.choices)
+    assert isinstance(distribution, FloatDistribution)
+    number = _to_number(value)
+    return number is not None and distribution.low <= number <= distribution.high
+
+
+def _is_equal(text: str, other: str) -> bool:
+    number = _to_number(text)
+    return text == other or (number is not None and number == _to_number(other))
+
+
+def _to_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _distribution(key: str, text: str) -> BaseDistribution:

@@ -8,17 +8,25 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.checkpoint.manifest import file_hash
 from wmtp.config.moved_targets import update_config
 from wmtp.config.schema import CheckedConfig, ConfigIssue
 from wmtp.errors import InputError
 from wmtp.runtime.console import Console
 from wmtp.runtime.versions import git_revision
 from wmtp.studies.departures import fixed_values
-from wmtp.studies.lock import StudyLock, changed_options, complete_lock, new_lock, read_lock, write_lock
+from wmtp.studies.lock import (
+    FILE_NAME,
+    StudyLock,
+    changed_options,
+    complete_lock,
+    model_hashes,
+    new_lock,
+    read_lock,
+    write_lock,
+)
 from wmtp.studies.options import StudyOptions
 from wmtp.studies.plan import PREPARATIONS, Plan
-from wmtp.studies.space import first_value
+from wmtp.studies.space import first_value, last_value
 
 Compose = Callable[[list[str]], CheckedConfig]
 """Callback that composes and checks the config of a run from its overrides."""
@@ -29,22 +37,32 @@ def arm_issues(plan: Plan, compose: Compose) -> Iterator[ConfigIssue]:
 
     Files of preparations that do not exist yet are no issue.
     """
-    made = str((plan.folder / PREPARATIONS).absolute())
-    runs = {f"preparations.{job.folder.name}": job.overrides for job in plan.preparations() if job.command == "train"}
-    runs |= {f"arms.{label}": example_overrides(plan, label) for label in plan.options.arms}
+    runs = [(f"preparations.{job.folder.name}", job.overrides) for job in plan.preparations() if job.command == "train"]
+    runs += [
+        (f"arms.{label}", example_overrides(plan, label, choose))
+        for label in plan.options.arms
+        for choose in (first_value, last_value)
+    ]
     found: dict[tuple[str, str, str], list[str]] = {}
-    for name, overrides in runs.items():
+    for name, overrides in runs:
         for issue in compose(overrides).issues:
-            if made not in issue.value and made not in issue.problem:
-                found.setdefault((issue.key, issue.value, issue.problem), []).append(name)
+            if not is_about_preparation(issue, plan):
+                names = found.setdefault((issue.key, issue.value, issue.problem), [])
+                names += [name] if name not in names else []
     for (key, value, problem), names in found.items():
         where = f" (study.{names[0]}{f' and {len(names) - 1} others' if len(names) > 1 else ''})"
         yield ConfigIssue(key, value, problem + where)
 
 
-def example_overrides(plan: Plan, label: str) -> list[str]:
-    """Return the overrides of a run of an arm, with the first searched value of each setting."""
-    settings = {key: first_value(key, text) for key, text in plan.options.space_of(label).items()}
+def is_about_preparation(issue: ConfigIssue, plan: Plan) -> bool:
+    """Return whether an issue is about the files of a preparation, which may not have run yet."""
+    made = str((plan.folder / PREPARATIONS).absolute())
+    return made in issue.value or made in issue.problem
+
+
+def example_overrides(plan: Plan, label: str, choose: Callable[[str, str], object] = first_value) -> list[str]:
+    """Return the overrides of a run of an arm. `choose` returns a value from the range of each searched setting."""
+    settings = {key: choose(key, text) for key, text in plan.options.space_of(label).items()}
     return plan.judged(label, settings, plan.options.judging_seeds[0])[0].overrides
 
 
@@ -52,7 +70,7 @@ def open_lock(folder: Path, name: str, options: StudyOptions, console: Console) 
     """Return the lock of the study in a folder. If there is none, write it.
 
     Raises:
-        InputError: the folder contains a study with other options.
+        InputError: the folder contains a study with other options, or its lock was edited.
     """
     lock = read_lock(folder)
     if lock is None:
@@ -60,6 +78,10 @@ def open_lock(folder: Path, name: str, options: StudyOptions, console: Console) 
         lock = new_lock(name, options)
         write_lock(folder, lock)
         return lock
+    if not lock.is_intact:
+        raise InputError(
+            f"{folder / FILE_NAME}: was edited after it was written; restore it, or start a new study with folder=DIR"
+        )
     if changed := changed_options(lock.options, options):
         raise InputError(
             f"{folder}: the study was locked with other options ({', '.join(changed)}); restore them, or start a new "
@@ -111,18 +133,3 @@ def read_fingerprints(checked: CheckedConfig) -> dict[str, str]:
     if checked.issues:
         raise InputError("\n".join(map(str, checked.issues)))
     return split_fingerprints(build_components(checked.config, checked.inputs).data)
-
-
-def model_hashes(plan: Plan) -> dict[str, str]:
-    """Return the SHA-256 of the weights of each preparation: of its export, or of the manifest of its last checkpoint.
-
-    The manifest contains the hashes of the files of the checkpoint.
-    """
-    found = {}
-    for job in plan.preparations():
-        if job.command == "export":
-            name, files = job.folder.parent.name, sorted(job.folder.glob("*.safetensors"))
-        else:
-            name, files = job.folder.name, sorted(job.folder.glob("checkpoints/step_*/manifest.json"))[-1:]
-        found[name] = ", ".join(file_hash(path) for path in files)
-    return found

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, stdev
 
 from rich import box
 from rich.console import Console
@@ -11,12 +11,12 @@ from rich.table import Table
 
 from wmtp.report.results import Difference, MetricComparison
 from wmtp.report.tables import ABSENT, format_count, format_interval, format_seeds_needed
+from wmtp.statistics.power import SEEDS_CAP, seeds_needed, seeds_needed_for_equivalence
 from wmtp.statistics.token_factor import TokenFactor
+from wmtp.studies.options import StudyOptions
 from wmtp.studies.plan import describe_settings
-from wmtp.studies.results import ArmSearch, StudyResult, Trial
+from wmtp.studies.results import FINAL_VERDICTS, ArmSearch, StudyResult, Trial
 
-FINAL = ("better", "worse", "the same", "runs failed")
-"""Verdicts that more seeds do not change."""
 INTERVAL_TEXT = (
     "The repeated interval holds at every look, for this arm, at the level of Holm's step. < δ: whether the difference "
     "is shown to be within ± δ. More: seeds that a verdict still needs if the true difference is the observed one."
@@ -40,17 +40,8 @@ class ArmRow:
     factor: TokenFactor | None
     is_open: bool
     """Whether the arm has no final verdict and judging seeds are left."""
-
-    @property
-    def more_seeds(self) -> str:
-        """Number of seeds that are still needed for a verdict, as text; empty if none is needed or no seed was used."""
-        if self.difference is None or self.verdict in FINAL:
-            return ""
-        needed, used = self.difference.seeds_needed, len(self.difference.pairs)
-        if needed is None:
-            return "unknown"
-        text = format_seeds_needed(needed)
-        return text if text.startswith(">") else str(max(1, needed - used))
+    more_seeds: str
+    """Number of seeds that are still needed for a verdict; empty if none is needed or no seed was used."""
 
 
 def primary_metric(result: StudyResult) -> MetricComparison | None:
@@ -69,8 +60,24 @@ def arm_rows(result: StudyResult) -> list[ArmRow]:
         found = differences.get(label)
         is_open = label in result.open_arms
         verdict = found.verdict if found else "no runs yet" if is_open else "no result"
-        rows.append(ArmRow(label, verdict, found, factors.get(label), is_open))
+        more = "" if found is None or verdict in FINAL_VERDICTS else describe_more_seeds(found, result.lock.options)
+        rows.append(ArmRow(label, verdict, found, factors.get(label), is_open, more))
     return sorted(rows, key=lambda row: math.inf if row.difference is None else sign * row.difference.mean)
+
+
+def describe_more_seeds(difference: Difference, options: StudyOptions) -> str:
+    """Return how many more seeds an arm needs for any verdict, if its observed difference is the true one."""
+    values, number = list(difference.pairs.values()), len(options.others)
+    if len(values) < 2:
+        return "unknown"
+    center, deviation = mean(values), stdev(values)
+    candidates = [seeds_needed(center, deviation, number, len(values))]
+    if options.delta is not None:
+        candidates.append(seeds_needed_for_equivalence(center, deviation, options.delta, number))
+    known = [each for each in candidates if each is not None]
+    if not known:
+        return "unknown"
+    return format_seeds_needed(min(known)) if min(known) > SEEDS_CAP else str(max(1, min(known) - len(values)))
 
 
 def describe_state(result: StudyResult) -> str:
