@@ -1,14 +1,15 @@
 """A fake run of a study without torch: `python -m tests.support.fake_study_job OVERRIDES…`.
 
 Its metric is a simple function of the arm, the searched setting, the number of updates and the seed. Each start is a
-line of the file `calls` in the study's folder. A file `behavior` there contains "wait" or "fail" for the name of a
-run's folder; a run that waits has no checkpoint.
+line of the file `calls` in the study's folder. A file `behavior` there contains "wait", "fail" or "kill" for the name
+of a run's folder; a run that waits or is killed has no checkpoint.
 """
 
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,9 +36,10 @@ def main(arguments: list[str]) -> None:
     with (study / "calls").open("a") as file:
         file.write(json.dumps({"name": name, "pid": os.getpid()}) + "\n")
     behaviors = json.loads((study / "behavior").read_text()) if (study / "behavior").exists() else {}
-    if behaviors.get(name) == "wait":
+    if behaviors.get(name) in ("wait", "kill"):
         RunStatus(folder)
-        time.sleep(60)
+        time.sleep(60 if behaviors[name] == "wait" else 0)
+        os.kill(os.getpid(), signal.SIGKILL)
     algo, lr, updates = values.get("algo", "baseline"), float(values["optimizer.lr"]), int(values["max_steps"])
     seed = int(values["seed"])
     if folder.exists():

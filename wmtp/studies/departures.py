@@ -8,6 +8,7 @@ from typing import Any
 from wmtp.config.flatten import flatten
 from wmtp.report.grouping import format_value
 from wmtp.report.run_record import RunRecord
+from wmtp.report.tables import format_count
 from wmtp.studies.lock import StudyLock, model_hashes
 from wmtp.studies.plan import JUDGING, TUNING, Plan
 from wmtp.studies.results import ArmSearch
@@ -71,7 +72,8 @@ def _unequal_trials(lock: StudyLock, searches: list[ArmSearch], judged: set[str]
     for search in searches:
         num, planned = len(search.trials), lock.options.trials
         if num > planned or (num < planned and search.label in judged):
-            yield f"unequal search: {search.label} has {num} trials, and the lock says {planned} for every arm"
+            text = f"{search.label} has {format_count(num, 'trial')}, and the lock says {planned} for every arm"
+            yield f"unequal search: {text}"
         space = lock.options.space_of(search.label)
         for trial in search.trials:
             if others := [key for key, value in trial.settings.items() if not is_in_range(key, space[key], value)]:

@@ -95,6 +95,13 @@ def test_finding_an_arm_makes_it_easier_to_find_the_next_one() -> None:
     assert (both["a"].level, both["b"].decision, both["b"].level) == (0.025, "better", 0.05)
 
 
+def test_arms_without_a_value_count_as_comparisons() -> None:
+    looks = {"a": [Look(8, 1.0, 0.3)]}
+    alone, among = (decide(looks, (8,), delta=None, lower_is_better=True, num_comparisons=num) for num in (None, 7))
+    assert (alone["a"].decision, among["a"].decision) == ("worse", "undecided")
+    assert among["a"].level == pytest.approx(0.05 / 7)
+
+
 def test_a_decision_is_final_and_later_looks_are_ignored() -> None:
     clear, opposite = Look(4, -2.0, 0.05), Look(5, 2.0, 0.05)
     found = decide({"a": [Look(3, -2.0, 0.8), clear, opposite]}, SIZES, delta=1.0, lower_is_better=True)["a"]

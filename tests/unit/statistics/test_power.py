@@ -17,6 +17,7 @@ from wmtp.statistics.power import (
     planned_study,
     power,
     seeds_needed,
+    seeds_needed_for_equivalence,
 )
 from wmtp.statistics.sequential import one_sided_boundaries, two_sided_boundaries
 
@@ -91,6 +92,21 @@ def test_seven_comparisons_need_more_seeds_than_one() -> None:
     assert (seeds_needed(3.0, 1.0, 7), seeds_needed(3.0, 1.0)) == (5, 3)
     assert power(3.0, 5, 7) == pytest.approx(0.835, abs=0.005)
     assert power(3.0 / sqrt(2), 5, 7) == pytest.approx(0.51, abs=0.01), "an effect in deviations of a run"
+
+
+@pytest.mark.parametrize(("mean", "delta", "num_comparisons"), [(0.0, 1.5, 14), (0.5, 1.5, 14), (0.0, 0.5, 1)])
+def test_simulated_studies_find_arms_the_same_with_the_power_of_the_seeds_needed(
+    mean: float, delta: float, num_comparisons: int
+) -> None:
+    needed = seeds_needed_for_equivalence(mean, 1.0, delta, num_comparisons) or 0
+    powers = []
+    for num in (needed, needed - 1):
+        studies = np.random.default_rng(0).normal(mean, 1, (40_000, num))
+        margins = delta - np.abs(studies.mean(axis=1))
+        bound = stats.t.isf(0.05 / num_comparisons, num - 1)
+        powers.append(np.mean(margins > bound * studies.std(axis=1, ddof=1) / np.sqrt(num)))
+    assert powers[1] < 0.8 + 0.01 and 0.8 - 0.01 < powers[0] < 0.84
+    assert seeds_needed_for_equivalence(delta, 1.0, delta) is None
 
 
 def test_seeds_needed_have_a_maximum_and_a_minimum() -> None:

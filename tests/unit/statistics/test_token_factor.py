@@ -110,6 +110,14 @@ def test_the_factor_is_that_of_the_mean_curves_and_all_seeds_count() -> None:
     assert mixed.factor != pytest.approx(found.factor, rel=0.01)
 
 
+def test_a_factor_of_the_mean_curves_outside_of_the_horizons_is_extrapolated() -> None:
+    flat, steep = [HorizonPoint(1, 1.0), HorizonPoint(2, 0.98)], [HorizonPoint(1, 1.0), HorizonPoint(2, 0.90)]
+    factor = mean_token_factor([token_ratio([HorizonPoint(2, 0.90)], arm) for arm in (flat, steep)])
+    assert factor.factor is not None and factor.factor > 1  # the arms end at the baseline's tokens
+    assert factor.num_extrapolated == 0, "of the seeds that have a factor of their own, none is extrapolated"
+    assert factor.is_extrapolated
+
+
 def test_losses_that_do_not_fall_have_no_factor() -> None:
     law = (1.0, 2.0, 0.3)
     baseline = points(law, (0.5, 1))

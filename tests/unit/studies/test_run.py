@@ -17,12 +17,15 @@ from omegaconf import OmegaConf
 from tests.support.fake_runs import fake_run
 from tests.support.fake_study_job import end_loss
 from wmtp.config.schema import CheckedConfig
-from wmtp.errors import InputError
+from wmtp.errors import InputError, ProcessFailed
+from wmtp.runtime.atomic_files import encode_json
 from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
-from wmtp.studies.collect import collect_study
-from wmtp.studies.lock import FILE_NAME, read_lock
-from wmtp.studies.options import Arm, StudyOptions
+from wmtp.statistics.variance import PairingGain
+from wmtp.studies.collect import StudyFolder, collect_study
+from wmtp.studies.lock import FILE_NAME, complete_lock, model_hashes, read_lock, write_lock
+from wmtp.studies.options import Arm, Preparation, StudyOptions
+from wmtp.studies.output import to_dict
 from wmtp.studies.plan import Plan
 from wmtp.studies.results import StudyResult
 from wmtp.studies.run import StudyRun
@@ -176,9 +179,90 @@ def test_a_failed_trial_counts_as_a_trial_and_is_not_repeated(tmp_path: Path) ->
     assert calls(folder).count("tuning/good/trial-0/seed-100") == 1
 
 
+def test_a_killed_run_stops_the_study_until_it_is_repeated(finished: tuple[Path, StudyResult], tmp_path: Path) -> None:
+    """Otherwise the arm would be judged with other settings before and after the repetition."""
+    folder, killed = tmp_path / "study", "tuning/good/trial-0/seed-100"
+    folder.mkdir()
+    (folder / "behavior").write_text(json.dumps({killed: "kill"}))
+    with pytest.raises(ProcessFailed, match=r"^1 run ended without a result, .*trial-0/seed-100 with exit code -?\d+"):
+        run_study(folder)
+    assert len(calls(folder)) == len(OPTIONS.arms)  # the other runs of the step have ended, and no step followed
+    (folder / "behavior").unlink()
+    result = run_study(folder)
+    assert calls(folder).count(killed) == 2
+    assert [search.trials for search in result.searches] == [search.trials for search in finished[1].searches]
+
+
+def test_a_failed_preparation_ends_the_study(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "behavior").write_text(json.dumps({"preparations/start": "fail"}))
+    start = Preparation(overrides=["algo=baseline", "optimizer.lr=0.01", "max_steps=20", "seed=0"])
+    options = replace(OPTIONS, preparations={"start": start})
+    with pytest.raises(InputError, match=r"start: the preparation failed; see .*preparations_start.log; to repeat it"):
+        run_study(folder, options)
+    assert calls(folder) == ["preparations/start"]
+
+
+def test_an_arm_without_any_value_is_closed_at_the_first_look(
+    finished: tuple[Path, StudyResult], tmp_path: Path
+) -> None:
+    study = _copy(finished[0], tmp_path / "study")
+    for status in (study / "judging" / "good" / "updates-40").rglob("status.json"):
+        status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "FAILED", "exit_code": 1}))
+    result = StudyFolder(study)
+    assert "good" not in result.open_arms(result.comparison(3), 3)
+    comparison = result.comparison()
+    assert comparison is not None
+    bad = next(each for each in comparison.metrics[0].differences if each.label == "bad")
+    assert bad.level == pytest.approx(0.05 / 3), "the arm without a value is still one of three comparisons"
+
+
+def test_a_run_that_fails_after_the_decision_does_not_change_it(
+    finished: tuple[Path, StudyResult], tmp_path: Path
+) -> None:
+    study = _copy(finished[0], tmp_path / "study")
+    _add_run(study, "judging/uniform/updates-40/seed-5", "uniform", 5, 0.01, state="FAILED")
+    status = study / "judging/uniform/updates-40/seed-5/status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"exit_code": 1}))
+    comparison = StudyFolder(study).comparison()
+    assert comparison is not None
+    assert {each.label: each.verdict for each in comparison.metrics[0].differences}["bad"] == "worse"
+
+
+def test_a_change_of_the_validation_data_is_a_departure_and_no_comparison_is_made(
+    finished: tuple[Path, StudyResult], tmp_path: Path
+) -> None:
+    study = _copy(finished[0], tmp_path / "study")
+    name = "judging/good/updates-40/seed-0"
+    lr = float(yaml.safe_load((study / name / "config.yaml").read_text())["optimizer"]["lr"])
+    subprocess.run(["rm", "-rf", str(study / name)], check=True)
+    _add_run(study, name, "good", 0, lr, provenance={"validation_fingerprint": "other"})
+    result = collect_study(study)
+    assert result.comparison is None
+    assert result.departures[0].startswith("the runs cannot be compared: ")
+    assert "good: validation fingerprint differs from the lock in 1 run" in result.departures
+
+
+def test_numbers_that_are_not_finite_are_null_in_study_json(finished: tuple[Path, StudyResult]) -> None:
+    gain = PairingGain(1.0, 0.0, float("inf"))  # of an arm that is equal to the baseline
+    content = json.loads(encode_json(to_dict(replace(finished[1], pairing={"good": gain}))))
+    assert content["pairing"]["good"] == {"correlation": 1.0, "variance_ratio": 0.0, "seeds_saved": None}
+    assert content["departures"] == [] and len(content["searches"][0]["trials"]) == 3
+
+
 def test_other_options_are_refused(finished: tuple[Path, StudyResult]) -> None:
     with pytest.raises(InputError, match=r"locked with other options \(trials\); .*folder=DIR"):
         open_lock(finished[0], "fake", replace(OPTIONS, trials=12), Console(quiet=True))
+
+
+def test_an_edited_lock_is_refused(finished: tuple[Path, StudyResult], tmp_path: Path) -> None:
+    study = _copy(finished[0], tmp_path / "study")
+    content = json.loads((study / FILE_NAME).read_text())
+    content["options"]["delta"] = 0.15
+    (study / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"study.lock.json: was edited after it was written; restore it"):
+        open_lock(study, "fake", replace(OPTIONS, delta=0.15), Console(quiet=True))
 
 
 def _copy(folder: Path, target: Path) -> Path:
@@ -205,6 +289,32 @@ def test_a_study_with_more_trials_of_one_arm_is_found_out(finished: tuple[Path, 
     )
 
 
+def test_a_study_with_fewer_trials_of_the_baseline_is_found_out(
+    finished: tuple[Path, StudyResult], tmp_path: Path
+) -> None:
+    study = _copy(finished[0], tmp_path / "unfair")
+    for number in (1, 2):
+        subprocess.run(["rm", "-rf", str(study / f"tuning/uniform/trial-{number}")], check=True)
+    assert "unequal search: uniform has 1 trial, and the lock says 3 for every arm" in collect_study(study).departures
+
+
+def test_another_model_of_a_preparation_is_found_out(finished: tuple[Path, StudyResult], tmp_path: Path) -> None:
+    study = _copy(finished[0], tmp_path / "study")
+    lock = read_lock(study)
+    assert lock is not None
+    start = replace(lock.options, preparations={"start": Preparation(overrides=[])})
+    manifest = study / "preparations/start/checkpoints/step_000020/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    locked = complete_lock(replace(lock, options=start), lock.data, lock.configs, model_hashes(Plan(start, study)))
+    write_lock(study, locked)
+    assert collect_study(study).departures == []
+    manifest.write_text('{"files": {}}')
+    assert collect_study(study).departures == ["the model of the preparation start differs from the lock"]
+    manifest.unlink()
+    assert collect_study(study).departures == ["the model of the preparation start is missing"]
+
+
 @pytest.mark.parametrize(
     ("name", "seed", "options", "departure"),
     [
@@ -218,6 +328,9 @@ def test_a_study_with_more_trials_of_one_arm_is_found_out(finished: tuple[Path, 
         ("tuning/good/trial-0/seed-100", 100, {"started": "2000-01-01T00:00:00+00:00"},
          "1 run started before the lock was written"),
         ("judging/new/updates-40/seed-0", 0, {}, "new is not an arm of the lock"),
+        ("judging/good/updates-40/seed-0", 0, {"max_steps": 160}, "good: 1 run with another limit of updates"),
+        ("tuning/good/trial-0/seed-100", 100, {"max_steps": 80}, "good: 1 run with another limit of updates"),
+        ("tuning/good/trial-0/seed-100", 100, {"lr": 0.5}, "good: trial 0 is not in the search space of the lock"),
     ],
 )  # fmt: skip
 def test_departures_from_the_lock_are_found(

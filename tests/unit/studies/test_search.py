@@ -51,6 +51,20 @@ def test_trials_are_the_same_under_the_same_seed_also_after_interruptions(tmp_pa
     assert len({str(settings) for settings in first[0::2]}) == 8
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_process_that_is_killed_leaves_no_trial_without_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    expected = run_search(tmp_path / "whole", search_options(sampler))[0]
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with monkeypatch.context() as patch:  # the first thing after the trial was added, if it is added without settings
+        patch.setattr("optuna.trial.Trial._suggest", lambda *arguments: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            Search(folder, search_options(sampler), lower_is_better=True).settings("good", 0)
+    assert Search(folder, search_options(sampler), lower_is_better=True).settings("good", 0) == expected
+
+
 def test_tpe_uses_the_values_of_earlier_trials(tmp_path: Path) -> None:
     random, tpe = (run_search(tmp_path / name, search_options(name)) for name in ("random", "tpe"))
     assert random[:6] == tpe[:6] and random[6:] != tpe[6:]  # three random trials of each of two arms
