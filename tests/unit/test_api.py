@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +179,17 @@ def test_a_study_has_the_verdicts_and_options_of_its_lock(tmp_path: Path) -> Non
     options = study_options(list(LOSSES))
     write_lock(tmp_path, study_lock(options))
     fake_run(tmp_path / "tuning" / "critic" / "trial-0" / "seed-100", algo="critic", seed=100, val_losses=[0.1])
-    with pytest.raises(InputError, match="the study has no runs to compare yet"):
+    with pytest.raises(InputError, match="has no runs to compare yet; .*continue: python -m wmtp.study study="):
         compare(tmp_path)
     for algo, losses in LOSSES.items():
         for seed, loss in enumerate(losses):
             fake_run(tmp_path / "judging" / algo / f"updates-{max(options.horizons)}" / f"seed-{seed}", algo=algo,
                      seed=seed, val_losses=[loss - 1, loss])  # fmt: skip
-    expected = collect_study(tmp_path).comparison
-    assert expected is not None and expected.metrics[0].at == "last model" and expected.metrics[0].delta == 0.01
+    result = collect_study(tmp_path)
+    assert result.comparison is not None and result.departures != []
+    departures = [f"departs from the lock: {each}" for each in result.departures]
+    expected = replace(result.comparison, notes=[*departures, *result.comparison.notes])
+    assert expected.metrics[0].at == "last model" and expected.metrics[0].delta == 0.01
     for frames in (compare(tmp_path), compare(load_runs(tmp_path), at="last", delta=0.01), compare([str(tmp_path)])):
         assert_equal(frames, expected)
     assert compare(tmp_path / "judging").differences["at"].tolist() == ["best checkpoint"] * 2, "the control"

@@ -167,7 +167,7 @@ class StudyFolder:
             return None
         horizons, every = sorted(self.options.horizons), [*baseline.values(), *arm.values()]
         seeds = [seed for seed in self.options.judging_seeds if all(seed in found for found in every)]
-        pairs = [([self._loss_point(runs[each][seed]) for each in horizons] for runs in (baseline, arm))
+        pairs = [[[self._loss_point(runs[each][seed]) for each in horizons] for runs in (baseline, arm)]
                  for seed in seeds]  # fmt: skip
         ratios = [token_ratio(base, own) for base, own in pairs if has_curve(base) and has_curve(own)]
         return mean_token_factor(ratios) if ratios else None

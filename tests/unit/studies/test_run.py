@@ -21,6 +21,7 @@ from wmtp.errors import InputError, ProcessFailed
 from wmtp.runtime.atomic_files import encode_json
 from wmtp.runtime.console import Console
 from wmtp.runtime.run_dir import SAVED_OVERRIDES
+from wmtp.statistics.token_factor import HorizonPoint, mean_token_factor, token_ratio
 from wmtp.statistics.variance import PairingGain
 from wmtp.studies.collect import StudyFolder, collect_study
 from wmtp.studies.lock import FILE_NAME, complete_lock, model_hashes, read_lock, write_lock
@@ -202,6 +203,23 @@ def test_a_failed_preparation_ends_the_study(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"start: the preparation failed; see .*preparations_start.log; to repeat it"):
         run_study(folder, options)
     assert calls(folder) == ["preparations/start"]
+
+
+def test_the_factor_of_tokens_uses_the_ends_of_each_seed(finished: tuple[Path, StudyResult]) -> None:
+    arms = {each.label: each for each in finished[1].horizons}
+    found = arms["equal"].factor
+    ends = {label: [horizon.values for horizon in arms[label].horizons] for label in ("uniform", "equal")}
+    seeds = list(ends["equal"][0])
+    ratios = [
+        token_ratio(*(
+            [HorizonPoint(horizon.tokens, values[seed])
+             for horizon, values in zip(arms[label].horizons, ends[label], strict=True)]
+            for label in ("uniform", "equal")
+        ))
+        for seed in seeds
+    ]  # fmt: skip
+    assert found == mean_token_factor(ratios) and found.num_seeds == len(seeds) > 2
+    assert found.low is not None and found.factor is not None and found.low < found.factor
 
 
 def test_an_arm_without_any_value_is_closed_at_the_first_look(
