@@ -24,7 +24,7 @@ def options() -> list[str]:
     """Return every option of every config group as an override."""
     paths = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.glob("*/**/*.yaml"))
     found = [f"{path.parent}={path.stem}" for path in paths if path.stem != "base"]
-    found = [override for override in found if not override.startswith("study=")]
+    found = [override for override in found if not override.startswith(("study=", "study/"))]
     found = [re.sub(r"^experiment/(.*)=", r"experiment=\1/", override) for override in found]
     return [override for override in found if override not in CHOSEN_BY_ALGO]
 
