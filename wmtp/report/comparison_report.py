@@ -25,12 +25,11 @@ from wmtp.report.html import (
     table,
     write_html,
 )  # fmt: skip
-from wmtp.report.measure_tables import means_tables
+from wmtp.report.measure_tables import means_tables, tokens_to_target_tables
 from wmtp.report.plots import plot_style
 from wmtp.report.results import Comparison, Difference, MetricComparison
 from wmtp.report.run_record import RunRecord
 from wmtp.report.run_report import FILE_NAME
-from wmtp.report.tokens_to_target_section import tokens_to_target_tables
 from wmtp.statistics.paired import MIN_PAIRS
 from wmtp.statistics.power import SEEDS_CAP
 

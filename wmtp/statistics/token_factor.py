@@ -103,7 +103,7 @@ class TokenFactor:
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether the factor, or that of a seed, depends on values outside of the horizons."""
+        """True if the factor, or that of a seed, depends on values outside of the horizons."""
         return self.is_mean_extrapolated or self.num_extrapolated > 0
 
 

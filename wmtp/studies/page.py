@@ -20,10 +20,10 @@ from wmtp.report.html import (
     table,
     write_html,
 )  # fmt: skip
+from wmtp.report.measure_tables import tokens_to_target_tables
 from wmtp.report.metrics import is_lower_better
 from wmtp.report.plots import plot_style
 from wmtp.report.results import Comparison, Difference, MetricComparison
-from wmtp.report.tokens_to_target_section import tokens_to_target_tables
 from wmtp.statistics.token_factor import TokenFactor
 from wmtp.studies.evidence_sections import ends_section, power_section, search_section
 from wmtp.studies.lock_section import lock_section
