@@ -128,8 +128,9 @@ class StudyFolder:
         for label in self.options.others:
             used = num_reached(self.options.judging_seeds, self.judged(label, longest))
             num = num_seeds or used
-            # an arm without any value at the first look has only failed runs
-            is_final = found[label].verdict in FINAL_VERDICTS if label in found else num >= self.options.looks[0]
+            # an arm without any value at the first look has only failed runs, if there is a baseline to compare it with
+            has_failed_only = comparison is not None and num >= self.options.looks[0]
+            is_final = found[label].verdict in FINAL_VERDICTS if label in found else has_failed_only
             if not is_final and num < len(self.options.judging_seeds):
                 result.append(label)
         return result
